@@ -1,0 +1,53 @@
+"""difloat: low-bit floating-point quantization of diffusion models.
+
+```python
+import difloat
+pipeline = difloat.reference("emoji-pixart")                    # or any diffusers pipeline
+difloat.quantize(pipeline, recipe="lbfp", bits="w4a8")          # calibrates on its own trajectories
+difloat.save(pipeline, "emoji-fp4")                             # packed: 4 bits take 4 bits
+pipeline = difloat.load("emoji-fp4")                            # or plain from_pretrained after `import difloat`
+```
+
+Importing difloat imports neither diffusers nor any backend.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from difloat import formats, rounding
+from difloat.io import CheckpointError, load, register_with_diffusers, save, verify
+from difloat.layers import restore
+from difloat.quantizer import LayerPlan, Part, Plan, QuantSpec
+
+if TYPE_CHECKING:
+    from difloat.api import apply, plan, quantize
+    from difloat.reference import load as reference
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError",
+    "LayerPlan",
+    "Part",
+    "Plan",
+    "QuantSpec",
+    "apply",
+    "formats",
+    "load",
+    "plan",
+    "quantize",
+    "reference",
+    "restore",
+    "rounding",
+    "save",
+    "verify",
+]
+
+register_with_diffusers()
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("apply", "plan", "quantize"):
+        return getattr(import_module("difloat.api"), name)
+    raise AttributeError(f"module 'difloat' has no attribute {name!r}")

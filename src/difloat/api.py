@@ -1,0 +1,125 @@
+"""What users call: plan, apply, quantize. Saving and loading come from `io`, the reference models from `reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from difloat import calibration, layers, recipes
+from difloat.calibration import CalibrationSettings
+from difloat.io import mark_quantized
+from difloat.methods.posttraining import Bits, Task
+from difloat.quantizer import Plan
+
+
+def denoiser(model: Any) -> nn.Module:
+    """The module that is quantized: the denoiser of a pipeline, or the module itself."""
+    return model if isinstance(model, nn.Module) else calibration.denoiser_of(model)[1]
+
+
+def default_prompts() -> list[str]:
+    """General prompts for calibration when the user gives none."""
+    return resources.files("difloat").joinpath("assets/prompts.txt").read_text(encoding="utf-8").splitlines()
+
+
+def prompts_for(pipeline: Any, prompts: Sequence[str] | None) -> list[str] | None:
+    """`prompts`, or the built-in ones if the pipeline reads text, or None."""
+    if prompts is not None:
+        return list(prompts)
+    return default_prompts() if getattr(pipeline, "tokenizer", None) is not None else None
+
+
+def plan(
+    model: Any,
+    recipe: str = "lbfp",
+    bits: str = "w4a8",
+    *,
+    prompts: Sequence[str] | None = None,
+    forward_loop: Callable[[nn.Module], object] | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    call_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Plan:
+    """Decide how to quantize a model; the model is left untouched.
+
+    Args:
+        model: A diffusers pipeline, or any `nn.Module` denoiser together with `forward_loop`.
+        recipe: One of `difloat.recipes.RECIPES`.
+        bits: Like "w4a8": weight bits and activation bits; 16 or 32 leave activations alone.
+        prompts: Texts to calibrate with; None takes general built-in ones.
+        forward_loop: Called with the module, samples with it; for plain modules.
+        cache_dir: Keeps calibration data and finished blocks, so that a killed run goes on where it was.
+        progress: Show progress bars.
+        call_kwargs: Further arguments of the pipeline's call, such as `height`.
+        **options: Fields of `CalibrationSettings` (`samples`, `steps`, `guidance_scale`, `seed`, `memory_bytes`, ...) and of the
+            recipe's options.
+
+    Raises:
+        ValueError: on an unknown recipe, bits or option, a model without layers to quantize, or values that are not finite.
+    """
+    row, parsed = recipes.lookup(recipe), Bits.parse(bits)
+    names = {field.name for field in fields(CalibrationSettings)}
+    settings = CalibrationSettings(**{name: value for name, value in options.items() if name in names})
+    own = {name: value for name, value in options.items() if name not in names}
+    recipes.make_options(row, own)  # refuse bad options before hours of calibration
+    module = denoiser(model)
+    _check_model(module)
+    if model is not module:
+        data = calibration.collect(
+            model,
+            prompts_for(model, prompts),
+            settings,
+            cache_dir=cache_dir,
+            progress=progress,
+            call_kwargs=call_kwargs,
+        )
+    elif forward_loop is not None:
+        data = calibration.collect_from_loop(
+            module, forward_loop, settings, cache_dir=cache_dir, progress=progress
+        )
+    else:
+        raise ValueError(
+            "a plain module must come with forward_loop, got None; give a function that samples with the module"
+        )
+    work_dir = None if cache_dir is None else Path(cache_dir)
+    task = Task(module, data, parsed, settings.seed, progress, work_dir)
+    return recipes.plan(task, recipe, bits, own)
+
+
+def _check_model(module: nn.Module) -> None:
+    """Refuse models that cannot be quantized before any work is done."""
+    found = layers.quantizable(module)
+    if not found:
+        raise ValueError(
+            "model must have linear or convolution layers in float, got none; is it quantized already?"
+        )
+    for name, layer in found.items():
+        if not bool(layer.weight.isfinite().all()):
+            raise ValueError(
+                f"weights must be finite, got NaN or Inf in layer {name!r}; repair the checkpoint"
+            )
+
+
+def apply(model: Any, plan: Plan) -> Any:
+    """Carry out a plan in place on a pipeline's denoiser or a module; returns `model`.
+
+    Raises:
+        ValueError: if the plan was made for another model; nothing is changed then.
+    """
+    module = denoiser(model)
+    layers.apply(module, plan)
+    mark_quantized(module, plan)
+    return model
+
+
+def quantize(model: Any, recipe: str = "lbfp", bits: str = "w4a8", **arguments: Any) -> Plan:
+    """`plan` and `apply` in one; takes what `plan` takes, changes `model` in place and returns the plan."""
+    decided = plan(model, recipe, bits, **arguments)
+    apply(model, decided)
+    return decided

@@ -1,0 +1,366 @@
+"""Calibration data: rows of a denoiser's inputs, drawn from the trajectories of the full-precision sampler.
+
+`collect` calls an unmodified diffusers pipeline, `collect_from_loop` any sampling loop around an `nn.Module`;
+a forward pre-hook records the denoiser's inputs. Rows are spread evenly over the sampler's own timesteps and
+over the conditional and unconditional halves of guidance. Each batch of prompts is one shard: once it is on
+disk it stays done, and because every seed is explicit a resumed run gives the rows of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from difloat.calls import Recorder, Row, device_of, first_tensor, merge, recording, stratified_indices
+from difloat.sampling import Sampling, denoiser_of, load_prompts, quiet, weights_summary
+from difloat.shelf import Shelf
+
+__all__ = [
+    "Calibration",
+    "CalibrationSettings",
+    "collect",
+    "collect_from_loop",
+    "denoiser_of",
+    "estimate",
+    "load_prompts",
+]
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What to collect; the defaults are written here and nowhere else.
+
+    Attributes:
+        samples: Denoiser input rows kept in all.
+        steps: Sampler steps; None takes the default of the pipeline's call.
+        guidance_scale: Classifier-free guidance; None takes the default of the pipeline's call.
+        prompts_per_batch: Pictures sampled at once. It also sets how many trajectories are drawn.
+        seed: Seed of all noise and of every choice of rows.
+        memory_bytes: Rows held in RAM; what is above stays on disk and is read on demand. While a batch of
+            prompts runs, its rows are in RAM on top of this.
+    """
+
+    samples: int = 256
+    steps: int | None = None
+    guidance_scale: float | None = None
+    prompts_per_batch: int = 8
+    seed: int = 0
+    memory_bytes: int = 2 << 30
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("samples", 1),
+            ("steps", 1),
+            ("prompts_per_batch", 1),
+            ("seed", 0),
+            ("memory_bytes", 0),
+        ):
+            value = getattr(self, name)
+            if name == "steps" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"calibration setting '{name}' must be a whole number of at least {least}, got {value!r}; "
+                    "give another value"
+                )
+
+
+@final
+class Calibration:
+    """A set of captured denoiser input rows, held in RAM or read from disk on demand."""
+
+    def __init__(self, rows: Sequence[Row], shelf: Shelf, device: torch.device) -> None:
+        """Rows whose tensors are on `shelf`; `batch` puts them on `device`."""
+        self._rows = list(rows)
+        self._shelf = shelf
+        self.device = device
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._rows)
+
+    @property
+    def timesteps(self) -> list[float]:
+        """Timestep of every row, in the sampler's unit; a call's number if calls have no timestep."""
+        return [row.timestep for row in self._rows]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the rows, each distinct tensor counted once, in RAM and on disk together."""
+        return self._shelf.nbytes({leaf for row in self._rows for leaf in row.leaves})
+
+    def batch(self, rows: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Denoiser arguments `(args, kwargs)` of the given rows, merged along the batch axis, on `device`.
+
+        A scalar timestep comes back as one entry per row, so rows of different timesteps can be mixed. The
+        tensors are copies.
+
+        Raises:
+            ValueError: No rows, a row number out of range, or rows that cannot share one call.
+        """
+        if len(rows) == 0 or not all(0 <= row < len(self) for row in rows):
+            raise ValueError(
+                f"rows must be numbers from 0 to {len(self) - 1}, at least one, got {list(rows)}; use "
+                "range(len(calibration)) for all"
+            )
+        return merge([self._rows[row] for row in rows], lambda key: self._shelf.read(key).to(self.device))
+
+    def stratified(self, count: int, generator: torch.Generator) -> list[int]:
+        """Row numbers without repeats, spread evenly over timesteps and guidance halves, in random order.
+
+        Raises:
+            ValueError: `count` is below 1 or above the number of rows.
+        """
+        if not 1 <= count <= len(self):
+            raise ValueError(
+                f"count must be from 1 to the {len(self)} rows there are, got {count}; collect more"
+            )
+        chosen = stratified_indices(self.timesteps, [row.part for row in self._rows], count, generator)
+        return [chosen[place] for place in torch.randperm(count, generator=generator).tolist()]
+
+    def describe(self) -> dict[str, Any]:
+        """Rows, bytes, rows per timestep (descending) and rows per guidance part."""
+        counts = Counter(self.timesteps)
+        return {
+            "rows": len(self),
+            "bytes": self.nbytes,
+            "memory_bytes": self._shelf.memory_used_bytes,
+            "timesteps": {timestep: counts[timestep] for timestep in sorted(counts, reverse=True)},
+            "parts": dict(sorted(Counter(row.part for row in self._rows).items())),
+        }
+
+
+def collect(
+    pipeline: Any,
+    prompts: Sequence[str] | None,
+    settings: CalibrationSettings,
+    *,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    call_kwargs: Mapping[str, Any] | None = None,
+) -> Calibration:
+    """Sample with an unmodified pipeline and keep `settings.samples` rows of its denoiser's inputs.
+
+    Args:
+        pipeline: Any diffusers pipeline with one denoiser.
+        prompts: Texts, drawn in a seeded order and used again from the start if there are too few; None for a
+            pipeline without text. A class-conditional pipeline gets random classes.
+        settings: How much, and from which seed.
+        cache_dir: Folder of finished shards. Each request (settings, prompts, model, scheduler) has its own
+            subfolder in it; a repeated or resumed request takes what is there. None: RAM, and a temporary
+            folder for what is above the memory budget.
+        progress: Show a progress bar with the time left.
+        call_kwargs: More arguments of the pipeline's call, such as `height` or `negative_prompt`.
+
+    Raises:
+        ValueError: Prompts do not fit the pipeline, NaN or infinity in the inputs, or rows cannot be merged.
+        OSError: The disk of `cache_dir` is full.
+    """
+    sampling = _sampling(pipeline, prompts, settings, call_kwargs)
+    shelf = Shelf(cache_dir, settings.memory_bytes, sampling.request())
+    limit = -(-settings.samples // sampling.batches)
+    bar = tqdm(total=sampling.batches * sampling.steps, desc="calibrate", unit="call", disable=not progress)
+    with bar, quiet(pipeline):
+        batch = 0
+        while batch < sampling.batches or len(shelf.rows) < settings.samples:
+            shard = f"batch-{batch:05d}"
+            if shelf.restore(shard):
+                bar.update(sampling.steps)
+            else:
+                recorder = Recorder(
+                    sampling.denoiser,
+                    limit,
+                    torch.Generator().manual_seed(sampling.seed(batch)),
+                    images=sampling.images,
+                    on_call=bar.update,
+                )
+                with recording(sampling.denoiser, recorder, sampling.seed(batch)):
+                    sampling.run(batch)
+                _require_calls(recorder)
+                shelf.put(shard, recorder.rows, recorder.blobs)
+            batch += 1
+    return _finish(sampling.denoiser, shelf, settings, sampling.device)
+
+
+def collect_from_loop(
+    module: nn.Module,
+    forward_loop: Callable[[nn.Module], object],
+    settings: CalibrationSettings,
+    *,
+    cache_dir: str | Path | None = None,
+    cache_key: str = "",
+    progress: bool = True,
+) -> Calibration:
+    """Run `forward_loop(module)` once and keep up to `settings.samples` rows of the module's inputs.
+
+    The sample is the first tensor argument with at least two axes, its first axis the batch. The timestep is
+    found by parameter name (`timestep`, `t`, `sigma`, ...), else it is the first scalar or `[batch]` tensor after
+    the sample; without one, the number of the call takes its place. `steps`, `guidance_scale` and
+    `prompts_per_batch` are the loop's own business and not used. A loop that gives fewer rows gives fewer.
+
+    The loop runs with torch's random state seeded and then restored. It is one shard: a killed run
+    starts again, a finished one is reused from `cache_dir` if module, settings, loop name and `cache_key` are
+    the same; change `cache_key` when the loop's data change.
+
+    Raises:
+        ValueError: The loop never called the module, NaN or infinity in the inputs, or rows of different
+            timesteps cannot be merged.
+    """
+    request = {
+        "module": type(module).__qualname__,
+        "weights": weights_summary([module]),
+        "loop": f"{getattr(forward_loop, '__module__', '')}.{getattr(forward_loop, '__qualname__', '')}",
+        "key": cache_key,
+        "samples": settings.samples,
+        "seed": settings.seed,
+    }
+    shelf = Shelf(cache_dir, settings.memory_bytes, request)
+    if not shelf.restore("loop"):
+        with tqdm(desc="calibrate", unit="call", disable=not progress) as bar:
+            generator = torch.Generator().manual_seed(settings.seed)
+            recorder = Recorder(module, settings.samples, generator, on_call=bar.update)
+            with recording(module, recorder, settings.seed):
+                forward_loop(module)
+            _require_calls(recorder)
+            shelf.put("loop", recorder.rows, recorder.blobs)
+    return _finish(module, shelf, settings, device_of(module))
+
+
+def estimate(
+    pipeline: Any,
+    prompts: Sequence[str] | None,
+    settings: CalibrationSettings,
+    *,
+    call_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """What `collect` will need, from two timed denoiser calls of a run that is then broken off.
+
+    Returns:
+        `rows`, `batches` (pipeline runs), `calls` (denoiser calls), `ram_bytes` (peak of the rows held),
+        `disk_bytes` (of the cache, or of the temporary files above the budget) and `seconds`.
+    """
+    sampling = _sampling(pipeline, prompts, settings, call_kwargs)
+    ticks = [time.perf_counter()]
+
+    def tick() -> None:
+        if sampling.device.type == "cuda":
+            torch.cuda.synchronize(sampling.device)
+        ticks.append(time.perf_counter())
+        if len(ticks) == 4:
+            raise _EnoughError
+
+    everything = 1 << 30
+    recorder = Recorder(sampling.denoiser, everything, torch.Generator().manual_seed(0), on_call=tick)
+    with quiet(pipeline), recording(sampling.denoiser, recorder, sampling.seed(0)):
+        try:
+            sampling.run(0)
+            ticks.append(time.perf_counter())
+        except _EnoughError:
+            pass
+    _require_calls(recorder)
+    users = Counter(leaf for row in recorder.rows for leaf in set(row.leaves))
+    size = {key: blob.nbytes for key, blob in recorder.blobs.items()}
+    # What one call alone shows is new in every row; what several rows share comes once per batch.
+    own_bytes = sum(size[key] for key, count in users.items() if count == 1) / len(recorder.rows)
+    batch_bytes = sum(size[key] for key, count in users.items() if count > 1)
+    calls = sampling.batches * sampling.steps
+    total_bytes = int(own_bytes * settings.samples + batch_bytes * sampling.batches)
+    per_batch_bytes = int(own_bytes * 2 * -(-settings.samples // sampling.batches) + batch_bytes)
+    return {
+        "rows": settings.samples,
+        "batches": sampling.batches,
+        "calls": calls,
+        "ram_bytes": min(total_bytes, settings.memory_bytes) + per_batch_bytes,
+        "disk_bytes": total_bytes,
+        "seconds": (ticks[-1] - ticks[-2]) * calls + (ticks[1] - ticks[0]) * sampling.batches,
+    }
+
+
+class _EnoughError(Exception):
+    """Breaks off the run of `estimate`."""
+
+
+def _sampling(
+    pipeline: Any,
+    prompts: Sequence[str] | None,
+    settings: CalibrationSettings,
+    call_kwargs: Mapping[str, Any] | None,
+) -> Sampling:
+    return Sampling(
+        pipeline,
+        prompts,
+        samples=settings.samples,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        batch=settings.prompts_per_batch,
+        seed=settings.seed,
+        call_kwargs=call_kwargs or {},
+    )
+
+
+def _require_calls(recorder: Recorder) -> None:
+    if recorder.calls == 0:
+        raise ValueError(
+            "the sampling loop must call the denoiser, got no call; call the module itself, not its forward, and "
+            "pass the module that samples"
+        )
+
+
+def _finish(
+    module: nn.Module, shelf: Shelf, settings: CalibrationSettings, device: torch.device
+) -> Calibration:
+    """Cut to the number of rows asked for and prove that rows of different timesteps can be merged."""
+    rows = shelf.rows
+    keep = stratified_indices(
+        [row.timestep for row in rows],
+        [row.part for row in rows],
+        min(settings.samples, len(rows)),
+        torch.Generator().manual_seed(settings.seed),
+    )
+    calibration = Calibration([rows[index] for index in keep], shelf, device)
+    check_mergeable(module, calibration)
+    return calibration
+
+
+def check_mergeable(module: nn.Module, calibration: Calibration) -> None:
+    """Prove that two rows of different timesteps give in one call what they give in two.
+
+    Does nothing if all rows have the same timestep.
+
+    Raises:
+        ValueError: The module takes only a scalar timestep, or mixes the rows of a batch.
+    """
+    timesteps = calibration.timesteps
+    other = max(range(len(timesteps)), key=lambda row: abs(timesteps[row] - timesteps[0]))
+    if timesteps[other] == timesteps[0]:
+        return
+    with torch.no_grad():
+        apart = torch.cat([_output(module, calibration, [row]) for row in (0, other)])
+        try:
+            merged = _output(module, calibration, [0, other])
+        except (RuntimeError, TypeError, IndexError) as error:
+            raise ValueError(f"{_SCALAR_TIMESTEP} in one call, got: {str(error).splitlines()[0]}") from error
+    # Half precision sums in another order for another batch size; a wrong timestep is far outside of this.
+    tolerance = 1e-3 if merged.dtype in (torch.float32, torch.float64) else 5e-2
+    difference = float((merged.double() - apart.double()).norm() / apart.double().norm().clamp_min(1e-12))
+    if merged.shape != apart.shape or difference > tolerance:
+        raise ValueError(f"{_SCALAR_TIMESTEP} in one call, got outputs that differ by {difference:.2g}")
+
+
+_SCALAR_TIMESTEP = (
+    "a denoiser must take the timestep as a [batch] tensor (one entry per row), so that rows of different "
+    "timesteps can be merged"
+)
+
+
+def _output(module: nn.Module, calibration: Calibration, rows: list[int]) -> Tensor:
+    args, kwargs = calibration.batch(rows)
+    return first_tensor(module(*args, **kwargs))

@@ -1,0 +1,179 @@
+"""The built-in picture features: a small network trained with captions, for Fréchet, perceptual and retrieval metrics.
+
+The network was trained by `training/features.py` on the picture set of the reference models: contrastively, picture
+against caption, under strong augmentation. It needs no download; it knows emoji, so use Inception or CLIP features
+(`difloat[eval]`) for other pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+SIZE = 64  # pixels, height and width the network was trained at
+
+
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions with group norm; the first halves the resolution; a shortcut joins the second."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(inside, outside, 3, stride=2, padding=1)
+        self.norm = nn.GroupNorm(8, outside)
+        self.conv = nn.Conv2d(outside, outside, 3, padding=1)
+        self.norm_out = nn.GroupNorm(8, outside)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Maps [n, inside, h, w] to [n, outside, h/2, w/2]."""
+        hidden = F.silu(self.norm(self.down(images)))
+        return F.silu(self.norm_out(self.conv(hidden)) + hidden)
+
+
+class FeatureNet(nn.Module):
+    """Pictures [n, 3, h, w] in 0..1 to features [n, width], float32.
+
+    Args:
+        channels: Output channels of the halving blocks.
+        width: Length of the feature vector.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = (32, 64, 96, 128), width: int = 128) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ConvBlock(a, b) for a, b in zip((3, *channels), channels, strict=False))
+        # The last map keeps its 4x4 places: what is where matters for a picture as much as what is in it.
+        self.head = nn.Linear(channels[-1] * (SIZE >> len(channels)) ** 2, width)
+
+    def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Returns the block outputs, finest first: [n, c, 32, 32], [n, c, 16, 16], ..."""
+        hidden = prepare(images)
+        result = []
+        for block in self.blocks:
+            hidden = block(hidden)
+            result.append(hidden)
+        return result
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns features [n, width]."""
+        return self.head(self.maps(images)[-1].flatten(1))
+
+
+def prepare(images: torch.Tensor) -> torch.Tensor:
+    """Scales pictures [n, 3, h, w] in 0..1 to the network's size and to -1..1, float32."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have shape [n, 3, height, width], got {tuple(images.shape)}")
+    images = images.float()
+    if images.shape[-2:] != (SIZE, SIZE):
+        images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+    return images * 2 - 1
+
+
+@lru_cache(maxsize=1)
+def load() -> FeatureNet:
+    """Returns the trained network on the CPU, in evaluation mode; the same object every time."""
+    folder = ASSETS / "features"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    network = FeatureNet(tuple(config["channels"]), config["width"])
+    state = load_file(folder / "model.safetensors")
+    network.load_state_dict({name: value.float() for name, value in state.items()})
+    return network.eval().requires_grad_(False)
+
+
+def _batched(images: torch.Tensor, size: int = 100) -> torch.Tensor:
+    """Features of any number of pictures, [n, width], a hundred pictures at a time."""
+    network = load()
+    with torch.no_grad():
+        return torch.cat([network(part) for part in images.split(size)])
+
+
+def features(images: torch.Tensor) -> torch.Tensor:
+    """Returns features [n, width] of pictures [n, 3, h, w] in 0..1."""
+    return _batched(images)
+
+
+def feature_maps(images: torch.Tensor) -> list[torch.Tensor]:
+    """Intermediate maps for a perceptual distance, each of unit length along its channels.
+
+    The mean over places of the squared difference of two pictures' maps, summed over maps, is an LPIPS-type distance.
+    Differentiable in `images`.
+
+    Args:
+        images: Pictures [n, 3, h, w] in 0..1.
+
+    Returns:
+        Maps [n, c, h, w], finest first.
+    """
+    return [F.normalize(level, dim=1, eps=1e-6) for level in load().maps(images)]
+
+
+@lru_cache(maxsize=1)
+def _text() -> tuple[object, nn.Module, torch.Tensor]:
+    """Tokenizer, text encoder and the projection [width, d] that takes its pooled output to feature space."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    folder = ASSETS / "emoji-text"
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    projection = load_file(ASSETS / "features" / "projection.safetensors")["weight"].float()
+    return tokenizer, encoder.eval().requires_grad_(False), projection
+
+
+def pooled_text(tokenizer: object, encoder: nn.Module, captions: list[str]) -> torch.Tensor:
+    """Mean of the encoder's token outputs over the real tokens of each caption, [n, d]."""
+    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")  # type: ignore[operator]
+    mask = tokens.attention_mask
+    hidden = encoder(tokens.input_ids, attention_mask=mask)[0]
+    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def caption_embeddings(captions: list[str]) -> torch.Tensor:
+    """Returns unit vectors [n, width] in feature space; their product with unit features scores a match."""
+    tokenizer, encoder, projection = _text()
+    return F.normalize(pooled_text(tokenizer, encoder, captions) @ projection.T, dim=1)
+
+
+def retrieval(images: torch.Tensor, captions: list[str], pool: int = 50, seed: int = 0) -> torch.Tensor:
+    """Says for each picture whether its caption wins against `pool - 1` random other captions of the picture set.
+
+    Args:
+        images: Pictures [n, 3, h, w] in 0..1.
+        captions: The prompt of each picture.
+        pool: Number of captions to choose from, the right one included.
+        seed: Seed of the draw of the wrong captions.
+
+    Returns:
+        Boolean tensor [n].
+    """
+    if len(captions) != len(images):
+        raise ValueError(f"captions must be one per picture, got {len(captions)} for {len(images)} pictures")
+    names = (ASSETS / "captions.txt").read_text(encoding="utf-8").splitlines()
+    table = caption_embeddings(names)
+    pictures = F.normalize(_batched(images), dim=1)
+    right = (pictures * caption_embeddings(captions)).sum(1)
+    scores = pictures @ table.T
+    generator = torch.Generator().manual_seed(seed)
+    hits = []
+    for caption, own, row in zip(captions, right, scores, strict=True):
+        others = torch.tensor([index for index, name in enumerate(names) if name != caption])
+        drawn = others[torch.randperm(len(others), generator=generator)[: pool - 1]]
+        hits.append(bool(own > row[drawn].max()))
+    return torch.tensor(hits)
+
+
+def retrieval_accuracy(images: torch.Tensor, captions: list[str], pool: int = 50, seed: int = 0) -> float:
+    """Share of pictures for which `retrieval` finds the right caption, 0..1."""
+    return retrieval(images, captions, pool, seed).float().mean().item()
+
+
+def data_statistics() -> tuple[np.ndarray, np.ndarray]:
+    """Mean [width] and covariance [width, width], float32, of the features of the training pictures."""
+    state = load_file(ASSETS / "features" / "statistics.safetensors")
+    return state["mean"].numpy(), state["covariance"].numpy()

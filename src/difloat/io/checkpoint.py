@@ -1,0 +1,279 @@
+"""Saving and loading models whose layers are quantized: diffusers pipelines, diffusers models and plain modules.
+
+A save appears whole or not at all, and the same model gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from difloat.io.layout import (
+    CONFIG,
+    CheckpointError,
+    StoredTensor,
+    check_headers,
+    common_dtype,
+    parse_config,
+    quantization_config,
+    read_headers,
+    read_json,
+    write_json,
+)
+from difloat.io.manifest import MANIFEST, read_manifest, whole_directory, write_manifest
+from difloat.io.modules import load_into, write_module
+from difloat.layers import QuantizedLayer
+from difloat.quantizer import Plan
+
+_PIPELINE = "model_index.json"
+
+
+def mark_quantized(model: nn.Module, plan: Plan) -> None:
+    """Note on a model, whose layers are quantized already, what made them, so that it can be saved.
+
+    A diffusers model can be saved by its own `save_pretrained` then.
+    """
+    config = quantization_config(plan)
+    if _is_diffusers(model, "ModelMixin"):
+        from difloat.io import diffusers
+
+        diffusers.mark(model, diffusers.DifloatQuantizer(diffusers.DifloatConfig(**config)))
+    else:
+        origin = {key: config[key] for key in ("recipe", "bits", "options", "skipped")}
+        model.difloat_plan = origin  # type: ignore[assignment]
+
+
+def unmark_quantized(model: nn.Module) -> None:
+    """Undo `mark_quantized`, for a model whose layers are float again; does nothing to a model that is not marked."""
+    if "difloat_plan" in vars(model) and _is_diffusers(model, "ModelMixin"):
+        from difloat.io import diffusers
+
+        diffusers.unmark(model)
+    elif "difloat_plan" in vars(model):
+        del model.difloat_plan
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that `model` carries out, read off its layers; tensors are shared with them.
+
+    Raises:
+        ValueError: if it has no quantized layers, is not marked, or its vectors were cast to another dtype.
+    """
+    quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    found = {name: module.plan() for name, module in quantized.items() if module.parts}
+    origin = vars(model).get("difloat_plan")
+    if not found or origin is None:
+        raise ValueError(
+            f"model must be quantized by difloat.apply or difloat.quantize, got a float {type(model).__name__}; "
+            "quantize it first"
+        )
+    for name, layer in found.items():
+        for key, tensor in layer.tensors.items():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"{name}.{key} must be in memory, but is offloaded; move the model to one device first"
+                )
+            if tensor.dtype != (torch.uint8 if key == "weight" else torch.float32):
+                raise ValueError(
+                    f"{name}.{key} must keep its dtype, but was cast to {tensor.dtype}; "
+                    "load the model again and give the dtype while loading"
+                )
+    return Plan(origin["recipe"], origin["bits"], found, origin["skipped"], origin["options"])
+
+
+def save(
+    pipeline_or_module: Any,
+    directory: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int | None = None,
+) -> Path:
+    """Write a pipeline, a diffusers model or a plain module with its quantized layers; returns the directory.
+
+    Args:
+        pipeline_or_module: Quantized by `difloat.apply`; of a pipeline every component is written.
+        directory: Made if it does not exist, parents too.
+        overwrite: Replace a directory that `save` has written; any other one that is not empty is always refused.
+        max_shard_bytes: Split the tensors into files of at most this size; None for one file (diffusers: 10 GB).
+
+    Raises:
+        ValueError: if nothing in it is quantized.
+        CheckpointError: if the directory is in use for something else or the disk is full; nothing is left behind.
+    """
+    target = Path(directory).resolve()
+    quantized = _quantized(pipeline_or_module)
+    needed_bytes = sum(
+        tensor.nbytes for model in quantized.values() for tensor in [*model.parameters(), *model.buffers()]
+    )
+    with whole_directory(target, overwrite, needed_bytes) as partial:
+        if hasattr(pipeline_or_module, "save_pretrained"):
+            options = {} if max_shard_bytes is None else {"max_shard_size": max_shard_bytes}
+            pipeline_or_module.save_pretrained(str(partial), **options)
+            _clean_configs(partial, {partial / name for name in quantized})
+        else:
+            write_module(pipeline_or_module, plan_of(pipeline_or_module), partial, max_shard_bytes)
+        write_manifest(partial)
+    return target
+
+
+def _quantized(pipeline_or_module: Any) -> dict[str, nn.Module]:
+    """The models that hold quantized layers by their sub-directory, "" for a model on its own; their marks renewed."""
+    models = {"": pipeline_or_module}
+    if _is_diffusers(pipeline_or_module, "DiffusionPipeline"):
+        models = {
+            name: model
+            for name, model in pipeline_or_module.components.items()
+            if isinstance(model, nn.Module)
+            and any(isinstance(layer, QuantizedLayer) for layer in model.modules())
+        }
+        for name, model in models.items():
+            if not _is_diffusers(model, "ModelMixin"):
+                raise ValueError(
+                    f"quantized components must be diffusers models, got {name!r} of {type(model).__name__}; "
+                    "quantize the denoiser only"
+                )
+    if not models:
+        raise ValueError(
+            "pipeline must have a quantized component, got none; quantize it first with difloat.quantize"
+        )
+    for model in models.values():
+        mark_quantized(model, plan_of(model))
+    return models
+
+
+def _is_diffusers(value: Any, class_name: str) -> bool:
+    """Whether `value` is of a class of diffusers, which is not imported to find out."""
+    diffusers = sys.modules.get("diffusers")
+    return diffusers is not None and isinstance(value, getattr(diffusers, class_name))
+
+
+def _clean_configs(directory: Path, quantized: set[Path]) -> None:
+    """Make the files independent of where their model came from, and those with a plan compact."""
+    for path in directory.rglob(CONFIG):
+        config = read_json(path)
+        origin = config.pop(
+            "_name_or_path", None
+        )  # libraries note here the path that a model was loaded from
+        if path.parent in quantized:
+            write_json(path, config)
+        elif origin is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def components(directory: str | os.PathLike[str]) -> dict[str, Path]:
+    """Model directories of a checkpoint that hold quantized layers: by component, or "" for a model on its own.
+
+    Raises:
+        FileNotFoundError: if the directory or its config is missing.
+        CheckpointError: if nothing in it is quantized.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise FileNotFoundError(f"checkpoint must be a directory, but {root} does not exist; check the path")
+    if not (root / _PIPELINE).is_file():
+        read_json(root / CONFIG)
+        return {"": root}
+    names = [name for name, entry in read_json(root / _PIPELINE).items() if isinstance(entry, list)]
+    configs = {name: root / name / CONFIG for name in names if name == Path(name).name}
+    found = {
+        name: path.parent
+        for name, path in configs.items()
+        if path.is_file() and "quantization_config" in read_json(path)
+    }
+    if not found:
+        raise CheckpointError(
+            f"{root} must hold a quantized component, got a pipeline without; load it with diffusers"
+        )
+    return found
+
+
+def read_plan(directory: Path) -> tuple[Plan, dict[str, StoredTensor]]:
+    """Plan (its tensors on the meta device) and stored tensors of a model directory, checked against each other."""
+    plan = parse_config(read_json(directory / CONFIG).get("quantization_config"))
+    stored = read_headers(directory)
+    check_headers(plan, stored)
+    return plan, stored
+
+
+def load(
+    directory: str | os.PathLike[str],
+    into: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Any:
+    """Read a checkpoint: a diffusers pipeline, a diffusers model, or the layers and tensors of a plain module.
+
+    Args:
+        directory: What `save` or `save_pretrained` has written.
+        into: A plain module of the same architecture, float or quantized, also on the meta device; changed in place.
+        dtype: Of all that is not quantized; None keeps what is stored. Codes and float32 vectors never change.
+        device: Where to put it; None is the CPU, for `into` the device that it is on.
+
+    Raises:
+        FileNotFoundError: if something is missing.
+        CheckpointError: if something is damaged, of another version, or not of this model; `into` is then unchanged.
+    """
+    root = Path(directory)
+    found = components(root)
+    if (root / MANIFEST).is_file():
+        read_manifest(root)
+    loaded = {name: read_plan(path) for name, path in found.items()}
+    if (root / _PIPELINE).is_file():
+        if into is not None:
+            raise CheckpointError(
+                "into must be None for a pipeline, got a module; pass the directory of one component"
+            )
+        model = _load_pipeline(root, loaded, dtype)
+    elif into is not None:
+        plan, stored = loaded[""]
+        model = load_into(into, plan, stored, dtype, device)
+        mark_quantized(model, plan)
+        return model
+    else:
+        model = _load_model(root, *loaded[""], dtype)
+    return model if device is None else model.to(device)
+
+
+def _load_model(root: Path, plan: Plan, stored: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> Any:
+    config = read_json(root / CONFIG)
+    name = config.get("_class_name")
+    if name is None:
+        kind = str(config.get("module_class", "module"))
+        raise CheckpointError(
+            f"into must be a {kind:.80} of the saved architecture, got None; pass load(directory, into=...)"
+        )
+    import diffusers
+
+    from difloat.io.diffusers import register
+
+    register()
+    model_class = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(model_class, type) or not issubclass(model_class, diffusers.ModelMixin):
+        raise CheckpointError(
+            f"_class_name must be a model of diffusers {diffusers.__version__}, got {name!r:.80}; update diffusers"
+        )
+    return model_class.from_pretrained(str(root), torch_dtype=dtype or common_dtype(plan, stored))
+
+
+def _load_pipeline(
+    root: Path, loaded: Mapping[str, tuple[Plan, dict[str, StoredTensor]]], dtype: torch.dtype | None
+) -> Any:
+    import diffusers
+
+    from difloat.io.diffusers import register
+
+    register()
+    dtypes: Any = dtype
+    if dtype is None:
+        dtypes = {"default": torch.float32} | {name: common_dtype(*model) for name, model in loaded.items()}
+        for path in root.glob(f"*/{CONFIG}"):
+            if path.parent.name not in loaded:
+                dtypes[path.parent.name] = common_dtype(None, read_headers(path.parent))
+    return diffusers.DiffusionPipeline.from_pretrained(str(root), torch_dtype=dtypes)

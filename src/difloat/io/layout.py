@@ -1,0 +1,315 @@
+"""The file format, version 1: names, shapes and checks that saving, loading and verifying share.
+
+`docs/format.md` specifies it for readers of other origin. In memory every layer has its own vectors; in the file the
+input vectors of all layers are one tensor, because the header entry of a tensor takes some 120 bytes and most of
+these vectors hold one number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from difloat.quantizer import PLAN_VERSION, LayerPlan, Part, Plan, layer_tensor_shapes
+
+QUANT_METHOD = "difloat"
+INPUT_BUNDLE = "difloat.input"
+CONFIG = "config.json"
+WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+
+_BUNDLED = ("input_scale", "input_zero_point")
+_PLAN_FIELDS = {"version", "recipe", "bits", "options", "layers", "skipped"}
+_MAX_WEIGHT_VALUES = 2**40  # no layer has more; a larger product is damage and would overflow further on
+_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read; the message is one sentence that says what to do."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the header of a safetensors file says of a tensor; `dtype` as spelled there (`U8`, `F32`)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """The `quantization_config` of `config.json`; ValueError if the plan's options are no JSON."""
+    try:
+        # Through JSON and back, so that a saved and a loaded model hold the very same data (lists, not tuples).
+        return json.loads(json.dumps({"quant_method": QUANT_METHOD, **plan.to_json()}))
+    except TypeError as error:
+        raise ValueError(
+            f"options of a plan must be numbers, strings, lists and dicts, but {error}"
+        ) from error
+
+
+def parse_config(config: object) -> Plan:
+    """Inverse of `quantization_config`; the plan's tensors are on the meta device and say dtype and shape only.
+
+    Raises:
+        CheckpointError: if it is damaged, of another method or of another version.
+    """
+    if not isinstance(config, Mapping) or "quant_method" not in config:
+        raise CheckpointError(
+            "config.json must hold a quantization_config of difloat, got none; save with difloat.save"
+        )
+    fields = {key: value for key, value in config.items() if key != "quant_method"}
+    method = getattr(config["quant_method"], "value", config["quant_method"])
+    if method != QUANT_METHOD:
+        raise CheckpointError(
+            f"quant_method must be {QUANT_METHOD!r}, got {method!r:.80}; load it with its own library"
+        )
+    version = fields.get("version")
+    if version != PLAN_VERSION or isinstance(version, bool):
+        raise CheckpointError(
+            f"checkpoint must be of version {PLAN_VERSION}, got {version!r:.80}; "
+            "load it with the difloat that wrote it, or update"
+        )
+    kinds = {"recipe": str, "bits": str, "options": Mapping, "layers": Mapping, "skipped": Mapping}
+    if set(fields) != _PLAN_FIELDS or not all(isinstance(fields[name], kind) for name, kind in kinds.items()):
+        raise CheckpointError(
+            f"quantization_config must have the fields {sorted(_PLAN_FIELDS)}, got {sorted(fields)!r:.200}; the file is damaged"
+        )
+    layers = {name: _parse_layer(name, data) for name, data in fields["layers"].items()}
+    return Plan(fields["recipe"], fields["bits"], layers, dict(fields["skipped"]), dict(fields["options"]))
+
+
+def _parse_layer(name: str, data: Any) -> LayerPlan:
+    try:
+        shape, parts = tuple(data["shape"]), tuple(Part.from_json(part) for part in data["parts"])
+        numbers = [*shape, *(part["channels"] for part in data["parts"])]
+        numbers += [part.weight.group_size for part in parts if part.weight.group_size is not None]
+        if (
+            any(type(number) is not int or number < 1 for number in numbers)
+            or math.prod(shape) > _MAX_WEIGHT_VALUES
+        ):
+            raise ValueError(f"sizes must be whole numbers of a possible layer, got {numbers!r:.80}")
+        if len(shape) != {"linear": 2, "conv2d": 4}[data["kind"]]:
+            raise ValueError(f"a {data['kind']} weight cannot have the shape {shape!r:.80}")
+        if any(part.weight.online for part in parts):
+            raise ValueError("a weight cannot have online scales")
+        tensors = {
+            key: torch.empty(size, dtype=torch.uint8 if key == "weight" else torch.float32, device="meta")
+            for key, size in layer_tensor_shapes(shape, parts).items()
+        }
+        return LayerPlan.from_json(data, tensors)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"plan of layer {name!r:.200} must be valid, but {error!s:.300}; the file is damaged"
+        ) from error
+
+
+def plan_tensors(plan: Plan) -> dict[str, Tensor]:
+    """The plan's tensors by their names in a state dict, `<layer>.<tensor>`."""
+    return {
+        f"{name}.{key}": tensor
+        for name, layer in plan.layers.items()
+        for key, tensor in layer.tensors.items()
+    }
+
+
+def bundled_names(plan: Plan) -> dict[str, int]:
+    """Names and lengths of the vectors that `INPUT_BUNDLE` holds, in its order: layers by name, scales before zero points."""
+    return {
+        f"{name}.{key}": layer.tensors[key].numel()
+        for name, layer in sorted(plan.layers.items())
+        for key in _BUNDLED
+        if key in layer.tensors
+    }
+
+
+def bundle(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """State dict as stored: the input vectors become one tensor.
+
+    Raises:
+        CheckpointError: if the state dict lacks one of them.
+    """
+    names = bundled_names(plan)
+    if missing := [name for name in names if name not in state]:
+        raise CheckpointError(
+            f"layers must be those of the plan, but {missing[0]!r} is gone; "
+            "call difloat.save, which reads the plan off the layers"
+        )
+    stored = {name: tensor for name, tensor in state.items() if name not in names}
+    if names:
+        stored[INPUT_BUNDLE] = torch.cat([state[name].detach().cpu() for name in names])
+    return stored
+
+
+def unbundle(stored: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """Inverse of `bundle` for what of a state dict is at hand (one shard, say)."""
+    state = dict(stored)
+    bundled = state.pop(INPUT_BUNDLE, None)
+    if bundled is not None:
+        names = bundled_names(plan)
+        # Copies, since tensors that share memory can neither be saved nor moved one by one.
+        pieces = [piece.clone() for piece in bundled.split(list(names.values()))]
+        state.update(zip(names, pieces, strict=True))
+    return state
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; FileNotFoundError or CheckpointError with one sentence."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.name} must be in the checkpoint directory, but {path} does not exist; download it again"
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} must be JSON, but {error!s:.200}; download or save it again"
+        ) from error
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            f"{path} must be a JSON object, got {type(data).__name__}; download or save it again"
+        )
+    return data
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write compact JSON, the same text for the same data: a plan with line breaks would take twice its size."""
+    path.write_text(json.dumps(data, sort_keys=True, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def weight_files(directory: Path) -> tuple[list[Path], Path | None]:
+    """The safetensors files of a model directory, and their index if they are shards.
+
+    Raises:
+        FileNotFoundError: if there are none, or a shard of the index is missing.
+        CheckpointError: if the index is damaged or points out of the directory.
+    """
+    for stem in WEIGHT_STEMS:
+        index = directory / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            return _shards(index), index
+        if (single := directory / f"{stem}.safetensors").is_file():
+            return [single], None
+    names = " or ".join(f"{stem}.safetensors" for stem in WEIGHT_STEMS)
+    raise FileNotFoundError(f"{directory} must hold {names}, but neither exists; download it again")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(v, str) for v in weight_map.values())
+    ):
+        raise CheckpointError(
+            f"{index} must have a weight_map of tensor names to file names; download it again"
+        )
+    for name in sorted(set(weight_map.values())):
+        if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"shards must be safetensors files beside their index, got {name!r:.200}; do not load this checkpoint"
+            )
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(
+                f"shard {name} must be beside its index in {index.parent}, but is missing; download it again"
+            )
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
+
+
+def read_headers(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model directory by its name in the files; no values are read.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        CheckpointError: if a file is truncated or damaged, or index and files disagree.
+    """
+    files, index = weight_files(directory)
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():
+                    entry = opened.get_slice(name)
+                    if name in tensors:
+                        raise CheckpointError(
+                            f"tensor {name!r} must be stored once, but is in two shards; download them again"
+                        )
+                    tensors[name] = StoredTensor(entry.get_dtype(), tuple(entry.get_shape()), file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} must be a whole safetensors file, but {error!s:.200}; download it again"
+            ) from error
+    if index is not None:
+        expected = read_json(index)["weight_map"]
+        wrong = {n for n in expected if n not in tensors or tensors[n].file.name != expected[n]} | (
+            set(tensors) - set(expected)
+        )
+        if wrong:
+            raise CheckpointError(
+                f"index and shards must agree, but not on {min(wrong)!r:.200}; download both again"
+            )
+    return tensors
+
+
+def check_headers(plan: Plan, stored: Mapping[str, StoredTensor]) -> None:
+    """Compare the planned tensors with what the files say.
+
+    Raises:
+        CheckpointError: if one is missing, of another dtype or shape, or a planned layer has one too many.
+    """
+    bundled = bundled_names(plan)
+    expected = {name: tensor for name, tensor in plan_tensors(plan).items() if name not in bundled}
+    if bundled:
+        expected[INPUT_BUNDLE] = torch.empty(sum(bundled.values()), dtype=torch.float32, device="meta")
+    for name, tensor in expected.items():
+        want = ("U8" if tensor.dtype == torch.uint8 else "F32", tuple(tensor.shape))
+        if name not in stored:
+            raise CheckpointError(
+                f"tensor {name!r:.200} of the plan must be stored, but is missing; download or save it again"
+            )
+        got = (stored[name].dtype, stored[name].shape)
+        if got != want:
+            raise CheckpointError(
+                f"tensor {name!r:.200} must be {want[0]} of shape {list(want[1])}, got {got[0]} {list(got[1])}; "
+                "download or save it again"
+            )
+    for name in stored:
+        layer, _, key = name.rpartition(".")
+        if name not in expected and (name == INPUT_BUNDLE or (layer in plan.layers and key != "bias")):
+            raise CheckpointError(
+                f"stored tensors must be in the plan, but {name!r:.200} is not; download or save it again"
+            )
+
+
+def check_vector(name: str, values: Tensor) -> None:
+    """CheckpointError unless scales are finite and positive, zero points finite (float32 1-D)."""
+    if not bool(torch.isfinite(values).all()) or (
+        "scale" in name.rpartition(".")[2] and not bool((values > 0).all())
+    ):
+        rule = "finite and positive" if "scale" in name.rpartition(".")[2] else "finite"
+        bad = (
+            values[~torch.isfinite(values) | (values <= 0)]
+            if "positive" in rule
+            else values[~torch.isfinite(values)]
+        )
+        raise CheckpointError(
+            f"{name!r:.200} must be {rule}, got {bad[0].item()}; quantize or download the model again"
+        )
+
+
+def common_dtype(plan: Plan | None, stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    """Dtype of most floating values that are not quantized; float32 if there are none."""
+    planned = {INPUT_BUNDLE} | (set(plan_tensors(plan)) if plan else set())
+    counts: Counter[str] = Counter()
+    for name, tensor in stored.items():
+        if name not in planned and tensor.dtype in _TORCH_DTYPES:
+            counts[tensor.dtype] += math.prod(tensor.shape)
+    return _TORCH_DTYPES[max(counts, key=lambda dtype: (counts[dtype], dtype))] if counts else torch.float32

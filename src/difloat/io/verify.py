@@ -1,0 +1,196 @@
+"""Proving a checkpoint: hashes, plan, tensors, scales, codes, re-encoding, size."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from difloat.io.checkpoint import components, read_plan
+from difloat.io.layout import INPUT_BUNDLE, CheckpointError, StoredTensor, bundled_names, check_vector
+from difloat.io.manifest import MANIFEST, read_manifest, sha256
+from difloat.packing import pack
+from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
+
+_MAX_OVERHEAD = 1.03
+# A model of a few small layers is mostly header; no header entry needs more than its name and this.
+_HEADER_BYTES_PER_TENSOR = 128
+_HEADER_BYTES = 256
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".py"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check, in one sentence.
+
+    Attributes:
+        check: "hashes", "plan", "scales", "codes", "re-encode" or "size"; "plan" covers version, dtypes and shapes.
+        component: Of the pipeline; "" for a model on its own and for the hashes, which cover all files.
+        passed: Whether it holds.
+        message: What was found.
+    """
+
+    check: str
+    component: str
+    passed: bool
+    message: str
+
+
+def verify(directory: str | os.PathLike[str]) -> list[Finding]:
+    """Check everything that can be checked without the original model; every check that was made is in the list.
+
+    The checkpoint is whole exactly if all findings passed. The hashes guard against accidents, not against someone
+    who changes the manifest as well.
+
+    Raises:
+        FileNotFoundError: if the directory or its config is missing.
+        CheckpointError: if there is nothing of difloat in it.
+    """
+    root = Path(directory)
+    found = components(root)
+    findings = [_hashes(root)]
+    for name, path in found.items():
+        try:
+            plan, stored = read_plan(path)
+        except (CheckpointError, FileNotFoundError) as error:
+            findings.append(Finding("plan", name, False, str(error)))
+            continue
+        findings.append(
+            Finding(
+                "plan",
+                name,
+                True,
+                f"{len(plan.layers)} quantized layers as planned by {plan.recipe} {plan.bits}",
+            )
+        )
+        findings += _check_layers(name, plan, stored)
+        findings.append(_size(name, stored))
+    return findings
+
+
+def _hashes(root: Path) -> Finding:
+    try:
+        entries = read_manifest(root)
+    except FileNotFoundError as error:
+        hint = (
+            f"{MANIFEST} must be there to prove the files, but is missing; save the model with difloat.save"
+        )
+        return Finding("hashes", "", False, str(error) if (root / MANIFEST).is_file() else hint)
+    except CheckpointError as error:
+        return Finding("hashes", "", False, str(error))
+    for name, entry in entries.items():
+        if sha256(root / name) != entry["sha256"]:
+            message = (
+                f"{name} must have the bytes it was saved with, but its SHA-256 is another; download it again"
+            )
+            return Finding("hashes", "", False, message)
+    present = {
+        path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix in _WEIGHT_SUFFIXES
+    }
+    if extra := sorted(present - set(entries)):
+        return Finding(
+            "hashes", "", False, f"{extra[0]} must not be there, since {MANIFEST} does not list it; remove it"
+        )
+    return Finding("hashes", "", True, f"{len(entries)} files have the bytes they were saved with")
+
+
+def _check_layers(component: str, plan: Plan, stored: Mapping[str, StoredTensor]) -> Iterator[Finding]:
+    """Scales, codes and re-encoding of every layer, one layer in memory at a time."""
+    failures: dict[str, list[str]] = {"scales": [], "codes": [], "re-encode": []}
+    for name, layer in _read_layers(plan, stored):
+        try:
+            for key, tensor in layer.tensors.items():
+                if key != "weight":
+                    check_vector(f"{name}.{key}", tensor)
+        except CheckpointError as error:
+            failures["scales"].append(str(error))
+            continue
+        if wrong := _illegal_codes(layer):
+            failures["codes"].append(
+                f"{name}.weight must hold codes that the encoder writes, but has {wrong}; quantize or download it again"
+            )
+        elif not torch.equal(_encoded_again(layer), layer.tensors["weight"]):
+            failures["re-encode"].append(
+                f"{name}.weight must be its own nearest encoding, but is not under its scales; quantize or download it again"
+            )
+    passed = {
+        "scales": "all scales are finite and positive, all zero points finite",
+        "codes": "all codes are legal and all padding bits zero",
+        "re-encode": "decoding and encoding gives the same bytes in every layer",
+    }
+    for check, messages in failures.items():
+        more = f" (and {len(messages) - 1} more layers)" if len(messages) > 1 else ""
+        yield Finding(check, component, not messages, messages[0] + more if messages else passed[check])
+
+
+def _read_layers(plan: Plan, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, LayerPlan]]:
+    opened = {file: safe_open(file, framework="pt") for file in {tensor.file for tensor in stored.values()}}
+
+    def read(name: str) -> torch.Tensor:
+        return opened[stored[name].file].get_tensor(name)
+
+    lengths = bundled_names(plan)
+    vectors = (
+        dict(zip(lengths, read(INPUT_BUNDLE).split(list(lengths.values())), strict=True)) if lengths else {}
+    )
+    for name, layer in plan.layers.items():
+        tensors = {
+            key: vectors[f"{name}.{key}"] if f"{name}.{key}" in vectors else read(f"{name}.{key}")
+            for key in layer.tensors
+        }
+        yield name, LayerPlan(layer.kind, layer.shape, layer.parts, tensors)
+
+
+def _illegal_codes(layer: LayerPlan) -> str:
+    """What is wrong with the codes of a layer; empty if nothing is."""
+    for codes, part in zip(layer.codes(), layer.parts, strict=True):
+        format = part.weight.format
+        present = torch.bincount(codes.flatten().int(), minlength=2**format.bits)
+        for code, count in enumerate(present.tolist()):
+            if count and not _legal(format.decode_table[code]):
+                return f"code {code} of {format.name}, which is {format.decode_table[code]}"
+    repacked = [
+        pack(codes, part.weight.format.bits) for codes, part in zip(layer.codes(), layer.parts, strict=True)
+    ]
+    return (
+        ""
+        if torch.equal(torch.cat(repacked, dim=1), layer.tensors["weight"])
+        else "padding bits that are not zero"
+    )
+
+
+def _legal(value: float) -> bool:
+    return math.isfinite(value) and not (value == 0 and math.copysign(1.0, value) < 0)
+
+
+def _encoded_again(layer: LayerPlan) -> torch.Tensor:
+    scales, zeros, scale_at, zero_at = [], [], 0, 0
+    for part in layer.parts:
+        count = part.weight.scale_count(layer.shape[0], part.channels)
+        scales.append(layer.tensors["weight_scale"][scale_at : scale_at + count])
+        scale_at += count
+        zero_count = count if part.weight.zero_point else 0
+        zeros.append(layer.tensors.get("weight_zero_point", torch.zeros(0))[zero_at : zero_at + zero_count])
+        zero_at += zero_count
+    weight_only = [type(part)(part.channels, part.weight) for part in layer.parts]
+    return plan_layer(dequantize(layer), weight_only, scales, weight_zero_points=zeros).tensors["weight"]
+
+
+def _size(component: str, stored: Mapping[str, StoredTensor]) -> Finding:
+    on_disk = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
+    bits = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
+    tensors_bytes = sum(
+        math.prod(tensor.shape) * bits.get(tensor.dtype, 8) // 8 for tensor in stored.values()
+    )
+    header_bytes = _HEADER_BYTES + sum(_HEADER_BYTES_PER_TENSOR + len(name.encode()) for name in stored)
+    passed = on_disk <= max(_MAX_OVERHEAD * tensors_bytes, tensors_bytes + header_bytes)
+    ratio = on_disk / max(tensors_bytes, 1)
+    rule = "" if passed else f", which must be at most {_MAX_OVERHEAD}; save it again"
+    return Finding(
+        "size", component, passed, f"files take {on_disk} bytes, {ratio:.4f} times their tensors{rule}"
+    )

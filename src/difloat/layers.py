@@ -1,0 +1,269 @@
+"""Quantized layers, and how a model gets them.
+
+`QuantLinear` and `QuantConv2d` are plain subclasses of the float layers with a packed uint8 `weight` parameter and plain float
+buffers: no tensor subclass, so offloading, deepcopy, `torch.compile` and PEFT treat them as what they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from difloat.kernels import ops
+from difloat.packing import packed_channels
+from difloat.quantizer import LayerPlan, Part, Plan, dequantize, layer_tensor_shapes
+
+
+class QuantizedLayer(nn.Module):
+    """What both layer types share: packed state, decoding of the weight, rounding of the input."""
+
+    parts: tuple[Part, ...] = ()
+    float_shape: tuple[int, ...] = ()
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    def allocate(self, shape: tuple[int, ...], parts: tuple[Part, ...], device: torch.device | str) -> None:
+        """Replace the float weight by empty packed state for `parts`; values are loaded afterwards."""
+        self.parts = parts
+        self.float_shape = tuple(shape)
+        for name, expected in layer_tensor_shapes(shape, parts).items():
+            if name == "weight":
+                packed = torch.empty(expected, dtype=torch.uint8, device=device)
+                self.weight = nn.Parameter(packed, requires_grad=False)
+            else:
+                self.register_buffer(name, torch.empty(expected, dtype=torch.float32, device=device))
+
+    def load(self, plan: LayerPlan, device: torch.device | str) -> None:
+        """Take over the stored tensors of a plan."""
+        self.allocate(plan.shape, plan.parts, "meta")
+        for name, tensor in plan.tensors.items():
+            if name == "weight":
+                self.weight = nn.Parameter(tensor.to(device), requires_grad=False)
+            else:
+                setattr(self, name, tensor.to(device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
+        """Move like any module, but a change of the model's dtype leaves scales and zero points in float32."""
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def plan(self) -> LayerPlan:
+        """The layer's state as a plan entry; tensors are shared, not copied."""
+        names = layer_tensor_shapes(self.float_shape, self.parts)
+        tensors = {name: getattr(self, name).detach() for name in names}
+        return LayerPlan(
+            "linear" if len(self.float_shape) == 2 else "conv2d", self.float_shape, self.parts, tensors
+        )
+
+    def dequantized_weight(self) -> Tensor:
+        """The float32 weight [o, i, *k] that the codes stand for."""
+        widths = [packed_channels(part.channels, part.weight.format.bits) for part in self.parts]
+        pieces, scale_at, zero_at = [], 0, 0
+        for packed, part in zip(self.weight.split(widths, dim=1), self.parts, strict=True):
+            spec, zero_point = part.weight, None
+            count = spec.scale_count(self.float_shape[0], part.channels)
+            if spec.zero_point:
+                zero_point = self.weight_zero_point[zero_at : zero_at + count]
+                zero_at += count
+            scale = self.weight_scale[scale_at : scale_at + count]
+            scale_at += count
+            group_size = spec.group_size or 0
+            pieces.append(
+                ops.dequantize(packed, scale, zero_point, spec.format.name, part.channels, group_size)
+            )
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The input on the grids of its parts: [..., i] for a linear layer, [b, i, h, w] for a convolution."""
+        axis = -1 if len(self.float_shape) == 2 else 1
+        channels = [part.channels for part in self.parts]
+        pieces = [x] if len(channels) == 1 else x.split(channels, dim=axis)
+        rounded = [self._rounded(piece, *entry) for piece, entry in zip(pieces, self._inputs(), strict=True)]
+        return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=axis)
+
+    def _inputs(self) -> Iterator[tuple[Part, Tensor | None, Tensor | None]]:
+        """Every part with its stored input scale and zero point."""
+        scale_at, zero_at = 0, 0
+        for part in self.parts:
+            spec, scale, zero_point = part.activation, None, None
+            if spec is not None and not spec.online:
+                scale = self.input_scale[scale_at : scale_at + 1]
+                scale_at += 1
+                if spec.zero_point:
+                    zero_point = self.input_zero_point[zero_at : zero_at + 1]
+                    zero_at += 1
+            yield part, scale, zero_point
+
+    @staticmethod
+    def _rounded(x: Tensor, part: Part, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+        if part.activation is None:
+            return x
+        spec = part.activation
+        return ops.fake_quantize_input(x, scale, zero_point, spec.format.name, spec.granularity == "token")
+
+
+class QuantLinear(QuantizedLayer, nn.Linear):
+    """A linear layer with packed weights; constructed as `nn.Linear`, quantized by `load`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., i] to [..., o], in the dtype of `x`."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(self.quantized_input(x), self.dequantized_weight().to(x.dtype), bias)
+
+
+class QuantConv2d(QuantizedLayer, nn.Conv2d):
+    """A convolution with packed weights; constructed as `nn.Conv2d`, quantized by `load`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, i, h, w] to [b, o, h', w'], in the dtype of `x`."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._conv_forward(self.quantized_input(x), self.dequantized_weight().to(x.dtype), bias)
+
+
+def empty_like(module: nn.Linear | nn.Conv2d) -> QuantLinear | QuantConv2d:
+    """A quantized layer of the same geometry, not quantized yet, whose bias is the very same parameter."""
+    has_bias = module.bias is not None
+    layer: QuantLinear | QuantConv2d
+    if isinstance(module, nn.Linear):
+        layer = QuantLinear(module.in_features, module.out_features, has_bias, device="meta")
+    else:
+        layer = QuantConv2d(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,  # type: ignore[arg-type]
+            module.stride,  # type: ignore[arg-type]
+            module.padding,  # type: ignore[arg-type]
+            module.dilation,  # type: ignore[arg-type]
+            module.groups,
+            has_bias,
+            module.padding_mode,
+            device="meta",
+        )
+    layer.bias = module.bias
+    layer.train(module.training)
+    return layer
+
+
+def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Layers of `model` that can be quantized, by name in module order.
+
+    Subclasses that compute something else in `forward` are not among them, nor layers whose weight the parent reads
+    without calling them (`nn.MultiheadAttention`).
+    """
+    found = {}
+    for name, module in model.named_modules():
+        plain_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        plain_conv = isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
+        hidden = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        if (plain_linear or plain_conv) and not hidden:
+            found[name] = module
+    return found
+
+
+def blocks(model: nn.Module) -> dict[str, list[str]]:
+    """Layers by the block they belong to, in module order: the units of block-wise reconstruction.
+
+    A block is an innermost entry of a `ModuleList` or `Sequential` that holds at least two quantizable layers (a ResNet
+    block, a transformer block); a layer outside of any block is a unit of its own, under its own name.
+    """
+    layers = quantizable(model)
+    parents = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)
+    ]
+    entries = {
+        f"{parent}.{child}" if parent else child
+        for parent in parents
+        for child, _ in model.get_submodule(parent).named_children()
+    }
+    members = {entry: [name for name in layers if name.startswith(entry + ".")] for entry in entries}
+    members = {entry: names for entry, names in members.items() if len(names) >= 2}
+    innermost = {entry for entry in members if not any(other.startswith(entry + ".") for other in members)}
+    units: dict[str, list[str]] = {}
+    for name in layers:
+        owner = next((entry for entry in innermost if name.startswith(entry + ".")), name)
+        units.setdefault(owner, []).append(name)
+    return units
+
+
+def shadow(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer: layers can be swapped without touching `model`."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at `name` (dotted) inside `model`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def install(model: nn.Module, name: str, plan: LayerPlan) -> None:
+    """Swap one float or quantized layer of `model` for a quantized one, in place.
+
+    Raises:
+        ValueError: if there is no such layer or its shape is another one.
+    """
+    layers = dict(model.named_modules())
+    old = layers.get(name)
+    if not isinstance(old, nn.Linear | nn.Conv2d):
+        raise ValueError(
+            f"plan must name linear or convolution layers of the model, got {name!r}; was it made for another model?"
+        )
+    shape = old.float_shape if isinstance(old, QuantizedLayer) else tuple(old.weight.shape)
+    if shape != plan.shape:
+        raise ValueError(
+            f"layer {name!r} must have the planned shape {plan.shape}, got {shape}; use the model the plan was made for"
+        )
+    device = old.weight.device
+    layer = empty_like(old)
+    layer.load(plan, device)
+    replace(model, name, layer)
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """Carry out a plan in place: swap every planned layer; returns `model`.
+
+    Raises:
+        ValueError: if the plan does not fit; the model is then unchanged.
+    """
+    float_layers = quantizable(model)
+    for name, layer in plan.layers.items():
+        if name not in float_layers or tuple(float_layers[name].weight.shape) != tuple(layer.shape):
+            raise ValueError(
+                f"plan must fit the model, but {name!r} of shape {tuple(layer.shape)} is no float layer of it; "
+                "use the model the plan was made for, not yet quantized"
+            )
+    for name, layer in plan.layers.items():
+        install(model, name, layer)
+    return model
+
+
+def restore(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Turn every quantized layer back into a plain float layer with the dequantized weight, in place; returns `model`."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLayer):
+            replace(model, name, _plain(module, dtype))
+    return model
+
+
+def _plain(module: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
+    plain = copy.copy(module)
+    plain.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
+    plain._parameters = dict(module._parameters)
+    plain._buffers = {}
+    plain.weight = nn.Parameter(dequantize(module.plan()).to(dtype))
+    bias = module._parameters["bias"]
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to(dtype))
+    return plain

@@ -1,0 +1,1 @@
+"""The parts from which recipes are made: each decides one thing about a layer."""

@@ -1,0 +1,171 @@
+"""Learned rounding: every weight goes to the grid value below or above it, whichever keeps the block's output.
+
+One loop serves integer and floating-point grids: a weight between its grid neighbours ``low`` and ``high`` becomes
+``low + (high - low) * h(v)``, with the rectified sigmoid h of AdaRound (arXiv:2004.10568 Eq. 23) and the distance of the neighbours
+fixed at its initial value; on a floating-point grid that distance is the step of the binade the weight lies in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from difloat.methods.assign import Draft
+from difloat.methods.observe import Call, select, tensors_of
+
+_GAMMA, _ZETA = -0.1, 1.1  # ends of the stretched sigmoid, arXiv:2004.10568 Eq. 23
+
+
+@dataclass(frozen=True)
+class RoundingSettings:
+    """How rounding is learned.
+
+    Attributes:
+        iterations: Optimiser steps per block.
+        rows: Denoiser rows in one step.
+        learning_rate: Of Adam, for the rounding variables.
+        regularization: Weight of the term that drives h to 0 or 1.
+        warmup: Share of the iterations without that term.
+        beta: Its exponent, falling linearly from the first to the second value after the warm-up.
+        scale_aware: Rounding variables in units of the weight (arXiv:2503.15465 Eq. 8) instead of unitless.
+    """
+
+    iterations: int = 400
+    rows: int = 16
+    learning_rate: float = 1e-2
+    regularization: float = 0.01
+    warmup: float = 0.2
+    beta: tuple[float, float] = (20.0, 2.0)
+    scale_aware: bool = False
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Result for one block: values on the grid per layer, and the relative output error before and after."""
+
+    weights: dict[str, Tensor]
+    error_nearest: float
+    error_learned: float
+
+
+class _Soft:
+    """The rounding variable of one layer."""
+
+    def __init__(self, draft: Draft, scale_aware: bool) -> None:
+        self.low, self.high, position = draft.grid_neighbours()
+        distance = self.high - self.low
+        self.unit = (
+            torch.where(distance > 0, distance, torch.ones_like(distance))
+            if scale_aware
+            else torch.ones_like(distance)
+        )
+        stretched = (position - _GAMMA) / (_ZETA - _GAMMA)
+        self.variable = (
+            torch.logit(stretched) * self.unit
+        ).requires_grad_()  # h(v) starts at the float weight
+
+    def share(self) -> Tensor:
+        """How far each weight is from `low` to `high`, 0 to 1."""
+        return (torch.sigmoid(self.variable / self.unit) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
+
+    def soft(self) -> Tensor:
+        return self.low + (self.high - self.low) * self.share()
+
+    def hard(self) -> Tensor:
+        return torch.where(self.variable.detach() >= 0, self.high, self.low)
+
+
+def learn_rounding(
+    block: nn.Module,
+    drafts: Mapping[str, Draft],
+    inputs: Call,
+    targets: list[Tensor],
+    settings: RoundingSettings,
+    generator: torch.Generator,
+    on_step: Callable[[], object] = lambda: None,
+) -> Learned:
+    """Learn the rounding of the layers of one block.
+
+    Minimises the squared error of the block's output, relative to the size of that output (so one regularisation fits all
+    blocks), plus ``regularization * sum(1 - |2h - 1|**beta)``. If the learned rounding ends worse than rounding to nearest on
+    these rows, the nearest rounding is returned.
+
+    Args:
+        block: The module, untouched.
+        drafts: Its layers by their names inside the block ("" for the block itself).
+        inputs: Its arguments for all rows.
+        targets: What it returned in full precision, [rows, ...] each.
+        settings: See there.
+        generator: Draws the rows of every step.
+        on_step: Called after every step, for progress bars.
+    """
+    soft = {name: _Soft(draft, settings.scale_aware) for name, draft in drafts.items()}
+    loss_of = _Reconstruction(block, inputs, targets, settings.rows)
+    optimizer = torch.optim.Adam([s.variable for s in soft.values()], lr=settings.learning_rate)
+    for iteration in range(settings.iterations):
+        index = torch.randint(loss_of.count, (min(settings.rows, loss_of.count),), generator=generator)
+        loss = loss_of({name: s.soft() for name, s in soft.items()}, index)
+        beta = _beta(iteration / settings.iterations, settings)
+        if beta is not None:
+            pull = sum((1 - (2 * s.share() - 1).abs().pow(beta)).sum() for s in soft.values())
+            loss = loss + settings.regularization * pull
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        on_step()
+    hard = {name: s.hard() for name, s in soft.items()}
+    nearest = {name: _nearest(draft) for name, draft in drafts.items()}
+    error, error_nearest = loss_of.total(hard), loss_of.total(nearest)
+    return Learned(hard if error <= error_nearest else nearest, error_nearest, min(error, error_nearest))
+
+
+def _nearest(draft: Draft) -> Tensor:
+    low, high, position = draft.grid_neighbours()
+    return torch.where(position > 0.5, high, low)
+
+
+def _beta(progress: float, settings: RoundingSettings) -> float | None:
+    """Exponent of the regulariser at `progress` in [0, 1), None during the warm-up."""
+    if progress < settings.warmup:
+        return None
+    start, end = settings.beta
+    return start + (end - start) * (progress - settings.warmup) / (1 - settings.warmup)
+
+
+class _Reconstruction:
+    """Relative squared error of a block's output under other weights, summed over channels (BRECQ's loss, arXiv:2102.05426)."""
+
+    def __init__(self, block: nn.Module, inputs: Call, targets: list[Tensor], rows: int) -> None:
+        self.block, self.inputs, self.targets, self.rows = block, inputs, targets, rows
+        self.count = targets[0].shape[0]
+        self.weights = [_channels(target) / target.square().mean().clamp_min(1e-12) for target in targets]
+
+    def __call__(self, weights: Mapping[str, Tensor], index: Tensor) -> Tensor:
+        args, kwargs = select(self.inputs, self.count, index)
+        parameters = {f"{name}.weight" if name else "weight": weight for name, weight in weights.items()}
+        outputs = tensors_of(functional_call(self.block, parameters, args, kwargs))
+        return sum(  # type: ignore[return-value]
+            (output - target[index]).square().mean() * weight
+            for output, target, weight in zip(outputs, self.targets, self.weights, strict=True)
+        )
+
+    @torch.no_grad()
+    def total(self, weights: Mapping[str, Tensor]) -> float:
+        """The error over all rows."""
+        chunks = torch.arange(self.count).split(self.rows)
+        return float(sum(float(self(weights, chunk)) * len(chunk) for chunk in chunks)) / self.count
+
+
+def _channels(target: Tensor) -> int:
+    return target.shape[1] if target.dim() == 4 else target.shape[-1]
+
+
+def relative_error(outputs: Any, targets: Any) -> float:
+    """Squared error of `outputs` relative to the squared size of `targets`."""
+    difference = sum(float((o - t).square().sum()) for o, t in zip(outputs, targets, strict=True))
+    return difference / max(sum(float(t.square().sum()) for t in targets), 1e-30)

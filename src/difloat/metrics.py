@@ -1,0 +1,149 @@
+"""Metrics of a picture beside its full-precision twin (PSNR, SSIM, perceptual) and intervals for their means.
+
+Pictures are `[n, 3, h, w]` float in [0, 1]. Distances of whole sets are in `difloat.distances`; `METRICS` names all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PSNR_CAP_DB = 100.0
+"""Identical pictures have infinite PSNR; above this the difference is float32 rounding, so larger values are cut here."""
+
+_BATCH = 100  # pictures per call of a metric or feature network: bounds memory, not part of any result
+NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval `low <= high`, in the unit of the metric."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown: its label, unit ("" if none) and which direction is better, "higher" or "lower"."""
+
+    label: str
+    unit: str
+    better: str
+
+
+METRICS: dict[str, Metric] = {
+    "psnr": Metric("PSNR to full precision", "dB", "higher"),
+    "ssim": Metric("SSIM to full precision", "", "higher"),
+    "perceptual": Metric("Perceptual distance to full precision", "", "lower"),
+    "frechet_to_full_precision": Metric("Fréchet distance to full precision", "", "lower"),
+    "frechet_to_data": Metric("Fréchet distance to data", "", "lower"),
+    "frechet_to_data_of_full_precision": Metric("Fréchet distance to data, full precision", "", "lower"),
+    "frechet_to_data_ratio": Metric("Fréchet distance to data / full precision's", "", "lower"),
+    "kernel_distance": Metric("Kernel distance to full precision", "", "lower"),
+    "retrieval": Metric("Caption retrieval", "", "higher"),
+    "retrieval_of_full_precision": Metric("Caption retrieval, full precision", "", "higher"),
+}
+"""Every metric of an evaluation, in the order of its table."""
+
+
+def psnr(reference: Tensor, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio per picture in dB, `[n]`, peak 1, cut at `PSNR_CAP_DB` (identical pictures).
+
+    Args:
+        reference: `[n, c, h, w]` in [0, 1].
+        images: same shape.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    def ratio(target: Tensor, batch: Tensor) -> Tensor:
+        return peak_signal_noise_ratio(batch, target, data_range=1.0, reduction="none", dim=(1, 2, 3))
+
+    return _per_image(ratio, reference, images).clamp(max=PSNR_CAP_DB)
+
+
+def ssim(reference: Tensor, images: Tensor) -> Tensor:
+    """Structural similarity per picture, `[n]` in [-1, 1], Gaussian window of 11 pixels (Wang et al. 2004).
+
+    Raises:
+        ValueError: the shapes differ, or a side is shorter than the window.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    if min(images.shape[-2:]) < 11:
+        raise ValueError(
+            f"ssim needs pictures of at least 11 x 11 pixels, got {tuple(images.shape[-2:])}; leave ssim out."
+        )
+
+    def similarity(target: Tensor, batch: Tensor) -> Tensor:
+        result = structural_similarity_index_measure(batch, target, data_range=1.0, reduction="none")
+        assert isinstance(result, Tensor)
+        return result.reshape(len(batch))
+
+    return _per_image(similarity, reference, images)
+
+
+def perceptual(
+    reference: Tensor, images: Tensor, feature_maps: Callable[[Tensor], Sequence[Tensor]]
+) -> Tensor:
+    """Perceptual distance per picture, `[n]`: LPIPS (arXiv:1801.03924 Eq. 1) with unit weights, averaged over layers.
+
+    The squared distance of the channel vectors, averaged over positions. With maps of unit channel norm it is
+    `2 - 2 cos`, so 0 for equal pictures and at most 4.
+
+    Args:
+        reference: `[n, 3, h, w]` in [0, 1].
+        images: same shape.
+        feature_maps: pictures to a list of maps `[n, c, h', w']`, normalised over channels.
+    """
+
+    def distance(target: Tensor, batch: Tensor) -> Tensor:
+        pairs = zip(feature_maps(target), feature_maps(batch), strict=True)
+        layers = [(a.float() - b.float()).square().sum(1).mean((1, 2)) for a, b in pairs]
+        return torch.stack(layers).mean(0)
+
+    return _per_image(distance, reference, images)
+
+
+def mean_interval(values: Tensor, *, resamples: int = 1000, seed: int = 0) -> Estimate:
+    """Mean of per-picture values with its percentile bootstrap interval.
+
+    A mean is unbiased, so the plain percentile interval fits; one single value gives an interval of width 0.
+
+    Args:
+        values: `[n]`, one number per picture.
+        resamples: bootstrap resamples.
+        seed: of the resampling.
+    """
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"values must be one number per picture [n], got shape {tuple(values.shape)}.")
+    exact = values.detach().cpu().double()
+    generator = torch.Generator().manual_seed(seed)
+    n = len(exact)
+    means = torch.stack([exact[torch.randint(n, (n,), generator=generator)].mean() for _ in range(resamples)])
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(exact.mean().item(), low, high)
+
+
+def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """`function` over pictures `[n, ...]` in bounded batches, without gradients, results joined on the CPU."""
+    with torch.no_grad():
+        return torch.cat([function(batch).cpu() for batch in images.split(_BATCH)])
+
+
+def _per_image(distance: Callable[[Tensor, Tensor], Tensor], reference: Tensor, images: Tensor) -> Tensor:
+    if reference.shape != images.shape or images.ndim != 4 or len(images) == 0:
+        raise ValueError(
+            f"reference and images must be two batches [n, c, h, w] of one shape, got {tuple(reference.shape)} "
+            f"and {tuple(images.shape)}; generate both with the same seeds and size."
+        )
+    pairs = zip(reference.split(_BATCH), images.split(_BATCH), strict=True)
+    with torch.no_grad():
+        return torch.cat([distance(a.float(), b.float()).cpu() for a, b in pairs])

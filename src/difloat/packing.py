@@ -1,0 +1,57 @@
+"""Packing codes of any width into bytes along the input-channel axis.
+
+The codes of one row (one output channel, one kernel position) form a little-endian bit stream: code j occupies the bits
+``j * bits`` to ``(j + 1) * bits - 1``, the lowest bit first, so 4-bit codes put the even element into the low nibble. Each row
+ends at a byte border; the bits left over are zero. Convolution weights keep their four axes: ``[o, bytes, kh, kw]``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def packed_channels(channels: int, bits: int) -> int:
+    """Bytes that one row of `channels` codes of `bits` bits takes."""
+    return -(-channels * bits // 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes along axis 1.
+
+    Args:
+        codes: uint8 [o, i, ...], every code below ``2**bits``.
+        bits: Width of a code, 1 to 8.
+
+    Returns:
+        uint8 [o, ceil(i * bits / 8), ...].
+    """
+    rows = codes.movedim(1, -1)
+    channels = rows.shape[-1]
+    per_word, word_bytes = _word(bits)
+    padded = torch.nn.functional.pad(rows, (0, -channels % per_word)).unflatten(-1, (-1, per_word)).long()
+    words = (padded << _offsets(per_word, bits, codes.device)).sum(-1, keepdim=True)
+    split = (words >> _offsets(word_bytes, 8, codes.device)).bitwise_and(255).to(torch.uint8)
+    return split.flatten(-2)[..., : packed_channels(channels, bits)].movedim(-1, 1).contiguous()
+
+
+def unpack(packed: Tensor, bits: int, channels: int) -> Tensor:
+    """Undo `pack`: uint8 [o, bytes, ...] to the first `channels` codes, uint8 [o, channels, ...]."""
+    rows = packed.movedim(1, -1)
+    per_word, word_bytes = _word(bits)
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % word_bytes)).unflatten(-1, (-1, word_bytes)).long()
+    words = (padded << _offsets(word_bytes, 8, packed.device)).sum(-1, keepdim=True)
+    codes = (words >> _offsets(per_word, bits, packed.device)).bitwise_and(2**bits - 1).to(torch.uint8)
+    return codes.flatten(-2)[..., :channels].movedim(-1, 1)
+
+
+def _word(bits: int) -> tuple[int, int]:
+    """The fewest codes that fill whole bytes, and how many bytes those are (at most 7, so a word fits int64)."""
+    per_word = 8 // math.gcd(8, bits)
+    return per_word, per_word * bits // 8
+
+
+def _offsets(count: int, bits: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device) * bits

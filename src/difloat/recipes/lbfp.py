@@ -1,0 +1,75 @@
+"""LBFP: floating-point post-training quantization (arXiv:2408.06995, Chen, Giannoula, Moshovos).
+
+Paper section -> here:
+  encoding and bias selected per tensor, weights and activations   `ENCODINGS`, searched by `methods.search`
+  greedy order: weights, then activations with earlier layers quantized   `methods.posttraining`
+  gradient-based learning of the rounding of FP4 weights (V-B)      `methods.adaround`
+
+Not stated in the paper (its body and code were not available to us; these are our choices):
+  the encodings tried; the range of biases (clip values 0.2 to 1.2 of the largest magnitude, refined once); squared error
+  as the criterion; per-tensor scales for weights and activations; first and last layers at 8 bits; the optimiser's settings;
+  256 calibration rows over the sampler's own timesteps, conditional and unconditional.
+Differs from the paper: the two inputs of a skip concatenation are quantized apart, as Q-Diffusion does; the reconstruction
+  error of a block is taken relative to the size of its output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from difloat import formats
+from difloat.formats import Format
+from difloat.methods import posttraining
+from difloat.methods.adaround import RoundingSettings
+from difloat.methods.assign import Rule
+from difloat.methods.observe import Trace
+from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
+from difloat.quantizer import Granularity
+
+LARGEST_EXPONENT = 5  # more exponent bits than E5M2 leave no mantissa at 8 bits worth having
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of LBFP.
+
+    Attributes:
+        rounding: Of weights with at most 4 bits: "learned" or "nearest".
+        keep_8bit: Which edge layers keep 8 bits: "first", "last", or names of layers.
+        split: Quantize the two inputs of a skip concatenation apart.
+        weight_granularity: What shares a weight scale: "tensor" as in the paper, or "channel".
+        iterations: Steps of learned rounding per block.
+        learning_rate: Of the rounding variables; 0.01 was best of four (docs/papers/lbfp.md).
+        rounding_rows: Calibration rows used for learning.
+    """
+
+    rounding: Literal["learned", "nearest"] = "learned"
+    keep_8bit: tuple[str, ...] = ("first", "last")
+    split: bool = True
+    weight_granularity: Granularity = "tensor"
+    iterations: int = field(default=RoundingSettings.iterations)
+    learning_rate: float = 0.01
+    rounding_rows: int = field(default=Sequencing.rounding_rows)
+
+
+def plan(task: Task, options: Options) -> Outcome:
+    """Quantize the task's model by LBFP."""
+
+    def rules(name: str, seen: Trace) -> LayerRules:
+        kept = posttraining.keeps_8bit(name, seen, options.keep_8bit)
+        weight_bits = 8 if kept else task.bits.weight
+        weight = Rule(encodings(weight_bits), options.weight_granularity)
+        activation = None
+        if task.bits.activation is not None:
+            activation = Rule(encodings(8 if kept else task.bits.activation))
+        return LayerRules(weight, activation, learn=options.rounding == "learned" and weight_bits <= 4)
+
+    rounding = RoundingSettings(iterations=options.iterations, learning_rate=options.learning_rate)
+    sequencing = Sequencing(split=options.split, rounding=rounding, rounding_rows=options.rounding_rows)
+    return posttraining.run(task, rules, sequencing)
+
+
+def encodings(bits: int) -> tuple[Format, ...]:
+    """The signed encodings tried at a width: E3M0, E2M1, E1M2 at 4 bits; E5M2, E4M3, E3M4, E2M5, E1M6 at 8."""
+    return tuple(f for f in formats.candidates(bits) if f.exponent_bits <= LARGEST_EXPONENT)

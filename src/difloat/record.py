@@ -1,0 +1,235 @@
+"""Filling the report: what a plan did to each layer, what it saved, what it cost."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from difloat import report
+from difloat.evaluate import Evaluation
+from difloat.quantizer import LayerPlan, Plan, QuantSpec, dequantize
+from difloat.report import Histogram, LayerRow, Record
+
+RECORD, PICTURES, PAGE = "report.json", "report-pictures.npz", "report.html"
+_HISTOGRAM_BINS = 96
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model before (every value in 16 bits) and after, and the bits a quantized weight really takes."""
+
+    original_bytes: int
+    packed_bytes: int
+    effective_bits: float
+
+
+def sizes(model: nn.Module, plan: Plan) -> Sizes:
+    """Sizes of `model` (float or already quantized) under `plan`; what is not quantized keeps the model's dtype."""
+    weights = sum(math.prod(layer.shape) for layer in plan.layers.values())
+    packed = sum(layer.nbytes for layer in plan.layers.values())
+    own = {f"{name}.{tensor}" for name, layer in plan.layers.items() for tensor in layer.tensors}
+    rest = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+    values = weights + sum(tensor.numel() for tensor in rest.values())
+    rest_bytes = sum(tensor.nbytes for tensor in rest.values())
+    return Sizes(2 * values, packed + rest_bytes, 8 * packed / max(weights, 1))
+
+
+def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
+    """One row of the report for a layer whose float weight is `weight`."""
+    quantized, weight = dequantize(layer), weight.detach().float()
+    formats = list(dict.fromkeys(part.weight.format.name for part in layer.parts))
+    activations = [part.activation for part in layer.parts if part.activation is not None]
+    activation_formats = list(dict.fromkeys(spec.format.name for spec in activations))
+    relative = float((quantized - weight).square().sum() / weight.square().sum().clamp_min(1e-30))
+    return LayerRow(
+        name=name,
+        kind=layer.kind,
+        shape=layer.shape,
+        weight_format=" + ".join(formats),
+        weight_granularity=_per(layer.parts[0].weight),
+        activation_format=" + ".join(activation_formats) or None,
+        activation_mode=_mode(activations),
+        parts=len(layer.parts),
+        weight_error_db=10 * math.log10(max(relative, 1e-12)),
+        output_error_db=None,
+        zeros=float((quantized == 0).float().mean()),
+        zeros_before=float((weight == 0).float().mean()),
+        integer_grid=all(part.weight.format.uniform for part in layer.parts),
+        bytes=layer.nbytes,
+        bytes_before=2 * weight.numel(),
+        effective_bits=8 * layer.nbytes / weight.numel(),
+    )
+
+
+def _per(spec: QuantSpec) -> str:
+    return f"group of {spec.group_size}" if spec.group_size else spec.granularity
+
+
+def _mode(specs: Sequence[QuantSpec]) -> str:
+    if not specs:
+        return "-"
+    return f"{'online' if specs[0].online else 'static'} per {specs[0].granularity}"
+
+
+def worst_histograms(
+    model: nn.Module, plan: Plan, rows: Sequence[LayerRow], count: int = 4
+) -> list[Histogram]:
+    """Histograms of the float weights with the largest relative error, with the grid of the first scale."""
+    worst = sorted(rows, key=lambda row: row.weight_error_db, reverse=True)[:count]
+    result = []
+    for row in worst:
+        layer = plan.layers[row.name]
+        part = layer.parts[0]
+        weight = model.get_submodule(row.name).weight.detach().float()[:, : part.channels]
+        if part.weight.granularity != "tensor":
+            weight = weight[:1]
+        scale = float(layer.tensors["weight_scale"][0])
+        zero = float(layer.tensors["weight_zero_point"][0]) if part.weight.zero_point else 0.0
+        grid = [value * scale + zero for value in part.weight.format.values]
+        counts, edges = np.histogram(weight.numpy().ravel(), bins=_HISTOGRAM_BINS)
+        result.append(Histogram(row.name, edges.tolist(), counts.astype(float).tolist(), grid, "weight"))
+    return result
+
+
+def quality_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Rows of the quality table; full precision's own value stands beside the metrics that have one."""
+    full = {
+        name: metric for name, metric in evaluation.metrics.items() if name.endswith("_of_full_precision")
+    }
+    rows = []
+    for name, metric, estimate in evaluation.rows():
+        if name in full:
+            continue
+        reference = full.get(f"{name}_of_full_precision")
+        rows.append(
+            {
+                "name": name,
+                "label": metric.label,
+                "value": estimate.value,
+                "low": estimate.low,
+                "high": estimate.high,
+                "unit": metric.unit,
+                "better": metric.better,
+                "reference": None if reference is None else reference.value,
+            }
+        )
+    return rows
+
+
+def build(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    name: str,
+    evaluation: Evaluation | None = None,
+    prompts: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    timings: Mapping[str, float] | None = None,
+    notes: Sequence[str] = (),
+) -> Record:
+    """The record of a quantization run.
+
+    Args:
+        model: The float denoiser.
+        plan: What was decided for it.
+        name: How the user calls the model.
+        evaluation: What the pictures say, if there are any.
+        prompts: Of the pictures in the report.
+        seeds: Likewise.
+        timings: Seconds besides those the plan measured.
+        notes: What the paper leaves open and how it was decided.
+    """
+    rows = [layer_row(key, layer, model.get_submodule(key).weight) for key, layer in plan.layers.items()]
+    size = sizes(model, plan)
+    skipped = [(key, reason, _bytes(model, key)) for key, reason in plan.skipped.items()]
+    own = set(plan.layers) | set(plan.skipped)
+    others = [
+        key
+        for key, module in model.named_modules()
+        if key not in own and any(True for _ in module.parameters(False))
+    ]
+    skipped += [
+        (key, f"{type(model.get_submodule(key)).__name__}, no layer to quantize", _bytes(model, key))
+        for key in others
+    ]
+    trajectory = None
+    if evaluation is not None and evaluation.trajectory is not None:
+        columns = {
+            field: [getattr(step, field) for step in evaluation.trajectory]
+            for field in ("value", "low", "high")
+        }
+        trajectory = {"timesteps": list(evaluation.timesteps), **columns}
+    return Record(
+        title=f"{name}, {plan.recipe} {plan.bits}",
+        recipe=plan.recipe,
+        bits=plan.bits,
+        model=name,
+        model_class=type(model).__name__,
+        command=" ".join(["difloat", *sys.argv[1:]]),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=report.versions(),
+        machine=report.machine(),
+        options=dict(plan.options),
+        recipe_notes=list(notes),
+        original_bytes=size.original_bytes,
+        packed_bytes=size.packed_bytes,
+        effective_bits=size.effective_bits,
+        weight_bits_nominal=float(plan.bits[1:].split("a")[0]),
+        layers=rows,
+        skipped=skipped,
+        quality=[] if evaluation is None else quality_rows(evaluation),
+        samples=0 if evaluation is None else evaluation.samples,
+        prompts=list(prompts),
+        seeds=list(seeds),
+        trajectory=trajectory,
+        histograms=worst_histograms(model, plan, rows),
+        timings=[*plan.measured.get("seconds", {}).items(), *(timings or {}).items()],
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+    )
+
+
+def _bytes(model: nn.Module, name: str) -> int:
+    return sum(parameter.nbytes for parameter in model.get_submodule(name).parameters(False))
+
+
+def write(record: Record, reference: np.ndarray, quantized: np.ndarray, directory: Path) -> Path:
+    """Write page, data and pictures into `directory`, so that `read` can make the page again; returns the page."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / RECORD).write_text(report.record_to_json(record), encoding="utf-8")
+    np.savez_compressed(directory / PICTURES, reference=reference, quantized=quantized)
+    return report.render(record, reference, quantized, directory / PAGE)
+
+
+def read(directory: Path) -> tuple[Record, np.ndarray, np.ndarray]:
+    """What `write` stored.
+
+    Raises:
+        FileNotFoundError: if there is no report in the directory.
+    """
+    path, pictures = directory / RECORD, directory / PICTURES
+    if not path.is_file() or not pictures.is_file():
+        raise FileNotFoundError(
+            f"directory must hold {RECORD} and {PICTURES}, got {directory}; run difloat quantize first"
+        )
+    with np.load(pictures, allow_pickle=False) as arrays:
+        return (
+            report.record_from_json(path.read_text(encoding="utf-8")),
+            arrays["reference"],
+            arrays["quantized"],
+        )
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Pictures [n, 3, h, w] in 0..1 as uint8 [n, h, w, 3]."""
+    return images.mul(255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -1,0 +1,371 @@
+"""The report: what was quantized, what it saved and what it cost, as one HTML file that needs nothing else.
+
+`Record` is the plain data of one quantization run. It is stored as JSON (`record_to_json`), and `render` turns it, with
+pictures of both models, into a page with inline styles, scripts, pictures and figures: it opens without a network, and the
+same record gives the same bytes. Nothing here looks at a model; whoever fills the record does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+from dataclasses import asdict, dataclass, field
+from importlib import metadata, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from difloat import figures, formats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+_WORST_LAYERS = 5
+_QUALITY_KEYS = ("name", "label", "value", "low", "high", "unit", "better", "reference")
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One quantized layer. Errors are ten times the decimal logarithm of the relative squared error: -20 dB is 1 %.
+
+    Fields: `kind` is ``linear`` or ``conv2d``; `activation_mode` reads like ``static per tensor`` or ``-``; `parts` counts
+    input segments quantized apart (2: split skip concatenation); `zeros` is the share of weights that are exactly 0;
+    `integer_grid` says that the weight format counts as an integer format; `bytes` include scales and adapters.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weight_format: str
+    weight_granularity: str
+    activation_format: str | None
+    activation_mode: str
+    parts: int
+    weight_error_db: float
+    output_error_db: float | None
+    zeros: float
+    zeros_before: float
+    integer_grid: bool
+    bytes: int
+    bytes_before: int
+    effective_bits: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Values of a layer and the grid they are rounded to: `edges` (one more than `counts`) and `grid` in real units."""
+
+    layer: str
+    edges: list[float]
+    counts: list[float]
+    grid: list[float]
+    quantity: str  # "weight" or "activation"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything the report shows but the pictures; plain data that survives JSON.
+
+    Fields: `created` is an ISO date; `recipe_notes` says what the paper leaves open and what was taken; `skipped` holds
+    (layer, reason, bytes) of what stayed in high precision; each entry of `quality` has the keys name, label, value, low,
+    high (95 % interval), unit, better (``higher`` or ``lower``) and reference (full precision's value or None);
+    `trajectory` has timesteps, value, low, high, one per sampler step; `timings` are (name, seconds).
+    """
+
+    title: str
+    recipe: str
+    bits: str
+    model: str
+    model_class: str
+    command: str
+    created: str
+    versions: dict[str, str]
+    machine: str
+    options: dict[str, Any]
+    recipe_notes: list[str]
+    original_bytes: int
+    packed_bytes: int
+    effective_bits: float
+    weight_bits_nominal: float
+    layers: list[LayerRow]
+    skipped: list[tuple[str, str, int]]
+    quality: list[dict[str, Any]]
+    samples: int
+    prompts: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    trajectory: dict[str, list[float]] | None = None
+    histograms: list[Histogram] = field(default_factory=list)
+    timings: list[tuple[str, float]] = field(default_factory=list)
+    peak_memory_bytes: int | None = None
+
+    @property
+    def summary(self) -> str:
+        """One sentence: model, recipe, size and the first metrics."""
+        ratio = self.original_bytes / max(self.packed_bytes, 1)
+        packed, original = figures.bytes_text(self.packed_bytes), figures.bytes_text(self.original_bytes)
+        size = f"{ratio:.1f}x smaller ({packed} instead of {original})"
+        quality = [
+            f"{q['label']} {figures.number_text(q['value'])} {q['unit']}".strip() for q in self.quality[:3]
+        ]
+        return f"{self.model}, {self.recipe.upper()} {self.bits}: " + ", ".join([size, *quality]) + "."
+
+
+def record_to_json(record: Record) -> str:
+    """The record as strict JSON text; Inf and NaN become ``{"float": "inf"}``. Inverse of `record_from_json`."""
+    return json.dumps(_without_specials(asdict(record)), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def record_from_json(text: str) -> Record:
+    """The record that `record_to_json` wrote.
+
+    Raises:
+        ValueError: if the text is no JSON, or a field is missing or unknown.
+    """
+    try:
+        data = json.loads(text, object_hook=lambda d: float(d["float"]) if d.keys() == {"float"} else d)
+        data["layers"] = [LayerRow(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
+        data["histograms"] = [Histogram(**histogram) for histogram in data["histograms"]]
+        data["skipped"] = [tuple(row) for row in data["skipped"]]
+        data["timings"] = [tuple(row) for row in data["timings"]]
+        return Record(**data)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"report record must be JSON with the fields of this version of difloat, got {error}; quantize again to write one"
+        ) from error
+
+
+def _without_specials(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_specials(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_specials(item) for item in value]
+    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def machine() -> str:
+    """Processor, cores, memory and, where there is one, the CUDA device of this machine, in one line."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        processor = found.group(1).strip() if found else processor
+    parts = [processor, f"{os.cpu_count()} cores"]
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        parts.append(f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB RAM")
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join(parts)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers; a package that is not installed is left out."""
+    result = {"python": platform.python_version()}
+    for name in ("difloat", "torch", "diffusers", "transformers", "numpy", "safetensors"):
+        try:
+            result[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return result
+
+
+def render(
+    record: Record, reference_images: np.ndarray, quantized_images: np.ndarray, path: str | Path
+) -> Path:
+    """Write the report to `path` and return it; a file that was there is replaced only when the new one is complete.
+
+    Args:
+        record: What to show.
+        reference_images: Pictures of the full-precision model, uint8 [n, h, w, 3]; n may be 0.
+        quantized_images: The same seeds and prompts with the quantized model, same shape.
+        path: HTML file to write; its directory must exist.
+
+    Raises:
+        ValueError: if pictures are not uint8 [n, h, w, 3] twice, prompts or seeds are too few, or a metric lacks a key.
+        FileNotFoundError: if the directory does not exist.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"report directory must exist, got {str(path.parent)!r}; create it first")
+    reference_images, quantized_images = np.asarray(reference_images), np.asarray(quantized_images)
+    _check(record, reference_images, quantized_images)
+    page = _page(record, reference_images, quantized_images)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _check(record: Record, reference: np.ndarray, quantized: np.ndarray) -> None:
+    for name, pictures in (("reference_images", reference), ("quantized_images", quantized)):
+        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
+            got = f"{pictures.dtype} {list(pictures.shape)}"
+            raise ValueError(
+                f"{name} must be uint8 of shape [n, h, w, 3], got {got}; convert the pictures first"
+            )
+    if reference.shape != quantized.shape:
+        got = f"{list(quantized.shape)} and {list(reference.shape)}"
+        raise ValueError(
+            f"quantized_images must have the shape of reference_images, got {got}; sample the same seeds"
+        )
+    for name, items in (("prompts", record.prompts), ("seeds", record.seeds)):
+        if items and len(items) < len(reference):
+            got = f"{len(items)} for {len(reference)} pictures"
+            raise ValueError(
+                f"record.{name} must be empty or hold one entry per picture, got {got}; list all of them"
+            )
+    for metric in record.quality:
+        if missing := [key for key in _QUALITY_KEYS if key not in metric]:
+            raise ValueError(
+                f"record.quality entries must have {', '.join(_QUALITY_KEYS)}, got none of {missing}; add them"
+            )
+
+
+def _page(record: Record, reference: np.ndarray, quantized: np.ndarray) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    for name in ("bytes", "number", "db", "percent", "duration", "sortable"):
+        environment.filters[name] = getattr(figures, f"{name}_text")
+    template = (
+        resources.files("difloat").joinpath("assets").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    pairs, storage = _pairs(record, reference, quantized)
+    curves = [
+        figures.histogram(h.edges, h.counts, h.grid, f"histogram-{i}")
+        for i, h in enumerate(record.histograms)
+    ]
+    return environment.from_string(template).render(
+        r=record,
+        inf=math.inf,
+        pairs=pairs,
+        storage=storage,
+        pixelated=bool(len(reference)) and max(reference.shape[1:3]) <= 160,
+        byte_parts=_byte_parts(record),
+        rows=_layer_rows(record),
+        census=_census(record),
+        zeros=_mean_zeros(record.layers, "zeros"),
+        zeros_before=_mean_zeros(record.layers, "zeros_before"),
+        histograms=list(zip(record.histograms, curves, strict=True)),
+        trajectory=figures.trajectory(**record.trajectory) if record.trajectory else None,
+        reasons=_by_reason(record.skipped),
+    )
+
+
+def _pairs(record: Record, reference: np.ndarray, quantized: np.ndarray) -> tuple[list[dict[str, Any]], str]:
+    count = len(reference)
+    uris, storage = figures.data_uris(np.concatenate([reference, quantized]))
+    squared = (reference.astype(np.float64) - quantized) ** 2
+    pairs = []
+    for index in range(count):
+        mean = float(squared[index].mean())
+        pairs.append(
+            {
+                "reference": uris[index],
+                "quantized": uris[count + index],
+                "prompt": record.prompts[index] if record.prompts else "",
+                "seed": record.seeds[index] if record.seeds else None,
+                "psnr": 10 * math.log10(255**2 / mean) if mean else math.inf,
+            }
+        )
+    return pairs, storage
+
+
+def _byte_parts(record: Record) -> list[dict[str, Any]]:
+    """What the bytes are: packed codes, what decodes them, layers with several formats, and the rest in high precision."""
+    codes_bytes = beside_bytes = mixed_bytes = 0
+    for layer in record.layers:
+        bits = _code_bits(layer.weight_format)
+        layer_codes_bytes = min(layer.bytes, math.ceil(math.prod(layer.shape) * bits / 8)) if bits else 0
+        codes_bytes += layer_codes_bytes
+        beside_bytes += layer.bytes - layer_codes_bytes if bits else 0
+        mixed_bytes += 0 if bits else layer.bytes
+    after_bytes = max(0, record.packed_bytes - codes_bytes - beside_bytes - mixed_bytes)
+    before_bytes = min(record.original_bytes, sum(layer.bytes_before for layer in record.layers))
+    rest_bytes = record.original_bytes - before_bytes
+    return [
+        {"name": "weights before quantization", "css": "before", "bytes": 0, "before": before_bytes},
+        {"name": "packed codes", "css": "codes", "bytes": codes_bytes, "before": 0},
+        {"name": "layers of several formats", "css": "mixed", "bytes": mixed_bytes, "before": 0},
+        {"name": "scales, zero points, adapters", "css": "scales", "bytes": beside_bytes, "before": 0},
+        {"name": "kept in high precision", "css": "rest", "bytes": after_bytes, "before": rest_bytes},
+    ]
+
+
+def _code_bits(format_name: str) -> int | None:
+    """Bits of one code, or None for a layer that mixes formats."""
+    try:
+        return formats.parse(format_name).bits
+    except ValueError:
+        return None
+
+
+def _layer_rows(record: Record) -> list[dict[str, Any]]:
+    """Layers with the widths of their error bars in percent, and whether they are among the worst."""
+
+    def widths(errors_db: list[float | None]) -> list[float]:
+        finite = [e for e in errors_db if e is not None and math.isfinite(e)]
+        low, span = min(finite, default=0.0), max(finite, default=0.0) - min(finite, default=0.0)
+        scaled = [None if e is None or not math.isfinite(e) else (e - low) / (span or 1.0) for e in errors_db]
+        return [0.0 if s is None else round(6 + 94 * s, 1) for s in scaled]
+
+    def badness(layer: LayerRow) -> float:
+        error_db = layer.weight_error_db if layer.output_error_db is None else layer.output_error_db
+        return -math.inf if math.isnan(error_db) else error_db
+
+    worst = {layer.name for layer in sorted(record.layers, key=badness, reverse=True)[:_WORST_LAYERS]}
+    weight = widths([layer.weight_error_db for layer in record.layers])
+    output = widths([layer.output_error_db for layer in record.layers])
+    return [
+        {
+            "layer": layer,
+            "weights": math.prod(layer.shape),
+            "weight_bar": w,
+            "output_bar": o,
+            "worst": layer.name in worst,
+        }
+        for layer, w, o in zip(record.layers, weight, output, strict=True)
+    ]
+
+
+def _census(record: Record) -> list[dict[str, Any]]:
+    """One entry per weight format, most weights first."""
+    groups: dict[tuple[str, bool], list[LayerRow]] = {}
+    for layer in record.layers:
+        groups.setdefault((layer.weight_format, layer.integer_grid), []).append(layer)
+    total = sum(math.prod(layer.shape) for layer in record.layers) or 1
+    census = [
+        {
+            "format": name,
+            "integer": integer,
+            "layers": len(layers),
+            "share": sum(math.prod(layer.shape) for layer in layers) / total,
+            "bytes": sum(layer.bytes for layer in layers),
+            "zeros": _mean_zeros(layers, "zeros"),
+        }
+        for (name, integer), layers in groups.items()
+    ]
+    return sorted(census, key=lambda entry: (-entry["share"], entry["format"]))
+
+
+def _mean_zeros(layers: Sequence[LayerRow], attribute: str) -> float:
+    weights = [math.prod(layer.shape) for layer in layers]
+    zeros: float = sum(getattr(layer, attribute) * n for layer, n in zip(layers, weights, strict=True))
+    return zeros / (sum(weights) or 1)
+
+
+def _by_reason(skipped: Iterable[tuple[str, str, int]]) -> list[tuple[str, list[tuple[str, int]]]]:
+    groups: dict[str, list[tuple[str, int]]] = {}
+    for name, reason, size_bytes in skipped:
+        groups.setdefault(reason, []).append((name, size_bytes))
+    return sorted(groups.items(), key=lambda item: -sum(size for _, size in item[1]))

@@ -1,0 +1,113 @@
+"""Rounding to the nearest value of a format; knows no scale.
+
+The rule everywhere: nearest value, ties to the even code, saturating at the ends, NaN stays NaN.
+
+Inside a binade a format is a uniform grid, so rounding is one addition and subtraction of a large number whose last
+mantissa bit weighs exactly one step of that binade. The exponent of the binade is read off the bits of the input: a
+logarithm is off by one at binade borders in float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from difloat.formats import Format
+
+_LAYOUT = {  # dtype: integer type of the same width, mask of the exponent field, mantissa bits, exponent bias
+    torch.float32: (torch.int32, 0x7F800000, 23, 127),
+    torch.float64: (torch.int64, 0x7FF0000000000000, 52, 1023),
+}
+
+
+def round_to(x: Tensor, format: Format) -> Tensor:
+    """Nearest value of the grid, ties to even code, saturating; same shape and dtype as `x`.
+
+    Half-precision input is rounded in float32 (exact) and cast back. Inf saturates, NaN stays NaN, the result is never
+    negative zero.
+
+    Args:
+        x: Any shape, floating point.
+        format: The grid.
+
+    Raises:
+        TypeError: if `x` is not floating point.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating point tensor, got {x.dtype}; convert it with .float()")
+    if x.dtype not in _LAYOUT:
+        return round_to(x.float(), format).to(x.dtype)
+    clipped = x.clamp(format.min, format.max)
+    if format.uniform:
+        return clipped.div_(format.step).round_().mul_(format.step).add_(0.0)
+    return _round_float(clipped, format)
+
+
+def _round_float(x: Tensor, format: Format) -> Tensor:
+    """Round `x`, which lies in the range of `format` and may be overwritten."""
+    integer, exponent_mask, mantissa_bits, bias = _LAYOUT[x.dtype]
+    exponent_field = x.view(integer).bitwise_and(exponent_mask)
+    binade = exponent_field.view(x.dtype).clamp_min(math.ldexp(1.0, format.min_exponent))
+    # The last mantissa bit of `anchor` weighs one step of the binade, so adding it rounds half to even in steps.
+    # A sum that cancels gives +0, so no negative zero is left.
+    anchor = binade * (1.5 * math.ldexp(1.0, mantissa_bits - format.mantissa_bits))
+    if format.mantissa_bits > 0:
+        return x.add_(anchor).sub_(anchor)
+    rounded = (x + anchor).sub_(anchor)
+    # Without mantissa bits "even in steps" is always the upper neighbour, while the even code alternates.
+    code_of_lower = (exponent_field >> mantissa_bits) - (bias + format.min_exponent) + 1
+    tie_to_lower = (x.abs() == 1.5 * binade) & (code_of_lower % 2 == 0)
+    return torch.where(tie_to_lower, torch.copysign(binade, x), rounded)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, format: Format) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward((x >= format.min) & (x <= format.max))
+        return round_to(x, format)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None
+
+
+def round_straight_through(x: Tensor, format: Format) -> Tensor:
+    """`round_to` whose gradient is 1 inside the range of the format and 0 outside (clipped straight-through)."""
+    return _StraightThrough.apply(x, format)
+
+
+def encode(values: Tensor, format: Format) -> Tensor:
+    """Codes (uint8, same shape) of values that already lie on the grid; other values are rounded to it first.
+
+    Zero is always code 0, so negative zero never appears. NaN has no code.
+    """
+    rounded = round_to(values.float(), format)
+    if format.integer:
+        return rounded.to(torch.int16).bitwise_and(2**format.bits - 1).to(torch.uint8)
+    levels = torch.tensor([v for v in format.values if v >= 0], dtype=torch.float32, device=values.device)
+    codes = torch.searchsorted(levels, rounded.abs().contiguous()).to(torch.uint8)
+    if format.signed:
+        codes |= (rounded < 0).to(torch.uint8) << (format.bits - 1)
+    return codes
+
+
+def decode(codes: Tensor, format: Format) -> Tensor:
+    """Values (float32, same shape) of `codes` (uint8, each below ``2**bits``)."""
+    table = torch.tensor(format.decode_table, dtype=torch.float32, device=codes.device)
+    return torch.nn.functional.embedding(codes.int(), table[:, None]).squeeze(-1)
+
+
+def step_at(x: Tensor, format: Format) -> Tensor:
+    """Distance between neighbouring values in the binade of each `x` (clipped to the range), same shape.
+
+    This is the interval s of AdaRound on a floating-point grid (arXiv:2503.15465 Eq. 8).
+    """
+    if format.uniform:
+        return torch.full_like(x, format.step)
+    clipped = x.float().clamp(format.min, format.max)
+    integer, exponent_mask, _, _ = _LAYOUT[clipped.dtype]
+    binade = clipped.view(integer).bitwise_and(exponent_mask).view(clipped.dtype)
+    return (binade.clamp_min(math.ldexp(1.0, format.min_exponent)) * math.ldexp(1.0, -format.mantissa_bits)).to(x.dtype)

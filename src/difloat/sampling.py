@@ -1,0 +1,257 @@
+"""Calling a diffusers pipeline batch by batch, every seed explicit, so that any batch can be drawn again."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from difloat.calls import content_hash, device_of
+
+DENOISER_NAMES = ("transformer", "unet", "prior", "denoiser", "dit")
+# Seeds of pictures are seed * stride + number, so two runs with different seeds share no picture.
+_SEED_STRIDE = 1_000_003
+
+
+def denoiser_of(pipeline: Any) -> tuple[str, nn.Module]:
+    """Name and module of a pipeline's denoiser: the first of `DENOISER_NAMES` that it has.
+
+    Raises:
+        ValueError: None of the components is a denoiser.
+    """
+    for name in DENOISER_NAMES:
+        module = getattr(pipeline, name, None)
+        if isinstance(module, nn.Module):
+            return name, module
+    raise ValueError(
+        f"a pipeline must have a denoiser named {', '.join(DENOISER_NAMES)}, got {type(pipeline).__name__} "
+        "without one; use collect_from_loop with the module and your own sampling loop"
+    )
+
+
+def weights_summary(modules: Iterable[nn.Module]) -> str:
+    """Cheap hash of weights: names, shapes, dtypes and 64 evenly spaced values of every tensor."""
+    digest = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+            if not tensor.is_meta and tensor.numel():
+                flat = tensor.detach().flatten()
+                digest.update(content_hash(flat[:: max(1, flat.numel() // 64)][:64].cpu()).encode())
+    return digest.hexdigest()
+
+
+def load_prompts(path: str | Path) -> list[str]:
+    """Prompts of a UTF-8 text file: one per line, blank lines and lines that start with `#` skipped.
+
+    With tabs, the first column counts, and a first line that names it `prompt`, `text` or `caption` is a header
+    (the layout of PartiPrompts).
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is no UTF-8 text or has no prompt in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the prompts must be in a text file, got '{path}', which is none; check the path"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the prompts must be UTF-8 text, got '{path}' with {error.reason}; convert it"
+        ) from error
+    lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if (
+        lines
+        and "\t" in lines[0]
+        and lines[0].split("\t")[0].strip().lower() in ("prompt", "text", "caption")
+    ):
+        lines = lines[1:]
+    prompts = [prompt for line in lines if (prompt := line.split("\t")[0].strip())]
+    if not prompts:
+        raise ValueError(
+            f"the prompt file must have at least one prompt, got none in '{path}'; write one per line"
+        )
+    return prompts
+
+
+@contextmanager
+def quiet(pipeline: Any) -> Iterator[None]:
+    """Hide the pipeline's own progress bar and put its configuration back."""
+    before = getattr(pipeline, "_progress_bar_config", None)
+    if hasattr(pipeline, "set_progress_bar_config"):
+        pipeline.set_progress_bar_config(**{**(before or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if before is not None:
+            pipeline._progress_bar_config = before
+        elif hasattr(pipeline, "_progress_bar_config"):
+            del pipeline._progress_bar_config
+
+
+@final
+class Sampling:
+    """Batches of one pipeline: which prompts, how many, with which arguments and seeds.
+
+    Attributes:
+        denoiser: The module whose inputs are of interest.
+        device: Where the pipeline computes.
+        steps: Sampler steps of one batch.
+        batches: Batches that give `samples` rows at one row per picture and step.
+        images: Pictures in a batch.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str] | None,
+        *,
+        samples: int,
+        steps: int | None,
+        guidance_scale: float | None,
+        batch: int,
+        seed: int,
+        call_kwargs: Mapping[str, Any],
+    ) -> None:
+        """Check what is given against the pipeline's call."""
+        _, self.denoiser = denoiser_of(pipeline)
+        self.device = getattr(pipeline, "_execution_device", device_of(self.denoiser))
+        self._pipeline = pipeline
+        self._batch = batch
+        self._seed = seed
+        self._parameters = inspect.signature(pipeline.__call__).parameters
+        self._check_names(call_kwargs)
+        self._prompts = self._checked_prompts(prompts, call_kwargs)
+        self._kwargs = self._fixed_kwargs(steps, guidance_scale, call_kwargs)
+        self.steps: int = self._kwargs["num_inference_steps"]
+        self.images = batch * int(call_kwargs.get("num_images_per_prompt", 1))
+        self.batches = -(-samples // (self.steps * self.images))
+        order = torch.randperm(len(self._prompts), generator=torch.Generator().manual_seed(seed))
+        self._prompts = [self._prompts[index] for index in order.tolist()]
+
+    def seed(self, batch: int) -> int:
+        """Seed of everything random in a batch that is not a picture's own noise."""
+        return self._seed * _SEED_STRIDE + batch
+
+    def run(self, batch: int) -> None:
+        """Sample one batch, to latents where the pipeline can stop there."""
+        kwargs = dict(self._kwargs)
+        first = batch * self._batch
+        if self._prompts:
+            numbers = range(first, first + self._batch)
+            kwargs["prompt"] = [self._prompts[number % len(self._prompts)] for number in numbers]
+        elif "class_labels" in self._parameters and "class_labels" not in kwargs:
+            generator = torch.Generator().manual_seed(self.seed(batch))
+            classes = int(dict(self._pipeline.transformer.config)["num_embeds_ada_norm"])
+            kwargs["class_labels"] = torch.randint(classes, (self._batch,), generator=generator).tolist()
+        elif "batch_size" in self._parameters:
+            kwargs["batch_size"] = self._batch
+        if "generator" in self._parameters:
+            start = self._seed * _SEED_STRIDE + batch * self.images
+            kwargs["generator"] = [
+                torch.Generator().manual_seed(start + image) for image in range(self.images)
+            ]
+        self._pipeline(**kwargs)
+
+    def request(self) -> dict[str, Any]:
+        """All that decides the rows, as plain data: the cache is valid for exactly this."""
+        modules = {n: m for n, m in _components(self._pipeline).items() if isinstance(m, nn.Module)}
+        scheduler = getattr(self._pipeline, "scheduler", None)
+        return {
+            "pipeline": type(self._pipeline).__qualname__,
+            "denoiser": type(self.denoiser).__qualname__,
+            "denoiser_config": _described(dict(getattr(self.denoiser, "config", {}))),
+            "scheduler": type(scheduler).__qualname__,
+            "scheduler_config": _described(dict(getattr(scheduler, "config", {}))),
+            "weights": weights_summary(modules.values()),
+            "prompts": self._prompts,
+            "batch": self._batch,
+            "seed": self._seed,
+            "call": _described(self._kwargs),
+        }
+
+    def _check_names(self, call_kwargs: Mapping[str, Any]) -> None:
+        anything = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
+        for name in call_kwargs:
+            if name in ("prompt", "generator", "batch_size", "num_inference_steps", "guidance_scale"):
+                raise ValueError(
+                    f"call arguments must not hold '{name}', which calibration sets itself, got it in call_kwargs; "
+                    "use the prompts and the calibration settings"
+                )
+            if not anything and name not in self._parameters:
+                raise ValueError(
+                    f"call arguments must be ones that {type(self._pipeline).__name__} takes, got '{name}'; remove it"
+                )
+
+    def _checked_prompts(self, prompts: Sequence[str] | None, call_kwargs: Mapping[str, Any]) -> list[str]:
+        kind = type(self._pipeline).__name__
+        if "prompt" not in self._parameters:
+            if prompts:
+                raise ValueError(f"{kind} must be given no prompts, got {len(prompts)}; pass prompts=None")
+            return []
+        texts = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+        if prompts is None or not texts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(
+                f"prompts must be a list of strings for {kind}, got {type(prompts).__name__}; pass a list"
+            )
+        if not any(prompt.strip() for prompt in prompts):
+            raise ValueError(
+                f"prompts must have at least one text for {kind}, got none; pass some, 16 or more"
+            )
+        return list(prompts)
+
+    def _fixed_kwargs(
+        self, steps: int | None, guidance_scale: float | None, call_kwargs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        kwargs = dict(call_kwargs)
+        default = (
+            self._parameters["num_inference_steps"].default
+            if "num_inference_steps" in self._parameters
+            else None
+        )
+        steps = default if steps is None else steps
+        if not isinstance(steps, int):
+            raise ValueError(
+                f"calibration setting 'steps' must be given for {type(self._pipeline).__name__}, whose call has no "
+                f"default, got {steps!r}; set steps"
+            )
+        kwargs["num_inference_steps"] = steps
+        if guidance_scale is not None:
+            if "guidance_scale" not in self._parameters:
+                raise ValueError(
+                    f"calibration setting 'guidance_scale' must be None for {type(self._pipeline).__name__}, which "
+                    f"has no guidance, got {guidance_scale}; leave it out"
+                )
+            kwargs["guidance_scale"] = guidance_scale
+        output = self._parameters.get("output_type")
+        if output is not None and output.default == "pil":
+            kwargs.setdefault("output_type", "latent")
+        # Binning only snaps a size that the caller chose to PixArt's published ones; other models refuse it.
+        if "use_resolution_binning" in self._parameters and not {"height", "width"} & set(kwargs):
+            kwargs.setdefault("use_resolution_binning", False)
+        return kwargs
+
+
+def _components(pipeline: Any) -> dict[str, Any]:
+    components = getattr(pipeline, "components", None)
+    return dict(components) if isinstance(components, Mapping) else dict(vars(pipeline))
+
+
+def _described(value: object) -> object:
+    """Plain data that tells apart what gives different pictures."""
+    if isinstance(value, Tensor):
+        return content_hash(value.cpu())
+    if isinstance(value, Mapping):
+        return {str(key): _described(value[key]) for key in sorted(value, key=str)}
+    if isinstance(value, (list, tuple)):
+        return [_described(entry) for entry in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)

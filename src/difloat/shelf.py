@@ -1,0 +1,157 @@
+"""Shards of calibration rows: in memory up to a budget, on disk above it or where a cache is wanted.
+
+A cache folder has one subfolder per request, named by the hash of all that decides the rows. In it, `index.json`
+says the request and which shards are complete; a shard is a safetensors file with its rows in the header. Files
+appear by renaming, so a killed process leaves complete shards and ignored leftovers.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, final
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from difloat.calls import Row
+
+_VERSION = 1
+
+
+@final
+class Shelf:
+    """Rows and their tensors by content hash."""
+
+    def __init__(self, cache_dir: str | Path | None, memory_bytes: int, request: Mapping[str, Any]) -> None:
+        """Open the subfolder of `request` in `cache_dir`; without `cache_dir` a temporary one when needed."""
+        self.rows: list[Row] = []
+        self.memory_used_bytes = 0
+        self._budget_bytes = memory_bytes
+        self._request = {"version": _VERSION, **request}
+        self._memory: dict[str, Tensor] = {}
+        self._disk: dict[str, Path] = {}
+        self._sizes: dict[str, int] = {}
+        self._open_files: dict[Path, Any] = {}
+        self._shards: dict[str, int] = {}
+        self._folder: Path | None = None
+        if cache_dir is not None:
+            self._open_folder(Path(cache_dir))
+
+    def put(self, shard: str, rows: list[Row], blobs: Mapping[str, Tensor]) -> None:
+        """Add rows with their tensors; on disk before this returns, unless there is no cache and memory is left."""
+        new_bytes = sum(blob.nbytes for key, blob in blobs.items() if key not in self._sizes)
+        fits = self.memory_used_bytes + new_bytes <= self._budget_bytes
+        if self._folder is None and not fits:
+            self._folder = Path(tempfile.mkdtemp(prefix="difloat-calibration-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        path = None
+        if self._folder is not None:
+            path = self._folder / f"{shard}.safetensors"
+            header = {"rows": json.dumps([asdict(row) for row in rows])}
+            self._shards[path.name] = write_atomically(path, save(dict(blobs), metadata=header))
+            self._write_index()
+        self._keep(rows, {key: blob.nbytes for key, blob in blobs.items()}, None if fits else path, blobs)
+
+    def restore(self, shard: str) -> bool:
+        """Add a shard of an earlier run; False if there is no complete one."""
+        if self._folder is None:
+            return False
+        path = self._folder / f"{shard}.safetensors"
+        if not path.is_file() or self._shards.get(path.name) != path.stat().st_size:
+            return False
+        with safe_open(path, framework="pt") as file:
+            rows = [
+                Row(**{**row, "leaves": tuple(row["leaves"])}) for row in json.loads(file.metadata()["rows"])
+            ]
+            blobs = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            sizes = {key: blob.nbytes for key, blob in blobs.items()}
+            new_bytes = sum(size for key, size in sizes.items() if key not in self._sizes)
+            fits = self.memory_used_bytes + new_bytes <= self._budget_bytes
+            self._keep(
+                rows, sizes, None if fits else path, {k: b.clone() for k, b in blobs.items()} if fits else {}
+            )
+        return True
+
+    def read(self, key: str) -> Tensor:
+        """The tensor of a content hash; treat it as read-only."""
+        if key in self._memory:
+            return self._memory[key]
+        path = self._disk[key]
+        if path not in self._open_files:
+            self._open_files[path] = safe_open(path, framework="pt")
+        tensor: Tensor = self._open_files[path].get_tensor(key)
+        return tensor
+
+    def nbytes(self, keys: Iterable[str]) -> int:
+        """Bytes of the given tensors, wherever they are."""
+        return sum(self._sizes[key] for key in keys)
+
+    def _keep(
+        self, rows: list[Row], sizes: Mapping[str, int], path: Path | None, blobs: Mapping[str, Tensor]
+    ) -> None:
+        """Remember where tensors are: in memory if `path` is None, else in that file."""
+        for key, size in sizes.items():
+            if key in self._sizes:
+                continue
+            self._sizes[key] = size
+            if path is None:
+                self._memory[key] = blobs[key]
+                self.memory_used_bytes += size
+            else:
+                self._disk[key] = path
+        self.rows.extend(rows)
+
+    def _open_folder(self, cache_dir: Path) -> None:
+        if cache_dir.exists() and not cache_dir.is_dir():
+            raise NotADirectoryError(
+                f"cache_dir must be a folder, got the file '{cache_dir}'; give another path"
+            )
+        self._folder = cache_dir / fingerprint(self._request)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        index = self._folder / "index.json"
+        if index.is_file():
+            self._shards = dict(json.loads(index.read_text(encoding="utf-8"))["shards"])
+
+    def _write_index(self) -> None:
+        assert self._folder is not None
+        content = {"request": self._request, "shards": self._shards}
+        write_atomically(self._folder / "index.json", json.dumps(content, indent=1).encode())
+
+
+def fingerprint(request: Mapping[str, Any]) -> str:
+    """Hash of plain data, short enough for a folder name."""
+    return hashlib.blake2b(json.dumps(request, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> int:
+    """Write a file under a temporary name, then rename it; returns its bytes.
+
+    Raises:
+        OSError: The disk is full; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = OSError(
+            f"the disk must have {len(content) / 2**20:.1f} MiB free for '{path}', got a full one; free some "
+            "space and run again, finished shards are kept"
+        )
+        full.errno = error.errno
+        raise full from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(content)

@@ -1,0 +1,24 @@
+"""Fixtures that every test file may use; the suite runs offline, on the CPU and, where there is one, on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import of huggingface_hub, so it must come first
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that a test should run on; `pytest -m gpu` asks for the second one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A fresh random generator on the CPU, the same for every test."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,166 @@
+"""Hygiene of the source tree: directions of imports, what importing costs, sizes, docstrings, forbidden words."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import difloat
+
+ROOT = Path(difloat.__file__).parent
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+LINE = (
+    "formats",
+    "rounding",
+    "packing",
+    "quantizer",
+    "kernels",
+    "layers",
+    "<side>",
+    "methods",
+    "recipes",
+    "<top>",
+)
+TOP = {
+    "__init__",
+    "cli",
+    "api",
+    "demo",
+    "quantization",
+}  # whatever else is not on the line is <side>: io, report, evaluate, ...
+LAZY = {
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "matplotlib",
+    "jinja2",
+    "torchvision",
+    "torchmetrics",
+}
+INTEGRATION = (
+    "io/diffusers.py"  # subclasses diffusers' own classes; imported where a checkpoint is read or written
+)
+FILE_LINES, FUNCTION_LINES, RECIPE_LINES = 400, 60, 120
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@cache
+def tree(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"), file)
+
+
+def rank(module: str) -> int:
+    """Place of a first-level module of the package on the line; a module may import its own place and lower ones."""
+    return LINE.index(module if module in LINE else "<top>" if module in TOP else "<side>")
+
+
+def imports(nodes: Iterator[ast.AST] | list[ast.stmt]) -> Iterator[str]:
+    """Dotted names that import statements among `nodes` name; ``from difloat import io`` counts as ``difloat.io``."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, "relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def first_level(name: str) -> str:
+    """`difloat.io.layout.read` to `io`; a name of the package itself, such as `difloat.save`, to `__init__`."""
+    part = name.split(".")[1] if "." in name else "__init__"
+    return part if (ROOT / f"{part}.py").exists() or (ROOT / part).is_dir() else "__init__"
+
+
+def functions(node: ast.AST) -> Iterator[Function]:
+    yield from (child for child in ast.walk(node) if isinstance(child, Function))
+
+
+def public_definitions(node: ast.Module | ast.ClassDef) -> Iterator[Function | ast.ClassDef]:
+    for child in node.body:
+        if isinstance(child, Function | ast.ClassDef) and not child.name.startswith("_"):
+            yield child
+            if isinstance(child, ast.ClassDef):
+                yield from public_definitions(child)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_follow_the_line(file: str) -> None:
+    own = file.split("/")[0].removesuffix(".py")
+    used = {first_level(name) for name in imports(ast.walk(tree(file))) if name.split(".")[0] == "difloat"}
+    wrong = sorted(name for name in used if rank(name) > rank(own))
+    assert not wrong, f"{file} may not import {wrong}: the order is {' <- '.join(LINE)}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_heavy_libraries_are_imported_inside_functions(file: str) -> None:
+    allowed = {"diffusers"} if file == INTEGRATION else set()
+    assert not {name.split(".")[0] for name in imports(tree(file).body)} & LAZY - allowed
+
+
+def test_no_recipe_imports_another() -> None:
+    for path in (ROOT / "recipes").glob("*.py"):
+        if path.stem != "__init__":
+            used = set(imports(ast.walk(tree(f"recipes/{path.name}"))))
+            assert not {name for name in used if name.startswith("difloat.recipes")}, path.name
+
+
+def test_importing_the_package_touches_neither_diffusers_nor_a_gpu() -> None:
+    code = (
+        "import sys, torch; seed = torch.initial_seed(); import difloat; "
+        f"print(sorted({LAZY!r} & set(sys.modules)), torch.cuda.is_initialized(), torch.initial_seed() == seed)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["[]", "False", "True"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_public_names_have_docstrings_and_annotations(file: str) -> None:
+    assert not tree(file).body or ast.get_docstring(tree(file)), f"{file} has no docstring"
+    for definition in public_definitions(tree(file)):
+        assert ast.get_docstring(definition), f"{definition.name} has no docstring"
+        if isinstance(definition, Function):
+            arguments = definition.args.posonlyargs + definition.args.args + definition.args.kwonlyargs
+            bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+            assert definition.returns is not None and not bare, (
+                f"{definition.name} lacks annotations: {bare or 'return'}"
+            )
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_and_functions_are_short(file: str) -> None:
+    lines = len((ROOT / file).read_text(encoding="utf-8").splitlines())
+    assert lines <= (RECIPE_LINES if file.startswith("recipes/") else FILE_LINES)
+    long = {f.name: n for f in functions(tree(file)) if (n := f.end_lineno - f.lineno + 1) > FUNCTION_LINES}
+    assert not long
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_is_swallowed_and_only_the_cli_prints(file: str) -> None:
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"bare except in line {node.lineno}"
+            names = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)}
+            cleans_up = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+            assert cleans_up or not names & {"Exception", "BaseException"}, (
+                f"line {node.lineno} catches everything"
+            )
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print" or file == "cli.py", f"print in line {node.lineno}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_global_seed(file: str) -> None:
+    calls = [node.func for node in ast.walk(tree(file)) if isinstance(node, ast.Call)]
+    seeds = [
+        f
+        for f in calls
+        if isinstance(f, ast.Attribute) and f.attr == "manual_seed" and ast.unparse(f.value) == "torch"
+    ]
+    assert not seeds
