@@ -54,6 +54,7 @@ def brute_force(weight: Tensor, formats: tuple[Format, ...]) -> dict[str, float]
 
 
 def seconds(call: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -64,11 +65,19 @@ def compare(repeats: int) -> dict[str, object]:
     formats = candidates(4)
     weight = torch.randn(WIDTH, 4 * WIDTH, generator=torch.Generator().manual_seed(0)) * 0.02
     row = weight.view(1, -1)
+    exact: dict[str, float] = {}
+    truth: dict[str, float] = {}
+
+    def ours() -> None:
+        exact.update(search(row, formats, refine=0).error_by_format)
+
+    def theirs() -> None:
+        truth.update(brute_force(weight, formats))
+
     times: dict[str, list[float]] = {"search": [], "brute_force": []}
     for _ in range(repeats):
-        times["search"].append(seconds(lambda: search(row, formats, refine=0)))
-        times["brute_force"].append(seconds(lambda: brute_force(weight, formats)))
-    exact, truth = search(row, formats, refine=0).error_by_format, brute_force(weight, formats)
+        times["search"].append(seconds(ours))
+        times["brute_force"].append(seconds(theirs))
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "shape": list(weight.shape),
@@ -84,7 +93,7 @@ def whole_model(blocks: int) -> dict[str, object]:
     """Part 2, with the counts of `SHAPES` scaled to `blocks`; every weight is searched for real."""
     formats = candidates(4)
     generator = torch.Generator().manual_seed(0)
-    result: dict[str, object] = {"formats": [format.name for format in formats], "blocks": blocks}
+    names = [format.name for format in formats]
     spent = {"per_tensor_s": 0.0, "per_channel_s": 0.0}
     parameters = 0
     for shape, count in SHAPES.items():
@@ -93,10 +102,17 @@ def whole_model(blocks: int) -> dict[str, object]:
             parameters += weight.numel()
             spent["per_tensor_s"] += seconds(lambda weight=weight: search(weight.view(1, -1), formats))
             spent["per_channel_s"] += seconds(lambda weight=weight: search(weight, formats))
-    return {**result, "parameters": parameters, **spent, "total_s": sum(spent.values())}
+    return {
+        "formats": names,
+        "blocks": blocks,
+        "parameters": parameters,
+        **spent,
+        "total_s": sum(spent.values()),
+    }
 
 
 def machine() -> dict[str, object]:
+    """Where this was measured."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -116,6 +132,7 @@ def commit() -> str | None:
 
 
 def main() -> None:
+    """Run both parts, write and show the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

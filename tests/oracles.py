@@ -9,7 +9,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 from itertools import product
 
 from difloat.formats import Format
@@ -49,7 +49,7 @@ def decode(code: int, format: Format) -> Fraction | float:
     return sign * fraction * Fraction(2) ** (max(exponent, 1) - bias)
 
 
-@lru_cache(maxsize=None)
+@cache
 def finite_values(format: Format) -> tuple[tuple[Fraction, int], ...]:
     """Every finite value with its code, ascending; negative zero is left out."""
     found = {}

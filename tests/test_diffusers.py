@@ -6,7 +6,6 @@ import copy
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from difloat.io import CheckpointError
 from difloat.quantizer import LayerPlan, Part, Plan, QuantSpec, plan_layer
 from tiny import tiny_pixart, tiny_unet
 
-io.register_with_diffusers()
+io.register_with_diffusers()  # again: importing difloat did it already
 
 PIPELINES = {"unet": tiny_unet, "transformer": tiny_pixart}
 
@@ -133,13 +132,17 @@ def test_verify_passes(component, directory):
     assert {finding.component for finding in findings} == {"", component}
 
 
+PIXART_ONLY = pytest.mark.parametrize("component", ["transformer"], indirect=True, scope="module")
+
+
+@PIXART_ONLY
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shard_bytes", [None, 5000])
 def test_codes_and_scales_survive_every_dtype(component, pipeline, tmp_path, dtype, shard_bytes):
     expected = getattr(pipeline, component)
     directory = io.save(expected, tmp_path / "a", max_shard_bytes=shard_bytes)
     assert (len(list(directory.glob("*.safetensors"))) > 1) == (shard_bytes is not None)
-    model = type(expected).from_pretrained(directory, torch_dtype=dtype)
+    model = type(expected).from_pretrained(directory, dtype=dtype)
     assert_same_layers(model, expected)
     assert model.dtype == (dtype or torch.float32)
     assert output(model).isfinite().all()
@@ -150,7 +153,10 @@ def test_half_precision_comes_back_as_it_was(component, tmp_path):
     directory = io.save(pipeline, tmp_path / "a")
     loaded = io.load(directory)
     assert getattr(loaded, component).dtype == loaded.vae.dtype == torch.float16
-    assert contents(io.save(loaded, tmp_path / "b")) == contents(directory)
+    again, first = contents(io.save(loaded, tmp_path / "b")), contents(directory)
+    # transformers itself reads some layers of a half-precision T5 as float32.
+    own = [name for name in first if name.startswith((component, "vae"))]
+    assert len(own) == 4 and {name: again[name] for name in own} == {name: first[name] for name in own}
 
 
 def test_own_save_pretrained_of_diffusers_loads_too(component, pipeline, tmp_path):
@@ -243,6 +249,7 @@ DAMAGES = {
 }
 
 
+@PIXART_ONLY
 @pytest.mark.parametrize("case", DAMAGES)
 def test_from_pretrained_refuses_damage_in_one_sentence(component, pipeline, directory, tmp_path, case):
     change, message = DAMAGES[case]
@@ -268,6 +275,7 @@ def test_quantizing_while_loading_is_refused(tmp_path):
         )
 
 
+@PIXART_ONLY
 def test_disk_offload_while_loading_is_refused(directory, component, pipeline, tmp_path):
     with pytest.raises(ValueError, match="must not hold 'disk'"):
         type(getattr(pipeline, component)).from_pretrained(
@@ -284,31 +292,32 @@ def test_pipelines_that_cannot_be_saved_or_loaded(tmp_path):
         io.load(tmp_path / "float")
 
 
-@pytest.mark.parametrize(
-    "statements",
-    [
-        "import difloat.io as io; io.register_with_diffusers(); assert 'diffusers' not in sys.modules; import diffusers",
-        "import diffusers.models; import difloat.io as io; io.register_with_diffusers()",
-        "import difloat.io as io; io.register_with_diffusers(); io.register_with_diffusers(); from diffusers import AutoModel",
-    ],
-)
-def test_registration_works_in_any_order(component, directory, statements):
-    if component != "transformer":
-        pytest.skip("once is enough")
-    code = f"""
+def test_registration_waits_for_diffusers_and_then_goes_away():
+    # The other order is what this file itself does: its imports of diffusers came first.
+    code = """
 import sys
-{statements}
-from diffusers import PixArtTransformer2DModel
-model = PixArtTransformer2DModel.from_pretrained({str(directory / component)!r})
-assert model.is_quantized
-assert not any(type(finder).__name__ == "_RegisterOnImport" for finder in sys.meta_path)
+import difloat.io
+difloat.io.register_with_diffusers()
+difloat.io.register_with_diffusers()
+waiting = [finder for finder in sys.meta_path if type(finder).__name__ == "_RegisterOnImport"]
+assert len(waiting) == 1 and "diffusers" not in sys.modules
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING
+assert {"difloat", "gguf"} <= AUTO_QUANTIZER_MAPPING.keys()
+assert {"difloat", "gguf"} <= AUTO_QUANTIZATION_CONFIG_MAPPING.keys()
+assert not any(finder in sys.meta_path for finder in waiting)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
-def test_representation_and_pickle_free_directory(directory, component):
-    model = getattr(DiffusionPipeline.from_pretrained(directory), component)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert "difloat" in repr(model.hf_quantizer.quantization_config)
-    assert not [path for path in directory.rglob("*") if path.suffix in (".bin", ".pkl", ".pt")]
+@PIXART_ONLY
+def test_a_config_shows_itself(directory, component):
+    from difloat.io.diffusers import DifloatConfig
+
+    fields = json.loads((directory / component / "config.json").read_text())["quantization_config"]
+    assert DifloatConfig.from_dict(fields).to_dict() == fields
+    assert '"recipe": "rtn"' in repr(DifloatConfig.from_dict(fields))
+
+
+@PIXART_ONLY
+def test_nothing_of_this_machine_is_in_the_files(directory):
+    assert not any(str(directory.parent).encode() in data for data in contents(directory).values())

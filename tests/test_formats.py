@@ -9,10 +9,10 @@ import gfloat
 import gfloat.formats
 import ml_dtypes
 import numpy as np
-import oracles
 import pytest
 import torch
 
+import oracles
 from difloat import rounding
 from difloat.formats import Format, candidates, parse
 
@@ -115,7 +115,7 @@ def test_equals_gfloat(name: str) -> None:
 
 
 def gfloat_info(format: Format) -> gfloat.FormatInfo:
-    """gfloat's record for one of our floating-point formats with an exponent field."""
+    """The record of gfloat for one of our floating-point formats with an exponent field."""
     return gfloat.FormatInfo(
         format.name,
         format.bits,

@@ -27,7 +27,7 @@ LINE = (
     "recipes",
     "<top>",
 )
-TOP = {
+TOP = {"study", 
     "__init__",
     "cli",
     "api",

@@ -9,16 +9,16 @@ from collections.abc import Callable
 import gfloat
 import ml_dtypes
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_formats import ML_DTYPES, gfloat_info
 from torch import Tensor
 
+import oracles
 from difloat.formats import Format, parse
 from difloat.rounding import decode, encode, round_straight_through, round_to, step_at
+from test_formats import ML_DTYPES, gfloat_info
 
 FORMATS = [parse(name) for name in oracles.all_names()]
 MIRRORED = [format for format in FORMATS if format.min == -format.max]

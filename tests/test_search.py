@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import oracles
 import pytest
 import torch
 from torch import Tensor
 
+import oracles
 from difloat.formats import Format, candidates, parse
 from difloat.methods import search as module
 from difloat.methods.search import CLIPS, ZERO_POINTS, Found, best_per_format, search

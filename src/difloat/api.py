@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from difloat import calibration, layers, recipes
-from difloat.calibration import CalibrationSettings
+from difloat.calibration import Calibration, CalibrationSettings
 from difloat.io import mark_quantized
 from difloat.methods.posttraining import Bits, Task
 from difloat.quantizer import Plan
@@ -57,39 +57,60 @@ def plan(
         cache_dir: Keeps calibration data and finished blocks, so that a killed run goes on where it was.
         progress: Show progress bars.
         call_kwargs: Further arguments of the pipeline's call, such as `height`.
-        **options: Fields of `CalibrationSettings` (`samples`, `steps`, `guidance_scale`, `seed`, `memory_bytes`, ...) and of the
-            recipe's options.
+        **options: Fields of `CalibrationSettings` (`samples`, `steps`, `guidance_scale`, `seed`, `memory_bytes`, ...) and of
+            the recipe's options.
 
     Raises:
         ValueError: on an unknown recipe, bits or option, a model without layers to quantize, or values that are not finite.
     """
     row, parsed = recipes.lookup(recipe), Bits.parse(bits)
     names = {field.name for field in fields(CalibrationSettings)}
-    settings = CalibrationSettings(**{name: value for name, value in options.items() if name in names})
+    settings = {name: value for name, value in options.items() if name in names}
     own = {name: value for name, value in options.items() if name not in names}
     recipes.make_options(row, own)  # refuse bad options before hours of calibration
+    data = calibrate(
+        model,
+        prompts=prompts,
+        forward_loop=forward_loop,
+        cache_dir=cache_dir,
+        progress=progress,
+        call_kwargs=call_kwargs,
+        **settings,
+    )
+    work_dir = None if cache_dir is None else Path(cache_dir)
+    task = Task(denoiser(model), data, parsed, CalibrationSettings(**settings).seed, progress, work_dir)
+    return plan_calibrated(task, recipe, bits, own)
+
+
+def calibrate(
+    model: Any,
+    *,
+    prompts: Sequence[str] | None = None,
+    forward_loop: Callable[[nn.Module], object] | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    call_kwargs: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Calibration:
+    """The denoiser's inputs along its own trajectories; arguments as for `plan`."""
     module = denoiser(model)
     _check_model(module)
+    wanted = CalibrationSettings(**settings)
     if model is not module:
-        data = calibration.collect(
-            model,
-            prompts_for(model, prompts),
-            settings,
-            cache_dir=cache_dir,
-            progress=progress,
-            call_kwargs=call_kwargs,
+        texts = prompts_for(model, prompts)
+        return calibration.collect(
+            model, texts, wanted, cache_dir=cache_dir, progress=progress, call_kwargs=call_kwargs
         )
-    elif forward_loop is not None:
-        data = calibration.collect_from_loop(
-            module, forward_loop, settings, cache_dir=cache_dir, progress=progress
-        )
-    else:
+    if forward_loop is None:
         raise ValueError(
             "a plain module must come with forward_loop, got None; give a function that samples with the module"
         )
-    work_dir = None if cache_dir is None else Path(cache_dir)
-    task = Task(module, data, parsed, settings.seed, progress, work_dir)
-    return recipes.plan(task, recipe, bits, own)
+    return calibration.collect_from_loop(module, forward_loop, wanted, cache_dir=cache_dir, progress=progress)
+
+
+def plan_calibrated(task: Task, recipe: str, bits: str, options: Mapping[str, Any]) -> Plan:
+    """`plan` with calibration data at hand, to try several recipes on the same."""
+    return recipes.plan(task, recipe, bits, options)
 
 
 def _check_model(module: nn.Module) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import sys
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from difloat.report import Record
 
 app = typer.Typer(
     help="Low-bit floating-point quantization of diffusion models: one command makes a packed checkpoint and shows its cost.",
@@ -25,92 +29,68 @@ Source = Annotated[
     str,
     typer.Argument(help="A diffusers pipeline directory, or an embedded model: emoji-unet, emoji-pixart."),
 ]
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint that difloat quantize has written.")]
 Prompts = Annotated[
-    Path | None, typer.Option(help="Text file with one prompt per line. Default: built-in prompts.")
+    Path | None, typer.Option(help="Text file, one prompt per line. Default: built-in prompts.")
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampler steps. Default: the pipeline's own.")]
 Guidance = Annotated[
     float | None, typer.Option(help="Classifier-free guidance scale. Default: the pipeline's own.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
 
 
-def load_pipeline(source: str) -> Any:
-    """The pipeline behind a name or a directory; one sentence if it cannot be loaded."""
-    from difloat import reference_models
+def _pipeline(source: str) -> Any:
+    """Load a pipeline without the loading bars and hints of diffusers and transformers: we have our own."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
 
-    if source in reference_models.NAMES:
-        return reference_models.load(source)
-    path = Path(source)
-    if not path.exists():
-        known = ", ".join(reference_models.NAMES)
-        raise FileNotFoundError(
-            f"source must be a pipeline directory or one of {known}, got {source!r}, which does not exist"
-        )
-    if not (path / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"source must hold model_index.json, got {source!r} without; is the download complete?"
-        )
-    from diffusers import DiffusionPipeline
+    from difloat import study
 
-    try:
-        return DiffusionPipeline.from_pretrained(path)
-    except (OSError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).split("\n")[0][:200]
-        raise ValueError(
-            f"source must be a complete pipeline, but {source!r} does not load ({reason}); download it again"
-        ) from error
-
-
-def prompts_of(pipeline: Any, source: str, path: Path | None) -> list[str] | None:
-    """Prompts from a file, the captions of an embedded model, built-in ones, or None for a pipeline without text."""
-    from difloat import api, calibration, reference_models
-
-    if path is not None:
-        return calibration.load_prompts(path)
-    if source in reference_models.NAMES:
-        return reference_models.captions()
-    return api.prompts_for(pipeline, None)
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    return study.load_pipeline(source)
 
 
 @app.command()
-def inspect(source: Source, layers: Annotated[bool, typer.Option(help="List every layer.")] = False) -> None:
+def inspect(
+    source: Source, layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False
+) -> None:
     """Show what a model consists of, and what of it can be quantized or is."""
     from difloat import api
     from difloat import layers as rooms
 
-    module = api.denoiser(load_pipeline(source))
-    table = Table("layer", "kind", "weight shape", "values", "weight format", "activation format")
-    rows, values, total = [], 0, sum(parameter.numel() for parameter in module.parameters())
+    module = api.denoiser(_pipeline(source))
+    rows: list[tuple[str, str, Sequence[int], str, str]] = []
     for name, layer in module.named_modules():
         if isinstance(layer, rooms.QuantizedLayer):
-            part = layer.parts[0]
-            activation = "-" if part.activation is None else part.activation.format.name
-            rows.append((name, layer.plan().kind, layer.float_shape, part.weight.format.name, activation))
-    quantized = bool(rows)
+            spec = layer.parts[0].activation
+            activation = "-" if spec is None else spec.format.name
+            weight_format = " + ".join(dict.fromkeys(part.weight.format.name for part in layer.parts))
+            rows.append((name, layer.plan().kind, layer.float_shape, weight_format, activation))
+    quantized = len(rows)
     for name, plain in rooms.quantizable(module).items():
         kind = "linear" if plain.weight.dim() == 2 else "conv2d"
         rows.append((name, kind, tuple(plain.weight.shape), "float", "-"))
-    for name, kind, shape, weight_format, activation in rows:
-        count = 1
-        for size in shape:
-            count *= size
-        values += count
-        table.add_row(name, kind, " x ".join(map(str, shape)), f"{count:,}", weight_format, activation)
     if layers:
+        table = Table("layer", "kind", "weight shape", "values", "weight format", "activation format")
+        for name, kind, shape, weight_format, activation in rows:
+            shape_text = " x ".join(map(str, shape))
+            table.add_row(name, kind, shape_text, f"{math.prod(shape):,}", weight_format, activation)
         console.print(table)
-    state = "quantized and float" if quantized else "float"
-    blocks = "" if quantized else f" in {len(rooms.blocks(module))} blocks"
+    weights = sum(math.prod(shape) for _, _, shape, _, _ in rows)
+    stored = sum(tensor.nbytes for tensor in module.state_dict().values())
     console.print(
-        f"{type(module).__name__}: {len(rows)} {state} layers{blocks} with {values:,} weights; {total:,} stored values in all"
+        f"{type(module).__name__}: {quantized} quantized and {len(rows) - quantized} float layers, {weights:,} weights "
+        f"in them, {stored / 1e6:.2f} MB in memory"
     )
 
 
 @app.command()
 def quantize(
     source: Source,
-    out: Annotated[Path, typer.Argument(help="Directory of the packed checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the packed checkpoint and its report.")],
     recipe: Annotated[str, typer.Option(help="lbfp, qdiffusion or rtn.")] = "lbfp",
     bits: Annotated[
         str, typer.Option(help="Weight and activation bits, like w4a8; a16 leaves activations alone.")
@@ -119,7 +99,7 @@ def quantize(
     samples: Annotated[int, typer.Option(min=1, help="Calibration rows: denoiser inputs kept.")] = 256,
     steps: Steps = None,
     guidance: Guidance = None,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     memory_mb: Annotated[
         int, typer.Option(min=1, help="Calibration data held in RAM, in MB; the rest goes to disk.")
     ] = 2048,
@@ -131,172 +111,73 @@ def quantize(
         list[str] | None,
         typer.Option("--set", help="Option of the recipe, like --set rounding=nearest; repeatable."),
     ] = None,
-    images: Annotated[int, typer.Option(min=0, help="Pictures for the report; 0 leaves pictures out.")] = 16,
-    dry_run: Annotated[bool, typer.Option(help="Print plan, size, memory and time, and stop.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that is there.")] = False,
+    images: Annotated[
+        int, typer.Option(min=0, help="Pictures drawn with both models for the report; 0: none.")
+    ] = 16,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print plan, size, memory and time, stop.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")
+    ] = False,
 ) -> None:
     """Quantize a pipeline's denoiser, write the packed checkpoint and a report of what it cost."""
-    from difloat import api, recipes
+    from difloat import api, calibration, recipes, study
     from difloat.methods.posttraining import Bits
 
     chosen = _options(option or [])
     recipes.make_options(recipes.lookup(recipe), chosen)
-    Bits.parse(bits)
-    _check_out(out, overwrite)
-    pipeline = load_pipeline(source)
-    texts = prompts_of(pipeline, source, prompts)
-    arguments = {
-        "samples": samples,
-        "seed": seed,
-        "memory_bytes": memory_mb << 20,
-        "steps": steps,
-        "guidance_scale": guidance,
-    }
-    _print_estimate(pipeline, texts, arguments, recipe, bits, chosen)
+    width = Bits.parse(bits)
+    if images == 1:
+        raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise FileExistsError(
+            f"output directory must be new or empty, got {str(out)!r}; choose another or say --overwrite"
+        )
+    pipeline = _pipeline(source)
+    texts = study.prompts_of(pipeline, source, prompts)
+    guidance, call = study.call_of(source, guidance)
+    settings = calibration.CalibrationSettings(
+        samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
+    )
+    console.print(
+        f"{recipe} {bits}{''.join(f', {key}={value}' for key, value in chosen.items())}: "
+        + study.estimate(pipeline, texts, settings, width.weight, call),
+        highlight=False,
+    )
     if dry_run:
         return
     start = time.perf_counter()
-    plan = api.plan(pipeline, recipe, bits, prompts=texts, cache_dir=cache, **arguments, **chosen)
-    seconds = {"quantize, all": time.perf_counter() - start}
-    _finish(pipeline, plan, source, out, texts, images, steps, guidance, seconds, overwrite)
-
-
-def _finish(
-    pipeline: Any,
-    plan: Any,
-    source: str,
-    out: Path,
-    texts: Sequence[str] | None,
-    images: int,
-    steps: int | None,
-    guidance: float | None,
-    seconds: dict[str, float],
-    overwrite: bool,
-) -> None:
-    """Draw with both models, save, reload, write the report, print the summary."""
-    import difloat
-    from difloat import api, layers, recipes, record
-
-    module = api.denoiser(pipeline)
-    float_twin = layers.shadow(module)
-    drawn = evaluation = None
-    if images:
-        reference = _draw(pipeline, texts, images, steps, guidance, trajectory=True)
-        seconds["pictures, full precision"] = reference.seconds
-    api.apply(pipeline, plan)
-    difloat.save(pipeline, out, overwrite=overwrite)
-    if images:
-        drawn = _draw(difloat.load(out), texts, images, steps, guidance, trajectory=True)
-        seconds["pictures, quantized (reloaded)"] = drawn.seconds
-        evaluation = _judge(reference, drawn, texts)
-    shown = min(images, 24)
-    notes = (sys.modules[recipes.lookup(plan.recipe).plan.__module__].__doc__ or "").split("\n\n")[1:]
-    prompts = [] if texts is None else [texts[i % len(texts)] for i in range(shown)]
-    made = record.build(
-        float_twin,
-        plan,
-        name=source,
-        evaluation=evaluation,
-        prompts=prompts,
-        seeds=list(range(shown)),
-        timings=seconds,
-        notes=notes,
+    plan = api.plan(
+        pipeline, recipe, bits, prompts=texts, cache_dir=cache, call_kwargs=call, **vars(settings), **chosen
     )
-    empty = record.to_uint8(__import__("torch").zeros(0, 3, 8, 8))
-    left = record.to_uint8(reference.images[:shown]) if images else empty
-    right = record.to_uint8(drawn.images[:shown]) if drawn is not None else empty
-    page = record.write(made, left, right, out)
+    seconds = {"quantize, all of it": time.perf_counter() - start}
+    sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=call)
+    made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
     _print_summary(made)
-    console.print(f"checkpoint {out}\nreport     {page}")
-
-
-def _draw(
-    pipeline: Any,
-    texts: Sequence[str] | None,
-    count: int,
-    steps: int | None,
-    guidance: float | None,
-    **kwargs: Any,
-) -> Any:
-    from difloat import evaluate
-
-    return evaluate.generate(
-        pipeline, texts, seeds=list(range(count)), steps=steps, guidance_scale=guidance, **kwargs
-    )
-
-
-def _judge(reference: Any, quantized: Any, texts: Sequence[str] | None) -> Any:
-    """Compare two sets of pictures; distances to data and retrieval where the prompts are the embedded models' own."""
-    from difloat import evaluate, features, reference_models
-
-    count = len(reference.images)
-    captions = None if texts is None else [texts[i % len(texts)] for i in range(count)]
-    known = captions is not None and set(captions) <= set(reference_models.captions())
-    return evaluate.compare(
-        reference,
-        quantized,
-        features=features.features,
-        feature_maps=features.feature_maps,
-        data_moments=features.data_statistics() if known else None,
-        captions=captions if known else None,
-        retrieval=features.retrieval if known else None,
-    )
+    console.print(f"checkpoint {out}\nreport     {out / 'report.html'}", highlight=False)
 
 
 def _options(pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs:
         if "=" not in pair:
-            raise ValueError(f"--set must be name=value, got {pair!r}")
+            raise ValueError(
+                f"--set must be name=value, got {pair!r}; write for example --set rounding=nearest"
+            )
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"output directory must be new or empty, got {str(out)!r}; choose another or say --overwrite"
-        )
-
-
-def _print_estimate(
-    pipeline: Any,
-    texts: Sequence[str] | None,
-    arguments: dict[str, Any],
-    recipe: str,
-    bits: str,
-    chosen: dict[str, str],
-) -> None:
-    from difloat import api, calibration, layers
-
-    settings = calibration.CalibrationSettings(**arguments)
-    need = calibration.estimate(pipeline, texts, settings)
-    module = api.denoiser(pipeline)
-    found = layers.quantizable(module)
-    weights = sum(layer.weight.numel() for layer in found.values())
-    rest = sum(p.nbytes for p in module.parameters()) - sum(layer.weight.nbytes for layer in found.values())
-    packed = weights * int(bits[1:].split("a")[0]) / 8 + rest
-    chosen_text = "".join(f", {name}={value}" for name, value in chosen.items())
-    console.print(
-        f"{recipe} {bits}{chosen_text}: {len(found)} layers in {len(layers.blocks(module))} blocks, {weights:,} weights, "
-        f"about {packed / 1e6:.1f} MB packed (from {2 * sum(p.numel() for p in module.parameters()) / 1e6:.1f} MB in 16 bits)\n"
-        f"calibration: {need['rows']:.0f} rows from {need['calls']:.0f} denoiser calls, about {need['seconds']:.0f} s, "
-        f"{need['ram_bytes'] / 1e6:.0f} MB RAM, {need['disk_bytes'] / 1e6:.0f} MB disk where a cache is kept"
-    )
-
-
-def _print_summary(made: Any) -> None:
-    table = Table("measure", "value", "95 % interval", "full precision", title=f"{made.title}")
+def _print_summary(made: Record) -> None:
+    table = Table("measure", "value", "95 % interval", "full precision", title=made.title)
     for row in made.quality:
         reference = "" if row["reference"] is None else f"{row['reference']:.4g}"
-        table.add_row(
-            row["label"],
-            f"{row['value']:.4g} {row['unit']}".strip(),
-            f"{row['low']:.4g} to {row['high']:.4g}",
-            reference,
-        )
+        value = f"{row['value']:.4g} {row['unit']}".strip()
+        table.add_row(row["label"], value, f"{row['low']:.4g} to {row['high']:.4g}", reference)
+    ratio = made.original_bytes / made.packed_bytes
     table.add_row(
-        "size",
+        "denoiser on disk",
         f"{made.packed_bytes / 1e6:.2f} MB",
-        f"{made.effective_bits:.2f} bits per quantized weight",
+        f"{ratio:.2f}x smaller, {made.effective_bits:.2f} bits a weight",
         f"{made.original_bytes / 1e6:.2f} MB",
     )
     console.print(table)
@@ -311,24 +192,31 @@ def generate(
     count: Annotated[int, typer.Option(min=1, help="Pictures; prompts are used again from the start.")] = 4,
     steps: Steps = None,
     guidance: Guidance = None,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
     batch: Batch = 8,
 ) -> None:
     """Draw pictures with a full-precision or quantized pipeline."""
     from PIL import Image
 
-    from difloat import evaluate, record
+    from difloat import evaluate, record, study
 
-    pipeline = load_pipeline(source)
-    texts = list(prompt) if prompt else prompts_of(pipeline, source, prompts)
+    pipeline = _pipeline(source)
+    texts = list(prompt) if prompt else study.prompts_of(pipeline, source, prompts)
+    guidance, call = study.call_of(source, guidance)
     seeds = list(range(seed, seed + count))
     drawn = evaluate.generate(
-        pipeline, texts, seeds=seeds, steps=steps, guidance_scale=guidance, batch_size=batch
+        pipeline,
+        texts,
+        seeds=seeds,
+        steps=steps,
+        guidance_scale=guidance,
+        batch_size=batch,
+        call_kwargs=call,
     )
     out.mkdir(parents=True, exist_ok=True)
     for number, picture in zip(seeds, record.to_uint8(drawn.images), strict=True):
         Image.fromarray(picture).save(out / f"{number:05d}.png")
-    console.print(f"{count} pictures in {out} ({drawn.seconds / count:.2f} s each)")
+    console.print(f"{count} pictures in {out}, {drawn.seconds / count:.2f} s each", highlight=False)
 
 
 @app.command()
@@ -344,60 +232,58 @@ def evaluate(
     batch: Batch = 50,
     fail_under: Annotated[
         list[str] | None,
-        typer.Option(help="Gate like psnr=20 or frechet_to_data<=12; exit code 1 if broken."),
+        typer.Option(
+            help="Gate like psnr=20 or frechet_to_data<=12, repeatable; exit code 1 if one is broken."
+        ),
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the evaluation as JSON.")] = None,
 ) -> None:
     """Compare a quantized pipeline with the full-precision one on the same seeds and prompts."""
     from difloat import evaluate as judge
+    from difloat import study
 
-    first, second = load_pipeline(reference), load_pipeline(quantized)
-    texts = prompts_of(first, reference, prompts)
-    drawn = [
-        _draw(p, texts, samples, steps, guidance, trajectory=True, batch_size=batch) for p in (first, second)
-    ]
-    evaluation = _judge(drawn[0], drawn[1], texts)
+    first, second = _pipeline(reference), _pipeline(quantized)
+    texts = study.prompts_of(first, reference, prompts)
+    guidance, call = study.call_of(reference, guidance)
+    sampling = study.Sampling(texts, samples, steps, guidance, batch, call)
+    evaluation = study.judge(study.draw(first, sampling), study.draw(second, sampling), sampling)
     table = Table(
         "measure", "value", "95 % interval", title=f"{quantized} against {reference}, {samples} pictures"
     )
-    for _, metric, estimate in evaluation.rows():
-        table.add_row(
-            metric.label,
-            f"{estimate.value:.4g} {metric.unit}".strip(),
-            f"{estimate.low:.4g} to {estimate.high:.4g}",
-        )
+    for _, metric, found in evaluation.rows():
+        value = f"{found.value:.4g} {metric.unit}".strip()
+        table.add_row(metric.label, value, f"{found.low:.4g} to {found.high:.4g}")
     console.print(table)
     if save is not None:
         save.write_text(evaluation.to_json(), encoding="utf-8")
     failures = judge.gate(evaluation, fail_under or [])
     for failure in failures:
-        console.print(failure, markup=False)
+        console.print(failure, markup=False, highlight=False)
     if failures:
         raise typer.Exit(1)
 
 
 @app.command()
-def report(
-    directory: Annotated[Path, typer.Argument(help="A checkpoint that difloat quantize has written.")],
-) -> None:
+def report(directory: Checkpoint) -> None:
     """Make report.html again from the data beside a checkpoint."""
     from difloat import record
     from difloat import report as pages
 
     made, left, right = record.read(directory)
     _print_summary(made)
-    console.print(f"report {pages.render(made, left, right, directory / record.PAGE)}")
+    page = pages.render(made, left, right, directory / record.PAGE)
+    console.print(f"report     {page}", highlight=False)
 
 
 @app.command()
-def verify(directory: Annotated[Path, typer.Argument(help="A checkpoint directory.")]) -> None:
-    """Prove a checkpoint: hashes, shapes, scales, legal codes, bit-exact re-encoding, size. Exit code 1 if anything fails."""
+def verify(directory: Checkpoint) -> None:
+    """Prove a checkpoint: hashes, shapes, scales, legal codes, bit-exact re-encoding, size. Exit code 1 if one fails."""
     import difloat
 
     findings = difloat.verify(directory)
     for finding in findings:
-        mark = "[green]ok[/green]  " if finding.passed else "[red]FAIL[/red]"
-        console.print(f"{mark} {finding.check:10}", finding.component, finding.message)
+        mark = "[green]ok  [/green]" if finding.passed else "[red]FAIL[/red]"
+        console.print(mark, f"{finding.check:10} {finding.component}", finding.message, highlight=False)
     if not all(finding.passed for finding in findings):
         raise typer.Exit(1)
 
@@ -410,32 +296,25 @@ def demo(
     model: Annotated[str, typer.Option(help="emoji-pixart or emoji-unet.")] = "emoji-pixart",
 ) -> None:
     """Quantize an embedded model to FP4 weights and FP8 activations and show what it cost, in a few minutes."""
-    console.print(f"[bold]difloat demo[/bold]: {model}, LBFP, FP4 weights, FP8 activations, learned rounding")
-    target = out / f"{model}-lbfp-w4a8"
-    quantize(
-        model,
-        target,
-        recipe="lbfp",
-        bits="w4a8",
-        samples=128,
-        option=["iterations=120", "rounding_rows=128"],
-        images=24,
-        overwrite=True,
+    console.print(
+        f"[bold]difloat demo[/bold]: {model}, LBFP, FP4 weights with learned rounding, FP8 activations"
     )
+    target = out / f"{model}-lbfp-w4a8"
+    fast = ["iterations=120", "rounding_rows=128"]
+    quantize(model, target, samples=128, option=fast, images=24, overwrite=True)
     verify(target)
 
 
 def main() -> None:
     """Run the command line; bad input gives one sentence and exit code 2."""
+    errors = Console(stderr=True)
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print(
-            "interrupted; with --cache the next run goes on from the last finished block"
-        )
+        errors.print("interrupted; with --cache the next run goes on from the last finished block")
         raise SystemExit(130) from None
 
 

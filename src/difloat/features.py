@@ -71,7 +71,9 @@ def prepare(images: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"images must have shape [n, 3, height, width], got {tuple(images.shape)}")
     images = images.float()
     if images.shape[-2:] != (SIZE, SIZE):
-        images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+        images = F.interpolate(
+            images, size=(SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False
+        )
     return images * 2 - 1
 
 

@@ -126,7 +126,12 @@ class Format:
         Hardware e4m3 (`e4m3fn`) has a NaN where the all-finite `e4m3` has 480, so of all formats for which this holds
         only `e4m3` itself needs care on FP8 tensor cores.
         """
-        return not self.integer and 1 <= self.exponent_bits <= 4 and self.mantissa_bits <= 3 and self.specials != "ieee"
+        return (
+            not self.integer
+            and 1 <= self.exponent_bits <= 4
+            and self.mantissa_bits <= 3
+            and self.specials != "ieee"
+        )
 
 
 @cache
@@ -144,7 +149,9 @@ def parse(name: str) -> Format:
         signed = not match.group(1)
         result = Format(signed, 0, int(match.group(2)) - int(signed), integer=True)
     else:
-        raise ValueError(f"format must be eXmY, ueXmY, intN or uintN, got {name!r}; write for example 'e2m1' or 'uint4'")
+        raise ValueError(
+            f"format must be eXmY, ueXmY, intN or uintN, got {name!r}; write for example 'e2m1' or 'uint4'"
+        )
     _check(result, name)
     return result
 
@@ -153,7 +160,9 @@ def _check(format: Format, name: str) -> None:
     if not 1 <= format.bits <= _MAX_BITS or format.exponent_bits + format.mantissa_bits < 1:
         raise ValueError(f"format must have 1 to {_MAX_BITS} bits besides at least one value, got {name!r}")
     if format.exponent_bits > _MAX_EXPONENT_BITS:
-        raise ValueError(f"format must have at most {_MAX_EXPONENT_BITS} exponent bits to fit float32, got {name!r}")
+        raise ValueError(
+            f"format must have at most {_MAX_EXPONENT_BITS} exponent bits to fit float32, got {name!r}"
+        )
     if format.specials and format.exponent_bits + format.mantissa_bits < 3:
         raise ValueError(f"format with specials must have at least 3 bits besides the sign, got {name!r}")
 

@@ -41,7 +41,11 @@ def unpack(packed: Tensor, bits: int, channels: int) -> Tensor:
     """Undo `pack`: uint8 [o, bytes, ...] to the first `channels` codes, uint8 [o, channels, ...]."""
     rows = packed.movedim(1, -1)
     per_word, word_bytes = _word(bits)
-    padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % word_bytes)).unflatten(-1, (-1, word_bytes)).long()
+    padded = (
+        torch.nn.functional.pad(rows, (0, -rows.shape[-1] % word_bytes))
+        .unflatten(-1, (-1, word_bytes))
+        .long()
+    )
     words = (padded << _offsets(word_bytes, 8, packed.device)).sum(-1, keepdim=True)
     codes = (words >> _offsets(per_word, bits, packed.device)).bitwise_and(2**bits - 1).to(torch.uint8)
     return codes.flatten(-2)[..., :channels].movedim(-1, 1)

@@ -3,8 +3,8 @@
 A `Plan` is where deciding ends: plain data, per layer which format, scale and codes. Nothing that carries a plan out knows
 which recipe made it.
 
-Axes of weights: ``o`` output channels, ``i`` input channels, then kernel axes. A layer's input channels may be cut into *parts*,
-each with its own formats and scales: a U-Net's skip concatenation feeds two different distributions into one layer.
+Axes of weights: ``o`` output channels, ``i`` input channels, then kernel axes. A layer's input channels may be cut into
+*parts*, each with its own formats and scales: a U-Net's skip concatenation feeds two different distributions into one layer.
 """
 
 from __future__ import annotations
@@ -302,6 +302,10 @@ def plan_layer(
         ValueError: if shapes do not fit.
     """
     shapes = layer_tensor_shapes(weight.shape, parts)
+    if not weight.isfinite().all() or not all(bool((scale > 0).all()) for scale in weight_scales):
+        raise ValueError(
+            "weights must be finite and their scales positive, got NaN, Inf or a scale of 0; repair the weights"
+        )
     zero_points = weight_zero_points or [torch.zeros(0)] * len(parts)
     packed = []
     pieces = weight.float().split([part.channels for part in parts], dim=1)

@@ -151,24 +151,6 @@ def build(
     """
     rows = [layer_row(key, layer, model.get_submodule(key).weight) for key, layer in plan.layers.items()]
     size = sizes(model, plan)
-    skipped = [(key, reason, _bytes(model, key)) for key, reason in plan.skipped.items()]
-    own = set(plan.layers) | set(plan.skipped)
-    others = [
-        key
-        for key, module in model.named_modules()
-        if key not in own and any(True for _ in module.parameters(False))
-    ]
-    skipped += [
-        (key, f"{type(model.get_submodule(key)).__name__}, no layer to quantize", _bytes(model, key))
-        for key in others
-    ]
-    trajectory = None
-    if evaluation is not None and evaluation.trajectory is not None:
-        columns = {
-            field: [getattr(step, field) for step in evaluation.trajectory]
-            for field in ("value", "low", "high")
-        }
-        trajectory = {"timesteps": list(evaluation.timesteps), **columns}
     return Record(
         title=f"{name}, {plan.recipe} {plan.bits}",
         recipe=plan.recipe,
@@ -186,17 +168,39 @@ def build(
         effective_bits=size.effective_bits,
         weight_bits_nominal=float(plan.bits[1:].split("a")[0]),
         layers=rows,
-        skipped=skipped,
+        skipped=_skipped(model, plan),
         quality=[] if evaluation is None else quality_rows(evaluation),
         samples=0 if evaluation is None else evaluation.samples,
         prompts=list(prompts),
         seeds=list(seeds),
-        trajectory=trajectory,
+        trajectory=_trajectory(evaluation),
         histograms=worst_histograms(model, plan, rows),
         timings=[*plan.measured.get("seconds", {}).items(), *(timings or {}).items()],
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
     )
+
+
+def _skipped(model: nn.Module, plan: Plan) -> list[tuple[str, str, int]]:
+    """Everything that holds parameters and stays in high precision, with the reason and its bytes."""
+    skipped = [(name, reason, _bytes(model, name)) for name, reason in plan.skipped.items()]
+    for name, module in model.named_modules():
+        if (
+            name not in plan.layers
+            and name not in plan.skipped
+            and any(True for _ in module.parameters(False))
+        ):
+            skipped.append((name, f"{type(module).__name__}, no layer to quantize", _bytes(model, name)))
+    return skipped
+
+
+def _trajectory(evaluation: Evaluation | None) -> dict[str, list[float]] | None:
+    if evaluation is None or evaluation.trajectory is None:
+        return None
+    columns = {
+        key: [getattr(step, key) for step in evaluation.trajectory] for key in ("value", "low", "high")
+    }
+    return {"timesteps": list(evaluation.timesteps), **columns}
 
 
 def _bytes(model: nn.Module, name: str) -> int:
@@ -233,3 +237,8 @@ def read(directory: Path) -> tuple[Record, np.ndarray, np.ndarray]:
 def to_uint8(images: Tensor) -> np.ndarray:
     """Pictures [n, 3, h, w] in 0..1 as uint8 [n, h, w, 3]."""
     return images.mul(255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def no_pictures() -> np.ndarray:
+    """An empty set of pictures, uint8 [0, 1, 1, 3]."""
+    return np.zeros((0, 1, 1, 3), np.uint8)

@@ -39,27 +39,33 @@ def round_to(x: Tensor, format: Format) -> Tensor:
         raise TypeError(f"x must be a floating point tensor, got {x.dtype}; convert it with .float()")
     if x.dtype not in _LAYOUT:
         return round_to(x.float(), format).to(x.dtype)
-    clipped = x.clamp(format.min, format.max)
+    return round_(x.clone(), format)
+
+
+def round_(x: Tensor, format: Format) -> Tensor:
+    """`round_to` in place, for float32 and float64: overwrites and returns `x`."""
+    x.clamp_(format.min, format.max)
     if format.uniform:
-        return clipped.div_(format.step).round_().mul_(format.step).add_(0.0)
-    return _round_float(clipped, format)
-
-
-def _round_float(x: Tensor, format: Format) -> Tensor:
-    """Round `x`, which lies in the range of `format` and may be overwritten."""
+        return x.div_(format.step).round_().mul_(format.step).add_(0.0)
     integer, exponent_mask, mantissa_bits, bias = _LAYOUT[x.dtype]
     exponent_field = x.view(integer).bitwise_and(exponent_mask)
     binade = exponent_field.view(x.dtype).clamp_min(math.ldexp(1.0, format.min_exponent))
-    # The last mantissa bit of `anchor` weighs one step of the binade, so adding it rounds half to even in steps.
-    # A sum that cancels gives +0, so no negative zero is left.
-    anchor = binade * (1.5 * math.ldexp(1.0, mantissa_bits - format.mantissa_bits))
     if format.mantissa_bits > 0:
+        # The last mantissa bit of the anchor weighs one step of the binade, so adding it rounds half to even in steps.
+        # A sum that cancels gives +0, so no negative zero is left.
+        anchor = binade.mul_(_anchor(format, mantissa_bits))
         return x.add_(anchor).sub_(anchor)
-    rounded = (x + anchor).sub_(anchor)
     # Without mantissa bits "even in steps" is always the upper neighbour, while the even code alternates.
+    anchor = binade * _anchor(format, mantissa_bits)
     code_of_lower = (exponent_field >> mantissa_bits) - (bias + format.min_exponent) + 1
     tie_to_lower = (x.abs() == 1.5 * binade) & (code_of_lower % 2 == 0)
-    return torch.where(tie_to_lower, torch.copysign(binade, x), rounded)
+    lower = torch.copysign(binade, x)
+    x.add_(anchor).sub_(anchor)
+    return x.copy_(torch.where(tie_to_lower, lower, x))
+
+
+def _anchor(format: Format, mantissa_bits: int) -> float:
+    return 1.5 * math.ldexp(1.0, mantissa_bits - format.mantissa_bits)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -110,4 +116,6 @@ def step_at(x: Tensor, format: Format) -> Tensor:
     clipped = x.float().clamp(format.min, format.max)
     integer, exponent_mask, _, _ = _LAYOUT[clipped.dtype]
     binade = clipped.view(integer).bitwise_and(exponent_mask).view(clipped.dtype)
-    return (binade.clamp_min(math.ldexp(1.0, format.min_exponent)) * math.ldexp(1.0, -format.mantissa_bits)).to(x.dtype)
+    return (
+        binade.clamp_min(math.ldexp(1.0, format.min_exponent)) * math.ldexp(1.0, -format.mantissa_bits)
+    ).to(x.dtype)

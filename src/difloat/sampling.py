@@ -238,6 +238,9 @@ class Sampling:
         # Binning only snaps a size that the caller chose to PixArt's published ones; other models refuse it.
         if "use_resolution_binning" in self._parameters and not {"height", "width"} & set(kwargs):
             kwargs.setdefault("use_resolution_binning", False)
+        # Caption cleaning silently depends on which packages are installed, so data would differ between machines.
+        if "clean_caption" in self._parameters:
+            kwargs.setdefault("clean_caption", False)
         return kwargs
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from difloat.io.layout import (
     CONFIG,
+    QUANT_METHOD,
     CheckpointError,
     StoredTensor,
     check_headers,
@@ -33,6 +34,8 @@ from difloat.layers import QuantizedLayer
 from difloat.quantizer import Plan
 
 _PIPELINE = "model_index.json"
+# Where a model was loaded from, as diffusers and transformers note it in their configs.
+_ORIGIN = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 
 def mark_quantized(model: nn.Module, plan: Plan) -> None:
@@ -156,14 +159,11 @@ def _is_diffusers(value: Any, class_name: str) -> bool:
 
 def _clean_configs(directory: Path, quantized: set[Path]) -> None:
     """Make the files independent of where their model came from, and those with a plan compact."""
-    for path in directory.rglob(CONFIG):
-        config = read_json(path)
-        origin = config.pop(
-            "_name_or_path", None
-        )  # libraries note here the path that a model was loaded from
-        if path.parent in quantized:
+    for path in [*directory.rglob(f"*{CONFIG}"), *directory.glob(_PIPELINE)]:
+        config = {key: value for key, value in read_json(path).items() if key not in _ORIGIN}
+        if path.name == CONFIG and path.parent in quantized:
             write_json(path, config)
-        elif origin is not None:
+        else:
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -181,12 +181,16 @@ def components(directory: str | os.PathLike[str]) -> dict[str, Path]:
         read_json(root / CONFIG)
         return {"": root}
     names = [name for name, entry in read_json(root / _PIPELINE).items() if isinstance(entry, list)]
-    configs = {name: root / name / CONFIG for name in names if name == Path(name).name}
-    found = {
-        name: path.parent
-        for name, path in configs.items()
-        if path.is_file() and "quantization_config" in read_json(path)
+    paths = {name: root / name / CONFIG for name in names if name == Path(name).name}
+    configs = {
+        name: read_json(path).get("quantization_config") for name, path in paths.items() if path.is_file()
     }
+    quantized = {name: config for name, config in configs.items() if config is not None}
+    # A text encoder may be of another library; if nothing is of difloat, reading its plan will say so.
+    own = [
+        name for name, c in quantized.items() if isinstance(c, dict) and c.get("quant_method") == QUANT_METHOD
+    ]
+    found = {name: root / name for name in own or quantized}
     if not found:
         raise CheckpointError(
             f"{root} must hold a quantized component, got a pipeline without; load it with diffusers"
@@ -259,7 +263,7 @@ def _load_model(root: Path, plan: Plan, stored: Mapping[str, StoredTensor], dtyp
         raise CheckpointError(
             f"_class_name must be a model of diffusers {diffusers.__version__}, got {name!r:.80}; update diffusers"
         )
-    return model_class.from_pretrained(str(root), torch_dtype=dtype or common_dtype(plan, stored))
+    return model_class.from_pretrained(str(root), **{_dtype_argument(): dtype or common_dtype(plan, stored)})
 
 
 def _load_pipeline(
@@ -276,4 +280,11 @@ def _load_pipeline(
         for path in root.glob(f"*/{CONFIG}"):
             if path.parent.name not in loaded:
                 dtypes[path.parent.name] = common_dtype(None, read_headers(path.parent))
-    return diffusers.DiffusionPipeline.from_pretrained(str(root), torch_dtype=dtypes)
+    return diffusers.DiffusionPipeline.from_pretrained(str(root), **{_dtype_argument(): dtypes})
+
+
+def _dtype_argument() -> str:
+    """What diffusers calls it: older ones ignore the new name, newer ones warn of the old one."""
+    from diffusers.pipelines import pipeline_utils
+
+    return "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"

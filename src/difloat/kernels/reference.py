@@ -11,7 +11,7 @@ from torch import Tensor
 from difloat import formats
 from difloat.formats import Format
 from difloat.packing import unpack
-from difloat.rounding import decode, round_to
+from difloat.rounding import decode, round_
 
 _CHUNK_VALUES = 1 << 17  # half a MiB of float32: the passes of one chunk stay in a core's second-level cache
 
@@ -76,13 +76,14 @@ def fake_quantize_input(
     if scale is None:
         scale = online_scale(values, format, per_token)
     if scale.dim() > 1:
-        return round_to((values / scale).contiguous(), format).mul_(scale).to(x.dtype)
+        return round_((values / scale).contiguous(), format).mul_(scale).to(x.dtype)
     flat = values.reshape(-1)
     result = torch.empty_like(flat)
     for chunk, out in zip(flat.split(_CHUNK_VALUES), result.split(_CHUNK_VALUES), strict=True):
-        shifted = chunk if zero_point is None else chunk - zero_point
-        rounded = round_to(shifted / scale, format).mul_(scale)
-        out.copy_(rounded if zero_point is None else rounded.add_(zero_point))
+        if zero_point is None:
+            round_(torch.div(chunk, scale, out=out), format).mul_(scale)
+        else:
+            round_(torch.sub(chunk, zero_point, out=out).div_(scale), format).mul_(scale).add_(zero_point)
     return result.reshape(x.shape).to(x.dtype)
 
 

@@ -1,8 +1,8 @@
 """Learned rounding: every weight goes to the grid value below or above it, whichever keeps the block's output.
 
 One loop serves integer and floating-point grids: a weight between its grid neighbours ``low`` and ``high`` becomes
-``low + (high - low) * h(v)``, with the rectified sigmoid h of AdaRound (arXiv:2004.10568 Eq. 23) and the distance of the neighbours
-fixed at its initial value; on a floating-point grid that distance is the step of the binade the weight lies in.
+``low + (high - low) * h(v)``, with the rectified sigmoid h of AdaRound (arXiv:2004.10568 Eq. 23) and the distance of the
+neighbours fixed at its initial value; on a floating-point grid that distance is the step of the binade of the weight.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RoundingSettings:
 
     iterations: int = 400
     rows: int = 16
-    learning_rate: float = 1e-2
+    learning_rate: float = 0.1
     regularization: float = 0.01
     warmup: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)

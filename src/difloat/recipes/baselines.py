@@ -1,10 +1,10 @@
 """Baselines on the same machinery: rounding to nearest, and Q-Diffusion's block reconstruction on integer grids.
 
 `rtn`: any format, min-max or searched clips, no learning.
-`qdiffusion`: arXiv:2302.04304. Asymmetric integers, weights per output channel, static per-tensor activations, AdaRound/BRECQ block
-reconstruction, skip concatenations split. Differs from the paper: activation ranges are searched by squared error instead
-of learned (LSQ); zero points are real numbers instead of integers; Adam's rate and iterations are tuned here (400 steps
-instead of 20,000 at 0.001), as docs/papers/lbfp.md shows; the softmax map is not quantized.
+`qdiffusion`: arXiv:2302.04304. Asymmetric integers, weights per output channel, static per-tensor activations, AdaRound/BRECQ
+block reconstruction, skip concatenations split. Differs from the paper: activation ranges are searched by squared error
+instead of learned (LSQ); zero points are real numbers instead of integers; rounding is learned in 400 steps at Adam's rate
+0.1 instead of 20,000 at 0.001, tuned as docs/papers/lbfp.md shows; the softmax map is not quantized.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class QDiffusionOptions:
     split: bool = True
     weight_granularity: Granularity = "channel"
     iterations: int = field(default=RoundingSettings.iterations)
-    learning_rate: float = 0.01
+    learning_rate: float = field(default=RoundingSettings.learning_rate)
     rounding_rows: int = field(default=Sequencing.rounding_rows)
 
 

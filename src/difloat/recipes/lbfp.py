@@ -40,7 +40,7 @@ class Options:
         split: Quantize the two inputs of a skip concatenation apart.
         weight_granularity: What shares a weight scale: "tensor" as in the paper, or "channel".
         iterations: Steps of learned rounding per block.
-        learning_rate: Of the rounding variables; 0.01 was best of four (docs/papers/lbfp.md).
+        learning_rate: Of the rounding variables, tuned (docs/papers/lbfp.md).
         rounding_rows: Calibration rows used for learning.
     """
 
@@ -49,7 +49,7 @@ class Options:
     split: bool = True
     weight_granularity: Granularity = "tensor"
     iterations: int = field(default=RoundingSettings.iterations)
-    learning_rate: float = 0.01
+    learning_rate: float = field(default=RoundingSettings.learning_rate)
     rounding_rows: int = field(default=Sequencing.rounding_rows)
 
 

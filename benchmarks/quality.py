@@ -1,0 +1,242 @@
+"""The quality tables of docs/papers: every configuration on the same seeds and prompts, one JSON file per paper.
+
+    python benchmarks/quality.py lbfp --samples 1000            # all rows, both reference models; hours on two cores
+    python benchmarks/quality.py lbfp --table                   # print the tables from the JSON as Markdown
+
+Finished rows are kept, so a run that was cut off goes on with the next row (the pictures of the full-precision model are kept
+in `--work`). Rows measured with other samples, steps or weights are measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from difloat import api, layers, record, report, study
+from difloat.evaluate import Generated
+from difloat.methods.posttraining import Bits, Task
+from difloat.reference_models import NAMES
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration of a table."""
+
+    label: str
+    recipe: str
+    bits: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+PAPERS: dict[str, list[Row]] = {
+    "lbfp": [
+        Row("FP8/FP8 (LBFP)", "lbfp", "w8a8"),
+        Row("INT8/INT8 (Q-Diffusion)", "qdiffusion", "w8a8"),
+        Row("FP4/FP8 nearest (LBFP)", "lbfp", "w4a8", {"rounding": "nearest"}),
+        Row("FP4/FP8 learned rounding (LBFP)", "lbfp", "w4a8"),
+        Row("INT4/INT8 nearest (Q-Diffusion)", "qdiffusion", "w4a8", {"rounding": "nearest"}),
+        Row("INT4/INT8 AdaRound (Q-Diffusion)", "qdiffusion", "w4a8"),
+        Row("FP4/FP8 learned, per channel", "lbfp", "w4a8", {"weight_granularity": "channel"}),
+        Row("INT4/INT8 AdaRound, per tensor", "qdiffusion", "w4a8", {"weight_granularity": "tensor"}),
+    ]
+}
+
+
+def main() -> None:
+    """Measure what is missing, or print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paper", choices=PAPERS)
+    parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--calibration", type=int, default=256, help="calibration rows")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/quality"), help="kept pictures and calibration data"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rows", nargs="+", type=int, help="only these rows of the table, counted from 0")
+    parser.add_argument("--table", action="store_true", help="print the tables and measure nothing")
+    arguments = parser.parse_args()
+    path = RESULTS / f"quality-{arguments.paper}.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if arguments.table:
+        sys.stdout.write(table(results))
+        return
+    torch.set_num_threads(arguments.threads)
+    for model in arguments.models:
+        measure_model(arguments, model, results, path)
+
+
+def measure_model(arguments: argparse.Namespace, model: str, results: dict[str, Any], path: Path) -> None:
+    """Measure the missing rows of one model and store each as soon as it is there."""
+    pipeline = study.load_pipeline(model)
+    guidance, call = study.call_of(model, None)
+    prompts = study.prompts_of(pipeline, model, None)
+    sampling = study.Sampling(prompts, arguments.samples, arguments.steps, guidance, call_kwargs=call)
+    module = api.denoiser(pipeline)
+    setting = {
+        "samples": arguments.samples,
+        "steps": arguments.steps,
+        "calibration_rows": arguments.calibration,
+        "weights": fingerprint(module),
+    }
+    reference = full_precision(pipeline, sampling, arguments.work / f"{model}-{setting['weights']}")
+    data = api.calibrate(
+        pipeline,
+        prompts=prompts,
+        cache_dir=arguments.work / "calibration",
+        call_kwargs=call,
+        samples=arguments.calibration,
+        steps=arguments.steps,
+        guidance_scale=guidance,
+    )
+    for number, row in enumerate(PAPERS[arguments.paper]):
+        key = f"{model} | {row.label}"
+        if arguments.rows is not None and number not in arguments.rows:
+            continue
+        if key in results and all(results[key].get(name) == value for name, value in setting.items()):
+            continue
+        results[key] = {**setting, **measure_row(row, pipeline, module, data, reference, sampling)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure_row(
+    row: Row, pipeline: Any, module: Any, data: Any, reference: Generated, sampling: study.Sampling
+) -> dict[str, Any]:
+    """Quantize by one configuration, draw, judge; the pipeline is as before on return."""
+    start = time.perf_counter()
+    plan = api.plan_calibrated(Task(module, data, Bits.parse(row.bits)), row.recipe, row.bits, row.options)
+    seconds = time.perf_counter() - start
+    twin = layers.apply(layers.shadow(module), plan)
+    name = next(key for key, value in pipeline.components.items() if value is module)
+    setattr(pipeline, name, twin)
+    try:
+        drawn = study.draw(pipeline, sampling)
+    finally:
+        setattr(pipeline, name, module)
+    evaluation = study.judge(reference, drawn, sampling)
+    size = record.sizes(twin, plan)
+    rows = [
+        record.layer_row(key, layer, module.get_submodule(key).weight) for key, layer in plan.layers.items()
+    ]
+    weights = sum(r.bytes_before for r in rows)
+    return {
+        "recipe": row.recipe,
+        "bits": row.bits,
+        "options": dict(plan.options),
+        "metrics": {key: vars(value) for key, value in evaluation.metrics.items()},
+        "packed_bytes": size.packed_bytes,
+        "original_bytes": size.original_bytes,
+        "effective_bits": size.effective_bits,
+        "zeros": sum(r.zeros * r.bytes_before for r in rows) / weights,
+        "integer_grid_share": sum(r.bytes_before for r in rows if r.integer_grid) / weights,
+        "quantize_s": seconds,
+        "draw_s": drawn.seconds,
+        "draw_full_precision_s": reference.seconds,
+        "commit": commit(),
+        "machine": report.machine(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def full_precision(pipeline: Any, sampling: study.Sampling, folder: Path) -> Generated:
+    """Pictures of the float model, kept on disk."""
+    path = folder / f"{sampling.count}-{sampling.steps}.pt"
+    if path.exists():
+        return Generated(**torch.load(path, weights_only=True))
+    drawn = study.draw(pipeline, sampling)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(vars(drawn), path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+    return drawn
+
+
+def fingerprint(module: Any) -> str:
+    """Short hash of all weights."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def commit() -> str:
+    """The commit the code is at, with a plus if files differ from it."""
+    here = Path(__file__).parent
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "--", "src"], cwd=here.parent, capture_output=True, text=True
+    )
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+COLUMNS = {
+    "frechet_to_full_precision": "FD to FP32",
+    "frechet_to_data": "FD to data",
+    "frechet_to_data_ratio": "FD to data / FP32's",
+    "psnr": "PSNR dB",
+    "perceptual": "perceptual",
+    "retrieval": "retrieval",
+}
+
+
+def table(results: dict[str, Any]) -> str:
+    """All results as Markdown, one table per model."""
+    lines: list[str] = []
+    for model in dict.fromkeys(key.split(" | ")[0] for key in results):
+        rows = {key.split(" | ")[1]: value for key, value in results.items() if key.startswith(f"{model} | ")}
+        first = next(iter(rows.values()))
+        lines += [
+            f"\n**{model}**, {first['samples']} pictures, {first['steps']} steps, weights {first['weights']}\n"
+        ]
+        heads = [
+            "weights/activations",
+            *COLUMNS.values(),
+            "MB",
+            "bits",
+            "zeros",
+            "integer grids",
+            "quantize s",
+        ]
+        lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        full = first["metrics"]
+        cells = ["FP32", "0", interval(full["frechet_to_data_of_full_precision"]), "1", "", "0"]
+        cells += [
+            interval(full["retrieval_of_full_precision"]),
+            f"{first['original_bytes'] / 1e6:.2f} (16 bit)",
+        ]
+        lines.append("| " + " | ".join([*cells, "16", "", "", ""]) + " |")
+        for label, value in rows.items():
+            cells = [label, *(interval(value["metrics"][name]) for name in COLUMNS)]
+            cells += [
+                f"{value['packed_bytes'] / 1e6:.2f}",
+                f"{value['effective_bits']:.2f}",
+                f"{value['zeros']:.1%}",
+            ]
+            cells += [f"{value['integer_grid_share']:.0%}", f"{value['quantize_s']:.0f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append(f"\nCommit {first['commit']}, {first['machine']}, `{first['command']}`.")
+    return "\n".join(lines) + "\n"
+
+
+def interval(estimate: dict[str, float]) -> str:
+    """A value with its 95 % interval."""
+    return f"{estimate['value']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
+
+
+if __name__ == "__main__":
+    main()

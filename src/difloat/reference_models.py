@@ -1,0 +1,103 @@
+"""The embedded reference models: two small latent text-to-image models, trained by the scripts in `training/`.
+
+`emoji-unet` is a `UNet2DConditionModel` in a stock `StableDiffusionPipeline`, `emoji-pixart` a `PixArtTransformer2DModel`
+in a stock `PixArtAlphaPipeline`. They share autoencoder, tokenizer and T5 text encoder, make 64x64 pictures of Noto
+emoji from their Unicode names, and need no network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+NAMES = ("emoji-unet", "emoji-pixart")
+
+
+def captions() -> list[str]:
+    """Returns the captions of the training pictures: the prompts the models know."""
+    return (ASSETS / "captions.txt").read_text(encoding="utf-8").splitlines()
+
+
+def call_arguments(name: str) -> dict[str, Any]:
+    """Returns the keyword arguments a call of the model's pipeline needs besides the prompt.
+
+    The stock PixArt pipeline maps sizes to its own list of 256 to 1024 pixels unless told otherwise, pads prompts to
+    120 tokens and cleans captions with optional packages. None of this is for 64-pixel pictures and short names.
+    """
+    _check(name)
+    if name == "emoji-unet":
+        return {"guidance_scale": 3.0}
+    return {
+        "guidance_scale": 3.0,
+        "use_resolution_binning": False,
+        "max_sequence_length": 12,
+        "clean_caption": False,
+    }
+
+
+def load(name: str) -> DiffusionPipeline:
+    """Loads an embedded model as its stock diffusers pipeline, float32, on the CPU.
+
+    Args:
+        name: One of `NAMES`.
+
+    Returns:
+        A new pipeline; call it with `call_arguments(name)`.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    _check(name)
+    import torch
+    from diffusers import AutoencoderKL
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    parts = {
+        "vae": AutoencoderKL.from_pretrained(ASSETS / "emoji-vae", torch_dtype=torch.float32),
+        "tokenizer": AutoTokenizer.from_pretrained(ASSETS / "emoji-text" / "tokenizer"),
+        "text_encoder": T5EncoderModel.from_pretrained(
+            ASSETS / "emoji-text" / "text_encoder", dtype=torch.float32
+        ),
+    }
+    return _unet(parts) if name == "emoji-unet" else _pixart(parts)
+
+
+def _check(name: str) -> None:
+    """Raises unless `name` is a reference model."""
+    if name not in NAMES:
+        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
+
+
+def _unet(parts: dict[str, Any]) -> DiffusionPipeline:
+    """Adds the U-Net and its sampler."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    folder = ASSETS / "emoji-unet"
+    return StableDiffusionPipeline(
+        **parts,
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
+        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _pixart(parts: dict[str, Any]) -> DiffusionPipeline:
+    """Adds the transformer and its sampler."""
+    import torch
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    folder = ASSETS / "emoji-pixart"
+    return PixArtAlphaPipeline(
+        **parts,
+        transformer=PixArtTransformer2DModel.from_pretrained(
+            folder / "transformer", torch_dtype=torch.float32
+        ),
+        scheduler=DPMSolverMultistepScheduler.from_pretrained(folder / "scheduler"),
+    )

@@ -1,0 +1,195 @@
+"""One quantization run from source to report: what the command line and the benchmarks share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import difloat
+from difloat import api, calibration, evaluate, layers, recipes, record, reference_models
+from difloat.calibration import CalibrationSettings
+from difloat.evaluate import Evaluation, Generated
+from difloat.quantizer import Plan
+from difloat.report import Record
+
+SHOWN = 24  # picture pairs in a report
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn: prompts (None without text), how many, sampler steps, guidance, batch size, other arguments."""
+
+    prompts: Sequence[str] | None
+    count: int
+    steps: int | None = None
+    guidance_scale: float | None = None
+    batch_size: int = 50
+    call_kwargs: Mapping[str, Any] | None = None
+
+    def prompt_of(self, index: int) -> str:
+        """The prompt of picture `index`, "" without text."""
+        return "" if self.prompts is None else self.prompts[index % len(self.prompts)]
+
+
+def load_pipeline(source: str) -> Any:
+    """The pipeline behind the name of an embedded model or a directory.
+
+    Raises:
+        FileNotFoundError: if there is no such directory, or it is no pipeline.
+        ValueError: if it does not load.
+    """
+    if source in reference_models.NAMES:
+        return reference_models.load(source)
+    path = Path(source)
+    if not path.exists():
+        known = ", ".join(reference_models.NAMES)
+        raise FileNotFoundError(
+            f"source must be a pipeline directory or one of {known}, got {source!r}, which does not exist"
+        )
+    if not (path / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"source must hold model_index.json, got {source!r} without; is the download complete?"
+        )
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    try:
+        return DiffusionPipeline.from_pretrained(path)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise ValueError(
+            f"source must be a complete pipeline, but {source!r} does not load ({reason}); download it again"
+        ) from error
+
+
+def prompts_of(pipeline: Any, source: str, path: Path | None) -> list[str] | None:
+    """Prompts from a file, the captions of an embedded model, built-in ones, or None for a pipeline without text."""
+    if path is not None:
+        return calibration.load_prompts(path)
+    if source in reference_models.NAMES:
+        return reference_models.captions()
+    return api.prompts_for(pipeline, None)
+
+
+def call_of(source: str, guidance_scale: float | None) -> tuple[float | None, dict[str, Any]]:
+    """Guidance and further call arguments: an embedded model's own, unless the user gives a guidance scale."""
+    if source not in reference_models.NAMES:
+        return guidance_scale, {}
+    own = reference_models.call_arguments(source)
+    default = own.pop("guidance_scale", None)
+    return (default if guidance_scale is None else guidance_scale), own
+
+
+def estimate(
+    pipeline: Any,
+    prompts: Sequence[str] | None,
+    settings: CalibrationSettings,
+    weight_bits: int,
+    call_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """What a run will take, in two lines for people, from two timed denoiser calls."""
+    need = calibration.estimate(pipeline, prompts, settings, call_kwargs=call_kwargs)
+    module = api.denoiser(pipeline)
+    found = layers.quantizable(module)
+    weights = sum(layer.weight.numel() for layer in found.values())
+    total = sum(parameter.numel() for parameter in module.parameters())
+    rest_bytes = sum(p.nbytes for p in module.parameters()) - sum(x.weight.nbytes for x in found.values())
+    packed_bytes = weights * weight_bits / 8 + rest_bytes
+    return (
+        f"{len(found)} layers in {len(layers.blocks(module))} blocks, {weights:,} weights: about "
+        f"{packed_bytes / 1e6:.2f} MB packed, {2 * total / 1e6:.2f} MB in 16 bits\n"
+        f"calibration: {need['rows']:.0f} rows from {need['calls']:.0f} denoiser calls, about {need['seconds']:.0f} s, "
+        f"{need['ram_bytes'] / 1e6:.0f} MB RAM, {need['disk_bytes'] / 1e6:.0f} MB on disk if a cache is kept"
+    )
+
+
+def draw(pipeline: Any, sampling: Sampling, *, progress: bool = True) -> Generated:
+    """Pictures of seeds 0, 1, ... with the sampler's states."""
+    return evaluate.generate(
+        pipeline,
+        sampling.prompts,
+        seeds=list(range(sampling.count)),
+        steps=sampling.steps,
+        guidance_scale=sampling.guidance_scale,
+        batch_size=sampling.batch_size,
+        trajectory=True,
+        progress=progress,
+        call_kwargs=sampling.call_kwargs,
+    )
+
+
+def judge(reference: Generated, quantized: Generated, sampling: Sampling) -> Evaluation:
+    """Compare two sets; distance to data and retrieval where the prompts are the embedded models' own captions."""
+    from difloat import features
+
+    captions = [sampling.prompt_of(index) for index in range(sampling.count)]
+    known = sampling.prompts is not None and set(captions) <= set(reference_models.captions())
+    return evaluate.compare(
+        reference,
+        quantized,
+        features=features.features,
+        feature_maps=features.feature_maps,
+        data_moments=features.data_statistics() if known else None,
+        captions=captions if known else None,
+        retrieval=features.retrieval if known else None,
+    )
+
+
+def finish(
+    pipeline: Any,
+    plan: Plan,
+    source: str,
+    out: Path,
+    sampling: Sampling,
+    *,
+    seconds: Mapping[str, float],
+    overwrite: bool = False,
+) -> Record:
+    """Draw with the float model, carry the plan out, save, reload, draw again, compare, and write the report.
+
+    Args:
+        pipeline: Float; quantized on return.
+        plan: Made for it.
+        source: How the user calls it.
+        out: Directory of the checkpoint and the report.
+        sampling: Pictures for the report; a count of 0 leaves them out.
+        seconds: Timings so far.
+        overwrite: Replace a checkpoint that is there.
+    """
+    float_model = layers.shadow(api.denoiser(pipeline))
+    timings = dict(seconds)
+    reference = draw(pipeline, sampling) if sampling.count else None
+    api.apply(pipeline, plan)
+    difloat.save(pipeline, out, overwrite=overwrite)
+    evaluation = None
+    left = right = record.no_pictures()
+    shown = min(sampling.count, SHOWN)
+    if reference is not None:
+        drawn = draw(difloat.load(out), sampling)
+        evaluation = judge(reference, drawn, sampling)
+        timings |= {
+            "pictures, full precision": reference.seconds,
+            "pictures, quantized and reloaded": drawn.seconds,
+        }
+        left, right = record.to_uint8(reference.images[:shown]), record.to_uint8(drawn.images[:shown])
+    made = record.build(
+        float_model,
+        plan,
+        name=source,
+        evaluation=evaluation,
+        prompts=[sampling.prompt_of(index) for index in range(shown)],
+        seeds=list(range(shown)),
+        timings=timings,
+        notes=notes_of(plan.recipe),
+    )
+    record.write(made, left, right, out)
+    return made
+
+
+def notes_of(recipe: str) -> list[str]:
+    """What the recipe's page says about the paper: its docstring after the first line, by paragraph."""
+    page = sys.modules[recipes.lookup(recipe).plan.__module__].__doc__ or ""
+    return [" ".join(paragraph.split()) for paragraph in page.split("\n\n")[1:]]

@@ -1,0 +1,354 @@
+"""The command line: every verb on a tiny pipeline directory, and one sentence with exit code 2 for every bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from difloat import cli, record, study
+from tiny import PROMPTS, tiny_unet
+
+VERBS = ("inspect", "quantize", "generate", "evaluate", "report", "verify", "demo")
+FAST = ["--samples", "6", "--steps", "2", "--set", "iterations=2", "--set", "rounding_rows=4"]
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+class Result(NamedTuple):
+    """Exit code and what was printed, with all white space made single blanks."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny full-precision pipeline, saved by diffusers."""
+    directory = tmp_path_factory.mktemp("cli") / "source"
+    tiny_unet().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def prompts(source: Path) -> Path:
+    """A prompt file."""
+    path = source.parent / "prompts.txt"
+    path.write_text("# two of them\n" + "\n".join(PROMPTS[:2]) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Call the command line as a shell does, in this process."""
+    return lambda *arguments: call(monkeypatch, capfd, *arguments)
+
+
+def call(
+    monkeypatch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str], *arguments: object
+) -> Result:
+    monkeypatch.setattr("sys.argv", ["difloat", *map(str, arguments)])
+    capture.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    out, err = capture.readouterr()
+    plain = [re.sub(r"\s+", " ", re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯─]", "", text)).strip() for text in (out, err)]
+    return Result(int(stopped.value.code or 0), *plain)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(source: Path, prompts: Path) -> Path:
+    """The source quantized by the command, with its report; tests must not change it."""
+    out = source.parent / "checkpoint"
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["quantize", source, out, "--prompts", prompts, "--images", 3, *FAST]
+        patch.setattr("sys.argv", ["difloat", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    assert not stopped.value.code
+    return out
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
+    """Make a copy that a test may damage."""
+    yield lambda directory: Path(shutil.copytree(directory, tmp_path / "copy"))
+
+
+def refused(result: Result, *words: str) -> None:
+    """Exit code 2, and one sentence that says the words; no traceback."""
+    assert result.code == 2, result
+    assert result.err.startswith("error: ") and "Traceback" not in result.err + result.out
+    assert all(word in result.err for word in words), result.err
+    assert "[Errno" not in result.err and len(result.err) < 700
+
+
+# What works
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_explains_every_verb_and_option(run: Run, verb: str) -> None:
+    result = run(*([verb] if verb else []), "--help")
+    assert result.code == 0 and not result.err
+    if not verb:
+        assert all(name in result.out for name in VERBS)
+        return
+    command = next(entry for entry in cli.app.registered_commands if entry.callback.__name__ == verb)
+    assert command.callback.__doc__.split(".")[0].split(":")[0] in result.out
+
+
+def test_no_verb_shows_the_help(run: Run) -> None:
+    result = run()
+    assert "quantize" in result.out + result.err and "Traceback" not in result.err
+
+
+def test_inspect_counts_layers_before_and_after(run: Run, source: Path, checkpoint: Path) -> None:
+    before = run("inspect", source)
+    assert before.code == 0 and "UNet2DConditionModel: 0 quantized and 83 float layers" in before.out
+    after = run("inspect", checkpoint, "--layers")
+    assert after.code == 0 and "83 quantized and 0 float layers" in after.out
+    assert "conv_in" in after.out and "e2m1" in after.out
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, source: Path, tmp_path: Path) -> None:
+    before = sorted(path for path in source.parent.rglob("*"))
+    result = run("quantize", source, tmp_path / "out", "--dry-run", *FAST)
+    assert result.code == 0
+    for expected in ("lbfp w4a8", "iterations=2", "83 layers", "MB packed", "MB in 16 bits", "MB RAM", "calls"):
+        assert expected in result.out
+    assert not list(tmp_path.iterdir()) and before == sorted(path for path in source.parent.rglob("*"))
+
+
+def test_quantize_writes_a_checkpoint_and_a_report(source: Path, checkpoint: Path) -> None:
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {"model_index.json", "difloat.json", "report.html", "report.json", "report-pictures.npz"} <= names
+    page = (checkpoint / "report.html").read_text(encoding="utf-8")
+    assert "<html" in page and PROMPTS[0] in page and "http-equiv=\"refresh\"" not in page
+    made, left, right = record.read(checkpoint)
+    assert made.recipe == "lbfp" and made.samples == 3 and made.command.startswith("difloat quantize")
+    assert left.shape == right.shape == (3, 16, 16, 3) and not np.array_equal(left, right)
+    assert (checkpoint / WEIGHTS).stat().st_size < (source / WEIGHTS).stat().st_size / 4
+
+
+def test_quantize_prints_the_table_and_where_things_are(run: Run, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    result = run("quantize", source, out, "--recipe", "rtn", "--bits", "w8a16", "--images", 2, *FAST[:4])
+    assert result.code == 0, result
+    for expected in ("rtn w8a16", "PSNR", "bits a weight", f"checkpoint {out}", f"report {out / 'report.html'}"):
+        assert expected in result.out
+    assert "nan" not in result.out
+
+
+def test_overwrite_is_refused_until_allowed_and_never_hits_foreign_files(
+    run: Run, source: Path, checkpoint: Path, copy_of, tmp_path: Path
+) -> None:
+    there = copy_of(checkpoint)
+    before = {path: path.read_bytes() for path in there.rglob("*") if path.is_file()}
+    rtn = ["--recipe", "rtn", "--images", "0", *FAST[:4]]
+    refused(run("quantize", source, there, *rtn), "--overwrite")
+    assert before == {path: path.read_bytes() for path in there.rglob("*") if path.is_file()}
+    assert run("quantize", source, there, "--overwrite", *rtn).code == 0
+    made, left, _ = record.read(there)
+    assert made.recipe == "rtn" and len(left) == 0 and made.quality == []
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter.txt").write_text("years of work")
+    result = run("quantize", source, foreign, "--overwrite", *rtn)
+    refused(result, "thesis")
+    assert "calibrate" not in result.err, "refuse before the work, not after it"
+    assert [path.name for path in foreign.iterdir()] == ["chapter.txt"]
+
+
+def test_generate_writes_the_pictures_of_the_seeds(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["--prompt", "a red cat", "--count", "3", "--seed", "7", "--steps", "2", "--batch", "2"]
+    result = run("generate", checkpoint, tmp_path / "pictures", *arguments)
+    assert result.code == 0 and "3 pictures in" in result.out
+    files = sorted((tmp_path / "pictures").iterdir())
+    assert [path.name for path in files] == ["00007.png", "00008.png", "00009.png"]
+    pixels = [np.asarray(Image.open(path)) for path in files]
+    assert all(p.shape == (16, 16, 3) for p in pixels) and not np.array_equal(pixels[0], pixels[1])
+
+
+def test_evaluate_prints_saves_and_gates(
+    run: Run, source: Path, checkpoint: Path, prompts: Path, tmp_path: Path
+) -> None:
+    arguments = ["evaluate", source, checkpoint, "--prompts", prompts, "--samples", 2, "--steps", 2]
+    result = run(*arguments, "--save", tmp_path / "evaluation.json", "--fail-under", "psnr=1")
+    assert result.code == 0 and "PSNR" in result.out, result
+    saved = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    assert saved["samples"] == 2 and saved["metrics"]["psnr"]["value"] > 1
+    broken = run(*arguments, "--fail-under", "psnr=1", "--fail-under", "psnr>=1000")
+    assert broken.code == 1 and "psnr must be at least 1000 dB, got" in broken.out
+    refused(run(*arguments, "--fail-under", "beauty=3"), "beauty", "psnr")
+
+
+def test_report_makes_the_same_page_again(run: Run, checkpoint: Path) -> None:
+    page = checkpoint / "report.html"
+    before = page.read_bytes()
+    page.unlink()
+    result = run("report", checkpoint)
+    assert result.code == 0 and str(page) in result.out.replace(" ", "") and page.read_bytes() == before
+
+
+def test_verify_proves_a_checkpoint_and_names_what_was_tampered_with(
+    run: Run, checkpoint: Path, copy_of
+) -> None:
+    good = run("verify", checkpoint)
+    assert good.code == 0 and "FAIL" not in good.out and "re-encode" in good.out
+    changed = copy_of(checkpoint)
+    content = bytearray((changed / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (changed / WEIGHTS).write_bytes(content)
+    bad = run("verify", changed)
+    assert bad.code == 1 and "FAIL" in bad.out and WEIGHTS in bad.out and "SHA-256" in bad.out
+
+
+# What is refused
+
+
+def test_missing_and_foreign_directories(run: Run, tmp_path: Path) -> None:
+    missing, empty = tmp_path / "missing", tmp_path / "empty"
+    empty.mkdir()
+    for verb in (["quantize"], ["generate"]):
+        refused(run(*verb, missing, tmp_path / "out"), str(missing), "does not exist", "emoji-pixart")
+        refused(run(*verb, empty, tmp_path / "out"), "model_index.json", "complete")
+    refused(run("inspect", missing), "does not exist")
+    refused(run("evaluate", missing, empty), "does not exist")
+    refused(run("verify", missing), "does not exist")
+    refused(run("verify", empty), "config.json")
+    refused(run("report", empty), "report.json")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "no text", "no json"])
+def test_half_downloaded_pipelines(run: Run, source: Path, copy_of, tmp_path: Path, damage: str) -> None:
+    broken = copy_of(source)
+    weights = broken / WEIGHTS
+    if damage == "deleted":
+        weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "no text":
+        shutil.rmtree(broken / "text_encoder")
+    else:
+        (broken / "unet/config.json").write_text('{"_class_name": "UNet2')
+    refused(run("quantize", broken, tmp_path / "out"), "complete pipeline", str(broken), "download it again")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "magic"], ["recipe must be one of lbfp", "'magic'"]),
+        (["--bits", "w9a8"], ["bits must be 2 to 8", "'w9a8'"]),
+        (["--bits", "four"], ["bits must look like 'w4a8'", "'four'"]),
+        (["--set", "rounding"], ["--set must be name=value", "'rounding'"]),
+        (["--set", "colour=red"], ["options must be among", "rounding", "colour"]),
+        (["--set", "rounding=up"], ["rounding must be one of learned, nearest", "'up'"]),
+        (["--set", "iterations=many"], ["iterations", "'many'"]),
+        (["--images", "1"], ["images must be 0 or at least 2"]),
+        (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(
+    run: Run, source: Path, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    result = run("quantize", source, tmp_path / "out", *arguments)
+    refused(result, *words)
+    assert "calibrate" not in result.err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["--samples", "0"], ["--steps", "0"], ["--images", "x"], ["--nope"]])
+def test_options_that_the_parser_refuses(run: Run, tmp_path: Path, arguments: list[str]) -> None:
+    result = run("quantize", "emoji-unet", tmp_path / "out", *arguments)
+    assert result.code == 2 and arguments[0] in result.err and "Traceback" not in result.err
+
+
+def test_an_empty_prompt_file(run: Run, source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "empty.txt"
+    path.write_text("\n# nothing but a comment\n")
+    refused(run("quantize", source, tmp_path / "out", "--prompts", path), "at least one prompt", "empty.txt")
+    refused(run("generate", source, tmp_path / "out", "--prompts", path), "at least one prompt")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_weights_that_are_nan_name_the_layer(
+    run: Run, source: Path, copy_of, tmp_path: Path, dry_run: list[str]
+) -> None:
+    broken = copy_of(source)
+    state = load_file(broken / WEIGHTS)
+    state["mid_block.resnets.0.conv1.weight"][0, 0] = torch.nan
+    save_file(state, broken / WEIGHTS, metadata={"format": "pt"})
+    result = run("quantize", broken, tmp_path / "out", *FAST, *dry_run)
+    refused(result, "finite", "'mid_block.resnets.0.conv1'")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_a_pipeline_that_is_quantized_already(
+    run: Run, checkpoint: Path, tmp_path: Path, dry_run: list[str]
+) -> None:
+    result = run("quantize", checkpoint, tmp_path / "out", *FAST, *dry_run)
+    refused(result, "quantized already")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_version(run: Run, checkpoint: Path, copy_of, tmp_path: Path) -> None:
+    other = copy_of(checkpoint)
+    config = other / "unet/config.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["quantization_config"]["version"] = 99
+    config.write_text(json.dumps(content), encoding="utf-8")
+    for arguments in (["inspect", other], ["generate", other, tmp_path / "out"]):
+        refused(run(*arguments), "version", "99")
+    result = run("verify", other)
+    assert result.code == 1 and "99" in result.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("writer", ["difloat.io.checkpoint.write_manifest", "difloat.record.np.savez_compressed"])
+def test_a_full_disk(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, fail)
+    out = tmp_path / "out"
+    result = run("quantize", source, out, "--recipe", "rtn", "--images", "0", *FAST[:4])
+    refused(result, "full", "free some space")
+    if writer.startswith("difloat.io"):
+        assert not list(tmp_path.iterdir()), "nothing half-written"
+    else:
+        assert run("verify", out).code == 0, "the checkpoint was whole before its report"
+
+
+def test_files_in_the_way(run: Run, source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("here first")
+    refused(run("quantize", source, path, "--overwrite", *FAST[:4]), str(path))
+    refused(run("generate", source, path, "--steps", "2", "--count", "1"), str(path))
+    assert path.read_text() == "here first"
+
+
+def test_ctrl_c_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(source: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "load_pipeline", interrupt)
+    result = run("quantize", "emoji-unet", tmp_path / "out")
+    assert result.code == 130 and "--cache" in result.err and "Traceback" not in result.err

@@ -1,0 +1,182 @@
+"""What every recipe promises, checked on tiny real pipelines."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from difloat import layers, recipes
+from difloat.calibration import Calibration, CalibrationSettings, collect, denoiser_of
+from difloat.methods.posttraining import Bits, Task
+from difloat.quantizer import LayerPlan, Plan, dequantize
+from tiny import tiny_pixart, tiny_unet
+
+SETTINGS = CalibrationSettings(samples=12, steps=3, prompts_per_batch=2)
+FAST = {"iterations": 4, "rounding_rows": 8}
+
+
+@functools.cache
+def prepared(kind: str) -> tuple[nn.Module, Calibration]:
+    pipeline = {"unet": tiny_unet, "pixart": tiny_pixart}[kind]()
+    return denoiser_of(pipeline)[1], collect(pipeline, ["a cat", "a red house"], SETTINGS, progress=False)
+
+
+def plan_with(kind: str, recipe: str, bits: str = "w4a8", seed: int = 0, **options: object) -> Plan:
+    model, data = prepared(kind)
+    known = recipes.RECIPES[recipe].options.__dataclass_fields__
+    options = {**{name: value for name, value in FAST.items() if name in known}, **options}
+    task = Task(model, data, Bits.parse(bits), seed=seed, progress=False)
+    return recipes.plan(task, recipe, bits, options)
+
+
+def output(model: nn.Module, data: Calibration) -> Tensor:
+    args, kwargs = data.batch(range(len(data)))
+    with torch.no_grad():
+        result = model(*args, **kwargs)
+    return result[0] if isinstance(result, tuple) else result.sample
+
+
+def error(model: nn.Module, plan: Plan, data: Calibration) -> float:
+    twin = layers.apply(layers.shadow(model), plan)
+    expected = output(model, data)
+    return float((output(twin, data) - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_leaves_the_model_untouched_and_accounts_for_every_layer(recipe: str) -> None:
+    model, _ = prepared("pixart")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
+    plan = plan_with("pixart", recipe)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert hooks == [
+        len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()
+    ]
+    assert set(plan.layers) | set(plan.skipped) == set(layers.quantizable(model))
+    assert not set(plan.layers) & set(plan.skipped) and all(plan.skipped.values())
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_same_seed_same_plan(recipe: str) -> None:
+    first, second = (plan_with("pixart", recipe) for _ in range(2))
+    assert first.to_json() == second.to_json()
+    for name, layer in first.layers.items():
+        assert all(
+            torch.equal(tensor, second.layers[name].tensors[key]) for key, tensor in layer.tensors.items()
+        )
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_plan_survives_json_with_tensors(recipe: str) -> None:
+    plan = plan_with("pixart", recipe)
+    data = json.loads(json.dumps(plan.to_json()))
+    for name, layer in plan.layers.items():
+        again = LayerPlan.from_json(data["layers"][name], layer.tensors)
+        assert torch.equal(dequantize(again), dequantize(layer))
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+@pytest.mark.parametrize("kind", ["unet", "pixart"])
+def test_eight_bits_are_close_to_full_precision(recipe: str, kind: str) -> None:
+    model, data = prepared(kind)
+    assert error(model, plan_with(kind, recipe, "w8a8"), data) < 0.05
+
+
+def test_searched_encodings_beat_plain_rounding_of_the_same_granularity() -> None:
+    model, data = prepared("unet")
+    searched = error(model, plan_with("unet", "lbfp", rounding="nearest"), data)
+    plain = error(model, plan_with("unet", "rtn", scale="minmax", weight_granularity="tensor"), data)
+    assert searched < plain
+
+
+def test_skip_concatenations_are_split_where_the_unet_has_them() -> None:
+    model, _ = prepared("unet")
+    plan = plan_with("unet", "rtn")
+    split = {name for name, layer in plan.layers.items() if len(layer.parts) == 2}
+    expected = {
+        f"up_blocks.{u}.resnets.{r}.{layer}"
+        for u in range(2)
+        for r in range(2)
+        for layer in ("conv1", "conv_shortcut")
+    }
+    assert split == expected
+    assert all(len(layer.parts) == 1 for layer in plan_with("unet", "rtn", split=False).layers.values())
+
+
+def test_first_and_last_layer_keep_eight_bits_unless_told_otherwise() -> None:
+    def kept(**options: object) -> set[str]:
+        plan = plan_with("unet", "lbfp", rounding="nearest", **options)
+        return {name for name, layer in plan.layers.items() if layer.parts[0].weight.format.bits == 8}
+
+    assert kept() == {"conv_in", "conv_out"}
+    assert kept(keep_8bit=()) == set()
+    assert kept(keep_8bit=("last", "time_embedding.linear_1")) == {"conv_out", "time_embedding.linear_1"}
+
+
+def test_learned_rounding_never_worsens_a_block_and_stays_between_neighbours() -> None:
+    plan = plan_with("unet", "lbfp", iterations=12, weight_granularity="channel")
+    blocks = plan.measured["blocks"].values()
+    assert all(block["learned"] <= block["nearest"] for block in blocks)
+    assert sum(block["learned"] for block in blocks) < sum(block["nearest"] for block in blocks)
+
+
+def test_activations_of_16_bits_stay_as_they_are() -> None:
+    plan = plan_with("pixart", "lbfp", "w4a16", rounding="nearest")
+    assert all(part.activation is None for layer in plan.layers.values() for part in layer.parts)
+    assert not any("input_scale" in layer.tensors for layer in plan.layers.values())
+
+
+def test_a_killed_run_goes_on_after_the_last_finished_block(tmp_path, monkeypatch) -> None:
+    model, data = prepared("pixart")
+    from difloat.methods import posttraining
+
+    task = Task(model, data, Bits.parse("w4a8"), progress=False, work_dir=tmp_path)
+    whole = recipes.plan(copy.copy(task), "lbfp", "w4a8", FAST)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == len(whole.measured["blocks"])
+    files[-1].unlink()
+    learned = []
+    real = posttraining.learn_rounding
+    monkeypatch.setattr(posttraining, "learn_rounding", lambda *a, **k: learned.append(1) or real(*a, **k))
+    again = recipes.plan(task, "lbfp", "w4a8", FAST)
+    assert len(learned) == 1
+    for name, layer in whole.layers.items():
+        assert torch.equal(layer.tensors["weight"], again.layers[name].tensors["weight"])
+
+
+def test_bad_weights_and_models_are_named() -> None:
+    model, data = prepared("pixart")
+    broken = copy.deepcopy(model)
+    broken.proj_out.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="proj_out"):
+        recipes.plan(Task(broken, data, Bits.parse("w4a8"), progress=False), "rtn", "w4a8", {})
+    with pytest.raises(ValueError, match="linear or convolution"):
+        recipes.plan(Task(nn.Identity(), data, Bits.parse("w4a8"), progress=False), "rtn", "w4a8", {})
+
+
+@pytest.mark.parametrize("bits", ["w4", "4/8", "w9a8", "w4a1", "w4a12", ""])
+def test_bad_bits_are_refused(bits: str) -> None:
+    with pytest.raises(ValueError, match="bits must"):
+        Bits.parse(bits)
+
+
+def test_bad_recipes_and_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="recipe must be one of lbfp"):
+        recipes.lookup("nope")
+    row = recipes.lookup("lbfp")
+    with pytest.raises(ValueError, match="options must be among"):
+        recipes.make_options(row, {"nope": 1})
+    with pytest.raises(ValueError, match="rounding must be one of"):
+        recipes.make_options(row, {"rounding": "up"})
+    with pytest.raises(ValueError, match="iterations must be a int"):
+        recipes.make_options(row, {"iterations": "many"})
+    assert recipes.make_options(row, {"keep_8bit": "first, proj", "split": "no"}).keep_8bit == (
+        "first",
+        "proj",
+    )
