@@ -132,7 +132,7 @@ def measure_row(
     evaluation = study.judge(reference, drawn, sampling)
     size = record.sizes(twin, plan)
     rows = [
-        record.layer_row(key, layer, module.get_submodule(key).weight) for key, layer in plan.layers.items()
+        record.layer_row(key, layer, layers.weight_of(module, key)) for key, layer in plan.layers.items()
     ]
     weights = sum(r.bytes_before for r in rows)
     return {

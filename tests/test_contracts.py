@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from difloat import layers, recipes
 from difloat.calibration import Calibration, CalibrationSettings, collect, denoiser_of
+from difloat.methods.observe import removed
 from difloat.methods.posttraining import Bits, Task
 from difloat.quantizer import LayerPlan, Plan, dequantize
 from tiny import tiny_pixart, tiny_unet
 
 SETTINGS = CalibrationSettings(samples=12, steps=3, prompts_per_batch=2)
-FAST = {"iterations": 4, "rounding_rows": 8}
+FAST = {"iterations": 4, "rounding_rows": 8, "weight_granularity": "tensor"}
 
 
 @functools.cache
@@ -82,22 +84,36 @@ def test_plan_survives_json_with_tensors(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
-@pytest.mark.parametrize("kind", ["unet", "pixart"])
-def test_eight_bits_are_close_to_full_precision(recipe: str, kind: str) -> None:
-    model, data = prepared(kind)
-    assert error(model, plan_with(kind, recipe, "w8a8"), data) < 0.05
+def test_eight_bits_cost_every_layer_little(recipe: str) -> None:
+    # Layer by layer on full-precision inputs: the whole of a random network amplifies any error without limit.
+    model, data = prepared("pixart")
+    twin = layers.apply(layers.shadow(model), plan_with("pixart", recipe, "w8a8"))
+    errors = {}
+
+    def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], expected: Tensor) -> None:
+            errors[name] = float((twin.get_submodule(name)(inputs[0]) - expected).norm() / expected.norm())
+
+        return hook
+
+    handles = [
+        layer.register_forward_hook(compare(name)) for name, layer in layers.quantizable(model).items()
+    ]
+    with removed(handles):
+        output(model, data)
+    assert len(errors) == 27 and max(errors.values()) < 0.05
 
 
 def test_searched_encodings_beat_plain_rounding_of_the_same_granularity() -> None:
     model, data = prepared("unet")
     searched = error(model, plan_with("unet", "lbfp", rounding="nearest"), data)
-    plain = error(model, plan_with("unet", "rtn", scale="minmax", weight_granularity="tensor"), data)
+    plain = error(model, plan_with("unet", "rtn", scale="minmax"), data)
     assert searched < plain
 
 
 def test_skip_concatenations_are_split_where_the_unet_has_them() -> None:
     model, _ = prepared("unet")
-    plan = plan_with("unet", "rtn")
+    plan = plan_with("unet", "rtn", "w4a16")
     split = {name for name, layer in plan.layers.items() if len(layer.parts) == 2}
     expected = {
         f"up_blocks.{u}.resnets.{r}.{layer}"
@@ -106,12 +122,14 @@ def test_skip_concatenations_are_split_where_the_unet_has_them() -> None:
         for layer in ("conv1", "conv_shortcut")
     }
     assert split == expected
-    assert all(len(layer.parts) == 1 for layer in plan_with("unet", "rtn", split=False).layers.values())
+    assert all(
+        len(layer.parts) == 1 for layer in plan_with("unet", "rtn", "w4a16", split=False).layers.values()
+    )
 
 
 def test_first_and_last_layer_keep_eight_bits_unless_told_otherwise() -> None:
     def kept(**options: object) -> set[str]:
-        plan = plan_with("unet", "lbfp", rounding="nearest", **options)
+        plan = plan_with("unet", "lbfp", "w4a16", rounding="nearest", **options)
         return {name for name, layer in plan.layers.items() if layer.parts[0].weight.format.bits == 8}
 
     assert kept() == {"conv_in", "conv_out"}
@@ -120,7 +138,7 @@ def test_first_and_last_layer_keep_eight_bits_unless_told_otherwise() -> None:
 
 
 def test_learned_rounding_never_worsens_a_block_and_stays_between_neighbours() -> None:
-    plan = plan_with("unet", "lbfp", iterations=12, weight_granularity="channel")
+    plan = plan_with("pixart", "lbfp", "w4a16", iterations=12, weight_granularity="channel")
     blocks = plan.measured["blocks"].values()
     assert all(block["learned"] <= block["nearest"] for block in blocks)
     assert sum(block["learned"] for block in blocks) < sum(block["nearest"] for block in blocks)

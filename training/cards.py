@@ -102,4 +102,3 @@ def write(results: dict[str, dict[str, float]], assets: Path) -> None:
         short = name.removeprefix("emoji-")
         text = DENOISER.format(name=name, short=short, what=what, sampler=SAMPLER[name], **own)
         (assets / name / "MODEL_CARD.md").write_text(text, encoding="utf-8")
-

@@ -41,7 +41,9 @@ def glyph(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     ImageDraw.Draw(canvas).text((24, 24), character, font=font, embedded_color=True)
     box = canvas.getbbox()
     if box is None:
-        raise ValueError(f"the font must hold a bitmap for {unicodedata.name(character)!r}, got an empty glyph")
+        raise ValueError(
+            f"the font must hold a bitmap for {unicodedata.name(character)!r}, got an empty glyph"
+        )
     centre_x, centre_y = (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
     return canvas.crop((centre_x - 64, centre_y - 64, centre_x + 64, centre_y + 64))
 
@@ -85,7 +87,9 @@ def sheet(images: np.ndarray, columns: int = 20) -> Image.Image:
 
 def main() -> None:
     """Writes the picture set, and a contact sheet on request."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_source(parser)
     parser.add_argument("--out", type=Path, help="npz to write: images, captions")
     parser.add_argument("--sheet", type=Path, help="PNG contact sheet to write")

@@ -52,7 +52,10 @@ def write_shared(out: Path, images: torch.Tensor, captions: list[str]) -> None:
     write_model(pair.text, ASSETS / "emoji-text" / "text_encoder")
     folder = ASSETS / "features"
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.half() for name, value in pair.picture.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {name: value.half() for name, value in pair.picture.state_dict().items()},
+        folder / "model.safetensors",
+    )
     save_file({"weight": pair.projection.weight.half()}, folder / "projection.safetensors")
     config = {"channels": [block.conv.out_channels for block in pair.picture.blocks], "width": 128}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -90,9 +93,15 @@ def draw(name: str, prompts: list[str], seed: int, batch: int = 50) -> tuple[np.
     generator, pictures, start = torch.Generator().manual_seed(seed), [], time.perf_counter()
     for first in range(0, len(prompts), batch):
         part = prompts[first : first + batch]
-        pictures.append(pipeline(
-            part, num_inference_steps=STEPS, generator=generator, output_type="np", **reference_models.call_arguments(name)
-        ).images)
+        pictures.append(
+            pipeline(
+                part,
+                num_inference_steps=STEPS,
+                generator=generator,
+                output_type="np",
+                **reference_models.call_arguments(name),
+            ).images
+        )
     return np.concatenate(pictures), time.perf_counter() - start
 
 
@@ -139,7 +148,9 @@ def baselines(images: torch.Tensor, out: Path, captions: list[str]) -> dict[str,
 
 def main() -> None:
     """Reads flags, writes assets, and measures them on request."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     emoji.add_source(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder with the checkpoints")
     parser.add_argument("--check", action="store_true", help="measure the assets")

@@ -30,24 +30,39 @@ SPECIAL = ("<pad>", "</s>", "<unk>")
 def build_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
     """Word-level tokenizer over the captions' words: lower case, split at spaces and hyphens, `</s>` at the end."""
     words = sorted({word for caption in captions for word in caption.lower().replace("-", " ").split()})
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *words))}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *words))}, unk_token="<unk>")
+    )
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("-", behavior="removed")]
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        model_max_length=MAX_TOKENS, padding_side="right",
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=MAX_TOKENS,
+        padding_side="right",
     )
 
 
 def build_encoder(vocabulary: int) -> T5EncoderModel:
     """A T5 encoder of about 0.5 M parameters."""
     config = T5Config(
-        vocab_size=vocabulary, d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, dropout_rate=0.0,
-        feed_forward_proj="gated-gelu", relative_attention_num_buckets=16, relative_attention_max_distance=32,
-        pad_token_id=0, eos_token_id=1,
+        vocab_size=vocabulary,
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=3,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=32,
+        pad_token_id=0,
+        eos_token_id=1,
     )
     config.use_attention_mask = True  # StableDiffusionPipeline passes the mask only if this is set
     return T5EncoderModel(config)
@@ -74,10 +89,13 @@ def moved(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     angle = uniform(count, -0.2, 0.2, generator).flatten()
     mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
     shift = torch.rand(count, 2, generator=generator) * 0.5 - 0.25
-    rows = torch.stack([
-        torch.stack([scale * angle.cos() * mirror, -scale * angle.sin(), shift[:, 0]], 1),
-        torch.stack([scale * angle.sin() * mirror, scale * angle.cos(), shift[:, 1]], 1),
-    ], 1)
+    rows = torch.stack(
+        [
+            torch.stack([scale * angle.cos() * mirror, -scale * angle.sin(), shift[:, 0]], 1),
+            torch.stack([scale * angle.sin() * mirror, scale * angle.cos(), shift[:, 1]], 1),
+        ],
+        1,
+    )
     grid = F.affine_grid(rows, list(images.shape), align_corners=False)
     return 1 + F.grid_sample(images - 1, grid, align_corners=False)
 
@@ -104,7 +122,9 @@ def augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (result + noise).clamp(0, 1)
 
 
-def losses(pair: Pair, tokenizer: object, images: torch.Tensor, names: list[str]) -> tuple[torch.Tensor, float]:
+def losses(
+    pair: Pair, tokenizer: PreTrainedTokenizerFast, images: torch.Tensor, names: list[str]
+) -> tuple[torch.Tensor, float]:
     """Symmetric contrastive loss of one batch and the share of pictures that find their caption in it."""
     pictures = F.normalize(pair.picture(images), dim=1)
     texts = F.normalize(pair.projection(pooled_text(tokenizer, pair.text, names)), dim=1)
@@ -147,15 +167,23 @@ def train(images: torch.Tensor, captions: list[str], out: Path, minutes: float, 
             print(f"step {step} {clock.seconds():.0f} s loss {loss.item():.3f} hits {hits:.2f}", flush=True)
         if done or clock.seconds() - last > 60:
             last = clock.seconds()
-            save(checkpoint, model=pair.state_dict(), average=average.module.state_dict(),
-                 optimizer=optimizer.state_dict(), step=step, seconds=last)
+            save(
+                checkpoint,
+                model=pair.state_dict(),
+                average=average.module.state_dict(),
+                optimizer=optimizer.state_dict(),
+                step=step,
+                seconds=last,
+            )
         if done:
             break
 
 
 def main() -> None:
     """Reads flags and trains."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     emoji.add_source(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--minutes", type=float, default=8.0, help="wall-clock training time")

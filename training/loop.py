@@ -32,11 +32,12 @@ class Average:
         torch._foreach_lerp_(targets, sources, weight)
 
 
-def learning_rate(progress: float, peak: float, warm_up: float = 0.02) -> float:
-    """Linear warm-up, then a cosine to zero; `progress` in 0..1 of the run."""
+def learning_rate(progress: float, peak: float, warm_up: float = 0.02, hold: float = 0.0) -> float:
+    """Linear warm-up, then the peak until `hold`, then a cosine to zero; `progress` in 0..1 of the run."""
     if progress < warm_up:
         return peak * max(progress / warm_up, 1e-3)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warm_up) / (1 - warm_up))))
+    start = max(warm_up, hold)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress - start) / (1 - start))))
 
 
 class Clock:
@@ -54,7 +55,9 @@ class Clock:
         return min(1.0, self.seconds() / self.budget_s)
 
 
-def optimizer_for(module: nn.Module, weight_decay: float, betas: tuple[float, float] = (0.9, 0.99)) -> torch.optim.AdamW:
+def optimizer_for(
+    module: nn.Module, weight_decay: float, betas: tuple[float, float] = (0.9, 0.99)
+) -> torch.optim.AdamW:
     """AdamW that decays matrices and kernels but neither biases nor norms."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [

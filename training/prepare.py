@@ -44,7 +44,9 @@ def encode(model: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def embed(pair: Pair, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token embeddings [n, tokens, d] and masks [n, tokens]; the last row is the empty prompt."""
-    tokens = build_tokenizer(captions)([*captions, ""], padding="max_length", truncation=True, return_tensors="pt")
+    tokens = build_tokenizer(captions)(
+        [*captions, ""], padding="max_length", truncation=True, return_tensors="pt"
+    )
     return pair.text(tokens.input_ids, attention_mask=tokens.attention_mask)[0], tokens.attention_mask
 
 
@@ -55,7 +57,9 @@ def load_pair(path: Path, captions: list[str]) -> Pair:
 
 def main() -> None:
     """Reads flags and writes `shared.pt`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     emoji.add_source(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder with vae.pt and features.pt")
     arguments = parser.parse_args()
@@ -64,7 +68,9 @@ def main() -> None:
     latents = encode(vae, images)
     embeddings, masks = embed(load_pair(arguments.out / "features.pt", captions), captions)
     save(arguments.out / "shared.pt", latents=latents, embeddings=embeddings, masks=masks)
-    print(f"latents {tuple(latents.shape)}, deviation {latents.std((0, 2, 3))}, largest {latents.abs().max():.1f}")
+    print(
+        f"latents {tuple(latents.shape)}, deviation {latents.std((0, 2, 3))}, largest {latents.abs().max():.1f}"
+    )
 
 
 if __name__ == "__main__":

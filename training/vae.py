@@ -23,7 +23,7 @@ from torch import nn
 import emoji
 from loop import Average, Clock, batches, learning_rate, optimizer_for, restore, save
 
-CHROMA = 1.0  # extra weight of colour errors against brightness errors: without it pictures stay brown for long
+CHROMA = 1.0  # extra weight of colour errors against brightness errors
 DEVIATION = 0.05  # of the latent posterior, where latents have unit variance
 NOISE = 0.15  # largest deviation of training noise on latents: a denoiser's output is not exact either
 BATCH = 4
@@ -69,7 +69,11 @@ def projection(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     scale = scale * ((deviation / scale).square().mean().sqrt())
     kernel = basis / scale[:, None]
     colour = (basis * scale[:, None]).view(4, 3, 16).mean(2).T
-    return kernel.view(4, 3, 4, 4), -kernel @ mean, torch.cat([colour, mean.view(3, 16).mean(1, keepdim=True)], 1)
+    return (
+        kernel.view(4, 3, 4, 4),
+        -kernel @ mean,
+        torch.cat([colour, mean.view(3, 16).mean(1, keepdim=True)], 1),
+    )
 
 
 def silence(module: nn.Module) -> None:
@@ -138,7 +142,8 @@ def write_decoder(model: AutoencoderKL, colour: torch.Tensor) -> None:
     last.weight[:8], last.bias[:8] = 0, 0
     last.weight[:3, :4, 0, 0], last.bias[:3] = colour[:, :4], colour[:, 4]
     last.weight[3:6], last.bias[3:6] = -last.weight[:3], -last.bias[:3]
-    last.bias[6], last.bias[7] = 4, -4  # the same two tricks as in the encoder, quieter since the rest is trained
+    # The same two tricks as in the encoder, quieter since the rest is trained.
+    last.bias[6], last.bias[7] = 4, -4
     deviation = math.sqrt((2 * 16 + 3) / 8)
     leave = zero(decoder.conv_out)
     leave.weight[range(3), range(3), 1, 1] = deviation
@@ -175,13 +180,17 @@ def loss_of(model: AutoencoderKL, latents: torch.Tensor, images: torch.Tensor) -
     difference = model.decode(latents).sample - images
     difference = difference + CHROMA * (difference - difference.mean(1, keepdim=True))
     coarse = F.avg_pool2d(difference, 4).abs().mean() + F.avg_pool2d(difference, 16).abs().mean()
-    return difference.abs().mean() + difference.square().mean() + 0.5 * coarse + 0.5 * gradient_loss(difference)
+    return (
+        difference.abs().mean() + difference.square().mean() + 0.5 * coarse + 0.5 * gradient_loss(difference)
+    )
 
 
 @torch.no_grad()
 def reconstruct(model: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Reconstructs through the posterior mean; returns pictures [n, 3, 64, 64] and the PSNR in dB (range 2)."""
-    parts = [model.decode(model.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in images.split(50)]
+    parts = [
+        model.decode(model.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in images.split(50)
+    ]
     result = torch.cat(parts)
     error = (result - images).square().mean((1, 2, 3))
     return result, (10 * torch.log10(4 / error)).mean().item()
@@ -234,10 +243,18 @@ def train(images: torch.Tensor, out: Path, minutes: float, peak: float) -> None:
             print(f"step {step} {clock.seconds():.0f} s lr {rate:.1e} loss {running:.4f}", flush=True)
         if done or clock.seconds() - last > 60:
             last = clock.seconds()
-            save(checkpoint, model=model.state_dict(), average=average.module.state_dict(),
-                 optimizer=optimizer.state_dict(), step=step, seconds=last)
+            save(
+                checkpoint,
+                model=model.state_dict(),
+                average=average.module.state_dict(),
+                optimizer=optimizer.state_dict(),
+                step=step,
+                seconds=last,
+            )
             result, psnr = reconstruct(average.module, images[:40])
-            emoji.sheet(to_uint8(torch.cat([images[:20], result[:20], images[20:40], result[20:]]))).save(out / "vae.png")
+            emoji.sheet(to_uint8(torch.cat([images[:20], result[:20], images[20:40], result[20:]]))).save(
+                out / "vae.png"
+            )
             print(f"step {step} PSNR {psnr:.2f} dB", flush=True)
         if done:
             break
@@ -246,7 +263,9 @@ def train(images: torch.Tensor, out: Path, minutes: float, peak: float) -> None:
 
 def main() -> None:
     """Reads flags and trains."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     emoji.add_source(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and sample sheets")
     parser.add_argument("--minutes", type=float, default=30.0, help="wall-clock training time")

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from difloat import formats, rounding
 from difloat.io import CheckpointError, load, register_with_diffusers, save, verify
-from difloat.layers import restore
 from difloat.quantizer import LayerPlan, Part, Plan, QuantSpec
 
 if TYPE_CHECKING:
-    from difloat.api import apply, plan, quantize
-    from difloat.reference import load as reference
+    from difloat.api import apply, plan, quantize, restore
+    from difloat.reference_models import load as reference
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,6 +47,8 @@ register_with_diffusers()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("apply", "plan", "quantize"):
+    if name in ("apply", "plan", "quantize", "restore"):
         return getattr(import_module("difloat.api"), name)
+    if name == "reference":
+        return import_module("difloat.reference_models").load
     raise AttributeError(f"module 'difloat' has no attribute {name!r}")

@@ -8,11 +8,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from difloat import calibration, layers, recipes
 from difloat.calibration import Calibration, CalibrationSettings
-from difloat.io import mark_quantized
+from difloat.io import mark_quantized, unmark_quantized
 from difloat.methods.posttraining import Bits, Task
 from difloat.quantizer import Plan
 
@@ -144,3 +145,14 @@ def quantize(model: Any, recipe: str = "lbfp", bits: str = "w4a8", **arguments: 
     decided = plan(model, recipe, bits, **arguments)
     apply(model, decided)
     return decided
+
+
+def restore(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Turn the quantized layers of a pipeline's denoiser or a module back into float ones, in place; returns `model`.
+
+    The weights are the dequantized ones: what was lost by rounding stays lost.
+    """
+    module = denoiser(model)
+    layers.restore(module, dtype)
+    unmark_quantized(module)
+    return model

@@ -126,7 +126,7 @@ def quantize(
     from difloat.methods.posttraining import Bits
 
     chosen = _options(option or [])
-    recipes.make_options(recipes.lookup(recipe), chosen)
+    options = recipes.make_options(recipes.lookup(recipe), chosen)
     width = Bits.parse(bits)
     if images == 1:
         raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
@@ -142,15 +142,14 @@ def quantize(
     )
     console.print(
         f"{recipe} {bits}{''.join(f', {key}={value}' for key, value in chosen.items())}: "
-        + study.estimate(pipeline, texts, settings, width.weight, call),
+        + study.estimate(pipeline, texts, settings, width.weight, options, call),
         highlight=False,
     )
     if dry_run:
         return
     start = time.perf_counter()
-    plan = api.plan(
-        pipeline, recipe, bits, prompts=texts, cache_dir=cache, call_kwargs=call, **vars(settings), **chosen
-    )
+    everything: dict[str, Any] = {**vars(settings), **chosen}
+    plan = api.plan(pipeline, recipe, bits, prompts=texts, cache_dir=cache, call_kwargs=call, **everything)
     seconds = {"quantize, all of it": time.perf_counter() - start}
     sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=call)
     made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
@@ -181,6 +180,16 @@ def _print_summary(made: Record) -> None:
         f"{made.original_bytes / 1e6:.2f} MB",
     )
     console.print(table)
+    zeros = sum(row.zeros * row.bytes_before for row in made.layers) / sum(
+        row.bytes_before for row in made.layers
+    )
+    integers = sum(row.integer_grid for row in made.layers)
+    wider = [row.name for row in made.layers if row.effective_bits > made.weight_bits_nominal + 2]
+    console.print(
+        f"{len(made.layers)} layers quantized, {integers} of them on integer grids; {zeros:.1%} of the weights are 0\n"
+        f"kept at more bits: {', '.join(wider) or 'none'}",
+        highlight=False,
+    )
 
 
 @app.command()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,16 +89,11 @@ def load() -> FeatureNet:
     return network.eval().requires_grad_(False)
 
 
-def _batched(images: torch.Tensor, size: int = 100) -> torch.Tensor:
-    """Features of any number of pictures, [n, width], a hundred pictures at a time."""
+def features(images: torch.Tensor, batch: int = 100) -> torch.Tensor:
+    """Returns features [n, width] of pictures [n, 3, h, w] in 0..1, computed `batch` pictures at a time."""
     network = load()
     with torch.no_grad():
-        return torch.cat([network(part) for part in images.split(size)])
-
-
-def features(images: torch.Tensor) -> torch.Tensor:
-    """Returns features [n, width] of pictures [n, 3, h, w] in 0..1."""
-    return _batched(images)
+        return torch.cat([network(part) for part in images.split(batch)])
 
 
 def feature_maps(images: torch.Tensor) -> list[torch.Tensor]:
@@ -116,7 +112,7 @@ def feature_maps(images: torch.Tensor) -> list[torch.Tensor]:
 
 
 @lru_cache(maxsize=1)
-def _text() -> tuple[object, nn.Module, torch.Tensor]:
+def _text() -> tuple[Any, nn.Module, torch.Tensor]:
     """Tokenizer, text encoder and the projection [width, d] that takes its pooled output to feature space."""
     from transformers import AutoTokenizer, T5EncoderModel
 
@@ -127,9 +123,9 @@ def _text() -> tuple[object, nn.Module, torch.Tensor]:
     return tokenizer, encoder.eval().requires_grad_(False), projection
 
 
-def pooled_text(tokenizer: object, encoder: nn.Module, captions: list[str]) -> torch.Tensor:
+def pooled_text(tokenizer: Any, encoder: nn.Module, captions: list[str]) -> torch.Tensor:
     """Mean of the encoder's token outputs over the real tokens of each caption, [n, d]."""
-    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")  # type: ignore[operator]
+    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     mask = tokens.attention_mask
     hidden = encoder(tokens.input_ids, attention_mask=mask)[0]
     return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -158,7 +154,7 @@ def retrieval(images: torch.Tensor, captions: list[str], pool: int = 50, seed: i
         raise ValueError(f"captions must be one per picture, got {len(captions)} for {len(images)} pictures")
     names = (ASSETS / "captions.txt").read_text(encoding="utf-8").splitlines()
     table = caption_embeddings(names)
-    pictures = F.normalize(_batched(images), dim=1)
+    pictures = F.normalize(features(images), dim=1)
     right = (pictures * caption_embeddings(captions)).sum(1)
     scores = pictures @ table.T
     generator = torch.Generator().manual_seed(seed)

@@ -167,6 +167,7 @@ def _check(format: Format, name: str) -> None:
         raise ValueError(f"format with specials must have at least 3 bits besides the sign, got {name!r}")
 
 
+@cache
 def candidates(bits: int, signed: bool = True, *, integer_grids: bool = True) -> tuple[Format, ...]:
     """All floating-point formats of `bits` bits, from most exponent bits to fewest.
 
@@ -177,6 +178,8 @@ def candidates(bits: int, signed: bool = True, *, integer_grids: bool = True) ->
         signed: With a sign bit.
         integer_grids: Keep the formats whose grid is uniform (one exponent bit).
     """
+    if not 2 <= bits <= _MAX_BITS:
+        raise ValueError(f"bits must be 2 to {_MAX_BITS}, got {bits}; choose another width")
     free = bits - int(signed)
     lowest = 1 if integer_grids else 2
     exponents = range(min(free, _MAX_EXPONENT_BITS), lowest - 1, -1)

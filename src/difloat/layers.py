@@ -202,6 +202,13 @@ def shadow(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """The weight of the layer `name`."""
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at `name` (dotted) inside `model`."""
     parent, _, child = name.rpartition(".")

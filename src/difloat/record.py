@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from difloat import report
 from difloat.evaluate import Evaluation
+from difloat.layers import weight_of
 from difloat.quantizer import LayerPlan, Plan, QuantSpec, dequantize
 from difloat.report import Histogram, LayerRow, Record
 
@@ -90,7 +91,7 @@ def worst_histograms(
     for row in worst:
         layer = plan.layers[row.name]
         part = layer.parts[0]
-        weight = model.get_submodule(row.name).weight.detach().float()[:, : part.channels]
+        weight = weight_of(model, row.name).detach().float()[:, : part.channels]
         if part.weight.granularity != "tensor":
             weight = weight[:1]
         scale = float(layer.tensors["weight_scale"][0])
@@ -149,7 +150,7 @@ def build(
         timings: Seconds besides those the plan measured.
         notes: What the paper leaves open and how it was decided.
     """
-    rows = [layer_row(key, layer, model.get_submodule(key).weight) for key, layer in plan.layers.items()]
+    rows = [layer_row(key, layer, weight_of(model, key)) for key, layer in plan.layers.items()]
     size = sizes(model, plan)
     return Record(
         title=f"{name}, {plan.recipe} {plan.bits}",

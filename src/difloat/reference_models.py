@@ -57,7 +57,7 @@ def load(name: str) -> DiffusionPipeline:
     from transformers import AutoTokenizer, T5EncoderModel
 
     parts = {
-        "vae": AutoencoderKL.from_pretrained(ASSETS / "emoji-vae", torch_dtype=torch.float32),
+        "vae": AutoencoderKL.from_pretrained(ASSETS / "emoji-vae"),
         "tokenizer": AutoTokenizer.from_pretrained(ASSETS / "emoji-text" / "tokenizer"),
         "text_encoder": T5EncoderModel.from_pretrained(
             ASSETS / "emoji-text" / "text_encoder", dtype=torch.float32
@@ -72,15 +72,14 @@ def _check(name: str) -> None:
         raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
 
 
-def _unet(parts: dict[str, Any]) -> DiffusionPipeline:
+def _unet(parts: dict[str, Any]) -> Any:
     """Adds the U-Net and its sampler."""
-    import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     folder = ASSETS / "emoji-unet"
     return StableDiffusionPipeline(
         **parts,
-        unet=UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
         scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
         safety_checker=None,
         feature_extractor=None,
@@ -88,16 +87,13 @@ def _unet(parts: dict[str, Any]) -> DiffusionPipeline:
     )
 
 
-def _pixart(parts: dict[str, Any]) -> DiffusionPipeline:
+def _pixart(parts: dict[str, Any]) -> Any:
     """Adds the transformer and its sampler."""
-    import torch
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
     folder = ASSETS / "emoji-pixart"
     return PixArtAlphaPipeline(
         **parts,
-        transformer=PixArtTransformer2DModel.from_pretrained(
-            folder / "transformer", torch_dtype=torch.float32
-        ),
+        transformer=PixArtTransformer2DModel.from_pretrained(folder / "transformer"),
         scheduler=DPMSolverMultistepScheduler.from_pretrained(folder / "scheduler"),
     )

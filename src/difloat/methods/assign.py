@@ -89,10 +89,10 @@ class Draft:
         lows, highs, positions = [], [], []
         pieces = self.weight.float().split([part.channels for part in self.parts], dim=1)
         for piece, part, scale, zero in zip(pieces, self.parts, self.scales, self.zero_points, strict=True):
-            spec, offset = part.weight, 0.0
+            spec = part.weight
             factor = quantizer.expand_scale(scale, spec, piece.shape)
-            if spec.zero_point:
-                offset = quantizer.expand_scale(zero, spec, piece.shape)
+            shift = zero if spec.zero_point else torch.zeros_like(scale)
+            offset = quantizer.expand_scale(shift, spec, piece.shape)
             grid = ((piece - offset) / factor).clamp(spec.format.min, spec.format.max)
             step = rounding.step_at(grid, spec.format)
             low = torch.floor(grid / step) * step

@@ -170,12 +170,12 @@ def _search_weights(
 ) -> dict[str, Draft]:
     drafts = {}
     for name in tqdm(seen.order, desc="search weights", disable=not task.progress):
-        weight = task.model.get_submodule(name).weight
+        weight = layers.weight_of(task.model, name)
         if not torch.isfinite(weight).all():
             raise ValueError(
                 f"weights must be finite, got NaN or Inf in layer {name!r}; repair the checkpoint"
             )
-        splits = seen.splits.get(name, ()) if settings.split else ()
+        splits = list(seen.splits.get(name, ())) if settings.split else []
         fits = sum(splits) == weight.shape[1]  # not so for grouped convolutions
         drafts[name] = draft_layer(weight, splits if fits else [weight.shape[1]], rules[name].weight)
     return drafts

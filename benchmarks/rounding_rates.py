@@ -1,0 +1,137 @@
+"""Tunes the learning rate of learned rounding for floating-point and integer grids on a reference model.
+
+    python benchmarks/rounding_rates.py --model emoji-pixart --blocks 4
+
+For some blocks and every rate: relative output error after learning, over that of rounding to nearest, on rows that were
+not used for learning. Writes benchmarks/results/rounding-rates.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from difloat import api, formats, layers, report, study
+from difloat.methods import observe
+from difloat.methods.adaround import RoundingSettings, learn_rounding, relative_error
+from difloat.methods.assign import Draft, Rule, draft_layer
+from difloat.recipes import lbfp
+from difloat.recipes.baselines import OFFSETS, SHRUNK
+from difloat.reference_models import NAMES
+
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+GRIDS = {
+    "FP4, per tensor": Rule(lbfp.encodings(4)),
+    "INT4 asymmetric, per channel": Rule(
+        (formats.parse("uint4"),), "channel", clips=SHRUNK, zero_points=OFFSETS
+    ),
+}
+
+
+def main() -> None:
+    """Run the sweep and write the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=NAMES, default="emoji-pixart")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of the model, evenly spaced")
+    parser.add_argument("--iterations", type=int, default=RoundingSettings.iterations)
+    parser.add_argument("--rows", type=int, default=192, help="calibration rows; a third is held out")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    pipeline = study.load_pipeline(arguments.model)
+    guidance, call = study.call_of(arguments.model, None)
+    prompts = study.prompts_of(pipeline, arguments.model, None)
+    data = api.calibrate(
+        pipeline, prompts=prompts, call_kwargs=call, samples=arguments.rows, guidance_scale=guidance
+    )
+    model = api.denoiser(pipeline)
+    units = {name: members for name, members in layers.blocks(model).items() if len(members) > 1}
+    chosen = list(units)[:: max(1, len(units) // arguments.blocks)][: arguments.blocks]
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    cut = 2 * len(order) // 3
+    splits = [order[:cut], order[cut:]]
+    results = {
+        grid: {
+            str(rate): sweep(model, units, chosen, data, splits, rule, rate, arguments.iterations)
+            for rate in RATES
+        }
+        for grid, rule in GRIDS.items()
+    }
+    out = Path(__file__).parent / "results" / "rounding-rates.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {
+        **vars(arguments),
+        "machine": report.machine(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    out.write_text(json.dumps({**facts, "held_out_error_over_nearest": results}, indent=1) + "\n")
+    sys.stdout.write(json.dumps(results, indent=1) + "\n")
+
+
+def sweep(
+    model: Any,
+    units: Any,
+    chosen: list[str],
+    data: Any,
+    splits: list[list[int]],
+    rule: Rule,
+    rate: float,
+    iterations: int,
+) -> float:
+    """Median over the blocks of the held-out error after learning over the one of rounding to nearest."""
+    ratios = []
+    for unit in chosen:
+        drafts = {
+            name.removeprefix(unit + "."): draft_layer(
+                model.get_submodule(name).weight, [in_channels(model, name)], rule
+            )
+            for name in units[unit]
+        }
+        calls = [[data.batch(rows[at : at + 32]) for at in range(0, len(rows), 32)] for rows in splits]
+        inputs = [observe.inputs_of(model, unit, part) for part in calls]
+        targets = [observe.outputs_of(model, [unit], part)[unit] for part in calls]
+        settings = RoundingSettings(iterations=iterations, learning_rate=rate)
+        generator = torch.Generator().manual_seed(0)
+        learned = learn_rounding(
+            model.get_submodule(unit), drafts, inputs[0], targets[0], settings, generator
+        )
+        held_out = [
+            error(model.get_submodule(unit), weights, inputs[1], targets[1])
+            for weights in (learned.weights, nearest(drafts))
+        ]
+        ratios.append(held_out[0] / held_out[1])
+    return statistics.median(ratios)
+
+
+def in_channels(model: Any, name: str) -> int:
+    """Input channels of a layer."""
+    return int(model.get_submodule(name).weight.shape[1])
+
+
+def nearest(drafts: dict[str, Draft]) -> dict[str, torch.Tensor]:
+    """Weights rounded to nearest."""
+    from difloat.quantizer import dequantize
+
+    return {name: dequantize(replace(draft, rounded=None).plan()) for name, draft in drafts.items()}
+
+
+@torch.no_grad()
+def error(block: Any, weights: dict[str, torch.Tensor], inputs: Any, targets: list[torch.Tensor]) -> float:
+    """Relative squared output error of a block under other weights."""
+    parameters = {f"{name}.weight": weight for name, weight in weights.items()}
+    outputs = torch.func.functional_call(block, parameters, *inputs)
+    return relative_error(observe.tensors_of(outputs), targets)
+
+
+if __name__ == "__main__":
+    main()
