@@ -17,11 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from difloat import cli, record, study
-from tiny import PROMPTS, tiny_unet
+from tiny import PROMPTS, tiny_pixart
+
+# diffusers' DPM solver hands torch tensors to numpy in a way numpy 2 deprecates; nothing here can change that.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 VERBS = ("inspect", "quantize", "generate", "evaluate", "report", "verify", "demo")
 FAST = ["--samples", "6", "--steps", "2", "--set", "iterations=2", "--set", "rounding_rows=4"]
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
 class Result(NamedTuple):
@@ -39,7 +42,7 @@ Run = Callable[..., Result]
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny full-precision pipeline, saved by diffusers."""
     directory = tmp_path_factory.mktemp("cli") / "source"
-    tiny_unet().save_pretrained(directory)
+    tiny_pixart().save_pretrained(directory)
     return directory
 
 
@@ -57,9 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
     return lambda *arguments: call(monkeypatch, capfd, *arguments)
 
 
-def call(
-    monkeypatch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str], *arguments: object
-) -> Result:
+def call(monkeypatch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str], *arguments: object) -> Result:
     monkeypatch.setattr("sys.argv", ["difloat", *map(str, arguments)])
     capture.readouterr()
     with pytest.raises(SystemExit) as stopped:
@@ -91,9 +92,10 @@ def copy_of(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
 def refused(result: Result, *words: str) -> None:
     """Exit code 2, and one sentence that says the words; no traceback."""
     assert result.code == 2, result
-    assert result.err.startswith("error: ") and "Traceback" not in result.err + result.out
-    assert all(word in result.err for word in words), result.err
-    assert "[Errno" not in result.err and len(result.err) < 700
+    assert result.err.count("error: ") == 1 and "Traceback" not in result.err + result.out
+    sentence = result.err.split("error: ")[1]  # progress bars may stand before it
+    assert all(word in sentence for word in words), sentence
+    assert "[Errno" not in sentence and len(sentence) < 700
 
 
 # What works
@@ -117,17 +119,25 @@ def test_no_verb_shows_the_help(run: Run) -> None:
 
 def test_inspect_counts_layers_before_and_after(run: Run, source: Path, checkpoint: Path) -> None:
     before = run("inspect", source)
-    assert before.code == 0 and "UNet2DConditionModel: 0 quantized and 83 float layers" in before.out
+    assert before.code == 0 and "PixArtTransformer2DModel: 0 quantized and 27 float layers" in before.out
     after = run("inspect", checkpoint, "--layers")
-    assert after.code == 0 and "83 quantized and 0 float layers" in after.out
-    assert "conv_in" in after.out and "e2m1" in after.out
+    assert after.code == 0 and "27 quantized and 0 float layers" in after.out
+    assert "proj_out" in after.out and re.search(r"\be[123]m[012]\b", after.out)
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, source: Path, tmp_path: Path) -> None:
     before = sorted(path for path in source.parent.rglob("*"))
     result = run("quantize", source, tmp_path / "out", "--dry-run", *FAST)
     assert result.code == 0
-    for expected in ("lbfp w4a8", "iterations=2", "83 layers", "MB packed", "MB in 16 bits", "MB RAM", "calls"):
+    for expected in (
+        "lbfp w4a8",
+        "iterations=2",
+        "27 layers",
+        "MB packed",
+        "MB in 16 bits",
+        "MB RAM",
+        "calls",
+    ):
         assert expected in result.out
     assert not list(tmp_path.iterdir()) and before == sorted(path for path in source.parent.rglob("*"))
 
@@ -136,18 +146,24 @@ def test_quantize_writes_a_checkpoint_and_a_report(source: Path, checkpoint: Pat
     names = {path.name for path in checkpoint.iterdir()}
     assert {"model_index.json", "difloat.json", "report.html", "report.json", "report-pictures.npz"} <= names
     page = (checkpoint / "report.html").read_text(encoding="utf-8")
-    assert "<html" in page and PROMPTS[0] in page and "http-equiv=\"refresh\"" not in page
+    assert "<html" in page and PROMPTS[0] in page and 'http-equiv="refresh"' not in page
     made, left, right = record.read(checkpoint)
     assert made.recipe == "lbfp" and made.samples == 3 and made.command.startswith("difloat quantize")
     assert left.shape == right.shape == (3, 16, 16, 3) and not np.array_equal(left, right)
-    assert (checkpoint / WEIGHTS).stat().st_size < (source / WEIGHTS).stat().st_size / 4
+    assert (checkpoint / WEIGHTS).stat().st_size < (source / WEIGHTS).stat().st_size / 2
 
 
 def test_quantize_prints_the_table_and_where_things_are(run: Run, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     result = run("quantize", source, out, "--recipe", "rtn", "--bits", "w8a16", "--images", 2, *FAST[:4])
     assert result.code == 0, result
-    for expected in ("rtn w8a16", "PSNR", "bits a weight", f"checkpoint {out}", f"report {out / 'report.html'}"):
+    for expected in (
+        "rtn w8a16",
+        "PSNR",
+        "bits a weight",
+        f"checkpoint {out}",
+        f"report {out / 'report.html'}",
+    ):
         assert expected in result.out
     assert "nan" not in result.out
 
@@ -244,7 +260,7 @@ def test_half_downloaded_pipelines(run: Run, source: Path, copy_of, tmp_path: Pa
     elif damage == "no text":
         shutil.rmtree(broken / "text_encoder")
     else:
-        (broken / "unet/config.json").write_text('{"_class_name": "UNet2')
+        (broken / "transformer/config.json").write_text('{"_class_name": "Pix')
     refused(run("quantize", broken, tmp_path / "out"), "complete pipeline", str(broken), "download it again")
     assert not (tmp_path / "out").exists()
 
@@ -291,10 +307,10 @@ def test_weights_that_are_nan_name_the_layer(
 ) -> None:
     broken = copy_of(source)
     state = load_file(broken / WEIGHTS)
-    state["mid_block.resnets.0.conv1.weight"][0, 0] = torch.nan
+    state["transformer_blocks.1.ff.net.2.weight"][0, 0] = torch.nan
     save_file(state, broken / WEIGHTS, metadata={"format": "pt"})
     result = run("quantize", broken, tmp_path / "out", *FAST, *dry_run)
-    refused(result, "finite", "'mid_block.resnets.0.conv1'")
+    refused(result, "finite", "'transformer_blocks.1.ff.net.2'")
     assert not (tmp_path / "out").exists()
 
 
@@ -309,7 +325,7 @@ def test_a_pipeline_that_is_quantized_already(
 
 def test_a_checkpoint_of_another_version(run: Run, checkpoint: Path, copy_of, tmp_path: Path) -> None:
     other = copy_of(checkpoint)
-    config = other / "unet/config.json"
+    config = other / "transformer/config.json"
     content = json.loads(config.read_text(encoding="utf-8"))
     content["quantization_config"]["version"] = 99
     config.write_text(json.dumps(content), encoding="utf-8")
@@ -320,7 +336,9 @@ def test_a_checkpoint_of_another_version(run: Run, checkpoint: Path, copy_of, tm
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("writer", ["difloat.io.checkpoint.write_manifest", "difloat.record.np.savez_compressed"])
+@pytest.mark.parametrize(
+    "writer", ["difloat.io.checkpoint.write_manifest", "difloat.record.np.savez_compressed"]
+)
 def test_a_full_disk(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
 ) -> None:

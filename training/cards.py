@@ -64,16 +64,17 @@ classifier-free guidance with the empty prompt.
 {data}
 ## Training
 
-{steps} steps of 8, later 16 pictures, {minutes:.0f} minutes on one CPU core, float32, AdamW, cosine learning rate from 1e-3,
-min-SNR weights, moving average 0.999 (`training/denoiser.py --model {short}`).
+{steps} steps of 8, later 16 pictures, {minutes:.0f} minutes on half to one CPU core, float32, AdamW, min-SNR-type weights,
+moving average 0.999 (`training/denoiser.py --model {short}`; `training/README.md` says what was changed on the way).
 
 ## Measured
 
-One picture per caption, 20 steps, guidance 3, {sampler}, seed 0: the right caption wins among 50 for {retrieval:.1%}
-(pictures through the autoencoder alone: {retrieval_decoded:.1%}); Frechet distance to the training pictures on the
-built-in features
-{frechet:.2f} (autoencoder alone: {frechet_decoded:.2f}, an all-white set: {frechet_white:.1f}).
-1,000 pictures take {seconds_per_1000:.0f} s in float32 on two cores of a Skylake-X server at batch 50.
+{samples} captions, one picture each, 20 steps, guidance 3, {sampler}, seed 0: the right caption wins among 50 for
+{retrieval:.1%} (pictures through the autoencoder alone: {retrieval_decoded:.1%}).
+Frechet distance to all training pictures on the built-in features: {frechet:.1f}; the original pictures of the same
+captions score {frechet_originals:.1f} (few samples bias it upwards), an all-white set {frechet_white:.0f}.
+1,000 pictures take about {cpu_seconds_per_1000:.0f} CPU seconds in float32 at batch 50, measured on a busy
+two-core Skylake-X server.
 
 ## Limits
 
@@ -82,7 +83,7 @@ else. It exists so that quantization can be judged on a real, trained model with
 """
 
 WHAT = {
-    "emoji-unet": "A `UNet2DConditionModel` (SiLU, skip concatenation, self- and cross-attention, GEGLU), 3.7 M parameters, "
+    "emoji-unet": "A `UNet2DConditionModel` (SiLU, skip concatenation, self- and cross-attention, GEGLU), 3.8 M parameters, "
     "for a stock `StableDiffusionPipeline`.",
     "emoji-pixart": "A `PixArtTransformer2DModel` (64 tokens, GELU, adaptive layer norm, cross-attention), 3.3 M parameters, "
     "for a stock `PixArtAlphaPipeline`.",

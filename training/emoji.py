@@ -1,6 +1,7 @@
 """The picture set of the reference models: 64x64 pictures of Noto emoji on white, with their Unicode names.
 
-Two sources give the same pictures: the colour-bitmap font of the Debian package `fonts-noto-color-emoji`
+Two sources give the same pictures but for resampling (mean difference 2 of 255): the colour-bitmap font of the Debian
+package `fonts-noto-color-emoji`
 (`--font FILE`), or a folder that holds `noto_emoji_72.npz` (`--data DIR`: `images` uint8 [n, 72, 72, 4] RGBA and
 `captions`, made from the same project's PNG files). The chosen captions stand in `src/difloat/assets/captions.txt`.
 
@@ -37,15 +38,15 @@ def on_white(picture: Image.Image) -> np.ndarray:
 def glyph(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     """Draws one character's colour bitmap, centred in a square: RGBA [128, 128]."""
     canvas = Image.new("RGBA", (192, 192), (0, 0, 0, 0))
-    # U+FE0F asks for the coloured form of characters that also have a plain one.
-    ImageDraw.Draw(canvas).text((24, 24), character, font=font, embedded_color=True)
-    box = canvas.getbbox()
-    if box is None:
-        raise ValueError(
-            f"the font must hold a bitmap for {unicodedata.name(character)!r}, got an empty glyph"
-        )
-    centre_x, centre_y = (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
-    return canvas.crop((centre_x - 64, centre_y - 64, centre_x + 64, centre_y + 64))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((24, 24), character, font=font, embedded_color=True)
+    if canvas.getbbox() is None:
+        name = unicodedata.name(character)
+        raise ValueError(f"the font must hold a bitmap for {name!r}, got an empty glyph")
+    # The box of the bitmap, empty borders included: centring what is drawn would move pictures that sit off centre.
+    left, top, right, bottom = draw.textbbox((24, 24), character, font=font, embedded_color=True)
+    x, y = round((left + right) / 2) - 64, round((top + bottom) / 2) - 64
+    return canvas.crop((x, y, x + 128, y + 128))
 
 
 def from_font(path: Path) -> np.ndarray:

@@ -87,10 +87,10 @@ def frechet(values: torch.Tensor) -> float:
 
 
 def draw(name: str, prompts: list[str], seed: int, batch: int = 50) -> tuple[np.ndarray, float]:
-    """Samples prompts; returns pictures [n, 64, 64, 3] in 0..1 and the seconds it took."""
+    """Samples prompts; returns pictures [n, 64, 64, 3] in 0..1 and the CPU seconds of all threads."""
     pipeline = reference_models.load(name)
     pipeline.set_progress_bar_config(disable=True)
-    generator, pictures, start = torch.Generator().manual_seed(seed), [], time.perf_counter()
+    generator, pictures, start = torch.Generator().manual_seed(seed), [], time.process_time()
     for first in range(0, len(prompts), batch):
         part = prompts[first : first + batch]
         pictures.append(
@@ -102,7 +102,7 @@ def draw(name: str, prompts: list[str], seed: int, batch: int = 50) -> tuple[np.
                 **reference_models.call_arguments(name),
             ).images
         )
-    return np.concatenate(pictures), time.perf_counter() - start
+    return np.concatenate(pictures), time.process_time() - start
 
 
 def to_features(pictures: np.ndarray) -> torch.Tensor:
@@ -110,16 +110,19 @@ def to_features(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
 
 
-def check(name: str, out: Path, captions: list[str]) -> dict[str, float]:
+def check(name: str, out: Path, images: torch.Tensor, captions: list[str]) -> dict[str, float]:
     """Samples one picture per caption and measures it; writes a sheet next to the checkpoints."""
+    own = [emoji.captions().index(caption) for caption in captions]
     pictures, seconds = draw(name, captions, seed=0)
     emoji.sheet((pictures * 255).round().astype(np.uint8)).save(out / f"samples-{name}.png")
-    images = to_features(pictures)
+    sampled = to_features(pictures)
     state = restore(out / f"{name.removeprefix('emoji-')}.pt") or {"step": 0, "seconds": 0.0}
     return {
-        "retrieval": features.retrieval_accuracy(images, captions),
-        "frechet": frechet(features.features(images)),
-        "seconds_per_1000": seconds / len(captions) * 1000,
+        "retrieval": features.retrieval_accuracy(sampled, captions),
+        "frechet": frechet(features.features(sampled)),
+        "frechet_originals": frechet(features.features((images[own] + 1) / 2)),
+        "samples": len(captions),
+        "cpu_seconds_per_1000": seconds / len(captions) * 1000,
         "steps": state["step"],
         "minutes": state["seconds"] / 60,
     }
@@ -154,6 +157,7 @@ def main() -> None:
     emoji.add_source(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder with the checkpoints")
     parser.add_argument("--check", action="store_true", help="measure the assets")
+    parser.add_argument("--count", type=int, default=353, help="captions to sample, spread over the set")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -164,8 +168,9 @@ def main() -> None:
     print(f"assets: {sum(p.stat().st_size for p in ASSETS.rglob('*') if p.is_file()) / 1e6:.1f} MB")
     if arguments.check:
         results = {"data": baselines(images, arguments.out, captions)}
+        chosen = captions[:: max(1, len(captions) // arguments.count)][: arguments.count]
         for name in reference_models.NAMES:
-            results[name] = check(name, arguments.out, captions)
+            results[name] = check(name, arguments.out, images, chosen)
             print(name, results[name], flush=True)
         print("data", results["data"])
         (arguments.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
+_INTERRUPTED = 130  # typer's exit code for Ctrl-C
 
 Source = Annotated[
     str,
@@ -123,6 +125,7 @@ def quantize(
 ) -> None:
     """Quantize a pipeline's denoiser, write the packed checkpoint and a report of what it cost."""
     from difloat import api, calibration, recipes, study
+    from difloat.io.manifest import MANIFEST
     from difloat.methods.posttraining import Bits
 
     chosen = _options(option or [])
@@ -134,6 +137,10 @@ def quantize(
         raise FileExistsError(
             f"output directory must be new or empty, got {str(out)!r}; choose another or say --overwrite"
         )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / MANIFEST).is_file():
+        raise FileExistsError(
+            f"--overwrite replaces only difloat checkpoints, got {str(out)!r}, which is none; choose another directory"
+        )
     pipeline = _pipeline(source)
     texts = study.prompts_of(pipeline, source, prompts)
     guidance, call = study.call_of(source, guidance)
@@ -144,6 +151,7 @@ def quantize(
         f"{recipe} {bits}{''.join(f', {key}={value}' for key, value in chosen.items())}: "
         + study.estimate(pipeline, texts, settings, width.weight, options, call),
         highlight=False,
+        soft_wrap=True,
     )
     if dry_run:
         return
@@ -154,7 +162,7 @@ def quantize(
     sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=call)
     made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
     _print_summary(made)
-    console.print(f"checkpoint {out}\nreport     {out / 'report.html'}", highlight=False)
+    console.print(f"checkpoint {out}\nreport     {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _options(pairs: Sequence[str]) -> dict[str, str]:
@@ -166,12 +174,16 @@ def _options(pairs: Sequence[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
+def _interval(low: float, high: float) -> str:
+    return f"{low:.4g} to {high:.4g}" if math.isfinite(low + high) else "needs more pictures"
+
+
 def _print_summary(made: Record) -> None:
     table = Table("measure", "value", "95 % interval", "full precision", title=made.title)
     for row in made.quality:
         reference = "" if row["reference"] is None else f"{row['reference']:.4g}"
         value = f"{row['value']:.4g} {row['unit']}".strip()
-        table.add_row(row["label"], value, f"{row['low']:.4g} to {row['high']:.4g}", reference)
+        table.add_row(row["label"], value, _interval(row["low"], row["high"]), reference)
     ratio = made.original_bytes / made.packed_bytes
     table.add_row(
         "denoiser on disk",
@@ -209,6 +221,8 @@ def generate(
 
     from difloat import evaluate, record, study
 
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"output must be a directory, got the file {str(out)!r}; choose another")
     pipeline = _pipeline(source)
     texts = list(prompt) if prompt else study.prompts_of(pipeline, source, prompts)
     guidance, call = study.call_of(source, guidance)
@@ -261,7 +275,7 @@ def evaluate(
     )
     for _, metric, found in evaluation.rows():
         value = f"{found.value:.4g} {metric.unit}".strip()
-        table.add_row(metric.label, value, f"{found.low:.4g} to {found.high:.4g}")
+        table.add_row(metric.label, value, _interval(found.low, found.high))
     console.print(table)
     if save is not None:
         save.write_text(evaluation.to_json(), encoding="utf-8")
@@ -281,7 +295,7 @@ def report(directory: Checkpoint) -> None:
     made, left, right = record.read(directory)
     _print_summary(made)
     page = pages.render(made, left, right, directory / record.PAGE)
-    console.print(f"report     {page}", highlight=False)
+    console.print(f"report     {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -309,8 +323,8 @@ def demo(
         f"[bold]difloat demo[/bold]: {model}, LBFP, FP4 weights with learned rounding, FP8 activations"
     )
     target = out / f"{model}-lbfp-w4a8"
-    fast = ["iterations=120", "rounding_rows=128"]
-    quantize(model, target, samples=128, option=fast, images=24, overwrite=True)
+    fast = ["iterations=40", "rounding_rows=64"]
+    quantize(model, target, samples=96, option=fast, images=12, overwrite=True)
     verify(target)
 
 
@@ -320,11 +334,21 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
-        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]error:[/red] {escape(_sentence(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        errors.print("interrupted; with --cache the next run goes on from the last finished block")
-        raise SystemExit(130) from None
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            errors.print("interrupted; with --cache the next run goes on from the last finished block")
+        raise
+
+
+def _sentence(error: Exception) -> str:
+    """The message; what the system says of a file becomes a sentence too."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "disk must have room for the output, but is full; free some space and run again"
+    return f"{error.filename or 'file'} must be accessible, got: {error.strerror}; check the path and its permissions"
 
 
 if __name__ == "__main__":

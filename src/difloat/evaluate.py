@@ -67,6 +67,9 @@ __all__ = [
 ]
 
 
+_KERNEL_PICTURES = 8
+
+
 @dataclass(frozen=True, eq=False)
 class Generated:
     """Pictures of one pipeline and how they came about.
@@ -271,7 +274,8 @@ def compare(
 ) -> Evaluation:
     """All metrics of a quantized set of pictures against the full-precision set of the same seeds and prompts.
 
-    Measured where it applies: SSIM for pictures of at least 11 pixels a side, distances to data with `data_moments`,
+    Measured where it applies: SSIM for pictures of at least 11 pixels a side, kernel distance for at least 8 pictures
+    (with fewer a resample may hold one picture only and has none), distances to data with `data_moments`,
     retrieval with `captions` and `retrieval`, the trajectory where both sets hold latents.
 
     Args:
@@ -294,7 +298,8 @@ def compare(
     metrics = {name: mean_interval(value, seed=seed) for name, value in values.items()}
     a, b = in_batches(features, reference.images), in_batches(features, quantized.images)
     metrics["frechet_to_full_precision"] = frechet_interval(b, a, paired=True, seed=seed)
-    metrics["kernel_distance"] = kernel_interval(b, a, paired=True, seed=seed)
+    if len(a) >= _KERNEL_PICTURES:
+        metrics["kernel_distance"] = kernel_interval(b, a, paired=True, seed=seed)
     if data_moments is not None:
         metrics["frechet_to_data"] = frechet_interval(b, data_moments, seed=seed)
         metrics["frechet_to_data_of_full_precision"] = frechet_interval(a, data_moments, seed=seed)

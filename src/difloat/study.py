@@ -94,8 +94,9 @@ def estimate(
     call_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """What a run will take, in three lines for people, from two timed denoiser calls."""
-    need = calibration.estimate(pipeline, prompts, settings, call_kwargs=call_kwargs)
     module = api.denoiser(pipeline)
+    api._check_model(module)
+    need = calibration.estimate(pipeline, prompts, settings, call_kwargs=call_kwargs)
     found, blocks = layers.quantizable(module), layers.blocks(module)
     weights = sum(layer.weight.numel() for layer in found.values())
     total = sum(parameter.numel() for parameter in module.parameters())
