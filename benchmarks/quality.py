@@ -131,9 +131,7 @@ def measure_row(
         setattr(pipeline, name, module)
     evaluation = study.judge(reference, drawn, sampling)
     size = record.sizes(twin, plan)
-    rows = [
-        record.layer_row(key, layer, layers.weight_of(module, key)) for key, layer in plan.layers.items()
-    ]
+    rows = [record.layer_row(key, layer, layers.weight_of(module, key)) for key, layer in plan.layers.items()]
     weights = sum(r.bytes_before for r in rows)
     return {
         "recipe": row.recipe,

@@ -27,7 +27,8 @@ LINE = (
     "recipes",
     "<top>",
 )
-TOP = {"study", 
+TOP = {
+    "study",
     "__init__",
     "cli",
     "api",
