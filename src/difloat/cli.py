@@ -124,8 +124,7 @@ def quantize(
     ] = False,
 ) -> None:
     """Quantize a pipeline's denoiser, write the packed checkpoint and a report of what it cost."""
-    from difloat import api, calibration, recipes, study
-    from difloat.io.manifest import MANIFEST
+    from difloat import calibration, recipes, study
     from difloat.methods.posttraining import Bits
 
     chosen = _options(option or [])
@@ -133,14 +132,7 @@ def quantize(
     width = Bits.parse(bits)
     if images == 1:
         raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise FileExistsError(
-            f"output directory must be new or empty, got {str(out)!r}; choose another or say --overwrite"
-        )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / MANIFEST).is_file():
-        raise FileExistsError(
-            f"--overwrite replaces only difloat checkpoints, got {str(out)!r}, which is none; choose another directory"
-        )
+    _check_out(out, overwrite)
     pipeline = _pipeline(source)
     texts = study.prompts_of(pipeline, source, prompts)
     guidance, call = study.call_of(source, guidance)
@@ -155,14 +147,42 @@ def quantize(
     )
     if dry_run:
         return
-    start = time.perf_counter()
-    everything: dict[str, Any] = {**vars(settings), **chosen}
-    plan = api.plan(pipeline, recipe, bits, prompts=texts, cache_dir=cache, call_kwargs=call, **everything)
-    seconds = {"quantize, all of it": time.perf_counter() - start}
     sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=call)
+    everything: dict[str, Any] = {"cache_dir": cache, "call_kwargs": call, **vars(settings), **chosen}
+    _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
+
+
+def _carry_out(
+    pipeline: Any,
+    source: str,
+    out: Path,
+    recipe: str,
+    bits: str,
+    sampling: Any,
+    arguments: dict[str, Any],
+    overwrite: bool,
+) -> None:
+    from difloat import api, study
+
+    start = time.perf_counter()
+    plan = api.plan(pipeline, recipe, bits, prompts=sampling.prompts, **arguments)
+    seconds = {"quantize, all of it": time.perf_counter() - start}
     made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
     _print_summary(made)
     console.print(f"checkpoint {out}\nreport     {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    from difloat.io.manifest import MANIFEST
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise FileExistsError(
+            f"output directory must be new or empty, got {str(out)!r}; choose another or say --overwrite"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / MANIFEST).is_file():
+        raise FileExistsError(
+            f"--overwrite replaces only difloat checkpoints, got {str(out)!r}, which is none; choose another directory"
+        )
 
 
 def _options(pairs: Sequence[str]) -> dict[str, str]:
@@ -323,7 +343,7 @@ def demo(
         f"[bold]difloat demo[/bold]: {model}, LBFP, FP4 weights with learned rounding, FP8 activations"
     )
     target = out / f"{model}-lbfp-w4a8"
-    fast = ["iterations=40", "rounding_rows=64"]
+    fast = ["iterations=20", "rounding_rows=48"]
     quantize(model, target, samples=96, option=fast, images=12, overwrite=True)
     verify(target)
 

@@ -254,6 +254,7 @@ def _load_model(root: Path, plan: Plan, stored: Mapping[str, StoredTensor], dtyp
             f"into must be a {kind:.80} of the saved architecture, got None; pass load(directory, into=...)"
         )
     import diffusers
+    import diffusers.quantizers.auto  # noqa: F401  (first, or our registration on its import meets a half-made module)
 
     from difloat.io.diffusers import register
 
@@ -270,6 +271,7 @@ def _load_pipeline(
     root: Path, loaded: Mapping[str, tuple[Plan, dict[str, StoredTensor]]], dtype: torch.dtype | None
 ) -> Any:
     import diffusers
+    import diffusers.quantizers.auto  # noqa: F401  (first, or our registration on its import meets a half-made module)
 
     from difloat.io.diffusers import register
 
