@@ -4,7 +4,7 @@
 `qdiffusion`: arXiv:2302.04304. Asymmetric integers, weights per output channel, static per-tensor activations, AdaRound/BRECQ
 block reconstruction, skip concatenations split. Differs from the paper: activation ranges are searched by squared error
 instead of learned (LSQ); zero points are real numbers instead of integers; rounding is learned in 400 steps at Adam's rate
-0.1 instead of 20,000 at 0.001, tuned as docs/papers/lbfp.md shows; the softmax map is not quantized.
+0.1 (best on a toy layer, docs/log.md) instead of 20,000 at 0.001; the softmax map is not quantized.
 """
 
 from __future__ import annotations
