@@ -111,8 +111,16 @@ def measure_model(arguments: argparse.Namespace, model: str, results: dict[str, 
         if key in results and all(results[key].get(name) == value for name, value in setting.items()):
             continue
         results[key] = {**setting, **measure_row(row, pipeline, module, data, reference, sampling)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        store(path, key, results[key])
+
+
+def store(path: Path, key: str, row: dict[str, Any]) -> None:
+    """Add a row to the file, which another process that measures another model may have changed meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = json.loads(path.read_text()) if path.exists() else {}
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps({**there, key: row}, indent=1) + "\n")
+    os.replace(part, path)
 
 
 def measure_row(

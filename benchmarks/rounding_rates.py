@@ -3,7 +3,7 @@
     python benchmarks/rounding_rates.py --model emoji-pixart --blocks 4
 
 For some blocks and every rate: relative output error after learning, over that of rounding to nearest, on rows that were
-not used for learning. Writes benchmarks/results/rounding-rates.json.
+not used for learning. Writes benchmarks/results/rounding-rates-<model>.json.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,31 @@ import torch
 from difloat import api, formats, layers, report, study
 from difloat.methods import observe
 from difloat.methods.adaround import RoundingSettings, learn_rounding, relative_error
-from difloat.methods.assign import Draft, Rule, draft_layer
+from difloat.methods.assign import MIN_MAX, Draft, Rule, draft_layer
 from difloat.recipes import lbfp
 from difloat.recipes.baselines import OFFSETS, SHRUNK
 from difloat.reference_models import NAMES
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+WEIGHT_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)  # scale-aware variables are in units of the weight
+GROUPS = Rule((formats.parse("e2m1"),), "group", 128, clips=MIN_MAX)
+INTEGERS = Rule((formats.parse("uint4"),), "channel", clips=SHRUNK, zero_points=OFFSETS)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is swept: a grid for the weights, the form of the rounding variables, and its rates."""
+
+    rule: Rule
+    scale_aware: bool = False
+    rates: tuple[float, ...] = RATES
+
+
 GRIDS = {
-    "FP4, per tensor": Rule(lbfp.encodings(4)),
-    "INT4 asymmetric, per channel": Rule(
-        (formats.parse("uint4"),), "channel", clips=SHRUNK, zero_points=OFFSETS
-    ),
+    "FP4, per tensor": Grid(Rule(lbfp.encodings(4))),
+    "INT4 asymmetric, per channel": Grid(INTEGERS),
+    "E2M1, groups of 128": Grid(GROUPS),
+    "E2M1, groups of 128, scale-aware": Grid(GROUPS, True, WEIGHT_RATES),
 }
 
 
@@ -61,13 +75,13 @@ def main() -> None:
     cut = 2 * len(order) // 3
     splits = [order[:cut], order[cut:]]
     results = {
-        grid: {
-            str(rate): sweep(model, units, chosen, data, splits, rule, rate, arguments.iterations)
-            for rate in RATES
+        name: {
+            str(rate): sweep(model, units, chosen, data, splits, grid, rate, arguments.iterations)
+            for rate in grid.rates
         }
-        for grid, rule in GRIDS.items()
+        for name, grid in GRIDS.items()
     }
-    out = Path(__file__).parent / "results" / "rounding-rates.json"
+    out = Path(__file__).parent / "results" / f"rounding-rates-{arguments.model}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         **vars(arguments),
@@ -84,7 +98,7 @@ def sweep(
     chosen: list[str],
     data: Any,
     splits: list[list[int]],
-    rule: Rule,
+    grid: Grid,
     rate: float,
     iterations: int,
 ) -> float:
@@ -93,14 +107,14 @@ def sweep(
     for unit in chosen:
         drafts = {
             name.removeprefix(unit + "."): draft_layer(
-                model.get_submodule(name).weight, [in_channels(model, name)], rule
+                model.get_submodule(name).weight, [in_channels(model, name)], grid.rule
             )
             for name in units[unit]
         }
         calls = [[data.batch(rows[at : at + 32]) for at in range(0, len(rows), 32)] for rows in splits]
         inputs = [observe.inputs_of(model, unit, part) for part in calls]
         targets = [observe.outputs_of(model, [unit], part)[unit] for part in calls]
-        settings = RoundingSettings(iterations=iterations, learning_rate=rate)
+        settings = RoundingSettings(iterations=iterations, learning_rate=rate, scale_aware=grid.scale_aware)
         generator = torch.Generator().manual_seed(0)
         learned = learn_rounding(
             model.get_submodule(unit), drafts, inputs[0], targets[0], settings, generator
