@@ -124,6 +124,7 @@ def sweep(
             for weights in (learned.weights, nearest(drafts))
         ]
         ratios.append(held_out[0] / held_out[1])
+        sys.stderr.write(f"{grid} rate {rate} {unit}: {ratios[-1]:.4f}\n")
     return statistics.median(ratios)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,6 +108,30 @@ def test_online_scale_of_the_tensor_reaches_its_largest_value(generator) -> None
     x = torch.randn(5, 6, generator=generator)
     rounded = ops.fake_quantize_input(x, None, None, "e4m3", False)
     assert rounded.abs().max() == x.abs().max()
+
+
+@pytest.mark.parametrize("name", ["uint4", "ue2m2", "int4"])
+def test_an_asymmetric_online_grid_reaches_both_ends_of_every_token(name, generator) -> None:
+    x = 5 + torch.randn(7, 20, generator=generator) * torch.exp2(torch.arange(7)[:, None] * 2.0)
+    x[3] = 2.5  # all equal: comes back as it is
+    rounded = ops.fake_quantize_input(x, None, None, name, True, 0, True)
+    torch.testing.assert_close(rounded.amin(1), x.amin(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rounded.amax(1), x.amax(1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(rounded[3], x[3])
+    step = (
+        (x.amax(1) - x.amin(1))
+        / (parse(name).max - parse(name).min)
+        * max(b - a for a, b in pairwise(parse(name).values))
+    )
+    assert bool(((rounded - x).abs() <= step[:, None] / 2 * 1.001).all())
+
+
+def test_every_group_of_a_token_has_its_own_online_scale(generator) -> None:
+    x = torch.randn(3, 10, generator=generator) * torch.exp2(torch.arange(10.0))
+    rounded = ops.fake_quantize_input(x, None, None, "e2m1", True, 4)
+    pieces = [ops.fake_quantize_input(piece, None, None, "e2m1", True) for piece in x.split(4, 1)]
+    assert torch.equal(rounded, torch.cat(pieces, 1))
+    assert not torch.equal(rounded, ops.fake_quantize_input(x, None, None, "e2m1", True))
 
 
 @pytest.mark.parametrize("per_token", [True, False])

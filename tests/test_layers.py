@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +34,9 @@ def rounded(weight: Tensor, parts: tuple[Part, ...]) -> LayerPlan:
         parts,
         scales,
         input_scales=[torch.tensor(0.01) if there else None for there in static],
-        input_zero_points=[torch.tensor(-0.5) if there else None for there in shifted],
+        input_zero_points=[
+            torch.tensor(-0.5) if a and b else None for a, b in zip(static, shifted, strict=True)
+        ],
     )
 
 
@@ -169,8 +172,15 @@ def twin_input(x: Tensor, part: Part) -> Tensor:
     spec = part.activation
     if spec is None:
         return x
+    if spec.granularity == "group":
+        axis = -1 if x.dim() < 4 else 1
+        token = Part(part.channels, part.weight, replace(spec, granularity="token", group_size=None))
+        return torch.cat([twin_input(group, token) for group in x.split(spec.group_size, axis)], axis)
     if spec.online:
         axes = tuple(range(x.dim())) if spec.granularity == "tensor" else (-1,) if x.dim() < 4 else (1, 2, 3)
+        if spec.zero_point:
+            low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+            return fake_quantize(x, spec.format, (high - low) / spec.format.max, low)
         return fake_quantize(x, spec.format, x.abs().amax(axes, keepdim=True) / spec.format.max)
     return fake_quantize(
         x, spec.format, torch.tensor([0.01]), torch.tensor([-0.5]) if spec.zero_point else None
@@ -183,6 +193,9 @@ ACTIVATIONS = {
     "shifted": QuantSpec(parse("ue4m3"), zero_point=True),
     "online": QuantSpec(parse("int8"), online=True),
     "token": QuantSpec(parse("e3m2"), "token", online=True),
+    "asymmetric token": QuantSpec(parse("uint8"), "token", online=True, zero_point=True),
+    "groups": QuantSpec(parse("e2m3"), "group", 4, online=True),
+    "asymmetric groups": QuantSpec(parse("uint4"), "group", 4, online=True, zero_point=True),
 }
 
 

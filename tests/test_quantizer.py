@@ -223,6 +223,8 @@ ACTIVATIONS = [
     QuantSpec(parse("ue4m3"), zero_point=True),
     QuantSpec(parse("int8"), online=True),
     QuantSpec(parse("int8"), "token", online=True),
+    QuantSpec(parse("uint8"), "token", online=True, zero_point=True),
+    QuantSpec(parse("uint8"), "group", 4, online=True, zero_point=True),
 ]
 
 
@@ -266,7 +268,6 @@ REFUSALS = [
     (lambda: QuantSpec(E2M1, "tensor", 8), "group_size must be given exactly"),
     (lambda: QuantSpec(E2M1, "group", 0), "group_size must be at least 1, got 0"),
     (lambda: QuantSpec(E2M1, "token"), "'token' must be online"),
-    (lambda: QuantSpec(E2M1, online=True, zero_point=True), "zero_point must be off"),
     (lambda: QuantSpec.from_json({"format": "e2m1", "scale": 1}), "known fields only"),
     (lambda: QuantSpec.from_json({"granularity": "tensor"}), "must have 'format'"),
     (lambda: QuantSpec.from_json({"format": "fp4"}), "format must be eXmY"),
@@ -274,8 +275,9 @@ REFUSALS = [
     (lambda: Part(4, QuantSpec(E2M1, "token", online=True)), "weight scales must be stored"),
     (
         lambda: Part(4, QuantSpec(E2M1), QuantSpec(E2M1, "channel")),
-        "must be 'tensor' or 'token', got 'channel'",
+        "must be 'tensor', 'token' or 'group', got 'channel'",
     ),
+    (lambda: Part(4, QuantSpec(E2M1), QuantSpec(E2M1, "group", 2)), "'group' must be online"),
     (lambda: Part.from_json({"channels": 4}), "must have 'channels', 'weight'"),
     (
         lambda: Part.from_json({"channels": 4, "weight": {"format": "e2m1"}, "x": 1}),

@@ -110,7 +110,15 @@ class QuantizedLayer(nn.Module):
         if part.activation is None:
             return x
         spec = part.activation
-        return ops.fake_quantize_input(x, scale, zero_point, spec.format.name, spec.granularity == "token")
+        return ops.fake_quantize_input(
+            x,
+            scale,
+            zero_point,
+            spec.format.name,
+            spec.granularity in ("token", "group"),
+            spec.group_size or 0,
+            spec.online and spec.zero_point,
+        )
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):

@@ -30,10 +30,11 @@ class QuantSpec:
 
     Attributes:
         format: The grid.
-        granularity: What shares a scale: the tensor, an output channel, `group_size` input channels of one output channel
-            (weights), or a token (activations: one row along the channel axis).
+        granularity: What shares a scale: the tensor, an output channel (weights), a token (activations: one row along the
+            channel axis), or `group_size` input channels of one output channel or one token.
         group_size: Input channels per group; only with granularity "group".
-        online: The scale is the largest magnitude of each token (or the tensor) at run time, nothing is stored.
+        online: The scale comes from the data at run time, nothing is stored: the largest magnitude becomes the largest value
+            of the grid; with a zero point the smallest value becomes the smallest of the grid as well.
         zero_point: A real offset is added after the grid (``value * scale + zero_point``).
     """
 
@@ -54,10 +55,6 @@ class QuantSpec:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
         if self.granularity == "token" and not self.online:
             raise ValueError("granularity 'token' must be online, since tokens are not known beforehand")
-        if self.online and self.zero_point:
-            raise ValueError(
-                "zero_point must be off where the scale is online, since only the scale is found at run time"
-            )
 
     def to_json(self) -> dict[str, Any]:
         """The fields that differ from their defaults, with the format by name."""
@@ -87,6 +84,15 @@ class QuantSpec:
         return out_channels * (-(-in_channels // self.group_size) if self.group_size else 1)
 
 
+def _check_activation(spec: QuantSpec) -> None:
+    if spec.granularity == "channel":
+        raise ValueError("activation granularity must be 'tensor', 'token' or 'group', got 'channel'")
+    if spec.granularity == "group" and not spec.online:
+        raise ValueError(
+            "activation granularity 'group' must be online, since tokens are not known beforehand"
+        )
+
+
 @dataclass(frozen=True)
 class Part:
     """A run of input channels of one layer with its own formats; `activation` None leaves the input as it is."""
@@ -100,10 +106,8 @@ class Part:
             raise ValueError(f"channels of a part must be at least 1, got {self.channels}")
         if self.weight.online or self.weight.granularity == "token":
             raise ValueError(f"weight scales must be stored, got an online spec {self.weight.to_json()}")
-        if self.activation is not None and self.activation.granularity not in ("tensor", "token"):
-            raise ValueError(
-                f"activation granularity must be 'tensor' or 'token', got {self.activation.granularity!r}"
-            )
+        if self.activation is not None:
+            _check_activation(self.activation)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that `from_json` reads."""

@@ -28,21 +28,33 @@ def _(
 
 @torch.library.custom_op("difloat::fake_quantize_input", mutates_args=())
 def fake_quantize_input(
-    x: Tensor, scale: Tensor | None, zero_point: Tensor | None, format_name: str, per_token: bool
+    x: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    format_name: str,
+    per_token: bool,
+    group_size: int = 0,
+    asymmetric: bool = False,
 ) -> Tensor:
     """See `reference.fake_quantize_input`; the gradient is the clipped straight-through one."""
-    return reference.fake_quantize_input(x, scale, zero_point, format_name, per_token)
+    return reference.fake_quantize_input(x, scale, zero_point, format_name, per_token, group_size, asymmetric)
 
 
 @fake_quantize_input.register_fake
 def _(
-    x: Tensor, scale: Tensor | None, zero_point: Tensor | None, format_name: str, per_token: bool
+    x: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    format_name: str,
+    per_token: bool,
+    group_size: int = 0,
+    asymmetric: bool = False,
 ) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _keep_range(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, scale, zero_point, format_name, _ = inputs
+    x, scale, zero_point, format_name, *_ = inputs
     if scale is None:  # an online scale clips nothing
         ctx.save_for_backward(None)
         return
@@ -51,9 +63,9 @@ def _keep_range(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward((grid >= format.min) & (grid <= format.max))
 
 
-def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     (inside,) = ctx.saved_tensors
-    return gradient if inside is None else gradient * inside, None, None, None, None
+    return gradient if inside is None else gradient * inside, None, None, None, None, None, None
 
 
 fake_quantize_input.register_autograd(_straight_through, setup_context=_keep_range)

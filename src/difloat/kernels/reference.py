@@ -57,16 +57,24 @@ def _expand(scale: Tensor, shape: torch.Size, group_size: int) -> Tensor:
 
 
 def fake_quantize_input(
-    x: Tensor, scale: Tensor | None, zero_point: Tensor | None, format_name: str, per_token: bool
+    x: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    format_name: str,
+    per_token: bool,
+    group_size: int = 0,
+    asymmetric: bool = False,
 ) -> Tensor:
     """Round an activation to its grid and return it in its own dtype.
 
     Args:
         x: [..., i] (tokens) or [b, i, h, w] (pictures, where "token" means one picture).
-        scale: float32 [1], or None for an online scale: the largest magnitude becomes the format's maximum.
+        scale: float32 [1], or None for an online scale, found in the data.
         zero_point: float32 [1] real offset added after the grid, or None.
         format_name: Of the grid.
         per_token: One online scale per token instead of one for the tensor.
+        group_size: With `per_token`, one online scale per so many channels of a token; 0: all channels share one.
+        asymmetric: An online grid lies between the smallest and the largest value instead of around zero.
 
     Returns:
         Same shape and dtype as `x`.
@@ -74,9 +82,10 @@ def fake_quantize_input(
     format = formats.parse(format_name)
     values = x.float()
     if scale is None:
-        scale = online_scale(values, format, per_token)
-    if scale.dim() > 1:
-        return round_((values / scale).contiguous(), format).mul_(scale).to(x.dtype)
+        axis = 1 if x.dim() == 4 else -1
+        groups = values.split(group_size, dim=axis) if group_size else [values]
+        rounded = [_round_online(group, format, per_token, asymmetric) for group in groups]
+        return (rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=axis)).to(x.dtype)
     flat = values.reshape(-1)
     result = torch.empty_like(flat)
     for chunk, out in zip(flat.split(_CHUNK_VALUES), result.split(_CHUNK_VALUES), strict=True):
@@ -87,12 +96,38 @@ def fake_quantize_input(
     return result.reshape(x.shape).to(x.dtype)
 
 
-def online_scale(x: Tensor, format: Format, per_token: bool) -> Tensor:
-    """Scale that maps the largest magnitude to `format.max`: per token [..., 1] or for the tensor [1]; 1 where all is zero."""
+def _round_online(values: Tensor, format: Format, per_token: bool, asymmetric: bool) -> Tensor:
+    if not asymmetric:
+        scale = online_scale(values, format, per_token)
+        return round_((values / scale).contiguous(), format).mul_(scale)
+    scale, zero_point = online_range(values, format, per_token)
+    return round_(((values - zero_point) / scale).contiguous(), format).mul_(scale).add_(zero_point)
+
+
+def _token_axes(x: Tensor, per_token: bool) -> tuple[int, ...]:
+    """The axes that share one online scale."""
     if not per_token:
-        largest = x.abs().amax().reshape(1)
-    elif x.dim() == 4:
-        largest = x.abs().amax(dim=(1, 2, 3), keepdim=True)
-    else:
-        largest = x.abs().amax(dim=-1, keepdim=True)
+        return tuple(range(x.dim()))
+    return (1, 2, 3) if x.dim() == 4 else (-1,)
+
+
+def online_scale(x: Tensor, format: Format, per_token: bool) -> Tensor:
+    """Scale that maps the largest magnitude to `format.max`, one per token or one for all; 1 where all is zero.
+
+    The result broadcasts with `x`.
+    """
+    largest = x.abs().amax(dim=_token_axes(x, per_token), keepdim=True)
     return torch.where(largest > 0, largest / format.max, torch.ones_like(largest))
+
+
+def online_range(x: Tensor, format: Format, per_token: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that map the smallest value to `format.min` and the largest to `format.max`.
+
+    One each per token or for all, in shapes that broadcast with `x`. Where all values are equal the scale is 1 and the
+    zero point that value.
+    """
+    axes = _token_axes(x, per_token)
+    smallest, largest = x.amin(dim=axes, keepdim=True), x.amax(dim=axes, keepdim=True)
+    span = largest - smallest
+    scale = torch.where(span > 0, span / (format.max - format.min), torch.ones_like(span))
+    return scale, torch.where(span > 0, smallest - format.min * scale, smallest)

@@ -28,7 +28,8 @@ class Rule:
         granularity: What shares a scale.
         group_size: With granularity "group".
         clips: Candidate ranges as fractions of the largest magnitude; `MIN_MAX` for no clipping.
-        zero_points: Candidate offsets as fractions of the smallest value, or None for grids that start at zero.
+        zero_points: Candidate offsets as fractions of the smallest value (online: any, the smallest value is taken), or
+            None for grids that start at zero.
         online: Activations only: scales from the data at run time, nothing is searched but the format is the first.
     """
 
@@ -41,8 +42,7 @@ class Rule:
 
     def spec(self, format: Format) -> QuantSpec:
         """The specification that results when the search chose `format`."""
-        zero_point = self.zero_points is not None and not self.online
-        return QuantSpec(format, self.granularity, self.group_size, self.online, zero_point)
+        return QuantSpec(format, self.granularity, self.group_size, self.online, self.zero_points is not None)
 
 
 @dataclass(frozen=True)
