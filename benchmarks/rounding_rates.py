@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from difloat import api, formats, layers, report, study
 from difloat.methods import observe
 from difloat.methods.adaround import RoundingSettings, learn_rounding, relative_error
 from difloat.methods.assign import MIN_MAX, Draft, Rule, draft_layer
+from difloat.methods.passes import Passes
+from difloat.quantizer import dequantize
 from difloat.recipes import lbfp
 from difloat.recipes.baselines import OFFSETS, SHRUNK
 from difloat.reference_models import NAMES
@@ -112,8 +114,11 @@ def sweep(
             for name in units[unit]
         }
         calls = [[data.batch(rows[at : at + 32]) for at in range(0, len(rows), 32)] for rows in splits]
-        inputs = [observe.inputs_of(model, unit, part) for part in calls]
-        targets = [observe.outputs_of(model, [unit], part)[unit] for part in calls]
+        inputs, targets = [], []
+        for part in calls:
+            with Passes(model, part) as passes:
+                inputs.append(passes.enter(unit))
+                targets.append(passes.leave(unit))
         settings = RoundingSettings(iterations=iterations, learning_rate=rate, scale_aware=grid.scale_aware)
         generator = torch.Generator().manual_seed(0)
         learned = learn_rounding(
@@ -135,9 +140,7 @@ def in_channels(model: Any, name: str) -> int:
 
 def nearest(drafts: dict[str, Draft]) -> dict[str, torch.Tensor]:
     """Weights rounded to nearest."""
-    from difloat.quantizer import dequantize
-
-    return {name: dequantize(replace(draft, rounded=None).plan()) for name, draft in drafts.items()}
+    return {name: dequantize(draft.plan()) for name, draft in drafts.items()}
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import nn
 
 from difloat import formats
 from difloat.methods.adaround import RoundingSettings, _Soft, learn_rounding, relative_error
-from difloat.methods.assign import Draft, Rule, draft_inputs, draft_layer
+from difloat.methods.assign import Draft, Rule, draft_layer, plan_inputs
 from difloat.quantizer import dequantize
 
 NAMES = ["e2m1", "e3m0", "e1m2", "int4", "e2m3"]
@@ -79,7 +79,7 @@ def test_learning_lowers_the_output_error_and_ends_on_the_grid(name: str, scale_
     learned = learn_rounding(layer, {"": made}, ((x,), {}), [target], settings, generator)
     assert learned.error_learned < 0.85 * learned.error_nearest
     values = learned.weights[""]
-    made_plan = Draft(made.weight, made.parts, made.scales, made.zero_points, 0.0, rounded=values).plan()
+    made_plan = made.plan(values)
     assert torch.allclose(dequantize(made_plan), values, atol=1e-6)
 
 
@@ -97,8 +97,8 @@ def test_input_search_keeps_the_extremes_of_large_inputs() -> None:
     x = torch.zeros(1 << 17, 8)
     x[5, 3] = 100.0
     rule = Rule((formats.parse("e4m3"),), clips=(1.0,))
-    chosen = draft_inputs(made, x, rule, generator)
-    assert float(chosen.input_scales[0]) * 480 == pytest.approx(100.0)
+    chosen = plan_inputs(made.plan(), x, rule, generator)
+    assert float(chosen.tensors["input_scale"]) * 480 == pytest.approx(100.0)
 
 
 def test_relative_error() -> None:

@@ -152,7 +152,7 @@ def test_activations_of_16_bits_stay_as_they_are() -> None:
 
 def test_a_killed_run_goes_on_after_the_last_finished_block(tmp_path, monkeypatch) -> None:
     model, data = prepared("pixart")
-    from difloat.methods import posttraining
+    from difloat.methods import blockwise
 
     task = Task(model, data, Bits.parse("w4a8"), progress=False, work_dir=tmp_path)
     whole = recipes.plan(copy.copy(task), "lbfp", "w4a8", FAST)
@@ -160,8 +160,8 @@ def test_a_killed_run_goes_on_after_the_last_finished_block(tmp_path, monkeypatc
     assert len(files) == len(whole.measured["blocks"])
     files[-1].unlink()
     learned = []
-    real = posttraining.learn_rounding
-    monkeypatch.setattr(posttraining, "learn_rounding", lambda *a, **k: learned.append(1) or real(*a, **k))
+    real = blockwise.learn_rounding
+    monkeypatch.setattr(blockwise, "learn_rounding", lambda *a, **k: learned.append(1) or real(*a, **k))
     again = recipes.plan(task, "lbfp", "w4a8", FAST)
     assert len(learned) == 1
     for name, layer in whole.layers.items():

@@ -21,6 +21,7 @@ LINE = (
     "packing",
     "quantizer",
     "kernels",
+    "attention",
     "layers",
     "<side>",
     "methods",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from difloat.layers import blocks, quantizable
 from difloat.methods import observe
+from difloat.methods.passes import Passes
 from tiny import tiny_pixart, tiny_unet
 
 
@@ -75,8 +75,9 @@ def test_inputs_and_outputs_of_a_block_reproduce_it() -> None:
                 },
             )
         )
-    args, kwargs = observe.inputs_of(model, block, calls)
-    target = observe.outputs_of(model, [block], calls)[block]
+    with Passes(model, calls) as passes:
+        args, kwargs = passes.enter(block)
+        target = passes.leave(block)
     with torch.no_grad():
         output = observe.tensors_of(model.get_submodule(block)(*args, **kwargs))
     assert output[0].shape[0] == 6
@@ -90,8 +91,3 @@ def test_select_takes_rows_of_batched_arguments_only() -> None:
         ((torch.arange(6.0).reshape(3, 2),), {"x": shared, "n": None}), 3, torch.tensor([2])
     )
     assert args[0].tolist() == [[4.0, 5.0]] and kwargs["x"] is shared and kwargs["n"] is None
-
-
-def test_a_block_that_is_not_reached_is_named() -> None:
-    with pytest.raises(ValueError, match="'unused'"):
-        observe.inputs_of(LongSkip(), "unused", [call()])

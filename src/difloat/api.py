@@ -79,7 +79,8 @@ def plan(
         **settings,
     )
     work_dir = None if cache_dir is None else Path(cache_dir)
-    task = Task(denoiser(model), data, parsed, CalibrationSettings(**settings).seed, progress, work_dir)
+    wanted = CalibrationSettings(**settings)
+    task = Task(denoiser(model), data, parsed, wanted.seed, progress, work_dir, wanted.memory_bytes)
     return plan_calibrated(task, recipe, bits, own)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from difloat import attention
 from difloat.kernels import ops
 from difloat.packing import packed_channels
 from difloat.quantizer import LayerPlan, Part, Plan, dequantize, layer_tensor_shapes
@@ -247,7 +248,7 @@ def install(model: nn.Module, name: str, plan: LayerPlan) -> None:
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
-    """Carry out a plan in place: swap every planned layer; returns `model`.
+    """Carry out a plan in place: swap every planned layer, quantize every planned attention; returns `model`.
 
     Raises:
         ValueError: if the plan does not fit; the model is then unchanged.
@@ -259,16 +260,22 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
                 f"plan must fit the model, but {name!r} of shape {tuple(layer.shape)} is no float layer of it; "
                 "use the model the plan was made for, not yet quantized"
             )
+    attention.check(model, plan.attention)
     for name, layer in plan.layers.items():
         install(model, name, layer)
+    attention.install(model, plan.attention)
     return model
 
 
 def restore(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Turn every quantized layer back into a plain float layer with the dequantized weight, in place; returns `model`."""
+    """Turn every quantized layer back into a plain float layer with the dequantized weight, in place; returns `model`.
+
+    Attention computes in high precision again.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLayer):
             replace(model, name, _plain(module, dtype))
+    attention.restore(model)
     return model
 
 

@@ -186,6 +186,40 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class AttentionPlan:
+    """What is rounded inside one attention; nothing is stored for it, all scales come from the data or the grid.
+
+    Attributes:
+        operand: Grid of query, key and value after the heads are split, one online scale per token and head; None
+            leaves them.
+        softmax: Unsigned grid of the attention map, whose largest value stands for 1; None leaves the map.
+    """
+
+    operand: Format | None = None
+    softmax: Format | None = None
+
+    def __post_init__(self) -> None:
+        if self.operand is None and self.softmax is None:
+            raise ValueError("an attention plan must quantize its operands or its map, got neither")
+        if self.softmax is not None and self.softmax.min < 0:
+            raise ValueError(f"grid of an attention map must be unsigned, got {self.softmax.name}")
+
+    def to_json(self) -> dict[str, str]:
+        """Names of the grids that are there."""
+        grids = {"operand": self.operand, "softmax": self.softmax}
+        return {name: grid.name for name, grid in grids.items() if grid is not None}
+
+    @staticmethod
+    def from_json(data: Mapping[str, str]) -> AttentionPlan:
+        """Inverse of `to_json`; ValueError on an unknown field or format."""
+        if unknown := set(data) - {"operand", "softmax"}:
+            raise ValueError(
+                f"an attention plan must have 'operand' and 'softmax' only, got {sorted(unknown)}"
+            )
+        return AttentionPlan(**{name: formats.parse(grid) for name, grid in data.items()})
+
+
+@dataclass(frozen=True)
 class Plan:
     """What becomes of a model: one entry per layer that is quantized, one reason per layer that is not.
 
@@ -196,6 +230,7 @@ class Plan:
         skipped: Reasons, by module name.
         options: The recipe's options, plain data.
         measured: Times and errors on the way; not part of the checkpoint.
+        attention: By the name of the attention module; what is not there computes as before.
     """
 
     recipe: str
@@ -204,10 +239,11 @@ class Plan:
     skipped: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the tensors, ready for `json.dumps`."""
-        return {
+        """Everything but the tensors, ready for `json.dumps`; `attention` only where some is quantized."""
+        data = {
             "version": PLAN_VERSION,
             "recipe": self.recipe,
             "bits": self.bits,
@@ -215,6 +251,8 @@ class Plan:
             "layers": {name: layer.to_json() for name, layer in self.layers.items()},
             "skipped": dict(self.skipped),
         }
+        attention = {name: entry.to_json() for name, entry in self.attention.items()}
+        return {**data, "attention": attention} if attention else data
 
 
 def layer_tensor_shapes(shape: Sequence[int], parts: Sequence[Part]) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from difloat import attention
 from difloat.io.layout import (
     CONFIG,
     QUANT_METHOD,
@@ -88,7 +89,10 @@ def plan_of(model: nn.Module) -> Plan:
                     f"{name}.{key} must keep its dtype, but was cast to {tensor.dtype}; "
                     "load the model again and give the dtype while loading"
                 )
-    return Plan(origin["recipe"], origin["bits"], found, origin["skipped"], origin["options"])
+    entries = {name: entry for name, module in model.named_modules() if (entry := attention.plan_of(module))}
+    return Plan(
+        origin["recipe"], origin["bits"], found, origin["skipped"], origin["options"], attention=entries
+    )
 
 
 def save(

@@ -15,7 +15,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from difloat import layers
+from difloat import attention, layers
 from difloat.io.layout import (
     INPUT_BUNDLE,
     QUANT_METHOD,
@@ -117,6 +117,7 @@ class DifloatQuantizer(DiffusersQuantizer):
             layer = layers.empty_like(old)
             layer.allocate(layer_plan.shape, layer_plan.parts, "meta")
             layers.replace(model, name, layer)
+        attention.install(model, self.plan.attention)
         self._check_names(model)
 
     def _check_names(self, model: nn.Module) -> None:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from difloat.quantizer import PLAN_VERSION, LayerPlan, Part, Plan, layer_tensor_shapes
+from difloat.quantizer import PLAN_VERSION, AttentionPlan, LayerPlan, Part, Plan, layer_tensor_shapes
 
 QUANT_METHOD = "difloat"
 INPUT_BUNDLE = "difloat.input"
@@ -79,12 +79,31 @@ def parse_config(config: object) -> Plan:
             "load it with the difloat that wrote it, or update"
         )
     kinds = {"recipe": str, "bits": str, "options": Mapping, "layers": Mapping, "skipped": Mapping}
-    if set(fields) != _PLAN_FIELDS or not all(isinstance(fields[name], kind) for name, kind in kinds.items()):
+    if set(fields) - {"attention"} != _PLAN_FIELDS or not all(
+        isinstance(fields[name], kind) for name, kind in kinds.items()
+    ):
         raise CheckpointError(
             f"quantization_config must have the fields {sorted(_PLAN_FIELDS)}, got {sorted(fields)!r:.200}; the file is damaged"
         )
     layers = {name: _parse_layer(name, data) for name, data in fields["layers"].items()}
-    return Plan(fields["recipe"], fields["bits"], layers, dict(fields["skipped"]), dict(fields["options"]))
+    attention = _parse_attention(fields.get("attention", {}))
+    return Plan(
+        fields["recipe"],
+        fields["bits"],
+        layers,
+        dict(fields["skipped"]),
+        dict(fields["options"]),
+        attention=attention,
+    )
+
+
+def _parse_attention(data: Any) -> dict[str, AttentionPlan]:
+    try:
+        return {name: AttentionPlan.from_json(entry) for name, entry in data.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"plan of attention must be valid, but {error!s:.300}; the file is damaged"
+        ) from error
 
 
 def _parse_layer(name: str, data: Any) -> LayerPlan:

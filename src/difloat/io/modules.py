@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from difloat import layers
+from difloat import attention, layers
 from difloat.io.layout import (
     CONFIG,
     INPUT_BUNDLE,
@@ -112,6 +112,7 @@ def load_into(
         for name, tensor in state.items()
     }
     module.load_state_dict(rest, strict=False, assign=True)
+    attention.install(module, plan.attention)
     return module
 
 
@@ -142,6 +143,7 @@ def _check_fits(module: nn.Module, plan: Plan, stored: Mapping[str, StoredTensor
         raise CheckpointError(
             f"plan must name layers of the module, but {unknown[0]!r:.200} is none; pass the architecture that was saved"
         )
+    attention.check(module, plan.attention)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if name not in own}
     got = {name: tensor.shape for name, tensor in stored.items() if name not in own}
     for name in sorted(expected.keys() | got.keys()):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +27,25 @@ class RoundingSettings:
 
     Attributes:
         iterations: Optimiser steps per block.
-        rows: Denoiser rows in one step.
+        rows: Denoiser rows in one step, fewer where they have so many positions that `positions` is exceeded.
+        positions: Tokens or pixels of the block's output in one step, at most (but one row at least).
         learning_rate: Of Adam, for the rounding variables.
         regularization: Weight of the term that drives h to 0 or 1.
         warmup: Share of the iterations without that term.
         beta: Its exponent, falling linearly from the first to the second value after the warm-up.
         scale_aware: Rounding variables in units of the weight (arXiv:2503.15465 Eq. 8) instead of unitless.
+        precision: Of the block's matrix products; the variables, the loss and Adam are float32 anyway.
     """
 
     iterations: int = 400
     rows: int = 16
+    positions: int = 4096
     learning_rate: float = 0.1
     regularization: float = 0.01
     warmup: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
     scale_aware: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,10 @@ def learn_rounding(
         on_step: Called after every step, for progress bars.
     """
     soft = {name: _Soft(draft, settings.scale_aware) for name, draft in drafts.items()}
-    loss_of = _Reconstruction(block, inputs, targets, settings.rows)
+    loss_of = _Reconstruction(block, inputs, targets, settings)
     optimizer = torch.optim.Adam([s.variable for s in soft.values()], lr=settings.learning_rate)
     for iteration in range(settings.iterations):
-        index = torch.randint(loss_of.count, (min(settings.rows, loss_of.count),), generator=generator)
+        index = torch.randint(loss_of.count, (min(loss_of.rows, loss_of.count),), generator=generator)
         loss = loss_of({name: s.soft() for name, s in soft.items()}, index)
         beta = _beta(iteration / settings.iterations, settings)
         if beta is not None:
@@ -140,17 +144,25 @@ def _beta(progress: float, settings: RoundingSettings) -> float | None:
 class _Reconstruction:
     """Relative squared error of a block's output under other weights, summed over channels (BRECQ's loss, arXiv:2102.05426)."""
 
-    def __init__(self, block: nn.Module, inputs: Call, targets: list[Tensor], rows: int) -> None:
-        self.block, self.inputs, self.targets, self.rows = block, inputs, targets, rows
+    def __init__(
+        self, block: nn.Module, inputs: Call, targets: list[Tensor], settings: RoundingSettings
+    ) -> None:
+        self.block, self.inputs, self.targets = block, inputs, targets
         self.count = targets[0].shape[0]
-        self.weights = [_channels(target) / target.square().mean().clamp_min(1e-12) for target in targets]
+        positions = targets[0][0].numel() // _channels(targets[0])
+        self.rows = max(1, min(settings.rows, settings.positions // positions))
+        self.half = settings.precision == "bfloat16"
+        self.weights = [
+            _channels(target) / target.float().square().mean().clamp_min(1e-12) for target in targets
+        ]
 
     def __call__(self, weights: Mapping[str, Tensor], index: Tensor) -> Tensor:
         args, kwargs = select(self.inputs, self.count, index)
         parameters = {f"{name}.weight" if name else "weight": weight for name, weight in weights.items()}
-        outputs = tensors_of(functional_call(self.block, parameters, args, kwargs))
+        with torch.autocast(self.targets[0].device.type, torch.bfloat16, enabled=self.half):
+            outputs = tensors_of(functional_call(self.block, parameters, args, kwargs))
         return sum(  # type: ignore[return-value]
-            (output - target[index]).square().mean() * weight
+            (output.float() - target[index].float()).square().mean() * weight
             for output, target, weight in zip(outputs, self.targets, self.weights, strict=True)
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from difloat import quantizer, rounding
 from difloat.formats import Format
 from difloat.layers import QuantizedLayer
-from difloat.methods.observe import Call, removed
-from difloat.methods.search import CLIPS, search
+from difloat.methods.observe import Call
+from difloat.methods.passes import Passes
+from difloat.methods.search import CLIPS, Found, search
 from difloat.quantizer import Granularity, LayerPlan, Part, QuantSpec
 
 MIN_MAX: tuple[float, ...] = (1.0,)
@@ -47,7 +48,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Draft:
-    """A layer on its way to a plan: float weight, chosen specs, scales; `plan` encodes it.
+    """A layer on its way to a plan: float weight, chosen specs, scales; `plan` encodes it, without inputs.
 
     Attributes:
         weight: Float [o, i, *k], the original values.
@@ -55,9 +56,6 @@ class Draft:
         scales: Per part, of the weight.
         zero_points: Per part, of the weight (zeros where the spec has none).
         error: Sum of squared errors of the weight, all parts.
-        input_scales: Per part, None while unknown or not stored.
-        input_zero_points: Likewise.
-        rounded: Learned values on the grid, in place of nearest rounding.
     """
 
     weight: Tensor = field(repr=False)
@@ -65,19 +63,14 @@ class Draft:
     scales: tuple[Tensor, ...] = field(repr=False)
     zero_points: tuple[Tensor, ...] = field(repr=False)
     error: float
-    input_scales: tuple[Tensor | None, ...] = ()
-    input_zero_points: tuple[Tensor | None, ...] = ()
-    rounded: Tensor | None = field(default=None, repr=False)
 
-    def plan(self) -> LayerPlan:
-        """Encode and pack."""
+    def plan(self, rounded: Tensor | None = None) -> LayerPlan:
+        """Encode and pack the weight, or values on the grid that were learned in place of nearest rounding."""
         return quantizer.plan_layer(
-            self.weight if self.rounded is None else self.rounded,
+            self.weight if rounded is None else rounded,
             self.parts,
             self.scales,
             weight_zero_points=self.zero_points,
-            input_scales=self.input_scales,
-            input_zero_points=self.input_zero_points,
         )
 
     def grid_neighbours(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,34 +116,31 @@ def draft_layer(weight: Tensor, splits: Sequence[int], rule: Rule) -> Draft:
     return Draft(weight, tuple(parts), tuple(scales), tuple(zeros), error)
 
 
-def draft_inputs(draft: Draft, x: Tensor, rule: Rule, generator: torch.Generator) -> Draft:
+def plan_inputs(plan: LayerPlan, x: Tensor | None, rule: Rule, generator: torch.Generator) -> LayerPlan:
     """Choose format and scale of a layer's input from a sample of it.
 
     Args:
-        draft: The layer.
-        x: Its input, [..., i] for a linear layer, [b, i, h, w] for a convolution.
+        plan: The layer, without inputs.
+        x: Its input, [..., i] for a linear layer, [b, i, h, w] for a convolution; None with an online rule.
         rule: What is asked; an online rule takes its first format and looks at nothing.
         generator: Draws the values that are looked at (at most half a million per part, the extremes always).
     """
-    axis = -1 if draft.weight.dim() == 2 else 1
+    if rule.online or x is None:
+        spec = rule.spec(rule.formats[0])
+        return replace(plan, parts=tuple(replace(part, activation=spec) for part in plan.parts))
     parts: list[Part] = []
-    scales: list[Tensor | None] = []
-    zeros: list[Tensor | None] = []
+    found: list[Found] = []
+    channels = [part.channels for part in plan.parts]
     for piece, part in zip(
-        x.detach().split([p.channels for p in draft.parts], dim=axis), draft.parts, strict=True
+        x.detach().split(channels, dim=-1 if plan.kind == "linear" else 1), plan.parts, strict=True
     ):
-        if rule.online:
-            parts.append(replace(part, activation=rule.spec(rule.formats[0])))
-            scales.append(None)
-            zeros.append(None)
-            continue
-        found = search(
-            _sample(piece, generator), rule.formats, clips=rule.clips, zero_points=rule.zero_points
-        )
-        parts.append(replace(part, activation=rule.spec(found.format)))
-        scales.append(found.scale)
-        zeros.append(found.zero_point if rule.zero_points is not None else None)
-    return replace(draft, parts=tuple(parts), input_scales=tuple(scales), input_zero_points=tuple(zeros))
+        values = _sample(piece, generator)
+        found.append(search(values, rule.formats, clips=rule.clips, zero_points=rule.zero_points))
+        parts.append(replace(part, activation=rule.spec(found[-1].format)))
+    vectors = {"input_scale": torch.cat([each.scale.reshape(-1).float() for each in found])}
+    if rule.zero_points is not None:
+        vectors["input_zero_point"] = torch.cat([each.zero_point.reshape(-1).float() for each in found])
+    return replace(plan, parts=tuple(parts), tensors={**plan.tensors, **vectors})
 
 
 def _sample(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -164,43 +154,43 @@ def _sample(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def search_inputs(
     model: nn.Module,
-    call: Call,
-    drafts: Mapping[str, Draft],
+    calls: Sequence[Call],
+    plans: Mapping[str, LayerPlan],
     rules: Mapping[str, Rule],
     generator: torch.Generator,
-) -> dict[str, Draft]:
+) -> dict[str, LayerPlan]:
     """Choose the input quantization of every layer in the order of execution, earlier layers already quantized.
 
     One forward pass does it all: just before a layer runs, its input (which earlier, quantized layers made) is searched,
-    and the layer runs with the result.
+    and the layer runs with the result. Layers whose scales are all online need no pass.
 
     Args:
         model: Its layers are quantized in place: on entry weights only, on return inputs too.
-        call: One call with all calibration rows.
-        drafts: The layers of `model`.
-        rules: What is asked of the inputs; layers without a rule keep their input.
-        generator: See `draft_inputs`.
+        calls: Calls with the calibration rows.
+        plans: The layers of `model`.
+        rules: What is asked of the inputs, in the order of execution; layers without a rule keep their input.
+        generator: See `plan_inputs`.
 
-    Returns:
-        The drafts with inputs; those of layers that `call` did not reach are unchanged.
+    Raises:
+        ValueError: if an input is not finite.
     """
-    done = dict(drafts)
+    done = dict(plans)
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if done[name].input_scales:
-                return
-            if not torch.isfinite(inputs[0]).all():
+    def take(name: str, x: Tensor | None) -> None:
+        done[name] = plan_inputs(done[name], x, rules[name], generator)
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantizedLayer)
+        layer.load(done[name], layer.weight.device)
+
+    for name, rule in rules.items():
+        if rule.online:
+            take(name, None)
+    with Passes(model, calls) as passes:
+        for name in (name for name, rule in rules.items() if not rule.online):
+            x = passes.enter(name)[0][0]
+            if not torch.isfinite(x).all():
                 raise ValueError(
                     f"inputs of layer {name!r} must be finite, got NaN or Inf; calibrate in float32"
                 )
-            done[name] = draft_inputs(done[name], inputs[0], rules[name], generator)
-            assert isinstance(module, QuantizedLayer)
-            module.load(done[name].plan(), inputs[0].device)
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in rules]
-    with removed(handles), torch.no_grad():
-        model(*call[0], **call[1])
+            take(name, x)
     return done

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from difloat.attention import has_processor
 from difloat.layers import quantizable
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -29,12 +30,18 @@ class Trace:
         order: Layers in the order of their first call.
         splits: For layers whose input is a concatenation of features along its channels, the channels of the pieces.
         first: Layers that read the sample itself.
+        before_gelu: Layers whose output, or a piece of it, goes into a GELU with at most element-wise steps in between.
+        attention: Modules with an exchangeable processor that computes `scaled_dot_product_attention`.
+        row_bytes: Input and output of the layer where they are largest, per row of the call.
         last: The layer called last.
     """
 
     order: list[str] = field(default_factory=list)
     splits: dict[str, tuple[int, ...]] = field(default_factory=dict)
     first: list[str] = field(default_factory=list)
+    before_gelu: list[str] = field(default_factory=list)
+    attention: list[str] = field(default_factory=list)
+    row_bytes: int = 1
 
     @property
     def last(self) -> str:
@@ -45,14 +52,19 @@ class Trace:
 class _Lineage(TorchFunctionMode):
     """Follows which tensors come from the sample, from a layer, and from a concatenation of layers' results."""
 
-    def __init__(self, sample: Tensor) -> None:
+    def __init__(self, sample: Tensor, seen: Trace) -> None:
         super().__init__()
+        self.seen = seen
+        self.attending: list[str] = []  # modules with a processor that run now, the innermost last
+        self.made_by = WeakTensorKeyDictionary()  # the layer whose output, element by element, a tensor is
         self.from_layer = WeakTensorKeyDictionary()
         self.from_sample = WeakTensorKeyDictionary()
         self.pieces = WeakTensorKeyDictionary()
         self.from_sample[sample] = True
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention and self.attending:
+            self.seen.attention += [n for n in self.attending[-1:] if n not in self.seen.attention]
         result = func(*args, **(kwargs or {}))
         sources = [leaf for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
         for target in pytree.tree_leaves(result):
@@ -65,6 +77,11 @@ class _Lineage(TorchFunctionMode):
             self.from_layer[target] = True
         if any(source in self.from_sample for source in sources):
             self.from_sample[target] = True
+        makers = [self.made_by[source] for source in sources if source in self.made_by]
+        if name == "gelu":
+            self.seen.before_gelu += [maker for maker in makers if maker not in self.seen.before_gelu]
+        elif makers and not any(word in name for word in _MIXING):
+            self.made_by[target] = makers[0]
         if name in ("cat", "concat") and len(sources) > 1:
             axis = kwargs.get("dim", args[1] if len(args) > 1 else 0) % target.dim()
             if all(source in self.from_layer for source in sources):
@@ -87,7 +104,8 @@ def trace(model: nn.Module, call: Call) -> Trace:
     """
     args, kwargs = call
     sample = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-    seen, lineage, handles = Trace(), _Lineage(sample), []
+    seen, handles = Trace(), []
+    lineage = _Lineage(sample, seen)
 
     def before(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -103,14 +121,33 @@ def trace(model: nn.Module, call: Call) -> Trace:
 
         return hook
 
-    def after(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        lineage.from_layer[output] = True
+    def after(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            lineage.from_layer[output] = True
+            lineage.made_by[output] = name
+            seen.row_bytes = max(seen.row_bytes, (inputs[0].nbytes + output.nbytes) // len(sample))
+
+        return hook
 
     for name, module in quantizable(model).items():
-        handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after)]
+        handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
+    for name, module in model.named_modules():
+        if has_processor(module):
+            enter = _calling(lineage.attending.append, name)
+            handles += [module.register_forward_pre_hook(enter)]
+            handles += [module.register_forward_hook(_calling(lambda _: lineage.attending.pop(), name))]
     with removed(handles), torch.no_grad(), lineage:
         model(*args, **kwargs)
     return seen
+
+
+def _calling(act: Callable[[str], object], name: str) -> Callable[..., None]:
+    """A forward hook that calls `act(name)`."""
+
+    def hook(*_: Any) -> None:
+        act(name)
+
+    return hook
 
 
 @contextmanager
@@ -123,63 +160,14 @@ def removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-class _Reached(Exception):
-    """Stops a forward pass at the module that was waited for."""
-
-
-def inputs_of(model: nn.Module, name: str, calls: Sequence[Call]) -> Call:
-    """What the module `name` is called with during `calls`, merged along the batch axis; the passes stop there.
-
-    Raises:
-        ValueError: if a pass never reaches the module.
-    """
-    caught: list[Call] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs)))
-        raise _Reached
-
-    with (
-        removed([model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)]),
-        torch.no_grad(),
-    ):
-        for args, kwargs in calls:
-            try:
-                model(*args, **kwargs)
-            except _Reached:
-                continue
-            raise ValueError(
-                f"module {name!r} must be called by the model's forward, but a pass did not reach it"
-            )
-    return merge(caught, [_rows(call) for call in calls])
-
-
-def outputs_of(model: nn.Module, names: Sequence[str], calls: Sequence[Call]) -> dict[str, list[Tensor]]:
-    """The tensors each module returns during `calls`, every one concatenated over the calls."""
-    caught: dict[str, list[list[Tensor]]] = {name: [] for name in names}
-
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            caught[name].append([leaf.detach() for leaf in tensors_of(output)])
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
-    with removed(handles), torch.no_grad():
-        for args, kwargs in calls:
-            model(*args, **kwargs)
-    return {
-        name: [torch.cat(leaves) for leaves in zip(*results, strict=True)] for name, results in caught.items()
-    }
-
-
 def tensors_of(output: Any) -> list[Tensor]:
     """The floating-point tensors in a module's output, in order."""
     leaves = pytree.tree_leaves(output if isinstance(output, Tensor | tuple | list | dict) else tuple(output))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _rows(call: Call) -> int:
+def rows_of_call(call: Call) -> int:
+    """Entries along the batch axis of the first tensor, the sample."""
     return next(leaf.shape[0] for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor))
 
 

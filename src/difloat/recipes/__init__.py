@@ -91,4 +91,4 @@ def plan(task: Task, recipe: str, bits: str, options: Mapping[str, Any]) -> Plan
     chosen = make_options(row, options)
     outcome = row.plan(task, chosen)
     stored = {**dataclasses.asdict(chosen), "seed": task.seed, "calibration_rows": len(task.calibration)}
-    return Plan(recipe, bits, outcome.layers, outcome.skipped, stored, outcome.measured)
+    return Plan(recipe, bits, outcome.layers, outcome.skipped, stored, outcome.measured, outcome.attention)

@@ -1,0 +1,167 @@
+"""Quantized attention: query, key, value and the attention map on low-bit grids.
+
+It enters through diffusers' attention processors. A processor calls `scaled_dot_product_attention` once the heads are split;
+while it runs, that call is answered here. So every processor of every model keeps its own projections, norms and position
+embeddings, and no module is patched.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from difloat.kernels import ops
+from difloat.quantizer import AttentionPlan
+
+_MAP_VALUES = 1 << 24  # values of the attention maps held at a time where a map is quantized: 64 MiB
+
+
+def has_processor(module: nn.Module) -> bool:
+    """Whether a module computes its attention by an exchangeable processor, as diffusers' attention modules do."""
+    return hasattr(module, "set_processor") and callable(getattr(module, "processor", None))
+
+
+def plan_of(module: nn.Module) -> AttentionPlan | None:
+    """The plan that a module's attention carries out, None for one that is not quantized."""
+    return getattr(getattr(module, "processor", None), "difloat_attention", None)
+
+
+def check(model: nn.Module, plans: Mapping[str, AttentionPlan]) -> None:
+    """Refuse plans of another model.
+
+    Raises:
+        ValueError: if a planned module does not exist or has no processor.
+    """
+    modules = dict(model.named_modules())
+    for name in plans:
+        if name not in modules or not has_processor(modules[name]):
+            raise ValueError(
+                f"plan must fit the model, but {name!r} is no attention with a processor; "
+                "use the model the plan was made for"
+            )
+
+
+def install(model: nn.Module, plans: Mapping[str, AttentionPlan]) -> None:
+    """Quantize the attention of the named modules, in place; ValueError as from `check`, before any change."""
+    check(model, plans)
+    for name, plan in plans.items():
+        module = model.get_submodule(name)
+        processor = copy.copy(_plain(module.processor))
+        processor.__class__ = _quantized_class(type(processor))
+        processor.difloat_attention = plan
+        module.processor = processor
+
+
+def restore(model: nn.Module) -> None:
+    """Give every attention its own processor back, in place."""
+    for module in model.modules():
+        if plan_of(module) is not None:
+            module.processor = _plain(module.processor)
+
+
+def _plain(processor: Any) -> Any:
+    if getattr(processor, "difloat_attention", None) is None:
+        return processor
+    plain = copy.copy(processor)
+    plain.__class__ = type(processor).__mro__[1]
+    del plain.difloat_attention
+    return plain
+
+
+@functools.cache
+def _quantized_class(processor_class: type) -> type:
+    """A subclass under the same name, since diffusers looks at names and signatures of processors."""
+    plain_call = processor_class.__call__
+
+    @functools.wraps(plain_call)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _Answering(self.difloat_attention) as mode:
+            result = plain_call(self, *args, **kwargs)
+        if not mode.answered:
+            raise RuntimeError(
+                "quantized attention must compute by torch's scaled_dot_product_attention, but the processor did not call it; "
+                "set the attention backend 'native'"
+            )
+        return result
+
+    return type(processor_class.__name__, (processor_class,), {"__call__": call})
+
+
+class _Answering(TorchFunctionMode):
+    """Answers calls of `scaled_dot_product_attention` with quantized ones."""
+
+    def __init__(self, plan: AttentionPlan) -> None:
+        super().__init__()
+        self.plan, self.answered = plan, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.answered = True
+        return attend(self.plan, *args, **(kwargs or {}))
+
+
+def attend(
+    plan: AttentionPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` with rounded operands and map; arguments as there, [b, heads, tokens, channels].
+
+    Raises:
+        ValueError: if dropout is asked for together with a quantized map.
+    """
+    if plan.operand is not None:
+        query, key, value = (_per_token_and_head(x, plan.operand.name) for x in (query, key, value))
+    if plan.softmax is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if dropout_p:
+        raise ValueError(
+            f"dropout must be 0 where the attention map is quantized, got {dropout_p}; call model.eval()"
+        )
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    bias = _additive(attn_mask, is_causal, query, key)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    shape = (*query.shape[:-1], value.shape[-1])
+    query, key, value = (x.flatten(0, -3) for x in (query, key, value))
+    bias = None if bias is None else bias.expand(*shape[:-1], key.shape[-2]).flatten(0, -3)
+    heads_at_once = max(1, _MAP_VALUES // (query.shape[-2] * key.shape[-2]))
+    pieces = []
+    for at in range(0, len(query), heads_at_once):
+        piece = slice(at, at + heads_at_once)
+        scores = query[piece] @ key[piece].transpose(-2, -1) * factor
+        if bias is not None:
+            scores = scores + bias[piece]
+        top = torch.full((1,), 1 / plan.softmax.max, device=query.device)
+        weights = ops.fake_quantize_input(scores.softmax(-1), top, None, plan.softmax.name, False)
+        pieces.append(weights @ value[piece])
+    return torch.cat(pieces).reshape(shape)
+
+
+def _per_token_and_head(x: Tensor, format_name: str) -> Tensor:
+    return ops.fake_quantize_input(x.flatten(0, -2), None, None, format_name, True).reshape(x.shape)
+
+
+def _additive(mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask as something to add to the scores."""
+    if is_causal:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, -torch.inf)

@@ -1,0 +1,137 @@
+"""Learned rounding block by block in the order of execution, each block on what the quantized blocks before it give.
+
+Memory: the packed twin, one block's rounding variables, and per calibration row what two held forward passes (full precision
+for the targets, quantized for the inputs) keep, which `Task.memory_bytes` bounds by taking fewer rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from difloat import layers
+from difloat.layers import QuantizedLayer
+from difloat.methods.adaround import learn_rounding
+from difloat.methods.assign import Draft
+from difloat.methods.observe import Trace
+from difloat.methods.passes import Passes
+from difloat.methods.task import Sequencing, Task
+from difloat.quantizer import LayerPlan
+
+
+def learn_blocks(
+    task: Task,
+    twin: nn.Module,
+    drafts: Mapping[str, Draft],
+    seen: Trace,
+    settings: Sequencing,
+    generator: torch.Generator,
+    measured: dict[str, Any],
+) -> dict[str, LayerPlan]:
+    """Learn the rounding of the layers in `drafts`.
+
+    Args:
+        task: Model, data, memory.
+        twin: The model with weights rounded to nearest; takes over what is learned.
+        drafts: The layers whose rounding is learned.
+        seen: What a forward pass showed.
+        settings: See there.
+        generator: Draws the calibration rows.
+        measured: Gets errors and seconds of every block under "blocks", and the rows used under "rounding_rows".
+
+    Returns: The learned layers.
+    """
+    units = _units(task.model, drafts)
+    count = min(settings.rounding_rows, len(task.calibration), max(1, task.memory_bytes // seen.row_bytes))
+    rows = task.calibration.stratified(count, generator)
+    calls = task.calls(rows, seen.row_bytes)
+    measured["rounding_rows"] = count
+    store = _store(task, drafts, settings, rows)
+    steps = settings.rounding.iterations
+    done: dict[str, LayerPlan] = {}
+    with (
+        Passes(task.model, calls) as exact,
+        Passes(twin, calls) as rounded,
+        tqdm(total=len(units) * steps, desc="learn rounding", disable=not task.progress) as bar,
+    ):
+        for number, (unit, names) in enumerate(units.items()):
+            start = time.perf_counter()
+            inside = {name.removeprefix(unit).removeprefix("."): drafts[name] for name in names}
+            path = None if store is None else store / f"{number:04d}.safetensors"
+            if path is not None and path.exists():
+                codes, errors = _read(path)
+                bar.update(steps)
+            else:
+                block, source = (
+                    task.model.get_submodule(unit),
+                    exact if settings.inputs == "full" else rounded,
+                )
+                seeded = torch.Generator().manual_seed(task.seed + 1000 + number)
+                inputs, targets = source.enter(unit), exact.leave(unit)
+                learned = learn_rounding(
+                    block, inside, inputs, targets, settings.rounding, seeded, bar.update
+                )
+                codes = {n: draft.plan(learned.weights[n]).tensors["weight"] for n, draft in inside.items()}
+                errors = {"nearest": learned.error_nearest, "learned": learned.error_learned}
+                if path is not None:
+                    _write(path, codes, errors)
+            for name, short in zip(names, inside, strict=True):
+                done[name] = _take_over(twin, name, drafts[name], codes[short])
+            measured["blocks"][unit] = {**errors, "seconds": time.perf_counter() - start}
+    return done
+
+
+def _take_over(twin: nn.Module, name: str, draft: Draft, codes: torch.Tensor) -> LayerPlan:
+    """Give a layer of `twin` learned codes; the layer's plan."""
+    nearest = draft.plan()
+    plan = replace(nearest, tensors={**nearest.tensors, "weight": codes})
+    layer = twin.get_submodule(name)
+    assert isinstance(layer, QuantizedLayer)
+    layer.load(plan, draft.weight.device)
+    return plan
+
+
+def _units(model: nn.Module, drafts: Mapping[str, Draft]) -> dict[str, list[str]]:
+    """The layers to learn by their block, in the order of execution."""
+    order = list(drafts)
+    units = {unit: [n for n in names if n in drafts] for unit, names in layers.blocks(model).items()}
+    units = {unit: names for unit, names in units.items() if names}
+    return dict(sorted(units.items(), key=lambda item: min(order.index(name) for name in item[1])))
+
+
+def _store(task: Task, drafts: Mapping[str, Draft], settings: Sequencing, rows: Sequence[int]) -> Path | None:
+    """The folder for finished blocks of exactly this task, or None."""
+    if task.work_dir is None:
+        return None
+    facts = [repr(settings), repr(task.bits), task.seed, list(rows), task.calibration.timesteps]
+    facts += [[name, draft.error, repr(draft.parts)] for name, draft in drafts.items()]
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    folder = task.work_dir / f"rounding-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _write(path: Path, codes: Mapping[str, torch.Tensor], errors: Mapping[str, float]) -> None:
+    tensors = {f".{name}": value.cpu().contiguous() for name, value in codes.items()}
+    save_file(
+        tensors, path.with_suffix(".part"), metadata={name: repr(value) for name, value in errors.items()}
+    )
+    os.replace(path.with_suffix(".part"), path)
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    with safe_open(path, "pt") as file:
+        errors = {name: float(value) for name, value in file.metadata().items()}
+    return {name.removeprefix("."): value for name, value in load_file(path).items()}, errors

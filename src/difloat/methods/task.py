@@ -1,0 +1,98 @@
+"""What a recipe works on and how: model, data, widths; what it asks of a layer; settings of the sequence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from difloat.calibration import Calibration
+from difloat.methods.adaround import RoundingSettings
+from difloat.methods.assign import Rule
+from difloat.methods.observe import Call
+
+_ROWS_PER_CALL = 32
+_CALL_SHARE = 8  # a running block holds several times what its largest layer reads and writes
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Widths of weights and activations; `activation` None leaves activations as they are."""
+
+    weight: int
+    activation: int | None
+
+    @staticmethod
+    def parse(text: str) -> Bits:
+        """Read "w4a8"; 16 or 32 activation bits mean unquantized. ValueError on anything else."""
+        match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
+        if not match:
+            raise ValueError(
+                f"bits must look like 'w4a8', got {text!r}; write weight bits and activation bits"
+            )
+        weight, activation = int(match.group(1)), int(match.group(2))
+        if not 2 <= weight <= 8 or not (2 <= activation <= 8 or activation in (16, 32)):
+            raise ValueError(
+                f"bits must be 2 to 8 for weights and 2 to 8, 16 or 32 for activations, got {text!r}"
+            )
+        return Bits(weight, activation if activation <= 8 else None)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every recipe is given.
+
+    Attributes:
+        model: The float denoiser; stays untouched.
+        calibration: Its inputs along trajectories.
+        bits: What the user asked for.
+        seed: Of everything random.
+        progress: Show progress bars.
+        work_dir: Where finished blocks are kept, so that a killed run goes on after them; None keeps nothing.
+        memory_bytes: What activations may take while blocks are worked on; bounds the rows, not the result's size.
+    """
+
+    model: nn.Module
+    calibration: Calibration
+    bits: Bits
+    seed: int = 0
+    progress: bool = True
+    work_dir: Path | None = None
+    memory_bytes: int = 2 << 30
+
+    def calls(self, rows: Sequence[int], row_bytes: int) -> list[Call]:
+        """The calibration rows as denoiser calls of few enough rows each, where a layer's data take `row_bytes` a row."""
+        size = max(1, min(_ROWS_PER_CALL, self.memory_bytes // (_CALL_SHARE * row_bytes)))
+        return [self.calibration.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
+
+
+@dataclass(frozen=True)
+class LayerRules:
+    """What is asked of one layer; `learn` says whether its rounding is learned."""
+
+    weight: Rule
+    activation: Rule | None
+    learn: bool = False
+
+
+@dataclass(frozen=True)
+class Sequencing:
+    """Settings of the sequence that are not about one layer.
+
+    Attributes:
+        split: Quantize the pieces of skip concatenations apart.
+        rounding: How rounding is learned where a layer asks for it.
+        inputs: Block inputs during learning: from the quantized or from the full-precision prefix.
+        rounding_rows: Calibration rows for learning, as far as memory allows.
+        activation_rows: Calibration rows for the search over activations.
+    """
+
+    split: bool = True
+    rounding: RoundingSettings = field(default_factory=RoundingSettings)
+    inputs: Literal["quantized", "full"] = "quantized"
+    rounding_rows: int = 256
+    activation_rows: int = 128
