@@ -3,7 +3,7 @@
     python benchmarks/rounding_rates.py --model emoji-pixart --blocks 4
 
 For some blocks and every rate: relative output error after learning, over that of rounding to nearest, on rows that were
-not used for learning. Writes benchmarks/results/rounding-rates-<model>.json.
+not used for learning. Writes benchmarks/results/rounding-rates-<model>.json; what is there already is kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from difloat.recipes import lbfp
 from difloat.recipes.baselines import OFFSETS, SHRUNK
 from difloat.reference_models import NAMES
 
-RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)  # scale-aware variables are in units of the weight
 GROUPS = Rule((formats.parse("e2m1"),), "group", 128, clips=MIN_MAX)
 INTEGERS = Rule((formats.parse("uint4"),), "channel", clips=SHRUNK, zero_points=OFFSETS)
@@ -76,15 +76,17 @@ def main() -> None:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     cut = 2 * len(order) // 3
     splits = [order[:cut], order[cut:]]
+    out = Path(__file__).parent / "results" / f"rounding-rates-{arguments.model}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(out.read_text())["held_out_error_over_nearest"] if out.exists() else {}
     results = {
         name: {
-            str(rate): sweep(model, units, chosen, data, splits, grid, rate, arguments.iterations)
+            str(rate): known.get(name, {}).get(str(rate))
+            or sweep(model, units, chosen, data, splits, grid, rate, arguments.iterations)
             for rate in grid.rates
         }
         for name, grid in GRIDS.items()
     }
-    out = Path(__file__).parent / "results" / f"rounding-rates-{arguments.model}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         **vars(arguments),
         "machine": report.machine(),
@@ -129,8 +131,13 @@ def sweep(
             for weights in (learned.weights, nearest(drafts))
         ]
         ratios.append(held_out[0] / held_out[1])
-        sys.stderr.write(f"{grid} rate {rate} {unit}: {ratios[-1]:.4f}\n")
+        sys.stderr.write(f"{rule_name(grid)} rate {rate} {unit}: {ratios[-1]:.4f}\n")
     return statistics.median(ratios)
+
+
+def rule_name(grid: Grid) -> str:
+    """The name of a grid in the table."""
+    return next(name for name, other in GRIDS.items() if other is grid)
 
 
 def in_channels(model: Any, name: str) -> int:

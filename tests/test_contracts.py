@@ -36,11 +36,18 @@ def plan_with(kind: str, recipe: str, bits: str = "w4a8", seed: int = 0, **optio
     return recipes.plan(task, recipe, bits, options)
 
 
+def calls_by_timestep(data: Calibration) -> list[tuple[tuple, dict]]:
+    """One call per timestep, as samplers make them."""
+    rows: dict[float, list[int]] = {}
+    for row, timestep in enumerate(data.timesteps):
+        rows.setdefault(timestep, []).append(row)
+    return [data.batch(group) for group in rows.values()]
+
+
 def output(model: nn.Module, data: Calibration) -> Tensor:
-    args, kwargs = data.batch(range(len(data)))
     with torch.no_grad():
-        result = model(*args, **kwargs)
-    return result[0] if isinstance(result, tuple) else result.sample
+        results = [model(*args, **kwargs) for args, kwargs in calls_by_timestep(data)]
+    return torch.cat([result[0] if isinstance(result, tuple) else result.sample for result in results])
 
 
 def error(model: nn.Module, plan: Plan, data: Calibration) -> float:
@@ -88,11 +95,18 @@ def test_eight_bits_cost_every_layer_little(recipe: str) -> None:
     # Layer by layer on full-precision inputs: the whole of a random network amplifies any error without limit.
     model, data = prepared("pixart")
     twin = layers.apply(layers.shadow(model), plan_with("pixart", recipe, "w8a8"))
-    errors = {}
+    squares: dict[str, list[Tensor]] = {}
+    clock = layers.clock_of(twin)
+    if clock is not None:
+        model = layers.shadow(model)
+        model.register_forward_pre_hook(clock, with_kwargs=True)
 
     def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], expected: Tensor) -> None:
-            errors[name] = float((twin.get_submodule(name)(inputs[0]) - expected).norm() / expected.norm())
+            difference = twin.get_submodule(name)(inputs[0]) - expected
+            squares.setdefault(name, []).append(
+                torch.stack([difference.square().sum(), expected.square().sum()])
+            )
 
         return hook
 
@@ -101,6 +115,11 @@ def test_eight_bits_cost_every_layer_little(recipe: str) -> None:
     ]
     with removed(handles):
         output(model, data)
+    errors = {
+        name: float((found[0] / found[1]).sqrt())
+        for name, pairs in squares.items()
+        for found in [torch.stack(pairs).sum(0)]
+    }
     assert len(errors) == 27 and max(errors.values()) < 0.05
 
 
@@ -135,6 +154,55 @@ def test_first_and_last_layer_keep_eight_bits_unless_told_otherwise() -> None:
     assert kept() == {"conv_in", "conv_out"}
     assert kept(keep_8bit=()) == set()
     assert kept(keep_8bit=("last", "time_embedding.linear_1")) == {"conv_out", "time_embedding.linear_1"}
+
+
+def test_fp4dit_takes_the_formats_of_the_paper() -> None:
+    model, data = prepared("pixart")
+    plan = plan_with("pixart", "fp4dit", "w4a6", group_size=16)
+    inside = layers.inside_blocks(model)
+    assert set(plan.layers) == set(inside) and all(name.startswith("transformer_blocks") for name in inside)
+    for name, layer in plan.layers.items():
+        (part,) = layer.parts
+        assert part.weight.format.name == ("e3m0" if name.endswith("ff.net.0.proj") else "e2m1")
+        assert (part.weight.granularity, part.weight.group_size) == ("group", 16)
+        assert part.activation.format.name == "e2m3" and part.activation.granularity == "token"
+    assert {entry.operand.name for entry in plan.attention.values()} == {"e2m3"} and len(plan.attention) == 4
+    sigma = Task(model, data, Bits.parse("w4a8"), progress=False, pipeline="PixArtSigmaPipeline")
+    other = recipes.plan(sigma, "fp4dit", "w4a8", {"rounding": "nearest", "group_size": 0, "softmax": "8"})
+    formats = {name: layer.parts[0].weight.format.name for name, layer in other.layers.items()}
+    assert set(formats.values()) == {"e1m2", "e3m0"}
+    assert all(layer.parts[0].weight.granularity == "channel" for layer in other.layers.values())
+    assert {(e.operand.name, e.softmax.name) for e in other.attention.values()} == {("e3m4", "ue4m4")}
+
+
+def test_fp4dit_ablations_differ_where_they_should() -> None:
+    base = plan_with("pixart", "fp4dit", "w4a6", group_size=16)
+    for options in (
+        {"scale_aware": False},
+        {"inputs": "full"},
+        {"before_gelu": "same"},
+        {"precision": "bfloat16"},
+    ):
+        other = plan_with("pixart", "fp4dit", "w4a6", group_size=16, **options)
+        assert any(
+            not torch.equal(layer.tensors["weight"], base.layers[name].tensors["weight"])
+            for name, layer in other.layers.items()
+        ), options
+    static = plan_with("pixart", "fp4dit", "w4a6", activation="static", attention=False, outside="8bit")
+    assert not static.attention and len(static.layers) == 27
+    assert all("input_scale" in layer.tensors for layer in static.layers.values())
+    assert static.layers["proj_out"].parts[0].weight.format.name == "e3m4"
+
+
+def test_viditq_has_a_weight_for_every_stretch_of_the_trajectory() -> None:
+    plan = plan_with("pixart", "viditq", "w4a8", stretches=3)
+    model, data = prepared("pixart")
+    assert plan.timesteps == tuple(sorted(set(data.timesteps))) and len(plan.timesteps) == 3
+    assert all(layer.schedule == (0, 1, 2) and layer.smoothed for layer in plan.layers.values())
+    single = plan_with("pixart", "viditq", "w4a8", stretches=1)
+    assert all(layer.schedule == () and layer.smoothed for layer in single.layers.values())
+    assert single.timesteps == () and error(model, single, data) < 0.5
+    assert not any(layer.smoothed for layer in plan_with("pixart", "viditq", stretches=0).layers.values())
 
 
 def test_learned_rounding_never_worsens_a_block_and_stays_between_neighbours() -> None:

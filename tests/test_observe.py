@@ -53,6 +53,32 @@ def test_trace_of_real_models() -> None:
     assert all(name.startswith("up_blocks") for name in seen.splits) and len(seen.splits) == 8
     for name, pieces in seen.splits.items():
         assert sum(pieces) == unet.get_submodule(name).in_channels
+    gated = [
+        name for name in seen.order if name.endswith("ff.net.0.proj")
+    ]  # GEGLU: half of the output is the gate
+    assert gated and seen.before_gelu == gated
+    assert set(seen.attention) == {n for n, _ in unet.named_modules() if n.endswith(("attn1", "attn2"))}
+
+
+def test_trace_of_a_transformer_finds_gelu_and_attention() -> None:
+    model = tiny_pixart().transformer.eval()
+    size = model.config.sample_size
+    call = (
+        (torch.randn(2, model.config.in_channels, size, size),),
+        {
+            "encoder_hidden_states": torch.randn(2, 4, model.config.caption_channels),
+            "timestep": torch.tensor([1, 2]),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        },
+    )
+    seen = observe.trace(model, call)
+    blocks_of_model = [f"transformer_blocks.{number}" for number in range(model.config.num_layers)]
+    assert set(seen.before_gelu) == {"caption_projection.linear_1"} | {
+        f"{block}.ff.net.0.proj" for block in blocks_of_model
+    }
+    assert seen.attention == [f"{block}.attn{number}" for block in blocks_of_model for number in (1, 2)]
+    tokens, wide = (size // model.config.patch_size) ** 2, model.get_submodule(seen.before_gelu[-1])
+    assert seen.row_bytes == tokens * (wide.in_features + wide.out_features) * 4
 
 
 def test_inputs_and_outputs_of_a_block_reproduce_it() -> None:

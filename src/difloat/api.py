@@ -80,7 +80,9 @@ def plan(
     )
     work_dir = None if cache_dir is None else Path(cache_dir)
     wanted = CalibrationSettings(**settings)
-    task = Task(denoiser(model), data, parsed, wanted.seed, progress, work_dir, wanted.memory_bytes)
+    module = denoiser(model)
+    pipeline = "" if model is module else type(model).__name__
+    task = Task(module, data, parsed, wanted.seed, progress, work_dir, wanted.memory_bytes, pipeline)
     return plan_calibrated(task, recipe, bits, own)
 
 

@@ -19,19 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TIMESTEP_NAMES = (
-    "timestep",
-    "timesteps",
-    "time_step",
-    "t",
-    "sigma",
-    "sigmas",
-    "time",
-    "noise_labels",
-    "noise_level",
-    "c_noise",
-    "log_snr",
-)
+from difloat.timesteps import TIMESTEP_NAMES
+
 # Position tables have no batch axis, even where their first size happens to equal the batch size.
 SHARED_NAMES = frozenset({"img_ids", "txt_ids", "image_rotary_emb"})
 # A recording keeps one row of each of up to this many timesteps, whatever its limit, so that thinning it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from difloat import attention
 from difloat.kernels import ops
 from difloat.packing import packed_channels
-from difloat.quantizer import LayerPlan, Part, Plan, dequantize, layer_tensor_shapes
+from difloat.quantizer import VARIED, LayerPlan, Part, Plan, dequantize, layer_tensor_shapes
+from difloat.timesteps import Clock
 
 
 class QuantizedLayer(nn.Module):
@@ -23,26 +25,30 @@ class QuantizedLayer(nn.Module):
 
     parts: tuple[Part, ...] = ()
     float_shape: tuple[int, ...] = ()
+    smoothed: bool = False
+    schedule: tuple[int, ...] = ()
+    clock: Clock | None = None  # set where there is a schedule
     weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
+    input_factor: Tensor
 
-    def allocate(self, shape: tuple[int, ...], parts: tuple[Part, ...], device: torch.device | str) -> None:
-        """Replace the float weight by empty packed state for `parts`; values are loaded afterwards."""
-        self.parts = parts
-        self.float_shape = tuple(shape)
-        for name, expected in layer_tensor_shapes(shape, parts).items():
+    def allocate(self, plan: LayerPlan, device: torch.device | str) -> None:
+        """Replace the float weight by empty packed state as planned; values are loaded afterwards."""
+        self.parts, self.float_shape = plan.parts, tuple(plan.shape)
+        self.smoothed, self.schedule = plan.smoothed, plan.schedule
+        for name, tensor in plan.tensors.items():
+            empty = torch.empty_like(tensor, device=device)
             if name == "weight":
-                packed = torch.empty(expected, dtype=torch.uint8, device=device)
-                self.weight = nn.Parameter(packed, requires_grad=False)
+                self.weight = nn.Parameter(empty, requires_grad=False)
             else:
-                self.register_buffer(name, torch.empty(expected, dtype=torch.float32, device=device))
+                self.register_buffer(name, empty)
 
     def load(self, plan: LayerPlan, device: torch.device | str) -> None:
         """Take over the stored tensors of a plan."""
-        self.allocate(plan.shape, plan.parts, "meta")
+        self.allocate(plan, "meta")
         for name, tensor in plan.tensors.items():
             if name == "weight":
                 self.weight = nn.Parameter(tensor.to(device), requires_grad=False)
@@ -61,23 +67,39 @@ class QuantizedLayer(nn.Module):
 
     def plan(self) -> LayerPlan:
         """The layer's state as a plan entry; tensors are shared, not copied."""
-        names = layer_tensor_shapes(self.float_shape, self.parts)
+        variants = max(self.schedule, default=0) + 1
+        names = layer_tensor_shapes(self.float_shape, self.parts, variants, self.smoothed)
         tensors = {name: getattr(self, name).detach() for name in names}
-        return LayerPlan(
-            "linear" if len(self.float_shape) == 2 else "conv2d", self.float_shape, self.parts, tensors
-        )
+        kind: Literal["linear", "conv2d"] = "linear" if len(self.float_shape) == 2 else "conv2d"
+        return LayerPlan(kind, self.float_shape, self.parts, tensors, self.smoothed, self.schedule)
+
+    def current(self, name: str) -> Tensor:
+        """A stored tensor: of several variants the one for the timestep of the denoiser's call."""
+        tensor: Tensor = getattr(self, name)
+        if not self.schedule or name not in VARIED:
+            return tensor
+        if self.clock is None:
+            raise RuntimeError(
+                "a layer that depends on the timestep must be part of a denoiser, got one on its own; apply a plan"
+            )
+        variants = max(self.schedule) + 1
+        schedule = torch.tensor(self.schedule, device=tensor.device)
+        number = schedule[self.clock.entry().to(tensor.device)]
+        return tensor.unflatten(0, (variants, -1)).index_select(0, number.reshape(1))[0]
 
     def dequantized_weight(self) -> Tensor:
-        """The float32 weight [o, i, *k] that the codes stand for."""
+        """The float32 weight [o, i, *k] that the codes stand for; of a smoothed layer without undoing the factors."""
         widths = [packed_channels(part.channels, part.weight.format.bits) for part in self.parts]
+        scales = self.current("weight_scale")
+        zeros = self.current("weight_zero_point") if any(p.weight.zero_point for p in self.parts) else scales
         pieces, scale_at, zero_at = [], 0, 0
-        for packed, part in zip(self.weight.split(widths, dim=1), self.parts, strict=True):
+        for packed, part in zip(self.current("weight").split(widths, dim=1), self.parts, strict=True):
             spec, zero_point = part.weight, None
             count = spec.scale_count(self.float_shape[0], part.channels)
             if spec.zero_point:
-                zero_point = self.weight_zero_point[zero_at : zero_at + count]
+                zero_point = zeros[zero_at : zero_at + count]
                 zero_at += count
-            scale = self.weight_scale[scale_at : scale_at + count]
+            scale = scales[scale_at : scale_at + count]
             scale_at += count
             group_size = spec.group_size or 0
             pieces.append(
@@ -86,8 +108,11 @@ class QuantizedLayer(nn.Module):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """The input on the grids of its parts: [..., i] for a linear layer, [b, i, h, w] for a convolution."""
+        """The input, smoothed and on the grids of its parts: [..., i] for a linear layer, [b, i, h, w] for a convolution."""
         axis = -1 if len(self.float_shape) == 2 else 1
+        if self.smoothed:
+            factor = self.current("input_factor").to(x.dtype)
+            x = x * (factor if axis == -1 else factor.reshape(-1, 1, 1))
         channels = [part.channels for part in self.parts]
         pieces = [x] if len(channels) == 1 else x.split(channels, dim=axis)
         rounded = [self._rounded(piece, *entry) for piece, entry in zip(pieces, self._inputs(), strict=True)]
@@ -205,6 +230,21 @@ def blocks(model: nn.Module) -> dict[str, list[str]]:
     return units
 
 
+def inside_blocks(model: nn.Module) -> list[str]:
+    """Quantizable layers that belong to an entry of some `ModuleList` or `Sequential`, in module order.
+
+    What is left out is what a model has once: embedders of the sample, the timestep and the text, the final projection.
+    """
+    containers = [
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+    ]
+    return [
+        name for name in quantizable(model) if any(name.startswith(container) for container in containers)
+    ]
+
+
 def shadow(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every parameter and buffer: layers can be swapped without touching `model`."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -261,21 +301,56 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
                 "use the model the plan was made for, not yet quantized"
             )
     attention.check(model, plan.attention)
+    clock = Clock(model, plan.timesteps) if plan.timesteps else None
     for name, layer in plan.layers.items():
         install(model, name, layer)
     attention.install(model, plan.attention)
+    if clock is not None:
+        set_clock(model, clock)
     return model
+
+
+def set_clock(model: nn.Module, clock: Clock) -> None:
+    """Let every layer of `model` that depends on the timestep read it off `clock`, and the clock off the model's calls."""
+    remove_clock(model)
+    model.register_forward_pre_hook(clock, with_kwargs=True)
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer) and module.schedule:
+            module.clock = clock
+
+
+def clock_of(model: nn.Module) -> Clock | None:
+    """The clock among the forward pre-hooks of a denoiser."""
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Clock)), None)
+
+
+def remove_clock(model: nn.Module) -> None:
+    """Undo `set_clock`; does nothing without one."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, Clock):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def restore(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Turn every quantized layer back into a plain float layer with the dequantized weight, in place; returns `model`.
 
     Attention computes in high precision again.
+
+    Raises:
+        ValueError: if a layer has several weights, chosen by timestep; the model is then unchanged.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) and module.schedule:
+            raise ValueError(
+                f"layers must have one weight each to become float, but {name!r} has one per stretch of timesteps; "
+                "quantize with one stretch"
+            )
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLayer):
             replace(model, name, _plain(module, dtype))
     attention.restore(model)
+    remove_clock(model)
     return model
 
 

@@ -11,122 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from difloat import formats, rounding
+from difloat import rounding
 from difloat.formats import Format
 from difloat.packing import pack, packed_channels, unpack
+from difloat.specs import AttentionPlan, Part, QuantSpec
 
-Granularity = Literal["tensor", "channel", "group", "token"]
 PLAN_VERSION = 1
-
-
-@dataclass(frozen=True)
-class QuantSpec:
-    """How one tensor is quantized.
-
-    Attributes:
-        format: The grid.
-        granularity: What shares a scale: the tensor, an output channel (weights), a token (activations: one row along the
-            channel axis), or `group_size` input channels of one output channel or one token.
-        group_size: Input channels per group; only with granularity "group".
-        online: The scale comes from the data at run time, nothing is stored: the largest magnitude becomes the largest value
-            of the grid; with a zero point the smallest value becomes the smallest of the grid as well.
-        zero_point: A real offset is added after the grid (``value * scale + zero_point``).
-    """
-
-    format: Format
-    granularity: Granularity = "tensor"
-    group_size: int | None = None
-    online: bool = False
-    zero_point: bool = False
-
-    def __post_init__(self) -> None:
-        if self.granularity not in get_args(Granularity):
-            raise ValueError(f"granularity must be one of {get_args(Granularity)}, got {self.granularity!r}")
-        if (self.granularity == "group") != (self.group_size is not None):
-            raise ValueError(
-                f"group_size must be given exactly with granularity 'group', got {self.group_size!r}"
-            )
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
-        if self.granularity == "token" and not self.online:
-            raise ValueError("granularity 'token' must be online, since tokens are not known beforehand")
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, with the format by name."""
-        data: dict[str, Any] = {"format": self.format.name, "granularity": self.granularity}
-        if self.group_size is not None:
-            data["group_size"] = self.group_size
-        if self.online:
-            data["online"] = True
-        if self.zero_point:
-            data["zero_point"] = True
-        return data
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> QuantSpec:
-        """Inverse of `to_json`; ValueError on an unknown field, format or value."""
-        unknown = set(data) - {"format", "granularity", "group_size", "online", "zero_point"}
-        if unknown or "format" not in data:
-            raise ValueError(
-                f"quantization spec must have 'format' and known fields only, got {sorted(data)}"
-            )
-        return QuantSpec(**{**data, "format": formats.parse(data["format"])})
-
-    def scale_count(self, out_channels: int, in_channels: int) -> int:
-        """How many scales a weight of this shape stores."""
-        if self.granularity == "tensor":
-            return 1
-        return out_channels * (-(-in_channels // self.group_size) if self.group_size else 1)
-
-
-def _check_activation(spec: QuantSpec) -> None:
-    if spec.granularity == "channel":
-        raise ValueError("activation granularity must be 'tensor', 'token' or 'group', got 'channel'")
-    if spec.granularity == "group" and not spec.online:
-        raise ValueError(
-            "activation granularity 'group' must be online, since tokens are not known beforehand"
-        )
-
-
-@dataclass(frozen=True)
-class Part:
-    """A run of input channels of one layer with its own formats; `activation` None leaves the input as it is."""
-
-    channels: int
-    weight: QuantSpec
-    activation: QuantSpec | None = None
-
-    def __post_init__(self) -> None:
-        if self.channels < 1:
-            raise ValueError(f"channels of a part must be at least 1, got {self.channels}")
-        if self.weight.online or self.weight.granularity == "token":
-            raise ValueError(f"weight scales must be stored, got an online spec {self.weight.to_json()}")
-        if self.activation is not None:
-            _check_activation(self.activation)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data that `from_json` reads."""
-        data = {"channels": self.channels, "weight": self.weight.to_json()}
-        return data if self.activation is None else {**data, "activation": self.activation.to_json()}
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Part:
-        """Inverse of `to_json`; ValueError on missing or unknown fields."""
-        if not {"channels", "weight"} <= set(data) <= {"channels", "weight", "activation"}:
-            raise ValueError(
-                f"a part must have 'channels', 'weight' and perhaps 'activation', got {sorted(data)}"
-            )
-        activation = data.get("activation")
-        return Part(
-            int(data["channels"]),
-            QuantSpec.from_json(data["weight"]),
-            None if activation is None else QuantSpec.from_json(activation),
-        )
+VARIED = ("weight", "weight_scale", "weight_zero_point", "input_factor")  # one after the other per variant
 
 
 @dataclass(frozen=True)
@@ -139,39 +35,71 @@ class LayerPlan:
         parts: Cut along the input channels; their `channels` add up to i.
         tensors: The layer's stored state besides its bias: `weight` (uint8, the parts' packed rows side by side) and float32
             vectors, part after part: `weight_scale`, and where the specs ask for them `weight_zero_point`, `input_scale`,
-            `input_zero_point`.
+            `input_zero_point`. Where the layer is smoothed, `input_factor`: the input is multiplied by it, channel by
+            channel, before it is quantized, and the weight stands for what undoes that.
+        smoothed: Whether there is an `input_factor`.
+        schedule: For every entry of the plan's timesteps, which variant of the weight (with its scales and factors) is used;
+            empty with one variant. Variants are stored one after the other along the first axis.
     """
 
     kind: Literal["linear", "conv2d"]
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     tensors: Mapping[str, Tensor] = field(repr=False)
+    smoothed: bool = False
+    schedule: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the tensors."""
-        return {
+        data: dict[str, Any] = {
             "kind": self.kind,
             "shape": list(self.shape),
             "parts": [part.to_json() for part in self.parts],
         }
+        if self.smoothed:
+            data["smoothed"] = True
+        if self.schedule:
+            data["schedule"] = list(self.schedule)
+        return data
 
     @staticmethod
     def from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerPlan:
         """Inverse of `to_json`, with the tensors beside it; ValueError where fields or shapes do not fit."""
-        if set(data) != {"kind", "shape", "parts"} or data["kind"] not in ("linear", "conv2d"):
+        needed = {"kind", "shape", "parts"}
+        if not needed <= set(data) <= needed | {"smoothed", "schedule"} or data["kind"] not in (
+            "linear",
+            "conv2d",
+        ):
             raise ValueError(
                 f"a layer plan must have 'kind' linear or conv2d, 'shape' and 'parts', got {dict(data)!r:.200}"
             )
         parts = tuple(Part.from_json(part) for part in data["parts"])
-        layer = LayerPlan(data["kind"], tuple(int(n) for n in data["shape"]), parts, tensors)
-        expected = layer_tensor_shapes(layer.shape, parts)
+        shape, schedule = tuple(int(n) for n in data["shape"]), tuple(data.get("schedule", ()))
+        smoothed = bool(data.get("smoothed", False))
+        layer = LayerPlan(data["kind"], shape, parts, tensors, smoothed, schedule)
+        expected = layer_tensor_shapes(shape, parts, layer.variants, smoothed)
         got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if got != expected:
             raise ValueError(f"tensors of a layer must have the shapes {expected}, got {got}")
         return layer
 
+    @property
+    def variants(self) -> int:
+        """How many weights are stored."""
+        return max(self.schedule, default=0) + 1
+
+    def variant(self, number: int) -> LayerPlan:
+        """The layer with one of its weights only; tensors are views."""
+        if not self.schedule:
+            return self
+        tensors = {
+            name: tensor.chunk(self.variants)[number] if name in VARIED else tensor
+            for name, tensor in self.tensors.items()
+        }
+        return LayerPlan(self.kind, self.shape, self.parts, tensors, self.smoothed)
+
     def codes(self) -> list[Tensor]:
-        """The codes of every part, uint8 [o, channels, *k]."""
+        """The codes of every part, uint8 [variants * o, channels, *k]."""
         widths = [packed_channels(part.channels, part.weight.format.bits) for part in self.parts]
         packed = self.tensors["weight"].split(widths, dim=1)
         return [
@@ -186,40 +114,6 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
-    """What is rounded inside one attention; nothing is stored for it, all scales come from the data or the grid.
-
-    Attributes:
-        operand: Grid of query, key and value after the heads are split, one online scale per token and head; None
-            leaves them.
-        softmax: Unsigned grid of the attention map, whose largest value stands for 1; None leaves the map.
-    """
-
-    operand: Format | None = None
-    softmax: Format | None = None
-
-    def __post_init__(self) -> None:
-        if self.operand is None and self.softmax is None:
-            raise ValueError("an attention plan must quantize its operands or its map, got neither")
-        if self.softmax is not None and self.softmax.min < 0:
-            raise ValueError(f"grid of an attention map must be unsigned, got {self.softmax.name}")
-
-    def to_json(self) -> dict[str, str]:
-        """Names of the grids that are there."""
-        grids = {"operand": self.operand, "softmax": self.softmax}
-        return {name: grid.name for name, grid in grids.items() if grid is not None}
-
-    @staticmethod
-    def from_json(data: Mapping[str, str]) -> AttentionPlan:
-        """Inverse of `to_json`; ValueError on an unknown field or format."""
-        if unknown := set(data) - {"operand", "softmax"}:
-            raise ValueError(
-                f"an attention plan must have 'operand' and 'softmax' only, got {sorted(unknown)}"
-            )
-        return AttentionPlan(**{name: formats.parse(grid) for name, grid in data.items()})
-
-
-@dataclass(frozen=True)
 class Plan:
     """What becomes of a model: one entry per layer that is quantized, one reason per layer that is not.
 
@@ -231,6 +125,8 @@ class Plan:
         options: The recipe's options, plain data.
         measured: Times and errors on the way; not part of the checkpoint.
         attention: By the name of the attention module; what is not there computes as before.
+        timesteps: Grid that the layers' schedules refer to, in the unit of the denoiser's argument; a call takes the
+            nearest entry. Empty if no layer has a schedule.
     """
 
     recipe: str
@@ -240,9 +136,17 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        lengths = {len(layer.schedule) for layer in self.layers.values()} - {0}
+        if lengths - {len(self.timesteps)}:
+            raise ValueError(
+                f"schedules must have an entry for each of the {len(self.timesteps)} timesteps, got {sorted(lengths)}"
+            )
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the tensors, ready for `json.dumps`; `attention` only where some is quantized."""
+        """Everything but the tensors, ready for `json.dumps`; `attention` and `timesteps` only where there are some."""
         data = {
             "version": PLAN_VERSION,
             "recipe": self.recipe,
@@ -252,10 +156,16 @@ class Plan:
             "skipped": dict(self.skipped),
         }
         attention = {name: entry.to_json() for name, entry in self.attention.items()}
-        return {**data, "attention": attention} if attention else data
+        if attention:
+            data["attention"] = attention
+        if self.timesteps:
+            data["timesteps"] = list(self.timesteps)
+        return data
 
 
-def layer_tensor_shapes(shape: Sequence[int], parts: Sequence[Part]) -> dict[str, tuple[int, ...]]:
+def layer_tensor_shapes(
+    shape: Sequence[int], parts: Sequence[Part], variants: int = 1, smoothed: bool = False
+) -> dict[str, tuple[int, ...]]:
     """Shapes of the stored tensors of a layer whose float weight has `shape` [o, i, *k].
 
     Raises:
@@ -273,12 +183,14 @@ def layer_tensor_shapes(shape: Sequence[int], parts: Sequence[Part]) -> dict[str
     )
     activations = [part.activation for part in parts if part.activation is not None]
     counts = {
-        "weight_scale": scales,
-        "weight_zero_point": zeros,
+        "weight_scale": scales * variants,
+        "weight_zero_point": zeros * variants,
         "input_scale": sum(not spec.online for spec in activations),
         "input_zero_point": sum(spec.zero_point and not spec.online for spec in activations),
+        "input_factor": in_channels * variants if smoothed else 0,
     }
-    return {"weight": (out_channels, packed, *kernel), **{name: (n,) for name, n in counts.items() if n}}
+    weight = (variants * out_channels, packed, *kernel)
+    return {"weight": weight, **{name: (n,) for name, n in counts.items() if n}}
 
 
 def expand_scale(scale: Tensor, spec: QuantSpec, shape: Sequence[int]) -> Tensor:
@@ -373,8 +285,30 @@ def plan_layer(
     return layer
 
 
+def smoothed_layer(plans: Sequence[LayerPlan], factors: Tensor, schedule: Sequence[int]) -> LayerPlan:
+    """One layer from its weights for several stretches of the trajectory, each already divided by its factors.
+
+    Args:
+        plans: The same layer with the weight ``weight / factors[v]`` (channel by channel) for every variant v.
+        factors: float [variants, i], positive: what the input is multiplied by.
+        schedule: Variant for every entry of the plan's timesteps; empty with one variant.
+    """
+    first = plans[0]
+    tensors = {
+        name: torch.cat([plan.tensors[name] for plan in plans]) if name in VARIED else tensor
+        for name, tensor in first.tensors.items()
+    }
+    tensors["input_factor"] = factors.reshape(-1).float()
+    return LayerPlan(first.kind, first.shape, first.parts, tensors, True, tuple(schedule))
+
+
 def dequantize(layer: LayerPlan) -> Tensor:
-    """The float32 weight [o, i, *k] that the codes stand for."""
+    """The float32 weight [o, i, *k] that the codes stand for; of the first variant if there are several.
+
+    A smoothed layer's weight comes back as the input sees it, with the factors multiplied in.
+    """
+    if layer.schedule:
+        return dequantize(layer.variant(0))
     pieces, scale_at, zero_at = [], 0, 0
     for codes, part in zip(layer.codes(), layer.parts, strict=True):
         count = part.weight.scale_count(codes.shape[0], part.channels)
@@ -386,4 +320,7 @@ def dequantize(layer: LayerPlan) -> Tensor:
             zero_at += count
             piece = piece + expand_scale(zero, part.weight, codes.shape)
         pieces.append(piece)
-    return torch.cat(pieces, dim=1)
+    weight = torch.cat(pieces, dim=1)
+    if layer.smoothed:
+        weight = weight * layer.tensors["input_factor"].reshape(1, -1, *[1] * (weight.dim() - 2))
+    return weight

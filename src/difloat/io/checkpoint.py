@@ -31,7 +31,7 @@ from difloat.io.layout import (
 )
 from difloat.io.manifest import MANIFEST, read_manifest, whole_directory, write_manifest
 from difloat.io.modules import load_into, write_module
-from difloat.layers import QuantizedLayer
+from difloat.layers import QuantizedLayer, clock_of
 from difloat.quantizer import Plan
 
 _PIPELINE = "model_index.json"
@@ -90,8 +90,15 @@ def plan_of(model: nn.Module) -> Plan:
                     "load the model again and give the dtype while loading"
                 )
     entries = {name: entry for name, module in model.named_modules() if (entry := attention.plan_of(module))}
+    clock = clock_of(model)
     return Plan(
-        origin["recipe"], origin["bits"], found, origin["skipped"], origin["options"], attention=entries
+        origin["recipe"],
+        origin["bits"],
+        found,
+        origin["skipped"],
+        origin["options"],
+        attention=entries,
+        timesteps=() if clock is None else clock.grid,
     )
 
 

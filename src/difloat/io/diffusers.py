@@ -28,6 +28,7 @@ from difloat.io.layout import (
     unbundle,
 )
 from difloat.layers import QuantizedLayer
+from difloat.timesteps import Clock
 
 
 class DifloatMethod(str, Enum):
@@ -115,9 +116,11 @@ class DifloatQuantizer(DiffusersQuantizer):
                     "config.json is of another model"
                 )
             layer = layers.empty_like(old)
-            layer.allocate(layer_plan.shape, layer_plan.parts, "meta")
+            layer.allocate(layer_plan, "meta")
             layers.replace(model, name, layer)
         attention.install(model, self.plan.attention)
+        if self.plan.timesteps:
+            layers.set_clock(model, Clock(model, self.plan.timesteps))
         self._check_names(model)
 
     def _check_names(self, model: nn.Module) -> None:

@@ -28,6 +28,7 @@ WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 
 _BUNDLED = ("input_scale", "input_zero_point")
 _PLAN_FIELDS = {"version", "recipe", "bits", "options", "layers", "skipped"}
+_MAX_VARIANTS = 1024
 _MAX_WEIGHT_VALUES = 2**40  # no layer has more; a larger product is damage and would overflow further on
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -79,30 +80,30 @@ def parse_config(config: object) -> Plan:
             "load it with the difloat that wrote it, or update"
         )
     kinds = {"recipe": str, "bits": str, "options": Mapping, "layers": Mapping, "skipped": Mapping}
-    if set(fields) - {"attention"} != _PLAN_FIELDS or not all(
+    if set(fields) - {"attention", "timesteps"} != _PLAN_FIELDS or not all(
         isinstance(fields[name], kind) for name, kind in kinds.items()
     ):
         raise CheckpointError(
             f"quantization_config must have the fields {sorted(_PLAN_FIELDS)}, got {sorted(fields)!r:.200}; the file is damaged"
         )
     layers = {name: _parse_layer(name, data) for name, data in fields["layers"].items()}
-    attention = _parse_attention(fields.get("attention", {}))
-    return Plan(
-        fields["recipe"],
-        fields["bits"],
-        layers,
-        dict(fields["skipped"]),
-        dict(fields["options"]),
-        attention=attention,
-    )
-
-
-def _parse_attention(data: Any) -> dict[str, AttentionPlan]:
     try:
-        return {name: AttentionPlan.from_json(entry) for name, entry in data.items()}
+        attention = {
+            name: AttentionPlan.from_json(entry) for name, entry in fields.get("attention", {}).items()
+        }
+        timesteps = tuple(float(timestep) for timestep in fields.get("timesteps", ()))
+        return Plan(
+            fields["recipe"],
+            fields["bits"],
+            layers,
+            dict(fields["skipped"]),
+            dict(fields["options"]),
+            attention=attention,
+            timesteps=timesteps,
+        )
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"plan of attention must be valid, but {error!s:.300}; the file is damaged"
+            f"attention and timesteps of a plan must be valid, but {error!s:.300}; the file is damaged"
         ) from error
 
 
@@ -120,9 +121,13 @@ def _parse_layer(name: str, data: Any) -> LayerPlan:
             raise ValueError(f"a {data['kind']} weight cannot have the shape {shape!r:.80}")
         if any(part.weight.online for part in parts):
             raise ValueError("a weight cannot have online scales")
+        schedule = data.get("schedule", [])
+        if any(type(number) is not int or not 0 <= number < _MAX_VARIANTS for number in schedule):
+            raise ValueError(f"a schedule must hold whole numbers of variants, got {schedule!r:.80}")
+        smoothed = data.get("smoothed", False) is True
         tensors = {
             key: torch.empty(size, dtype=torch.uint8 if key == "weight" else torch.float32, device="meta")
-            for key, size in layer_tensor_shapes(shape, parts).items()
+            for key, size in layer_tensor_shapes(shape, parts, max(schedule, default=0) + 1, smoothed).items()
         }
         return LayerPlan.from_json(data, tensors)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -309,18 +314,13 @@ def check_headers(plan: Plan, stored: Mapping[str, StoredTensor]) -> None:
 
 
 def check_vector(name: str, values: Tensor) -> None:
-    """CheckpointError unless scales are finite and positive, zero points finite (float32 1-D)."""
-    if not bool(torch.isfinite(values).all()) or (
-        "scale" in name.rpartition(".")[2] and not bool((values > 0).all())
-    ):
-        rule = "finite and positive" if "scale" in name.rpartition(".")[2] else "finite"
-        bad = (
-            values[~torch.isfinite(values) | (values <= 0)]
-            if "positive" in rule
-            else values[~torch.isfinite(values)]
-        )
+    """CheckpointError unless scales and factors are finite and positive, zero points finite (float32 1-D)."""
+    positive = not name.endswith("_zero_point")
+    wrong = ~torch.isfinite(values) | (values <= 0) if positive else ~torch.isfinite(values)
+    if bool(wrong.any()):
+        rule = "finite and positive" if positive else "finite"
         raise CheckpointError(
-            f"{name!r:.200} must be {rule}, got {bad[0].item()}; quantize or download the model again"
+            f"{name!r:.200} must be {rule}, got {values[wrong][0].item()}; quantize or download the model again"
         )
 
 

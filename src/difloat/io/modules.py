@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -23,7 +24,8 @@ from difloat.io.layout import (
     write_json,
 )
 from difloat.layers import QuantizedLayer
-from difloat.quantizer import LayerPlan, Plan
+from difloat.quantizer import Plan
+from difloat.timesteps import Clock
 
 
 def write_module(module: nn.Module, plan: Plan, directory: Path, max_shard_bytes: int | None) -> None:
@@ -103,7 +105,7 @@ def load_into(
 
     for name, layer in plan.layers.items():
         new = layers.empty_like(module.get_submodule(name))  # type: ignore[arg-type]
-        new.load(LayerPlan(layer.kind, layer.shape, layer.parts, planned[name]), place(f"{name}.weight"))
+        new.load(replace(layer, tensors=planned[name]), place(f"{name}.weight"))
         layers.replace(module, name, new)
     rest = {
         name: tensor.to(
@@ -113,6 +115,8 @@ def load_into(
     }
     module.load_state_dict(rest, strict=False, assign=True)
     attention.install(module, plan.attention)
+    if plan.timesteps:
+        layers.set_clock(module, Clock(module, plan.timesteps))
     return module
 
 

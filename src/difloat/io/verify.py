@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -114,7 +114,7 @@ def _check_layers(component: str, plan: Plan, stored: Mapping[str, StoredTensor]
             failures["codes"].append(
                 f"{name}.weight must hold codes that the encoder writes, but has {wrong}; quantize or download it again"
             )
-        elif not torch.equal(_encoded_again(layer), layer.tensors["weight"]):
+        elif any(not _encodes_to_itself(layer.variant(number)) for number in range(layer.variants)):
             failures["re-encode"].append(
                 f"{name}.weight must be its own nearest encoding, but is not under its scales; quantize or download it again"
             )
@@ -143,7 +143,7 @@ def _read_layers(plan: Plan, stored: Mapping[str, StoredTensor]) -> Iterator[tup
             key: vectors[f"{name}.{key}"] if f"{name}.{key}" in vectors else read(f"{name}.{key}")
             for key in layer.tensors
         }
-        yield name, LayerPlan(layer.kind, layer.shape, layer.parts, tensors)
+        yield name, replace(layer, tensors=tensors)
 
 
 def _illegal_codes(layer: LayerPlan) -> str:
@@ -168,7 +168,7 @@ def _legal(value: float) -> bool:
     return math.isfinite(value) and not (value == 0 and math.copysign(1.0, value) < 0)
 
 
-def _encoded_again(layer: LayerPlan) -> torch.Tensor:
+def _encodes_to_itself(layer: LayerPlan) -> bool:
     scales, zeros, scale_at, zero_at = [], [], 0, 0
     for part in layer.parts:
         count = part.weight.scale_count(layer.shape[0], part.channels)
@@ -178,7 +178,9 @@ def _encoded_again(layer: LayerPlan) -> torch.Tensor:
         zeros.append(layer.tensors.get("weight_zero_point", torch.zeros(0))[zero_at : zero_at + zero_count])
         zero_at += zero_count
     weight_only = [type(part)(part.channels, part.weight) for part in layer.parts]
-    return plan_layer(dequantize(layer), weight_only, scales, weight_zero_points=zeros).tensors["weight"]
+    weight = dequantize(replace(layer, smoothed=False))
+    again = plan_layer(weight, weight_only, scales, weight_zero_points=zeros)
+    return torch.equal(again.tensors["weight"], layer.tensors["weight"])
 
 
 def _size(component: str, stored: Mapping[str, StoredTensor]) -> Finding:

@@ -14,7 +14,8 @@ from difloat.layers import QuantizedLayer
 from difloat.methods.observe import Call
 from difloat.methods.passes import Passes
 from difloat.methods.search import CLIPS, Found, search
-from difloat.quantizer import Granularity, LayerPlan, Part, QuantSpec
+from difloat.quantizer import LayerPlan, Part, QuantSpec
+from difloat.specs import Granularity
 
 MIN_MAX: tuple[float, ...] = (1.0,)
 _SAMPLES = 1 << 19  # values of one activation tensor that a search looks at
@@ -187,10 +188,17 @@ def search_inputs(
             take(name, None)
     with Passes(model, calls) as passes:
         for name in (name for name, rule in rules.items() if not rule.online):
-            x = passes.enter(name)[0][0]
+            x = _smoothed(passes.enter(name)[0][0], done[name])
             if not torch.isfinite(x).all():
                 raise ValueError(
                     f"inputs of layer {name!r} must be finite, got NaN or Inf; calibrate in float32"
                 )
             take(name, x)
     return done
+
+
+def _smoothed(x: Tensor, plan: LayerPlan) -> Tensor:
+    if not plan.smoothed:
+        return x
+    factor = plan.tensors["input_factor"]
+    return x * (factor if plan.kind == "linear" else factor.reshape(-1, 1, 1))

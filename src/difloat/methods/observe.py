@@ -150,6 +150,25 @@ def _calling(act: Callable[[str], object], name: str) -> Callable[..., None]:
     return hook
 
 
+def channel_maxima(model: nn.Module, names: Sequence[str], calls: Sequence[Call]) -> dict[str, Tensor]:
+    """Largest magnitude of every input channel, float32 [i], of each named layer over all calls."""
+    found: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            axis = 1 if isinstance(module, nn.Conv2d) else -1
+            largest = inputs[0].detach().abs().movedim(axis, -1).flatten(0, -2).amax(0).float()
+            found[name] = torch.maximum(found[name], largest) if name in found else largest
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    with removed(handles), torch.no_grad():
+        for args, kwargs in calls:
+            model(*args, **kwargs)
+    return found
+
+
 @contextmanager
 def removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     """Remove hooks at the end, whatever happens."""

@@ -12,17 +12,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from difloat import attention, layers
 from difloat.methods import observe
-from difloat.methods.assign import Draft, draft_layer, search_inputs
+from difloat.methods.assign import Draft, Rule, draft_layer, search_inputs
 from difloat.methods.blockwise import learn_blocks
 from difloat.methods.observe import Trace
-from difloat.methods.task import Bits, LayerRules, Sequencing, Task
-from difloat.quantizer import AttentionPlan, LayerPlan
+from difloat.methods.task import Bits, LayerRules, Sequencing, Smoothing, Task
+from difloat.quantizer import AttentionPlan, LayerPlan, smoothed_layer
 
-__all__ = ["Bits", "LayerRules", "Outcome", "Sequencing", "Task", "keeps_8bit", "run"]
+__all__ = [
+    "Bits",
+    "LayerRules",
+    "Outcome",
+    "Sequencing",
+    "Smoothing",
+    "Task",
+    "keeps_8bit",
+    "run",
+    "timestep_grid",
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class Outcome:
     skipped: dict[str, str]
     measured: dict[str, Any]
     attention: dict[str, AttentionPlan] = field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
 
 
 def keeps_8bit(name: str, seen: Trace, keep: Sequence[str]) -> bool:
@@ -74,12 +86,10 @@ def run(
             f"recipe must quantize at least one layer, but keeps all: {next(iter(skipped.values()))}"
         )
     with _timed(measured, "search weights"):
-        drafts = _search_weights(task, rules, seen, settings)
+        plans, learn = _search_weights(task, rules, seen, settings)
     twin = layers.shadow(task.model)
-    plans = {name: draft.plan() for name, draft in drafts.items()}
     for name, plan in plans.items():
         layers.install(twin, name, plan)
-    learn = {name: draft for name, draft in drafts.items() if rules[name].learn}
     if learn:
         with _timed(measured, "learn rounding"):
             plans |= learn_blocks(task, twin, learn, seen, settings, generator, measured)
@@ -90,7 +100,8 @@ def run(
         rows = task.calibration.stratified(min(settings.activation_rows, len(task.calibration)), generator)
         calls = task.calls(rows, seen.row_bytes)
         plans = search_inputs(twin, calls, plans, wanted, generator)
-    return Outcome(plans, skipped, measured, entries)
+    timed = any(plan.schedule for plan in plans.values())
+    return Outcome(plans, skipped, measured, entries, timestep_grid(task) if timed else ())
 
 
 @contextmanager
@@ -102,15 +113,37 @@ def _timed(measured: dict[str, Any], name: str) -> Any:
 
 def _search_weights(
     task: Task, rules: Mapping[str, LayerRules], seen: Trace, settings: Sequencing
-) -> dict[str, Draft]:
-    drafts = {}
-    for name in tqdm(seen.order, desc="search weights", disable=not task.progress):
+) -> tuple[dict[str, LayerPlan], dict[str, Draft]]:
+    """Layers with weights rounded to nearest, and the drafts of those whose rounding is learned."""
+    plans, drafts = {}, {}
+    for name, rule in tqdm(rules.items(), desc="search weights", disable=not task.progress):
         weight = layers.weight_of(task.model, name)
         if not torch.isfinite(weight).all():
             raise ValueError(
                 f"weights must be finite, got NaN or Inf in layer {name!r}; repair the checkpoint"
             )
         splits = list(seen.splits.get(name, ())) if settings.split else []
-        fits = sum(splits) == weight.shape[1]  # not so for grouped convolutions
-        drafts[name] = draft_layer(weight, splits if fits else [weight.shape[1]], rules[name].weight)
-    return drafts
+        if sum(splits) != weight.shape[1]:  # no concatenation, or one into a grouped convolution
+            splits = [weight.shape[1]]
+        if rule.smoothing is not None:
+            plans[name] = _smooth(weight, splits, rule.weight, rule.smoothing)
+            continue
+        draft = draft_layer(weight, splits, rule.weight)
+        plans[name] = draft.plan()
+        if rule.learn:
+            drafts[name] = draft
+    return plans, drafts
+
+
+def _smooth(weight: Tensor, splits: Sequence[int], rule: Rule, smoothing: Smoothing) -> LayerPlan:
+    axes = (1, -1, *[1] * (weight.dim() - 2))
+    stretches = [
+        draft_layer(weight.detach().float() / factors.reshape(axes), splits, rule).plan()
+        for factors in smoothing.factors
+    ]
+    return smoothed_layer(stretches, smoothing.factors, smoothing.schedule)
+
+
+def timestep_grid(task: Task) -> tuple[float, ...]:
+    """The sampler's timesteps as calibration saw them, ascending."""
+    return tuple(sorted(set(task.calibration.timesteps)))

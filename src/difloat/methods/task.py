@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from difloat.calibration import Calibration
 from difloat.methods.adaround import RoundingSettings
@@ -53,6 +53,7 @@ class Task:
         seed: Of everything random.
         progress: Show progress bars.
         work_dir: Where finished blocks are kept, so that a killed run goes on after them; None keeps nothing.
+        pipeline: Class name of the pipeline the model is part of, "" for a plain module.
         memory_bytes: What activations may take while blocks are worked on; bounds the rows, not the result's size.
     """
 
@@ -63,6 +64,7 @@ class Task:
     progress: bool = True
     work_dir: Path | None = None
     memory_bytes: int = 2 << 30
+    pipeline: str = ""
 
     def calls(self, rows: Sequence[int], row_bytes: int) -> list[Call]:
         """The calibration rows as denoiser calls of few enough rows each, where a layer's data take `row_bytes` a row."""
@@ -72,11 +74,45 @@ class Task:
 
 @dataclass(frozen=True)
 class LayerRules:
-    """What is asked of one layer; `learn` says whether its rounding is learned."""
+    """What is asked of one layer.
+
+    Attributes:
+        weight: Of its weight.
+        activation: Of its input; None leaves it.
+        learn: Whether rounding is learned.
+        smoothing: What the input is multiplied by before it is quantized, and the weight divided by; None: nothing.
+    """
 
     weight: Rule
     activation: Rule | None
     learn: bool = False
+    smoothing: Smoothing | None = None
+
+    def __post_init__(self) -> None:
+        if self.learn and self.smoothing is not None:
+            raise ValueError(
+                "rounding can be learned for layers without smoothing only, got a layer with both"
+            )
+        if (
+            self.smoothing is not None
+            and self.smoothing.schedule
+            and self.activation
+            and not self.activation.online
+        ):
+            raise ValueError("smoothing by timestep must come with online input scales, got static ones")
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Factors of a layer's input channels, one row [i] for every stretch of the trajectory.
+
+    Attributes:
+        factors: float [stretches, i], positive.
+        schedule: Stretch of every entry of the plan's timesteps; empty with one stretch.
+    """
+
+    factors: Tensor
+    schedule: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from difloat.methods.posttraining import Outcome, Task
 from difloat.quantizer import Plan
-from difloat.recipes import baselines, lbfp
+from difloat.recipes import baselines, fp4dit, integer_transformers, lbfp
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,25 @@ RECIPES: dict[str, Recipe] = {
         lbfp.Options,
         "floating point, encoding searched per tensor, learned rounding (arXiv:2408.06995)",
     ),
+    "fp4dit": Recipe(
+        fp4dit.plan,
+        fp4dit.Options,
+        "diffusion transformers: FP weights in groups, scale-aware rounding, online activations (arXiv:2503.15465)",
+    ),
     "qdiffusion": Recipe(
         baselines.qdiffusion,
         baselines.QDiffusionOptions,
         "integers, AdaRound block by block (arXiv:2302.04304)",
+    ),
+    "viditq": Recipe(
+        integer_transformers.viditq,
+        integer_transformers.ViDiTQOptions,
+        "integers, online activations per token, smoothing by timestep (arXiv:2406.02540)",
+    ),
+    "qdit": Recipe(
+        integer_transformers.qdit,
+        integer_transformers.QDiTOptions,
+        "integers in groups, online activations per token and group (arXiv:2406.17343)",
     ),
     "rtn": Recipe(
         baselines.rtn, baselines.NearestOptions, "rounding to nearest, floating point or integer, no learning"
@@ -91,4 +106,13 @@ def plan(task: Task, recipe: str, bits: str, options: Mapping[str, Any]) -> Plan
     chosen = make_options(row, options)
     outcome = row.plan(task, chosen)
     stored = {**dataclasses.asdict(chosen), "seed": task.seed, "calibration_rows": len(task.calibration)}
-    return Plan(recipe, bits, outcome.layers, outcome.skipped, stored, outcome.measured, outcome.attention)
+    return Plan(
+        recipe,
+        bits,
+        outcome.layers,
+        outcome.skipped,
+        stored,
+        outcome.measured,
+        outcome.attention,
+        outcome.timesteps,
+    )

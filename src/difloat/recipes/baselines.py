@@ -19,7 +19,7 @@ from difloat.methods.assign import MIN_MAX, Rule
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.search import CLIPS
-from difloat.quantizer import Granularity
+from difloat.specs import Granularity
 
 # Ranges of asymmetric integers: both ends shrink, in coarser steps than one-ended ranges, refined once by the search.
 SHRUNK = tuple(percent / 100 for percent in range(40, 101, 3))

@@ -25,7 +25,7 @@ from difloat.methods.adaround import RoundingSettings
 from difloat.methods.assign import Rule
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
-from difloat.quantizer import Granularity
+from difloat.specs import Granularity
 
 LARGEST_EXPONENT = 5  # more exponent bits than E5M2 leave no mantissa at 8 bits worth having
 
