@@ -32,14 +32,16 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration of a table."""
+    """One configuration of a table; `timesteps` as in the calibration settings."""
 
     label: str
     recipe: str
     bits: str
     options: dict[str, Any] = field(default_factory=dict)
+    timesteps: str = "sampler"
 
 
+GROUPS: dict[str, Any] = {"weight_granularity": "group", "group_size": 128}
 PAPERS: dict[str, list[Row]] = {
     "lbfp": [
         Row("FP8/FP8 (LBFP)", "lbfp", "w8a8"),
@@ -50,8 +52,35 @@ PAPERS: dict[str, list[Row]] = {
         Row("INT4/INT8 AdaRound (Q-Diffusion)", "qdiffusion", "w4a8"),
         Row("FP4/FP8 learned, per channel", "lbfp", "w4a8", {"weight_granularity": "channel"}),
         Row("INT4/INT8 AdaRound, per tensor", "qdiffusion", "w4a8", {"weight_granularity": "tensor"}),
-    ]
+    ],
+    "fp4dit": [
+        Row("W4A8 FP4DiT", "fp4dit", "w4a8"),
+        Row("W4A6 FP4DiT", "fp4dit", "w4a6"),
+        Row("W4A8 Q-Diffusion", "qdiffusion", "w4a8", GROUPS),
+        Row("W4A6 Q-Diffusion", "qdiffusion", "w4a6", GROUPS),
+        Row("W4A8 ViDiT-Q", "viditq", "w4a8"),
+        Row("W4A6 ViDiT-Q", "viditq", "w4a6"),
+        Row("W4A8 Q-DiT", "qdit", "w4a8"),
+        Row("W4A6 Q-DiT", "qdit", "w4a6"),
+        Row("W4A6 FP4DiT, nearest", "fp4dit", "w4a6", {"rounding": "nearest"}),
+        Row("W4A6 FP4DiT, E2M1 before GELU", "fp4dit", "w4a6", {"before_gelu": "same"}),
+        Row("W4A6 FP4DiT, plain AdaRound", "fp4dit", "w4a6", {"scale_aware": False}),
+        Row("W4A6 FP4DiT, static activations", "fp4dit", "w4a6", {"activation": "static"}),
+        Row("W4A6 FP4DiT, groups of 64", "fp4dit", "w4a6", {"group_size": 64}),
+        Row("W4A6 FP4DiT, per channel", "fp4dit", "w4a6", {"group_size": 0}),
+        Row("W4A6 FP4DiT, calibrated on clean latents", "fp4dit", "w4a6", timesteps="clean"),
+        Row("W4A6 FP4DiT, inputs of full precision", "fp4dit", "w4a6", {"inputs": "full"}),
+        Row("W4A6 FP4DiT, attention in high precision", "fp4dit", "w4a6", {"attention": False}),
+        Row("W4A6 FP4DiT, formats and clips searched", "fp4dit", "w4a6", {"weight_format": "search"}),
+        Row(
+            "W4A6 integer twin: INT4 groups, INT6 tokens",
+            "qdiffusion",
+            "w4a6",
+            {**GROUPS, "activation": "online"},
+        ),
+    ],
 }
+MODELS = {"lbfp": NAMES, "fp4dit": ("emoji-pixart",)}
 
 
 def main() -> None:
@@ -60,7 +89,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("paper", choices=PAPERS)
-    parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--models", nargs="+", choices=NAMES, help="default: those of the paper's table")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--calibration", type=int, default=256, help="calibration rows")
@@ -77,7 +106,7 @@ def main() -> None:
         sys.stdout.write(table(results))
         return
     torch.set_num_threads(arguments.threads)
-    for model in arguments.models:
+    for model in arguments.models or MODELS[arguments.paper]:
         measure_model(arguments, model, results, path)
 
 
@@ -95,21 +124,22 @@ def measure_model(arguments: argparse.Namespace, model: str, results: dict[str, 
         "weights": fingerprint(module),
     }
     reference = full_precision(pipeline, sampling, arguments.work / f"{model}-{setting['weights']}")
-    data = api.calibrate(
-        pipeline,
-        prompts=prompts,
-        cache_dir=arguments.work / "calibration",
-        call_kwargs=call,
-        samples=arguments.calibration,
-        steps=arguments.steps,
-        guidance_scale=guidance,
-    )
     for number, row in enumerate(PAPERS[arguments.paper]):
         key = f"{model} | {row.label}"
         if arguments.rows is not None and number not in arguments.rows:
             continue
         if key in results and all(results[key].get(name) == value for name, value in setting.items()):
             continue
+        data = api.calibrate(
+            pipeline,
+            prompts=prompts,
+            cache_dir=arguments.work / "calibration",
+            call_kwargs=call,
+            samples=arguments.calibration,
+            steps=arguments.steps,
+            guidance_scale=guidance,
+            timesteps=row.timesteps,
+        )
         results[key] = {**setting, **measure_row(row, pipeline, module, data, reference, sampling)}
         store(path, key, results[key])
 

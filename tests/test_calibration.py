@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from difloat.calibration import (
     load_prompts,
 )
 from difloat.calls import first_tensor, merge
+from difloat.renoising import LastCall, clean_calls
 from tiny import PROMPTS, tiny_ddim, tiny_pixart, tiny_unet
 
 # diffusers hands torch tensors to numpy 2 in its schedulers.
@@ -125,6 +127,25 @@ def test_same_seed_same_rows_and_global_state_untouched(pixart):
     assert contents(first) == contents(collect_pixart(pixart))
     other = CalibrationSettings(samples=24, steps=4, prompts_per_batch=4, seed=4)
     assert contents(first) != contents(collect_pixart(pixart, other))
+
+
+def test_clean_timesteps_are_conditional_rows_near_the_end_of_the_trajectory(pixart):
+    settings = CalibrationSettings(samples=20, steps=3, prompts_per_batch=2, timesteps="clean")
+    data = collect(pixart, ["a red cat", "a blue house"], settings, progress=False)
+    assert sorted(data.timesteps) == [float(number) for number in range(20)]
+    assert data.describe()["parts"] == {0: 20}
+    followed = collect(
+        pixart, ["a red cat", "a blue house"], replace(settings, timesteps="sampler"), progress=False
+    )
+    kwargs = data.batch(range(20))[1]
+    assert len(kwargs["encoder_hidden_states"]) == 20
+    texts = followed.batch(range(len(followed)))[1]["encoder_hidden_states"]
+    assert len(texts.unique(dim=0)) == 3  # two prompts and the empty one
+    assert len(kwargs["encoder_hidden_states"].unique(dim=0)) == 2
+    with pytest.raises(ValueError, match="must be 'sampler' for object"):
+        list(clean_calls(object(), LastCall(pixart.transformer), 1, torch.Generator()))
+    with pytest.raises(ValueError, match="must be sampler or clean, got 'raw'"):
+        CalibrationSettings(timesteps="raw")
 
 
 def test_unconditional_pipeline_and_its_default_steps():

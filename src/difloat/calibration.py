@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from difloat.calls import Recorder, Row, device_of, first_tensor, merge, recording, stratified_indices
+from difloat.renoising import LastCall, clean_calls
 from difloat.sampling import Sampling, denoiser_of, load_prompts, quiet, weights_summary
 from difloat.shelf import Shelf
 
@@ -34,6 +35,9 @@ __all__ = [
 ]
 
 
+_TIMESTEPS = Literal["sampler", "clean"]
+
+
 @dataclass(frozen=True)
 class CalibrationSettings:
     """What to collect; the defaults are written here and nowhere else.
@@ -44,6 +48,8 @@ class CalibrationSettings:
         guidance_scale: Classifier-free guidance; None takes the default of the pipeline's call.
         prompts_per_batch: Pictures sampled at once. It also sets how many trajectories are drawn.
         seed: Seed of all noise and of every choice of rows.
+        timesteps: "sampler" follows the sampler's own trajectory; "clean" takes almost clean latents noised at the raw
+            timesteps 0 to 19, conditional only, as the released code of FP4DiT does (see `renoising`).
         memory_bytes: Rows held in RAM; what is above stays on disk and is read on demand. While a batch of
             prompts runs, its rows are in RAM on top of this.
     """
@@ -53,9 +59,14 @@ class CalibrationSettings:
     guidance_scale: float | None = None
     prompts_per_batch: int = 8
     seed: int = 0
+    timesteps: _TIMESTEPS = "sampler"
     memory_bytes: int = 2 << 30
 
     def __post_init__(self) -> None:
+        if self.timesteps not in get_args(_TIMESTEPS):
+            raise ValueError(
+                f"calibration setting 'timesteps' must be sampler or clean, got {self.timesteps!r}; give another value"
+            )
         for name, least in (
             ("samples", 1),
             ("steps", 1),
@@ -165,7 +176,8 @@ def collect(
         OSError: The disk of `cache_dir` is full.
     """
     sampling = _sampling(pipeline, prompts, settings, call_kwargs)
-    shelf = Shelf(cache_dir, settings.memory_bytes, sampling.request())
+    request = {**sampling.request(), "timesteps": settings.timesteps}
+    shelf = Shelf(cache_dir, settings.memory_bytes, request)
     limit = -(-settings.samples // sampling.batches)
     bar = tqdm(total=sampling.batches * sampling.steps, desc="calibrate", unit="call", disable=not progress)
     with bar, quiet(pipeline):
@@ -182,12 +194,25 @@ def collect(
                     images=sampling.images,
                     on_call=bar.update,
                 )
-                with recording(sampling.denoiser, recorder, sampling.seed(batch)):
-                    sampling.run(batch)
-                _require_calls(recorder)
+                if settings.timesteps == "sampler":
+                    with recording(sampling.denoiser, recorder, sampling.seed(batch)):
+                        sampling.run(batch)
+                else:
+                    _record_clean(pipeline, sampling, batch, recorder)
+                _finish_recording(recorder)
                 shelf.put(shard, recorder.rows, recorder.blobs)
             batch += 1
     return _finish(sampling.denoiser, shelf, settings, sampling.device)
+
+
+def _record_clean(pipeline: Any, sampling: Sampling, batch: int, recorder: Recorder) -> None:
+    """Sample a batch to its last step and record calls at the raw timesteps from there."""
+    last = LastCall(sampling.denoiser)
+    with recording(sampling.denoiser, last, sampling.seed(batch)):
+        sampling.run(batch)
+    generator = torch.Generator().manual_seed(sampling.seed(batch))
+    for call in clean_calls(pipeline.scheduler, last, sampling.images, generator):
+        recorder(sampling.denoiser, (), call)
 
 
 def collect_from_loop(
@@ -229,7 +254,7 @@ def collect_from_loop(
             recorder = Recorder(module, settings.samples, generator, on_call=bar.update)
             with recording(module, recorder, settings.seed):
                 forward_loop(module)
-            _require_calls(recorder)
+            _finish_recording(recorder)
             shelf.put("loop", recorder.rows, recorder.blobs)
     return _finish(module, shelf, settings, device_of(module))
 
@@ -265,7 +290,7 @@ def estimate(
             ticks.append(time.perf_counter())
         except _EnoughError:
             pass
-    _require_calls(recorder)
+    _finish_recording(recorder)
     users = Counter(leaf for row in recorder.rows for leaf in set(row.leaves))
     size = {key: blob.nbytes for key, blob in recorder.blobs.items()}
     # What one call alone shows is new in every row; what several rows share comes once per batch.
@@ -306,7 +331,9 @@ def _sampling(
     )
 
 
-def _require_calls(recorder: Recorder) -> None:
+def _finish_recording(recorder: Recorder) -> None:
+    """Cut to the limit; ValueError if nothing was recorded."""
+    recorder.thin()
     if recorder.calls == 0:
         raise ValueError(
             "the sampling loop must call the denoiser, got no call; call the module itself, not its forward, and "

@@ -193,11 +193,11 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 @contextmanager
-def recording(module: nn.Module, recorder: Recorder, seed: int) -> Iterator[None]:
-    """Record the module's calls without gradients, with torch's random state seeded inside and restored after."""
+def recording(module: nn.Module, hook: Callable[..., None], seed: int) -> Iterator[None]:
+    """Show the module's calls to `hook`, without gradients, torch's random state seeded inside and restored after."""
     device = device_of(module)
     cuda_devices = [device] if device.type == "cuda" else []
-    handle = module.register_forward_pre_hook(recorder, with_kwargs=True)
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices):
             torch.default_generator.manual_seed(seed)
@@ -207,7 +207,6 @@ def recording(module: nn.Module, recorder: Recorder, seed: int) -> Iterator[None
             yield
     finally:
         handle.remove()
-    recorder.thin()
 
 
 def _sample(named: Mapping[str, object]) -> tuple[str, int]:

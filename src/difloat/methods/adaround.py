@@ -40,7 +40,7 @@ class RoundingSettings:
     iterations: int = 400
     rows: int = 16
     positions: int = 4096
-    learning_rate: float = 0.1
+    learning_rate: float = 0.3
     regularization: float = 0.01
     warmup: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)

@@ -3,13 +3,13 @@
 `rtn`: any format, min-max or searched clips, no learning.
 `qdiffusion`: arXiv:2302.04304. Asymmetric integers, weights per output channel, static per-tensor activations, AdaRound/BRECQ
 block reconstruction, skip concatenations split. Differs from the paper: activation ranges are searched by squared error
-instead of learned (LSQ); zero points are real numbers instead of integers; rounding is learned in 400 steps at Adam's rate
-0.1 (best on a toy layer, docs/log.md) instead of 20,000 at 0.001; the softmax map is not quantized.
+instead of learned (LSQ); zero points are real numbers instead of integers; rounding is learned in 400 steps at a tuned rate
+(docs/log.md) instead of 20,000 at 0.001; the softmax map is not quantized.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from difloat import formats
@@ -79,8 +79,9 @@ class QDiffusionOptions:
         keep_8bit: As in LBFP.
         split: As in LBFP.
         weight_granularity: What shares a weight scale.
-        iterations: Steps per block.
-        learning_rate: Of the rounding variables.
+        group_size: Input channels per weight scale, with granularity "group".
+        activation: "static" per tensor as in the paper, or "online" per token.
+        iterations, learning_rate: Of learned rounding, per block.
         rounding_rows: Calibration rows used for learning.
     """
 
@@ -88,6 +89,8 @@ class QDiffusionOptions:
     keep_8bit: tuple[str, ...] = ("first", "last")
     split: bool = True
     weight_granularity: Granularity = "channel"
+    group_size: int = 128
+    activation: Literal["static", "online"] = "static"
     iterations: int = field(default=RoundingSettings.iterations)
     learning_rate: float = field(default=RoundingSettings.learning_rate)
     rounding_rows: int = field(default=Sequencing.rounding_rows)
@@ -99,10 +102,13 @@ def qdiffusion(task: Task, options: QDiffusionOptions) -> Outcome:
     def rules(name: str, seen: Trace) -> LayerRules:
         kept = posttraining.keeps_8bit(name, seen, options.keep_8bit)
         weight_bits = 8 if kept else task.bits.weight
-        weight = _asymmetric(weight_bits, options.weight_granularity)
+        group_size = options.group_size if options.weight_granularity == "group" else None
+        weight = _asymmetric(weight_bits, options.weight_granularity, group_size)
         activation = None
         if task.bits.activation is not None:
-            activation = _asymmetric(8 if kept else task.bits.activation, "tensor")
+            online = options.activation == "online"
+            activation = _asymmetric(8 if kept else task.bits.activation, "token" if online else "tensor")
+            activation = replace(activation, online=online)
         return LayerRules(weight, activation, learn=options.rounding == "learned" and weight_bits <= 4)
 
     rounding = RoundingSettings(iterations=options.iterations, learning_rate=options.learning_rate)
@@ -110,5 +116,5 @@ def qdiffusion(task: Task, options: QDiffusionOptions) -> Outcome:
     return posttraining.run(task, rules, sequencing)
 
 
-def _asymmetric(bits: int, granularity: Granularity) -> Rule:
-    return Rule((formats.parse(f"uint{bits}"),), granularity, clips=SHRUNK, zero_points=OFFSETS)
+def _asymmetric(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
+    return Rule((formats.parse(f"uint{bits}"),), granularity, group_size, clips=SHRUNK, zero_points=OFFSETS)

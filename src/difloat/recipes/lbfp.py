@@ -40,7 +40,7 @@ class Options:
         split: Quantize the two inputs of a skip concatenation apart.
         weight_granularity: What shares a weight scale: "tensor" as in the paper, or "channel".
         iterations: Steps of learned rounding per block.
-        learning_rate: Of the rounding variables, from a toy layer so far (docs/log.md).
+        learning_rate: Of the rounding variables, tuned by benchmarks/rounding_rates.py (docs/log.md).
         rounding_rows: Calibration rows used for learning.
     """
 
