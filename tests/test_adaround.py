@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from difloat import formats
-from difloat.methods.adaround import RoundingSettings, _Soft, learn_rounding, relative_error
+from difloat.methods import soft
+from difloat.methods.adaround import RoundingSettings, learn_rounding, relative_error
 from difloat.methods.assign import Draft, Rule, draft_layer, plan_inputs
+from difloat.methods.soft import SoftWeight
 from difloat.quantizer import dequantize
 
 NAMES = ["e2m1", "e3m0", "e1m2", "int4", "e2m3"]
@@ -43,26 +45,37 @@ def test_soft_weights_start_at_the_clipped_float_weight(name: str, scale_aware: 
         [made.parts[0].weight.format.min, made.parts[0].weight.format.max]
     )
     clipped = torch.minimum(torch.maximum(made.weight, limit[:, :1]), limit[:, 1:])
-    assert torch.allclose(_Soft(made, scale_aware).soft(), clipped, atol=1e-5)
+    assert torch.allclose(SoftWeight(made, scale_aware).soft(), clipped, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hard_start_is_rounding_to_nearest(name: str) -> None:
     made = draft(name)
-    assert torch.allclose(_Soft(made, False).hard(), dequantize(made.plan()), atol=1e-6)
+    assert torch.allclose(SoftWeight(made, False).hard(), dequantize(made.plan()), atol=1e-6)
 
 
-def test_gradient_of_soft_rounding_matches_finite_differences() -> None:
-    soft = _Soft(draft("e2m1", shape=(2, 3)), False)
-    soft.low, soft.high = soft.low.double(), soft.high.double()
-    start = soft.variable.detach().double().requires_grad_()
-
-    def value(variable: torch.Tensor) -> torch.Tensor:
-        soft.variable = variable
-        return soft.soft()
-
-    soft.unit = soft.unit.double()
-    assert torch.autograd.gradcheck(value, (start,))
+@pytest.mark.parametrize("scale_aware", [False, True])
+@pytest.mark.parametrize("pull", [None, (0.01, 7.5), (0.3, 2.0)])
+def test_value_and_gradient_are_those_of_the_definition(scale_aware: bool, pull, monkeypatch) -> None:
+    monkeypatch.setattr(soft, "_PIECE", 50)  # 192 weights: three whole pieces and a rest
+    made = SoftWeight(draft("e2m1"), scale_aware)
+    made.pull = pull
+    generator = torch.Generator().manual_seed(3)
+    made.variable.data += torch.randn(made.variable.shape, generator=generator) * made.distance * 2
+    upstream = torch.randn(made.variable.shape, generator=generator)
+    variable = made.variable.detach().clone().requires_grad_()
+    unit = torch.where(made.distance > 0, made.distance, 1.0) if scale_aware else 1.0
+    share = (torch.sigmoid(variable / unit) * 1.2 - 0.1).clamp(0, 1)
+    weight = made.low + made.distance * share
+    loss = (weight * upstream).sum()
+    if pull is not None:
+        loss = loss + pull[0] * (1 - (2 * share - 1).abs() ** pull[1]).sum()
+    loss.backward()
+    ours = made.soft()
+    (ours * upstream).sum().backward()
+    torch.testing.assert_close(ours, weight)
+    torch.testing.assert_close(made.variable.grad, variable.grad, rtol=1e-4, atol=1e-5)
+    assert float((share == 0).sum()) and float((share == 1).sum())  # both clipped sides are among them
 
 
 @pytest.mark.parametrize("name", ["e2m1", "e3m0", "int4"])

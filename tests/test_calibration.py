@@ -19,10 +19,10 @@ from difloat.calibration import (
     collect,
     collect_from_loop,
     denoiser_of,
-    estimate,
     load_prompts,
 )
 from difloat.calls import first_tensor, merge
+from difloat.forecast import probe
 from difloat.renoising import LastCall, clean_calls
 from tiny import PROMPTS, tiny_ddim, tiny_pixart, tiny_unet
 
@@ -283,7 +283,7 @@ def test_full_disk_says_so_and_leaves_nothing(pixart, tmp_path, monkeypatch):
 
 
 def test_estimate_is_near_what_collect_needs(pixart):
-    needs = estimate(pixart, PROMPTS, SMALL, call_kwargs=PIXART_KWARGS)
+    needs, rows = probe(pixart, PROMPTS, SMALL, call_kwargs=PIXART_KWARGS)
     calibration = collect_pixart(pixart)
     assert (needs["rows"], needs["batches"], needs["calls"]) == (24, 2, 8)
     assert 0.7 * calibration.nbytes < needs["disk_bytes"] < 1.5 * calibration.nbytes

@@ -134,8 +134,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, source: Path, tmp_
         "iterations=2",
         "27 layers",
         "MB packed",
-        "MB in 16 bits",
-        "MB RAM",
+        "MB as it is",
+        "in all about",
+        "e1m2 per tensor",
+        "RAM: at most",
         "calls",
     ):
         assert expected in result.out

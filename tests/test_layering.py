@@ -32,6 +32,7 @@ LINE = (
 )
 TOP = {
     "study",
+    "forecast",
     "__init__",
     "cli",
     "api",

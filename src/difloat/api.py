@@ -98,7 +98,7 @@ def calibrate(
 ) -> Calibration:
     """The denoiser's inputs along its own trajectories; arguments as for `plan`."""
     module = denoiser(model)
-    _check_model(module)
+    check_model(module)
     wanted = CalibrationSettings(**settings)
     if model is not module:
         texts = prompts_for(model, prompts)
@@ -117,7 +117,7 @@ def plan_calibrated(task: Task, recipe: str, bits: str, options: Mapping[str, An
     return recipes.plan(task, recipe, bits, options)
 
 
-def _check_model(module: nn.Module) -> None:
+def check_model(module: nn.Module) -> None:
     """Refuse models that cannot be quantized before any work is done."""
     found = layers.quantizable(module)
     if not found:

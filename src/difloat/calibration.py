@@ -8,7 +8,6 @@ disk it stays done, and because every seed is explicit a resumed run gives the r
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ __all__ = [
     "collect",
     "collect_from_loop",
     "denoiser_of",
-    "estimate",
     "load_prompts",
 ]
 
@@ -175,7 +173,7 @@ def collect(
         ValueError: Prompts do not fit the pipeline, NaN or infinity in the inputs, or rows cannot be merged.
         OSError: The disk of `cache_dir` is full.
     """
-    sampling = _sampling(pipeline, prompts, settings, call_kwargs)
+    sampling = sampling_of(pipeline, prompts, settings, call_kwargs)
     request = {**sampling.request(), "timesteps": settings.timesteps}
     shelf = Shelf(cache_dir, settings.memory_bytes, request)
     limit = -(-settings.samples // sampling.batches)
@@ -199,7 +197,7 @@ def collect(
                         sampling.run(batch)
                 else:
                     _record_clean(pipeline, sampling, batch, recorder)
-                _finish_recording(recorder)
+                finish_recording(recorder)
                 shelf.put(shard, recorder.rows, recorder.blobs)
             batch += 1
     return _finish(sampling.denoiser, shelf, settings, sampling.device)
@@ -254,71 +252,18 @@ def collect_from_loop(
             recorder = Recorder(module, settings.samples, generator, on_call=bar.update)
             with recording(module, recorder, settings.seed):
                 forward_loop(module)
-            _finish_recording(recorder)
+            finish_recording(recorder)
             shelf.put("loop", recorder.rows, recorder.blobs)
     return _finish(module, shelf, settings, device_of(module))
 
 
-def estimate(
-    pipeline: Any,
-    prompts: Sequence[str] | None,
-    settings: CalibrationSettings,
-    *,
-    call_kwargs: Mapping[str, Any] | None = None,
-) -> dict[str, float]:
-    """What `collect` will need, from two timed denoiser calls of a run that is then broken off.
-
-    Returns:
-        `rows`, `batches` (pipeline runs), `calls` (denoiser calls), `ram_bytes` (peak of the rows held),
-        `disk_bytes` (of the cache, or of the temporary files above the budget) and `seconds`.
-    """
-    sampling = _sampling(pipeline, prompts, settings, call_kwargs)
-    ticks = [time.perf_counter()]
-
-    def tick() -> None:
-        if sampling.device.type == "cuda":
-            torch.cuda.synchronize(sampling.device)
-        ticks.append(time.perf_counter())
-        if len(ticks) == 4:
-            raise _EnoughError
-
-    everything = 1 << 30
-    recorder = Recorder(sampling.denoiser, everything, torch.Generator().manual_seed(0), on_call=tick)
-    with quiet(pipeline), recording(sampling.denoiser, recorder, sampling.seed(0)):
-        try:
-            sampling.run(0)
-            ticks.append(time.perf_counter())
-        except _EnoughError:
-            pass
-    _finish_recording(recorder)
-    users = Counter(leaf for row in recorder.rows for leaf in set(row.leaves))
-    size = {key: blob.nbytes for key, blob in recorder.blobs.items()}
-    # What one call alone shows is new in every row; what several rows share comes once per batch.
-    own_bytes = sum(size[key] for key, count in users.items() if count == 1) / len(recorder.rows)
-    batch_bytes = sum(size[key] for key, count in users.items() if count > 1)
-    calls = sampling.batches * sampling.steps
-    total_bytes = int(own_bytes * settings.samples + batch_bytes * sampling.batches)
-    per_batch_bytes = int(own_bytes * 2 * -(-settings.samples // sampling.batches) + batch_bytes)
-    return {
-        "rows": settings.samples,
-        "batches": sampling.batches,
-        "calls": calls,
-        "ram_bytes": min(total_bytes, settings.memory_bytes) + per_batch_bytes,
-        "disk_bytes": total_bytes,
-        "seconds": (ticks[-1] - ticks[-2]) * calls + (ticks[1] - ticks[0]) * sampling.batches,
-    }
-
-
-class _EnoughError(Exception):
-    """Breaks off the run of `estimate`."""
-
-
-def _sampling(
+def sampling_of(
     pipeline: Any,
     prompts: Sequence[str] | None,
     settings: CalibrationSettings,
     call_kwargs: Mapping[str, Any] | None,
 ) -> Sampling:
+    """The batches that a request samples; ValueError where prompts or arguments do not fit the pipeline."""
     return Sampling(
         pipeline,
         prompts,
@@ -331,7 +276,7 @@ def _sampling(
     )
 
 
-def _finish_recording(recorder: Recorder) -> None:
+def finish_recording(recorder: Recorder) -> None:
     """Cut to the limit; ValueError if nothing was recorded."""
     recorder.thin()
     if recorder.calls == 0:

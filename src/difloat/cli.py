@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from difloat.report import Record
@@ -93,7 +93,7 @@ def inspect(
 def quantize(
     source: Source,
     out: Annotated[Path, typer.Argument(help="Directory of the packed checkpoint and its report.")],
-    recipe: Annotated[str, typer.Option(help="lbfp, qdiffusion or rtn.")] = "lbfp",
+    recipe: Annotated[str, typer.Option(help="lbfp, fp4dit, qdiffusion, viditq, qdit or rtn.")] = "lbfp",
     bits: Annotated[
         str, typer.Option(help="Weight and activation bits, like w4a8; a16 leaves activations alone.")
     ] = "w4a8",
@@ -124,32 +124,57 @@ def quantize(
     ] = False,
 ) -> None:
     """Quantize a pipeline's denoiser, write the packed checkpoint and a report of what it cost."""
-    from difloat import calibration, recipes, study
-    from difloat.methods.posttraining import Bits
+    from difloat import api, calibration, recipes, study
+    from difloat.methods.task import Bits
 
     chosen = _options(option or [])
-    options = recipes.make_options(recipes.lookup(recipe), chosen)
-    width = Bits.parse(bits)
+    recipes.make_options(recipes.lookup(recipe), chosen)
+    Bits.parse(bits)
     if images == 1:
         raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
     _check_out(out, overwrite)
     pipeline = _pipeline(source)
+    api.check_model(api.denoiser(pipeline))
     texts = study.prompts_of(pipeline, source, prompts)
     guidance, call = study.call_of(source, guidance)
     settings = calibration.CalibrationSettings(
         samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
     )
-    console.print(
-        f"{recipe} {bits}{''.join(f', {key}={value}' for key, value in chosen.items())}: "
-        + study.estimate(pipeline, texts, settings, width.weight, options, call),
-        highlight=False,
-        soft_wrap=True,
-    )
+    _announce(pipeline, texts, settings, recipe, bits, chosen, call, table=dry_run)
     if dry_run:
         return
     sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=call)
     everything: dict[str, Any] = {"cache_dir": cache, "call_kwargs": call, **vars(settings), **chosen}
     _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
+
+
+def _announce(
+    pipeline: Any,
+    texts: list[str] | None,
+    settings: Any,
+    recipe: str,
+    bits: str,
+    chosen: dict[str, str],
+    call: dict[str, Any],
+    *,
+    table: bool,
+) -> None:
+    """Print what a run will take, and the plan by kinds of layers."""
+    from difloat import api, forecast, study
+
+    expected = forecast.forecast(
+        pipeline, api.denoiser(pipeline), texts, settings, recipe, bits, chosen, call
+    )
+    heading = f"{recipe} {bits}{''.join(f', {key}={value}' for key, value in chosen.items())}: "
+    console.print(heading + study.describe(expected, settings), highlight=False, soft_wrap=True)
+    if not table:
+        return
+    kinds = Table(
+        Column("first layer of its kind", overflow="fold"), "layers", "weights", "inputs, or why it stays"
+    )
+    for name, count, weights, inputs in expected.rows():
+        kinds.add_row(name, str(count), weights, inputs)
+    console.print(kinds)
 
 
 def _carry_out(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import difloat
 from difloat import api, calibration, evaluate, layers, recipes, record, reference_models
 from difloat.calibration import CalibrationSettings
 from difloat.evaluate import Evaluation, Generated
-from difloat.methods.adaround import RoundingSettings
+from difloat.forecast import Forecast
 from difloat.quantizer import Plan
 from difloat.report import Record
 
@@ -85,39 +84,20 @@ def call_of(source: str, guidance_scale: float | None) -> tuple[float | None, di
     return (default if guidance_scale is None else guidance_scale), own
 
 
-def estimate(
-    pipeline: Any,
-    prompts: Sequence[str] | None,
-    settings: CalibrationSettings,
-    weight_bits: int,
-    options: Any,
-    call_kwargs: Mapping[str, Any] | None = None,
-) -> str:
-    """What a run will take, in three lines for people, from two timed denoiser calls."""
-    module = api.denoiser(pipeline)
-    api._check_model(module)
-    need = calibration.estimate(pipeline, prompts, settings, call_kwargs=call_kwargs)
-    found, blocks = layers.quantizable(module), layers.blocks(module)
-    weights = sum(layer.weight.numel() for layer in found.values())
-    total = sum(parameter.numel() for parameter in module.parameters())
-    rest_bytes = sum(p.nbytes for p in module.parameters()) - sum(x.weight.nbytes for x in found.values())
-    packed_bytes = weights * weight_bits / 8 + rest_bytes
+def describe(forecast: Forecast, settings: CalibrationSettings) -> str:
+    """What a run will take, in lines for people."""
+    need = forecast.calibration
+    ram = forecast.float_bytes + forecast.packed_bytes + settings.memory_bytes + need["ram_bytes"]
+    taken = [(name, n) for name, n in forecast.counts.items() if name in forecast.trial.layers]
     lines = [
-        f"{len(found)} layers in {len(blocks)} blocks, {weights:,} weights: about {packed_bytes / 1e6:.2f} MB packed, "
-        f"{2 * total / 1e6:.2f} MB in 16 bits",
+        f"{sum(n for _, n in taken)} layers, {forecast.weights:,} weights: about {forecast.packed_bytes / 1e6:.2f} MB "
+        f"packed, {forecast.float_bytes / 1e6:.2f} MB as it is",
         f"calibration: {need['rows']:.0f} rows from {need['calls']:.0f} denoiser calls, about {need['seconds']:.0f} s, "
-        f"{need['ram_bytes'] / 1e6:.0f} MB RAM, {need['disk_bytes'] / 1e6:.0f} MB on disk if a cache is kept",
+        f"{need['disk_bytes'] / 1e6:.0f} MB on disk if a cache is kept",
+        f"search: about {forecast.search_s:.0f} s; learned rounding: about {forecast.rounding_s:.0f} s; "
+        f"in all about {forecast.seconds:.0f} s",
+        f"RAM: at most {ram / 1e6:.0f} MB for both denoisers and the activations of rows and blocks (--memory-mb)",
     ]
-    if weight_bits <= 4 and getattr(options, "rounding", "nearest") == "learned":
-        guided = 2 if "guidance_scale" in inspect.signature(pipeline.__call__).parameters else 1
-        row_s = need["seconds"] / need["calls"] / (settings.prompts_per_batch * guided)
-        # A step costs a forward and a backward pass (two forwards) of its block; all blocks together are the model.
-        # Besides, every block's inputs are made by the part of the model before it: half of it on average.
-        steps_s = 3 * row_s * RoundingSettings.rows * options.iterations
-        inputs_s = 0.5 * row_s * min(options.rounding_rows, settings.samples) * len(blocks)
-        lines.append(
-            f"learned rounding: {options.iterations} steps a block, about {steps_s + inputs_s:.0f} s"
-        )
     return "\n".join(lines)
 
 

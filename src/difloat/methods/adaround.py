@@ -17,8 +17,7 @@ from torch.func import functional_call
 
 from difloat.methods.assign import Draft
 from difloat.methods.observe import Call, select, tensors_of
-
-_GAMMA, _ZETA = -0.1, 1.1  # ends of the stretched sigmoid, arXiv:2004.10568 Eq. 23
+from difloat.methods.soft import SoftWeight
 
 
 @dataclass(frozen=True)
@@ -57,33 +56,6 @@ class Learned:
     error_learned: float
 
 
-class _Soft:
-    """The rounding variable of one layer."""
-
-    def __init__(self, draft: Draft, scale_aware: bool) -> None:
-        self.low, self.high, position = draft.grid_neighbours()
-        distance = self.high - self.low
-        self.unit = (
-            torch.where(distance > 0, distance, torch.ones_like(distance))
-            if scale_aware
-            else torch.ones_like(distance)
-        )
-        stretched = (position - _GAMMA) / (_ZETA - _GAMMA)
-        self.variable = (
-            torch.logit(stretched) * self.unit
-        ).requires_grad_()  # h(v) starts at the float weight
-
-    def share(self) -> Tensor:
-        """How far each weight is from `low` to `high`, 0 to 1."""
-        return (torch.sigmoid(self.variable / self.unit) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
-
-    def soft(self) -> Tensor:
-        return self.low + (self.high - self.low) * self.share()
-
-    def hard(self) -> Tensor:
-        return torch.where(self.variable.detach() >= 0, self.high, self.low)
-
-
 def learn_rounding(
     block: nn.Module,
     drafts: Mapping[str, Draft],
@@ -108,18 +80,16 @@ def learn_rounding(
         generator: Draws the rows of every step.
         on_step: Called after every step, for progress bars.
     """
-    soft = {name: _Soft(draft, settings.scale_aware) for name, draft in drafts.items()}
+    soft = {name: SoftWeight(draft, settings.scale_aware) for name, draft in drafts.items()}
     loss_of = _Reconstruction(block, inputs, targets, settings)
-    optimizer = torch.optim.Adam([s.variable for s in soft.values()], lr=settings.learning_rate)
+    optimizer = torch.optim.Adam([s.variable for s in soft.values()], lr=settings.learning_rate, fused=True)
     for iteration in range(settings.iterations):
         index = torch.randint(loss_of.count, (min(loss_of.rows, loss_of.count),), generator=generator)
-        loss = loss_of({name: s.soft() for name, s in soft.items()}, index)
         beta = _beta(iteration / settings.iterations, settings)
-        if beta is not None:
-            pull = sum((1 - (2 * s.share() - 1).abs().pow(beta)).sum() for s in soft.values())
-            loss = loss + settings.regularization * pull
+        for each in soft.values():
+            each.pull = None if beta is None else (settings.regularization, beta)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss_of({name: s.soft() for name, s in soft.items()}, index).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         on_step()
     hard = {name: s.hard() for name, s in soft.items()}
@@ -158,7 +128,8 @@ class _Reconstruction:
 
     def __call__(self, weights: Mapping[str, Tensor], index: Tensor) -> Tensor:
         args, kwargs = select(self.inputs, self.count, index)
-        parameters = {f"{name}.weight" if name else "weight": weight for name, weight in weights.items()}
+        named = {f"{name}.weight" if name else "weight": weight for name, weight in weights.items()}
+        parameters = {name: w.to(self.block.get_parameter(name).dtype) for name, w in named.items()}
         with torch.autocast(self.targets[0].device.type, torch.bfloat16, enabled=self.half):
             outputs = tensors_of(functional_call(self.block, parameters, args, kwargs))
         return sum(  # type: ignore[return-value]

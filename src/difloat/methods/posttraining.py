@@ -77,9 +77,10 @@ def run(
             "model must have linear or convolution layers to quantize, got none; is it quantized already?"
         )
     seen = observe.trace(task.model, task.calibration.batch(task.calibration.stratified(2, generator)))
-    decided = {name: rules_for(name, seen) for name in seen.order}
+    wished = [name for name in seen.order if task.only is None or name in task.only]
+    decided = {name: rules_for(name, seen) for name in wished}
     rules = {name: rule for name, rule in decided.items() if not isinstance(rule, str)}
-    skipped = {name: "not called by the forward pass" for name in candidates if name not in decided}
+    skipped = {name: "not called by the forward pass" for name in candidates if name not in seen.order}
     skipped |= {name: reason for name, reason in decided.items() if isinstance(reason, str)}
     if not rules:
         raise ValueError(

@@ -74,7 +74,7 @@ def plan(task: Task, options: Options) -> Outcome:
 
     def rules(name: str, seen: Trace) -> LayerRules | str:
         if name not in inside and options.outside == "keep":
-            return "outside of the blocks (FP4DiT keeps embedders and the final projection)"
+            return "outside of the blocks"
         weight_bits = task.bits.weight if name in inside else 8
         clips = CLIPS if options.weight_format == "search" else MIN_MAX
         found = _weight_formats(weight_bits, name in seen.before_gelu, task.pipeline, options)

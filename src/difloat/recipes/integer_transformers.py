@@ -25,7 +25,7 @@ from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Smoothing, Task
 from difloat.specs import Granularity
 
-KEPT = "outside of the blocks (embedders and the final projection are kept)"
+KEPT = "outside of the blocks"  # embedders and the final projection
 SMALLEST = 1e-5  # largest magnitudes below this (dead channels) count as this
 
 

@@ -1,0 +1,204 @@
+"""What a run will take, found by trying a little of it: two denoiser calls, and the recipe on one block of every kind."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from difloat import layers, recipes
+from difloat.calibration import Calibration, CalibrationSettings, finish_recording, sampling_of
+from difloat.calls import Recorder, recording
+from difloat.methods.task import Bits, Sequencing, Task
+from difloat.quantizer import Plan
+from difloat.sampling import quiet
+from difloat.shelf import Shelf
+
+_TRIAL_STEPS = (2, 6)  # two lengths tell the cost of a step from the cost of a block
+_PASSES = 4  # over all rows: full precision, quantized, and the block errors before and after
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take.
+
+    Attributes:
+        calibration: See `probe`.
+        trial: Plan of the layers that were tried.
+        counts: By name of a tried layer, how many of its kind there are.
+        weights: In all layers that will be quantized.
+        float_bytes: Of the denoiser as it is.
+        packed_bytes: Of the denoiser as it will be.
+        search_s: Search over weights, and over activations where they are static.
+        rounding_s: Learned rounding of all blocks, its forward passes included; 0 without.
+    """
+
+    calibration: Mapping[str, float]
+    trial: Plan
+    counts: Mapping[str, int]
+    weights: int
+    float_bytes: int
+    packed_bytes: float
+    search_s: float
+    rounding_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, from the first calibration call to the plan."""
+        return self.calibration["seconds"] + self.search_s + self.rounding_s
+
+    def rows(self) -> list[tuple[str, int, str, str]]:
+        """The plan by kinds of layers: first layer of the kind, how many, weight grid, input grid or the reason to skip."""
+        result = []
+        for name, count in self.counts.items():
+            if name in self.trial.skipped:
+                result.append((name, count, "-", self.trial.skipped[name]))
+                continue
+            part = self.trial.layers[name].parts[0]
+            spec = part.weight
+            size = f" per {spec.group_size}" if spec.group_size else f" per {spec.granularity}"
+            taken, way = part.activation, "-"
+            if taken is not None:
+                found = "online" if taken.online else "static"
+                way = f"{taken.format.name} {found} per {taken.granularity}"
+            result.append((name, count, spec.format.name + size, way))
+        return result
+
+
+def probe(
+    pipeline: Any,
+    prompts: Sequence[str] | None,
+    settings: CalibrationSettings,
+    *,
+    call_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, float], Calibration]:
+    """What `collect` will need, from two timed denoiser calls of a run that is then broken off, and the rows of these calls.
+
+    Returns:
+        `rows`, `batches` (pipeline runs), `calls` (denoiser calls), `ram_bytes` (peak of the rows held),
+        `disk_bytes` (of the cache, or of the temporary files above the budget), `seconds`, and `row_seconds` (of the
+        denoiser, per row). The rows are held in RAM.
+    """
+    sampling = sampling_of(pipeline, prompts, settings, call_kwargs)
+    ticks = [time.perf_counter()]
+
+    def tick() -> None:
+        if sampling.device.type == "cuda":
+            torch.cuda.synchronize(sampling.device)
+        ticks.append(time.perf_counter())
+        if len(ticks) == 4:
+            raise _Enough
+
+    everything = 1 << 30
+    recorder = Recorder(sampling.denoiser, everything, torch.Generator().manual_seed(0), on_call=tick)
+    with quiet(pipeline), recording(sampling.denoiser, recorder, sampling.seed(0)):
+        try:
+            sampling.run(0)
+            ticks.append(time.perf_counter())
+        except _Enough:
+            pass
+    finish_recording(recorder)
+    users = Counter(leaf for row in recorder.rows for leaf in set(row.leaves))
+    size = {key: blob.nbytes for key, blob in recorder.blobs.items()}
+    # What one call alone shows is new in every row; what several rows share comes once per batch.
+    own_bytes = sum(size[key] for key, count in users.items() if count == 1) / len(recorder.rows)
+    batch_bytes = sum(size[key] for key, count in users.items() if count > 1)
+    calls = sampling.batches * sampling.steps
+    total_bytes = int(own_bytes * settings.samples + batch_bytes * sampling.batches)
+    per_batch_bytes = int(own_bytes * 2 * -(-settings.samples // sampling.batches) + batch_bytes)
+    shelf = Shelf(None, everything, {})
+    shelf.put("probe", recorder.rows, recorder.blobs)
+    rows_per_call = len(recorder.rows) / recorder.calls
+    need = {
+        "rows": settings.samples,
+        "batches": sampling.batches,
+        "calls": calls,
+        "ram_bytes": min(total_bytes, settings.memory_bytes) + per_batch_bytes,
+        "disk_bytes": total_bytes,
+        "seconds": (ticks[-1] - ticks[-2]) * calls + (ticks[1] - ticks[0]) * sampling.batches,
+        "row_seconds": (ticks[-1] - ticks[-2]) / rows_per_call,
+    }
+    return need, Calibration(shelf.rows, shelf, sampling.device)
+
+
+class _Enough(Exception):
+    """Breaks off the run of `estimate`."""
+
+
+def forecast(
+    pipeline: Any,
+    module: nn.Module,
+    prompts: Sequence[str] | None,
+    settings: CalibrationSettings,
+    recipe: str,
+    bits: str,
+    options: Mapping[str, Any],
+    call_kwargs: Mapping[str, Any] | None = None,
+) -> Forecast:
+    """Try a little of a run and extrapolate; nothing is changed.
+
+    Args:
+        pipeline: What calibration samples with.
+        module: Its denoiser.
+        prompts: Of calibration.
+        settings: Of calibration.
+        recipe: Name of the recipe.
+        bits: Like "w4a8".
+        options: Of the recipe.
+        call_kwargs: Further arguments of the pipeline's call.
+    """
+    need, rows = probe(pipeline, prompts, settings, call_kwargs=call_kwargs)
+    counts = _alike(module)
+    name, parsed = type(pipeline).__name__, Bits.parse(bits)
+    task = Task(
+        module, rows, parsed, settings.seed, False, None, settings.memory_bytes, name, frozenset(counts)
+    )
+    made = recipes.make_options(recipes.lookup(recipe), options)
+    learns = getattr(made, "rounding", "nearest") == "learned" and parsed.weight <= 4
+    lengths = [{**options, "iterations": steps} for steps in _TRIAL_STEPS] if learns else [options]
+    plans = [recipes.plan(task, recipe, bits, each) for each in lengths]
+    plan = plans[0]
+    sizes = {name: layers.weight_of(module, name).numel() for name in plan.layers}
+    weights = sum(size * counts[name] for name, size in sizes.items())
+    search_s = plan.measured["seconds"]["search weights"] * weights / sum(sizes.values())
+    if any("input_scale" in layer.tensors for layer in plan.layers.values()):
+        search_s += need["row_seconds"] * min(Sequencing.activation_rows, settings.samples)
+    packed_bytes = sum(layer.nbytes * counts[name] for name, layer in plan.layers.items())
+    float_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
+    of_layers = sum(layers.weight_of(module, name).nbytes * counts[name] for name in plan.layers)
+    used = min(getattr(made, "rounding_rows", 0), settings.samples)
+    return Forecast(
+        need,
+        plan,
+        counts,
+        weights,
+        float_bytes,
+        float_bytes - of_layers + packed_bytes,
+        search_s,
+        _learning_s(plans, counts, made.iterations) + _PASSES * used * need["row_seconds"] if learns else 0.0,
+    )
+
+
+def _alike(module: nn.Module) -> dict[str, int]:
+    """The layers of one block of every kind, and how many blocks of the model are of that kind."""
+    kinds: dict[tuple[Any, ...], list[list[str]]] = {}
+    for unit, members in layers.blocks(module).items():
+        shapes = [(name.removeprefix(unit), tuple(layers.weight_of(module, name).shape)) for name in members]
+        kinds.setdefault(tuple(shapes), []).append(members)
+    return {name: len(units) for units in kinds.values() for name in units[0]}
+
+
+def _learning_s(plans: Sequence[Plan], counts: Mapping[str, int], iterations: int) -> float:
+    """Seconds of all steps of all blocks, from two trials of different length."""
+    first, second = (plan.measured["blocks"] for plan in plans)
+    steps = _TRIAL_STEPS[1] - _TRIAL_STEPS[0]
+    total = 0.0
+    for unit in first:
+        count = next(n for name, n in counts.items() if name == unit or name.startswith(unit + "."))
+        total += max(0.0, second[unit]["seconds"] - first[unit]["seconds"]) / steps * count
+    return total * iterations
