@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -117,3 +118,24 @@ def test_select_takes_rows_of_batched_arguments_only() -> None:
         ((torch.arange(6.0).reshape(3, 2),), {"x": shared, "n": None}), 3, torch.tensor([2])
     )
     assert args[0].tolist() == [[4.0, 5.0]] and kwargs["x"] is shared and kwargs["n"] is None
+
+
+def test_token_ranges_are_quantiles_over_tokens_by_timestep() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.conv = nn.Linear(3, 3), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.linear(x).transpose(1, 2)[..., None] * 0 + x.transpose(1, 2)[..., None])
+
+    calls = {float(t): ((t * torch.tensor([[[1.0, -2, 0], [0, 0, 4], [-8, 1, 1]]]),), {}) for t in (1, 10)}
+    found = observe.token_ranges(Two(), ["linear", "conv"], calls)
+    for name in ("linear", "conv"):
+        assert found[name][1.0] == pytest.approx([2.0, 2.4, 4.0, 7.2, 8.0])
+        assert found[name][10.0] == pytest.approx([20.0, 24.0, 40.0, 72.0, 80.0])
+    assert observe.channel_maxima(Two(), ["linear", "conv"], list(calls.values()))["conv"].tolist() == [
+        80,
+        20,
+        40,
+    ]

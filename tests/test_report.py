@@ -94,6 +94,7 @@ def _record(**changes) -> report.Record:
             "high": [0.002, 0.02, 0.2],
         },
         histograms=[report.Histogram("blocks.0.proj", [-1.0, 0.0, 1.0], [3, 5], [-0.5, 0.0, 0.5], "weight")],
+        ranges=[report.TokenRanges("blocks.1.ff", [900.0, 100.0], [[0.0, 1, 2, 3, 40], [1.0, 2, 3, 4, 9]])],
         timings=[("search", 1.5), ("learned rounding", 133.0)],
         peak_memory_bytes=1_000_000_000,
     )
@@ -215,6 +216,7 @@ def test_almost_empty_record_renders(tmp_path):
         seeds=[],
         trajectory=None,
         histograms=[],
+        ranges=[],
         timings=[],
         options={},
     )

@@ -132,6 +132,31 @@ def trajectory(
     return _svg(draw, (12.4, 3.3), "trajectory")
 
 
+def ranges(timesteps: Sequence[float], quantiles: Sequence[Sequence[float]], salt: str) -> Markup:
+    """How the ranges of a layer's tokens lie along the trajectory: bands from all tokens to the middle 80 %, and the median.
+
+    Args:
+        timesteps: In the sampler's order.
+        quantiles: For each the smallest, 10 %, median, 90 % and largest range of a token.
+        salt: Makes the element's ids differ from those of other figures of the page.
+    """
+    smallest, low, middle, high, largest = np.maximum(np.array(quantiles, dtype=float).T, 1e-12)
+    steps = list(range(1, len(timesteps) + 1))
+
+    def draw(axes: Axes) -> None:
+        axes.fill_between(steps, smallest, largest, color=_INK, alpha=0.15, linewidth=0)
+        axes.fill_between(steps, low, high, color=_QUANTIZED, alpha=0.3, linewidth=0)
+        axes.plot(steps, middle, color=_QUANTIZED, linewidth=1.6)
+        axes.axhline(float(largest.max()), color=_GRID, linewidth=1.2)
+        axes.set_yscale("log")
+        shown = steps[:: max(1, math.ceil(len(steps) / 5))]
+        axes.set_xticks(shown, [f"{timesteps[step - 1]:g}" for step in shown])
+        axes.set_xlabel("timestep")
+        axes.minorticks_off()
+
+    return _svg(draw, (4.6, 2.3), salt)
+
+
 def _svg(draw: Callable[[Axes], None], size_inches: tuple[float, float], salt: str) -> Markup:
     """What `draw` puts on axes, as an SVG element without title or description."""
     from markupsafe import Markup

@@ -176,6 +176,10 @@ def build(
         seeds=list(seeds),
         trajectory=_trajectory(evaluation),
         histograms=worst_histograms(model, plan, rows),
+        ranges=[
+            report.TokenRanges(layer, list(found), list(found.values()))
+            for layer, found in plan.measured.get("ranges", {}).items()
+        ],
         timings=[*plan.measured.get("seconds", {}).items(), *(timings or {}).items()],
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),

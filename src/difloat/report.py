@@ -68,6 +68,15 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class TokenRanges:
+    """How far the tokens of a layer's input reach: `quantiles` (smallest, 10 %, median, 90 %, largest) per timestep."""
+
+    layer: str
+    timesteps: list[float]
+    quantiles: list[list[float]]
+
+
+@dataclass(frozen=True)
 class Record:
     """Everything the report shows but the pictures; plain data that survives JSON.
 
@@ -100,6 +109,7 @@ class Record:
     seeds: list[int] = field(default_factory=list)
     trajectory: dict[str, list[float]] | None = None
     histograms: list[Histogram] = field(default_factory=list)
+    ranges: list[TokenRanges] = field(default_factory=list)
     timings: list[tuple[str, float]] = field(default_factory=list)
     peak_memory_bytes: int | None = None
 
@@ -130,6 +140,7 @@ def record_from_json(text: str) -> Record:
         data = json.loads(text, object_hook=lambda d: float(d["float"]) if d.keys() == {"float"} else d)
         data["layers"] = [LayerRow(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
         data["histograms"] = [Histogram(**histogram) for histogram in data["histograms"]]
+        data["ranges"] = [TokenRanges(**ranges) for ranges in data["ranges"]]
         data["skipped"] = [tuple(row) for row in data["skipped"]]
         data["timings"] = [tuple(row) for row in data["timings"]]
         return Record(**data)
@@ -257,6 +268,10 @@ def _page(record: Record, reference: np.ndarray, quantized: np.ndarray) -> str:
         zeros=_mean_zeros(record.layers, "zeros"),
         zeros_before=_mean_zeros(record.layers, "zeros_before"),
         histograms=list(zip(record.histograms, curves, strict=True)),
+        ranges=[
+            (r.layer, figures.ranges(r.timesteps, r.quantiles, f"ranges-{i}"))
+            for i, r in enumerate(record.ranges)
+        ],
         trajectory=figures.trajectory(**record.trajectory) if record.trajectory else None,
         reasons=_by_reason(record.skipped),
     )

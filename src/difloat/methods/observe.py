@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from difloat.layers import quantizable
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Functions that mix channels: what a tensor was concatenated from is no longer true of their result.
+_RANGE_TOKENS = 1 << 16  # of one input that quantiles are taken over
 _MIXING = ("conv", "linear", "matmul", "bmm", "einsum", "attention", "softmax", "mm")
 
 
@@ -165,6 +166,41 @@ def channel_maxima(model: nn.Module, names: Sequence[str], calls: Sequence[Call]
     handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
     with removed(handles), torch.no_grad():
         for args, kwargs in calls:
+            model(*args, **kwargs)
+    return found
+
+
+SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)  # of the tokens, whose ranges `token_ranges` gives
+
+
+def token_ranges(
+    model: nn.Module, names: Sequence[str], calls: Mapping[float, Call]
+) -> dict[str, dict[float, list[float]]]:
+    """How far the tokens of a layer's input reach, by timestep: why one stored scale may not fit them all.
+
+    Args:
+        model: The float denoiser.
+        names: Layers.
+        calls: One call for every timestep.
+
+    Returns:
+        By layer and timestep the `SHARES` quantiles, over tokens (pixels), of the largest magnitude in a token.
+    """
+    found: dict[str, dict[float, list[float]]] = {name: {} for name in names}
+    now = 0.0
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            largest = inputs[0].abs().amax(1 if isinstance(module, nn.Conv2d) else -1).float().flatten()
+            some = largest[:: len(largest) // _RANGE_TOKENS + 1]
+            found[name][now] = some.quantile(torch.tensor(SHARES, device=some.device)).tolist()
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    with removed(handles), torch.no_grad():
+        for timestep, (args, kwargs) in calls.items():
+            now = timestep
             model(*args, **kwargs)
     return found
 

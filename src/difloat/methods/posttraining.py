@@ -36,6 +36,9 @@ __all__ = [
 ]
 
 
+_RANGE_TIMESTEPS, _RANGE_LAYERS = 20, 4  # shown in reports
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Layers, attention and reasons for a plan, and what was measured on the way."""
@@ -102,7 +105,24 @@ def run(
         calls = task.calls(rows, seen.row_bytes)
         plans = search_inputs(twin, calls, plans, wanted, generator)
     timed = any(plan.schedule for plan in plans.values())
+    if wanted and task.only is None:
+        measured["ranges"] = _widest_ranges(task, list(wanted))
     return Outcome(plans, skipped, measured, entries, timestep_grid(task) if timed else ())
+
+
+def _widest_ranges(task: Task, names: list[str]) -> dict[str, dict[float, list[float]]]:
+    """Ranges by token and timestep of the inputs where the largest is furthest above the typical."""
+    first = {timestep: row for row, timestep in reversed(list(enumerate(task.calibration.timesteps)))}
+    grid = sorted(first, reverse=True)
+    shown = grid[:: -(-len(grid) // _RANGE_TIMESTEPS)]
+    calls = {timestep: task.calibration.batch([first[timestep]]) for timestep in shown}
+    found = observe.token_ranges(task.model, names, calls)
+
+    def spread(name: str) -> float:
+        table = torch.tensor(list(found[name].values()))
+        return float(table.max() / table[:, len(observe.SHARES) // 2].median().clamp_min(1e-12))
+
+    return {name: found[name] for name in sorted(names, key=spread, reverse=True)[:_RANGE_LAYERS]}
 
 
 @contextmanager
