@@ -136,9 +136,10 @@ def draft_inputs(draft: Draft, x: Tensor, rule: Rule, generator: torch.Generator
     parts: list[Part] = []
     scales: list[Tensor | None] = []
     zeros: list[Tensor | None] = []
-    for piece, part in zip(
-        x.detach().split([p.channels for p in draft.parts], dim=axis), draft.parts, strict=True
-    ):
+    channels = [part.channels for part in draft.parts]
+    # A grouped convolution reads more channels than each row of its weight has; it is never cut into parts.
+    pieces = [x.detach()] if len(channels) == 1 else x.detach().split(channels, dim=axis)
+    for piece, part in zip(pieces, draft.parts, strict=True):
         if rule.online:
             parts.append(replace(part, activation=rule.spec(rule.formats[0])))
             scales.append(None)
