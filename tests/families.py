@@ -1,47 +1,17 @@
-"""Every supported family as its stock pipeline, tiny, with random weights, and what its denoiser is expected to show.
+"""Every supported family as its stock pipeline, tiny, with random weights.
 
 Built from the real diffusers configuration classes with 8x8 latents and two or three blocks; text encoders and tokenizers
-are real classes too, made without any download. `FAMILIES` is the table that the tests run over.
+are real classes too, made without any download. `family_table.py` says what is expected of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from tiny import PROMPTS, tiny_clip, tiny_pixart, tiny_t5, tiny_tokenizer, tiny_unet, tiny_vae
-
-
-@dataclass(frozen=True)
-class Family:
-    """One family.
-
-    Attributes:
-        build: Makes the float pipeline.
-        conditions: Prompts or classes of four pictures; None for an unconditional pipeline.
-        call: Arguments of the pipeline's call that its tiny size needs.
-        unit: What the denoiser is given for one timestep of the scheduler.
-        unconditional: Which part of the calibration rows has no condition; None without classifier-free guidance.
-        blocks: Names of the blocks with several layers, in order.
-        splits: Layers that read a concatenation of features, and the channels of its pieces.
-        first: Layers that read the sample.
-        last: The layer called last.
-        uncalled: Layers whose weight is read without calling them.
-    """
-
-    build: Callable[[], Any]
-    blocks: tuple[str, ...]
-    last: str
-    first: str
-    conditions: list[Any] | None = field(default_factory=lambda: PROMPTS[:4])
-    call: Mapping[str, Any] = field(default_factory=dict)
-    unit: float = 1.0
-    unconditional: int | None = 0
-    splits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    uncalled: tuple[str, ...] = ()
+from tiny import tiny_clip, tiny_pixart, tiny_t5, tiny_tokenizer, tiny_unet, tiny_vae
 
 
 def seeded(make: Callable[[], Any]) -> Any:
@@ -225,10 +195,17 @@ def dit() -> Any:
 
     transformer = seeded(
         lambda: DiTTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            sample_size=8,
         )
     )
-    return DiTPipeline(transformer=transformer.eval(), vae=tiny_vae(), scheduler=DDIMScheduler(clip_sample=False))
+    return DiTPipeline(
+        transformer=transformer.eval(), vae=tiny_vae(), scheduler=DDIMScheduler(clip_sample=False)
+    )
 
 
 def sana() -> Any:

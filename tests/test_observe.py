@@ -92,6 +92,19 @@ def test_select_takes_rows_of_batched_arguments_only() -> None:
     assert args[0].tolist() == [[4.0, 5.0]] and kwargs["x"] is shared and kwargs["n"] is None
 
 
+def test_a_position_table_as_long_as_the_batch_is_shared() -> None:
+    def call(start: float) -> observe.Call:
+        rows = torch.arange(start, start + 3)[:, None]
+        return (), {"hidden_states": rows, "image_rotary_emb": (torch.arange(3.0), torch.ones(3, 2))}
+
+    merged = observe.merge([call(0.0), call(3.0)], [3, 3])
+    assert merged[1]["hidden_states"].flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert merged[1]["image_rotary_emb"][0].tolist() == [0, 1, 2]
+    _, picked = observe.select(call(0.0), 3, torch.tensor([2, 0]))
+    assert picked["hidden_states"].flatten().tolist() == [2, 0]
+    assert picked["image_rotary_emb"][0].tolist() == [0, 1, 2]
+
+
 def test_a_block_that_is_not_reached_is_named() -> None:
     with pytest.raises(ValueError, match="'unused'"):
         observe.inputs_of(LongSkip(), "unused", [call()])
