@@ -144,11 +144,14 @@ class _Reconstruction:
         self.block, self.inputs, self.targets, self.rows = block, inputs, targets, rows
         self.count = targets[0].shape[0]
         self.weights = [_channels(target) / target.square().mean().clamp_min(1e-12) for target in targets]
+        # No gradients in the user's model. They would cost time and memory, and torch 2.13 crashes on the CPU when it
+        # makes those of a GroupNorm whose channels-last input needs none.
+        self.fixed = {name: parameter.detach() for name, parameter in block.named_parameters()}
 
     def __call__(self, weights: Mapping[str, Tensor], index: Tensor) -> Tensor:
         args, kwargs = select(self.inputs, self.count, index)
         parameters = {f"{name}.weight" if name else "weight": weight for name, weight in weights.items()}
-        outputs = tensors_of(functional_call(self.block, parameters, args, kwargs))
+        outputs = tensors_of(functional_call(self.block, self.fixed | parameters, args, kwargs))
         return sum(  # type: ignore[return-value]
             (output - target[index]).square().mean() * weight
             for output, target, weight in zip(outputs, self.targets, self.weights, strict=True)
