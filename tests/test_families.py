@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    PixArtTransformer2DModel,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 
 import difloat
@@ -230,6 +237,33 @@ def test_a_distilled_guidance_embedding_is_part_of_the_row() -> None:
     rows = collect(pipeline, PROMPTS, settings, progress=False)
     assert rows.batch(range(12))[1]["timestep_cond"].shape == (12, 8)
     assert rows.describe()["parts"] == {0: 12} and set(rows.timesteps) == {501.0, 1.0}
+
+
+def test_size_conditions_are_no_skip_concatenation() -> None:
+    config = {"use_additional_conditions": True, "attention_head_dim": 12, "cross_attention_dim": 24}
+    model = PixArtTransformer2DModel.from_config(
+        calibrated("pixart-alpha")[0].transformer.config, **config
+    ).eval()
+    sizes = {"resolution": torch.tensor([[64.0, 64.0]] * 2), "aspect_ratio": torch.ones(2, 1)}
+    call = {
+        "encoder_hidden_states": torch.randn(2, 3, 16),
+        "timestep": torch.tensor([1, 2]),
+        "added_cond_kwargs": sizes,
+    }
+    seen = observe.trace(model, ((torch.randn(2, 4, 8, 8),), call))
+    assert "adaln_single.emb.resolution_embedder.linear_1" in seen.order and not seen.splits
+
+
+def test_a_sampler_may_be_given_one_timestep_per_picture() -> None:
+    parts = families.sana().components
+    config = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
+    parts["transformer"] = SanaTransformer2DModel.from_config(parts["transformer"].config, **config).eval()
+    pipeline = SanaSprintPipeline(**{**parts, "scheduler": SCMScheduler()})
+    call = FAMILIES["sana"].call
+    rows = collect(pipeline, PROMPTS, CalibrationSettings(**SIZES), progress=False, call_kwargs=call)
+    assert rows.describe()["parts"] == {0: 12} and rows.batch([0, 11])[1]["guidance"].shape == (2,)
+    drawn = draw(pipeline, FAMILIES["sana"])
+    assert drawn.timesteps == pytest.approx(pipeline.scheduler.timesteps[:2].tolist())
 
 
 def test_a_depthwise_convolution_is_quantized_over_all_its_channels() -> None:

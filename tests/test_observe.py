@@ -43,6 +43,20 @@ def test_trace_finds_order_edges_and_concatenations_through_norms() -> None:
     assert seen.first == ["head"] and seen.last == "tail"
 
 
+def test_a_concatenation_added_to_another_result_is_none() -> None:
+    class Summed(LongSkip):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            h = self.head(x)
+            both = torch.cat([h, self.middle(h)], dim=-1)
+            return self.tail(both * 2 if self.apart else both + self.full(x))
+
+    model = Summed()
+    model.full, model.apart = nn.Linear(4, 10), False
+    assert observe.trace(model, call()).splits == {}
+    model.apart = True
+    assert observe.trace(model, call()).splits == {"tail": (6, 4)}
+
+
 def test_trace_of_real_models() -> None:
     unet = tiny_unet().unet
     sample = torch.randn(2, unet.config.in_channels, 8, 8)

@@ -199,7 +199,8 @@ def _recorded_steps(scheduler: Any, *, keep_states: bool) -> Iterator[tuple[list
     @functools.wraps(original)  # pipelines read the signature of step to see which arguments it takes
     def step(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        timesteps.append(float(signature.bind(*args, **kwargs).arguments["timestep"]))
+        timestep = signature.bind(*args, **kwargs).arguments["timestep"]  # a number, or one for every picture
+        timesteps.append(float(torch.as_tensor(timestep).flatten()[0]))
         if keep_states:
             states.append(result[0].detach().to("cpu", copy=True))
         return result

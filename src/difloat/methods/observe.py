@@ -71,15 +71,18 @@ class _Lineage(TorchFunctionMode):
             if all(source in self.from_layer for source in sources):
                 self.pieces[target] = (axis, tuple(source.shape[axis] for source in sources))
         elif not any(word in name for word in _MIXING):
-            for source in sources:
-                if source in self.pieces and source.shape == target.shape:
-                    self.pieces[target] = self.pieces[source]
+            full = [source for source in sources if source.shape == target.shape]
+            kept = [self.pieces[source] for source in full if source in self.pieces]
+            # Added to another layer's result it is a concatenation no more (PixArt's size conditions in its time embedding).
+            alone = all(source in self.pieces or source not in self.from_layer for source in full)
+            if kept and alone:
+                self.pieces[target] = kept[0]
 
 
 def trace(model: nn.Module, call: Call) -> Trace:
     """Run `call` once and see what the layers are fed.
 
-    Concatenations are followed through everything that keeps channels apart (norms, activations, sums), so the
+    Concatenations are followed through everything that keeps channels apart (norms, activations, scales), so the
     skip concatenations of any U-Net or long-skip transformer are found without knowing its class.
 
     Args:
