@@ -116,3 +116,19 @@ def test_input_search_keeps_the_extremes_of_large_inputs() -> None:
 
 def test_relative_error() -> None:
     assert relative_error([torch.tensor([3.0])], [torch.tensor([2.0])]) == pytest.approx(0.25)
+
+
+def test_nothing_but_rounding_gets_a_gradient() -> None:
+    block = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 8), nn.SiLU(), nn.Linear(8, 24))
+    rows = torch.randn(6, 24, generator=torch.Generator().manual_seed(1))
+    made = draft_layer(block[1].weight, [24], Rule((formats.parse("e2m1"),), "channel"))
+    learned = learn_rounding(
+        block,
+        {"1": made},
+        ((rows,), {}),
+        [block(rows).detach()],
+        RoundingSettings(iterations=3),
+        torch.Generator(),
+    )
+    assert set(learned.weights) == {"1"}
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in block.parameters())

@@ -44,6 +44,20 @@ def test_trace_finds_order_edges_and_concatenations_through_norms() -> None:
     assert seen.first == ["head"] and seen.last == "tail"
 
 
+def test_a_concatenation_added_to_another_result_is_none() -> None:
+    class Summed(LongSkip):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            h = self.head(x)
+            both = torch.cat([h, self.middle(h)], dim=-1)
+            return self.tail(both * 2 if self.apart else both + self.full(x))
+
+    model = Summed()
+    model.full, model.apart = nn.Linear(4, 10), False
+    assert observe.trace(model, call()).splits == {}
+    model.apart = True
+    assert observe.trace(model, call()).splits == {"tail": (6, 4)}
+
+
 def test_trace_of_real_models() -> None:
     unet = tiny_unet().unet
     sample = torch.randn(2, unet.config.in_channels, 8, 8)
@@ -139,3 +153,16 @@ def test_token_ranges_are_quantiles_over_tokens_by_timestep() -> None:
         20,
         40,
     ]
+
+
+def test_a_position_table_as_long_as_the_batch_is_shared() -> None:
+    def call(start: float) -> observe.Call:
+        rows = torch.arange(start, start + 3)[:, None]
+        return (), {"hidden_states": rows, "image_rotary_emb": (torch.arange(3.0), torch.ones(3, 2))}
+
+    merged = observe.merge([call(0.0), call(3.0)], [3, 3])
+    assert merged[1]["hidden_states"].flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert merged[1]["image_rotary_emb"][0].tolist() == [0, 1, 2]
+    _, picked = observe.select(call(0.0), 3, torch.tensor([2, 0]))
+    assert picked["hidden_states"].flatten().tolist() == [2, 0]
+    assert picked["image_rotary_emb"][0].tolist() == [0, 1, 2]

@@ -46,20 +46,56 @@ def tiny_tokenizer(max_length: int = 12):
     )
 
 
-def tiny_vae(seed: int = 0):
-    """`AutoencoderKL`, factor 2, 4 latent channels."""
+def tiny_vae(seed: int = 0, levels: int = 2, **config):
+    """`AutoencoderKL`, factor 2 per level after the first, 4 latent channels."""
     from diffusers import AutoencoderKL
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8,) * levels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
             latent_channels=4,
             norm_num_groups=4,
-            sample_size=16,
+            sample_size=8 * 2 ** (levels - 1),
+            **config,
         ).eval()
+
+
+def tiny_t5(tokenizer, width: int = 16):
+    """`T5EncoderModel` of one layer for `tokenizer`, with weights from the global random state."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        pad_token_id=0,
+    )
+    return T5EncoderModel(config).eval()
+
+
+def tiny_clip(tokenizer, projection: bool = False):
+    """CLIP text encoder of one layer and width 16 for `tokenizer`, with weights from the global random state."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
 def tiny_pixart(seed: int = 0):
@@ -68,22 +104,11 @@ def tiny_pixart(seed: int = 0):
     Call it with `use_resolution_binning=False`: PixArt bins only its published sizes.
     """
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
-    from transformers import T5Config, T5EncoderModel
 
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder = T5EncoderModel(
-            T5Config(
-                vocab_size=len(tokenizer),
-                d_model=16,
-                d_kv=8,
-                d_ff=32,
-                num_layers=1,
-                num_heads=2,
-                pad_token_id=0,
-            )
-        ).eval()
+        text_encoder = tiny_t5(tokenizer)
         transformer = PixArtTransformer2DModel(
             num_attention_heads=2,
             attention_head_dim=16,
@@ -111,25 +136,11 @@ def tiny_unet(seed: int = 0):
     Self- and cross-attention, GEGLU, convolutions, time embedding as in Stable Diffusion; 8x8 latents, DDIM.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=32,
-                projection_dim=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=tokenizer.model_max_length,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=1,
-            )
-        ).eval()
+        text_encoder = tiny_clip(tokenizer)
         unet = UNet2DConditionModel(
             sample_size=8,
             in_channels=4,

@@ -130,6 +130,11 @@ class Recorder:
         if self._on_call is not None:
             self._on_call()
 
+    @property
+    def calls_per_step(self) -> int:
+        """Calls with the first timestep: 2 where guidance calls the denoiser twice per step instead of a double batch."""
+        return next(iter(self._seen.values()))
+
     def _capacity(self) -> int:
         return max(self._limit, min(len({row.timestep for row in self.rows}), MAX_TIMESTEPS))
 
@@ -291,9 +296,9 @@ def merge(rows: Sequence[Row], read: Callable[[str], Tensor]) -> tuple[tuple[Any
     template = json.loads(rows[0].template)
     for row in rows:
         if row.template != rows[0].template:
-            other = json.loads(row.template)
-            names = [n for n, node in template["arguments"].items() if other["arguments"].get(n) != node]
-            _refuse_merge(f"different values or structure of {names or list(other['arguments'])}")
+            mine, other = template["arguments"], json.loads(row.template)["arguments"]
+            names = [name for name in mine | other if mine.get(name) != other.get(name)]
+            _refuse_merge(f"different values or structure of {names or list(other)}")
     tensors = []
     for leaf, split in enumerate(template["per_row"]):
         keys = [row.leaves[leaf] for row in rows]

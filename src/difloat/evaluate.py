@@ -19,6 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difloat.arguments import (
+    completed,
+    condition_of,
+    draw_classes,
+    for_pictures,
+    parameters_of,
+    takes,
+)
 from difloat.distances import (
     Moments,
     frechet,
@@ -40,7 +48,7 @@ from difloat.metrics import (
     psnr,
     ssim,
 )
-from difloat.sampling import quiet
+from difloat.sampling import denoiser_of, quiet
 
 __all__ = [
     "METRICS",
@@ -89,7 +97,7 @@ class Generated:
 
 def generate(
     pipeline: Any,
-    prompts: Sequence[str] | None,
+    prompts: Sequence[Any] | None,
     *,
     seeds: Sequence[int],
     steps: int | None = None,
@@ -103,12 +111,12 @@ def generate(
 
     Picture i is drawn with its own CPU generator of `seeds[i]` and prompt `prompts[i % len(prompts)]`. Sampler states
     are taken from the scheduler's `step`, which every pipeline calls, so nothing depends on a pipeline's callbacks.
-    PixArt's caption cleaning is off unless `call_kwargs` sets it (it silently depends on which packages are
-    installed), and so are its size bins unless a size is given (they refuse all but its published models).
+    What the call needs besides is completed by `difloat.arguments.completed`.
 
     Args:
         pipeline: a diffusers pipeline.
-        prompts: texts (class labels for class-conditional pipelines), recycled; None for unconditional pipelines.
+        prompts: texts, or classes for class-conditional pipelines, recycled; None for unconditional pipelines, and for
+            class-conditional ones to draw a class with each seed.
         seeds: one per picture.
         steps: sampler steps; None takes the pipeline's default.
         guidance_scale: None takes the pipeline's default.
@@ -125,7 +133,7 @@ def generate(
 
     if not seeds or batch_size < 1:
         raise ValueError(f"seeds and batch_size must be at least 1, got {len(seeds)} and {batch_size}.")
-    condition, arguments = _call_arguments(pipeline, prompts, steps, guidance_scale, call_kwargs or {})
+    inputs, arguments = _call_arguments(pipeline, prompts, seeds, steps, guidance_scale, call_kwargs or {})
     images: list[Tensor] = []
     latents: list[Tensor] = []
     timesteps: list[float] = []
@@ -134,12 +142,15 @@ def generate(
         for first in range(0, len(seeds), batch_size):
             batch = range(first, min(first + batch_size, len(seeds)))
             generators = [torch.Generator().manual_seed(seeds[i]) for i in batch]
-            inputs = [prompts[i % len(prompts)] for i in batch] if prompts is not None else len(batch)
+            shown = {name: [values[i % len(values)] for i in batch] for name, values in inputs.items()}
+            own = for_pictures(arguments, len(batch)) | shown
+            if "batch_size" in parameters_of(pipeline):
+                own["batch_size"] = len(batch)
             with _recorded_steps(pipeline.scheduler, keep_states=trajectory) as (timesteps, states):
-                output = pipeline(**{condition: inputs}, generator=generators, output_type="np", **arguments)
+                output = pipeline(generator=generators, output_type="np", **own)
             images.append(_as_tensor(output.images, [seeds[i] for i in batch]))
             if trajectory:
-                latents.append(torch.stack(states))
+                latents.append(torch.stack([_state_of(state, len(batch)) for state in states]))
             bar.update(len(batch))
     seconds = time.perf_counter() - start
     return Generated(torch.cat(images), torch.cat(latents, 1) if latents else None, timesteps, seconds)
@@ -147,27 +158,34 @@ def generate(
 
 def _call_arguments(
     pipeline: Any,
-    prompts: Sequence[str] | None,
+    prompts: Sequence[Any] | None,
+    seeds: Sequence[int],
     steps: int | None,
     guidance_scale: float | None,
     call_kwargs: Mapping[str, Any],
-) -> tuple[str, dict[str, Any]]:
-    """Name of the argument that takes the prompts (or the number of pictures), and all other arguments."""
-    name, accepted = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
-    condition = next((key for key in ("prompt", "class_labels") if key in accepted), "batch_size")
+) -> tuple[dict[str, Sequence[Any]], dict[str, Any]]:
+    """What is shown, as the name of the argument and its values to recycle (or nothing), and all other arguments."""
+    name, denoiser = type(pipeline).__name__, denoiser_of(pipeline)[1]
+    condition = condition_of(pipeline, denoiser)
+    if condition == "class_labels" and prompts is None:
+        prompts = draw_classes(denoiser, seeds)
     empty = isinstance(prompts, str) or (prompts is not None and len(prompts) == 0)
-    if empty or (prompts is None) != (condition == "batch_size"):
-        rule = "None" if condition == "batch_size" else "a list with at least one entry"
+    if empty or (prompts is None) != (condition is None):
+        rule = "None" if condition is None else "a list with at least one entry"
         raise ValueError(f"prompts of {name} must be {rule}, got {prompts!r:.80}; change the prompts.")
-    off = ["clean_caption"] + ["use_resolution_binning"] * (not {"height", "width"} & set(call_kwargs))
-    arguments: dict[str, Any] = {key: False for key in off if key in accepted}
     given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    arguments |= {key: value for key, value in given.items() if value is not None} | dict(call_kwargs)
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
-        unknown = sorted(set(arguments) - set(accepted))
-        if unknown:
-            raise ValueError(f"{name} takes {', '.join(accepted)}, got {', '.join(unknown)}; leave that out.")
-    return condition, arguments
+    arguments = {key: value for key, value in given.items() if value is not None}
+    arguments |= completed(pipeline, call_kwargs)
+    unknown = sorted(key for key in arguments if not takes(pipeline, key))
+    if unknown:
+        accepted = ", ".join(parameters_of(pipeline))
+        raise ValueError(f"{name} takes {accepted}, got {', '.join(unknown)}; leave that out.")
+    return {} if condition is None or prompts is None else {condition: prompts}, arguments
+
+
+def _state_of(state: Tensor, pictures: int) -> Tensor:
+    """A sampler's state without its second half where the pipeline carries both halves of guidance along (DiT)."""
+    return state[:pictures] if len(state) == 2 * pictures else state
 
 
 @contextmanager
@@ -181,7 +199,8 @@ def _recorded_steps(scheduler: Any, *, keep_states: bool) -> Iterator[tuple[list
     @functools.wraps(original)  # pipelines read the signature of step to see which arguments it takes
     def step(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        timesteps.append(float(signature.bind(*args, **kwargs).arguments["timestep"]))
+        timestep = signature.bind(*args, **kwargs).arguments["timestep"]  # a number, or one for every picture
+        timesteps.append(float(torch.as_tensor(timestep).flatten()[0]))
         if keep_states:
             states.append(result[0].detach().to("cpu", copy=True))
         return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,12 +102,17 @@ def probe(
         except _Enough:
             pass
     finish_recording(recorder)
-    users = Counter(leaf for row in recorder.rows for leaf in set(row.leaves))
     size = {key: blob.nbytes for key, blob in recorder.blobs.items()}
-    # What one call alone shows is new in every row; what several rows share comes once per batch.
-    own_bytes = sum(size[key] for key, count in users.items() if count == 1) / len(recorder.rows)
-    batch_bytes = sum(size[key] for key, count in users.items() if count > 1)
-    calls = sampling.batches * sampling.steps
+    shown_at: dict[str, set[float]] = {key: set() for key in size}
+    for row in recorder.rows:
+        for leaf in row.leaves:
+            shown_at[leaf].add(row.timestep)
+    # What one timestep alone shows is taken as new in every row (halves of guidance may share it); what several show
+    # comes once per batch.
+    passing = [sum(size[key] for key in row.leaves if len(shown_at[key]) == 1) for row in recorder.rows]
+    own_bytes = sum(passing) / len(recorder.rows)
+    batch_bytes = sum(size[key] for key, seen in shown_at.items() if len(seen) > 1)
+    calls = sampling.batches * sampling.steps * recorder.calls_per_step
     total_bytes = int(own_bytes * settings.samples + batch_bytes * sampling.batches)
     per_batch_bytes = int(own_bytes * 2 * -(-settings.samples // sampling.batches) + batch_bytes)
     shelf = Shelf(None, everything, {})

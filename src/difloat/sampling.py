@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from difloat.arguments import completed, condition_of, draw_classes, for_pictures, parameters_of, takes
 from difloat.calls import content_hash, device_of
 
 DENOISER_NAMES = ("transformer", "unet", "prior", "denoiser", "dit")
@@ -128,7 +128,8 @@ class Sampling:
         self._pipeline = pipeline
         self._batch = batch
         self._seed = seed
-        self._parameters = inspect.signature(pipeline.__call__).parameters
+        self._parameters = parameters_of(pipeline)
+        self._condition = condition_of(pipeline, self.denoiser)
         self._check_names(call_kwargs)
         self._prompts = self._checked_prompts(prompts, call_kwargs)
         self._kwargs = self._fixed_kwargs(steps, guidance_scale, call_kwargs)
@@ -144,16 +145,14 @@ class Sampling:
 
     def run(self, batch: int) -> None:
         """Sample one batch, to latents where the pipeline can stop there."""
-        kwargs = dict(self._kwargs)
-        first = batch * self._batch
+        kwargs = for_pictures(self._kwargs, self._batch)
+        numbers = range(batch * self._batch, (batch + 1) * self._batch)
         if self._prompts:
-            numbers = range(first, first + self._batch)
             kwargs["prompt"] = [self._prompts[number % len(self._prompts)] for number in numbers]
-        elif "class_labels" in self._parameters and "class_labels" not in kwargs:
-            generator = torch.Generator().manual_seed(self.seed(batch))
-            classes = int(dict(self._pipeline.transformer.config)["num_embeds_ada_norm"])
-            kwargs["class_labels"] = torch.randint(classes, (self._batch,), generator=generator).tolist()
-        elif "batch_size" in self._parameters:
+        elif self._condition == "class_labels" and "class_labels" not in kwargs:
+            seeds = [self._seed * _SEED_STRIDE + number for number in numbers]
+            kwargs["class_labels"] = draw_classes(self.denoiser, seeds)
+        if "batch_size" in self._parameters:
             kwargs["batch_size"] = self._batch
         if "generator" in self._parameters:
             start = self._seed * _SEED_STRIDE + batch * self.images
@@ -180,21 +179,20 @@ class Sampling:
         }
 
     def _check_names(self, call_kwargs: Mapping[str, Any]) -> None:
-        anything = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
         for name in call_kwargs:
             if name in ("prompt", "generator", "batch_size", "num_inference_steps", "guidance_scale"):
                 raise ValueError(
                     f"call arguments must not hold '{name}', which calibration sets itself, got it in call_kwargs; "
                     "use the prompts and the calibration settings"
                 )
-            if not anything and name not in self._parameters:
+            if not takes(self._pipeline, name):
                 raise ValueError(
                     f"call arguments must be ones that {type(self._pipeline).__name__} takes, got '{name}'; remove it"
                 )
 
     def _checked_prompts(self, prompts: Sequence[str] | None, call_kwargs: Mapping[str, Any]) -> list[str]:
         kind = type(self._pipeline).__name__
-        if "prompt" not in self._parameters:
+        if self._condition != "prompt":
             if prompts:
                 raise ValueError(f"{kind} must be given no prompts, got {len(prompts)}; pass prompts=None")
             return []
@@ -212,12 +210,9 @@ class Sampling:
     def _fixed_kwargs(
         self, steps: int | None, guidance_scale: float | None, call_kwargs: Mapping[str, Any]
     ) -> dict[str, Any]:
-        kwargs = dict(call_kwargs)
-        default = (
-            self._parameters["num_inference_steps"].default
-            if "num_inference_steps" in self._parameters
-            else None
-        )
+        kwargs = completed(self._pipeline, call_kwargs)
+        parameter = self._parameters.get("num_inference_steps")
+        default = None if parameter is None else parameter.default
         steps = default if steps is None else steps
         if not isinstance(steps, int):
             raise ValueError(
@@ -234,13 +229,9 @@ class Sampling:
             kwargs["guidance_scale"] = guidance_scale
         output = self._parameters.get("output_type")
         if output is not None and output.default == "pil":
-            kwargs.setdefault("output_type", "latent")
-        # Binning only snaps a size that the caller chose to PixArt's published ones; other models refuse it.
-        if "use_resolution_binning" in self._parameters and not {"height", "width"} & set(kwargs):
-            kwargs.setdefault("use_resolution_binning", False)
-        # Caption cleaning silently depends on which packages are installed, so data would differ between machines.
-        if "clean_caption" in self._parameters:
-            kwargs.setdefault("clean_caption", False)
+            # Only a pipeline with an autoencoder can stop before it; others have pictures all along.
+            has_latents = getattr(self._pipeline, "vae", None) is not None
+            kwargs.setdefault("output_type", "latent" if has_latents else "np")
         return kwargs
 
 

@@ -125,13 +125,16 @@ class _Reconstruction:
         self.weights = [
             _channels(target) / target.float().square().mean().clamp_min(1e-12) for target in targets
         ]
+        # No gradients in the user's model. They would cost time and memory, and torch 2.13 crashes on the CPU when it
+        # makes those of a GroupNorm whose channels-last input needs none.
+        self.fixed = {name: parameter.detach() for name, parameter in block.named_parameters()}
 
     def __call__(self, weights: Mapping[str, Tensor], index: Tensor) -> Tensor:
         args, kwargs = select(self.inputs, self.count, index)
         named = {f"{name}.weight" if name else "weight": weight for name, weight in weights.items()}
-        parameters = {name: w.to(self.block.get_parameter(name).dtype) for name, w in named.items()}
+        parameters = {name: w.to(self.fixed[name].dtype) for name, w in named.items()}
         with torch.autocast(self.targets[0].device.type, torch.bfloat16, enabled=self.half):
-            outputs = tensors_of(functional_call(self.block, parameters, args, kwargs))
+            outputs = tensors_of(functional_call(self.block, self.fixed | parameters, args, kwargs))
         return sum(  # type: ignore[return-value]
             (output.float() - target[index].float()).square().mean() * weight
             for output, target, weight in zip(outputs, self.targets, self.weights, strict=True)

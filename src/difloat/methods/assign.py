@@ -131,10 +131,10 @@ def plan_inputs(plan: LayerPlan, x: Tensor | None, rule: Rule, generator: torch.
         return replace(plan, parts=tuple(replace(part, activation=spec) for part in plan.parts))
     parts: list[Part] = []
     found: list[Found] = []
-    channels = [part.channels for part in plan.parts]
-    for piece, part in zip(
-        x.detach().split(channels, dim=-1 if plan.kind == "linear" else 1), plan.parts, strict=True
-    ):
+    channels, axis = [part.channels for part in plan.parts], -1 if plan.kind == "linear" else 1
+    # A grouped convolution reads more channels than each row of its weight has; it is never cut into parts.
+    pieces = [x.detach()] if len(channels) == 1 else x.detach().split(channels, dim=axis)
+    for piece, part in zip(pieces, plan.parts, strict=True):
         values = _sample(piece, generator)
         found.append(search(values, rule.formats, clips=rule.clips, zero_points=rule.zero_points))
         parts.append(replace(part, activation=rule.spec(found[-1].format)))

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from difloat.attention import has_processor
+from difloat.calls import SHARED_NAMES
 from difloat.layers import quantizable
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -88,15 +89,18 @@ class _Lineage(TorchFunctionMode):
             if all(source in self.from_layer for source in sources):
                 self.pieces[target] = (axis, tuple(source.shape[axis] for source in sources))
         elif not any(word in name for word in _MIXING):
-            for source in sources:
-                if source in self.pieces and source.shape == target.shape:
-                    self.pieces[target] = self.pieces[source]
+            full = [source for source in sources if source.shape == target.shape]
+            kept = [self.pieces[source] for source in full if source in self.pieces]
+            # Added to another layer's result it is a concatenation no more (PixArt's size conditions in its time embedding).
+            alone = all(source in self.pieces or source not in self.from_layer for source in full)
+            if kept and alone:
+                self.pieces[target] = kept[0]
 
 
 def trace(model: nn.Module, call: Call) -> Trace:
     """Run `call` once and see what the layers are fed.
 
-    Concatenations are followed through everything that keeps channels apart (norms, activations, sums), so the
+    Concatenations are followed through everything that keeps channels apart (norms, activations, scales), so the
     skip concatenations of any U-Net or long-skip transformer are found without knowing its class.
 
     Args:
@@ -232,19 +236,31 @@ def merge(calls: Sequence[Call], rows: Sequence[int]) -> Call:
     Tensors whose first axis is the batch (`rows` of the denoiser's call) are concatenated; anything else is shared.
     """
     flat = [pytree.tree_flatten(call) for call in calls]
-    merged = []
-    for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
-        batched = all(
-            isinstance(x, Tensor) and x.dim() and x.shape[0] == n for x, n in zip(leaves, rows, strict=True)
+    flags = [_per_row(call, count) for call, count in zip(calls, rows, strict=True)]
+    merged = [
+        torch.cat(leaves) if all(batched) else leaves[0]
+        for leaves, batched in zip(
+            zip(*(leaves for leaves, _ in flat), strict=True), zip(*flags, strict=True), strict=True
         )
-        merged.append(torch.cat(leaves) if batched else leaves[0])
+    ]
     return pytree.tree_unflatten(merged, flat[0][1])
 
 
 def select(call: Call, rows: int, index: Tensor) -> Call:
-    """The entries `index` of every argument of a merged call that has `rows` entries along its first axis."""
+    """The entries `index` of every argument of a merged call that has `rows` entries along its batch axis."""
+    leaves, structure = pytree.tree_flatten(call)
+    picked = [
+        leaf[index] if batched else leaf for leaf, batched in zip(leaves, _per_row(call, rows), strict=True)
+    ]
+    return pytree.tree_unflatten(picked, structure)
 
-    def pick(leaf: Tensor) -> Tensor:
-        return leaf[index] if leaf.dim() and leaf.shape[0] == rows else leaf
 
-    return pytree.tree_map_only(Tensor, pick, call)
+def _per_row(call: Call, rows: int) -> list[bool]:
+    """For every leaf of a call whether its first axis is the batch: position tables may be as long by chance."""
+    return [
+        isinstance(leaf, Tensor)
+        and leaf.dim() > 0
+        and leaf.shape[0] == rows
+        and not any(getattr(key, "key", None) in SHARED_NAMES for key in path)
+        for path, leaf in pytree.tree_flatten_with_path(call)[0]
+    ]

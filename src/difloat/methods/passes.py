@@ -33,7 +33,6 @@ class _Pass:
     """One forward pass; runs from `resume` until it is held by a hook or ends."""
 
     def __init__(self, model: nn.Module, call: Call, threads: Executor) -> None:
-        self.rows = rows_of_call(call)
         self.caught: Any = None
         self._stopped = False
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
@@ -109,7 +108,7 @@ class Passes:
 
         module = self._model.get_submodule(name)
         caught = self._run(name, lambda: module.register_forward_pre_hook(hook, with_kwargs=True))
-        return merge(caught, [each.rows for each in self._passes])
+        return merge(caught, [rows_of_call(call) for call in caught])
 
     def leave(self, name: str) -> list[Tensor]:
         """Run every pass until it has called the module `name`; the tensors it returned, each concatenated over the passes.
