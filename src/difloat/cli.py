@@ -368,8 +368,8 @@ def demo(
         f"[bold]difloat demo[/bold]: {model}, LBFP, FP4 weights with learned rounding, FP8 activations"
     )
     target = out / f"{model}-lbfp-w4a8"
-    fast = ["iterations=20", "rounding_rows=48"]
-    quantize(model, target, samples=96, option=fast, images=12, overwrite=True)
+    fast = ["iterations=80", "rounding_rows=96"]
+    quantize(model, target, samples=160, option=fast, images=24, overwrite=True)
     verify(target)
 
 
