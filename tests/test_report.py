@@ -173,6 +173,13 @@ def test_page_shows_every_layer_and_everything_that_was_kept(page):
     assert page.count(">worst<") == 5
 
 
+def test_attention_is_told_where_it_is_quantized(page, tmp_path):
+    said = "Inside 4 attention modules query, key and value are e2m3"
+    made = _record(attention=said + ".")
+    assert said not in page
+    assert said in report.render(made, _pictures(2), _pictures(2), tmp_path / "a.html").read_text()
+
+
 def test_text_is_escaped(page):
     assert "alert(&#39;x&#39;)" in page
     assert "alert('x')" not in page

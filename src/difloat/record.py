@@ -180,9 +180,24 @@ def build(
             report.TokenRanges(layer, list(found), list(found.values()))
             for layer, found in plan.measured.get("ranges", {}).items()
         ],
+        attention=_attention(plan),
         timings=[*plan.measured.get("seconds", {}).items(), *(timings or {}).items()],
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
+    )
+
+
+def _attention(plan: Plan) -> str:
+    """What is quantized inside attention, in a sentence; empty if nothing is."""
+    if not plan.attention:
+        return ""
+    entry = next(iter(plan.attention.values()))
+    operand = (
+        f"query, key and value are {entry.operand.name}, online per token and head" if entry.operand else ""
+    )
+    softmax = f"the map is {entry.softmax.name}" if entry.softmax else "the map keeps its precision"
+    return (
+        f"Inside {len(plan.attention)} attention modules " + "; ".join(filter(None, [operand, softmax])) + "."
     )
 
 

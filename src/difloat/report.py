@@ -83,6 +83,7 @@ class Record:
     Fields: `created` is an ISO date; `recipe_notes` says what the paper leaves open and what was taken; `skipped` holds
     (layer, reason, bytes) of what stayed in high precision; each entry of `quality` has the keys name, label, value, low,
     high (95 % interval), unit, better (``higher`` or ``lower``) and reference (full precision's value or None);
+    `attention` is a sentence about what is quantized inside attention, or empty;
     `trajectory` has timesteps, value, low, high, one per sampler step; `timings` are (name, seconds).
     """
 
@@ -110,6 +111,7 @@ class Record:
     trajectory: dict[str, list[float]] | None = None
     histograms: list[Histogram] = field(default_factory=list)
     ranges: list[TokenRanges] = field(default_factory=list)
+    attention: str = ""
     timings: list[tuple[str, float]] = field(default_factory=list)
     peak_memory_bytes: int | None = None
 
