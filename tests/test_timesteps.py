@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import difloat
 from difloat import layers
 from difloat.formats import parse
-from difloat.quantizer import LayerPlan, Part, Plan, QuantSpec, dequantize, plan_layer, smoothed_layer
+from difloat.quantizer import LayerPlan, Part, Plan, QuantSpec, dequantize, join_variants, plan_layer
 from difloat.timesteps import Clock
 
 GRID = (0.0, 100.0, 500.0, 900.0)
@@ -33,7 +33,7 @@ def stretched(weight: Tensor, factors: Tensor, schedule: tuple[int, ...]) -> Lay
     for factor in factors:
         divided = weight / factor.reshape(1, -1, *[1] * (weight.dim() - 2))
         plans.append(plan_layer(divided, [part], [divided.flatten(1).abs().amax(1) / 6]))
-    return smoothed_layer(plans, factors, schedule)
+    return join_variants(plans, schedule, factors)
 
 
 def quantized() -> tuple[Denoiser, Plan, dict[str, Tensor]]:

@@ -285,21 +285,24 @@ def plan_layer(
     return layer
 
 
-def smoothed_layer(plans: Sequence[LayerPlan], factors: Tensor, schedule: Sequence[int]) -> LayerPlan:
-    """One layer from its weights for several stretches of the trajectory, each already divided by its factors.
+def join_variants(
+    plans: Sequence[LayerPlan], schedule: Sequence[int], factors: Tensor | None = None
+) -> LayerPlan:
+    """One layer from its weights for several stretches of the trajectory.
 
     Args:
-        plans: The same layer with the weight ``weight / factors[v]`` (channel by channel) for every variant v.
-        factors: float [variants, i], positive: what the input is multiplied by.
-        schedule: Variant for every entry of the plan's timesteps; empty with one variant.
+        plans: The same layer with different weights; inputs and specs are those of the first.
+        schedule: Which of them belongs to every entry of the plan's timesteps; empty with one.
+        factors: float [variants, i], positive: what the input is multiplied by, and the weights are divided by already.
     """
     first = plans[0]
     tensors = {
         name: torch.cat([plan.tensors[name] for plan in plans]) if name in VARIED else tensor
         for name, tensor in first.tensors.items()
     }
-    tensors["input_factor"] = factors.reshape(-1).float()
-    return LayerPlan(first.kind, first.shape, first.parts, tensors, True, tuple(schedule))
+    if factors is not None:
+        tensors["input_factor"] = factors.reshape(-1).float()
+    return LayerPlan(first.kind, first.shape, first.parts, tensors, factors is not None, tuple(schedule))
 
 
 def dequantize(layer: LayerPlan) -> Tensor:

@@ -33,6 +33,9 @@ class Rule:
         zero_points: Candidate offsets as fractions of the smallest value (online: any, the smallest value is taken), or
             None for grids that start at zero.
         online: Activations only: scales from the data at run time, nothing is searched but the format is the first.
+        unsigned_clips: Candidate ranges of unsigned formats, if others than `clips`.
+        asymmetry: Unsigned formats are tried where the shorter side of the values is at most 1 minus this of the longer one;
+            0: everywhere.
     """
 
     formats: tuple[Format, ...]
@@ -41,10 +44,30 @@ class Rule:
     clips: Sequence[float] = CLIPS
     zero_points: Sequence[float] | None = None
     online: bool = False
+    unsigned_clips: Sequence[float] | None = None
+    asymmetry: float = 0.0
 
     def spec(self, format: Format) -> QuantSpec:
         """The specification that results when the search chose `format`."""
-        return QuantSpec(format, self.granularity, self.group_size, self.online, self.zero_points is not None)
+        zero_point = self.zero_points is not None and not format.signed
+        return QuantSpec(format, self.granularity, self.group_size, self.online, zero_point)
+
+    def search(self, rows: Tensor) -> Found:
+        """The best of `formats` for rows that share scales each; see `search.search`.
+
+        Unsigned formats with zero points are left out where the rows reach about as far down as up (`asymmetry`).
+        """
+        if self.zero_points is None:
+            return search(rows, self.formats, clips=self.clips)
+        low, high = (float(end) for end in rows.aminmax())
+        lopsided = 1 - min(-low, high) / max(-low, high, 1e-30) if low < 0 else 1.0
+        signed = [f for f in self.formats if f.signed]
+        unsigned = [f for f in self.formats if not f.signed and lopsided >= self.asymmetry]
+        found = [search(rows, signed, clips=self.clips)] if signed else []
+        if unsigned:
+            clips = self.unsigned_clips or self.clips
+            found.append(search(rows, unsigned, clips=clips, zero_points=self.zero_points))
+        return min(found, key=lambda one: float(one.error.sum()))
 
 
 @dataclass(frozen=True)
@@ -109,7 +132,7 @@ def draft_layer(weight: Tensor, splits: Sequence[int], rule: Rule) -> Draft:
     parts, scales, zeros, error = [], [], [], 0.0
     for piece in weight.float().split(list(splits), dim=1):
         rows = quantizer.rows_of(piece, rule.spec(rule.formats[0]))
-        found = search(rows, rule.formats, clips=rule.clips, zero_points=rule.zero_points)
+        found = rule.search(rows)
         parts.append(Part(piece.shape[1], rule.spec(found.format)))
         scales.append(found.scale)
         zeros.append(found.zero_point)
@@ -135,12 +158,11 @@ def plan_inputs(plan: LayerPlan, x: Tensor | None, rule: Rule, generator: torch.
     # A grouped convolution reads more channels than each row of its weight has; it is never cut into parts.
     pieces = [x.detach()] if len(channels) == 1 else x.detach().split(channels, dim=axis)
     for piece, part in zip(pieces, plan.parts, strict=True):
-        values = _sample(piece, generator)
-        found.append(search(values, rule.formats, clips=rule.clips, zero_points=rule.zero_points))
+        found.append(rule.search(_sample(piece, generator)))
         parts.append(replace(part, activation=rule.spec(found[-1].format)))
     vectors = {"input_scale": torch.cat([each.scale.reshape(-1).float() for each in found])}
-    if rule.zero_points is not None:
-        vectors["input_zero_point"] = torch.cat([each.zero_point.reshape(-1).float() for each in found])
+    if shifted := [each.zero_point for each in found if rule.spec(each.format).zero_point]:
+        vectors["input_zero_point"] = torch.cat([zero.reshape(-1).float() for zero in shifted])
     return replace(plan, parts=tuple(parts), tensors={**plan.tensors, **vectors})
 
 

@@ -21,7 +21,7 @@ from difloat.methods.assign import Draft, Rule, draft_layer, search_inputs
 from difloat.methods.blockwise import learn_blocks
 from difloat.methods.observe import Trace
 from difloat.methods.task import Bits, LayerRules, Sequencing, Smoothing, Task
-from difloat.quantizer import AttentionPlan, LayerPlan, smoothed_layer
+from difloat.quantizer import AttentionPlan, LayerPlan, join_variants
 
 __all__ = [
     "Bits",
@@ -162,7 +162,7 @@ def _smooth(weight: Tensor, splits: Sequence[int], rule: Rule, smoothing: Smooth
         draft_layer(weight.detach().float() / factors.reshape(axes), splits, rule).plan()
         for factors in smoothing.factors
     ]
-    return smoothed_layer(stretches, smoothing.factors, smoothing.schedule)
+    return join_variants(stretches, smoothing.schedule, smoothing.factors)
 
 
 def timestep_grid(task: Task) -> tuple[float, ...]:
