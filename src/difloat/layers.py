@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace as with_changes
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from difloat import attention
 from difloat.kernels import ops
 from difloat.packing import packed_channels
-from difloat.quantizer import VARIED, LayerPlan, Part, Plan, dequantize, layer_tensor_shapes
+from difloat.quantizer import VARIED, LayerPlan, Part, Plan, dequantize
 from difloat.timesteps import Clock
 
 
@@ -27,6 +28,7 @@ class QuantizedLayer(nn.Module):
     float_shape: tuple[int, ...] = ()
     smoothed: bool = False
     schedule: tuple[int, ...] = ()
+    input_schedule: tuple[int, ...] = ()
     clock: Clock | None = None  # set where there is a schedule
     weight: Tensor
     weight_scale: Tensor
@@ -39,6 +41,7 @@ class QuantizedLayer(nn.Module):
         """Replace the float weight by empty packed state as planned; values are loaded afterwards."""
         self.parts, self.float_shape = plan.parts, tuple(plan.shape)
         self.smoothed, self.schedule = plan.smoothed, plan.schedule
+        self.input_schedule = plan.input_schedule
         for name, tensor in plan.tensors.items():
             empty = torch.empty_like(tensor, device=device)
             if name == "weight":
@@ -67,25 +70,26 @@ class QuantizedLayer(nn.Module):
 
     def plan(self) -> LayerPlan:
         """The layer's state as a plan entry; tensors are shared, not copied."""
-        variants = max(self.schedule, default=0) + 1
-        names = layer_tensor_shapes(self.float_shape, self.parts, variants, self.smoothed)
-        tensors = {name: getattr(self, name).detach() for name in names}
         kind: Literal["linear", "conv2d"] = "linear" if len(self.float_shape) == 2 else "conv2d"
-        return LayerPlan(kind, self.float_shape, self.parts, tensors, self.smoothed, self.schedule)
+        empty = LayerPlan(
+            kind, self.float_shape, self.parts, {}, self.smoothed, self.schedule, self.input_schedule
+        )
+        return with_changes(
+            empty, tensors={name: getattr(self, name).detach() for name in empty.tensor_shapes()}
+        )
 
     def current(self, name: str) -> Tensor:
         """A stored tensor: of several variants the one for the timestep of the denoiser's call."""
         tensor: Tensor = getattr(self, name)
-        if not self.schedule or name not in VARIED:
+        schedule = self.schedule if name in VARIED else self.input_schedule
+        if not schedule:
             return tensor
         if self.clock is None:
             raise RuntimeError(
                 "a layer that depends on the timestep must be part of a denoiser, got one on its own; apply a plan"
             )
-        variants = max(self.schedule) + 1
-        schedule = torch.tensor(self.schedule, device=tensor.device)
-        number = schedule[self.clock.entry().to(tensor.device)]
-        return tensor.unflatten(0, (variants, -1)).index_select(0, number.reshape(1))[0]
+        number = torch.tensor(schedule, device=tensor.device)[self.clock.entry().to(tensor.device)]
+        return tensor.unflatten(0, (max(schedule) + 1, -1)).index_select(0, number.reshape(1))[0]
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [o, i, *k] that the codes stand for; of a smoothed layer without undoing the factors."""
@@ -120,14 +124,17 @@ class QuantizedLayer(nn.Module):
 
     def _inputs(self) -> Iterator[tuple[Part, Tensor | None, Tensor | None]]:
         """Every part with its stored input scale and zero point."""
+        stored = [part.activation for part in self.parts if part.activation and not part.activation.online]
+        scales = self.current("input_scale") if stored else torch.zeros(0)
+        zeros = self.current("input_zero_point") if any(s.zero_point for s in stored) else scales
         scale_at, zero_at = 0, 0
         for part in self.parts:
             spec, scale, zero_point = part.activation, None, None
             if spec is not None and not spec.online:
-                scale = self.input_scale[scale_at : scale_at + 1]
+                scale = scales[scale_at : scale_at + 1]
                 scale_at += 1
                 if spec.zero_point:
-                    zero_point = self.input_zero_point[zero_at : zero_at + 1]
+                    zero_point = zeros[zero_at : zero_at + 1]
                     zero_at += 1
             yield part, scale, zero_point
 
@@ -315,7 +322,7 @@ def set_clock(model: nn.Module, clock: Clock) -> None:
     remove_clock(model)
     model.register_forward_pre_hook(clock, with_kwargs=True)
     for module in model.modules():
-        if isinstance(module, QuantizedLayer) and module.schedule:
+        if isinstance(module, QuantizedLayer) and (module.schedule or module.input_schedule):
             module.clock = clock
 
 

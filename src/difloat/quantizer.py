@@ -10,7 +10,7 @@ Axes of weights: ``o`` output channels, ``i`` input channels, then kernel axes. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from difloat.specs import AttentionPlan, Part, QuantSpec
 
 PLAN_VERSION = 1
 VARIED = ("weight", "weight_scale", "weight_zero_point", "input_factor")  # one after the other per variant
+INPUT_VARIED = ("input_scale", "input_zero_point")  # one after the other per entry of the input schedule
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class LayerPlan:
         smoothed: Whether there is an `input_factor`.
         schedule: For every entry of the plan's timesteps, which variant of the weight (with its scales and factors) is used;
             empty with one variant. Variants are stored one after the other along the first axis.
+        input_schedule: Likewise which of several input scales and zero points.
     """
 
     kind: Literal["linear", "conv2d"]
@@ -48,6 +50,7 @@ class LayerPlan:
     tensors: Mapping[str, Tensor] = field(repr=False)
     smoothed: bool = False
     schedule: tuple[int, ...] = ()
+    input_schedule: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the tensors."""
@@ -60,13 +63,17 @@ class LayerPlan:
             data["smoothed"] = True
         if self.schedule:
             data["schedule"] = list(self.schedule)
+        if self.input_schedule:
+            data["input_schedule"] = list(self.input_schedule)
         return data
 
     @staticmethod
     def from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerPlan:
         """Inverse of `to_json`, with the tensors beside it; ValueError where fields or shapes do not fit."""
         needed = {"kind", "shape", "parts"}
-        if not needed <= set(data) <= needed | {"smoothed", "schedule"} or data["kind"] not in (
+        if not needed <= set(data) <= needed | {"smoothed", "schedule", "input_schedule"} or data[
+            "kind"
+        ] not in (
             "linear",
             "conv2d",
         ):
@@ -76,12 +83,18 @@ class LayerPlan:
         parts = tuple(Part.from_json(part) for part in data["parts"])
         shape, schedule = tuple(int(n) for n in data["shape"]), tuple(data.get("schedule", ()))
         smoothed = bool(data.get("smoothed", False))
-        layer = LayerPlan(data["kind"], shape, parts, tensors, smoothed, schedule)
-        expected = layer_tensor_shapes(shape, parts, layer.variants, smoothed)
+        input_schedule = tuple(data.get("input_schedule", ()))
+        layer = LayerPlan(data["kind"], shape, parts, tensors, smoothed, schedule, input_schedule)
+        expected = layer.tensor_shapes()
         got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if got != expected:
             raise ValueError(f"tensors of a layer must have the shapes {expected}, got {got}")
         return layer
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes that the stored tensors must have."""
+        entries = max(self.input_schedule, default=0) + 1
+        return layer_tensor_shapes(self.shape, self.parts, self.variants, self.smoothed, entries)
 
     @property
     def variants(self) -> int:
@@ -96,7 +109,7 @@ class LayerPlan:
             name: tensor.chunk(self.variants)[number] if name in VARIED else tensor
             for name, tensor in self.tensors.items()
         }
-        return LayerPlan(self.kind, self.shape, self.parts, tensors, self.smoothed)
+        return replace(self, tensors=tensors, schedule=())
 
     def codes(self) -> list[Tensor]:
         """The codes of every part, uint8 [variants * o, channels, *k]."""
@@ -139,7 +152,8 @@ class Plan:
     timesteps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        lengths = {len(layer.schedule) for layer in self.layers.values()} - {0}
+        schedules = [s for layer in self.layers.values() for s in (layer.schedule, layer.input_schedule)]
+        lengths = {len(schedule) for schedule in schedules} - {0}
         if lengths - {len(self.timesteps)}:
             raise ValueError(
                 f"schedules must have an entry for each of the {len(self.timesteps)} timesteps, got {sorted(lengths)}"
@@ -164,7 +178,7 @@ class Plan:
 
 
 def layer_tensor_shapes(
-    shape: Sequence[int], parts: Sequence[Part], variants: int = 1, smoothed: bool = False
+    shape: Sequence[int], parts: Sequence[Part], variants: int = 1, smoothed: bool = False, entries: int = 1
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the stored tensors of a layer whose float weight has `shape` [o, i, *k].
 
@@ -185,8 +199,8 @@ def layer_tensor_shapes(
     counts = {
         "weight_scale": scales * variants,
         "weight_zero_point": zeros * variants,
-        "input_scale": sum(not spec.online for spec in activations),
-        "input_zero_point": sum(spec.zero_point and not spec.online for spec in activations),
+        "input_scale": sum(not spec.online for spec in activations) * entries,
+        "input_zero_point": sum(spec.zero_point and not spec.online for spec in activations) * entries,
         "input_factor": in_channels * variants if smoothed else 0,
     }
     weight = (variants * out_channels, packed, *kernel)
@@ -302,7 +316,7 @@ def join_variants(
     }
     if factors is not None:
         tensors["input_factor"] = factors.reshape(-1).float()
-    return LayerPlan(first.kind, first.shape, first.parts, tensors, factors is not None, tuple(schedule))
+    return replace(first, tensors=tensors, smoothed=factors is not None, schedule=tuple(schedule))
 
 
 def dequantize(layer: LayerPlan) -> Tensor:

@@ -121,13 +121,14 @@ def _parse_layer(name: str, data: Any) -> LayerPlan:
             raise ValueError(f"a {data['kind']} weight cannot have the shape {shape!r:.80}")
         if any(part.weight.online for part in parts):
             raise ValueError("a weight cannot have online scales")
-        schedule = data.get("schedule", [])
-        if any(type(number) is not int or not 0 <= number < _MAX_VARIANTS for number in schedule):
-            raise ValueError(f"a schedule must hold whole numbers of variants, got {schedule!r:.80}")
+        schedules = [data.get("schedule", []), data.get("input_schedule", [])]
+        if any(type(n) is not int or not 0 <= n < _MAX_VARIANTS for schedule in schedules for n in schedule):
+            raise ValueError(f"a schedule must hold whole numbers of variants, got {schedules!r:.80}")
+        weights, entries = (max(schedule, default=0) + 1 for schedule in schedules)
         smoothed = data.get("smoothed", False) is True
         tensors = {
             key: torch.empty(size, dtype=torch.uint8 if key == "weight" else torch.float32, device="meta")
-            for key, size in layer_tensor_shapes(shape, parts, max(schedule, default=0) + 1, smoothed).items()
+            for key, size in layer_tensor_shapes(shape, parts, weights, smoothed, entries).items()
         }
         return LayerPlan.from_json(data, tensors)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -1,0 +1,195 @@
+"""Trainable twins of quantized layers: low-rank adapters in front of the rounding, and learned ranges.
+
+A twin computes ``Q_x(x) Q_w(W + sum_k c_k up_k down_k)`` with a frozen float weight W: adapters are merged before the weight is
+rounded, so that what was trained can be packed (QALoRA, arXiv:2310.03270; TALoRA, arXiv:2505.21591). The one-hot choice c
+depends on the timestep (`student`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from difloat import quantizer
+from difloat.kernels import ops
+from difloat.quantizer import LayerPlan, Part, fake_quantize
+
+_SMALLEST_SCALE = 1e-8
+_START = 0.02  # size of the adapters' first product, in steps of the weight's grid
+
+
+@final
+class Adaptive(nn.Module):
+    """The trainable twin of one planned layer.
+
+    Attributes:
+        down: [adapters, rank, i, *k], the first factors of the adapters; absent with rank 0.
+        up: [adapters, o, rank], the second ones.
+        weight_scales: One vector per part, as the plan stores them.
+        input_scale: [entries, parts], one row per entry of the timestep grid or one in all; absent where inputs are online or
+            not quantized.
+        input_zero_point: Likewise, of the parts that have one.
+        choice: [adapters], one-hot, of the current call.
+        entry: Of the timestep grid, in the current call.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Linear | nn.Conv2d,
+        plan: LayerPlan,
+        *,
+        adapters: int,
+        rank: int,
+        entries: int,
+        generator: torch.Generator,
+    ) -> None:
+        """A twin of `layer` that starts as `plan` says, with one weight; rank 0 leaves adapters out."""
+        super().__init__()
+        self.plan, self.adapters, self.rank = plan, adapters, rank
+        self.choice: Tensor | None = None
+        self.entry = 0
+        self._layer = [layer]  # in a list: the user's own layer is neither a submodule nor saved
+        self.weight_scales = nn.ParameterList(_of_parts(plan, "weight_scale"))
+        self._zero_points = _of_parts(plan, "weight_zero_point")
+        for name in ("input_scale", "input_zero_point"):
+            if name in plan.tensors:
+                setattr(self, name, nn.Parameter(plan.tensors[name].clone().repeat(entries, 1)))
+        if rank:
+            self._add_adapters(generator)
+
+    def _add_adapters(self, generator: torch.Generator) -> None:
+        out_channels, in_channels, *kernel = self.plan.shape
+        bound = 1 / math.sqrt(in_channels * math.prod(kernel))  # kaiming_uniform with a = sqrt(5)
+        down = torch.empty(self.adapters, self.rank, in_channels, *kernel)
+        down.uniform_(-bound, bound, generator=generator)
+        # All-zero second factors would make the adapters equal and leave the router without gradient.
+        size = _START * self.step() / (bound * math.sqrt(self.rank / 3))
+        up = size * torch.randn(self.adapters, out_channels, self.rank, generator=generator)
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+
+    def step(self) -> float:
+        """Mean distance of neighbouring values of the weight's grid: what the adapters' learning rate is measured by."""
+        steps = []
+        for scale, part in zip(self.weight_scales, self.plan.parts, strict=True):
+            format = part.weight.format
+            steps.append(float(scale.detach().mean()) * (format.max - format.min) / (len(format.values) - 1))
+        return sum(steps) / len(steps)
+
+    def merged(self, choice: Tensor) -> Tensor:
+        """The float weight with the adapters weighted by `choice` [adapters]."""
+        weight = self._layer[0].weight.detach().float()
+        if not self.rank:
+            return weight
+        change = torch.einsum("h,hor,hri->oi", choice, self.up, self.down.flatten(2))
+        return weight + change.view_as(weight)
+
+    def quantized(self, weight: Tensor) -> Tensor:
+        """A float weight on the grids of the parts, with straight-through gradients to it and to the scales."""
+        pieces = weight.split([part.channels for part in self.plan.parts], dim=1)
+        rounded = []
+        for piece, part, scale, zero in zip(
+            pieces, self.plan.parts, self.weight_scales, self._zero_points, strict=True
+        ):
+            spec = part.weight
+            spread = quantizer.expand_scale(scale.clamp_min(_SMALLEST_SCALE), spec, piece.shape)
+            offset = quantizer.expand_scale(zero, spec, piece.shape) if spec.zero_point else None
+            rounded.append(fake_quantize(piece, spec.format, spread, offset))
+        return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=1)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The input, smoothed and on the grids of its parts, with the ranges of the current entry."""
+        axis = -1 if self.plan.kind == "linear" else 1
+        if self.plan.smoothed:
+            factor = self.plan.tensors["input_factor"].to(x.dtype)
+            x = x * (factor if axis == -1 else factor.reshape(-1, 1, 1))
+        channels = [part.channels for part in self.plan.parts]
+        pieces = [x] if len(channels) == 1 else x.split(channels, dim=axis)
+        scale_at, zero_at, rounded = 0, 0, []
+        for piece, part in zip(pieces, self.plan.parts, strict=True):
+            spec = part.activation
+            if spec is None or spec.online:
+                rounded.append(_online(piece, part))
+                continue
+            scale = _row(self.input_scale, self.entry)[scale_at].clamp_min(_SMALLEST_SCALE)
+            scale_at += 1
+            zero = None
+            if spec.zero_point:
+                zero = _row(self.input_zero_point, self.entry)[zero_at]
+                zero_at += 1
+            rounded.append(fake_quantize(piece.float(), spec.format, scale, zero).to(x.dtype))
+        return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer it stands for, quantized."""
+        layer = self._layer[0]
+        choice = torch.ones(1, device=x.device) if self.choice is None else self.choice
+        weight = self.quantized(self.merged(choice)).to(x.dtype)
+        bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)
+        x = self.quantized_input(x)
+        return (
+            F.linear(x, weight, bias)
+            if isinstance(layer, nn.Linear)
+            else layer._conv_forward(x, weight, bias)
+        )
+
+    @torch.no_grad()
+    def packed(self, schedule: Sequence[int]) -> LayerPlan:
+        """The layer as trained: adapters merged, one packed weight for every adapter that is used.
+
+        Args:
+            schedule: Adapter for every entry of the timestep grid.
+        """
+        used = sorted(set(schedule)) if self.rank else [0]
+        every = torch.eye(max(1, self.adapters))
+        inputs = {
+            n: getattr(self, n).detach() for n in ("input_scale", "input_zero_point") if hasattr(self, n)
+        }
+        entries = max((len(rows) for rows in inputs.values()), default=1)
+        if "input_scale" in inputs:
+            inputs["input_scale"] = inputs["input_scale"].clamp_min(_SMALLEST_SCALE)
+        plans = []
+        for adapter in used:
+            weight_only = [Part(part.channels, part.weight) for part in self.plan.parts]
+            scales = [scale.detach().clamp_min(_SMALLEST_SCALE) for scale in self.weight_scales]
+            bare = quantizer.plan_layer(
+                self.merged(every[adapter]), weight_only, scales, weight_zero_points=self._zero_points
+            )
+            tensors = {**self.plan.tensors, **bare.tensors, **{n: v.reshape(-1) for n, v in inputs.items()}}
+            plans.append(replace(self.plan, tensors=tensors))
+        if entries > 1:
+            plans[0] = replace(plans[0], input_schedule=tuple(range(entries)))
+        places = [used.index(adapter) for adapter in schedule] if len(used) > 1 else []
+        joined = quantizer.join_variants(plans, places)
+        return replace(joined, smoothed=self.plan.smoothed)
+
+
+def _of_parts(plan: LayerPlan, name: str) -> list[Tensor]:
+    """A stored weight vector, cut into its parts; empty for parts that have none."""
+    counts = [
+        part.weight.scale_count(plan.shape[0], part.channels)
+        if name == "weight_scale" or part.weight.zero_point
+        else 0
+        for part in plan.parts
+    ]
+    vector = plan.tensors.get(name, torch.zeros(0))
+    return [piece.clone() for piece in vector.split(counts)]
+
+
+def _row(rows: Tensor, entry: int) -> Tensor:
+    return rows[entry if len(rows) > 1 else 0]
+
+
+def _online(x: Tensor, part: Part) -> Tensor:
+    spec = part.activation
+    if spec is None:
+        return x
+    per_token = spec.granularity in ("token", "group")
+    return ops.fake_quantize_input(
+        x, None, None, spec.format.name, per_token, spec.group_size or 0, spec.zero_point
+    )
