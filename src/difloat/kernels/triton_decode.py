@@ -2,8 +2,8 @@
 
 Formats are compile-time constants here, so every branch on them is taken by the compiler.
 
-The decoding of e4m3 and of integers is the same two masked shifts for every format. The compiler would do them for one
-byte at a time; written as PTX, they take four bytes at once, which is what keeps unpacking cheaper than multiplying.
+On a device most weights are decoded by inline PTX (`triton_ptx`), which the interpreter does not know; there the same is
+written out in Triton.
 """
 
 from __future__ import annotations
@@ -47,22 +47,30 @@ def decode_value(code: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
 @triton.jit
 def decode(raw: tl.tensor, SHIFT: tl.constexpr, OPERANDS: tl.constexpr) -> tl.tensor:
     """Operands of the codes that start at bit `SHIFT` of bytes (uint8) that may hold more."""
-    FORMAT: tl.constexpr = OPERANDS.weight
     if OPERANDS.kind == "e4m3":
-        return _move_fields(raw, SHIFT, OPERANDS).to(tl.float8e4nv, bitcast=True)
+        return decode_bytes(raw, SHIFT, OPERANDS).to(tl.float8e4nv, bitcast=True)
     elif OPERANDS.kind == "int8":
-        if OPERANDS.weight.integer:
-            return _move_fields(raw, SHIFT, OPERANDS).to(tl.int8, bitcast=True)
+        if OPERANDS.swift:
+            return decode_bytes(raw, SHIFT, OPERANDS).to(tl.int8, bitcast=True)
         else:
             return (decode_value(raw >> SHIFT, OPERANDS.weight) * (1 / OPERANDS.weight.step)).to(tl.int8)
     elif OPERANDS.kind == "bf16":
-        return decode_value(raw >> SHIFT, OPERANDS.weight).to(tl.bfloat16)
+        if INTERPRET or not OPERANDS.swift:
+            return decode_value(raw >> SHIFT, OPERANDS.weight).to(tl.bfloat16)
+        else:
+            PTX: tl.constexpr = OPERANDS.ptx[SHIFT]
+            return tl.inline_asm_elementwise(PTX, "=r,=r,r", [raw], tl.bfloat16, is_pure=True, pack=4)
     else:
-        return decode_value(raw >> SHIFT, OPERANDS.weight).to(tl.float16)
+        if INTERPRET or not OPERANDS.swift:
+            return decode_value(raw >> SHIFT, OPERANDS.weight).to(tl.float16)
+        else:
+            PTX: tl.constexpr = OPERANDS.ptx[SHIFT]
+            return tl.inline_asm_elementwise(PTX, "=r,=r,r", [raw], tl.float16, is_pure=True, pack=4)
 
 
 @triton.jit
-def _move_fields(raw: tl.tensor, SHIFT: tl.constexpr, OPERANDS: tl.constexpr) -> tl.tensor:
+def decode_bytes(raw: tl.tensor, SHIFT: tl.constexpr, OPERANDS: tl.constexpr) -> tl.tensor:
+    """`decode` to operands of a byte whose fields are only moved, as uint8."""
     if INTERPRET:
         moved = shifted(raw, OPERANDS.fields[0] - SHIFT) & OPERANDS.fields[1]
         if OPERANDS.fields[3] != 0:

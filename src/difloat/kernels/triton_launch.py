@@ -69,7 +69,6 @@ class Input:
     values: Tensor
     words: int
     token_stride: int
-    word_stride: int
     plane_stride: int
     token_scale: Tensor | None = None
     token_sum: Tensor | None = None
@@ -116,15 +115,18 @@ def picture_of(
 
 
 def as_it_lies(source: Source, operands: Operands) -> Input:
-    """An input that is not quantized, without a copy: its planes are interleaved."""
-    words = source.channels // operands.planes
-    return Input(source.x, words, source.token_stride, operands.planes, 1)
+    """An input that is not quantized, without a copy: where a word has two codes, its two values are one int32."""
+    if operands.planes == 1:
+        return Input(source.x, source.channels, source.token_stride, 0)
+    return Input(source.x.view(torch.int32), source.channels // 2, source.token_stride // 2, 0)
 
 
 def lies_well(source: Source, operands: Operands, weight: Weight, adapter: Adapter | None) -> bool:
-    """Whether `as_it_lies` will do: nothing to compute on the way, few tokens, no word that ends early."""
+    """Whether `as_it_lies` will do: few tokens, nothing to compute on the way, whole words at whole addresses."""
     plain = operands.activation is None and weight.zero_point is None and adapter is None
-    return plain and source.tokens <= _FEW_TOKENS and source.channels % operands.planes == 0
+    even = source.channels % 2 == source.token_stride % 2 == source.x.storage_offset() % 2 == 0
+    few = source.tokens <= _FEW_TOKENS
+    return plain and few and (operands.planes == 1 or (operands.planes == 2 and even))
 
 
 def quantized(
@@ -168,7 +170,7 @@ def quantized(
         operands, kind, max(16, _power_of_two(rank)), tokens, block,
         num_warps=4,
     )  # fmt: skip
-    return Input(values, words, planes * words, 1, words, token_scale, token_sum, low)
+    return Input(values, words, planes * words, words, token_scale, token_sum, low)
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -239,7 +241,7 @@ def multiply(
     )  # fmt: skip
     packed = weight.packed
     strides = (
-        inputs.words, packed.shape[-1], inputs.token_stride, inputs.word_stride, inputs.plane_stride,
+        inputs.words, packed.shape[-1], inputs.token_stride, inputs.plane_stride,
         packed.stride(0), packed.stride(-2) if geometry is not None else 0,
     )  # fmt: skip
     problem = Problem(operands, rows, tokens, inputs.words, taps)

@@ -88,27 +88,36 @@ def accumulate(
     x: tl.tensor,
     weight: tl.tensor,
     word: tl.tensor,
-    word_stride: tl.tensor,
     plane_stride: tl.tensor,
     row_bytes: tl.tensor,
     words: tl.tensor,
     has_token: tl.tensor,
     has_row: tl.tensor,
     OPERANDS: tl.constexpr,
+    PAIRED: tl.constexpr,
 ) -> tl.tensor:
-    """Add the products of one run of words: `x` points at rows of tokens, `weight` at rows of the packed weight."""
+    """Add the products of one run of words: `x` points at rows of tokens, `weight` at rows of the packed weight.
+
+    With `PAIRED`, words of `x` are int32 that hold what two planes meet.
+    """
     BITS: tl.constexpr = OPERANDS.weight.bits
     PLANES: tl.constexpr = OPERANDS.planes
     byte = word * OPERANDS.word_bytes
-    inputs = x[:, None] + (word * word_stride)[None, :]
+    inputs = x[:, None] + word[None, :]
     bytes = weight[:, None] + byte[None, :]
     has_input = has_token[:, None] & (word < words)[None, :]
+    if PAIRED:  # two planes of 16 bits lie as pairs in one word of 32
+        pairs = tl.load(inputs, has_input, 0)
     raw = tl.load(bytes, has_row[:, None] & (byte < row_bytes)[None, :], 0)
     for plane in tl.static_range(PLANES):
         if plane * BITS % 8 == 0 and plane > 0:
             at = byte + plane * BITS // 8
             raw = tl.load(weight[:, None] + at[None, :], has_row[:, None] & (at < row_bytes)[None, :], 0)
-        right = tl.trans(tl.load(inputs + plane * plane_stride, has_input, 0.0))
+        if PAIRED:
+            half = (pairs >> (16 * plane)).to(tl.int16)
+            right = tl.trans(half.to(tl.float16 if OPERANDS.kind == "fp16" else tl.bfloat16, bitcast=True))
+        else:
+            right = tl.trans(tl.load(inputs + plane * plane_stride, has_input, 0.0))
         if plane * BITS % 8 + BITS <= 8:
             sum = multiply(decode(raw, plane * BITS % 8, OPERANDS), right, sum, OPERANDS)
         else:  # the code straddles two bytes
@@ -137,7 +146,6 @@ def share(
     words: tl.tensor,
     row_bytes: tl.tensor,
     x_stride: tl.tensor,
-    word_stride: tl.tensor,
     plane_stride: tl.tensor,
     row_stride: tl.tensor,
     tap_stride: tl.tensor,
@@ -149,6 +157,7 @@ def share(
     GEOMETRY: tl.constexpr,
     SPLITS: tl.constexpr,
     WORDS: tl.constexpr,
+    PAIRED: tl.constexpr,
 ) -> tl.tensor:
     """Products summed over this program's share of the k axis; scales of groups are applied, those of rows are not."""
     has_row = row < rows
@@ -169,7 +178,7 @@ def share(
         part = zeros(row.shape[0], token.shape[0], OPERANDS) if GROUPS else total
         part = accumulate(
             part, x + source.to(tl.int64) * x_stride, weight_rows + tap * tap_stride, start + tl.arange(0, WORDS),
-            word_stride, plane_stride, row_bytes, words, inside, has_row, OPERANDS,
+            plane_stride, row_bytes, words, inside, has_row, OPERANDS, PAIRED,
         )  # fmt: skip
         if GROUPS:
             group = start // OPERANDS.group_words
@@ -285,7 +294,6 @@ def matmul(
     words: tl.tensor,
     row_bytes: tl.tensor,
     x_stride: tl.tensor,
-    word_stride: tl.tensor,
     plane_stride: tl.tensor,
     row_stride: tl.tensor,
     tap_stride: tl.tensor,
@@ -304,8 +312,8 @@ def matmul(
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
     sum = share(
         x, weight, token_sum, weight_scale, weight_zero, token, row, tokens, rows, scale_stride, words, row_bytes,
-        x_stride, word_stride, plane_stride, row_stride, tap_stride, height, width, out_height, out_width,
-        OPERANDS, GEOMETRY, SPLITS, WORDS,
+        x_stride, plane_stride, row_stride, tap_stride, height, width, out_height, out_width,
+        OPERANDS, GEOMETRY, SPLITS, WORDS, x.dtype.element_ty == tl.int32,
     )  # fmt: skip
     if SPLITS > 1:
         at = out + (tl.program_id(1) * tokens + token).to(tl.int64)[:, None] * rows + row[None, :]

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 
 from difloat.formats import Format
+from difloat.kernels import triton_ptx
 
 Kind = Literal["e4m3", "int8", "bf16", "fp16"]
 
@@ -67,36 +68,21 @@ class Operands:
 
     @property
     def fields(self) -> tuple[int, int, int, int]:
-        """The two masked shifts that turn a weight code in the low bits of a byte into an operand byte.
+        """See `triton_ptx.fields`."""
+        return triton_ptx.fields(self.weight, self.kind)
 
-        The operand is ``(code << first) & first_mask | (code << second) & second_mask``; only for kind "e4m3", and for
-        "int8" with an integer format.
-        """
-        format = self.weight
+    @property
+    def swift(self) -> bool:
+        """Whether `ptx` decodes the weight; else the compiler does, code by code."""
         if self.kind == "int8":
-            shift = 8 - format.bits if format.signed else 0
-            return shift, ((1 << format.bits) - 1) << shift, 0, 0
-        magnitude_bits = format.exponent_bits + format.mantissa_bits
-        up = 3 - format.mantissa_bits
-        sign = (8 - format.bits, 0x80) if format.signed else (0, 0)
-        return up, ((1 << magnitude_bits) - 1) << up, *sign
+            return self.weight.integer
+        return self.kind == "e4m3" or not self.weight.integer or self.weight.bits <= 7
 
     @property
     def ptx(self) -> tuple[str, ...]:
-        """`fields` for four bytes at once, as inline PTX: entry i for codes that start at bit i of their byte."""
-        first, first_mask, second, second_mask = self.fields
-        texts = []
-        for start in range(8):
-            text = _masked_shift("$0", first - start, first_mask)
-            if second_mask:
-                text += f" .reg .b32 sign; {_masked_shift('sign', second - start, second_mask)} or.b32 $0, $0, sign;"
-            texts.append(f"{{ {text} }}")
-        return tuple(texts)
-
-
-def _masked_shift(register: str, shift: int, mask: int) -> str:
-    move = f"shl.b32 {register}, $1, {shift};" if shift >= 0 else f"shr.u32 {register}, $1, {-shift};"
-    return f"{move} and.b32 {register}, {register}, {mask * 0x01010101:#010x};"
+        """Decoding of four codes that start at bit 0, 1, ... 7 of their bytes."""
+        decoding = triton_ptx.bytes_ptx if self.kind in ("e4m3", "int8") else triton_ptx.halves_ptx
+        return tuple(decoding(self.weight, self.kind, start) for start in range(8))
 
 
 def _factor(format: Format, kind: Kind, weight: bool) -> float:
