@@ -190,7 +190,8 @@ def linear_rows(
             given = inputs[key]
         own_bias = None if bias is None else bias[run]
         launch.multiply(given, operands, weight, group.part, input_zero_point, own_bias, out[:, run], branch)
-    return (out if order is None else out.index_select(1, order)).reshape(*x.shape[:-1], -1)
+    ordered = out if order is None else out.index_select(1, order)
+    return ordered.reshape(*x.shape[:-1], out.shape[1])
 
 
 def conv2d(

@@ -85,7 +85,7 @@ def round_to_grid(x: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
     """`rounding.round_` for float32: nearest value, ties to the even code, saturating; NaN becomes some value."""
     x = tl.minimum(tl.maximum(x, FORMAT.min), FORMAT.max)
     if FORMAT.uniform:
-        return ((x / FORMAT.step + ROUND_TO_INTEGER) - ROUND_TO_INTEGER) * FORMAT.step
+        return ((x * (1 / FORMAT.step) + ROUND_TO_INTEGER) - ROUND_TO_INTEGER) * FORMAT.step
     else:
         # The exponent field alone is the binade; one step of it is the last bit of the anchor, so adding rounds to steps.
         binade = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)

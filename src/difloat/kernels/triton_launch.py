@@ -22,6 +22,7 @@ _FEW_TOKENS = (
 )
 _STEP_VALUES = 4096  # values that one step of the quantizer holds,
 _STEP_CHANNELS = 2048  # and how many of one token at most
+_OPTIONS = {"enable_fp_fusion": True}  # named because Triton's default is about to change
 _SCAN_VALUES = 8192
 _SUM_ROWS, _SUM_CHANNELS = 16, 256
 
@@ -168,7 +169,7 @@ def quantized(
         source.tokens, source.channels, rank, source.span, source.span_stride, source.token_stride,
         source.channel_stride, scale_span, words, sum_groups,
         operands, kind, max(16, _power_of_two(rank)), tokens, block,
-        num_warps=4,
+        num_warps=4, **_OPTIONS,
     )  # fmt: skip
     return Input(values, words, planes * words, words, token_scale, token_sum, low)
 
@@ -190,7 +191,7 @@ def _scale_source(
     values = dense.numel() // spans
     largest = torch.zeros(spans, dtype=torch.int32, device=dense.device)
     triton_quantize.largest_magnitude[(-(-values // _SCAN_VALUES), spans)](
-        dense, largest, values, dense.stride(0) if per_picture else 0, _SCAN_VALUES, num_warps=8
+        dense, largest, values, dense.stride(0) if per_picture else 0, _SCAN_VALUES, num_warps=8, **_OPTIONS
     )
     return largest, "largest", source.span if per_picture else source.tokens
 
@@ -211,7 +212,7 @@ def weight_sums(weight: Weight, channels: int) -> Tensor:
     kernels.weight_sums[(-(-rows // _SUM_ROWS), taps)](
         packed, weight.scale, weight.zero_point, sums, rows, channels, packed.shape[-1], packed.stride(0),
         packed.stride(-2) if packed.dim() == 4 else 0, weight.scale_stride, weight.spec.group_size or channels,
-        weight.spec.format.bits, weight.spec.format, _SUM_ROWS, _SUM_CHANNELS,
+        weight.spec.format.bits, weight.spec.format, _SUM_ROWS, _SUM_CHANNELS, **_OPTIONS,
     )  # fmt: skip
     return sums
 
@@ -268,14 +269,14 @@ def _runner(
         split = tile.splits > 1
         target = out.new_empty((tile.splits, tokens, rows), dtype=torch.float32) if split else out
         kernels.matmul[(tiles, tile.splits)](
-            values, packed, target, *tail, *strides, *constants,
-            tile.splits, tile.rows, tile.tokens, tile.words, tile.together,
-            num_warps=tile.warps, num_stages=tile.stages,
+            values, packed, target, *tail, *strides, tile.splits, *constants,
+            split, tile.rows, tile.tokens, tile.words, tile.together,
+            num_warps=tile.warps, num_stages=tile.stages, **_OPTIONS,
         )  # fmt: skip
         if split:
             block = min(tile.tokens, 32)
             kernels.add_shares[(-(-rows // 64), -(-tokens // block))](
-                target, out, *tail, *constants, tile.splits, 64, block, num_warps=4
+                target, out, *tail, tile.splits, *constants, 64, block, num_warps=4, **_OPTIONS
             )
 
     return run

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from difloat.kernels.triton_decode import INTERPRET, decode, decode_value
 
+VARYING = ("tokens", "splits", "height", "width", "out_height", "out_width")  # no reason to compile again
 PROMOTE = tl.constexpr(128)  # k that FP8 tensor cores may add up before the sum moves to a float32 register
 
 
@@ -153,9 +154,9 @@ def share(
     width: tl.tensor,
     out_height: tl.tensor,
     out_width: tl.tensor,
+    splits: tl.tensor,
     OPERANDS: tl.constexpr,
     GEOMETRY: tl.constexpr,
-    SPLITS: tl.constexpr,
     WORDS: tl.constexpr,
     PAIRED: tl.constexpr,
 ) -> tl.tensor:
@@ -163,7 +164,7 @@ def share(
     has_row = row < rows
     blocks = tl.cdiv(words, WORDS)
     steps = blocks if GEOMETRY is None else blocks * GEOMETRY.taps
-    each = tl.cdiv(steps, SPLITS)
+    each = tl.cdiv(steps, splits)
     first = tl.program_id(1) * each
     GROUPS: tl.constexpr = OPERANDS.group_words > 0
     if GROUPS:
@@ -268,7 +269,7 @@ def multiply_floats(a: tl.tensor, b: tl.tensor) -> tl.tensor:
         return tl.dot(a, b, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def matmul(
     x: tl.tensor,
     weight: tl.tensor,
@@ -297,25 +298,26 @@ def matmul(
     plane_stride: tl.tensor,
     row_stride: tl.tensor,
     tap_stride: tl.tensor,
+    splits: tl.tensor,
     OPERANDS: tl.constexpr,
     GEOMETRY: tl.constexpr,
     RANK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SHARED: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     WORDS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ) -> None:
-    """One tile of the output, or with `SPLITS` one share of its k axis, as float32 into ``out[split, token, row]``."""
+    """One tile of the output, or with `SHARED` one of `splits` shares of its k axis, as float32 into ``out[split, token, row]``."""
     row_tile, token_tile = tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(tokens, TOKENS), TOGETHER)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
     sum = share(
         x, weight, token_sum, weight_scale, weight_zero, token, row, tokens, rows, scale_stride, words, row_bytes,
-        x_stride, plane_stride, row_stride, tap_stride, height, width, out_height, out_width,
-        OPERANDS, GEOMETRY, SPLITS, WORDS, x.dtype.element_ty == tl.int32,
+        x_stride, plane_stride, row_stride, tap_stride, height, width, out_height, out_width, splits,
+        OPERANDS, GEOMETRY, WORDS, x.dtype.element_ty == tl.int32,
     )  # fmt: skip
-    if SPLITS > 1:
+    if SHARED:
         at = out + (tl.program_id(1) * tokens + token).to(tl.int64)[:, None] * rows + row[None, :]
         tl.store(at, tl.trans(sum).to(tl.float32), (token < tokens)[:, None] & (row < rows)[None, :])
     else:
@@ -337,7 +339,7 @@ def tile_of(
     return band * TOGETHER + within % height, within // height
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def add_shares(
     shares: tl.tensor,
     out: tl.tensor,
@@ -359,10 +361,10 @@ def add_shares(
     width: tl.tensor,
     out_height: tl.tensor,
     out_width: tl.tensor,
+    splits: tl.tensor,
     OPERANDS: tl.constexpr,
     GEOMETRY: tl.constexpr,
     RANK: tl.constexpr,
-    SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ) -> None:
@@ -372,7 +374,7 @@ def add_shares(
     exists = (row < rows)[:, None] & (token < tokens)[None, :]
     at = shares + token.to(tl.int64)[None, :] * rows + row[:, None]
     sum = tl.zeros((ROWS, TOKENS), tl.float32)
-    for _ in range(SPLITS):
+    for _ in range(splits):
         sum += tl.load(at, exists, 0.0)
         at += tokens.to(tl.int64) * rows
     finish(

@@ -102,7 +102,7 @@ def find_scale(
         return online_scale(bits, FORMAT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "span", "scale_span"))
 def quantize(
     x: tl.tensor,
     out: tl.tensor,

@@ -92,7 +92,8 @@ def rule(problem: Problem, device: Device) -> Tile:
     """A tile without measuring: few tokens want many programs that read memory, many tokens large products."""
     most = max(32, _K_PER_STEP // problem.operands.planes)
     if problem.tokens <= 64:
-        words = step_words(problem.operands, 128 if problem.tokens <= 16 else most)
+        wide = problem.tokens <= 16 and problem.rows >= 64 * device.processors
+        words = step_words(problem.operands, 128 if wide else most)
         tile = Tile(64, max(16, _power_of_two(problem.tokens)), words)
     elif problem.tokens <= 256:
         tile = Tile(64, 128, step_words(problem.operands, most))
@@ -103,9 +104,10 @@ def rule(problem: Problem, device: Device) -> Tile:
 
 def _split(tile: Tile, problem: Problem, device: Device) -> Tile:
     tiles = -(-problem.rows // tile.rows) * -(-problem.tokens // tile.tokens)
-    wanted = (2 if problem.tokens <= 64 else 1) * device.processors // tiles
+    few = problem.tokens <= 64
+    wanted = (2 if few else 1) * device.processors // tiles
     steps = -(-problem.words // tile.words) * problem.taps
-    return replace(tile, splits=max(1, min(wanted, steps // 4, _MOST_SPLITS)))
+    return replace(tile, splits=max(1, min(wanted, steps // (2 if few else 4), _MOST_SPLITS)))
 
 
 def _fit(tile: Tile, problem: Problem, device: Device) -> Tile:
@@ -125,17 +127,17 @@ def candidates(problem: Problem, device: Device) -> list[Tile]:
     """Tiles worth measuring, the rule's own first."""
     first = rule(problem, device)
     few = problem.tokens <= 64
-    shapes = [(64, first.tokens, 4), (128, first.tokens, 4), (32, first.tokens, 4)] if few else []
-    if not few:
-        shapes = [(128, 128, 8), (128, 128, 4), (64, 256, 4), (128, 256, 8), (64, 128, 4), (256, 128, 8)]
+    shapes = [(64, 128, 4), (128, 128, 8), (128, 128, 4), (64, 256, 4), (128, 256, 8), (256, 128, 8)]
+    if few:
+        shapes = [(rows, first.tokens, 4) for rows in (64, 32, 128)]
+    most = _K_PER_STEP // problem.operands.planes
     found = [first]
     for rows, tokens, warps in shapes:
-        for words in {step_words(problem.operands, w) for w in ((64, 128, 256) if few else (64, 128))}:
-            for stages in (3, 5):
-                tile = replace(first, rows=rows, tokens=tokens, words=words, warps=warps, stages=stages)
-                tile = _split(tile, problem, device)
-                if tile not in found and shared_bytes(tile, problem.operands) <= device.shared_bytes:
-                    found.append(tile)
+        for words in sorted({step_words(problem.operands, most), step_words(problem.operands, 2 * most)}):
+            tile = Tile(rows, tokens, words, warps=warps)
+            tile = _fit(_split(tile, problem, device), problem, device)
+            if tile not in found and tile.stages > 1:
+                found.append(tile)
     return found
 
 
