@@ -25,7 +25,18 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
 }
-UNALIGNED = ("tokens", "span", "rank", "height", "width", "out_height", "out_width", "groups", "scale_span", "splits")
+UNALIGNED = (
+    "tokens",
+    "span",
+    "rank",
+    "height",
+    "width",
+    "out_height",
+    "out_width",
+    "groups",
+    "scale_span",
+    "splits",
+)
 KERNEL_3X3 = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
 
 

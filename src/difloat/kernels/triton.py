@@ -9,7 +9,10 @@ Importing this module neither needs nor imports Triton; `available` says whether
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -20,6 +23,8 @@ from torch import Tensor
 from difloat.kernels import triton_operands
 from difloat.kernels.triton_operands import Operands
 from difloat.quantizer import Part
+
+_MOST_PRODUCTS = 2**31 // 128**2  # of int8 numbers whose sum surely fits int32
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,9 @@ def available(device: torch.device) -> bool:
     """Whether Triton is installed and computes on this device."""
     if find_spec("triton") is None:
         return False
-    return (device.type == "cuda" and torch.version.cuda is not None) or interpreting()
+    if device.type == "cuda" and torch.version.cuda is not None:
+        return True
+    return "TRITON_INTERPRET" in os.environ and interpreting()
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -69,6 +76,8 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
     """
     if not available(x.device) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
+    if math.prod(weight_shape[1:]) >= _MOST_PRODUCTS:
+        return False
     channels = x.shape[1 if len(weight_shape) == 4 else -1]
     if not channels == part.channels == weight_shape[1]:
         return False  # a convolution in groups
@@ -82,6 +91,11 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
         return False
     # Sums of an input per group are made step by step, and a step is a power of two.
     return not (part.weight.zero_point and operands.group_words & (operands.group_words - 1))
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Launches go to the current device, which need not be the one of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _operands(part: Part, x: Tensor, planes: int = 0) -> Operands | None:
@@ -170,26 +184,31 @@ def linear_rows(
     out = x.new_empty((source.tokens, sum(counts)))
     starts = [sum(counts[:n]) for n in range(len(counts))]
     inputs: dict[tuple[Operands | str, int], launch.Input] = {}
-    for group, start, count in zip(groups, starts, counts, strict=True):
-        run = slice(start, start + count)
-        operands = _required(group.part, x, planes)
-        weight = launch.Weight(group.packed, group.weight_scale, group.weight_zero_point, group.part.weight)
-        branch = None if adapter is None else launch.Adapter(adapter[0], adapter[1][run])
-        if source.tokens == 0:
-            continue
-        if launch.lies_well(source, operands, weight, branch):
-            given = launch.as_it_lies(source, operands)
-        else:
-            sum_groups = max(1, weight.scale_stride) if group.weight_zero_point is not None else 0
-            key = (operands.kind, sum_groups)
-            if key not in inputs:
-                spec = group.part.activation
-                inputs[key] = launch.quantized(
-                    source, operands, spec, input_scale, input_zero_point, sum_groups, branch
-                )
-            given = inputs[key]
-        own_bias = None if bias is None else bias[run]
-        launch.multiply(given, operands, weight, group.part, input_zero_point, own_bias, out[:, run], branch)
+    with _on(x.device):
+        for group, start, count in zip(groups, starts, counts, strict=True):
+            run = slice(start, start + count)
+            operands = _required(group.part, x, planes)
+            weight = launch.Weight(
+                group.packed, group.weight_scale, group.weight_zero_point, group.part.weight
+            )
+            branch = None if adapter is None else launch.Adapter(adapter[0], adapter[1][run])
+            if source.tokens == 0:
+                continue
+            if launch.lies_well(source, operands, weight, branch):
+                given = launch.as_it_lies(source, operands)
+            else:
+                sum_groups = max(1, weight.scale_stride) if group.weight_zero_point is not None else 0
+                key = (operands.kind, sum_groups)
+                if key not in inputs:
+                    spec = group.part.activation
+                    inputs[key] = launch.quantized(
+                        source, operands, spec, input_scale, input_zero_point, sum_groups, branch
+                    )
+                given = inputs[key]
+            own_bias = None if bias is None else bias[run]
+            launch.multiply(
+                given, operands, weight, group.part, input_zero_point, own_bias, out[:, run], branch
+            )
     ordered = out if order is None else out.index_select(1, order)
     return ordered.reshape(*x.shape[:-1], out.shape[1])
 
@@ -235,7 +254,9 @@ def conv2d(
     picture = launch.picture_of(x, packed, stride, padding, dilation)
     shape = (x.shape[0], picture.out_height, picture.out_width, packed.shape[0])
     out = x.new_empty(shape)
-    if out.numel():
+    if out.numel() == 0:
+        return out.permute(0, 3, 1, 2)
+    with _on(x.device):
         taps_first = packed.permute(0, 2, 3, 1).contiguous()
         weight = launch.Weight(taps_first, weight_scale, weight_zero_point, part.weight)
         sum_groups = max(1, weight.scale_stride) if weight_zero_point is not None else 0

@@ -85,18 +85,9 @@ def zeros(ROWS: tl.constexpr, TOKENS: tl.constexpr, OPERANDS: tl.constexpr) -> t
 
 @triton.jit
 def accumulate(
-    sum: tl.tensor,
-    x: tl.tensor,
-    weight: tl.tensor,
-    word: tl.tensor,
-    plane_stride: tl.tensor,
-    row_bytes: tl.tensor,
-    words: tl.tensor,
-    has_token: tl.tensor,
-    has_row: tl.tensor,
-    OPERANDS: tl.constexpr,
-    PAIRED: tl.constexpr,
-) -> tl.tensor:
+    sum: tl.tensor, x: tl.tensor, weight: tl.tensor, word: tl.tensor, plane_stride: tl.tensor, row_bytes: tl.tensor,
+    words: tl.tensor, has_token: tl.tensor, has_row: tl.tensor, OPERANDS: tl.constexpr, PAIRED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Add the products of one run of words: `x` points at rows of tokens, `weight` at rows of the packed weight.
 
     With `PAIRED`, words of `x` are int32 that hold what two planes meet.
@@ -134,32 +125,12 @@ def accumulate(
 
 @triton.jit
 def share(
-    x: tl.tensor,
-    weight: tl.tensor,
-    token_sum: tl.tensor,
-    weight_scale: tl.tensor,
-    weight_zero: tl.tensor,
-    token: tl.tensor,
-    row: tl.tensor,
-    tokens: tl.tensor,
-    rows: tl.tensor,
-    scale_stride: tl.tensor,
-    words: tl.tensor,
-    row_bytes: tl.tensor,
-    x_stride: tl.tensor,
-    plane_stride: tl.tensor,
-    row_stride: tl.tensor,
-    tap_stride: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    out_height: tl.tensor,
-    out_width: tl.tensor,
-    splits: tl.tensor,
-    OPERANDS: tl.constexpr,
-    GEOMETRY: tl.constexpr,
-    WORDS: tl.constexpr,
-    PAIRED: tl.constexpr,
-) -> tl.tensor:
+    x: tl.tensor, weight: tl.tensor, token_sum: tl.tensor, weight_scale: tl.tensor, weight_zero: tl.tensor,
+    token: tl.tensor, row: tl.tensor, tokens: tl.tensor, rows: tl.tensor, scale_stride: tl.tensor, words: tl.tensor,
+    row_bytes: tl.tensor, x_stride: tl.tensor, plane_stride: tl.tensor, row_stride: tl.tensor,
+    tap_stride: tl.tensor, height: tl.tensor, width: tl.tensor, out_height: tl.tensor, out_width: tl.tensor,
+    splits: tl.tensor, OPERANDS: tl.constexpr, GEOMETRY: tl.constexpr, WORDS: tl.constexpr, PAIRED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Products summed over this program's share of the k axis; scales of groups are applied, those of rows are not."""
     has_row = row < rows
     blocks = tl.cdiv(words, WORDS)
@@ -197,32 +168,12 @@ def share(
 
 @triton.jit
 def finish(
-    sum: tl.tensor,
-    token: tl.tensor,
-    row: tl.tensor,
-    out: tl.tensor,
-    token_scale: tl.tensor,
-    token_sum: tl.tensor,
-    weight_scale: tl.tensor,
-    weight_zero: tl.tensor,
-    input_zero: tl.tensor,
-    weight_sum: tl.tensor,
-    bias: tl.tensor,
-    low: tl.tensor,
-    up: tl.tensor,
-    tokens: tl.tensor,
-    rows: tl.tensor,
-    rank: tl.tensor,
-    scale_stride: tl.tensor,
-    out_stride: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    out_height: tl.tensor,
-    out_width: tl.tensor,
-    OPERANDS: tl.constexpr,
-    GEOMETRY: tl.constexpr,
-    RANK: tl.constexpr,
-) -> None:
+    sum: tl.tensor, token: tl.tensor, row: tl.tensor, out: tl.tensor, token_scale: tl.tensor, token_sum: tl.tensor,
+    weight_scale: tl.tensor, weight_zero: tl.tensor, input_zero: tl.tensor, weight_sum: tl.tensor, bias: tl.tensor,
+    low: tl.tensor, up: tl.tensor, tokens: tl.tensor, rows: tl.tensor, rank: tl.tensor, scale_stride: tl.tensor,
+    out_stride: tl.tensor, height: tl.tensor, width: tl.tensor, out_height: tl.tensor, out_width: tl.tensor,
+    OPERANDS: tl.constexpr, GEOMETRY: tl.constexpr, RANK: tl.constexpr,
+) -> None:  # fmt: skip
     """Scales, zero points, bias and the low-rank branch, then store [rows, tokens] transposed."""
     has_row, has_token = row < rows, token < tokens
     PER_ROW: tl.constexpr = OPERANDS.group_words == 0
@@ -271,44 +222,15 @@ def multiply_floats(a: tl.tensor, b: tl.tensor) -> tl.tensor:
 
 @triton.jit(do_not_specialize=VARYING)
 def matmul(
-    x: tl.tensor,
-    weight: tl.tensor,
-    out: tl.tensor,
-    token_scale: tl.tensor,
-    token_sum: tl.tensor,
-    weight_scale: tl.tensor,
-    weight_zero: tl.tensor,
-    input_zero: tl.tensor,
-    weight_sum: tl.tensor,
-    bias: tl.tensor,
-    low: tl.tensor,
-    up: tl.tensor,
-    tokens: tl.tensor,
-    rows: tl.tensor,
-    rank: tl.tensor,
-    scale_stride: tl.tensor,
-    out_stride: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    out_height: tl.tensor,
-    out_width: tl.tensor,
-    words: tl.tensor,
-    row_bytes: tl.tensor,
-    x_stride: tl.tensor,
-    plane_stride: tl.tensor,
-    row_stride: tl.tensor,
-    tap_stride: tl.tensor,
-    splits: tl.tensor,
-    OPERANDS: tl.constexpr,
-    GEOMETRY: tl.constexpr,
-    RANK: tl.constexpr,
-    SHARED: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WORDS: tl.constexpr,
-    TOGETHER: tl.constexpr,
-) -> None:
-    """One tile of the output, or with `SHARED` one of `splits` shares of its k axis, as float32 into ``out[split, token, row]``."""
+    x: tl.tensor, weight: tl.tensor, out: tl.tensor, token_scale: tl.tensor, token_sum: tl.tensor,
+    weight_scale: tl.tensor, weight_zero: tl.tensor, input_zero: tl.tensor, weight_sum: tl.tensor, bias: tl.tensor,
+    low: tl.tensor, up: tl.tensor, tokens: tl.tensor, rows: tl.tensor, rank: tl.tensor, scale_stride: tl.tensor,
+    out_stride: tl.tensor, height: tl.tensor, width: tl.tensor, out_height: tl.tensor, out_width: tl.tensor,
+    words: tl.tensor, row_bytes: tl.tensor, x_stride: tl.tensor, plane_stride: tl.tensor, row_stride: tl.tensor,
+    tap_stride: tl.tensor, splits: tl.tensor, OPERANDS: tl.constexpr, GEOMETRY: tl.constexpr, RANK: tl.constexpr,
+    SHARED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr, TOGETHER: tl.constexpr,
+) -> None:  # fmt: skip
+    """One tile of the output, or with `SHARED` a float32 share of its k axis, ``out[split, token, row]``."""
     row_tile, token_tile = tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(tokens, TOKENS), TOGETHER)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
@@ -341,33 +263,13 @@ def tile_of(
 
 @triton.jit(do_not_specialize=VARYING)
 def add_shares(
-    shares: tl.tensor,
-    out: tl.tensor,
-    token_scale: tl.tensor,
-    token_sum: tl.tensor,
-    weight_scale: tl.tensor,
-    weight_zero: tl.tensor,
-    input_zero: tl.tensor,
-    weight_sum: tl.tensor,
-    bias: tl.tensor,
-    low: tl.tensor,
-    up: tl.tensor,
-    tokens: tl.tensor,
-    rows: tl.tensor,
-    rank: tl.tensor,
-    scale_stride: tl.tensor,
-    out_stride: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    out_height: tl.tensor,
-    out_width: tl.tensor,
-    splits: tl.tensor,
-    OPERANDS: tl.constexpr,
-    GEOMETRY: tl.constexpr,
-    RANK: tl.constexpr,
-    ROWS: tl.constexpr,
+    shares: tl.tensor, out: tl.tensor, token_scale: tl.tensor, token_sum: tl.tensor, weight_scale: tl.tensor,
+    weight_zero: tl.tensor, input_zero: tl.tensor, weight_sum: tl.tensor, bias: tl.tensor, low: tl.tensor,
+    up: tl.tensor, tokens: tl.tensor, rows: tl.tensor, rank: tl.tensor, scale_stride: tl.tensor,
+    out_stride: tl.tensor, height: tl.tensor, width: tl.tensor, out_height: tl.tensor, out_width: tl.tensor,
+    splits: tl.tensor, OPERANDS: tl.constexpr, GEOMETRY: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Add what the programs of a split k axis found, always in the same order, and finish."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -386,22 +288,11 @@ def add_shares(
 
 @triton.jit
 def weight_sums(
-    weight: tl.tensor,
-    weight_scale: tl.tensor,
-    weight_zero: tl.tensor,
-    out: tl.tensor,
-    rows: tl.tensor,
-    channels: tl.tensor,
-    row_bytes: tl.tensor,
-    row_stride: tl.tensor,
-    tap_stride: tl.tensor,
-    scale_stride: tl.tensor,
-    group_size: tl.tensor,
-    BITS: tl.constexpr,
-    FORMAT: tl.constexpr,
-    ROWS: tl.constexpr,
+    weight: tl.tensor, weight_scale: tl.tensor, weight_zero: tl.tensor, out: tl.tensor, rows: tl.tensor,
+    channels: tl.tensor, row_bytes: tl.tensor, row_stride: tl.tensor, tap_stride: tl.tensor,
+    scale_stride: tl.tensor, group_size: tl.tensor, BITS: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """``out[tap, row]``: the sum over channels of the weight, float32; `group_size` is `channels` without groups."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tap = tl.program_id(1)

@@ -76,7 +76,8 @@ class Operands:
         """Whether `ptx` decodes the weight; else the compiler does, code by code."""
         if self.kind == "int8":
             return self.weight.integer
-        return self.kind == "e4m3" or not self.weight.integer or self.weight.bits <= 7
+        short = self.weight.mantissa_bits <= 7 and not (self.weight.integer and self.weight.bits == 8)
+        return self.kind == "e4m3" or short
 
     @property
     def ptx(self) -> tuple[str, ...]:

@@ -48,17 +48,9 @@ def largest_magnitude(
 
 @triton.jit
 def project(
-    x: tl.tensor,
-    down: tl.tensor,
-    low: tl.tensor,
-    token: tl.tensor,
-    offsets: tl.tensor,
-    tokens: tl.tensor,
-    channels: tl.tensor,
-    rank: tl.tensor,
-    RANK: tl.constexpr,
-    CHANNELS: tl.constexpr,
-) -> None:
+    x: tl.tensor, down: tl.tensor, low: tl.tensor, token: tl.tensor, offsets: tl.tensor, tokens: tl.tensor,
+    channels: tl.tensor, rank: tl.tensor, RANK: tl.constexpr, CHANNELS: tl.constexpr,
+) -> None:  # fmt: skip
     """The low-rank product of these tokens: ``low[token] = x[token] @ down.T``."""
     r = tl.arange(0, RANK)
     sum = tl.zeros((token.shape[0], RANK), tl.float32)
@@ -74,18 +66,10 @@ def project(
 
 @triton.jit
 def find_scale(
-    x: tl.tensor,
-    scale: tl.tensor,
-    token: tl.tensor,
-    offsets: tl.tensor,
-    channel_stride: tl.tensor,
-    tokens: tl.tensor,
-    channels: tl.tensor,
-    scale_span: tl.tensor,
-    FORMAT: tl.constexpr,
-    SOURCE: tl.constexpr,
+    x: tl.tensor, scale: tl.tensor, token: tl.tensor, offsets: tl.tensor, channel_stride: tl.tensor,
+    tokens: tl.tensor, channels: tl.tensor, scale_span: tl.tensor, FORMAT: tl.constexpr, SOURCE: tl.constexpr,
     CHANNELS: tl.constexpr,
-) -> tl.tensor:
+) -> tl.tensor:  # fmt: skip
     """Scale of every token: from its own magnitudes, from the largest one given (as bits), or as stored."""
     has_token = token < tokens
     if SOURCE == "stored":
@@ -104,30 +88,12 @@ def find_scale(
 
 @triton.jit(do_not_specialize=("tokens", "span", "scale_span"))
 def quantize(
-    x: tl.tensor,
-    out: tl.tensor,
-    token_scale: tl.tensor,
-    token_sum: tl.tensor,
-    scale: tl.tensor,
-    zero_point: tl.tensor,
-    down: tl.tensor,
-    low: tl.tensor,
-    tokens: tl.tensor,
-    channels: tl.tensor,
-    rank: tl.tensor,
-    span: tl.tensor,
-    span_stride: tl.tensor,
-    token_stride: tl.tensor,
-    channel_stride: tl.tensor,
-    scale_span: tl.tensor,
-    words: tl.tensor,
-    groups: tl.tensor,
-    OPERANDS: tl.constexpr,
-    SOURCE: tl.constexpr,
-    RANK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WORDS: tl.constexpr,
-) -> None:
+    x: tl.tensor, out: tl.tensor, token_scale: tl.tensor, token_sum: tl.tensor, scale: tl.tensor,
+    zero_point: tl.tensor, down: tl.tensor, low: tl.tensor, tokens: tl.tensor, channels: tl.tensor, rank: tl.tensor,
+    span: tl.tensor, span_stride: tl.tensor, token_stride: tl.tensor, channel_stride: tl.tensor,
+    scale_span: tl.tensor, words: tl.tensor, groups: tl.tensor, OPERANDS: tl.constexpr, SOURCE: tl.constexpr,
+    RANK: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr,
+) -> None:  # fmt: skip
     """Operands ``out[token, plane, word]`` of tokens that lie `token_stride` apart in spans of `span`.
 
     Also writes `token_scale` (one per token), `token_sum` (grid values summed per token and group of `WORDS` words, or per

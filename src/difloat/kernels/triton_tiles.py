@@ -127,17 +127,16 @@ def candidates(problem: Problem, device: Device) -> list[Tile]:
     """Tiles worth measuring, the rule's own first."""
     first = rule(problem, device)
     few = problem.tokens <= 64
-    shapes = [(64, 128, 4), (128, 128, 8), (128, 128, 4), (64, 256, 4), (128, 256, 8), (256, 128, 8)]
+    k = _K_PER_STEP
+    shapes = [(128, 128, k, 8), (128, 128, 2 * k, 8), (128, 256, k, 8), (64, 256, k, 4), (64, 128, k, 4)]
     if few:
-        shapes = [(rows, first.tokens, 4) for rows in (64, 32, 128)]
-    most = _K_PER_STEP // problem.operands.planes
+        shapes = [(rows, first.tokens, depth, 4) for rows in (64, 128) for depth in (k, 2 * k)]
     found = [first]
-    for rows, tokens, warps in shapes:
-        for words in sorted({step_words(problem.operands, most), step_words(problem.operands, 2 * most)}):
-            tile = Tile(rows, tokens, words, warps=warps)
-            tile = _fit(_split(tile, problem, device), problem, device)
-            if tile not in found and tile.stages > 1:
-                found.append(tile)
+    for rows, tokens, depth, warps in shapes:
+        words = step_words(problem.operands, max(32, depth // problem.operands.planes))
+        tile = _fit(_split(Tile(rows, tokens, words, warps=warps), problem, device), problem, device)
+        if tile not in found and tile.stages > 1:
+            found.append(tile)
     return found
 
 
