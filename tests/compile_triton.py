@@ -1,6 +1,7 @@
-"""Compile the Triton kernels for a CUDA architecture, which needs no GPU: `python tests/compile_triton.py 90`.
+"""Launch the Triton kernels for a CUDA architecture that is not there: `python tests/compile_triton.py 90`.
 
-Run by test_triton.py in a process of its own, since there kernels are defined for the interpreter.
+Everything happens as on a GPU, from the call of a layer to the compiled kernel, but for the launch itself. Run by
+test_triton.py in a process of its own, since there kernels are defined for the interpreter.
 """
 
 from __future__ import annotations
@@ -10,141 +11,100 @@ import sys
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from difloat.formats import parse
-from difloat.kernels import triton_matmul, triton_quantize, triton_tiles
-from difloat.kernels.triton_matmul import Geometry
-from difloat.kernels.triton_operands import DTYPES, Operands, choose
+from difloat.kernels import triton as backend
+from difloat.kernels import triton_tiles
+from difloat.quantizer import Part, QuantSpec, layer_tensor_shapes
 
-POINTERS = {
-    torch.float8_e4m3fn: "*fp8e4nv",
-    torch.int8: "*i8",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-}
-UNALIGNED = (
-    "tokens",
-    "span",
-    "rank",
-    "height",
-    "width",
-    "out_height",
-    "out_width",
-    "groups",
-    "scale_span",
-    "splits",
-)
-KERNEL_3X3 = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
+COMPILED: list[tuple[str, Any]] = []
 
 
-def compiled(
-    kernel: Any, target: int, pointers: dict[str, str | None], constants: dict[str, Any], **options: int
-) -> Any:
-    """What `triton.compile` makes of a kernel whose integers are multiples of 16, like sizes of real layers."""
-    absent = {name: None for name, type in pointers.items() if type is None}
-    constants = {k: v for k, v in (constants | absent).items() if k in kernel.arg_names}
-    signature = {
-        name: "constexpr" if name in constants else pointers.get(name) or "i32" for name in kernel.arg_names
-    }
-    aligned = [["tt.divisibility", 16]]
-    attributes = {
-        (n,): aligned
-        for n, name in enumerate(kernel.arg_names)
-        if signature[name] != "constexpr" and name not in UNALIGNED
-    }
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(
-        source, target=GPUTarget("cuda", target, 32), options={**options, "enable_fp_fusion": True}
-    )
+class AbsentDevice:
+    """What Triton asks its driver before it launches."""
+
+    def __init__(self, target: int) -> None:
+        self.target = GPUTarget("cuda", target, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
 
 
-def product(
-    operands: Operands, target: int, tokens: int = 4096, geometry: Geometry | None = None, zeros: bool = False
-) -> Any:
-    """The product with the tile that the rule takes."""
-    problem = triton_tiles.Problem(operands, 1152, tokens, 576)
+def compile_instead_of_launching(target: int) -> None:
+    """From here on a launch compiles for `target` and computes nothing."""
+    driver.set_active(AbsentDevice(target))
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        COMPILED.append((self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_only
     shared = 227 << 10 if target == 90 else 99 << 10
-    tile = triton_tiles.rule(problem, triton_tiles.Device("some GPU", 132, shared))
-    number = "*fp32" if zeros else None
-    quantized = operands.activation is not None
-    pointers: dict[str, str | None] = {
-        "x": POINTERS[DTYPES[operands.kind]] if quantized or operands.planes != 2 else "*i32",
-        "weight": "*u8",
-        "out": "*fp32" if tile.splits > 1 else "*bf16",
-        "token_scale": "*fp32" if quantized else None,
-        "token_sum": number,
-        "weight_scale": "*fp32",
-        "weight_zero": number,
-        "input_zero": number,
-        "weight_sum": number,
-        "bias": "*bf16",
-        "low": "*bf16" if not geometry else None,
-        "up": "*bf16" if not geometry else None,
-    }
-    constants = {
-        "scale_stride": 1, "OPERANDS": operands, "GEOMETRY": geometry, "RANK": 32, "SHARED": tile.splits > 1,
-        "ROWS": tile.rows, "TOKENS": tile.tokens, "WORDS": tile.words, "TOGETHER": tile.together,
-    }  # fmt: skip
-    kernel = compiled(
-        triton_matmul.matmul, target, pointers, constants, num_warps=tile.warps, num_stages=tile.stages
-    )
-    if tile.splits > 1:
-        rest = {**pointers, "shares": "*fp32", "out": "*bf16"}
-        compiled(triton_matmul.add_shares, target, rest, constants, num_warps=4)
-    return kernel
+    triton_tiles.device_of = lambda index: triton_tiles.Device("absent", 132, shared)
+    backend.available = lambda device: True
+    backend.capability = lambda device: (target // 10, target % 10)
 
 
-def quantizer(operands: Operands, target: int, found: str) -> None:
-    """The quantizer of a linear layer with an adapter, or of a picture."""
-    kinds = {"own": None, "stored": "*fp32", "largest": "*i32"}
-    values = "*u8" if operands.kind == "e4m3" else POINTERS[DTYPES[operands.kind]]
-    low = "*bf16" if found == "own" else None
-    pointers = {
-        "x": "*bf16", "out": values, "token_scale": "*fp32", "token_sum": "*fp32", "scale": kinds[found],
-        "zero_point": "*fp32" if found == "stored" else None, "down": low, "low": low,
-    }  # fmt: skip
-    constants = {"OPERANDS": operands, "SOURCE": found, "RANK": 32, "TOKENS": 16, "WORDS": 64}
-    if found == "own":
-        constants["channel_stride"] = 1
-    compiled(triton_quantize.quantize, target, pointers, constants, num_warps=4)
+def call(
+    weight: QuantSpec,
+    activation: QuantSpec | None,
+    shape: tuple[int, ...],
+    x: tuple[int, ...],
+    dtype: torch.dtype = torch.bfloat16,
+    adapter: bool = False,
+) -> None:
+    """One call of a layer with tensors of the right shapes."""
+    part = Part(shape[1], weight, activation)
+    shapes = layer_tensor_shapes(shape, [part])
+    names = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
+    tensors = [torch.ones(shapes[name]) if name in shapes else None for name in names]
+    packed = torch.zeros(shapes["weight"], dtype=torch.uint8)
+    inputs, bias = torch.zeros(x, dtype=dtype), torch.zeros(shape[0], dtype=dtype)
+    assert backend.supports(part, shape, inputs)
+    if len(shape) == 4:
+        backend.conv2d(inputs, packed, *tensors, bias, part, (1, 1), (1, 1), (1, 1), 1)
+    else:
+        low_rank = (torch.zeros(32, shape[1], dtype=dtype), torch.zeros(shape[0], 32, dtype=dtype))
+        backend.linear(inputs, packed, *tensors, bias, part, adapter=low_rank if adapter else None)
 
 
 def main(target: int) -> None:
     """Compile a selection; print what became of it."""
-    capability = (target // 10, target % 10)
+    compile_instead_of_launching(target)
 
-    def operands(weight: str, activation: str | None, group_size: int = 0) -> Operands:
-        format = None if activation is None else parse(activation)
-        found = choose(parse(weight), format, torch.bfloat16, capability, group_size=group_size)
-        assert found is not None
-        return found
+    def spec(name: str, **options: Any) -> QuantSpec:
+        return QuantSpec(parse(name), **({"granularity": "channel"} | options))
 
-    write = sys.stdout.write
-    kernel = product(operands("e2m1", "e2m1"), target)
-    ptx = kernel.asm["ptx"]
+    def token(name: str) -> QuantSpec:
+        return QuantSpec(parse(name), "token", online=True)
+
+    call(spec("e2m1"), token("e2m1"), (1152, 1152), (4096, 1152))
+    ptx = COMPILED[-1][1].asm["ptx"]
     if re.search(r"wgmma\.mma_async[^;]*e4m3\.e4m3 \{[^}]*\}, \{", ptx) and "cp.async.cg" in ptx:
-        write("wgmma e4m3 from registers, pipelined; ")
-    write("ok product\n")
-    product(operands("e2m1", None), target, tokens=16)
-    write("ok product of few tokens, weight-only\n")
-    product(operands("uint4", "int8", group_size=128), target, zeros=True)
-    write("ok product in groups with zero points\n")
-    product(operands("e2m3", "e2m3"), target, geometry=KERNEL_3X3)
-    write("ok convolution of 6-bit weights\n")
-    quantizer(operands("e2m1", "e2m1"), target, "own")
-    quantizer(operands("uint4", "int8"), target, "stored")
-    quantizer(operands("e2m1", "e3m0"), target, "largest")
-    write("ok quantizers\n")
-    compiled(triton_quantize.largest_magnitude, target, {"x": "*bf16", "out": "*i32"}, {"BLOCK": 8192})
-    sums = {"weight": "*u8", "weight_scale": "*fp32", "weight_zero": "*fp32", "out": "*fp32"}
-    compiled(
-        triton_matmul.weight_sums, target, sums,
-        {"BITS": 3, "FORMAT": parse("int3"), "ROWS": 16, "CHANNELS": 256},
-    )  # fmt: skip
-    write("ok sums\n")
+        sys.stdout.write("wgmma e4m3 from registers, pipelined\n")
+    before = len({id(kernel) for _, kernel in COMPILED})
+    call(spec("e2m1"), token("e2m1"), (1152, 1152), (4095, 1152))
+    if len({id(kernel) for _, kernel in COMPILED}) == before:
+        sys.stdout.write("another number of tokens compiles nothing\n")
+    call(spec("e2m1"), None, (1152, 1152), (1, 1152))
+    call(spec("int3"), token("int8"), (1152, 1151), (70, 1151), torch.float32)
+    groups = spec("uint4", granularity="group", group_size=64, zero_point=True)
+    call(groups, QuantSpec(parse("ue2m2"), zero_point=True), (128, 512), (300, 512), torch.float16)
+    call(spec("e2m1"), token("e4m3fn" if target >= 89 else "int8"), (128, 512), (300, 512), adapter=True)
+    call(spec("e2m3"), token("e2m3"), (320, 320, 3, 3), (2, 320, 16, 16))
+    names = [name for name, _ in COMPILED]
+    sys.stdout.write(f"{len(names)} launches: {' '.join(sorted(set(names)))}\n")
 
 
 if __name__ == "__main__":

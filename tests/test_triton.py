@@ -539,6 +539,7 @@ def test_the_compiler_accepts_the_kernels(target) -> None:
         [sys.executable, str(script), str(target)], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("ok") >= 5
+    assert "largest_magnitude matmul quantize weight_sums" in result.stdout
+    assert "another number of tokens compiles nothing" in result.stdout
     if target == 90:  # FP8 products of registers (the weight) with shared memory, loads ahead of them
         assert "wgmma e4m3 from registers, pipelined" in result.stdout

@@ -58,14 +58,16 @@ def decode(raw: tl.tensor, SHIFT: tl.constexpr, OPERANDS: tl.constexpr) -> tl.te
         if INTERPRET or not OPERANDS.swift:
             return decode_value(raw >> SHIFT, OPERANDS.weight).to(tl.bfloat16)
         else:
-            PTX: tl.constexpr = OPERANDS.ptx[SHIFT]
-            return tl.inline_asm_elementwise(PTX, "=r,=r,r", [raw], tl.bfloat16, is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(
+                OPERANDS.ptx[SHIFT], "=r,=r,r", [raw], tl.bfloat16, is_pure=True, pack=4
+            )
     else:
         if INTERPRET or not OPERANDS.swift:
             return decode_value(raw >> SHIFT, OPERANDS.weight).to(tl.float16)
         else:
-            PTX: tl.constexpr = OPERANDS.ptx[SHIFT]
-            return tl.inline_asm_elementwise(PTX, "=r,=r,r", [raw], tl.float16, is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(
+                OPERANDS.ptx[SHIFT], "=r,=r,r", [raw], tl.float16, is_pure=True, pack=4
+            )
 
 
 @triton.jit

@@ -79,8 +79,10 @@ def device_of(index: int | None) -> Device:
     """Limits of a CUDA device; None is the interpreter, which has none."""
     if index is None:
         return Device("interpreter", 1, 1 << 30)
+    from triton.runtime import driver
+
     properties = torch.cuda.get_device_properties(index)
-    shared = properties.shared_memory_per_block_optin
+    shared = driver.active.utils.get_device_properties(index)["max_shared_mem"]
     return Device(properties.name, properties.multi_processor_count, shared)
 
 
