@@ -24,7 +24,7 @@ import torch
 
 from difloat import api, layers, record, report, study
 from difloat.evaluate import Generated
-from difloat.methods.posttraining import Bits, Task
+from difloat.methods.task import Bits
 from difloat.reference_models import NAMES
 
 RESULTS = Path(__file__).parent / "results"
@@ -158,7 +158,9 @@ def measure_row(
 ) -> dict[str, Any]:
     """Quantize by one configuration, draw, judge; the pipeline is as before on return."""
     start = time.perf_counter()
-    plan = api.plan_calibrated(Task(module, data, Bits.parse(row.bits)), row.recipe, row.bits, row.options)
+    plan = api.plan_calibrated(
+        api.task_of(pipeline, data, Bits.parse(row.bits)), row.recipe, row.bits, row.options
+    )
     seconds = time.perf_counter() - start
     twin = layers.apply(layers.shadow(module), plan)
     name = next(key for key, value in pipeline.components.items() if value is module)

@@ -6,12 +6,13 @@ import copy
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from difloat import layers, recipes
+from difloat import api, layers, recipes
 from difloat.calibration import Calibration, CalibrationSettings, collect, denoiser_of
 from difloat.methods.observe import removed
 from difloat.methods.posttraining import Bits, Task
@@ -19,20 +20,32 @@ from difloat.quantizer import LayerPlan, Plan, dequantize
 from tiny import tiny_pixart, tiny_unet
 
 SETTINGS = CalibrationSettings(samples=12, steps=3, prompts_per_batch=2)
-FAST = {"iterations": 4, "rounding_rows": 8, "weight_granularity": "tensor"}
+FAST = {
+    "iterations": 4,
+    "rounding_rows": 8,
+    "weight_granularity": "tensor",
+    "epochs": 1,
+    "rows": 2,
+    "rank": 2,
+}
 
 
 @functools.cache
-def prepared(kind: str) -> tuple[nn.Module, Calibration]:
+def prepared_pipeline(kind: str) -> tuple[object, Calibration]:
     pipeline = {"unet": tiny_unet, "pixart": tiny_pixart}[kind]()
-    return denoiser_of(pipeline)[1], collect(pipeline, ["a cat", "a red house"], SETTINGS, progress=False)
+    return pipeline, collect(pipeline, ["a cat", "a red house"], SETTINGS, progress=False)
+
+
+def prepared(kind: str) -> tuple[nn.Module, Calibration]:
+    pipeline, data = prepared_pipeline(kind)
+    return denoiser_of(pipeline)[1], data
 
 
 def plan_with(kind: str, recipe: str, bits: str = "w4a8", seed: int = 0, **options: object) -> Plan:
-    model, data = prepared(kind)
+    pipeline, data = prepared_pipeline(kind)
     known = recipes.RECIPES[recipe].options.__dataclass_fields__
     options = {**{name: value for name, value in FAST.items() if name in known}, **options}
-    task = Task(model, data, Bits.parse(bits), seed=seed, progress=False)
+    task = replace(api.task_of(pipeline, data, Bits.parse(bits)), seed=seed, progress=False)
     return recipes.plan(task, recipe, bits, options)
 
 
@@ -223,14 +236,15 @@ def test_a_killed_run_goes_on_after_the_last_finished_block(tmp_path, monkeypatc
     from difloat.methods import blockwise
 
     task = Task(model, data, Bits.parse("w4a8"), progress=False, work_dir=tmp_path)
-    whole = recipes.plan(copy.copy(task), "lbfp", "w4a8", FAST)
+    fast = {"iterations": 4, "rounding_rows": 8}
+    whole = recipes.plan(copy.copy(task), "lbfp", "w4a8", fast)
     files = sorted(tmp_path.rglob("*.safetensors"))
     assert len(files) == len(whole.measured["blocks"])
     files[-1].unlink()
     learned = []
     real = blockwise.learn_rounding
     monkeypatch.setattr(blockwise, "learn_rounding", lambda *a, **k: learned.append(1) or real(*a, **k))
-    again = recipes.plan(task, "lbfp", "w4a8", FAST)
+    again = recipes.plan(task, "lbfp", "w4a8", fast)
     assert len(learned) == 1
     for name, layer in whole.layers.items():
         assert torch.equal(layer.tensors["weight"], again.layers[name].tensors["weight"])

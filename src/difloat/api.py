@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,23 @@ def plan(
     )
     work_dir = None if cache_dir is None else Path(cache_dir)
     wanted = CalibrationSettings(**settings)
-    module = denoiser(model)
-    pipeline = "" if model is module else type(model).__name__
-    task = Task(module, data, parsed, wanted.seed, progress, work_dir, wanted.memory_bytes, pipeline)
+    task = replace(
+        task_of(model, data, parsed),
+        seed=wanted.seed,
+        progress=progress,
+        work_dir=work_dir,
+        memory_bytes=wanted.memory_bytes,
+    )
     return plan_calibrated(task, recipe, bits, own)
+
+
+def task_of(model: Any, data: Calibration, bits: Bits) -> Task:
+    """What a recipe works on, for a pipeline or a module with its calibration data."""
+    module = denoiser(model)
+    if model is module:
+        return Task(module, data, bits)
+    scheduler = getattr(model, "scheduler", None)
+    return Task(module, data, bits, pipeline=type(model).__name__, scheduler=scheduler)
 
 
 def calibrate(

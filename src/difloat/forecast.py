@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from difloat import layers, recipes
+from difloat import api, layers, recipes
 from difloat.calibration import Calibration, CalibrationSettings, finish_recording, sampling_of
 from difloat.calls import Recorder, recording
-from difloat.methods.task import Bits, Sequencing, Task
+from difloat.methods.task import Bits, Sequencing
 from difloat.quantizer import Plan
 from difloat.sampling import quiet
 from difloat.shelf import Shelf
 
 _TRIAL_STEPS = (2, 6)  # two lengths tell the cost of a step from the cost of a block
+_TRAINING_FORWARDS = 5  # forward passes of the float denoiser that a training step takes as long as
 _PASSES = 4  # over all rows: full precision, quantized, and the block errors before and after
 
 
@@ -35,6 +36,7 @@ class Forecast:
         packed_bytes: Of the denoiser as it will be.
         search_s: Search over weights, and over activations where they are static.
         rounding_s: Learned rounding of all blocks, its forward passes included; 0 without.
+        training_s: Fine-tuning of the whole denoiser, roughly; 0 without.
     """
 
     calibration: Mapping[str, float]
@@ -45,11 +47,12 @@ class Forecast:
     packed_bytes: float
     search_s: float
     rounding_s: float
+    training_s: float
 
     @property
     def seconds(self) -> float:
         """Of the whole run, from the first calibration call to the plan."""
-        return self.calibration["seconds"] + self.search_s + self.rounding_s
+        return self.calibration["seconds"] + self.search_s + self.rounding_s + self.training_s
 
     def rows(self) -> list[tuple[str, int, str, str]]:
         """The plan by kinds of layers: first layer of the kind, how many, weight grid, input grid or the reason to skip."""
@@ -158,13 +161,20 @@ def forecast(
     """
     need, rows = probe(pipeline, prompts, settings, call_kwargs=call_kwargs)
     counts = _alike(module)
-    name, parsed = type(pipeline).__name__, Bits.parse(bits)
-    task = Task(
-        module, rows, parsed, settings.seed, False, None, settings.memory_bytes, name, frozenset(counts)
+    parsed = Bits.parse(bits)
+    task = replace(
+        api.task_of(pipeline, rows, parsed),
+        seed=settings.seed,
+        progress=False,
+        memory_bytes=settings.memory_bytes,
+        only=frozenset(counts),
     )
     made = recipes.make_options(recipes.lookup(recipe), options)
     learns = getattr(made, "rounding", "nearest") == "learned" and parsed.weight <= 4
-    lengths = [{**options, "iterations": steps} for steps in _TRIAL_STEPS] if learns else [options]
+    tunes = hasattr(made, "epochs")
+    lengths: list[dict[str, Any]] = [{**options, "adapters": 0} if tunes else dict(options)]
+    if learns:
+        lengths = [{**options, "iterations": steps} for steps in _TRIAL_STEPS]
     plans = [recipes.plan(task, recipe, bits, each) for each in lengths]
     plan = plans[0]
     sizes = {name: layers.weight_of(module, name).numel() for name in plan.layers}
@@ -185,7 +195,14 @@ def forecast(
         float_bytes - of_layers + packed_bytes,
         search_s,
         _learning_s(plans, counts, made.iterations) + _PASSES * used * need["row_seconds"] if learns else 0.0,
+        _training_s(made, need) if tunes else 0.0,
     )
+
+
+def _training_s(made: Any, need: Mapping[str, float]) -> float:
+    """A step costs its rows a forward and a backward pass of a denoiser whose layers round what they compute with."""
+    steps = need["calls"] / need["batches"] * made.epochs if made.adapters else 0
+    return steps * made.rows * need["row_seconds"] * _TRAINING_FORWARDS
 
 
 def _alike(module: nn.Module) -> dict[str, int]:

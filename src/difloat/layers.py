@@ -252,10 +252,16 @@ def inside_blocks(model: nn.Module) -> list[str]:
     ]
 
 
-def shadow(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer: layers can be swapped without touching `model`."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+def shadow(model: nn.Module, *, frozen: bool = False) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer: layers can be swapped without touching `model`.
+
+    With `frozen` its parameters are views that need no gradient; those of `model` stay as they are.
+    """
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    memo = {id(tensor): tensor for tensor in tensors}
+    if frozen:
+        memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:

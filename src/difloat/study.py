@@ -95,6 +95,7 @@ def describe(forecast: Forecast, settings: CalibrationSettings) -> str:
         f"calibration: {need['rows']:.0f} rows from {need['calls']:.0f} denoiser calls, about {need['seconds']:.0f} s, "
         f"{need['disk_bytes'] / 1e6:.0f} MB on disk if a cache is kept",
         f"search: about {forecast.search_s:.0f} s; learned rounding: about {forecast.rounding_s:.0f} s; "
+        f"fine-tuning: roughly {forecast.training_s:.0f} s; "
         f"in all about {forecast.seconds:.0f} s",
         f"RAM: at most {ram / 1e6:.0f} MB for both denoisers and the activations of rows and blocks (--memory-mb)",
     ]

@@ -32,6 +32,7 @@ __all__ = [
     "Task",
     "keeps_8bit",
     "run",
+    "timed",
     "timestep_grid",
 ]
 
@@ -89,25 +90,25 @@ def run(
         raise ValueError(
             f"recipe must quantize at least one layer, but keeps all: {next(iter(skipped.values()))}"
         )
-    with _timed(measured, "search weights"):
+    with timed(measured, "search weights"):
         plans, learn = _search_weights(task, rules, seen, settings)
     twin = layers.shadow(task.model)
     for name, plan in plans.items():
         layers.install(twin, name, plan)
     if learn:
-        with _timed(measured, "learn rounding"):
+        with timed(measured, "learn rounding"):
             plans |= learn_blocks(task, twin, learn, seen, settings, generator, measured)
     entries = {} if attention_plan is None else dict.fromkeys(seen.attention, attention_plan)
     attention.install(twin, entries)
     wanted = {name: rule.activation for name, rule in rules.items() if rule.activation is not None}
-    with _timed(measured, "search activations"):
+    with timed(measured, "search activations"):
         rows = task.calibration.stratified(min(settings.activation_rows, len(task.calibration)), generator)
         calls = task.calls(rows, seen.row_bytes)
         plans = search_inputs(twin, calls, plans, wanted, generator)
-    timed = any(plan.schedule for plan in plans.values())
+    by_time = any(plan.schedule for plan in plans.values())
     if wanted and task.only is None:
         measured["ranges"] = _widest_ranges(task, list(wanted))
-    return Outcome(plans, skipped, measured, entries, timestep_grid(task) if timed else ())
+    return Outcome(plans, skipped, measured, entries, timestep_grid(task) if by_time else ())
 
 
 def _widest_ranges(task: Task, names: list[str]) -> dict[str, dict[float, list[float]]]:
@@ -126,7 +127,8 @@ def _widest_ranges(task: Task, names: list[str]) -> dict[str, dict[float, list[f
 
 
 @contextmanager
-def _timed(measured: dict[str, Any], name: str) -> Any:
+def timed(measured: dict[str, Any], name: str) -> Any:
+    """Note the seconds of what is inside under `name`."""
     start = time.perf_counter()
     yield
     measured["seconds"][name] = time.perf_counter() - start

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -54,6 +54,7 @@ class Task:
         progress: Show progress bars.
         work_dir: Where finished blocks are kept, so that a killed run goes on after them; None keeps nothing.
         pipeline: Class name of the pipeline the model is part of, "" for a plain module.
+        scheduler: Of the pipeline, None for a plain module.
         only: Quantize no other layers than these, to try a recipe on a few; None: all.
         memory_bytes: What activations may take while blocks are worked on; bounds the rows, not the result's size.
     """
@@ -67,6 +68,7 @@ class Task:
     memory_bytes: int = 2 << 30
     pipeline: str = ""
     only: frozenset[str] | None = None
+    scheduler: Any = None
 
     def calls(self, rows: Sequence[int], row_bytes: int) -> list[Call]:
         """The calibration rows as denoiser calls of few enough rows each, where a layer's data take `row_bytes` a row."""

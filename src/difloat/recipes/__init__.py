@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from difloat.methods.posttraining import Outcome, Task
 from difloat.quantizer import Plan
-from difloat.recipes import baselines, fp4dit, integer_transformers, lbfp
+from difloat.recipes import baselines, fp4dit, integer_transformers, lbfp, msfp, options
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ RECIPES: dict[str, Recipe] = {
         fp4dit.plan,
         fp4dit.Options,
         "diffusion transformers: FP weights in groups, scale-aware rounding, online activations (arXiv:2503.15465)",
+    ),
+    "msfp": Recipe(
+        msfp.plan,
+        msfp.Options,
+        "4-bit weights and activations: mixup-sign formats, adapters by timestep, fine-tuned (arXiv:2505.21591)",
     ),
     "qdiffusion": Recipe(
         baselines.qdiffusion,
@@ -64,48 +69,16 @@ def lookup(name: str) -> Recipe:
 
 
 def make_options(recipe: Recipe, values: Mapping[str, Any]) -> Any:
-    """Options of a recipe from user values; strings are converted to the field's type.
-
-    Raises:
-        ValueError: on an unknown option, or a value that is not of the option's type or choices.
-    """
-    fields = {field.name for field in dataclasses.fields(recipe.options)}
-    unknown = sorted(set(values) - fields)
-    if unknown:
-        raise ValueError(f"options must be among {', '.join(sorted(fields))}, got {', '.join(unknown)}")
-    hints = get_type_hints(recipe.options)
-    return recipe.options(**{name: _converted(name, value, hints[name]) for name, value in values.items()})
+    """Options of a recipe from user values; ValueError as from `options.make_options`."""
+    return options.make_options(recipe.options, values)
 
 
-def _converted(name: str, value: Any, hint: Any) -> Any:
-    choices = getattr(hint, "__args__", ()) if "Literal" in str(hint) else ()
-    if choices:
-        if value not in choices:
-            raise ValueError(f"option {name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-        return value
-    if str(hint).startswith("tuple"):
-        items = [item.strip() for item in value.split(",")] if isinstance(value, str) else list(value)
-        return tuple(item for item in items if item)
-    if hint is bool and isinstance(value, str):
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if value.lower() not in words:
-            raise ValueError(f"option {name} must be true or false, got {value!r}")
-        return words[value.lower()]
-    try:
-        converted = hint(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"option {name} must be a {hint.__name__}, got {value!r}") from None
-    if hint in (int, float) and converted < 0:
-        raise ValueError(f"option {name} must not be negative, got {value!r}")
-    return converted
-
-
-def plan(task: Task, recipe: str, bits: str, options: Mapping[str, Any]) -> Plan:
+def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
     """Decide everything about the task's model; the model stays untouched."""
     row = lookup(recipe)
-    chosen = make_options(row, options)
-    outcome = row.plan(task, chosen)
-    stored = {**dataclasses.asdict(chosen), "seed": task.seed, "calibration_rows": len(task.calibration)}
+    settings = make_options(row, chosen)
+    outcome = row.plan(task, settings)
+    stored = {**dataclasses.asdict(settings), "seed": task.seed, "calibration_rows": len(task.calibration)}
     return Plan(
         recipe,
         bits,

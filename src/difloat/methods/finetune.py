@@ -1,0 +1,234 @@
+"""Fine-tuning of a quantized model by distillation along full-precision trajectories: one loop for all recipes.
+
+No data: the student sees the inputs that the full-precision sampler gave its denoiser, timestep by timestep, and learns the
+teacher's outputs. Runs under `accelerate` (mixed precision, gradient accumulation, several processes); rows are drawn from
+seed and step alone, so a resumed or parallel run sees those of an uninterrupted single one. Memory: the student, its gradients
+and AdamW's two moments for what is trained, the activations of one batch, and the teacher's outputs of all rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from difloat.calls import first_tensor
+from difloat.methods.adapters import Adaptive
+from difloat.methods.student import Student
+from difloat.methods.task import Task
+
+_SAVE_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a student is trained.
+
+    Attributes:
+        epochs: Passes along the trajectory: one optimiser step per timestep each.
+        rows: Rows per step, all processes together.
+        adapter_rate: Of the adapters, in units of a layer's mean weight step (arXiv:2310.03270: 1/2500).
+        range_rate: Of static input ranges.
+        scale_rate: Of weight scales.
+        router_rate: Of the router.
+        accumulation: Batches per optimiser step.
+        precision: Mixed precision of `accelerate`.
+        patience: Stop after so many epochs without a lower loss; 0: never.
+    """
+
+    epochs: int = 40
+    rows: int = 16
+    adapter_rate: float = 1 / 2500
+    range_rate: float = 5e-4
+    scale_rate: float = 1e-6
+    router_rate: float = 1e-3
+    accumulation: int = 1
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    patience: int = 0
+
+
+Extra = Callable[[Student, int, float, Tensor], Tensor]
+
+
+def train(
+    task: Task,
+    student: Student,
+    settings: TrainingSettings,
+    weights: Mapping[float, float],
+    extra: Extra | None = None,
+) -> list[float]:
+    """Train `student` in place.
+
+    Args:
+        task: Teacher, rows, seed; with a `work_dir` the run is kept there and goes on after a kill.
+        student: See there; its grid must hold the timesteps of the rows.
+        settings: See there.
+        weights: Of the squared error at each timestep of the grid.
+        extra: Further loss of a step, from the student, the step, its timestep and the student's output.
+
+    Returns:
+        Mean loss of every epoch.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(
+        mixed_precision=settings.precision,
+        gradient_accumulation_steps=settings.accumulation,
+        cpu=next(task.model.parameters()).device.type == "cpu",
+    )
+    data = _Rows(task, accelerator)
+    optimizer = torch.optim.AdamW(_groups(student, settings), weight_decay=0.0)
+    steps = settings.epochs * len(data.grid)
+    model, optimizer = accelerator.prepare(student, optimizer)
+    state = _Kept(task, student, optimizer, settings)
+    losses = state.restore()
+    base = [group["lr"] for group in _groups(student, settings)]
+    bar = tqdm(total=steps, desc="fine-tune", disable=not (task.progress and accelerator.is_main_process))
+    bar.update(len(losses))
+    for step in range(len(losses), steps):
+        for group, rate in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = rate * (1 - step / steps)
+        loss = torch.zeros(())
+        for part in range(settings.accumulation):
+            timestep, rows = data.draw(step * settings.accumulation + part, settings.rows, task.seed)
+            with accelerator.accumulate(model):
+                output = first_tensor(model(*data.call(rows)))
+                part_loss = weights[timestep] * (output.float() - data.targets[rows]).square().mean()
+                if extra is not None:
+                    part_loss = part_loss + extra(student, step, timestep, output)
+                accelerator.backward(part_loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            loss = loss + part_loss.detach().cpu() / settings.accumulation
+        losses.append(float(accelerator.reduce(loss.to(accelerator.device), "mean")))
+        bar.update()
+        bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
+        if accelerator.is_main_process:
+            state.keep(losses, force=step + 1 == steps)
+        if _stalled(losses, len(data.grid), settings.patience):
+            break
+    bar.close()
+    accelerator.wait_for_everyone()
+    return _by_epoch(losses, len(data.grid))
+
+
+class _Rows:
+    """Calibration rows by timestep, with the teacher's outputs; every process takes its share of a batch."""
+
+    def __init__(self, task: Task, accelerator: Any) -> None:
+        self.calibration = task.calibration
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.by_timestep: dict[float, list[int]] = {}
+        for row, timestep in enumerate(task.calibration.timesteps):
+            self.by_timestep.setdefault(timestep, []).append(row)
+        self.grid = sorted(self.by_timestep, reverse=True)
+        chunks = torch.arange(len(task.calibration)).split(16)
+        with torch.no_grad():
+            outputs = [first_tensor(task.model(*args, **kwargs)) for args, kwargs in map(self._call, chunks)]
+        self.targets = torch.cat(outputs).float()
+
+    def _call(self, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self.calibration.batch(rows.tolist())
+
+    def call(self, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The denoiser's arguments for some rows."""
+        return self._call(rows)
+
+    def draw(self, number: int, count: int, seed: int) -> tuple[float, Tensor]:
+        """Timestep and this process's rows of batch `number`: along the trajectory, rows at random with repeats."""
+        timestep = self.grid[number % len(self.grid)]
+        rows = torch.tensor(self.by_timestep[timestep])
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        picked = rows[torch.randint(len(rows), (count,), generator=generator)]
+        return timestep, picked[self.rank :: self.world]
+
+
+def _groups(student: Student, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """Parameter groups with their rates; adapters have one rate per layer."""
+    groups: list[dict[str, Any]] = []
+    ranges: list[nn.Parameter] = []
+    scales: list[nn.Parameter] = []
+    for twin in student.twins:
+        assert isinstance(twin, Adaptive)
+        scales += list(twin.weight_scales)
+        ranges += [getattr(twin, n) for n in ("input_scale", "input_zero_point") if hasattr(twin, n)]
+        if twin.rank:
+            groups.append({"params": [twin.down, twin.up], "lr": settings.adapter_rate * twin.step()})
+    groups.append({"params": scales, "lr": settings.scale_rate})
+    if ranges:
+        groups.append({"params": ranges, "lr": settings.range_rate})
+    if student.router is not None:
+        groups.append({"params": list(student.router.parameters()), "lr": settings.router_rate})
+    return groups
+
+
+def _by_epoch(losses: list[float], length: int) -> list[float]:
+    epochs = [losses[at : at + length] for at in range(0, len(losses), length)]
+    return [sum(epoch) / len(epoch) for epoch in epochs]
+
+
+def _stalled(losses: list[float], length: int, patience: int) -> bool:
+    """Whether the last `patience` whole epochs brought no lower loss."""
+    if not patience or len(losses) % length:
+        return False
+    epochs = _by_epoch(losses, length)
+    return len(epochs) > patience and min(epochs[-patience:]) >= min(epochs[:-patience])
+
+
+class _Kept:
+    """The state of a run on disk: trained tensors, the optimiser's moments, losses. Written to a part file, then renamed."""
+
+    def __init__(self, task: Task, student: Student, optimizer: Any, settings: TrainingSettings) -> None:
+        self.student, self.optimizer = student, optimizer
+        facts = {"settings": repr(settings), "seed": task.seed, "grid": student.grid, "names": student.names}
+        self.facts = json.dumps(facts)
+        self.path = None if task.work_dir is None else task.work_dir / "fine-tuning.safetensors"
+        self.saved = time.monotonic()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = dict(self.student.named_parameters())
+        tensors = {f"value.{name}": parameter.detach() for name, parameter in named.items()}
+        for name, parameter in named.items():
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"moment.{key}.{name}": value for key, value in moments.items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+    def keep(self, losses: list[float], *, force: bool) -> None:
+        """Write the state if the last time is a minute ago, or now."""
+        if self.path is None or not (force or time.monotonic() - self.saved > _SAVE_EVERY_S):
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        save_file(self._tensors(), part, metadata={"facts": self.facts, "losses": json.dumps(losses)})
+        os.replace(part, self.path)
+        self.saved = time.monotonic()
+
+    def restore(self) -> list[float]:
+        """Take over a kept state of this very run; the losses so far, none without one."""
+        if self.path is None or not self.path.exists():
+            return []
+        with safe_open(self.path, "pt") as file:
+            metadata = file.metadata()
+        if metadata["facts"] != self.facts:
+            return []
+        tensors = load_file(self.path)
+        for name, parameter in self.student.named_parameters():
+            parameter.data.copy_(tensors[f"value.{name}"])
+            moments = {
+                key: tensors[f"moment.{key}.{name}"].to(parameter.device if key != "step" else "cpu")
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"moment.{key}.{name}" in tensors
+            }
+            if moments:
+                self.optimizer.state[parameter] = moments
+        losses: list[float] = json.loads(metadata["losses"])
+        return losses

@@ -1,0 +1,76 @@
+"""From a post-training plan to a fine-tuned one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from difloat.methods import posttraining
+from difloat.methods.denoising_factor import denoising_factors, normalised
+from difloat.methods.finetune import TrainingSettings, train
+from difloat.methods.posttraining import Outcome
+from difloat.methods.student import Student
+from difloat.methods.task import Task
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is trained.
+
+    Attributes:
+        settings: Of the loop.
+        adapters: Per layer.
+        rank: Of the adapters.
+        by_factor: Weight the loss by the scheduler's denoising factors.
+        without_adapters: Layers that learn ranges only.
+        input_ranges_by_timestep: Learn static input ranges apart for every timestep.
+    """
+
+    settings: TrainingSettings
+    adapters: int
+    rank: int
+    by_factor: bool
+    without_adapters: tuple[str, ...] = ()
+    input_ranges_by_timestep: bool = False
+
+
+def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
+    """Fine-tune what `outcome` plans and pack the result: its codes are those that training ended with."""
+    grid = posttraining.timestep_grid(task)
+    student = Student(
+        task.model,
+        outcome.layers,
+        outcome.attention,
+        grid,
+        adapters=tuning.adapters,
+        rank=tuning.rank,
+        input_ranges_by_timestep=tuning.input_ranges_by_timestep,
+        without_adapters=tuning.without_adapters,
+        generator=torch.Generator().manual_seed(task.seed),
+    )
+    measured = dict(outcome.measured)
+    measured["seconds"] = dict(measured["seconds"])
+    with posttraining.timed(measured, "fine-tune"):
+        losses = train(task, student, tuning.settings, _weights(task, grid, tuning.by_factor))
+    measured |= {"losses": losses, "router": student.table().tolist()}
+    plans = student.packed()
+    by_time = any(plan.schedule or plan.input_schedule for plan in plans.values())
+    return replace(outcome, layers=plans, measured=measured, timesteps=grid if by_time else ())
+
+
+def _weights(task: Task, grid: tuple[float, ...], by_factor: bool) -> dict[float, float]:
+    """Weight of the squared error at every timestep of the grid, mean 1."""
+    if not by_factor:
+        return dict.fromkeys(grid, 1.0)
+    if task.scheduler is None:
+        raise ValueError(
+            "the denoising-factor loss must know the sampler, got a plain module; pass the pipeline, or dfa=false"
+        )
+    factors = list(denoising_factors(task.scheduler, len(grid)).values())
+    if len(factors) != len(grid):  # samplers that call the denoiser more than once a step, or skip one
+        raise ValueError(
+            f"the denoising-factor loss must find one denoiser call per step, got {len(grid)} timesteps for "
+            f"{len(factors)} steps of {type(task.scheduler).__name__}; say dfa=false"
+        )
+    return normalised(dict(zip(sorted(grid, reverse=True), factors, strict=True)))

@@ -1,0 +1,104 @@
+"""MSFP: 4-bit floating point by mixup-sign formats and timestep-aware LoRA (arXiv:2505.21591, CVPR 2025).
+
+Paper -> here:
+  weights and symmetric inputs signed; lopsided inputs signed or unsigned + zero point   `Rule(zero_points, asymmetry)`
+  TALoRA: adapters per layer, chosen by a router that reads the timestep               `methods.student`, `methods.adapters`
+  DFA: the loss of a timestep weighted by its factor in the sampler's update           `methods.denoising_factor`
+  data-free distillation along full-precision trajectories                            `methods.finetune`
+
+Not stated in the paper (its body was not available; our choices, the first three after EfficientDM): rates, linear decay,
+  learned input ranges; weights per output channel, inputs per tensor; 2 adapters of rank 32; router of width 128, one for all
+  layers; the wider search over clips and zero points (`search="narrow"`: ranges of a third-party re-implementation); an
+  input counts as lopsided if its shorter side is at most half of the longer one; factors read off the scheduler's own step,
+  mean 1; first and last layer at 8 bits without adapters; 40 epochs over calibration rows, not 160 over fresh trajectories.
+Known trap: adapters whose second factor is zero are equal and give the router no gradient; they start at 2 % of a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from difloat import formats
+from difloat.methods import posttraining
+from difloat.methods.assign import Rule
+from difloat.methods.finetune import TrainingSettings
+from difloat.methods.observe import Trace
+from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.search import CLIPS, ZERO_POINTS
+from difloat.methods.tuned import Tuning, tune
+
+HALF = 0.5  # an input is lopsided if its shorter side is at most this of the longer one
+NARROW_SIGNED = tuple(0.8 + 0.05 * n for n in range(25))  # third-party: 0.8 to 2.0
+NARROW_UNSIGNED = tuple(0.05 + 0.95 / 24 * n for n in range(25))  # third-party: 0.05 to 1.0
+NARROW_ZEROS = tuple(n / 6 for n in range(7))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of MSFP.
+
+    Attributes:
+        grid: "fp" as in the paper, or "int" for its integer twin (same everything, uniform grids).
+        mixup_sign: Let lopsided inputs choose unsigned formats with a zero point.
+        search: "wide", or "narrow" as in the third-party re-implementation.
+        adapters: Low-rank adapters per layer; 0: no fine-tuning at all, 1: one for all timesteps.
+        rank: Of the adapters.
+        dfa: Weight the loss of a timestep by its factor in the sampler's update.
+        keep_8bit: As in LBFP.
+        epochs, rows, adapter_rate, precision: Of fine-tuning, see `TrainingSettings`.
+    """
+
+    grid: Literal["fp", "int"] = "fp"
+    mixup_sign: bool = True
+    search: Literal["wide", "narrow"] = "wide"
+    adapters: int = 2
+    rank: int = 32
+    dfa: bool = True
+    keep_8bit: tuple[str, ...] = ("first", "last")
+    epochs: int = field(default=TrainingSettings.epochs)
+    rows: int = field(default=TrainingSettings.rows)
+    adapter_rate: float = field(default=TrainingSettings.adapter_rate)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+
+
+def plan(task: Task, options: Options) -> Outcome:
+    """Quantize the task's model by MSFP."""
+    kept: list[str] = []
+
+    def rules(name: str, seen: Trace) -> LayerRules:
+        keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
+        kept.extend([name] if keeps else [])
+        weight = Rule(_signed(8 if keeps else task.bits.weight, options), "channel")
+        if task.bits.activation is None:
+            return LayerRules(weight, None)
+        return LayerRules(weight, _input(8 if keeps else task.bits.activation, options))
+
+    outcome = posttraining.run(task, rules, Sequencing())
+    if not options.adapters:
+        return outcome
+    settings = TrainingSettings(
+        options.epochs, options.rows, options.adapter_rate, precision=options.precision
+    )
+    return tune(task, outcome, Tuning(settings, options.adapters, options.rank, options.dfa, tuple(kept)))
+
+
+def _signed(bits: int, options: Options) -> tuple[formats.Format, ...]:
+    return (formats.parse(f"int{bits}"),) if options.grid == "int" else formats.candidates(bits)
+
+
+def _input(bits: int, options: Options) -> Rule:
+    narrow = options.search == "narrow"
+    rule = Rule(_signed(bits, options), clips=NARROW_SIGNED if narrow else CLIPS)
+    if not options.mixup_sign:
+        return rule
+    unsigned = (
+        (formats.parse(f"uint{bits}"),) if options.grid == "int" else formats.candidates(bits, signed=False)
+    )
+    return replace(
+        rule,
+        formats=(*rule.formats, *unsigned),
+        zero_points=NARROW_ZEROS if narrow else ZERO_POINTS,
+        unsigned_clips=NARROW_UNSIGNED if narrow else None,
+        asymmetry=HALF,
+    )

@@ -1,0 +1,109 @@
+"""Denoising factors against the formulas of the samplers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+
+from difloat.methods.denoising_factor import denoising_factors, normalised
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+STEPS = 10
+
+
+def previous(scheduler: object, timestep: int) -> torch.Tensor:
+    before = timestep - scheduler.config.num_train_timesteps // STEPS
+    return scheduler.alphas_cumprod[before] if before >= 0 else torch.tensor(1.0)
+
+
+def test_ddpm_is_the_formula_of_the_paper() -> None:
+    scheduler = DDPMScheduler(**BETAS, clip_sample=False)
+    for timestep, factor in denoising_factors(scheduler, STEPS).items():
+        now, before = scheduler.alphas_cumprod[int(timestep)], previous(scheduler, int(timestep))
+        alpha = now / before  # of the whole stride; with 1000 steps it is the paper's a_t
+        expected = (1 - alpha) / (alpha.sqrt() * (1 - now).sqrt())
+        assert factor == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_ddim(prediction: str) -> None:
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, prediction_type=prediction)
+    for timestep, factor in denoising_factors(scheduler, STEPS).items():
+        now, before = (
+            float(x) for x in (scheduler.alphas_cumprod[int(timestep)], previous(scheduler, int(timestep)))
+        )
+        of_sample, of_noise = {
+            "epsilon": (-math.sqrt((1 - now) / now), 1.0),
+            "v_prediction": (-math.sqrt(1 - now), math.sqrt(now)),
+            "sample": (1.0, -math.sqrt(now / (1 - now))),
+        }[prediction]
+        expected = math.sqrt(before) * of_sample + math.sqrt(1 - before) * of_noise
+        assert factor == pytest.approx(abs(expected), rel=1e-4)
+
+
+def test_dpm_solver_of_first_order() -> None:
+    scheduler = DPMSolverMultistepScheduler(**BETAS, solver_order=1)
+    scheduler.set_timesteps(STEPS)
+    sigmas = scheduler.sigmas.double()
+    for index, factor in enumerate(denoising_factors(scheduler, STEPS).values()):
+        alpha, sigma = 1 / (1 + sigmas[index] ** 2).sqrt(), sigmas[index] / (1 + sigmas[index] ** 2).sqrt()
+        alpha_next = 1 / (1 + sigmas[index + 1] ** 2).sqrt()
+        ratio = sigmas[index + 1] / sigmas[index]  # exp(-h)
+        assert factor == pytest.approx(float(alpha_next * (1 - ratio) * sigma / alpha), rel=1e-3)
+
+
+def test_euler_and_flow_matching_are_differences_of_sigmas() -> None:
+    for scheduler in (EulerDiscreteScheduler(**BETAS), FlowMatchEulerDiscreteScheduler(shift=3.0)):
+        factors = denoising_factors(scheduler, STEPS)
+        scheduler.set_timesteps(STEPS)
+        expected = (scheduler.sigmas[1:] - scheduler.sigmas[:-1]).abs()
+        assert list(factors.values()) == pytest.approx(expected.tolist(), rel=1e-3)
+        assert list(factors) == scheduler.timesteps.double().tolist()
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(**BETAS, clip_sample=False),
+        DDIMScheduler(**BETAS, clip_sample=False),
+        DPMSolverMultistepScheduler(**BETAS),
+        EulerDiscreteScheduler(**BETAS),
+        FlowMatchEulerDiscreteScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_finite_difference_of_the_samplers_own_first_steps(scheduler: object) -> None:
+    factors = list(denoising_factors(scheduler, STEPS).values())
+    ends = []
+    for nudge in (0.0, 1e-3):
+        scheduler.set_timesteps(STEPS)
+        sample = torch.full((1, 1, 2, 2), 0.3)
+        first, second = scheduler.timesteps[:2]
+        generator = torch.Generator().manual_seed(0)
+        noisy = {"generator": generator} if isinstance(scheduler, DDPMScheduler) else {}
+        scheduler.scale_model_input(sample, first) if hasattr(scheduler, "scale_model_input") else None
+        sample = scheduler.step(torch.full_like(sample, 0.1), first, sample, **noisy).prev_sample
+        output = torch.full_like(sample, 0.2 + nudge)
+        ends.append(scheduler.step(output, second, sample, **noisy).prev_sample)
+    difference = float((ends[1] - ends[0]).abs().mean()) / 1e-3
+    assert difference == pytest.approx(factors[1], rel=2e-2)
+
+
+def test_normalised_factors_have_mean_one() -> None:
+    factors = normalised({1.0: 2.0, 2.0: 6.0})
+    assert factors == {1.0: 0.5, 2.0: 1.5}
+
+
+def test_thresholding_is_refused() -> None:
+    scheduler = DDIMScheduler(**BETAS, clip_sample=True, clip_sample_range=0.1)
+    with pytest.raises(ValueError, match="must be affine"):
+        denoising_factors(scheduler, STEPS)

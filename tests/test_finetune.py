@@ -1,0 +1,194 @@
+"""Adapters, router and fine-tuning: what is trained is what is packed, and a run can be cut and split."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from difloat import layers
+from difloat.calibration import Calibration, CalibrationSettings, collect_from_loop
+from difloat.formats import parse
+from difloat.methods import finetune, posttraining
+from difloat.methods.assign import Rule
+from difloat.methods.finetune import TrainingSettings, train
+from difloat.methods.posttraining import LayerRules, Sequencing
+from difloat.methods.search import ZERO_POINTS
+from difloat.methods.student import Router, Student
+from difloat.methods.task import Bits, Task
+from difloat.quantizer import LayerPlan, dequantize
+
+SETTINGS = TrainingSettings(epochs=3, rows=4, adapter_rate=0.05, router_rate=0.05)
+
+
+class Denoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in, self.conv_out = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.time, self.norm = nn.Linear(4, 8), nn.GroupNorm(2, 8)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        angles = timestep.reshape(-1, 1).float() / 100 * torch.arange(1, 5)
+        hidden = self.conv_in(sample) + self.time(angles.sin())[:, :, None, None]
+        return self.conv_out(nn.functional.silu(self.norm(hidden)))
+
+
+def sample_with(module: nn.Module) -> None:
+    for batch in range(2):
+        x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(batch))
+        for timestep in (900, 500, 100):
+            x = x - 0.1 * module(x, torch.full((4,), timestep))
+
+
+def prepared(work_dir: Path | None = None) -> tuple[Task, dict[str, LayerPlan]]:
+    torch.manual_seed(0)
+    model = Denoiser()
+    data: Calibration = collect_from_loop(model, sample_with, CalibrationSettings(samples=24), progress=False)
+    task = Task(model, data, Bits.parse("w4a4"), progress=False, work_dir=work_dir)
+    rule = Rule((parse("e2m1"), parse("ue2m2")), zero_points=ZERO_POINTS, asymmetry=0.5)
+    rules = LayerRules(Rule((parse("e2m1"),), "channel"), rule)
+    return task, posttraining.run(task, lambda name, seen: rules, Sequencing()).layers
+
+
+def student_of(task: Task, plans: dict[str, LayerPlan], **changes: object) -> Student:
+    arguments = {"adapters": 2, "rank": 3, "input_ranges_by_timestep": False, **changes}
+    return Student(
+        task.model,
+        plans,
+        {},
+        posttraining.timestep_grid(task),
+        generator=torch.Generator().manual_seed(1),
+        **arguments,
+    )
+
+
+def by_timestep(task: Task) -> list[tuple[float, tuple]]:
+    rows: dict[float, list[int]] = {}
+    for row, timestep in enumerate(task.calibration.timesteps):
+        rows.setdefault(timestep, []).append(row)
+    return [(timestep, task.calibration.batch(some)) for timestep, some in sorted(rows.items())]
+
+
+def trained(task: Task, student: Student, settings: TrainingSettings = SETTINGS) -> list[float]:
+    return train(task, student, settings, dict.fromkeys(student.grid, 1.0))
+
+
+def test_the_input_after_silu_is_unsigned_and_the_others_signed() -> None:
+    _, plans = prepared()
+    signed = {name: plan.parts[0].activation.format.signed for name, plan in plans.items()}
+    assert signed == {"conv_in": True, "time": True, "conv_out": False}
+    assert float(plans["conv_out"].tensors["input_zero_point"]) < 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"adapters": 1}, {"input_ranges_by_timestep": True}, {"rank": 0}])
+def test_packed_layers_compute_what_was_trained(changes: dict) -> None:
+    task, plans = prepared()
+    student = student_of(task, plans, **changes)
+    trained(task, student)
+    from difloat.quantizer import Plan
+
+    packed = student.packed()
+    grid = student.grid if any(p.schedule or p.input_schedule for p in packed.values()) else ()
+    model = layers.apply(layers.shadow(task.model), Plan("test", "w4a4", packed, timesteps=grid))
+    for _, (args, kwargs) in by_timestep(task):
+        with torch.no_grad():
+            torch.testing.assert_close(model(*args, **kwargs), student(args, kwargs), rtol=1e-4, atol=1e-5)
+    assert (len(packed["conv_in"].input_schedule) == 3) == bool(changes.get("input_ranges_by_timestep"))
+
+
+def test_packed_codes_are_those_of_the_fake_quantized_weight() -> None:
+    task, plans = prepared()
+    student = student_of(task, plans)
+    trained(task, student)
+    table = student.table()
+    for number, (name, plan) in enumerate(student.packed().items()):
+        twin = student.twins[number]
+        for variant, adapter in enumerate(sorted(set(table[:, number].tolist()))):
+            weight = twin.quantized(twin.merged(torch.eye(2)[adapter])).detach()
+            assert torch.equal(dequantize(plan.variant(variant)), weight), name
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_alone() -> None:
+    task, plans = prepared()
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    losses = trained(task, student_of(task, plans), replace(SETTINGS, epochs=8))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in task.model.parameters())
+
+
+def test_the_router_has_a_gradient_from_the_first_step_and_one_choice() -> None:
+    task, plans = prepared()
+    student = student_of(task, plans)
+    _, (args, kwargs) = by_timestep(task)[0]
+    student(args, kwargs).square().sum().backward()
+    assert all(float(p.grad.abs().max()) > 0 for p in student.router.parameters())
+    for timestep in (0.0, 0.3, 1.0):
+        choice = student.router(timestep)
+        assert torch.equal(choice.sum(1).round(decimals=5), torch.ones(3))
+        assert sorted(choice.detach().round().unique().tolist()) == [0.0, 1.0]
+    table = student.table()
+    for entry in range(len(student.grid)):
+        assert torch.equal(student.router(student.scaled(entry)).argmax(1), table[entry])
+
+
+def test_router_shape_and_seed() -> None:
+    one, two = (Router(5, 3, torch.Generator().manual_seed(4)) for _ in range(2))
+    assert torch.equal(one(0.4), two(0.4)) and one(0.4).shape == (5, 3)
+
+
+def test_a_cut_run_goes_on_to_the_same_weights(tmp_path, monkeypatch) -> None:
+    task, plans = prepared()
+    whole = student_of(task, plans)
+    expected = trained(task, whole)
+    kept = replace(task, work_dir=tmp_path)
+    monkeypatch.setattr(finetune, "_SAVE_EVERY_S", 0.0)
+    cut = student_of(kept, plans)
+    calls = []
+
+    def stop(student: Student, step: int, timestep: float, output: torch.Tensor) -> torch.Tensor:
+        calls.append(step)
+        if step == 5:
+            raise KeyboardInterrupt
+        return torch.zeros(())
+
+    with pytest.raises(KeyboardInterrupt):
+        train(kept, cut, SETTINGS, dict.fromkeys(cut.grid, 1.0), stop)
+    again = student_of(kept, plans)
+    assert trained(kept, again) == pytest.approx(expected, rel=1e-6)
+    for name, parameter in whole.named_parameters():
+        torch.testing.assert_close(dict(again.named_parameters())[name], parameter)
+    trained(replace(kept, seed=5), student_of(kept, plans))  # another run does not take it for its own
+
+
+def test_training_stops_when_nothing_gets_better() -> None:
+    task, plans = prepared()
+    settings = replace(SETTINGS, epochs=50, adapter_rate=0.0, router_rate=0.0, range_rate=0.0, scale_rate=0.0)
+    assert len(trained(task, student_of(task, plans), replace(settings, patience=2))) < 50
+
+
+def test_two_processes_train_what_one_does(tmp_path) -> None:
+    task, plans = prepared()
+    student = student_of(task, plans)
+    trained(task, student)
+    script = Path(__file__).with_name("train_two_processes.py")
+    # accelerate's own launcher starts several processes on CPUs by MPI only; torch's starts them anywhere.
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+    ]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    both = torch.load(tmp_path / "student.pt", weights_only=True)
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(both[name], parameter.detach(), rtol=1e-3, atol=1e-5)
