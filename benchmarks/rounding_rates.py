@@ -24,9 +24,9 @@ from difloat.methods import observe
 from difloat.methods.adaround import RoundingSettings, learn_rounding, relative_error
 from difloat.methods.assign import MIN_MAX, Draft, Rule, draft_layer
 from difloat.methods.passes import Passes
+from difloat.methods.search import OFFSETS, SHRUNK
 from difloat.quantizer import dequantize
 from difloat.recipes import lbfp
-from difloat.recipes.baselines import OFFSETS, SHRUNK
 from difloat.reference_models import NAMES
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)

@@ -32,6 +32,7 @@ LINE = (
 )
 TOP = {
     "study",
+    "tables",
     "forecast",
     "__init__",
     "cli",

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
+
+from difloat import tables
+from difloat.tables import console
 
 if TYPE_CHECKING:
-    from difloat.report import Record
+    pass
 
 app = typer.Typer(
     help="Low-bit floating-point quantization of diffusion models: one command makes a packed checkpoint and shows its cost.",
@@ -24,7 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
 _INTERRUPTED = 130  # typer's exit code for Ctrl-C
 
 Source = Annotated[
@@ -93,7 +95,9 @@ def inspect(
 def quantize(
     source: Source,
     out: Annotated[Path, typer.Argument(help="Directory of the packed checkpoint and its report.")],
-    recipe: Annotated[str, typer.Option(help="lbfp, fp4dit, qdiffusion, viditq, qdit or rtn.")] = "lbfp",
+    recipe: Annotated[
+        str, typer.Option(help="lbfp, fp4dit, msfp, efficientdm, qdiffusion, viditq, qdit or rtn.")
+    ] = "lbfp",
     bits: Annotated[
         str, typer.Option(help="Weight and activation bits, like w4a8; a16 leaves activations alone.")
     ] = "w4a8",
@@ -140,41 +144,12 @@ def quantize(
     settings = calibration.CalibrationSettings(
         samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
     )
-    _announce(pipeline, texts, settings, recipe, bits, chosen, call, table=dry_run)
+    tables.announce(pipeline, texts, settings, recipe, bits, chosen, call, table=dry_run)
     if dry_run:
         return
     sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=call)
     everything: dict[str, Any] = {"cache_dir": cache, "call_kwargs": call, **vars(settings), **chosen}
     _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
-
-
-def _announce(
-    pipeline: Any,
-    texts: list[str] | None,
-    settings: Any,
-    recipe: str,
-    bits: str,
-    chosen: dict[str, str],
-    call: dict[str, Any],
-    *,
-    table: bool,
-) -> None:
-    """Print what a run will take, and the plan by kinds of layers."""
-    from difloat import api, forecast, study
-
-    expected = forecast.forecast(
-        pipeline, api.denoiser(pipeline), texts, settings, recipe, bits, chosen, call
-    )
-    heading = f"{recipe} {bits}{''.join(f', {key}={value}' for key, value in chosen.items())}: "
-    console.print(heading + study.describe(expected, settings), highlight=False, soft_wrap=True)
-    if not table:
-        return
-    kinds = Table(
-        Column("first layer of its kind", overflow="fold"), "layers", "weights", "inputs, or why it stays"
-    )
-    for name, count, weights, inputs in expected.rows():
-        kinds.add_row(name, str(count), weights, inputs)
-    console.print(kinds)
 
 
 def _carry_out(
@@ -193,7 +168,7 @@ def _carry_out(
     plan = api.plan(pipeline, recipe, bits, prompts=sampling.prompts, **arguments)
     seconds = {"quantize, all of it": time.perf_counter() - start}
     made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
-    _print_summary(made)
+    tables.print_summary(made)
     console.print(f"checkpoint {out}\nreport     {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -217,36 +192,6 @@ def _options(pairs: Sequence[str]) -> dict[str, str]:
                 f"--set must be name=value, got {pair!r}; write for example --set rounding=nearest"
             )
     return dict(pair.split("=", 1) for pair in pairs)
-
-
-def _interval(low: float, high: float) -> str:
-    return f"{low:.4g} to {high:.4g}" if math.isfinite(low + high) else "needs more pictures"
-
-
-def _print_summary(made: Record) -> None:
-    table = Table("measure", "value", "95 % interval", "full precision", title=made.title)
-    for row in made.quality:
-        reference = "" if row["reference"] is None else f"{row['reference']:.4g}"
-        value = f"{row['value']:.4g} {row['unit']}".strip()
-        table.add_row(row["label"], value, _interval(row["low"], row["high"]), reference)
-    ratio = made.original_bytes / made.packed_bytes
-    table.add_row(
-        "denoiser on disk",
-        f"{made.packed_bytes / 1e6:.2f} MB",
-        f"{ratio:.2f}x smaller, {made.effective_bits:.2f} bits a weight",
-        f"{made.original_bytes / 1e6:.2f} MB",
-    )
-    console.print(table)
-    zeros = sum(row.zeros * row.bytes_before for row in made.layers) / sum(
-        row.bytes_before for row in made.layers
-    )
-    integers = sum(row.integer_grid for row in made.layers)
-    wider = [row.name for row in made.layers if row.effective_bits > made.weight_bits_nominal + 2]
-    console.print(
-        f"{len(made.layers)} layers quantized, {integers} of them on integer grids; {zeros:.1%} of the weights are 0\n"
-        f"kept at more bits: {', '.join(wider) or 'none'}",
-        highlight=False,
-    )
 
 
 @app.command()
@@ -320,7 +265,7 @@ def evaluate(
     )
     for _, metric, found in evaluation.rows():
         value = f"{found.value:.4g} {metric.unit}".strip()
-        table.add_row(metric.label, value, _interval(found.low, found.high))
+        table.add_row(metric.label, value, tables.interval(found.low, found.high))
     console.print(table)
     if save is not None:
         save.write_text(evaluation.to_json(), encoding="utf-8")
@@ -338,7 +283,7 @@ def report(directory: Checkpoint) -> None:
     from difloat import report as pages
 
     made, left, right = record.read(directory)
-    _print_summary(made)
+    tables.print_summary(made)
     page = pages.render(made, left, right, directory / record.PAGE)
     console.print(f"report     {page}", highlight=False, soft_wrap=True)
 

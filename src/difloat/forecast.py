@@ -172,7 +172,7 @@ def forecast(
     made = recipes.make_options(recipes.lookup(recipe), options)
     learns = getattr(made, "rounding", "nearest") == "learned" and parsed.weight <= 4
     tunes = hasattr(made, "epochs")
-    lengths: list[dict[str, Any]] = [{**options, "adapters": 0} if tunes else dict(options)]
+    lengths: list[dict[str, Any]] = [{**options, "epochs": 0} if tunes else dict(options)]
     if learns:
         lengths = [{**options, "iterations": steps} for steps in _TRIAL_STEPS]
     plans = [recipes.plan(task, recipe, bits, each) for each in lengths]
@@ -201,7 +201,7 @@ def forecast(
 
 def _training_s(made: Any, need: Mapping[str, float]) -> float:
     """A step costs its rows a forward and a backward pass of a denoiser whose layers round what they compute with."""
-    steps = need["calls"] / need["batches"] * made.epochs if made.adapters else 0
+    steps = need["calls"] / need["batches"] * made.epochs if getattr(made, "adapters", 1) else 0
     return steps * made.rows * need["row_seconds"] * _TRAINING_FORWARDS
 
 

@@ -27,6 +27,7 @@ from difloat.methods.student import Student
 from difloat.methods.task import Task
 
 _SAVE_EVERY_S = 60.0
+_RANGE_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class TrainingSettings:
         epochs: Passes along the trajectory: one optimiser step per timestep each.
         rows: Rows per step, all processes together.
         adapter_rate: Of the adapters, in units of a layer's mean weight step (arXiv:2310.03270: 1/2500).
-        range_rate: Of static input ranges.
+        range_rate: Of static input ranges, but at most a hundredth of a layer's own step.
         scale_rate: Of weight scales.
         router_rate: Of the router.
         accumulation: Batches per optimiser step.
@@ -155,17 +156,17 @@ class _Rows:
 def _groups(student: Student, settings: TrainingSettings) -> list[dict[str, Any]]:
     """Parameter groups with their rates; adapters have one rate per layer."""
     groups: list[dict[str, Any]] = []
-    ranges: list[nn.Parameter] = []
     scales: list[nn.Parameter] = []
     for twin in student.twins:
         assert isinstance(twin, Adaptive)
         scales += list(twin.weight_scales)
-        ranges += [getattr(twin, n) for n in ("input_scale", "input_zero_point") if hasattr(twin, n)]
+        ranges = [getattr(twin, n) for n in ("input_scale", "input_zero_point") if hasattr(twin, n)]
+        if ranges:
+            largest = _RANGE_SHARE * float(ranges[0].detach().mean())
+            groups.append({"params": ranges, "lr": min(settings.range_rate, largest)})
         if twin.rank:
             groups.append({"params": [twin.down, twin.up], "lr": settings.adapter_rate * twin.step()})
     groups.append({"params": scales, "lr": settings.scale_rate})
-    if ranges:
-        groups.append({"params": ranges, "lr": settings.range_rate})
     if student.router is not None:
         groups.append({"params": list(student.router.parameters()), "lr": settings.router_rate})
     return groups

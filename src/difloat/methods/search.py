@@ -29,6 +29,12 @@ CLIPS = tuple(percent / 100 for percent in range(20, 121))
 ZERO_POINTS = tuple(tenth / 10 for tenth in range(11))
 """Fractions of the minimum of a row that are worth trying as zero points."""
 
+SHRUNK = tuple(percent / 100 for percent in range(40, 101, 3))
+"""Fractions for ranges of asymmetric integers whose both ends shrink: coarser than `CLIPS`, refined by the search."""
+
+OFFSETS = tuple(percent / 100 for percent in range(50, 101, 10))
+"""Fractions of the minimum of a row for zero points of asymmetric integers."""
+
 _REFINED = 11  # points per axis of a refined grid, the winner in the middle
 _BLOCK = 2**24  # elements sorted at a time: bounds memory to about 0.5 GB
 _CHUNK = 2**18  # borders looked up at a time: stays in the cache

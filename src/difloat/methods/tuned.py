@@ -36,7 +36,12 @@ class Tuning:
 
 
 def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
-    """Fine-tune what `outcome` plans and pack the result: its codes are those that training ended with."""
+    """Fine-tune what `outcome` plans and pack the result: its codes are those that training ended with.
+
+    Without epochs `outcome` itself comes back.
+    """
+    if not tuning.settings.epochs:
+        return outcome
     grid = posttraining.timestep_grid(task)
     student = Student(
         task.model,

@@ -12,7 +12,7 @@ from typing import Any
 
 from difloat.methods.posttraining import Outcome, Task
 from difloat.quantizer import Plan
-from difloat.recipes import baselines, fp4dit, integer_transformers, lbfp, msfp, options
+from difloat.recipes import baselines, efficientdm, fp4dit, integer_transformers, lbfp, msfp, options
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ RECIPES: dict[str, Recipe] = {
         msfp.plan,
         msfp.Options,
         "4-bit weights and activations: mixup-sign formats, adapters by timestep, fine-tuned (arXiv:2505.21591)",
+    ),
+    "efficientdm": Recipe(
+        efficientdm.plan,
+        efficientdm.Options,
+        "integers, adapters and input ranges by timestep, fine-tuned (arXiv:2310.03270)",
     ),
     "qdiffusion": Recipe(
         baselines.qdiffusion,

@@ -18,12 +18,8 @@ from difloat.methods.adaround import RoundingSettings
 from difloat.methods.assign import MIN_MAX, Rule
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
-from difloat.methods.search import CLIPS
+from difloat.methods.search import CLIPS, OFFSETS, SHRUNK
 from difloat.specs import Granularity
-
-# Ranges of asymmetric integers: both ends shrink, in coarser steps than one-ended ranges, refined once by the search.
-SHRUNK = tuple(percent / 100 for percent in range(40, 101, 3))
-OFFSETS = tuple(percent / 100 for percent in range(50, 101, 10))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""EfficientDM: quantization-aware low-rank fine-tuning on integer grids (arXiv:2310.03270), the baseline of MSFP and MPQ-DM.
+
+Paper -> here:
+  QALoRA: adapters merged before rounding                              `methods.adapters`
+  scale-aware rate: 1/2500 of a layer's mean weight step                `TrainingSettings.adapter_rate`
+  TALSQ: input ranges learned for every timestep                        `Student(input_ranges_by_timestep=True)`
+  distillation along full-precision trajectories, plain squared error   `methods.finetune`
+
+Differs from the paper: adapters are added to the float weight, not to dequantized integers; zero points are real numbers and
+  those of weights do not move; ranges are indexed by the timestep of the call, never by counting calls; first and last layer
+  at 8 bits (the code: the first three and the last); 40 epochs over calibration rows, not 160 over fresh trajectories.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from difloat import formats
+from difloat.methods import posttraining
+from difloat.methods.assign import Rule
+from difloat.methods.finetune import TrainingSettings
+from difloat.methods.observe import Trace
+from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.search import OFFSETS, SHRUNK
+from difloat.methods.tuned import Tuning, tune
+from difloat.specs import Granularity
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of EfficientDM.
+
+    Attributes:
+        rank: Of the adapters.
+        ranges_by_timestep: Learn input ranges apart for every timestep (TALSQ).
+        keep_8bit: As in LBFP.
+        epochs, rows, adapter_rate, precision: Of fine-tuning, see `TrainingSettings`.
+    """
+
+    rank: int = 32
+    ranges_by_timestep: bool = True
+    keep_8bit: tuple[str, ...] = ("first", "last")
+    epochs: int = field(default=TrainingSettings.epochs)
+    rows: int = field(default=TrainingSettings.rows)
+    adapter_rate: float = field(default=TrainingSettings.adapter_rate)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+
+
+def plan(task: Task, options: Options) -> Outcome:
+    """Quantize the task's model by EfficientDM."""
+    kept: list[str] = []
+
+    def rules(name: str, seen: Trace) -> LayerRules:
+        keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
+        kept.extend([name] if keeps else [])
+        weight = _asymmetric(8 if keeps else task.bits.weight, "channel")
+        if task.bits.activation is None:
+            return LayerRules(weight, None)
+        return LayerRules(weight, _asymmetric(8 if keeps else task.bits.activation, "tensor"))
+
+    outcome = posttraining.run(task, rules, Sequencing())
+    settings = TrainingSettings(
+        options.epochs, options.rows, options.adapter_rate, precision=options.precision
+    )
+    tuning = Tuning(settings, 1, options.rank, False, tuple(kept), options.ranges_by_timestep)
+    return tune(task, outcome, tuning)
+
+
+def _asymmetric(bits: int, granularity: Granularity) -> Rule:
+    return Rule((formats.parse(f"uint{bits}"),), granularity, clips=SHRUNK, zero_points=OFFSETS)

@@ -1,0 +1,75 @@
+"""What the command line prints at length: what a run will take, and what it gave."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from difloat.report import Record
+
+console = Console()
+
+
+def announce(
+    pipeline: Any,
+    texts: list[str] | None,
+    settings: Any,
+    recipe: str,
+    bits: str,
+    chosen: dict[str, str],
+    call: dict[str, Any],
+    *,
+    table: bool,
+) -> None:
+    """Print what a run will take, and the plan by kinds of layers."""
+    from difloat import api, forecast, study
+
+    expected = forecast.forecast(
+        pipeline, api.denoiser(pipeline), texts, settings, recipe, bits, chosen, call
+    )
+    heading = f"{recipe} {bits}{''.join(f', {key}={value}' for key, value in chosen.items())}: "
+    console.print(heading + study.describe(expected, settings), highlight=False, soft_wrap=True)
+    if not table:
+        return
+    kinds = Table(
+        Column("first layer of its kind", overflow="fold"), "layers", "weights", "inputs, or why it stays"
+    )
+    for name, count, weights, inputs in expected.rows():
+        kinds.add_row(name, str(count), weights, inputs)
+    console.print(kinds)
+
+
+def interval(low: float, high: float) -> str:
+    """Both ends of an interval, or that there is none yet."""
+    return f"{low:.4g} to {high:.4g}" if math.isfinite(low + high) else "needs more pictures"
+
+
+def print_summary(made: Record) -> None:
+    """Print quality, size, zeros and what was kept at more bits."""
+    table = Table("measure", "value", "95 % interval", "full precision", title=made.title)
+    for row in made.quality:
+        reference = "" if row["reference"] is None else f"{row['reference']:.4g}"
+        value = f"{row['value']:.4g} {row['unit']}".strip()
+        table.add_row(row["label"], value, interval(row["low"], row["high"]), reference)
+    ratio = made.original_bytes / made.packed_bytes
+    table.add_row(
+        "denoiser on disk",
+        f"{made.packed_bytes / 1e6:.2f} MB",
+        f"{ratio:.2f}x smaller, {made.effective_bits:.2f} bits a weight",
+        f"{made.original_bytes / 1e6:.2f} MB",
+    )
+    console.print(table)
+    zeros = sum(row.zeros * row.bytes_before for row in made.layers) / sum(
+        row.bytes_before for row in made.layers
+    )
+    integers = sum(row.integer_grid for row in made.layers)
+    wider = [row.name for row in made.layers if row.effective_bits > made.weight_bits_nominal + 2]
+    console.print(
+        f"{len(made.layers)} layers quantized, {integers} of them on integer grids; {zeros:.1%} of the weights are 0\n"
+        f"kept at more bits: {', '.join(wider) or 'none'}",
+        highlight=False,
+    )
