@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,25 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration of a table; `timesteps` as in the calibration settings."""
+    """One configuration of a table; `timesteps` as in the calibration settings, `seed` of calibration and recipe."""
 
     label: str
     recipe: str
     bits: str
     options: dict[str, Any] = field(default_factory=dict)
     timesteps: str = "sampler"
+    seed: int = 0
 
 
+def seeds(label: str, recipe: str, bits: str, options: dict[str, Any], count: int = 3) -> list[Row]:
+    """The same configuration with several seeds."""
+    return [
+        Row(label if seed == 0 else f"{label}, seed {seed}", recipe, bits, options, seed=seed)
+        for seed in range(count)
+    ]
+
+
+BASE: dict[str, Any] = {"mixup_sign": False, "adapters": 1, "dfa": False}
 GROUPS: dict[str, Any] = {"weight_granularity": "group", "group_size": 128}
 PAPERS: dict[str, list[Row]] = {
     "lbfp": [
@@ -79,8 +89,20 @@ PAPERS: dict[str, list[Row]] = {
             {**GROUPS, "activation": "online"},
         ),
     ],
+    "msfp": [
+        Row("W6A6 MSFP", "msfp", "w6a6"),
+        *seeds("W4A4 base", "msfp", "w4a4", BASE),
+        *seeds("W4A4 + mixup-sign", "msfp", "w4a4", {**BASE, "mixup_sign": True}),
+        *seeds("W4A4 + TALoRA", "msfp", "w4a4", {"dfa": False}),
+        *seeds("W4A4 + DFA (MSFP)", "msfp", "w4a4", {}),
+        Row("W4A4 integer twin", "msfp", "w4a4", {"grid": "int"}),
+        Row("W4A4 MSFP, narrow search", "msfp", "w4a4", {"search": "narrow"}),
+        Row("W4A4 EfficientDM", "efficientdm", "w4a4"),
+        Row("W4A4 LBFP", "lbfp", "w4a4"),
+        Row("W4A4 Q-Diffusion", "qdiffusion", "w4a4"),
+    ],
 }
-MODELS = {"lbfp": NAMES, "fp4dit": ("emoji-pixart",)}
+MODELS = {"lbfp": NAMES, "fp4dit": ("emoji-pixart",), "msfp": NAMES}
 
 
 def main() -> None:
@@ -139,6 +161,7 @@ def measure_model(arguments: argparse.Namespace, model: str, results: dict[str, 
             steps=arguments.steps,
             guidance_scale=guidance,
             timesteps=row.timesteps,
+            seed=row.seed,
         )
         results[key] = {**setting, **measure_row(row, pipeline, module, data, reference, sampling)}
         store(path, key, results[key])
@@ -158,9 +181,8 @@ def measure_row(
 ) -> dict[str, Any]:
     """Quantize by one configuration, draw, judge; the pipeline is as before on return."""
     start = time.perf_counter()
-    plan = api.plan_calibrated(
-        api.task_of(pipeline, data, Bits.parse(row.bits)), row.recipe, row.bits, row.options
-    )
+    task = replace(api.task_of(pipeline, data, Bits.parse(row.bits)), seed=row.seed)
+    plan = api.plan_calibrated(task, row.recipe, row.bits, row.options)
     seconds = time.perf_counter() - start
     twin = layers.apply(layers.shadow(module), plan)
     name = next(key for key, value in pipeline.components.items() if value is module)
