@@ -144,6 +144,23 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, source: Path, tmp_
     assert not list(tmp_path.iterdir()) and before == sorted(path for path in source.parent.rglob("*"))
 
 
+def test_repair_fine_tunes_a_checkpoint(run: Run, source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "repaired"
+    result = run(
+        "repair", source, checkpoint, out, "--epochs", 1, "--samples", 8, "--steps", 2, "--images", 2
+    )
+    assert result.code == 0, result.err
+    assert run("verify", out).code == 0
+    old, new = (json.loads((d / "transformer/config.json").read_text()) for d in (checkpoint, out))
+    old, new = old["quantization_config"], new["quantization_config"]
+    assert new["options"].pop("repair") == {"dfa": True, "epochs": 1, "rank": 32, "seed": 0}
+    assert old == new  # same formats everywhere; only codes and scales moved
+    weights = [d / "transformer/diffusion_pytorch_model.safetensors" for d in (checkpoint, out)]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+    wrong = run("repair", source, source, tmp_path / "no")
+    assert wrong.code == 2 and "must be quantized by difloat" in wrong.err
+
+
 def test_quantize_writes_a_checkpoint_and_a_report(source: Path, checkpoint: Path) -> None:
     names = {path.name for path in checkpoint.iterdir()}
     assert {"model_index.json", "difloat.json", "report.html", "report.json", "report-pictures.npz"} <= names

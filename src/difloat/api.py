@@ -14,7 +14,10 @@ from torch import nn
 from difloat import calibration, layers, recipes
 from difloat.calibration import Calibration, CalibrationSettings
 from difloat.io import mark_quantized, unmark_quantized
-from difloat.methods.posttraining import Bits, Task
+from difloat.methods.finetune import TrainingSettings
+from difloat.methods.posttraining import Outcome
+from difloat.methods.task import Bits, Task
+from difloat.methods.tuned import Tuning, tune
 from difloat.quantizer import Plan
 
 
@@ -88,6 +91,67 @@ def plan(
         memory_bytes=wanted.memory_bytes,
     )
     return plan_calibrated(task, recipe, bits, own)
+
+
+def repair(
+    model: Any,
+    plan: Plan,
+    *,
+    epochs: int = TrainingSettings.epochs,
+    rank: int = 32,
+    dfa: bool = True,
+    prompts: Sequence[str] | None = None,
+    forward_loop: Callable[[nn.Module], object] | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    call_kwargs: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Plan:
+    """Fine-tune what a plan of any recipe made of a model: one adapter per layer, merged before rounding, and input ranges.
+
+    Args:
+        model: The full-precision pipeline or module that the plan was made for; it teaches and stays untouched.
+        plan: Of a checkpoint (`difloat.io.plan_of`) or a recipe, with one weight per layer.
+        epochs: Passes along the trajectory.
+        rank: Of the adapters.
+        dfa: Weight the loss of a timestep by its factor in the sampler's update.
+        prompts: As for `plan`, like the rest.
+        forward_loop: Likewise.
+        cache_dir: Likewise.
+        progress: Likewise.
+        call_kwargs: Likewise.
+        **settings: Fields of `CalibrationSettings`.
+
+    Raises:
+        ValueError: if a layer has several weights chosen by timestep, or the plan is of another model.
+    """
+    for name, layer in plan.layers.items():
+        if layer.schedule or layer.input_schedule:
+            raise ValueError(
+                f"plan must have one weight and one input range per layer, but {name!r} depends on the timestep; "
+                "repair works on checkpoints of recipes without stretches or adapters by timestep"
+            )
+    data = calibrate(
+        model,
+        prompts=prompts,
+        forward_loop=forward_loop,
+        cache_dir=cache_dir,
+        progress=progress,
+        call_kwargs=call_kwargs,
+        **settings,
+    )
+    wanted, work_dir = CalibrationSettings(**settings), None if cache_dir is None else Path(cache_dir)
+    task = replace(
+        task_of(model, data, Bits.parse(plan.bits)), seed=wanted.seed, progress=progress, work_dir=work_dir
+    )
+    layers.apply(layers.shadow(task.model), plan)  # refuses a plan of another model
+    start = Outcome(
+        dict(plan.layers), dict(plan.skipped), {"seconds": {}, "blocks": {}}, dict(plan.attention)
+    )
+    kept = tuple(name for name, layer in plan.layers.items() if layer.parts[0].weight.format.bits == 8)
+    tuned = tune(task, start, Tuning(TrainingSettings(epochs), 1, rank, dfa, kept))
+    options = {**plan.options, "repair": {"epochs": epochs, "rank": rank, "dfa": dfa, "seed": wanted.seed}}
+    return replace(plan, layers=tuned.layers, options=options, measured=tuned.measured)
 
 
 def task_of(model: Any, data: Calibration, bits: Bits) -> Task:

@@ -1,4 +1,4 @@
-"""The command line: `difloat inspect | quantize | generate | evaluate | report | verify | demo`."""
+"""The command line: `difloat inspect | quantize | repair | generate | evaluate | report | verify | demo`."""
 
 from __future__ import annotations
 
@@ -192,6 +192,55 @@ def _options(pairs: Sequence[str]) -> dict[str, str]:
                 f"--set must be name=value, got {pair!r}; write for example --set rounding=nearest"
             )
     return dict(pair.split("=", 1) for pair in pairs)
+
+
+@app.command()
+def repair(
+    source: Source,
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="Directory of the repaired checkpoint and its report.")],
+    epochs: Annotated[int, typer.Option(min=1, help="Passes along the trajectory.")] = 40,
+    prompts: Prompts = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration rows: denoiser inputs kept.")] = 256,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keeps the run: a killed one goes on from there.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=0, help="Pictures for the report; 0: none.")] = 16,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")
+    ] = False,
+) -> None:
+    """Fine-tune a quantized checkpoint of any recipe against the full-precision model it was made from."""
+    import difloat
+    from difloat import api, study
+
+    if images == 1:
+        raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
+    _check_out(out, overwrite)
+    pipeline, quantized = _pipeline(source), _pipeline(str(checkpoint))
+    texts = study.prompts_of(pipeline, source, prompts)
+    guidance, call = study.call_of(source, guidance)
+    start = time.perf_counter()
+    plan = api.repair(
+        pipeline,
+        difloat.io.plan_of(api.denoiser(quantized)),
+        epochs=epochs,
+        prompts=texts,
+        cache_dir=cache,
+        call_kwargs=call,
+        samples=samples,
+        steps=steps,
+        guidance_scale=guidance,
+        seed=seed,
+    )
+    seconds = {"repair, all of it": time.perf_counter() - start}
+    sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=call)
+    made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
+    tables.print_summary(made)
+    console.print(f"checkpoint {out}\nreport     {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 @app.command()
