@@ -33,7 +33,7 @@ from difloat.formats import parse
 from difloat.kernels import reference, triton_operands, triton_tiles
 from difloat.kernels import triton as backend
 from difloat.packing import packed_channels
-from difloat.quantizer import Part, QuantSpec
+from difloat.specs import Part, QuantSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEARS = {  # in, out

@@ -11,7 +11,8 @@ from torch import nn
 
 from difloat import attention
 from difloat.formats import parse
-from difloat.quantizer import AttentionPlan, fake_quantize
+from difloat.quantizer import fake_quantize
+from difloat.specs import AttentionPlan
 from tiny import tiny_pixart
 
 OPERANDS, MAP = AttentionPlan(parse("e2m3")), AttentionPlan(None, parse("ue4m4"))

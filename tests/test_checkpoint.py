@@ -19,7 +19,8 @@ from torch import nn
 
 from difloat import formats, io, layers
 from difloat.io import CheckpointError
-from difloat.quantizer import LayerPlan, Part, Plan, QuantSpec, dequantize, plan_layer
+from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
+from difloat.specs import Part, QuantSpec
 
 GOLDEN = Path(__file__).parent / "golden" / "v1"
 

@@ -15,7 +15,8 @@ from diffusers import DiffusionPipeline, PixArtTransformer2DModel, UNet2DConditi
 
 from difloat import formats, io, layers
 from difloat.io import CheckpointError
-from difloat.quantizer import LayerPlan, Part, Plan, QuantSpec, plan_layer
+from difloat.quantizer import LayerPlan, Plan, plan_layer
+from difloat.specs import Part, QuantSpec
 from tiny import tiny_pixart, tiny_unet
 
 io.register_with_diffusers()  # again: importing difloat did it already

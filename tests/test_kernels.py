@@ -12,7 +12,8 @@ from difloat import layers
 from difloat.formats import parse
 from difloat.kernels import ops, reference
 from difloat.packing import pack
-from difloat.quantizer import Part, QuantSpec, dequantize, fake_quantize, plan_layer
+from difloat.quantizer import dequantize, fake_quantize, plan_layer
+from difloat.specs import Part, QuantSpec
 
 
 def packed(shape: tuple[int, ...], bits: int, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,8 @@ import tiny
 from difloat import layers
 from difloat.formats import parse
 from difloat.layers import QuantConv2d, QuantLinear
-from difloat.quantizer import LayerPlan, Part, Plan, QuantSpec, dequantize, fake_quantize, plan_layer
+from difloat.quantizer import LayerPlan, Plan, dequantize, fake_quantize, plan_layer
+from difloat.specs import Part, QuantSpec
 
 E2M1 = QuantSpec(parse("e2m1"), "channel")
 STATIC = QuantSpec(parse("e4m3"))

@@ -13,9 +13,7 @@ from difloat import formats, rounding
 from difloat.formats import parse
 from difloat.quantizer import (
     LayerPlan,
-    Part,
     Plan,
-    QuantSpec,
     dequantize,
     expand_scale,
     fake_quantize,
@@ -23,6 +21,7 @@ from difloat.quantizer import (
     plan_layer,
     rows_of,
 )
+from difloat.specs import Part, QuantSpec
 
 FORMATS = [
     "e2m1",

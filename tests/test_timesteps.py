@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import difloat
 from difloat import layers
 from difloat.formats import parse
-from difloat.quantizer import LayerPlan, Part, Plan, QuantSpec, dequantize, join_variants, plan_layer
+from difloat.quantizer import LayerPlan, Plan, dequantize, join_variants, plan_layer
+from difloat.specs import Part, QuantSpec
 from difloat.timesteps import Clock
 
 GRID = (0.0, 100.0, 500.0, 900.0)

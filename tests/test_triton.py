@@ -27,7 +27,8 @@ from difloat.formats import candidates, parse
 from difloat.kernels import reference, triton_operands, triton_tiles
 from difloat.kernels import triton as backend
 from difloat.packing import pack
-from difloat.quantizer import LayerPlan, Part, QuantSpec, dequantize, plan_layer
+from difloat.quantizer import LayerPlan, dequantize, plan_layer
+from difloat.specs import Part, QuantSpec
 
 ALL = [f for bits in range(2, 9) for signed in (True, False) for f in candidates(bits, signed)]
 ALL += [parse(f"{u}int{n}") for u in ("", "u") for n in range(1 if u else 2, 9)] + [parse("e4m3fn")]

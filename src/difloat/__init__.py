@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from difloat import formats, rounding
 from difloat.io import CheckpointError, load, register_with_diffusers, save, verify
-from difloat.quantizer import LayerPlan, Part, Plan, QuantSpec
+from difloat.quantizer import LayerPlan, Plan
+from difloat.specs import Part, QuantSpec
 
 if TYPE_CHECKING:
     from difloat.api import apply, plan, quantize, restore

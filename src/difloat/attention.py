@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from difloat.kernels import ops
-from difloat.quantizer import AttentionPlan
+from difloat.specs import AttentionPlan
 
 _MAP_VALUES = 1 << 24  # values of the attention maps held at a time where a map is quantized: 64 MiB
 
@@ -75,9 +75,13 @@ def _plain(processor: Any) -> Any:
     return plain
 
 
-@functools.cache
-def _quantized_class(processor_class: type) -> type:
+_CLASSES: dict[type[Any], type[Any]] = {}  # quantized subclasses by the class they are made from
+
+
+def _quantized_class(processor_class: type[Any]) -> type[Any]:
     """A subclass under the same name, since diffusers looks at names and signatures of processors."""
+    if processor_class in _CLASSES:
+        return _CLASSES[processor_class]
     plain_call = processor_class.__call__
 
     @functools.wraps(plain_call)
@@ -91,7 +95,8 @@ def _quantized_class(processor_class: type) -> type:
             )
         return result
 
-    return type(processor_class.__name__, (processor_class,), {"__call__": call})
+    _CLASSES[processor_class] = type(processor_class.__name__, (processor_class,), {"__call__": call})
+    return _CLASSES[processor_class]
 
 
 class _Answering(TorchFunctionMode):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from difloat import attention
 from difloat.kernels import ops
 from difloat.packing import packed_channels
-from difloat.quantizer import VARIED, LayerPlan, Part, Plan, dequantize
+from difloat.quantizer import VARIED, LayerPlan, Plan, dequantize
+from difloat.specs import Part
 from difloat.timesteps import Clock
 
 

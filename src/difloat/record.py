@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from difloat import report
 from difloat.evaluate import Evaluation
 from difloat.layers import weight_of
-from difloat.quantizer import LayerPlan, Plan, QuantSpec, dequantize
+from difloat.quantizer import LayerPlan, Plan, dequantize
 from difloat.report import Histogram, LayerRow, Record
+from difloat.specs import QuantSpec
 
 RECORD, PICTURES, PAGE = "report.json", "report-pictures.npz", "report.html"
 _HISTOGRAM_BINS = 96

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from difloat.kernels import triton_operands
 from difloat.kernels.triton_operands import Operands
-from difloat.quantizer import Part
+from difloat.specs import Part
 
 _MOST_PRODUCTS = 2**31 // 128**2  # of int8 numbers whose sum surely fits int32
 

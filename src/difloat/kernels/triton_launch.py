@@ -14,7 +14,7 @@ from difloat.kernels import triton_quantize, triton_tiles
 from difloat.kernels.triton_matmul import Geometry
 from difloat.kernels.triton_operands import DTYPES, Operands
 from difloat.kernels.triton_tiles import Problem, Tile
-from difloat.quantizer import Part, QuantSpec
+from difloat.specs import Part, QuantSpec
 
 _ALIGNED_WORDS = 16  # rows of operands start at multiples of 16 bytes, so that a thread loads 16 at once
 _FEW_TOKENS = (

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from difloat import quantizer
 from difloat.kernels import ops
-from difloat.quantizer import LayerPlan, Part, fake_quantize
+from difloat.quantizer import LayerPlan, fake_quantize
+from difloat.specs import Part
 
 _SMALLEST_SCALE = 1e-8
 _START = 0.02  # size of the adapters' first product, in steps of the weight's grid
@@ -181,7 +182,8 @@ def _of_parts(plan: LayerPlan, name: str) -> list[Tensor]:
     return [piece.clone() for piece in vector.split(counts)]
 
 
-def _row(rows: Tensor, entry: int) -> Tensor:
+def _row(rows: Tensor | nn.Module, entry: int) -> Tensor:
+    assert isinstance(rows, Tensor)
     return rows[entry if len(rows) > 1 else 0]
 
 

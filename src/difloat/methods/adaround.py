@@ -89,7 +89,7 @@ def learn_rounding(
         for each in soft.values():
             each.pull = None if beta is None else (settings.regularization, beta)
         optimizer.zero_grad(set_to_none=True)
-        loss_of({name: s.soft() for name, s in soft.items()}, index).backward()  # type: ignore[no-untyped-call]
+        loss_of({name: s.soft() for name, s in soft.items()}, index).backward()
         optimizer.step()
         on_step()
     hard = {name: s.hard() for name, s in soft.items()}

@@ -14,8 +14,8 @@ from difloat.layers import QuantizedLayer
 from difloat.methods.observe import Call
 from difloat.methods.passes import Passes
 from difloat.methods.search import CLIPS, Found, search
-from difloat.quantizer import LayerPlan, Part, QuantSpec
-from difloat.specs import Granularity
+from difloat.quantizer import LayerPlan
+from difloat.specs import Granularity, Part, QuantSpec
 
 MIN_MAX: tuple[float, ...] = (1.0,)
 _SAMPLES = 1 << 19  # values of one activation tensor that a search looks at

@@ -21,7 +21,8 @@ from difloat.methods.assign import Draft, Rule, draft_layer, search_inputs
 from difloat.methods.blockwise import learn_blocks
 from difloat.methods.observe import Trace
 from difloat.methods.task import Bits, LayerRules, Sequencing, Smoothing, Task
-from difloat.quantizer import AttentionPlan, LayerPlan, join_variants
+from difloat.quantizer import LayerPlan, join_variants
+from difloat.specs import AttentionPlan
 
 __all__ = [
     "Bits",

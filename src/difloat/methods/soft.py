@@ -69,7 +69,7 @@ class _Soften(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         owner: SoftWeight = ctx.owner
         (variable,) = ctx.saved_tensors
         result = torch.empty_like(variable)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from difloat import attention, layers
 from difloat.methods.adapters import Adaptive
-from difloat.quantizer import AttentionPlan, LayerPlan
+from difloat.quantizer import LayerPlan
+from difloat.specs import AttentionPlan
 from difloat.timesteps import Clock
 
 _ROUTER_WIDTH = 128

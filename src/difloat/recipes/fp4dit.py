@@ -27,7 +27,7 @@ from difloat.methods.assign import MIN_MAX, Rule
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.search import CLIPS
-from difloat.quantizer import AttentionPlan
+from difloat.specs import AttentionPlan, Granularity
 
 SCALE_AWARE_RATE = 0.003  # of variables in units of the weight; both tuned by benchmarks/rounding_rates.py
 SIGMA = "PixArtSigmaPipeline"  # the one family whose weights the paper puts on E1M2
@@ -78,14 +78,15 @@ def plan(task: Task, options: Options) -> Outcome:
         weight_bits = task.bits.weight if name in inside else 8
         clips = CLIPS if options.weight_format == "search" else MIN_MAX
         found = _weight_formats(weight_bits, name in seen.before_gelu, task.pipeline, options)
-        granularity = ("group", options.group_size) if options.group_size else ("channel", None)
+        granularity: Granularity = "group" if options.group_size else "channel"
         learn = options.rounding == "learned" and weight_bits <= 4
         activation = None
         if task.bits.activation is not None:
             grid = (default_format(task.bits.activation if name in inside else 8),)
             online = options.activation == "online"
             activation = Rule(grid, "token", online=True) if online else Rule(grid)
-        return LayerRules(Rule(found, *granularity, clips=clips), activation, learn)
+        weight = Rule(found, granularity, options.group_size or None, clips)
+        return LayerRules(weight, activation, learn)
 
     default_rate = SCALE_AWARE_RATE if options.scale_aware else RoundingSettings.learning_rate
     rounding = RoundingSettings(
