@@ -7,7 +7,9 @@ buffers: no tensor subclass, so offloading, deepcopy, `torch.compile` and PEFT t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +18,63 @@ from difloat.kernels import ops
 from difloat.packing import packed_channels
 from difloat.quantizer import LayerPlan, Part, Plan, dequantize, layer_tensor_shapes
 
+_VECTORS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a layer keeps what belongs to one of its parts.
+
+    Attributes:
+        channels: Input channels of the part.
+        text: The part as the operators take it.
+        columns: Of the packed weight.
+        vectors: Entries of each of the `_VECTORS`; None where the part has none.
+    """
+
+    channels: int
+    text: str
+    columns: slice
+    vectors: tuple[slice | None, ...]
+
+
+def _slots(out_channels: int, parts: tuple[Part, ...]) -> tuple[Slot, ...]:
+    ends = [0] * (1 + len(_VECTORS))
+    slots = []
+    for part in parts:
+        scales = part.weight.scale_count(out_channels, part.channels)
+        static = part.activation is not None and not part.activation.online
+        lengths = (
+            packed_channels(part.channels, part.weight.format.bits),
+            scales,
+            scales * part.weight.zero_point,
+            int(static),
+            int(static and part.activation is not None and part.activation.zero_point),
+        )
+        columns, *vectors = (slice(end, end + n) if n else None for end, n in zip(ends, lengths, strict=True))
+        assert columns is not None
+        slots.append(Slot(part.channels, ops.part_text(part), columns, tuple(vectors)))
+        ends = [end + n for end, n in zip(ends, lengths, strict=True)]
+    return tuple(slots)
+
 
 class QuantizedLayer(nn.Module):
-    """What both layer types share: packed state, decoding of the weight, rounding of the input."""
+    """What both layer types share: packed state, decoding of the weight, the sum over parts."""
 
     parts: tuple[Part, ...] = ()
+    slots: tuple[Slot, ...] = ()
     float_shape: tuple[int, ...] = ()
     weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
+    bias: Tensor | None
 
     def allocate(self, shape: tuple[int, ...], parts: tuple[Part, ...], device: torch.device | str) -> None:
         """Replace the float weight by empty packed state for `parts`; values are loaded afterwards."""
         self.parts = parts
+        self.slots = _slots(shape[0], parts)
         self.float_shape = tuple(shape)
         for name, expected in layer_tensor_shapes(shape, parts).items():
             if name == "weight":
@@ -68,49 +112,35 @@ class QuantizedLayer(nn.Module):
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [o, i, *k] that the codes stand for."""
-        widths = [packed_channels(part.channels, part.weight.format.bits) for part in self.parts]
-        pieces, scale_at, zero_at = [], 0, 0
-        for packed, part in zip(self.weight.split(widths, dim=1), self.parts, strict=True):
-            spec, zero_point = part.weight, None
-            count = spec.scale_count(self.float_shape[0], part.channels)
-            if spec.zero_point:
-                zero_point = self.weight_zero_point[zero_at : zero_at + count]
-                zero_at += count
-            scale = self.weight_scale[scale_at : scale_at + count]
-            scale_at += count
+        pieces = []
+        for part, slot in zip(self.parts, self.slots, strict=True):
+            packed, scale, zero_point, _, _ = self._stored(slot)
+            spec = part.weight
             group_size = spec.group_size or 0
             pieces.append(
                 ops.dequantize(packed, scale, zero_point, spec.format.name, part.channels, group_size)
             )
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
-    def quantized_input(self, x: Tensor) -> Tensor:
-        """The input on the grids of its parts: [..., i] for a linear layer, [b, i, h, w] for a convolution."""
-        axis = -1 if len(self.float_shape) == 2 else 1
-        channels = [part.channels for part in self.parts]
-        pieces = [x] if len(channels) == 1 else x.split(channels, dim=axis)
-        rounded = [self._rounded(piece, *entry) for piece, entry in zip(pieces, self._inputs(), strict=True)]
-        return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=axis)
+    def _stored(self, slot: Slot) -> list[Any]:
+        """Packed weight and vectors of one part."""
+        buffers = self._buffers
+        if len(self.slots) == 1:
+            return [self.weight, *(buffers.get(name) for name in _VECTORS)]
+        pairs = zip(_VECTORS, slot.vectors, strict=True)
+        vectors = [None if where is None else buffers[name][where] for name, where in pairs]  # type: ignore[index]
+        return [self.weight[:, slot.columns], *vectors]
 
-    def _inputs(self) -> Iterator[tuple[Part, Tensor | None, Tensor | None]]:
-        """Every part with its stored input scale and zero point."""
-        scale_at, zero_at = 0, 0
-        for part in self.parts:
-            spec, scale, zero_point = part.activation, None, None
-            if spec is not None and not spec.online:
-                scale = self.input_scale[scale_at : scale_at + 1]
-                scale_at += 1
-                if spec.zero_point:
-                    zero_point = self.input_zero_point[zero_at : zero_at + 1]
-                    zero_at += 1
-            yield part, scale, zero_point
-
-    @staticmethod
-    def _rounded(x: Tensor, part: Part, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
-        if part.activation is None:
-            return x
-        spec = part.activation
-        return ops.fake_quantize_input(x, scale, zero_point, spec.format.name, spec.granularity == "token")
+    def _sum_of_parts(self, x: Tensor, axis: int, operator: Callable[..., Tensor], *geometry: Any) -> Tensor:
+        """`operator` on every part of the input; the bias goes with the first."""
+        if len(self.slots) == 1:
+            return operator(x, *self._stored(self.slots[0]), self.bias, self.slots[0].text, *geometry)
+        pieces = x.split([slot.channels for slot in self.slots], dim=axis)
+        terms = [
+            operator(piece, *self._stored(slot), None if number else self.bias, slot.text, *geometry)
+            for number, (piece, slot) in enumerate(zip(pieces, self.slots, strict=True))
+        ]
+        return sum(terms[1:], terms[0])
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -118,8 +148,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., i] to [..., o], in the dtype of `x`."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(self.quantized_input(x), self.dequantized_weight().to(x.dtype), bias)
+        return self._sum_of_parts(x, -1, ops.linear)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -127,8 +156,18 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, i, h, w] to [b, o, h', w'], in the dtype of `x`."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return self._conv_forward(self.quantized_input(x), self.dequantized_weight().to(x.dtype), bias)
+        if self.padding_mode != "zeros":
+            x = nn.functional.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
+            padding: tuple[int, ...] = (0, 0)
+        elif isinstance(self.padding, str):
+            # "same" with an even kernel pads more behind than before: pad both alike and drop the first lines.
+            left, right, top, bottom = self._reversed_padding_repeated_twice
+            wide = (max(top, bottom), max(left, right))
+            out = self._sum_of_parts(x, 1, ops.conv2d, self.stride, wide, self.dilation, self.groups)
+            return out[:, :, bottom - top :, right - left :]
+        else:
+            padding = self.padding
+        return self._sum_of_parts(x, 1, ops.conv2d, self.stride, padding, self.dilation, self.groups)
 
 
 def empty_like(module: nn.Linear | nn.Conv2d) -> QuantLinear | QuantConv2d:
