@@ -18,10 +18,10 @@ from typing import Any
 
 from torch import Tensor
 
-from difloat.kernels import eager, reference
+from difloat.kernels import cpu, eager, native, reference
 from difloat.quantizer import Part
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": eager}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": eager, "cpu": cpu}
 """By name; new ones need a row here and in `dispatch.json`."""
 
 _VARIABLE = "DIFLOAT_BACKEND"
@@ -30,7 +30,7 @@ _chosen: str | None = None
 
 def available() -> list[str]:
     """Names of the backends that can run here."""
-    return list(BACKENDS)
+    return [name for name in BACKENDS if name != "cpu" or native.unit() is not None]
 
 
 def backend() -> str:
@@ -65,6 +65,11 @@ def _checked(name: str, what: str) -> str:
     known = ["auto", *BACKENDS]
     if name not in known:
         raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
+    if name != "auto" and name not in available():
+        why = "has no unit for this machine" if native.built() else "was not built"
+        raise ValueError(
+            f"{what} must be one of {', '.join(available())} here, got {name!r}: the native library {why}"
+        )
     return name
 
 
@@ -80,9 +85,14 @@ def choose(part: Part, weight_shape: Sequence[int], x: Tensor) -> ModuleType:
     names = _ranking(len(weight_shape), _rows(x, weight_shape)) if name == "auto" else (name,)
     for candidate in names:
         module = BACKENDS[candidate]
-        if module.supports(part, weight_shape, x):
+        if candidate in _here() and module.supports(part, weight_shape, x):
             return module
     return reference
+
+
+@cache
+def _here() -> frozenset[str]:
+    return frozenset(available())
 
 
 def _rows(x: Tensor, weight_shape: Sequence[int]) -> int:
