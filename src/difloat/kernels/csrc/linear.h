@@ -36,6 +36,8 @@ static float scale_of_all(const difloat_input& x, int threads) {
     return online_scale(most, x.grid.maximum);
 }
 
+constexpr int64_t ROW_MULTIPLE = 128;  // bytes: few_rows.h reads whole steps
+
 // Where the pieces of a quantized block lie.
 struct Block {
     int8_t* values;
@@ -44,14 +46,14 @@ struct Block {
     float* scale;
     int64_t stride;
 
-    Block(char* at, int64_t rows, int64_t channels) : stride(round_up(channels, 64)) {
+    Block(char* at, int64_t rows, int64_t channels) : stride(round_up(channels, ROW_MULTIPLE)) {
         values = (int8_t*)at, at += round_up(rows * stride, 64);
         start = (int64_t*)at, at += round_up(rows * 8, 64);
         scale = (float*)at, at += round_up(rows * 4, 64);
         sums = (int32_t*)at;
     }
     static int64_t bytes(int64_t rows, int64_t channels, int64_t groups) {
-        return round_up(rows * round_up(channels, 64), 64) + round_up(rows * 8, 64) + round_up(rows * 4, 64) +
+        return round_up(rows * round_up(channels, ROW_MULTIPLE), 64) + round_up(rows * 8, 64) + round_up(rows * 4, 64) +
                round_up(rows * groups * 4, 4096);
     }
 };
@@ -82,7 +84,7 @@ template <int TYPE>
 static int linear_of(const difloat_input& x, const difloat_weight& w, const difloat_output& out, int threads) {
     const Classes one{1, nullptr};
     const float origin = origin_of(x), shared = x.online == 2 ? scale_of_all<TYPE>(x, threads) : x.scale;
-    const int64_t at_once = std::max<int64_t>(TILE_ROWS, BLOCK_BYTES / round_up(x.channels, 64));
+    const int64_t at_once = std::max<int64_t>(TILE_ROWS, BLOCK_BYTES / round_up(x.channels, ROW_MULTIPLE));
     const int64_t most = std::min(x.rows, at_once), block_bytes = Block::bytes(most, x.channels, w.groups);
     char* memory = scratch(block_bytes + threads * place(w, one, nullptr, nullptr));
     if (!memory) return -1;
@@ -95,10 +97,7 @@ static int linear_of(const difloat_input& x, const difloat_weight& w, const difl
         const int64_t size = TYPE == DIFLOAT_F32 ? 4 : 2;
         const difloat_output here{(char*)out.data + first * w.rows * size, out.bias};
 #ifdef __AVX512VBMI__
-        if (rows <= FEW_ROWS && few_rows_fit(w, operand)) {
-            few_rows<TYPE>(w, operand, here, threads);
-            continue;
-        }
+        if (few_rows<TYPE>(w, operand, block.values, here, threads)) continue;
 #endif
         product<TYPE>(w, operand, one, here, memory + block_bytes, threads);
     }

@@ -65,7 +65,7 @@ struct Table {
     }
 };
 
-static inline __mmask64 first_bytes(int64_t count) {
+static INLINE __mmask64 first_bytes(int64_t count) {
     return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1;
 }
 
