@@ -99,6 +99,29 @@ class Geometry(ctypes.Structure):
     ]
 
 
+class Attention(ctypes.Structure):
+    """``difloat_attention``."""
+
+    _fields_ = [
+        ("query", ctypes.c_void_p),
+        ("key", ctypes.c_void_p),
+        ("value", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("queries", ctypes.c_int64),
+        ("keys", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("query_stride", ctypes.c_int64 * 3),
+        ("key_stride", ctypes.c_int64 * 3),
+        ("value_stride", ctypes.c_int64 * 3),
+        ("out_stride", ctypes.c_int64 * 3),
+        ("mask_stride", ctypes.c_int64 * 3),
+        ("scale", ctypes.c_float),
+    ]
+
+
 @dataclass(frozen=True)
 class Codes:
     """What the product needs to know about a format of weights."""
@@ -173,6 +196,19 @@ def library() -> Any:
     pointers = [ctypes.POINTER(kind) for kind in (Input, Weight, Output, Geometry)]
     loaded.difloat_linear.argtypes = [*pointers[:3], ctypes.c_int]
     loaded.difloat_conv2d.argtypes = [*pointers, ctypes.c_int]
+    return loaded
+
+
+def attention_unit() -> bool:
+    """Whether the attention of the library runs here: it needs AVX-512 with BF16."""
+    return unit() == "avx512" and machine()["avx512_bf16"]
+
+
+@cache
+def attention_library() -> Any:
+    """The attention unit, loaded."""
+    loaded = ctypes.CDLL(str(_FOLDER / "libdifloat_attention.so"))
+    loaded.difloat_attend.argtypes = [ctypes.POINTER(Attention), ctypes.c_int]
     return loaded
 
 

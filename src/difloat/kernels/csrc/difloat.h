@@ -57,3 +57,15 @@ typedef struct {
 typedef struct {
     int64_t batch, size[2], kernel[2], stride[2], padding[2], dilation[2], out[2];
 } difloat_geometry;
+
+// softmax(query x key^T * scale + mask) x value in bfloat16. Strides are those of [batch, heads, tokens], in elements; the
+// dimensions of a head lie side by side. The mask is added, float32 or null, [batch, heads, queries, keys] with the same kind of
+// strides. At most 1024 dimensions.
+typedef struct {
+    const void *query, *key, *value;
+    void* out;
+    const float* mask;
+    int64_t batch, heads, queries, keys, width;
+    int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3], mask_stride[3];
+    float scale;
+} difloat_attention;

@@ -1,28 +1,15 @@
 // Linear layers: quantize a block of tokens, multiply, next block.
 #pragma once
 #include <omp.h>
-#include <stdlib.h>
 
-#include <memory>
 #include <vector>
 
 #include "difloat.h"
+#include "scratch.h"
 
 namespace difloat {
 
 constexpr int64_t BLOCK_BYTES = 8 << 20;  // of quantized activations at a time: they and the result stay in the last-level cache
-
-// Memory that a thread keeps from call to call: getting pages from the system costs more than a small product.
-static char* scratch(int64_t bytes) {
-    static thread_local std::unique_ptr<char, decltype(&free)> memory(nullptr, free);
-    static thread_local int64_t capacity = 0;
-    if (bytes > capacity) {
-        memory.reset();
-        memory.reset((char*)aligned_alloc(4096, round_up(bytes, 4096)));
-        capacity = memory ? bytes : 0;
-    }
-    return memory.get();
-}
 
 static inline const char* row_of(const difloat_input& x, int64_t row) {
     return (const char*)x.data + row * x.stride * (x.type == DIFLOAT_F32 ? 4 : 2);

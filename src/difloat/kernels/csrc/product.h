@@ -5,6 +5,7 @@
 
 #include "difloat.h"
 #include "repeat.h"
+#include "scratch.h"
 
 namespace difloat {
 
@@ -143,8 +144,6 @@ static void make_bias(const difloat_weight& w, const Operand& x, const Classes& 
             p.bias[c * WIDTH + n] = value;
         }
 }
-
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Bytes of one thread's panel; `place` fills in where its pieces lie.
 static int64_t place(const difloat_weight& w, const Classes& classes, char* base, Panel* panel) {
