@@ -1,7 +1,7 @@
 """Attention on the CPU: the native bfloat16 unit where it runs, torch head by head elsewhere.
 
-torch's own attention kernel reaches a sixth of what the machine can do in bfloat16 (docs/kernels.md). One head at a time keeps the
-scores in the cache, which alone is twice as fast.
+torch's own attention kernel reaches a sixth of what the machine can do in bfloat16 (docs/kernels.md). One head at a time keeps
+the scores in the cache, which alone is faster.
 """
 
 from __future__ import annotations

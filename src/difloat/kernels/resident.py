@@ -1,7 +1,8 @@
 """What a backend derives from packed weights and keeps: once per weight, forgotten with it.
 
-Entries are tied to the memory of the packed tensor (views of one parameter share it) and to its version counter, so a weight that
-is loaded again in place is derived again. What is written through ``tensor.data`` is not seen, as autograd does not see it either.
+Entries are tied to the memory of the packed tensor (views of one parameter share it) and to its version counter, so a weight
+that is loaded again in place is derived again. What is written through ``tensor.data`` is not seen; autograd does not see it
+either.
 """
 
 from __future__ import annotations

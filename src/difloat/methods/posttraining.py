@@ -28,6 +28,7 @@ from difloat.methods import observe
 from difloat.methods.adaround import Learned, RoundingSettings, learn_rounding
 from difloat.methods.assign import Draft, Rule, draft_layer, search_inputs
 from difloat.methods.observe import Trace
+from difloat.methods.target import Target, restrict
 from difloat.quantizer import LayerPlan
 
 _TARGETS_AT_ONCE = 8  # blocks whose full-precision outputs are held at a time
@@ -67,6 +68,7 @@ class Task:
         seed: Of everything random.
         progress: Show progress bars.
         work_dir: Where finished blocks are kept, so that a killed run goes on after them; None keeps nothing.
+        target: The machine whose fast formats the recipe's candidates are restricted to.
     """
 
     model: nn.Module
@@ -75,6 +77,7 @@ class Task:
     seed: int = 0
     progress: bool = True
     work_dir: Path | None = None
+    target: Target = "any"
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def run(task: Task, rules_for: Callable[[str, Trace], LayerRules], settings: Seq
         )
     seen = observe.trace(task.model, task.calibration.batch(task.calibration.stratified(2, generator)))
     skipped = {name: "not called by the forward pass" for name in candidates if name not in seen.order}
-    rules = {name: rules_for(name, seen) for name in seen.order}
+    rules = {name: _on_target(rules_for(name, seen), task.target) for name in seen.order}
     with _timed(measured, "search weights"):
         drafts = _search_weights(task, rules, seen, settings)
     twin = layers.shadow(task.model)
@@ -156,6 +159,11 @@ def run(task: Task, rules_for: Callable[[str, Trace], LayerRules], settings: Seq
             )
             drafts = search_inputs(twin, task.calibration.batch(rows), drafts, input_rules, generator)
     return Outcome({name: draft.plan() for name, draft in drafts.items()}, skipped, measured)
+
+
+def _on_target(rules: LayerRules, target: Target) -> LayerRules:
+    activation = None if rules.activation is None else restrict(rules.activation, target)
+    return replace(rules, weight=restrict(rules.weight, target), activation=activation)
 
 
 @contextmanager

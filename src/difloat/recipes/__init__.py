@@ -91,4 +91,6 @@ def plan(task: Task, recipe: str, bits: str, options: Mapping[str, Any]) -> Plan
     chosen = make_options(row, options)
     outcome = row.plan(task, chosen)
     stored = {**dataclasses.asdict(chosen), "seed": task.seed, "calibration_rows": len(task.calibration)}
+    if task.target != "any":
+        stored["target"] = task.target
     return Plan(recipe, bits, outcome.layers, outcome.skipped, stored, outcome.measured)
