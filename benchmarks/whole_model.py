@@ -1,7 +1,8 @@
 """One forward pass of a whole denoiser on a CPU: torch in float32 and bfloat16 against packed weights and fast attention.
 
-Real configurations, random weights (speed does not depend on their values): the transformer of PixArt-XL-2-512 (0.6 B parameters,
-1024 tokens, 120 text tokens) and the U-Net of Stable Diffusion 1.5 at 512 pixels, both with classifier-free guidance (two rows).
+Real configurations, random weights (speed does not depend on their values): the transformer of PixArt-XL-2-512 (0.6 B
+parameters, 1024 tokens, 120 text tokens) and the U-Net of Stable Diffusion 1.5 at 512 pixels, both with classifier-free
+guidance (two rows).
 Block linears and convolutions get FP4 weights (E2M1 per channel) and INT8 activations, found online. Variants are timed
 interleaved; one process holds one model at a time besides the bfloat16 one.
 
