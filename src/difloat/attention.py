@@ -2,8 +2,7 @@
 
 diffusers' processors differ from family to family, but all end in `torch.nn.functional.scaled_dot_product_attention`.
 `accelerate` wraps every processor of a model in one that runs the original and computes that one call by `kernels.attention`
-where it can:
-projections, norms, rotary embeddings and masks stay what the family does.
+where it can: projections, norms, rotary embeddings and masks stay what the family does.
 """
 
 from __future__ import annotations

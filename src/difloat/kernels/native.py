@@ -2,7 +2,8 @@
 
 The library is plain C behind `ctypes`: no torch headers, so one build serves every Python and every torch. Units are separate
 shared objects, compiled for different instruction sets; the best one that the machine has is loaded, once.
-``DIFLOAT_CPU_ISA=avx2`` (or ``none``) caps the choice. torch must be imported first, so that both share one OpenMP pool.
+``DIFLOAT_CPU_ISA=avx2`` (or ``none``) caps the choice, ``DIFLOAT_NATIVE`` names a folder with another build.
+torch must be imported first, so that both share one OpenMP pool.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ABI = 1
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _UNITS = ("avx512", "avx2")
 _VARIABLE = "DIFLOAT_CPU_ISA"
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(os.environ.get("DIFLOAT_NATIVE", Path(__file__).parent))
 
 
 class Grid(ctypes.Structure):

@@ -180,9 +180,9 @@ def conv2d(
 
 
 def round_input(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, part: Part) -> Tensor:
-    """The input of a part on its grid; `x` itself where activations are not quantized."""
+    """The input of a part on its grid; `x` itself where activations are not quantized, or there are none."""
     spec = part.activation
-    if spec is None:
+    if spec is None or not x.numel():
         return x
     return fake_quantize_input(x, scale, zero_point, spec.format.name, spec.granularity == "token")
 
