@@ -22,7 +22,7 @@ from difloat.kernels import attention
 class FastAttention:
     """An attention processor that runs another one; `original` is that one."""
 
-    def __init__(self, original: Callable[..., Any]) -> None:
+    def __init__(self, original: Any) -> None:
         self.original = original
 
         @functools.wraps(original.__call__)
@@ -72,7 +72,7 @@ def _attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.difloat.attention(query, key, value, attn_mask, factor)  # type: ignore[no-any-return]
+    return torch.ops.difloat.attention(query, key, value, attn_mask, factor)
 
 
 def accelerate(model: nn.Module) -> int:
@@ -84,11 +84,12 @@ def accelerate(model: nn.Module) -> int:
     wrapped = 0
     for module in model.modules():
         processor = getattr(module, "processor", None)
-        if not callable(processor) or not callable(getattr(module, "set_processor", None)):
+        setter: Any = getattr(module, "set_processor", None)
+        if not callable(processor) or not callable(setter):
             continue
         if isinstance(processor, nn.Module | FastAttention):
             continue
-        module.set_processor(FastAttention(processor))
+        setter(FastAttention(processor))
         wrapped += 1
     return wrapped
 
@@ -98,4 +99,5 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         processor = getattr(module, "processor", None)
         if isinstance(processor, FastAttention):
-            module.set_processor(processor.original)
+            setter: Any = module.set_processor
+            setter(processor.original)

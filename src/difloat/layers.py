@@ -69,7 +69,6 @@ class QuantizedLayer(nn.Module):
     weight_zero_point: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
-    bias: Tensor | None
 
     def allocate(self, shape: tuple[int, ...], parts: tuple[Part, ...], device: torch.device | str) -> None:
         """Replace the float weight by empty packed state for `parts`; values are loaded afterwards."""

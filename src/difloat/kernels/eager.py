@@ -147,7 +147,9 @@ class _Taps:
     def sums_inside(self, taps: Tensor) -> Tensor:
         """Sums [o, h', w'] of the taps [o, 1, kh, kw] that fall inside the picture."""
         ones = taps.new_ones(1, 1, *self.size)
-        return functional.conv2d(ones, taps, None, *map(list, (self.stride, self.padding, self.dilation)))[0]
+        return functional.conv2d(
+            ones, taps, None, list(self.stride), list(self.padding), list(self.dilation)
+        )[0]
 
 
 class _Weight:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from difloat import formats
 from difloat.kernels import backends, reference
@@ -81,7 +82,7 @@ def _linear(
 def _run_linear(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
     part = _part(rest[-1])
     module = backends.choose(part, (packed.shape[0], part.channels), x)
-    return module.linear(x, packed, *rest[:-1], part)  # type: ignore[no-any-return]
+    return module.linear(x, packed, *rest[:-1], part)
 
 
 @_linear.register_fake
@@ -180,9 +181,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         weight = reference.decode_weight(packed, weight_scale, weight_zero_point, ctx.part).to(ctx.x_dtype)
         if ctx.geometry:
             stride, padding, dilation, groups = ctx.geometry
-            to_x = torch.nn.grad.conv2d_input(
-                ctx.x_shape, weight, gradient, stride, padding, dilation, groups
-            )
+            to_x = conv2d_input(ctx.x_shape, weight, gradient, stride, padding, dilation, groups)
         else:
             to_x = gradient @ weight
         to_x = to_x if inside is None else to_x * inside
@@ -212,7 +211,7 @@ def linear(
     """
     tensors = (x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
     if _needs_operator(x, bias):
-        return torch.ops.difloat.linear(*tensors, part)  # type: ignore[no-any-return]
+        return torch.ops.difloat.linear(*tensors, part)
     return _run_linear(*tensors, part)
 
 
@@ -232,9 +231,7 @@ def conv2d(
 ) -> Tensor:
     """See `reference.conv2d`, and `linear`."""
     tensors = (x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
-    return torch.ops.difloat.conv2d(  # type: ignore[no-any-return]
-        *tensors, part, list(stride), list(padding), list(dilation), groups
-    )
+    return torch.ops.difloat.conv2d(*tensors, part, list(stride), list(padding), list(dilation), groups)
 
 
 def _needs_operator(x: Tensor, bias: Tensor | None) -> bool:

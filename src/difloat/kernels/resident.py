@@ -33,7 +33,7 @@ def derived(what: Hashable, sources: tuple[Tensor, ...], make: Callable[[], Deri
     versions = tuple(0 if source.is_inference() else source._version for source in sources)
     found = _entries.get(key)
     if found is not None and found[1] == versions and not any(ref.expired() for ref in found[0]):
-        return found[2]  # type: ignore[no-any-return]
+        return found[2]
     _forget()
     value = make()
     _entries[key] = (tuple(StorageWeakRef(s.untyped_storage()) for s in sources), versions, value)

@@ -13,6 +13,7 @@
 #include "difloat.h"
 #include "repeat.h"
 #include "scratch.h"
+#include "transpose.h"
 
 namespace difloat {
 
@@ -115,21 +116,49 @@ struct HeadBuffers {
     }
 };
 
-// Keys to panels [keys / 64][pair of dimensions][64][2]; values to panels [dimensions / 64][pair of keys][up to 64][2].
-static void pack_head(const difloat_attention& a, const uint16_t* keys, const uint16_t* values, const HeadBuffers& to) {
-    const int64_t width = round_up(a.keys, COLUMNS), pairs = (a.width + 1) / 2, columns = round_up(a.width, LANES);
-    memset(to.keys, 0, 2 * width * 2 * pairs), memset(to.values, 0, 2 * width * columns);
-    for (int64_t k = 0; k < a.keys; k++) {
-        uint16_t* column = to.keys + (k / COLUMNS * pairs * COLUMNS + k % COLUMNS) * 2;
-        const uint16_t* key = keys + k * a.key_stride[2];
-        for (int64_t d = 0; d < a.width; d++) column[d / 2 * COLUMNS * 2 + d % 2] = key[d];
-        const uint16_t* value = values + k * a.value_stride[2];
-        for (int64_t first = 0; first < columns; first += COLUMNS) {
-            const int64_t wide = std::min(COLUMNS, columns - first), count = std::min(COLUMNS, a.width - first);
-            uint16_t* row = to.values + first * width + k / 2 * wide * 2 + k % 2;
-            for (int64_t d = 0; d < count; d++) row[2 * d] = value[first + d];
+static INLINE __mmask32 first_words(int64_t count) {
+    return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1;
+}
+
+// Keys to panels [keys / 64][pair of dimensions][64][2]: sixteen keys and sixteen pairs at a time, transposed in registers.
+static void pack_keys(const difloat_attention& a, const uint16_t* keys, uint16_t* panels) {
+    const int64_t pairs = (a.width + 1) / 2;
+    for (int64_t k = 0; k < round_up(a.keys, COLUMNS); k += 16)
+        for (int64_t d = 0; d < a.width; d += 32) {
+            I32 r[16];
+            repeat<16>([&](auto i) UNROLLED {
+                const __mmask32 there = k + i < a.keys ? first_words(a.width - d) : 0;
+                r[i] = _mm512_maskz_loadu_epi16(there, keys + (k + i) * a.key_stride[2] + d);
+            });
+            transpose(r);
+            uint16_t* to = panels + (k / COLUMNS * pairs * COLUMNS + k % COLUMNS) * 2;
+            repeat<16>([&](auto p) UNROLLED {
+                if (d / 2 + p < pairs) store_int(to + (d / 2 + p) * COLUMNS * 2, r[p]);
+            });
         }
-    }
+}
+
+// Columns of a panel of values: as few panels of at most 64 as possible, nearly equal, so that none is too narrow to hide the
+// latency of the multiply-adds.
+static inline int64_t value_columns(int64_t width) {
+    const int64_t vectors = round_up(width, LANES) / LANES, panels = (vectors + 3) / 4;
+    return (vectors + panels - 1) / panels * LANES;
+}
+
+// Values to panels [panel][pair of keys][columns][2]: two rows, word by word in turn.
+static void pack_values(const difloat_attention& a, const uint16_t* values, uint16_t* panels) {
+    const int64_t width = round_up(a.keys, COLUMNS), columns = round_up(a.width, LANES), most = value_columns(a.width);
+    for (int64_t k = 0; k < width; k += 2)
+        for (int64_t d = 0; d < columns; d += LANES) {
+            const __mmask32 there = first_words(std::min<int64_t>(a.width - d, LANES));
+            const uint16_t* from = values + k * a.value_stride[2] + d;
+            const I32 even = _mm512_maskz_loadu_epi16(k < a.keys ? there : 0, from);
+            const I32 odd = _mm512_maskz_loadu_epi16(k + 1 < a.keys ? there : 0, from + a.value_stride[2]);
+            const I32 low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(even));
+            const I32 high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(odd)), 16);
+            const int64_t panel = d / most * most, wide = std::min(most, columns - panel);
+            store_int(panels + panel * width + (k / 2 * wide + d - panel) * 2, bits_or(low, high));
+        }
 }
 
 // QUERIES rows (or fewer) of one head.
@@ -146,8 +175,9 @@ static void attend(const difloat_attention& a, const HeadBuffers& head, const ui
     for (int64_t i = 0; i < count; i++)
         inverse[i] = softmax(head.scores + i * width, mask ? mask + i * a.mask_stride[2] : nullptr, a.keys, width, a.scale,
                              head.probabilities + i * width);
-    for (int64_t first = 0; first < columns; first += COLUMNS) {
-        const int64_t vectors = std::min(COLUMNS, columns - first) / LANES;
+    const int64_t most = value_columns(a.width);
+    for (int64_t first = 0; first < columns; first += most) {
+        const int64_t vectors = std::min(most, columns - first) / LANES;
         panel_product_of<QUERIES>(count, vectors, head.probabilities, width, head.values + first * width, width / 2,
                                   head.result + first, columns);
     }
@@ -173,7 +203,8 @@ static int attention(const difloat_attention& a, int threads) {
         for (int64_t task = 0; task < heads * cuts; task++) {
             const int64_t b = task / cuts / a.heads, h = task / cuts % a.heads, cut = task % cuts;
             auto at = [b, h](const void* data, const int64_t* stride) { return (uint16_t*)data + b * stride[0] + h * stride[1]; };
-            pack_head(a, at(a.key, a.key_stride), at(a.value, a.value_stride), head);
+            pack_keys(a, at(a.key, a.key_stride), head.keys);
+            pack_values(a, at(a.value, a.value_stride), head.values);
             const float* mask = a.mask ? a.mask + b * a.mask_stride[0] + h * a.mask_stride[1] : nullptr;
             const int64_t end = a.queries * (cut + 1) / cuts;
             for (int64_t q = a.queries * cut / cuts; q < end; q += QUERIES)

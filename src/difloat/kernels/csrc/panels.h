@@ -11,6 +11,7 @@
 
 #include "difloat.h"
 #include "repeat.h"
+#include "transpose.h"
 
 namespace difloat {
 
@@ -93,33 +94,6 @@ static inline I32 spread(const uint8_t* stream, int64_t bytes) {
     if (BITS == 8) return raw;
     const I32 words = _mm512_permutexvar_epi8(load_int(PLACES<BITS>.byte), raw);
     return _mm512_multishift_epi64_epi8(load_int(PLACES<BITS>.word_shift), words);
-}
-
-// Transpose 16 x 16 dwords in registers.
-static INLINE void transpose(I32 (&r)[16]) {
-    I32 t[16];
-    repeat<8>([&](auto i) UNROLLED {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    });
-    repeat<4>([&](auto i) UNROLLED {
-        repeat<2>([&](auto j) UNROLLED {
-            r[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + 2 + j]);
-            r[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + 2 + j]);
-        });
-    });
-    repeat<4>([&](auto i) UNROLLED {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    });
-    repeat<4>([&](auto i) UNROLLED {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-    });
 }
 
 // Sixteen rows become a column block. Widths that divide 8 are transposed packed, 64 bytes of every row at a time, and a dword of
