@@ -5,7 +5,7 @@ pause in which other libraries' threads stop spinning and one call that is not t
 measures a plain int8 product of torch, which comes within a tenth of the machine's int8 peak.
 
 Numbers without ``--quick`` go into ``benchmarks/results/kernels.json``; ``--dispatch`` also writes the table by which backends
-are chosen.
+are chosen, from those of W4A8.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ def conv(batch: int, channels: int, out: int, side: int, kernel: int) -> Contest
     return {
         "torch bf16": lambda: functional.conv2d(x, half, None, 1, padding),
         "torch fp32": lambda: functional.conv2d(wide, weight, None, 1, padding),
+        "difloat reference w4a8": on("reference", lambda: ops.conv2d(x, *settings["w4a8"], *geometry)),
         **ours(ops.conv2d, x, settings, *geometry),
     }
 
@@ -233,7 +234,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11, help="repetitions; the median counts")
     parser.add_argument("--pause-s", type=float, default=0.012, help="before every call")
     parser.add_argument("--only", nargs="+", default=["linear", "conv2d", "attention"], help="kinds")
-    parser.add_argument("--quick", action="store_true", help="a few shapes, nothing written")
+    parser.add_argument("--quick", action="store_true", help="a few shapes, no results written")
     parser.add_argument("--dispatch", action="store_true", help="write the table that chooses backends")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/kernels.json")
     options = parser.parse_args()
@@ -241,16 +242,16 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         rows = run(options)
-    if options.quick:
-        return
-    command = " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]])
-    result = {"commit": commit(), "command": command, "machine": machine(), "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    where = f"{machine()['cpu']}, {options.threads} threads"
     if options.dispatch:
-        table = {"measured_on": machine()["cpu"], **dispatch_table(rows)}
+        table = {"measured_on": where, **dispatch_table(rows)}
         path = ROOT / "src/difloat/kernels/dispatch.json"
         path.write_text(json.dumps(table, indent=2) + "\n")
+    if not options.quick:
+        command = " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]])
+        result = {"commit": commit(), "command": command, "machine": machine(), "rows": rows}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

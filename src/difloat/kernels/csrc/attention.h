@@ -199,7 +199,7 @@ static int attention(const difloat_attention& a, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         const HeadBuffers head(memory + omp_get_thread_num() * bytes, a.keys, a.width);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t task = 0; task < heads * cuts; task++) {
             const int64_t b = task / cuts / a.heads, h = task / cuts % a.heads, cut = task % cuts;
             auto at = [b, h](const void* data, const int64_t* stride) { return (uint16_t*)data + b * stride[0] + h * stride[1]; };

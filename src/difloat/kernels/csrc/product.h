@@ -176,7 +176,7 @@ static void product(const difloat_weight& w, const Operand& x, const Classes& cl
     {
         Panel p;
         place(w, classes, scratch + omp_get_thread_num() * bytes, &p);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t task = 0; task < panels * cuts; task++) {
             const int64_t first = task / cuts * WIDTH, cut = task % cuts;
             unpack_panel(w, first, p.weights, p.gathered);
