@@ -25,7 +25,7 @@ import torch
 from quantization_time import ROOT, commit, machine
 from torch import Tensor, nn
 
-from difloat import attention, layers
+from difloat import fast_attention, layers
 from difloat.formats import parse
 from difloat.kernels import backends
 from difloat.quantizer import Part, QuantSpec, plan_layer
@@ -100,7 +100,7 @@ def variants(model: nn.Module, call: dict[str, Any], with_float: bool) -> dict[s
     packed = quantized(half)
     fast_half, fast_packed = layers.shadow(half), layers.shadow(packed)
     for fast in (fast_half, fast_packed):
-        attention.accelerate(fast)
+        fast_attention.accelerate(fast)
     small = cast(call, torch.bfloat16)
 
     def forward(module: nn.Module, arguments: dict[str, Any], backend: str) -> Callable[[], Tensor]:

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from difloat import formats, rounding
-from difloat.attention import accelerate as accelerate_attention
+from difloat.fast_attention import accelerate as accelerate_attention
 from difloat.io import CheckpointError, load, register_with_diffusers, save, verify
 from difloat.kernels.backends import set_backend, use_backend
 from difloat.quantizer import LayerPlan, Part, Plan, QuantSpec

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tiny
-from difloat import attention
+from difloat import fast_attention
 from difloat.kernels import attention as kernels
 from difloat.kernels import backends, native
 
@@ -119,14 +119,14 @@ def test_a_model_gives_the_same_pictures_through_its_own_processors(build, gener
     with torch.no_grad():
         before = model(**call, return_dict=False)[0]
         signature = inspect.signature(next(iter(model.attn_processors.values())).__call__)
-        count = attention.accelerate(model)
-        assert count == len(model.attn_processors) > 1 and attention.accelerate(model) == 0
+        count = fast_attention.accelerate(model)
+        assert count == len(model.attn_processors) > 1 and fast_attention.accelerate(model) == 0
         processor = next(iter(model.attn_processors.values()))
         assert inspect.signature(processor.__call__) == signature
         after = model(**call, return_dict=False)[0]
         assert len(used) == count and any(mask is not None for mask in used)
         assert torch.equal(copy.deepcopy(model)(**call, return_dict=False)[0], after)
-        attention.restore(model)
+        fast_attention.restore(model)
         assert torch.equal(model(**call, return_dict=False)[0], before)
     assert len(used) == 2 * count
     # bfloat16 keeps 8 bits; a dozen layers add up their roundings.
