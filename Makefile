@@ -1,6 +1,7 @@
 # make demo    install into .venv, make a packed FP4 model and its report
 # make test    install into .venv, run the test suite
 # make lint    ruff and mypy
+# make native  build the native CPU library beside the sources
 # make bench   the benchmarks that belong to the documentation
 #
 # PYTHON=python3.12        the Python that makes .venv
@@ -15,7 +16,7 @@ TORCH_STAMP := .venv/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -
 RUN_STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint native bench
 .DELETE_ON_ERROR:
 
 demo: $(RUN_STAMP)
@@ -28,6 +29,11 @@ lint: $(DEV_STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+native:
+	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/native
+	cmake --install build/native --prefix src
 
 bench: $(RUN_STAMP)
 	for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from difloat import cli, record, study
+from difloat.kernels.backends import use_backend
 from tiny import PROMPTS, tiny_pixart
 
 # diffusers' DPM solver hands torch tensors to numpy in a way numpy 2 deprecates; nothing here can change that.
@@ -123,6 +124,18 @@ def test_inspect_counts_layers_before_and_after(run: Run, source: Path, checkpoi
     after = run("inspect", checkpoint, "--layers")
     assert after.code == 0 and "27 quantized and 0 float layers" in after.out
     assert "proj_out" in after.out and re.search(r"\be[123]m[012]\b", after.out)
+
+
+def test_inspect_says_what_computes_a_model(run: Run, checkpoint: Path) -> None:
+    with use_backend("torch"):
+        after = run("inspect", checkpoint, "--kernels")
+    assert after.code == 0 and "kernels: native library" in after.out and "backend torch" in after.out
+    assert sum(int(count) for count in re.findall(r"(\d+) x \w+ x \w+:", after.out)) >= 27
+
+
+def test_unknown_target_is_refused(run: Run, source: Path, tmp_path: Path) -> None:
+    result = run("quantize", source, tmp_path / "out", "--target", "tpu", *FAST)
+    assert result.code == 2 and "target must be one of any, cpu, got 'tpu'" in result.err
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, source: Path, tmp_path: Path) -> None:

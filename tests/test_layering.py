@@ -22,6 +22,7 @@ LINE = (
     "specs",
     "quantizer",
     "kernels",
+    "slots",
     "timesteps",
     "attention",
     "layers",

@@ -17,7 +17,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from difloat import formats, rounding
+from difloat.fast_attention import accelerate as accelerate_attention
 from difloat.io import CheckpointError, load, register_with_diffusers, save, verify
+from difloat.kernels.backends import set_backend, use_backend
 from difloat.quantizer import LayerPlan, Plan
 from difloat.specs import Part, QuantSpec
 
@@ -32,6 +34,7 @@ __all__ = [
     "Part",
     "Plan",
     "QuantSpec",
+    "accelerate_attention",
     "apply",
     "formats",
     "load",
@@ -41,6 +44,8 @@ __all__ = [
     "restore",
     "rounding",
     "save",
+    "set_backend",
+    "use_backend",
     "verify",
 ]
 

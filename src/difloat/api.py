@@ -14,6 +14,7 @@ from torch import nn
 from difloat import calibration, layers, recipes
 from difloat.calibration import Calibration, CalibrationSettings
 from difloat.io import mark_quantized, unmark_quantized
+from difloat.methods import target as targets
 from difloat.methods.finetune import TrainingSettings
 from difloat.methods.posttraining import Outcome
 from difloat.methods.task import Bits, Task
@@ -48,6 +49,7 @@ def plan(
     cache_dir: str | Path | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
+    target: str = "any",
     **options: Any,
 ) -> Plan:
     """Decide how to quantize a model; the model is left untouched.
@@ -61,13 +63,14 @@ def plan(
         cache_dir: Keeps calibration data and finished blocks, so that a killed run goes on where it was.
         progress: Show progress bars.
         call_kwargs: Further arguments of the pipeline's call, such as `height`.
+        target: "cpu" restricts every search to formats that CPUs compute in integers; "any" does not.
         **options: Fields of `CalibrationSettings` (`samples`, `steps`, `guidance_scale`, `seed`, `memory_bytes`, ...) and of
             the recipe's options.
 
     Raises:
         ValueError: on an unknown recipe, bits or option, a model without layers to quantize, or values that are not finite.
     """
-    row, parsed = recipes.lookup(recipe), Bits.parse(bits)
+    row, parsed, machine = recipes.lookup(recipe), Bits.parse(bits), targets.check(target)
     names = {field.name for field in fields(CalibrationSettings)}
     settings = {name: value for name, value in options.items() if name in names}
     own = {name: value for name, value in options.items() if name not in names}
@@ -89,6 +92,7 @@ def plan(
         progress=progress,
         work_dir=work_dir,
         memory_bytes=wanted.memory_bytes,
+        target=machine,
     )
     return plan_calibrated(task, recipe, bits, own)
 

@@ -41,6 +41,8 @@ Steps = Annotated[int | None, typer.Option(min=1, help="Sampler steps. Default: 
 Guidance = Annotated[
     float | None, typer.Option(help="Classifier-free guidance scale. Default: the pipeline's own.")
 ]
+Images = Annotated[int, typer.Option(min=0, help="Pictures drawn with both models for the report; 0: none.")]
+Target = Annotated[str, typer.Option(help="any, or cpu: only formats that CPUs compute in integers.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
 
 
@@ -59,10 +61,12 @@ def _pipeline(source: str) -> Any:
 
 @app.command()
 def inspect(
-    source: Source, layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False
+    source: Source,
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Say what computes it on this machine.")] = False,
 ) -> None:
     """Show what a model consists of, and what of it can be quantized or is."""
-    from difloat import api
+    from difloat import api, tiers
     from difloat import layers as rooms
 
     module = api.denoiser(_pipeline(source))
@@ -89,6 +93,8 @@ def inspect(
         f"{type(module).__name__}: {quantized} quantized and {len(rows) - quantized} float layers, {weights:,} weights "
         f"in them, {stored / 1e6:.2f} MB in memory"
     )
+    if kernels:
+        console.print("\n".join([tiers.machine(), *tiers.layers(module)]), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -117,9 +123,8 @@ def quantize(
         list[str] | None,
         typer.Option("--set", help="Option of the recipe, like --set rounding=nearest; repeatable."),
     ] = None,
-    images: Annotated[
-        int, typer.Option(min=0, help="Pictures drawn with both models for the report; 0: none.")
-    ] = 16,
+    target: Target = "any",
+    images: Images = 16,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan, size, memory and time, stop.")
     ] = False,
@@ -148,7 +153,7 @@ def quantize(
     if dry_run:
         return
     sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=call)
-    everything: dict[str, Any] = {"cache_dir": cache, "call_kwargs": call, **vars(settings), **chosen}
+    everything = {"cache_dir": cache, "call_kwargs": call, "target": target, **vars(settings), **chosen}
     _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
 
 

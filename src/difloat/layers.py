@@ -7,25 +7,26 @@ buffers: no tensor subclass, so offloading, deepcopy, `torch.compile` and PEFT t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace as with_changes
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from difloat import attention
 from difloat.kernels import ops
-from difloat.packing import packed_channels
 from difloat.quantizer import VARIED, LayerPlan, Plan, dequantize
+from difloat.slots import VECTORS, Slot, slots_of
 from difloat.specs import Part
 from difloat.timesteps import Clock
 
 
 class QuantizedLayer(nn.Module):
-    """What both layer types share: packed state, decoding of the weight, rounding of the input."""
+    """What both layer types share: packed state, decoding of the weight, the sum over parts."""
 
     parts: tuple[Part, ...] = ()
+    slots: tuple[Slot, ...] = ()
     float_shape: tuple[int, ...] = ()
     smoothed: bool = False
     schedule: tuple[int, ...] = ()
@@ -43,6 +44,7 @@ class QuantizedLayer(nn.Module):
         self.parts, self.float_shape = plan.parts, tuple(plan.shape)
         self.smoothed, self.schedule = plan.smoothed, plan.schedule
         self.input_schedule = plan.input_schedule
+        self.slots = slots_of(plan.shape[0], plan.parts)
         for name, tensor in plan.tensors.items():
             empty = torch.empty_like(tensor, device=device)
             if name == "weight":
@@ -94,65 +96,42 @@ class QuantizedLayer(nn.Module):
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [o, i, *k] that the codes stand for; of a smoothed layer without undoing the factors."""
-        widths = [packed_channels(part.channels, part.weight.format.bits) for part in self.parts]
-        scales = self.current("weight_scale")
-        zeros = self.current("weight_zero_point") if any(p.weight.zero_point for p in self.parts) else scales
-        pieces, scale_at, zero_at = [], 0, 0
-        for packed, part in zip(self.current("weight").split(widths, dim=1), self.parts, strict=True):
-            spec, zero_point = part.weight, None
-            count = spec.scale_count(self.float_shape[0], part.channels)
-            if spec.zero_point:
-                zero_point = zeros[zero_at : zero_at + count]
-                zero_at += count
-            scale = scales[scale_at : scale_at + count]
-            scale_at += count
+        pieces = []
+        for part, slot in zip(self.parts, self.slots, strict=True):
+            packed, scale, zero_point, _, _ = self._stored(slot)
+            spec = part.weight
             group_size = spec.group_size or 0
             pieces.append(
                 ops.dequantize(packed, scale, zero_point, spec.format.name, part.channels, group_size)
             )
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
-    def quantized_input(self, x: Tensor) -> Tensor:
-        """The input, smoothed and on the grids of its parts: [..., i] for a linear layer, [b, i, h, w] for a convolution."""
-        axis = -1 if len(self.float_shape) == 2 else 1
-        if self.smoothed:
-            factor = self.current("input_factor").to(x.dtype)
-            x = x * (factor if axis == -1 else factor.reshape(-1, 1, 1))
-        channels = [part.channels for part in self.parts]
-        pieces = [x] if len(channels) == 1 else x.split(channels, dim=axis)
-        rounded = [self._rounded(piece, *entry) for piece, entry in zip(pieces, self._inputs(), strict=True)]
-        return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=axis)
+    def _stored(self, slot: Slot) -> list[Any]:
+        """Packed weight and vectors of one part, for the timestep of the denoiser's call."""
+        if len(self.slots) == 1 and not self.schedule and not self.input_schedule:
+            return [self.weight, *(self._buffers.get(name) for name in VECTORS)]
+        pairs = zip(VECTORS, slot.vectors, strict=True)
+        vectors = [None if where is None else self.current(name)[where] for name, where in pairs]
+        return [self.current("weight")[:, slot.columns], *vectors]
 
-    def _inputs(self) -> Iterator[tuple[Part, Tensor | None, Tensor | None]]:
-        """Every part with its stored input scale and zero point."""
-        stored = [part.activation for part in self.parts if part.activation and not part.activation.online]
-        scales = self.current("input_scale") if stored else torch.zeros(0)
-        zeros = self.current("input_zero_point") if any(s.zero_point for s in stored) else scales
-        scale_at, zero_at = 0, 0
-        for part in self.parts:
-            spec, scale, zero_point = part.activation, None, None
-            if spec is not None and not spec.online:
-                scale = scales[scale_at : scale_at + 1]
-                scale_at += 1
-                if spec.zero_point:
-                    zero_point = zeros[zero_at : zero_at + 1]
-                    zero_at += 1
-            yield part, scale, zero_point
-
-    @staticmethod
-    def _rounded(x: Tensor, part: Part, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
-        if part.activation is None:
+    def _smooth(self, x: Tensor, axis: int) -> Tensor:
+        """The input times its factors, channel by channel."""
+        if not self.smoothed:
             return x
-        spec = part.activation
-        return ops.fake_quantize_input(
-            x,
-            scale,
-            zero_point,
-            spec.format.name,
-            spec.granularity in ("token", "group"),
-            spec.group_size or 0,
-            spec.online and spec.zero_point,
-        )
+        factor = self.current("input_factor").to(x.dtype)
+        return x * (factor if axis == -1 else factor.reshape(-1, 1, 1))
+
+    def _sum_of_parts(self, x: Tensor, axis: int, operator: Callable[..., Tensor], *geometry: Any) -> Tensor:
+        """`operator` on every part of the smoothed input; the bias goes with the first."""
+        x = self._smooth(x, axis)
+        if len(self.slots) == 1:
+            return operator(x, *self._stored(self.slots[0]), self.bias, self.slots[0].text, *geometry)
+        pieces = x.split([slot.channels for slot in self.slots], dim=axis)
+        terms = [
+            operator(piece, *self._stored(slot), None if number else self.bias, slot.text, *geometry)
+            for number, (piece, slot) in enumerate(zip(pieces, self.slots, strict=True))
+        ]
+        return sum(terms[1:], terms[0])
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -160,8 +139,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., i] to [..., o], in the dtype of `x`."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(self.quantized_input(x), self.dequantized_weight().to(x.dtype), bias)
+        return self._sum_of_parts(x, -1, ops.linear)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -169,8 +147,18 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, i, h, w] to [b, o, h', w'], in the dtype of `x`."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return self._conv_forward(self.quantized_input(x), self.dequantized_weight().to(x.dtype), bias)
+        if self.padding_mode != "zeros":
+            x = nn.functional.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
+            padding: tuple[int, ...] = (0, 0)
+        elif isinstance(self.padding, str):
+            # "same" with an even kernel pads more behind than before: pad both alike and drop the first lines.
+            left, right, top, bottom = self._reversed_padding_repeated_twice
+            wide = (max(top, bottom), max(left, right))
+            out = self._sum_of_parts(x, 1, ops.conv2d, self.stride, wide, self.dilation, self.groups)
+            return out[:, :, bottom - top :, right - left :]
+        else:
+            padding = self.padding
+        return self._sum_of_parts(x, 1, ops.conv2d, self.stride, padding, self.dilation, self.groups)
 
 
 def empty_like(module: nn.Linear | nn.Conv2d) -> QuantLinear | QuantConv2d:

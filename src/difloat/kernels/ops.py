@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from difloat import formats
-from difloat.kernels import reference
+from difloat.kernels import backends, reference
+from difloat.quantizer import Part
 
 
 @torch.library.custom_op("difloat::dequantize", mutates_args=())
@@ -69,3 +74,180 @@ def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 fake_quantize_input.register_autograd(_straight_through, setup_context=_keep_range)
+
+
+@torch.library.custom_op("difloat::linear", mutates_args=())
+def _linear(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: str,
+) -> Tensor:
+    """See `reference.linear`; `part` as JSON."""
+    return _run_linear(x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, part)
+
+
+def _run_linear(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
+    part = _part(rest[-1])
+    module = backends.choose(part, (packed.shape[0], part.channels), x)
+    return module.linear(x, packed, *rest[:-1], part)
+
+
+@_linear.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@torch.library.custom_op("difloat::conv2d", mutates_args=())
+def _conv2d(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """See `reference.conv2d`; `part` as JSON. Channels last if the input or the packed weight is."""
+    found = _part(part)
+    module = backends.choose(found, (packed.shape[0], found.channels, *packed.shape[2:]), x)
+    tensors = (x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
+    result: Tensor = module.conv2d(*tensors, found, stride, padding, dilation, groups)
+    return result.contiguous(memory_format=_memory_format(x, packed))
+
+
+@_conv2d.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    size = reference.conv_output_size(x.shape[2:], packed.shape[2:], stride, padding, dilation)
+    shape = (x.shape[0], packed.shape[0], *size)
+    return x.new_empty(shape).contiguous(memory_format=_memory_format(x, packed))
+
+
+def _memory_format(x: Tensor, packed: Tensor) -> torch.memory_format:
+    last = torch.channels_last
+    for tensor in (x, packed):
+        if tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous():
+            return last
+    return torch.contiguous_format
+
+
+@cache
+def part_text(part: Part) -> str:
+    """A part as the string that the operators take."""
+    return json.dumps(part.to_json())
+
+
+@cache
+def _part(text: str) -> Part:
+    return Part.from_json(json.loads(text))
+
+
+def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, part = inputs[:8]
+    ctx.part, ctx.geometry, ctx.x_shape, ctx.x_dtype = _part(part), inputs[8:], x.shape, x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    spec = ctx.part.activation
+    inside = None
+    if spec is not None and input_scale is not None:  # an online scale clips nothing
+        grid = (x if input_zero_point is None else x - input_zero_point) / input_scale
+        inside = (grid >= spec.format.min) & (grid <= spec.format.max)
+    ctx.save_for_backward(packed, weight_scale, weight_zero_point, inside)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    """Clipped straight-through to the input, and to the bias; what is packed gets none."""
+    packed, weight_scale, weight_zero_point, inside = ctx.saved_tensors
+    to_x = to_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = reference.decode_weight(packed, weight_scale, weight_zero_point, ctx.part).to(ctx.x_dtype)
+        if ctx.geometry:
+            stride, padding, dilation, groups = ctx.geometry
+            to_x = conv2d_input(ctx.x_shape, weight, gradient, stride, padding, dilation, groups)
+        else:
+            to_x = gradient @ weight
+        to_x = to_x if inside is None else to_x * inside
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
+        axes = [0, 2, 3] if ctx.geometry else list(range(gradient.dim() - 1))
+        to_bias = gradient.sum(axes).to(ctx.bias_dtype) if axes else gradient.to(ctx.bias_dtype)
+    return (to_x, None, None, None, None, None, to_bias, *[None] * (1 + len(ctx.geometry)))
+
+
+_linear.register_autograd(_gradients, setup_context=_keep_for_gradient)
+_conv2d.register_autograd(_gradients, setup_context=_keep_for_gradient)
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: str,
+) -> Tensor:
+    """See `reference.linear`: computed by the chosen backend, with straight-through gradients to `x` and `bias`.
+
+    `part` is a string that `part_text` made.
+    """
+    tensors = (x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
+    if _needs_operator(x, bias):
+        return torch.ops.difloat.linear(*tensors, part)
+    return _run_linear(*tensors, part)
+
+
+def conv2d(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """See `reference.conv2d`, and `linear`."""
+    tensors = (x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
+    return torch.ops.difloat.conv2d(*tensors, part, list(stride), list(padding), list(dilation), groups)
+
+
+def _needs_operator(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd, a compiler or another kind of tensor must see an operator; else the way through it is saved."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return True
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))

@@ -5,12 +5,16 @@ Faster backends must give the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from difloat import formats
 from difloat.formats import Format
 from difloat.packing import unpack
+from difloat.quantizer import Part
 from difloat.rounding import decode, round_
 
 _CHUNK_VALUES = 1 << 17  # half a MiB of float32: the passes of one chunk stay in a core's second-level cache
@@ -131,3 +135,117 @@ def online_range(x: Tensor, format: Format, per_token: bool) -> tuple[Tensor, Te
     span = largest - smallest
     scale = torch.where(span > 0, span / (format.max - format.min), torch.ones_like(span))
     return scale, torch.where(span > 0, smallest - format.min * scale, smallest)
+
+
+def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
+    """The reference computes everything."""
+    return True
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+) -> Tensor:
+    """A linear layer on one part of its input channels: the rounded input times the decoded weight.
+
+    Args:
+        x: [..., i], floating point.
+        packed: uint8 [o, bytes] as `packing.pack` lays them out.
+        weight_scale: float32, as many as the spec of the weight asks for.
+        weight_zero_point: As `weight_scale`, or None.
+        input_scale: float32 [1], or None where the scale is found at run time or the input is not quantized.
+        input_zero_point: float32 [1] or None.
+        bias: [o] or None.
+        part: Formats and granularities.
+
+    Returns:
+        [..., o] in the dtype of `x`.
+    """
+    tokens = x.reshape(
+        -1, x.shape[-1]
+    )  # four axes would count as a picture, whose rows share an online scale
+    rounded = round_input(tokens, input_scale, input_zero_point, part).reshape(x.shape)
+    weight = decode_weight(packed, weight_scale, weight_zero_point, part).to(x.dtype)
+    return functional.linear(rounded, weight, None if bias is None else bias.to(x.dtype))
+
+
+def conv2d(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """A convolution on one part of its input channels; padding adds zeros to the rounded input.
+
+    Args:
+        x: [b, i, h, w], floating point.
+        packed: uint8 [o, bytes, kh, kw].
+        weight_scale: As for `linear`, like the next four.
+        weight_zero_point: See there.
+        input_scale: See there.
+        input_zero_point: See there.
+        bias: See there.
+        part: See there.
+        stride: Two numbers, like `padding` and `dilation`.
+        padding: Zeros on both sides of an axis.
+        dilation: Distance of the taps.
+        groups: As for `torch.nn.functional.conv2d`.
+
+    Returns:
+        [b, o, h', w'] in the dtype of `x`.
+    """
+    rounded = round_input(x, input_scale, input_zero_point, part)
+    weight = decode_weight(packed, weight_scale, weight_zero_point, part).to(x.dtype)
+    shift = None if bias is None else bias.to(x.dtype)
+    return functional.conv2d(rounded, weight, shift, list(stride), list(padding), list(dilation), groups)
+
+
+def round_input(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, part: Part) -> Tensor:
+    """The input of a part on its grid; `x` itself where activations are not quantized, or there are none."""
+    spec = part.activation
+    if spec is None or not x.numel():
+        return x
+    return fake_quantize_input(
+        x,
+        scale,
+        zero_point,
+        spec.format.name,
+        spec.granularity in ("token", "group"),
+        spec.group_size or 0,
+        spec.online and spec.zero_point,
+    )
+
+
+def decode_weight(packed: Tensor, scale: Tensor, zero_point: Tensor | None, part: Part) -> Tensor:
+    """The float32 weight [o, i, *k] of a part."""
+    spec = part.weight
+    return dequantize(packed, scale, zero_point, spec.format.name, part.channels, spec.group_size or 0)
+
+
+def conv_output_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Height and width of the result of a convolution on a picture of `size` (h, w)."""
+    height, width = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    )
+    return height, width

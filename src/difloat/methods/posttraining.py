@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from difloat.methods import observe
 from difloat.methods.assign import Draft, Rule, draft_layer, search_inputs
 from difloat.methods.blockwise import learn_blocks
 from difloat.methods.observe import Trace
+from difloat.methods.target import Target, restrict
 from difloat.methods.task import Bits, LayerRules, Sequencing, Smoothing, Task
 from difloat.quantizer import LayerPlan, join_variants
 from difloat.specs import AttentionPlan
@@ -84,7 +85,9 @@ def run(
     seen = observe.trace(task.model, task.calibration.batch(task.calibration.stratified(2, generator)))
     wished = [name for name in seen.order if task.only is None or name in task.only]
     decided = {name: rules_for(name, seen) for name in wished}
-    rules = {name: rule for name, rule in decided.items() if not isinstance(rule, str)}
+    rules = {
+        name: _on_target(rule, task.target) for name, rule in decided.items() if not isinstance(rule, str)
+    }
     skipped = {name: "not called by the forward pass" for name in candidates if name not in seen.order}
     skipped |= {name: reason for name, reason in decided.items() if isinstance(reason, str)}
     if not rules:
@@ -125,6 +128,11 @@ def _widest_ranges(task: Task, names: list[str]) -> dict[str, dict[float, list[f
         return float(table.max() / table[:, len(observe.SHARES) // 2].median().clamp_min(1e-12))
 
     return {name: found[name] for name in sorted(names, key=spread, reverse=True)[:_RANGE_LAYERS]}
+
+
+def _on_target(rules: LayerRules, target: Target) -> LayerRules:
+    activation = None if rules.activation is None else restrict(rules.activation, target)
+    return replace(rules, weight=restrict(rules.weight, target), activation=activation)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from difloat.calibration import Calibration
 from difloat.methods.adaround import RoundingSettings
 from difloat.methods.assign import Rule
 from difloat.methods.observe import Call
+from difloat.methods.target import Target
 
 _ROWS_PER_CALL = 32
 _CALL_SHARE = 8  # a running block holds several times what its largest layer reads and writes
@@ -55,6 +56,7 @@ class Task:
         work_dir: Where finished blocks are kept, so that a killed run goes on after them; None keeps nothing.
         pipeline: Class name of the pipeline the model is part of, "" for a plain module.
         scheduler: Of the pipeline, None for a plain module.
+        target: The machine whose fast formats the recipe's candidates are restricted to.
         only: Quantize no other layers than these, to try a recipe on a few; None: all.
         memory_bytes: What activations may take while blocks are worked on; bounds the rows, not the result's size.
     """
@@ -67,6 +69,7 @@ class Task:
     work_dir: Path | None = None
     memory_bytes: int = 2 << 30
     pipeline: str = ""
+    target: Target = "any"
     only: frozenset[str] | None = None
     scheduler: Any = None
 

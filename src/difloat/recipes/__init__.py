@@ -84,6 +84,8 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
     settings = make_options(row, chosen)
     outcome = row.plan(task, settings)
     stored = {**dataclasses.asdict(settings), "seed": task.seed, "calibration_rows": len(task.calibration)}
+    if task.target != "any":
+        stored["target"] = task.target
     return Plan(
         recipe,
         bits,

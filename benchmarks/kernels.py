@@ -1,0 +1,258 @@
+"""Speed of quantized linear layers, convolutions and attention on a CPU, against torch.
+
+Everything of one shape runs in one process, interleaved: every repetition calls each contestant once, in rotated order, after a
+pause in which other libraries' threads stop spinning and one call that is not timed. Medians count. For comparison the same run
+measures a plain int8 product of torch, which comes within a tenth of the machine's int8 peak.
+
+Numbers without ``--quick`` go into ``benchmarks/results/kernels.json``; ``--dispatch`` also writes the table by which backends
+are chosen, from those of W4A8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantization_time import ROOT, commit, machine
+from torch import Tensor
+from torch.nn import functional
+
+from difloat.formats import parse
+from difloat.kernels import attention, backends, ops
+from difloat.quantizer import Granularity, Part, QuantSpec, plan_layer
+
+LINEAR = [  # in, out: PixArt's and FLUX's
+    (1152, 1152),
+    (1152, 4608),
+    (4608, 1152),
+    (3072, 3072),
+    (3072, 12288),
+    (12288, 3072),
+]
+TOKENS = [1, 120, 256, 1024, 4096]
+FLUX_TOKENS = [1, 512]
+CONV = [  # batch, in, out, side, kernel: Stable Diffusion's U-Net at 512 pixels
+    (2, 320, 320, 64, 3),
+    (2, 640, 640, 32, 3),
+    (2, 1280, 1280, 16, 3),
+    (2, 320, 320, 64, 1),
+    (2, 640, 640, 32, 1),
+]
+ATTENTION = [(2, 16, 1024, 1024, 72), (2, 16, 1024, 120, 72), (2, 8, 4096, 4096, 40), (2, 8, 1024, 1024, 80)]
+Contestants = dict[str, Callable[[], object]]
+
+
+def interleaved(contestants: Contestants, repeats: int, pause_s: float) -> dict[str, dict[str, float]]:
+    """Median and minimum of every contestant, in milliseconds."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    for turn in range(repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            time.sleep(pause_s)
+            contestants[name]()
+            start = time.perf_counter()
+            contestants[name]()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {
+        name: {"median_ms": statistics.median(found), "min_ms": min(found)} for name, found in times.items()
+    }
+
+
+def layer(shape: tuple[int, ...], weight: str, activation: str, group: int | None = None) -> list[Any]:
+    """The arguments of an operator after its input: random weights on a grid."""
+    granularity: Granularity = "group" if group else "channel"
+    spec = QuantSpec(parse(weight), granularity, group)
+    part = Part(shape[1], spec, QuantSpec(parse(activation), "token", online=True))
+    values = torch.randn(shape) * 0.02
+    scale = torch.full((spec.scale_count(*shape[:2]),), 0.06 / spec.format.max)
+    stored = plan_layer(values, [part], [scale]).tensors
+    return [stored["weight"], stored["weight_scale"], None, None, None, None, ops.part_text(part)]
+
+
+def on(backend: str, call: Callable[[], object]) -> Callable[[], object]:
+    """The call, on one backend."""
+
+    def run() -> object:
+        with backends.use_backend(backend):
+            return call()
+
+    return run
+
+
+def ours(
+    operator: Callable[..., Tensor], x: Tensor, settings: dict[str, list[Any]], *geometry: Any
+) -> Contestants:
+    """The operator with every setting on every fast backend that supports it."""
+    found: Contestants = {}
+    for label, arguments in settings.items():
+        part = ops._part(arguments[-1])
+        shape = (arguments[0].shape[0], part.channels, *arguments[0].shape[2:])
+        for name in backends.available():
+            if name != "reference" and backends.BACKENDS[name].supports(part, shape, x):
+                call = lambda a=arguments: operator(x, *a, *geometry)  # noqa: E731
+                found[f"difloat {name} {label}"] = on(name, call)
+    return found
+
+
+def linear(rows: int, channels: int, out: int) -> Contestants:
+    """Contestants of one linear shape; inputs in bfloat16."""
+    shape, x = (out, channels), torch.randn(rows, channels, dtype=torch.bfloat16)
+    weight = torch.randn(shape) * 0.02
+    half = weight.bfloat16()
+    settings = {
+        "w4a4": layer(shape, "e2m1", "e2m1"),
+        "w4a6": layer(shape, "e2m1", "e2m3"),
+        "w4a8": layer(shape, "e2m1", "int8"),
+        "w6a8": layer(shape, "e2m3", "int8"),
+        "w8a8": layer(shape, "int8", "int8"),
+        "w3a8": layer(shape, "int3", "int8"),
+        **{
+            f"w4a8 groups of {g}": layer(shape, "e2m1", "int8", g) for g in (128, 64, 32) if channels % g == 0
+        },
+    }
+    wide = x.float()
+    found: Contestants = {
+        "torch bf16": lambda: functional.linear(x, half),
+        "torch fp32": lambda: functional.linear(wide, weight),
+        "difloat reference w4a8": on("reference", lambda: ops.linear(x, *settings["w4a8"])),
+    }
+    return found | ours(ops.linear, x, settings)
+
+
+def conv(batch: int, channels: int, out: int, side: int, kernel: int) -> Contestants:
+    """Contestants of one convolution; inputs in bfloat16, channels last."""
+    shape = (out, channels, kernel, kernel)
+    x = torch.randn(batch, channels, side, side).bfloat16().to(memory_format=torch.channels_last)
+    weight = (torch.randn(shape) * 0.02).to(memory_format=torch.channels_last)
+    half, padding = weight.bfloat16(), kernel // 2
+    settings = {"w4a4": layer(shape, "e2m1", "e2m1"), "w4a8": layer(shape, "e2m1", "int8")}
+    geometry = ((1, 1), (padding, padding), (1, 1), 1)
+    wide = x.float()
+    return {
+        "torch bf16": lambda: functional.conv2d(x, half, None, 1, padding),
+        "torch fp32": lambda: functional.conv2d(wide, weight, None, 1, padding),
+        "difloat reference w4a8": on("reference", lambda: ops.conv2d(x, *settings["w4a8"], *geometry)),
+        **ours(ops.conv2d, x, settings, *geometry),
+    }
+
+
+def attend(batch: int, heads: int, queries: int, keys: int, width: int) -> Contestants:
+    """Contestants of one attention shape, in bfloat16."""
+    q, k, v = (torch.randn(batch, n, heads, width).bfloat16().transpose(1, 2) for n in (queries, keys, keys))
+    found: Contestants = {"torch bf16": lambda: functional.scaled_dot_product_attention(q, k, v)}
+    for name in ("torch", "cpu"):
+        if name in backends.available():
+            found[f"difloat {name}"] = on(name, lambda: attention.attend(q, k, v, None, width**-0.5))
+    return found
+
+
+def peak() -> Contestants:
+    """A plain int8 product: what torch reaches of the machine's peak."""
+    a = torch.randint(-100, 100, (768, 2048), dtype=torch.int8)
+    b = torch.randint(-100, 100, (768, 2048), dtype=torch.int8)
+    return {"torch int8 product": lambda: torch._int_mm(a, b.t())}
+
+
+def entry(kind: str, shape: tuple[int, ...], operations: float, times: dict[str, Any]) -> dict[str, Any]:
+    """One row of the results: times, operations per second, speed relative to torch bf16."""
+    base = times.get("torch bf16", next(iter(times.values())))["median_ms"]
+    for found in times.values():
+        found["gops"] = operations / found["median_ms"] / 1e6
+        found["speed_vs_bf16"] = base / found["median_ms"]
+    return {"kind": kind, "shape": list(shape), "times": times}
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All shapes that were asked for."""
+    rows = []
+
+    def race(kind: str, shape: tuple[int, ...], operations: float, contestants: Contestants) -> None:
+        row = entry(kind, shape, operations, interleaved(contestants, options.repeats, options.pause_s))
+        rows.append(row)
+        text = "  ".join(
+            f"{n} {t['median_ms']:.3f} ms ({t['speed_vs_bf16']:.2f}x)" for n, t in row["times"].items()
+        )
+        sys.stdout.write(f"{kind} {shape}: {text}\n")
+
+    race("peak", (768, 2048, 768), 2.0 * 768 * 2048 * 768, peak())
+    if "linear" in options.only:
+        for channels, out in LINEAR[:2] if options.quick else LINEAR:
+            counts = TOKENS if max(channels, out) <= 4608 else FLUX_TOKENS
+            for tokens in (1, 120) if options.quick else counts:
+                contestants = linear(tokens, channels, out)
+                race("linear", (tokens, channels, out), 2.0 * tokens * channels * out, contestants)
+    if "conv2d" in options.only:
+        for shape in CONV[-1:] if options.quick else CONV:
+            batch, channels, out, side, kernel = shape
+            operations = 2.0 * batch * channels * out * side**2 * kernel**2
+            race("conv2d", shape, operations, conv(*shape))
+    if "attention" in options.only:
+        for shape in ATTENTION[1:2] if options.quick else ATTENTION:
+            batch, heads, queries, keys, width = shape
+            race("attention", shape, 4.0 * batch * heads * queries * keys * width, attend(*shape))
+    return rows
+
+
+def dispatch_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Backends from fastest to slowest, by kind and number of tokens: geometric means over the shapes measured."""
+    table: dict[str, Any] = {}
+    for kind in ("linear", "conv2d"):
+        by_rows: dict[int, dict[str, list[float]]] = {}
+        for row in (row for row in rows if row["kind"] == kind):
+            count = row["shape"][0] if kind == "linear" else row["shape"][0] * row["shape"][3] ** 2
+            speeds = by_rows.setdefault(count, {})
+            for name, found in row["times"].items():
+                if name.endswith(" w4a8"):
+                    speeds.setdefault(name.split()[1], []).append(found["speed_vs_bf16"])
+        entries: list[dict[str, Any]] = []
+        for count in sorted(by_rows):
+            means = {name: statistics.geometric_mean(v) for name, v in by_rows[count].items()}
+            order = sorted(means, key=lambda name: -means[name])
+            order += [] if "reference" in order else ["reference"]
+            if entries and entries[-1]["order"] == order:
+                entries.pop()
+            elif entries:
+                entries[-1]["rows_below"] = count
+            entries.append({"rows_below": None, "order": order})
+        table[kind] = entries
+    return table
+
+
+def main() -> None:
+    """Run, print and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch and of the native library")
+    parser.add_argument("--repeats", type=int, default=11, help="repetitions; the median counts")
+    parser.add_argument("--pause-s", type=float, default=0.012, help="before every call")
+    parser.add_argument("--only", nargs="+", default=["linear", "conv2d", "attention"], help="kinds")
+    parser.add_argument("--quick", action="store_true", help="a few shapes, no results written")
+    parser.add_argument("--dispatch", action="store_true", help="write the table that chooses backends")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/kernels.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        rows = run(options)
+    where = f"{machine()['cpu']}, {options.threads} threads"
+    if options.dispatch:
+        table = {"measured_on": where, **dispatch_table(rows)}
+        path = ROOT / "src/difloat/kernels/dispatch.json"
+        path.write_text(json.dumps(table, indent=2) + "\n")
+    if not options.quick:
+        command = " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]])
+        result = {"commit": commit(), "command": command, "machine": machine(), "rows": rows}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

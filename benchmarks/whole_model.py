@@ -1,0 +1,186 @@
+"""One forward pass of a whole denoiser on a CPU: torch in float32 and bfloat16 against packed weights and fast attention.
+
+Real configurations, random weights (speed does not depend on their values): the transformer of PixArt-XL-2-512 (0.6 B
+parameters, 1024 tokens, 120 text tokens) and the U-Net of Stable Diffusion 1.5 at 512 pixels, both with classifier-free
+guidance (two rows).
+Block linears and convolutions get FP4 weights (E2M1 per channel) and INT8 activations, found online. Variants are timed
+interleaved; one process holds one model at a time besides the bfloat16 one.
+
+Writes ``benchmarks/results/whole_model.json``; ``--layers`` cuts the number of blocks for a quick look and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantization_time import ROOT, commit, machine
+from torch import Tensor, nn
+
+from difloat import fast_attention, layers
+from difloat.formats import parse
+from difloat.kernels import backends
+from difloat.quantizer import Part, QuantSpec, plan_layer
+
+WEIGHT = QuantSpec(parse("e2m1"), "channel")
+TOKEN = QuantSpec(parse("int8"), "token", online=True)
+
+
+def pixart(blocks: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """PixArt-XL-2-512 and a call."""
+    from diffusers import PixArtTransformer2DModel
+
+    model = PixArtTransformer2DModel(
+        num_layers=blocks or 28,
+        sample_size=64,
+        out_channels=8,
+        caption_channels=4096,
+        use_additional_conditions=False,
+    )
+    call = {
+        "hidden_states": torch.randn(2, 4, 64, 64),
+        "encoder_hidden_states": torch.randn(2, 120, 4096),
+        "encoder_attention_mask": torch.ones(2, 120),
+        "timestep": torch.tensor([500, 500]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+    return model, call
+
+
+def stable_diffusion(blocks: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The U-Net of Stable Diffusion 1.5, channels last, and a call; `blocks` is the number of ResNet blocks per level."""
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, layers_per_block=blocks or 2)
+    model = model.to(memory_format=torch.channels_last)
+    call = {
+        "sample": torch.randn(2, 4, 64, 64).to(memory_format=torch.channels_last),
+        "encoder_hidden_states": torch.randn(2, 77, 768),
+        "timestep": torch.tensor(500),
+    }
+    return model, call
+
+
+MODELS: dict[str, Callable[[int | None], tuple[nn.Module, dict[str, Any]]]] = {
+    "pixart-xl-512": pixart,
+    "stable-diffusion-1.5": stable_diffusion,
+}
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    """A copy whose block layers are packed, each with the largest magnitude of a channel at the end of the grid."""
+    twin = layers.shadow(model)
+    for name, module in layers.quantizable(model).items():
+        if "block" not in name:
+            continue
+        weight = module.weight.detach().float()
+        scale = weight.flatten(1).abs().amax(1).clamp_min(1e-8) / WEIGHT.format.max
+        layers.install(twin, name, plan_layer(weight, [Part(weight.shape[1], WEIGHT, TOKEN)], [scale]))
+    return twin
+
+
+def cast(call: Any, dtype: torch.dtype) -> Any:
+    """The call with its floating-point tensors in another dtype."""
+    if isinstance(call, dict):
+        return {key: cast(value, dtype) for key, value in call.items()}
+    return call.to(dtype) if isinstance(call, Tensor) and call.is_floating_point() else call
+
+
+def variants(model: nn.Module, call: dict[str, Any], with_float: bool) -> dict[str, Callable[[], Tensor]]:
+    """One forward pass by every way to compute it."""
+    half = copy.deepcopy(model).bfloat16()
+    packed = quantized(half)
+    fast_half, fast_packed = layers.shadow(half), layers.shadow(packed)
+    for fast in (fast_half, fast_packed):
+        fast_attention.accelerate(fast)
+    small = cast(call, torch.bfloat16)
+
+    def forward(module: nn.Module, arguments: dict[str, Any], backend: str) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with backends.use_backend(backend):
+                return module(**arguments, return_dict=False)[0]  # type: ignore[no-any-return]
+
+        return run
+
+    found = {"torch bf16": forward(half, small, "reference")}
+    if with_float:
+        found["torch fp32"] = forward(model, call, "reference")
+    for name in backends.available()[1:]:
+        found[f"{name}: packed layers"] = forward(packed, small, name)
+        found[f"{name}: bf16 layers, fast attention"] = forward(fast_half, small, name)
+        found[f"{name}: packed layers, fast attention"] = forward(fast_packed, small, name)
+    return found
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of the layers that can be quantized, or are, inside blocks."""
+    kinds = (nn.Linear, nn.Conv2d)
+    found = [m for name, m in module.named_modules() if "block" in name and isinstance(m, kinds)]
+    return sum(tensor.nbytes for m in found for tensor in [*m.parameters(), *m.buffers()])
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One model: times of all variants, distances of their outputs from float32 or bfloat16, bytes."""
+    model, call = MODELS[name](options.layers)
+    model = model.eval().requires_grad_(False)
+    ways = variants(model, call, not options.no_float)
+    outputs = {way: run().float() for way, run in ways.items()}  # also the untimed first call
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(options.repeats):
+        for way, run in ways.items():
+            time.sleep(0.05)
+            start = time.perf_counter()
+            run()
+            times[way].append(time.perf_counter() - start)
+    base, half = outputs.get("torch fp32", outputs["torch bf16"]), statistics.median(times["torch bf16"])
+    rows = {}
+    for way, found in times.items():
+        median = statistics.median(found)
+        distance = float((outputs[way] - base).norm() / base.norm())
+        rows[way] = {
+            "median_s": median,
+            "min_s": min(found),
+            "speed_vs_bf16": half / median,
+            "distance": distance,
+        }
+        sys.stdout.write(
+            f"{name}  {way}: {median:.3f} s, {half / median:.2f}x bf16, distance {distance:.1e}\n"
+        )
+    plain = copy.deepcopy(model).bfloat16()
+    sizes = {"bf16": weight_bytes(plain), "packed": weight_bytes(quantized(plain))}
+    return {"model": name, "layers": options.layers, "weight_bytes": sizes, "variants": rows}
+
+
+def main() -> None:
+    """Run, print and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5, help="the median counts")
+    parser.add_argument("--layers", type=int, help="fewer blocks, for a quick look")
+    parser.add_argument("--no-float", action="store_true", help="leave float32 out")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/whole_model.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        models = [measure(name, options) for name in options.models]
+    if options.layers is None:
+        command = " ".join(["python", "benchmarks/whole_model.py", *sys.argv[1:]])
+        result = {"commit": commit(), "command": command, "machine": machine(), "models": models}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

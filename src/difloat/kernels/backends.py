@@ -1,0 +1,115 @@
+"""Which backend computes a part of a layer: chosen by name, by what a backend says it supports, and by measured speed.
+
+``DIFLOAT_BACKEND`` or `set_backend` names one: ``reference`` (the definition), ``torch`` (int8 products of torch), ``cpu`` (the
+native library), or ``auto``. A named backend computes every layer that it supports and the reference the others; ``auto`` takes
+for every shape the one that was fastest where `dispatch.json` was measured. Nothing is tried and caught.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib import resources
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from difloat.kernels import cpu, eager, native, reference
+from difloat.quantizer import Part
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": eager, "cpu": cpu}
+"""By name; new ones need a row here and in `dispatch.json`."""
+
+_VARIABLE = "DIFLOAT_BACKEND"
+_chosen: str | None = None
+
+
+def available() -> list[str]:
+    """Names of the backends that can run here."""
+    return [name for name in BACKENDS if name != "cpu" or native.unit() is not None]
+
+
+def backend() -> str:
+    """The name of the backend in force."""
+    return _chosen if _chosen is not None else _checked(os.environ.get(_VARIABLE, "auto"), _VARIABLE)
+
+
+def set_backend(name: str | None) -> None:
+    """Choose the backend of all quantized layers; None goes back to ``DIFLOAT_BACKEND`` or auto.
+
+    Raises:
+        ValueError: if there is no backend of that name, or it cannot run here.
+    """
+    global _chosen
+    _chosen = None if name is None else _checked(name, "backend")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """`set_backend` for the duration of a ``with`` block."""
+    global _chosen
+    before = _chosen
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+@cache
+def _checked(name: str, what: str) -> str:
+    known = ["auto", *BACKENDS]
+    if name not in known:
+        raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
+    if name != "auto" and name not in available():
+        why = "has no unit for this machine" if native.built() else "was not built"
+        raise ValueError(
+            f"{what} must be one of {', '.join(available())} here, got {name!r}: the native library {why}"
+        )
+    return name
+
+
+def choose(part: Part, weight_shape: Sequence[int], x: Tensor) -> ModuleType:
+    """The module that computes this part of a layer.
+
+    Args:
+        part: Formats and granularities.
+        weight_shape: Of the float weight of this part, [o, i, *k].
+        x: The part's input.
+    """
+    name = backend()
+    names = _ranking(len(weight_shape), _rows(x, weight_shape)) if name == "auto" else (name,)
+    for candidate in names:
+        module = BACKENDS[candidate]
+        if candidate in _here() and module.supports(part, weight_shape, x):
+            return module
+    return reference
+
+
+@cache
+def _here() -> frozenset[str]:
+    return frozenset(available())
+
+
+def _rows(x: Tensor, weight_shape: Sequence[int]) -> int:
+    return x.numel() // weight_shape[1] if weight_shape[1] else 0
+
+
+@cache
+def _table() -> dict[str, Any]:
+    text = resources.files("difloat.kernels").joinpath("dispatch.json").read_text(encoding="utf-8")
+    return dict(json.loads(text))
+
+
+def _ranking(axes: int, rows: int) -> tuple[str, ...]:
+    """Backends from fastest to slowest for a number of tokens (or pixels), as measured."""
+    entries = _table()["linear" if axes == 2 else "conv2d"]
+    return next(
+        tuple(entry["order"])
+        for entry in entries
+        if entry["rows_below"] is None or rows < entry["rows_below"]
+    )

@@ -1,0 +1,164 @@
+"""Backend "cpu": the native library. Packed weights are read as they are stored; nothing else stays in memory.
+
+One call quantizes the input, multiplies in integers and writes the result in the input's dtype (``csrc/``; docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from difloat.kernels import integers, native
+from difloat.kernels.reference import conv_output_size
+from difloat.quantizer import Part
+
+_GROUP_MULTIPLE = 16  # channels: sums of a group are taken from whole vectors
+_SMALL = 1 << 18  # products; fewer are not worth waking a second thread
+_AVX2_RANGE = 128  # of the weights' integers: beyond it sums of 16 bits would saturate
+
+
+def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
+    """Whether this backend computes a part of a layer whose weight, of this part, has `weight_shape` [o, i, *k]."""
+    return (
+        x.dtype in native.TYPES
+        and x.device.type == "cpu"
+        and _computes(part, math.prod(weight_shape[1:]), len(weight_shape))
+        and (len(weight_shape) == 2 or x.shape[1] == weight_shape[1])  # no groups of channels
+    )
+
+
+def _computes(part: Part, terms: int, axes: int) -> bool:
+    size = _group(part)
+    return (
+        integers.reason_against(part) is None
+        and integers.sums_fit(part, terms)
+        and (size >= part.channels or (size % _GROUP_MULTIPLE == 0 and axes == 2))
+        and (native.unit() == "avx512" or _range(part) <= _AVX2_RANGE)
+    )
+
+
+def _group(part: Part) -> int:
+    return part.weight.group_size or part.channels
+
+
+def _range(part: Part) -> int:
+    format = part.weight.format
+    return round((format.max - format.min) * (format.int8_multiplier() or 0))
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+) -> Tensor:
+    """See `reference.linear`; [..., i] to [..., o]."""
+    rows = x.reshape(-1, part.channels)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = x.new_empty(*x.shape[:-1], packed.shape[0])
+    if not out.numel():
+        return out
+    source = _input(rows.data_ptr(), rows.shape[0], rows.stride(0), x, input_scale, input_zero_point, part)
+    weight = _weight(packed, weight_scale, weight_zero_point, part)
+    shift = None if bias is None else bias.detach().float().contiguous()
+    result = native.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
+    threads = _threads(rows.numel() * packed.shape[0])
+    native.check(native.library().difloat_linear(source, weight, result, threads))
+    return out
+
+
+def conv2d(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """See `reference.conv2d`; the result is channels last."""
+    batch, channels, *size = x.shape
+    kernel = packed.shape[2:]
+    extent = conv_output_size(size, kernel, stride, padding, dilation)
+    out = x.new_empty(batch, *extent, packed.shape[0])
+    if not out.numel():
+        return out.permute(0, 3, 1, 2)
+    pictures = x.contiguous(memory_format=torch.channels_last)
+    pixels = batch * math.prod(size)
+    source = _input(pictures.data_ptr(), pixels, channels, x, input_scale, input_zero_point, part)
+    weight = _weight(packed, weight_scale, weight_zero_point, part)
+    shift = None if bias is None else bias.detach().float().contiguous()
+    result = native.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
+    pair = ctypes.c_int64 * 2
+    pairs = (pair(*numbers) for numbers in (size, kernel, stride, padding, dilation, extent))
+    threads = _threads(out.numel() * channels * math.prod(kernel))
+    native.check(
+        native.library().difloat_conv2d(source, weight, result, native.Geometry(batch, *pairs), threads)
+    )
+    return out.permute(0, 3, 1, 2)
+
+
+def _threads(products: int) -> int:
+    return torch.get_num_threads() if products >= _SMALL else 1
+
+
+def _input(
+    address: int, rows: int, stride: int, x: Tensor, scale: Tensor | None, zero: Tensor | None, part: Part
+) -> native.Input:
+    spec = part.activation
+    assert spec is not None
+    online = 0 if not spec.online else 1 if spec.granularity == "token" else 2
+    return native.Input(
+        address,
+        rows,
+        part.channels,
+        stride,
+        native.TYPES[x.dtype],
+        online,
+        1.0 if scale is None else float(scale),
+        0.0 if zero is None else float(zero),
+        native.grid(spec.format),
+    )
+
+
+def _weight(packed: Tensor, scale: Tensor, zero: Tensor | None, part: Part) -> native.Weight:
+    """The struct holds addresses: its tensors must outlive it."""
+    format = part.weight.format
+    found = native.codes(format)
+    taps, row_stride, byte_stride, tap_stride = 1, packed.stride(0), packed.stride(1), 1
+    if packed.dim() == 4:
+        taps = packed.shape[2] * packed.shape[3]
+        tap_stride = packed.stride(3) if packed.shape[3] > 1 else packed.stride(2)
+    groups = -(-part.channels // _group(part))
+    return native.Weight(
+        packed.data_ptr(),
+        packed.shape[0],
+        part.channels,
+        taps,
+        row_stride,
+        1 if packed.shape[1] == 1 else byte_stride,
+        tap_stride,
+        format.bits,
+        found.minimum,
+        ctypes.addressof(found.table),
+        scale.data_ptr(),
+        None if zero is None else zero.data_ptr(),
+        found.unit,
+        groups,
+        min(_group(part), part.channels),
+        0 if part.weight.granularity == "tensor" else groups,
+    )

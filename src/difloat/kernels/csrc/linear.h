@@ -1,0 +1,100 @@
+// Linear layers: quantize a block of tokens, multiply, next block.
+#pragma once
+#include <omp.h>
+
+#include <vector>
+
+#include "difloat.h"
+#include "scratch.h"
+
+namespace difloat {
+
+constexpr int64_t BLOCK_BYTES = 8 << 20;  // of quantized activations at a time: they and the result stay in the last-level cache
+
+static inline const char* row_of(const difloat_input& x, int64_t row) {
+    return (const char*)x.data + row * x.stride * (x.type == DIFLOAT_F32 ? 4 : 2);
+}
+
+template <int TYPE>
+static float scale_of_all(const difloat_input& x, int threads) {
+    int32_t most = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : most)
+    for (int64_t row = 0; row < x.rows; row++) most = std::max(most, largest_bits<TYPE>(row_of(x, row), x.channels));
+    return online_scale(most, x.grid.maximum);
+}
+
+constexpr int64_t ROW_MULTIPLE = 128;  // bytes: few_rows.h reads whole steps
+
+// Where the pieces of a quantized block lie.
+struct Block {
+    int8_t* values;
+    int64_t* start;
+    int32_t* sums;
+    float* scale;
+    int64_t stride;
+
+    Block(char* at, int64_t rows, int64_t channels) : stride(round_up(channels, ROW_MULTIPLE)) {
+        values = (int8_t*)at, at += round_up(rows * stride, 64);
+        start = (int64_t*)at, at += round_up(rows * 8, 64);
+        scale = (float*)at, at += round_up(rows * 4, 64);
+        sums = (int32_t*)at;
+    }
+    static int64_t bytes(int64_t rows, int64_t channels, int64_t groups) {
+        return round_up(rows * round_up(channels, ROW_MULTIPLE), 64) + round_up(rows * 8, 64) + round_up(rows * 4, 64) +
+               round_up(rows * groups * 4, 4096);
+    }
+};
+
+template <int TYPE>
+static void quantize_rows(const difloat_input& x, int64_t first, int64_t rows, float shared, const difloat_weight& w,
+                          const Block& block, int threads) {
+    const Rounder round(x.grid);
+    const int64_t group = w.groups == 1 ? x.channels : w.group_channels;
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const char* from = row_of(x, first + row);
+        const float scale = x.online == 1 ? online_scale(largest_bits<TYPE>(from, x.channels), x.grid.maximum) : shared;
+        int8_t* to = block.values + row * block.stride;
+        block.start[row] = row * block.stride;
+        const int64_t written = round_up(x.channels, LANES);
+        memset(to + written, 0, block.stride - written);
+        block.scale[row] = quantize_row<TYPE>(from, x.channels, x, round, scale, group, to, block.sums + row * w.groups);
+    }
+}
+
+// The value of the integer 0 on a static grid.
+static inline float origin_of(const difloat_input& x) {
+    return x.online ? 0.0f : x.zero_point + x.scale * ((float)x.grid.shift / x.grid.multiplier);
+}
+
+template <int TYPE>
+static int linear_of(const difloat_input& x, const difloat_weight& w, const difloat_output& out, int threads) {
+    const Classes one{1, nullptr};
+    const float origin = origin_of(x), shared = x.online == 2 ? scale_of_all<TYPE>(x, threads) : x.scale;
+    const int64_t at_once = std::max<int64_t>(TILE_ROWS, BLOCK_BYTES / round_up(x.channels, ROW_MULTIPLE));
+    const int64_t most = std::min(x.rows, at_once), block_bytes = Block::bytes(most, x.channels, w.groups);
+    char* memory = scratch(block_bytes + threads * place(w, one, nullptr, nullptr));
+    if (!memory) return -1;
+    const Block block(memory, most, x.channels);
+    for (int64_t first = 0; first < x.rows; first += at_once) {
+        const int64_t rows = std::min(at_once, x.rows - first);
+        quantize_rows<TYPE>(x, first, rows, shared, w, block, threads);
+        const int64_t taps = 0;
+        const Operand operand{block.values, block.start, block.sums, block.scale, nullptr, rows, &taps, origin};
+        const int64_t size = TYPE == DIFLOAT_F32 ? 4 : 2;
+        const difloat_output here{(char*)out.data + first * w.rows * size, out.bias};
+#ifdef __AVX512VBMI__
+        if (few_rows<TYPE>(w, operand, block.values, here, threads)) continue;
+#endif
+        product<TYPE>(w, operand, one, here, memory + block_bytes, threads);
+    }
+    return 0;
+}
+
+static int linear(const difloat_input& x, const difloat_weight& w, const difloat_output& out, int threads) {
+    if (x.type == DIFLOAT_BF16) return linear_of<DIFLOAT_BF16>(x, w, out, threads);
+    if (x.type == DIFLOAT_F16) return linear_of<DIFLOAT_F16>(x, w, out, threads);
+    return linear_of<DIFLOAT_F32>(x, w, out, threads);
+}
+
+}  // namespace difloat

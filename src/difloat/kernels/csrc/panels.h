@@ -1,0 +1,204 @@
+// Packed codes to panels: the weights of a few output channels as the product reads them, unpacked into a core's cache.
+//
+// A panel holds WIDTH = LANES * VECTORS output channels, [tap][quad][channel][4]: four input channels (a quad) of every output
+// channel side by side, as one multiply-add instruction takes them. Input channels that are missing in the last quad hold
+// something; the activations there are 0.
+#pragma once
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "difloat.h"
+#include "repeat.h"
+#include "transpose.h"
+
+namespace difloat {
+
+constexpr int WIDTH = LANES * VECTORS;
+
+static inline int64_t quads_of(int64_t channels) { return (channels + 3) / 4; }
+static inline int64_t code_bytes(const difloat_weight& w) { return (w.channels * w.bits + 7) / 8; }
+static inline int64_t panel_bytes(const difloat_weight& w) { return w.taps * quads_of(w.channels) * WIDTH * 4; }
+// Scratch in which the bytes of a row stand side by side where they do not in the weight itself.
+static inline int64_t gather_bytes(const difloat_weight& w) {
+    return w.byte_stride == 1 ? 0 : WIDTH * w.taps * code_bytes(w);
+}
+
+// The codes of output channel `first + row` and `tap`; beyond the last channel those of the last.
+struct Rows {
+    const uint8_t* base;
+    int64_t row_stride, tap_stride, last;
+
+    Rows(const difloat_weight& w, int64_t first, uint8_t* gathered) : last(std::min<int64_t>(w.rows - first, WIDTH) - 1) {
+        base = w.data + first * w.row_stride, row_stride = w.row_stride, tap_stride = w.tap_stride;
+        if (w.byte_stride == 1) return;
+        const int64_t bytes = code_bytes(w);
+        for (int64_t row = 0; row <= last; row++)
+            for (int64_t byte = 0; byte < bytes; byte++) {
+                const uint8_t* from = base + row * row_stride + byte * w.byte_stride;
+                uint8_t* to = gathered + row * w.taps * bytes + byte;
+                for (int64_t tap = 0; tap < w.taps; tap++) to[tap * bytes] = from[tap * w.tap_stride];
+            }
+        base = gathered, row_stride = w.taps * bytes, tap_stride = bytes;
+    }
+
+    const uint8_t* at(int64_t row, int64_t tap) const { return base + std::min(row, last) * row_stride + tap * tap_stride; }
+};
+
+#ifdef __AVX512VBMI__
+
+// Codes of up to 64 bytes to integers, by the table. The bits of a byte above its code may hold anything.
+template <int BITS>
+struct Table {
+    I32 part[BITS == 8 ? 4 : BITS == 7 ? 2 : 1];
+
+    explicit Table(const uint8_t* table) {
+        for (size_t i = 0; i < sizeof(part) / 64; i++) part[i] = load_int(table + 64 * i);
+    }
+
+    I32 operator()(I32 codes) const {
+        if (BITS <= 6) return _mm512_permutexvar_epi8(codes, part[0]);
+        I32 low = _mm512_permutex2var_epi8(part[0], codes, part[BITS >= 7 ? 1 : 0]);
+        if (BITS == 7) return low;
+        I32 high = _mm512_permutex2var_epi8(part[BITS == 8 ? 2 : 0], codes, part[BITS == 8 ? 3 : 0]);
+        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
+    }
+};
+
+static INLINE __mmask64 first_bytes(int64_t count) {
+    return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1;
+}
+
+// Places of codes inside bytes, 64 at a time; filled in by the compiler.
+template <int BITS>
+struct Places {
+    alignas(64) uint8_t byte[64] = {}, word_shift[64] = {}, dword_shift[8][64] = {};
+
+    constexpr Places() {
+        for (int i = 0; i < 64; i++) {
+            byte[i] = i / 8 * BITS + i % 8;  // eight codes, which are BITS bytes, to every 64-bit word
+            word_shift[i] = i % 8 * BITS;
+            for (int s = 0; s < 8; s++)  // quad s of each of the two dwords in a word
+                dword_shift[s][i] = (i % 8 / 4 * 32 + (4 * s + i % 4) * BITS) % 64;
+        }
+    }
+};
+template <int BITS>
+constexpr Places<BITS> PLACES{};
+
+// 64 codes of BITS bits from a bit stream of which `bytes` bytes are left, one per byte.
+template <int BITS>
+static inline I32 spread(const uint8_t* stream, int64_t bytes) {
+    I32 raw = _mm512_maskz_loadu_epi8(first_bytes(std::min<int64_t>(bytes, 8 * BITS)), stream);
+    if (BITS == 8) return raw;
+    const I32 words = _mm512_permutexvar_epi8(load_int(PLACES<BITS>.byte), raw);
+    return _mm512_multishift_epi64_epi8(load_int(PLACES<BITS>.word_shift), words);
+}
+
+// Sixteen rows become a column block. Widths that divide 8 are transposed packed, 64 bytes of every row at a time, and a dword of
+// packed codes then yields 8 / BITS quads; the others are spread to bytes first.
+template <int BITS>
+static void unpack_block(const Rows& rows, int64_t row, int64_t tap, int64_t channels, const uint8_t* table, uint8_t* panel) {
+    constexpr bool PACKED = 8 % BITS == 0;
+    constexpr int QUADS = PACKED ? 8 / BITS : 1;  // per dword
+    const Table<BITS> lookup(table);
+    const int64_t quads = quads_of(channels), bytes = (channels * BITS + 7) / 8, step = PACKED ? 64 : 8 * BITS;
+    const uint8_t* stream[16];
+    for (int i = 0; i < 16; i++) stream[i] = rows.at(row + i, tap);
+    int64_t quad = 0;
+    for (int64_t at = 0; at < bytes; at += step) {
+        I32 r[16];
+        const __mmask64 there = first_bytes(bytes - at);
+        repeat<16>([&](auto i) UNROLLED {
+            r[i] = PACKED ? _mm512_maskz_loadu_epi8(there, stream[i] + at) : spread<BITS>(stream[i] + at, bytes - at);
+        });
+        transpose(r);
+        uint8_t* to = panel + quad * WIDTH * 4;
+        quad += 16 * QUADS;
+        repeat<16>([&](auto d) UNROLLED {
+            repeat<QUADS>([&](auto s) UNROLLED {
+                constexpr int Q = d * QUADS + s;
+                I32 codes = QUADS == 1 ? r[d] : _mm512_multishift_epi64_epi8(load_int(PLACES<BITS>.dword_shift[s]), r[d]);
+                if (quad - 16 * QUADS + Q < quads) _mm512_store_si512(to + Q * WIDTH * 4, lookup(codes));
+            });
+        });
+    }
+}
+
+#else
+
+template <int BITS>
+static void unpack_block(const Rows& rows, int64_t row, int64_t tap, int64_t channels, const uint8_t* table, uint8_t* panel) {
+    const int64_t bytes = (channels * BITS + 7) / 8;
+    for (int i = 0; i < LANES; i++) {
+        const uint8_t* stream = rows.at(row + i, tap);
+        for (int64_t k = 0; k < channels; k++) {
+            const int64_t bit = k * BITS, byte = bit / 8;
+            unsigned code = stream[byte];
+            if (8 % BITS != 0 && byte + 1 < bytes) code |= (unsigned)stream[byte + 1] << 8;
+            panel[k / 4 * WIDTH * 4 + i * 4 + k % 4] = table[code >> (bit % 8) & ((1 << BITS) - 1)];
+        }
+    }
+}
+
+#endif
+
+template <int BITS>
+static void unpack_all(const difloat_weight& w, const Rows& rows, uint8_t* panel) {
+    for (int64_t tap = 0; tap < w.taps; tap++)
+        for (int v = 0; v < VECTORS; v++) {
+            uint8_t* block = panel + tap * quads_of(w.channels) * WIDTH * 4 + v * LANES * 4;
+            unpack_block<BITS>(rows, v * LANES, tap, w.channels, w.table, block);
+        }
+}
+
+// Unpack the panel of the output channels from `first` on. `panel` is aligned to 64 bytes.
+static void unpack_panel(const difloat_weight& w, int64_t first, uint8_t* panel, uint8_t* gathered) {
+    const Rows rows(w, first, gathered);
+    switch (w.bits) {
+        case 1: return unpack_all<1>(w, rows, panel);
+        case 2: return unpack_all<2>(w, rows, panel);
+        case 3: return unpack_all<3>(w, rows, panel);
+        case 4: return unpack_all<4>(w, rows, panel);
+        case 5: return unpack_all<5>(w, rows, panel);
+        case 6: return unpack_all<6>(w, rows, panel);
+        case 7: return unpack_all<7>(w, rows, panel);
+        default: return unpack_all<8>(w, rows, panel);
+    }
+}
+
+// Scales (and zero points) of a panel, [group][channel]: the integers of the weight are worth `scale * unit`.
+static void unpack_scales(const difloat_weight& w, int64_t first, float* scale, float* zero) {
+    for (int64_t c = 0; c < WIDTH; c++) {
+        const int64_t row = std::min(first + c, w.rows - 1) * w.scale_stride;
+        for (int64_t g = 0; g < w.groups; g++) {
+            scale[g * WIDTH + c] = w.scale[row + g] * w.unit;
+            if (w.zero) zero[g * WIDTH + c] = w.zero[row + g];
+        }
+    }
+}
+
+// Sum of the weight's values per tap, [tap][channel]: what a constant input of 1 gives.
+static void sum_values(const difloat_weight& w, const uint8_t* panel, const float* scale, const float* zero, float* sums) {
+    const int64_t quads = quads_of(w.channels);
+    for (int64_t tap = 0; tap < w.taps; tap++)
+        for (int v = 0; v < VECTORS; v++) {
+            const uint8_t* column = panel + (tap * quads * VECTORS + v) * LANES * 4;
+            F32 total = set(0);
+            for (int64_t g = 0; g < w.groups; g++) {
+                const int64_t begin = g * w.group_channels, end = std::min(begin + w.group_channels, w.channels);
+                I32 integers = set_int(w.minimum * (int32_t)(end - begin));
+                for (int64_t k = begin; k < end; k += 4) {  // ones for the channels that are there
+                    const I32 ones = set_int(end - k >= 4 ? 0x01010101 : (1 << 8 * (end - k)) / 255);
+                    integers = dot(integers, load_int(column + k * WIDTH), ones);
+                }
+                const int64_t at = g * WIDTH + v * LANES;
+                total = fma(to_float(integers), load(scale + at), total);
+                if (w.zero) total = fma(set((float)(end - begin)), load(zero + at), total);
+            }
+            store(sums + tap * WIDTH + v * LANES, total);
+        }
+}
+
+}  // namespace difloat

@@ -1,0 +1,190 @@
+// The product: exact integer sums of a few rows by one panel, then scales and bias. Serves linear layers and convolutions alike.
+#pragma once
+#include <omp.h>
+#include <string.h>
+
+#include "difloat.h"
+#include "repeat.h"
+#include "scratch.h"
+
+namespace difloat {
+
+// Activations as integers, and what belongs to every row of the result.
+struct Operand {
+    const int8_t* values;
+    const int64_t* start;     // [rows] where a row begins (its first tap, in a convolution)
+    const int32_t* sums;      // [rows, groups] of the integers
+    const float* scale;       // [rows]
+    const int32_t* bias_row;  // [rows] which row of the bias table; null: the first
+    int64_t rows;
+    const int64_t* taps;  // [taps of the weight] distance of the taps
+    float origin;         // value of the integer 0
+};
+
+// Bias of every class of rows, [classes][WIDTH]; `inside` says which taps see the picture.
+struct Classes {
+    int64_t count;
+    const uint8_t* inside;  // [count, taps]
+};
+
+// What a panel needs besides its weights.
+struct Panel {
+    uint8_t* weights;
+    float *scale, *zero, *bias, *tap_sums;
+    uint8_t* gathered;
+};
+
+static inline I32 broadcast_quad(const int8_t* p) {
+    int32_t quad;
+    memcpy(&quad, p, 4);
+    return set_int(quad);
+}
+
+// acc += rows x weights over `quads` quads.
+template <int ROWS>
+static INLINE void accumulate(I32 (&acc)[ROWS][VECTORS], const int8_t* const (&row)[ROWS], int64_t offset, int64_t quads,
+                              const uint8_t* weights) {
+    const int8_t* a[ROWS];
+    repeat<ROWS>([&](auto i) UNROLLED { a[i] = row[i] + offset; });
+    for (int64_t q = 0; q < quads; q++) {
+        I32 b[VECTORS];
+        repeat<VECTORS>([&](auto v) UNROLLED { b[v] = load_int(weights + (q * VECTORS + v) * LANES * 4); });
+        repeat<ROWS>([&](auto i) UNROLLED {
+            const I32 x = broadcast_quad(a[i] + 4 * q);
+            repeat<VECTORS>([&](auto v) UNROLLED { acc[i][v] = dot(acc[i][v], b[v], x); });
+        });
+    }
+}
+
+template <int TYPE>
+static inline void write(void* out, int64_t at, F32 value) {
+    if (TYPE == DIFLOAT_F32) return store((float*)out + at, value);
+    if (TYPE == DIFLOAT_F16) return store_half((uint16_t*)out + at, value);
+    // bfloat16: ties to even; a NaN keeps its upper half and stays one.
+    const I32 bits = as_int(value), low = shift_right<16>(bits);
+    const I32 rounded = shift_right<16>(add_int(add_int(bits, set_int(0x7fff)), bits_and(low, set_int(1))));
+    store_low16((uint16_t*)out + at, as_int(select(equal(value, value), as_float(rounded), as_float(bits_or(low, set_int(64))))));
+}
+
+// Channels [first, first + count) of one row of the result; a whole vector at a time where there is room for it.
+template <int TYPE>
+static inline void write_row(void* out, int64_t at, int64_t count, const F32 (&values)[VECTORS]) {
+    constexpr int SIZE = TYPE == DIFLOAT_F32 ? 4 : 2;
+    if (count >= WIDTH) {
+        for (int v = 0; v < VECTORS; v++) write<TYPE>(out, at + v * LANES, values[v]);
+        return;
+    }
+    alignas(64) char buffer[WIDTH * SIZE];
+    for (int v = 0; v < VECTORS; v++) write<TYPE>(buffer, v * LANES, values[v]);
+    memcpy((char*)out + at * SIZE, buffer, count * SIZE);
+}
+
+// ROWS rows by one panel, from `row` on. Sums of a group are exact; groups are added up in float32.
+template <int ROWS, int TYPE>
+static __attribute__((noinline)) void tile(const difloat_weight& w, const Operand& x, const Panel& p, int64_t row, int64_t first,
+                                           void* out) {
+    const int8_t* rows[ROWS];
+    for (int i = 0; i < ROWS; i++) rows[i] = x.values + x.start[row + i];
+    const int64_t quads = quads_of(w.channels), group_quads = (w.group_channels + 3) / 4;
+    alignas(64) float total[ROWS][VECTORS][LANES] = {};
+    const uint8_t* weights = p.weights;
+    for (int64_t g = 0; g < w.groups; g++) {
+        I32 acc[ROWS][VECTORS];
+        int32_t sums[ROWS];
+        repeat<ROWS>([&](auto i) UNROLLED {
+            sums[i] = x.sums[(row + i) * w.groups + g];
+            repeat<VECTORS>([&](auto v) UNROLLED { acc[i][v] = set_int(w.minimum * sums[i]); });
+        });
+        const int64_t count = w.taps == 1 ? std::min(group_quads, quads - g * group_quads) : quads;
+        for (int64_t t = 0; t < w.taps; t++, weights += count * WIDTH * 4)
+            accumulate<ROWS>(acc, rows, x.taps[t] + g * group_quads * 4, count, weights);
+        repeat<ROWS>([&](auto i) UNROLLED {
+            repeat<VECTORS>([&](auto v) UNROLLED {
+                const int64_t at = g * WIDTH + v * LANES;
+                F32 value = fma(to_float(acc[i][v]), load(p.scale + at), load(total[i][v]));
+                if (w.zero) value = fma(set((float)sums[i]), load(p.zero + at), value);
+                store(total[i][v], value);
+            });
+        });
+    }
+    for (int i = 0; i < ROWS; i++) {
+        const F32 scale = set(x.scale[row + i]);
+        const float* bias = p.bias + (x.bias_row ? x.bias_row[row + i] : 0) * WIDTH;
+        F32 values[VECTORS];
+        for (int v = 0; v < VECTORS; v++) values[v] = fma(load(total[i][v]), scale, load(bias + v * LANES));
+        write_row<TYPE>(out, (row + i) * w.rows + first, w.rows - first, values);
+    }
+}
+
+template <int ROWS, int TYPE>
+static void tile_of(int64_t rows, const difloat_weight& w, const Operand& x, const Panel& p, int64_t row, int64_t first, void* out) {
+    if (rows == ROWS) return tile<ROWS, TYPE>(w, x, p, row, first, out);
+    if constexpr (ROWS > 1) tile_of<ROWS - 1, TYPE>(rows, w, x, p, row, first, out);
+}
+
+// All rows from `begin` to `end` by one panel, in tiles of nearly equal height.
+template <int TYPE>
+static void stripe(const difloat_weight& w, const Operand& x, const Panel& p, int64_t begin, int64_t end, int64_t first, void* out) {
+    for (int64_t tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; tiles--) {
+        const int64_t rows = (end - begin + tiles - 1) / tiles;
+        tile_of<TILE_ROWS, TYPE>(rows, w, x, p, begin, first, out);
+        begin += rows;
+    }
+}
+
+// Bias table of a panel: the bias, and the origin times the weights of the taps that see the input.
+static void make_bias(const difloat_weight& w, const Operand& x, const Classes& classes, const float* bias, int64_t first,
+                      const Panel& p) {
+    if (x.origin != 0) sum_values(w, p.weights, p.scale, p.zero, p.tap_sums);
+    for (int64_t c = 0; c < classes.count; c++)
+        for (int64_t n = 0; n < WIDTH; n++) {
+            float value = bias && first + n < w.rows ? bias[first + n] : 0.0f;
+            for (int64_t t = 0; x.origin != 0 && t < w.taps; t++)
+                if (!classes.inside || classes.inside[c * w.taps + t]) value += x.origin * p.tap_sums[t * WIDTH + n];
+            p.bias[c * WIDTH + n] = value;
+        }
+}
+
+// Bytes of one thread's panel; `place` fills in where its pieces lie.
+static int64_t place(const difloat_weight& w, const Classes& classes, char* base, Panel* panel) {
+    char* at = base;
+    auto take = [&at](int64_t bytes) {
+        char* begin = at;
+        at += round_up(bytes, 64);
+        return begin;
+    };
+    const int64_t row = WIDTH * sizeof(float);
+    Panel p;
+    p.weights = (uint8_t*)take(panel_bytes(w));
+    p.scale = (float*)take(w.groups * row);
+    p.zero = (float*)take(w.zero ? w.groups * row : 0);
+    p.bias = (float*)take(classes.count * row);
+    p.tap_sums = (float*)take(w.taps * row);
+    p.gathered = (uint8_t*)take(gather_bytes(w));
+    if (panel) *panel = p;
+    return round_up(at - base, 4096);
+}
+
+// The whole product. Panels are shared out among the threads; where there are too few, the rows are cut as well.
+template <int TYPE>
+static void product(const difloat_weight& w, const Operand& x, const Classes& classes, const difloat_output& out, char* scratch,
+                    int threads) {
+    const int64_t panels = (w.rows + WIDTH - 1) / WIDTH, bytes = place(w, classes, nullptr, nullptr);
+    int64_t cuts = 1;
+    if (panels % threads && panels < 8 * threads) cuts = std::min<int64_t>(threads, (x.rows + 31) / 32);
+#pragma omp parallel num_threads(threads)
+    {
+        Panel p;
+        place(w, classes, scratch + omp_get_thread_num() * bytes, &p);
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t task = 0; task < panels * cuts; task++) {
+            const int64_t first = task / cuts * WIDTH, cut = task % cuts;
+            unpack_panel(w, first, p.weights, p.gathered);
+            unpack_scales(w, first, p.scale, p.zero);
+            make_bias(w, x, classes, out.bias, first, p);
+            stripe<TYPE>(w, x, p, x.rows * cut / cuts, x.rows * (cut + 1) / cuts, first, out.data);
+        }
+    }
+}
+
+}  // namespace difloat

@@ -1,0 +1,109 @@
+// Activations onto their integer grid: the same integers as the reference rounds to, one row at a time.
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#include "difloat.h"
+
+namespace difloat {
+
+constexpr int32_t INFINITY_BITS = 0x7f800000;
+
+template <int TYPE>
+static inline F32 load_as_float(const void* data, int64_t at) {
+    if (TYPE == DIFLOAT_BF16) return load_bfloat((const uint16_t*)data + at);
+    if (TYPE == DIFLOAT_F16) return load_half((const uint16_t*)data + at);
+    return load((const float*)data + at);
+}
+
+// The last numbers of a row, fewer than a vector: copied, so that nothing beyond the row is read; zeros follow.
+template <int TYPE>
+static inline F32 load_tail(const void* data, int64_t at, int64_t count) {
+    constexpr int SIZE = TYPE == DIFLOAT_F32 ? 4 : 2;
+    alignas(64) char buffer[LANES * 4] = {};
+    memcpy(buffer, (const char*)data + at * SIZE, count * SIZE);
+    return load_as_float<TYPE>(buffer, 0);
+}
+
+// Largest magnitude of a row as the bits of a float. NaN has more than infinity, so it wins.
+template <int TYPE>
+static int32_t largest_bits(const void* row, int64_t channels) {
+    const I32 magnitude = set_int(0x7fffffff);
+    I32 most = set_int(0);
+    int64_t k = 0;
+    for (; k + LANES <= channels; k += LANES) most = max_int(most, bits_and(as_int(load_as_float<TYPE>(row, k)), magnitude));
+    if (k < channels) most = max_int(most, bits_and(as_int(load_tail<TYPE>(row, k, channels - k)), magnitude));
+    return largest_int(most);
+}
+
+// Value to grid value times multiplier, which is an integer. Follows rounding.round_ operation by operation.
+struct Rounder {
+    F32 minimum, maximum, multiplier, smallest, anchor;
+    I32 exponent_bits, first_binade;
+    bool uniform, no_mantissa;
+
+    explicit Rounder(const difloat_grid& grid) {
+        minimum = set(grid.minimum), maximum = set(grid.maximum), multiplier = set(grid.multiplier);
+        smallest = set(ldexpf(1.0f, grid.min_exponent));
+        anchor = set(1.5f * ldexpf(1.0f, 23 - grid.mantissa_bits));
+        exponent_bits = set_int(INFINITY_BITS), first_binade = set_int(127 + grid.min_exponent - 1);
+        uniform = grid.uniform, no_mantissa = grid.mantissa_bits == 0;
+    }
+
+    I32 operator()(F32 y) const {
+        y = min(max(y, minimum), maximum);  // NaN becomes the minimum; its row is marked elsewhere
+        if (uniform) return to_int(mul(y, multiplier));
+        I32 exponent = bits_and(as_int(y), exponent_bits);
+        F32 binade = max(as_float(exponent), smallest);
+        F32 large = mul(binade, anchor);  // its last mantissa bit weighs one step of the binade
+        F32 rounded = sub(add(y, large), large);
+        if (no_mantissa) {  // "even in steps" is always the upper neighbour there, while the even code alternates
+            F32 size = as_float(bits_and(as_int(y), set_int(0x7fffffff)));
+            I32 code_of_lower = sub_int(shift_right<23>(exponent), first_binade);
+            Mask even = equal_int(bits_and(code_of_lower, set_int(1)), set_int(0));
+            F32 lower = as_float(bits_or(as_int(binade), bits_and(as_int(y), set_int(INT32_MIN))));
+            rounded = select(both(equal(size, mul(binade, set(1.5f))), even), lower, rounded);
+        }
+        return to_int(mul(rounded, multiplier));
+    }
+};
+
+// Write one row of int8 and the sum of every group of `group` channels (a multiple of LANES unless it is the whole row).
+// Stores whole vectors: the row needs room for a multiple of LANES. Returns the scale that belongs to the integers.
+template <int TYPE>
+static float quantize_row(const void* row, int64_t channels, const difloat_input& input, const Rounder& round, float scale,
+                          int64_t group, int8_t* out, int32_t* sums) {
+    const F32 divisor = set(scale), zero = set(input.zero_point);
+    const I32 shift = set_int(input.grid.shift), magnitude = set_int(0x7fffffff);
+    I32 total = set_int(0), most = set_int(0);
+    int64_t k = 0, group_end = group;
+    for (; k + LANES <= channels; k += LANES) {
+        if (k == group_end) *sums++ = sum_int(total), total = set_int(0), group_end += group;
+        F32 x = load_as_float<TYPE>(row, k);
+        most = max_int(most, bits_and(as_int(x), magnitude));
+        I32 integers = sub_int(round(div(sub(x, zero), divisor)), shift);
+        total = add_int(total, integers);
+        store_int8(out + k, integers);
+    }
+    if (k < channels) {
+        if (k == group_end) *sums++ = sum_int(total), total = set_int(0);
+        F32 x = load_tail<TYPE>(row, k, channels - k);
+        most = max_int(most, bits_and(as_int(x), magnitude));
+        alignas(64) int32_t last[LANES];
+        store_int(last, sub_int(round(div(sub(x, zero), divisor)), shift));
+        for (int64_t i = channels - k; i < LANES; i++) last[i] = 0;
+        total = add_int(total, load_int(last));
+        store_int8(out + k, load_int(last));
+    }
+    *sums = sum_int(total);
+    return largest_int(most) > INFINITY_BITS ? NAN : scale / input.grid.multiplier;
+}
+
+static inline float online_scale(int32_t bits, float maximum) {
+    float largest;
+    memcpy(&largest, &bits, 4);
+    if (bits >= INFINITY_BITS) return NAN;
+    return bits > 0 ? largest / maximum : 1.0f;
+}
+
+}  // namespace difloat

@@ -1,0 +1,68 @@
+// Vectors of the AVX-512 unit (F, BW, VL, DQ, VNNI, VBMI): names for the few instructions that the shared code uses.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace difloat {
+
+constexpr int LANES = 16;   // float32 or int32 per vector
+constexpr int VECTORS = 4;  // vectors side by side in a panel: 64 output channels
+constexpr int TILE_ROWS = 6;  // 6 x 4 accumulators, 4 weights, 1 activation: 29 of 32 registers
+constexpr bool HAS_PERMUTE = true;
+
+using F32 = __m512;
+using I32 = __m512i;
+using Mask = __mmask16;
+
+static inline F32 set(float x) { return _mm512_set1_ps(x); }
+static inline I32 set_int(int32_t x) { return _mm512_set1_epi32(x); }
+static inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
+static inline F32 load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline F32 load_bfloat(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+static inline I32 load_int(const void* p) { return _mm512_loadu_si512(p); }
+static inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
+static inline void store_int(void* p, I32 x) { _mm512_storeu_si512(p, x); }
+static inline void store_half(uint16_t* p, F32 x) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline void store_int8(int8_t* p, I32 x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
+static inline void store_low16(uint16_t* p, I32 x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x)); }
+
+static inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+static inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+static inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+static inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+static inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+static inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+static inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+static inline I32 add_int(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+static inline I32 sub_int(I32 a, I32 b) { return _mm512_sub_epi32(a, b); }
+static inline I32 max_int(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
+static inline I32 bits_and(I32 a, I32 b) { return _mm512_and_si512(a, b); }
+static inline I32 bits_or(I32 a, I32 b) { return _mm512_or_si512(a, b); }
+template <int N>
+static inline I32 shift_right(I32 a) {
+    return _mm512_srli_epi32(a, N);
+}
+static inline I32 as_int(F32 x) { return _mm512_castps_si512(x); }
+static inline F32 as_float(I32 x) { return _mm512_castsi512_ps(x); }
+static inline I32 to_int(F32 x) { return _mm512_cvtps_epi32(x); }  // ties to even
+static inline F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
+static inline Mask equal(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+static inline Mask equal_int(I32 a, I32 b) { return _mm512_cmpeq_epi32_mask(a, b); }
+static inline Mask both(Mask a, Mask b) { return a & b; }
+static inline F32 select(Mask m, F32 yes, F32 no) { return _mm512_mask_blend_ps(m, no, yes); }
+static inline int32_t sum_int(I32 x) { return _mm512_reduce_add_epi32(x); }
+static inline float sum(F32 x) { return _mm512_reduce_add_ps(x); }
+static inline int32_t largest_int(I32 x) { return _mm512_reduce_max_epi32(x); }
+
+// acc + four uint8 times four int8 per lane. The assembler keeps the accumulator in its register: GCC 12 copies it around the
+// intrinsic, which halves the speed of the whole product. By value: an operand in memory would pin its array there.
+static inline __attribute__((always_inline)) I32 dot(I32 acc, I32 weights, I32 activations) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(activations));
+    return acc;
+}
+
+}  // namespace difloat

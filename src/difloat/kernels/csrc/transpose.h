@@ -1,0 +1,38 @@
+// A square of dwords, rows to columns.
+#pragma once
+#include "repeat.h"
+
+namespace difloat {
+
+#ifdef __AVX512F__
+
+// Transpose 16 x 16 dwords in registers.
+static INLINE void transpose(I32 (&r)[16]) {
+    I32 t[16];
+    repeat<8>([&](auto i) UNROLLED {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    });
+    repeat<4>([&](auto i) UNROLLED {
+        repeat<2>([&](auto j) UNROLLED {
+            r[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+            r[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+        });
+    });
+    repeat<4>([&](auto i) UNROLLED {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    });
+    repeat<4>([&](auto i) UNROLLED {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    });
+}
+
+#endif
+
+}  // namespace difloat

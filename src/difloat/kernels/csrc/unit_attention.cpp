@@ -1,0 +1,8 @@
+// The attention unit: AVX-512 with BF16.
+#include "simd_avx512.h"
+// clang-format off: the header builds on the one before it
+#include "attention.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int difloat_attend(const difloat_attention* attention, int threads) { return difloat::attention(*attention, threads); }

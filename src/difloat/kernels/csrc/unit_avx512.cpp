@@ -1,0 +1,20 @@
+// The AVX-512 unit: the shared code, compiled with the instructions that simd_avx512.h names.
+#include "simd_avx512.h"
+// clang-format off: every header builds on the ones before it
+#include "quantize.h"
+#include "panels.h"
+#include "product.h"
+#include "few_rows.h"
+#include "linear.h"
+#include "conv.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int difloat_linear(const difloat_input* x, const difloat_weight* weight, const difloat_output* out, int threads) {
+    return difloat::linear(*x, *weight, *out, threads);
+}
+
+EXPORT int difloat_conv2d(const difloat_input* x, const difloat_weight* weight, const difloat_output* out,
+                          const difloat_geometry* geometry, int threads) {
+    return difloat::conv(*x, *weight, *out, *geometry, threads);
+}

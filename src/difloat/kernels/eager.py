@@ -1,0 +1,196 @@
+"""Backend "torch": int8 products by `torch._int_mm`, no native code of our own; runs wherever torch does.
+
+Weights are kept as int8 (one byte per weight), tokens go through in chunks: a temporary of more than a few MiB is given back to
+the system after every use, and getting its pages again costs more than the product (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from difloat.kernels import integers
+from difloat.kernels.reference import conv_output_size, online_scale
+from difloat.kernels.resident import derived
+from difloat.packing import unpack
+from difloat.quantizer import Part, expand_scale
+
+_CHUNK_ROWS = 256
+
+
+def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
+    """Whether this backend computes a part of a layer whose weight, of this part, has `weight_shape` [o, i, *k]."""
+    return (
+        x.device.type == "cpu"
+        and (len(weight_shape) == 2 or x.shape[1] == weight_shape[1])  # no groups of channels
+        and x.is_floating_point()
+        and x.dtype != torch.float64
+        and part.weight.granularity in ("tensor", "channel")
+        and integers.reason_against(part) is None
+        and integers.sums_fit(part, math.prod(weight_shape[1:]))
+    )
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+) -> Tensor:
+    """See `ops.linear`; [..., i] to [..., o]."""
+    spec = part.activation
+    assert spec is not None
+    rows = x.reshape(-1, part.channels)
+    weight = _Weight(packed, weight_scale, weight_zero_point, part)
+    out = x.new_empty(rows.shape[0], packed.shape[0])
+    if spec.online and spec.granularity == "tensor" and x.numel():
+        input_scale = online_scale(rows.float(), spec.format, per_token=False)
+    for chunk, target in zip(rows.split(_CHUNK_ROWS), out.split(_CHUNK_ROWS), strict=True):
+        if chunk.numel():
+            target.copy_(
+                weight.product(integers.quantize_rows(chunk, spec, input_scale, input_zero_point), bias)
+            )
+    return out.reshape(*x.shape[:-1], packed.shape[0])
+
+
+def conv2d(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """See `ops.conv2d`; [b, i, h, w] to [b, o, h', w'], one picture at a time as a product over patches."""
+    spec = part.activation
+    assert spec is not None
+    weight = _Weight(packed, weight_scale, weight_zero_point, part)
+    taps = _Taps(packed.shape[2:], stride, padding, dilation, x.shape[2:])
+    out = x.new_empty(x.shape[0], *taps.out, packed.shape[0])
+    scale = input_scale
+    if spec.online and x.numel():
+        scale = online_scale(x.float(), spec.format, spec.granularity == "token").expand(x.shape[0], 1, 1, 1)
+    for index, (picture, target) in enumerate(zip(x, out, strict=True)):
+        own = scale if scale is None or not spec.online else scale[index].reshape(1, 1)
+        pixels = picture.permute(1, 2, 0).reshape(-1, part.channels)
+        rows = integers.quantize_rows(pixels, spec, own, input_zero_point)
+        _conv_picture(rows, weight, taps, bias, target)
+    return out.permute(0, 3, 1, 2)
+
+
+def _conv_picture(
+    pixels: integers.Operand, weight: _Weight, taps: _Taps, bias: Tensor | None, out: Tensor
+) -> None:
+    """Fill `out` [h', w', o] from the pixels [h * w, i] of one picture."""
+    patches = taps.patches(pixels.values)
+    shift = None
+    if pixels.zero_point is not None:  # padding is the value 0, not the zero point: only taps inside count
+        shift = taps.sums_inside(weight.tap_sums(taps.kernel)).flatten(1).t() * pixels.zero_point
+    scale = pixels.scale.amax().reshape(1, 1)  # NaN if one of them is
+    lines = max(1, _CHUNK_ROWS // taps.out[1])
+    for start in range(0, taps.out[0], lines):
+        rows = patches[start : start + lines].reshape(-1, weight.operand.shape[1])
+        result = weight.product(integers.Operand(rows, scale, None), bias)
+        if shift is not None:
+            result += shift[start * taps.out[1] :][: len(rows)]
+        target = out[start : start + lines]
+        target.copy_(result.view(target.shape))
+
+
+@dataclass(frozen=True)
+class _Taps:
+    """Geometry of a convolution; every pair is (vertical, horizontal)."""
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    size: Sequence[int]
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        return conv_output_size(self.size, self.kernel, self.stride, self.padding, self.dilation)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """A view [h', w', kh, kw, i] of the padded pixels [h * w, i]: what every output pixel sees."""
+        vertical, horizontal = self.padding
+        picture = pixels.view(*self.size, -1)
+        picture = functional.pad(picture, (0, 0, horizontal, horizontal, vertical, vertical))
+        line, pixel, channel = picture.stride()
+        return picture.as_strided(
+            (*self.out, *self.kernel, picture.shape[2]),
+            (
+                self.stride[0] * line,
+                self.stride[1] * pixel,
+                self.dilation[0] * line,
+                self.dilation[1] * pixel,
+                channel,
+            ),
+        )
+
+    def sums_inside(self, taps: Tensor) -> Tensor:
+        """Sums [o, h', w'] of the taps [o, 1, kh, kw] that fall inside the picture."""
+        ones = taps.new_ones(1, 1, *self.size)
+        return functional.conv2d(
+            ones, taps, None, list(self.stride), list(self.padding), list(self.dilation)
+        )[0]
+
+
+class _Weight:
+    """Weights [o, i * k] as int8 operands with their scales."""
+
+    def __init__(self, packed: Tensor, scale: Tensor, zero_point: Tensor | None, part: Part) -> None:
+        self.operand = derived(("int8", part), (packed,), lambda: _decode(packed, part))
+        grid = integers.grid_of(part.weight.format)
+        assert grid is not None
+        self.scale = expand_scale(scale, part.weight, packed.shape[:2]).reshape(1, -1) / grid.multiplier
+        self.zero = None if zero_point is None else zero_point.reshape(1, -1)
+        if grid.shift:
+            shift = self.scale * grid.shift
+            self.zero = shift if self.zero is None else self.zero + shift
+
+    def product(self, rows: integers.Operand, bias: Tensor | None) -> Tensor:
+        """float32 [t, o] of rows [t, i * k]."""
+        out = torch._int_mm(rows.values, self.operand.t()).float().mul_(self.scale)
+        if self.zero is not None:
+            out += rows.values.sum(-1, keepdim=True, dtype=torch.int32) * self.zero
+        out *= rows.scale
+        if rows.zero_point is not None:
+            out += rows.zero_point * self.value_sums()
+        return out if bias is None else out.add_(bias)
+
+    def value_sums(self) -> Tensor:
+        """Sums of the weight's values [1, o]."""
+        sums = self.operand.sum(1, dtype=torch.int32) * self.scale
+        return sums if self.zero is None else sums + self.operand.shape[1] * self.zero
+
+    def tap_sums(self, kernel: Sequence[int]) -> Tensor:
+        """Sums of the weight's values over input channels, float32 [o, 1, kh, kw]."""
+        taps = self.operand.unflatten(1, (*kernel, -1))
+        sums = taps.sum(-1, dtype=torch.int32) * self.scale.reshape(-1, 1, 1)
+        if self.zero is not None:
+            sums = sums + taps.shape[-1] * self.zero.reshape(-1, 1, 1)
+        return sums[:, None]
+
+
+def _decode(packed: Tensor, part: Part) -> Tensor:
+    """int8 [o, i] or [o, kh * kw * i]."""
+    codes = unpack(packed, part.weight.format.bits, part.channels).movedim(1, -1)
+    table = integers.operand_table(part.weight.format)
+    return functional.embedding(codes.int(), table[:, None]).squeeze(-1).flatten(1).contiguous()

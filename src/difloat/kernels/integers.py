@@ -1,0 +1,125 @@
+"""The integer contract: which layers an int8 dot product computes exactly, and in which integers.
+
+A format whose values become small integers after multiplication by a power of two needs no float arithmetic inside a
+product. Activations and weights turn into int8 *operands*, the product is an exact int32 sum, and scales, zero points and
+bias come after it::
+
+    value  = operand * scale + zero_point              (operand int8, the rest float32)
+    out    = scale_t * (scale_o * acc + zero_o * rowsum_t) + zero_t * weight_sum_o + bias_o
+
+with ``acc = sum_k a_tk * w_ok``, ``rowsum_t = sum_k a_tk`` and ``weight_sum_o`` the sum of the weight's values. Every backend
+has the same operands and the same ``acc``, bit for bit; they differ in the order of the float operations after it.
+
+Unsigned formats that reach beyond 127 are shifted by 128, which their zero point takes back.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from difloat.formats import Format
+from difloat.kernels.reference import online_scale
+from difloat.quantizer import Part, QuantSpec
+from difloat.rounding import round_
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A format as int8: ``operand = value * multiplier - shift``."""
+
+    multiplier: int
+    shift: int
+
+
+@cache
+def grid_of(format: Format) -> Grid | None:
+    """How `format` becomes int8, or None if it does not."""
+    multiplier = format.int8_multiplier()
+    if multiplier is None:
+        return None
+    return Grid(multiplier, 128 if format.max * multiplier > 127 else 0)
+
+
+@cache
+def operand_table(format: Format) -> Tensor:
+    """int8 operand of every code of a format that has a `Grid`."""
+    grid = grid_of(format)
+    assert grid is not None
+    values = torch.tensor(format.decode_table, dtype=torch.float64)
+    return (values * grid.multiplier - grid.shift).to(torch.int8)
+
+
+def reason_against(part: Part) -> str | None:
+    """Why int8 products do not compute this part exactly, in a few words; None if they do."""
+    if part.activation is None:
+        return "activations are not quantized"
+    for spec, what in ((part.weight, "weights"), (part.activation, "activations")):
+        if grid_of(spec.format) is None:
+            return f"{spec.format.name} {what} are no int8 integers"
+    return None if _plain(part.activation) else "kind of activation scale"
+
+
+def _plain(spec: QuantSpec) -> bool:
+    """Static per tensor (with or without zero point), or online per token or tensor on a signed grid."""
+    if spec.online:
+        return spec.granularity in ("token", "tensor") and spec.format.signed and not spec.zero_point
+    return spec.granularity == "tensor"
+
+
+def sums_fit(part: Part, terms: int) -> bool:
+    """Whether int32 holds any sum of `terms` products, also with one operand moved to 0..255 as fast kernels do."""
+    return terms * 255 * 128 <= _INT32_MAX and grid_of(part.weight.format) is not None
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Rows of activations as integers.
+
+    Attributes:
+        values: int8 [t, i].
+        scale: float32 [t, 1]; NaN where a row of the input has a NaN, so that its results are NaN.
+        zero_point: float32 [1], the value of the integer 0; None if it is zero.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def quantize_rows(x: Tensor, spec: QuantSpec, scale: Tensor | None, zero_point: Tensor | None) -> Operand:
+    """Put rows [t, i] on their integer grid; the same integers as `reference.fake_quantize_input` rounds to.
+
+    Args:
+        x: Floating point, one row per token.
+        spec: For which `reason_against` had nothing to say.
+        scale: float32 [1] static scale, float32 [t, 1] or [1, 1] if it was found before, or None: online per row.
+        zero_point: float32 [1] or None.
+    """
+    grid = grid_of(spec.format)
+    assert grid is not None
+    values = x.float()
+    if scale is None:
+        scale = online_scale(values, spec.format, per_token=True)
+    shifted = values / scale if zero_point is None else (values - zero_point).div_(scale)
+    broken = shifted.isnan().any(-1, keepdim=True)
+    integers = round_(shifted, spec.format).mul_(grid.multiplier).sub_(grid.shift).to(torch.int8)
+    step = scale.reshape(-1, 1) / grid.multiplier
+    row_scale = torch.where(broken, math.nan, step)
+    return Operand(integers, row_scale, origin(spec, scale, zero_point))
+
+
+def origin(spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor | None:
+    """The value [1] of the integer 0 on a static grid; None if it is zero by construction."""
+    grid = grid_of(spec.format)
+    assert grid is not None
+    if not grid.shift:
+        return zero_point
+    base = scale.reshape(-1)[:1] * (grid.shift / grid.multiplier)
+    return base if zero_point is None else base + zero_point

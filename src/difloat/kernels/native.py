@@ -1,0 +1,219 @@
+"""The native CPU library as Python sees it: finding it, choosing its unit, and the structs of ``csrc/difloat.h``.
+
+The library is plain C behind `ctypes`: no torch headers, so one build serves every Python and every torch. Units are separate
+shared objects, compiled for different instruction sets; the best one that the machine has is loaded, once.
+``DIFLOAT_CPU_ISA=avx2`` (or ``none``) caps the choice, ``DIFLOAT_NATIVE`` names a folder with another build.
+torch must be imported first, so that both share one OpenMP pool.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from difloat.formats import Format
+from difloat.kernels import integers
+
+ABI = 1
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_UNITS = ("avx512", "avx2")
+_VARIABLE = "DIFLOAT_CPU_ISA"
+_FOLDER = Path(os.environ.get("DIFLOAT_NATIVE", Path(__file__).parent))
+
+
+class Grid(ctypes.Structure):
+    """``difloat_grid``."""
+
+    _fields_ = [
+        ("minimum", ctypes.c_float),
+        ("maximum", ctypes.c_float),
+        ("multiplier", ctypes.c_float),
+        ("shift", ctypes.c_int32),
+        ("uniform", ctypes.c_int32),
+        ("mantissa_bits", ctypes.c_int32),
+        ("min_exponent", ctypes.c_int32),
+    ]
+
+
+class Input(ctypes.Structure):
+    """``difloat_input``."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("online", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("zero_point", ctypes.c_float),
+        ("grid", Grid),
+    ]
+
+
+class Weight(ctypes.Structure):
+    """``difloat_weight``."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("taps", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("byte_stride", ctypes.c_int64),
+        ("tap_stride", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("minimum", ctypes.c_int32),
+        ("table", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
+        ("unit", ctypes.c_float),
+        ("groups", ctypes.c_int64),
+        ("group_channels", ctypes.c_int64),
+        ("scale_stride", ctypes.c_int64),
+    ]
+
+
+class Output(ctypes.Structure):
+    """``difloat_output``."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+
+
+class Geometry(ctypes.Structure):
+    """``difloat_geometry``."""
+
+    _fields_ = [
+        ("batch", ctypes.c_int64),
+        ("size", ctypes.c_int64 * 2),
+        ("kernel", ctypes.c_int64 * 2),
+        ("stride", ctypes.c_int64 * 2),
+        ("padding", ctypes.c_int64 * 2),
+        ("dilation", ctypes.c_int64 * 2),
+        ("out", ctypes.c_int64 * 2),
+    ]
+
+
+class Attention(ctypes.Structure):
+    """``difloat_attention``."""
+
+    _fields_ = [
+        ("query", ctypes.c_void_p),
+        ("key", ctypes.c_void_p),
+        ("value", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("queries", ctypes.c_int64),
+        ("keys", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("query_stride", ctypes.c_int64 * 3),
+        ("key_stride", ctypes.c_int64 * 3),
+        ("value_stride", ctypes.c_int64 * 3),
+        ("out_stride", ctypes.c_int64 * 3),
+        ("mask_stride", ctypes.c_int64 * 3),
+        ("scale", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What the product needs to know about a format of weights."""
+
+    table: ctypes.Array[ctypes.c_uint8]
+    minimum: int
+    unit: float
+
+
+@cache
+def grid(format: Format) -> Grid:
+    """A format of activations that has an `integers.Grid`."""
+    found = integers.grid_of(format)
+    assert found is not None
+    return Grid(
+        format.min,
+        format.max,
+        found.multiplier,
+        found.shift,
+        format.uniform,
+        format.mantissa_bits,
+        format.min_exponent,
+    )
+
+
+@cache
+def codes(format: Format) -> Codes:
+    """A format of weights that has an `integers.Grid`; the integers of its values, from the lowest on."""
+    multiplier = format.int8_multiplier()
+    assert multiplier is not None
+    minimum = int(format.min * multiplier)
+    entries = [int(value * multiplier) - minimum for value in format.decode_table]
+    table = (ctypes.c_uint8 * 256)(*(entries * (256 // len(entries))))
+    return Codes(table, minimum, 1 / multiplier)
+
+
+def built() -> bool:
+    """Whether the library lies beside this file."""
+    return (_FOLDER / "libdifloat_machine.so").is_file()
+
+
+@cache
+def machine() -> dict[str, bool]:
+    """Which units this machine can run, ``avx512_bf16`` (attention) among them; all False if the library was not built."""
+    names = (*_UNITS, "avx512_bf16")
+    if not built():
+        return dict.fromkeys(names, False)
+    library = ctypes.CDLL(str(_FOLDER / "libdifloat_machine.so"))
+    if library.difloat_abi() != ABI:
+        raise ImportError(
+            f"native library must have interface {ABI}, got {library.difloat_abi()}; build it again with `make native`"
+        )
+    return {name: bool(getattr(library, f"difloat_has_{name}")()) for name in names}
+
+
+@cache
+def unit() -> str | None:
+    """The unit in use, or None: the best that the machine and ``DIFLOAT_CPU_ISA`` allow."""
+    cap = os.environ.get(_VARIABLE, _UNITS[0])
+    if cap not in (*_UNITS, "none"):
+        raise ValueError(f"{_VARIABLE} must be one of {', '.join(_UNITS)} or none, got {cap!r}")
+    allowed = () if cap == "none" else _UNITS[_UNITS.index(cap) :]
+    return next((name for name in allowed if machine()[name]), None)
+
+
+@cache
+def library() -> Any:
+    """The unit in use, loaded."""
+    name = unit()
+    assert name is not None
+    loaded = ctypes.CDLL(str(_FOLDER / f"libdifloat_{name}.so"))
+    pointers = [ctypes.POINTER(kind) for kind in (Input, Weight, Output, Geometry)]
+    loaded.difloat_linear.argtypes = [*pointers[:3], ctypes.c_int]
+    loaded.difloat_conv2d.argtypes = [*pointers, ctypes.c_int]
+    return loaded
+
+
+def attention_unit() -> bool:
+    """Whether the attention of the library runs here: it needs AVX-512 with BF16."""
+    return unit() == "avx512" and machine()["avx512_bf16"]
+
+
+@cache
+def attention_library() -> Any:
+    """The attention unit, loaded."""
+    loaded = ctypes.CDLL(str(_FOLDER / "libdifloat_attention.so"))
+    loaded.difloat_attend.argtypes = [ctypes.POINTER(Attention), ctypes.c_int]
+    return loaded
+
+
+def check(status: int) -> None:
+    """Raise what a function of the library reports."""
+    if status:
+        raise MemoryError("native library must have memory for its buffers, but there was none; free some")

@@ -1,0 +1,39 @@
+"""Formats that a kind of machine computes exactly and fast: what ``--target`` leaves of a recipe's candidates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from difloat.formats import Format, candidates
+from difloat.kernels.integers import grid_of
+from difloat.methods.assign import Rule
+
+Target = Literal["any", "cpu"]
+TARGETS: tuple[Target, ...] = ("any", "cpu")
+
+
+def check(target: str) -> Target:
+    """`target` itself; ValueError if there is no such target."""
+    for known in TARGETS:
+        if target == known:
+            return known
+    raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+
+
+def fits(format: Format, target: Target) -> bool:
+    """Whether the target computes products of this format in integers: on a CPU if its values become int8."""
+    return target == "any" or grid_of(format) is not None
+
+
+def restrict(rule: Rule, target: Target) -> Rule:
+    """The rule with the formats that fit.
+
+    Where none of them does, all floating-point formats of the same width that do take their place: `e4m3` gives way to
+    `e1m6`, at the same 8 bits.
+    """
+    kept = tuple(format for format in rule.formats if fits(format, target))
+    if not kept:
+        first = rule.formats[0]
+        kept = tuple(f for f in candidates(first.bits, first.signed) if fits(f, target))
+    return rule if kept == rule.formats else replace(rule, formats=kept)

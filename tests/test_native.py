@@ -1,0 +1,148 @@
+"""The native library: its interface, its refusals, and its machine code."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from difloat.formats import parse
+from difloat.kernels import backends, cpu, native
+from difloat.quantizer import Part, QuantSpec
+
+FOLDER = Path(native.__file__).parent
+TOKEN = QuantSpec(parse("int8"), "token", online=True)
+needs_library = pytest.mark.skipif(not native.built(), reason="the native library was not built")
+
+
+def test_structs_follow_the_header() -> None:
+    text = (FOLDER / "csrc/difloat.h").read_text(encoding="utf-8")
+    assert int(re.search(r"DIFLOAT_ABI (\d+)", text).group(1)) == native.ABI
+    for kind in (native.Grid, native.Input, native.Weight, native.Output, native.Geometry, native.Attention):
+        body = re.search(rf"typedef struct {{([^{{}}]*)}} difloat_{kind.__name__.lower()};", text).group(1)
+        code = re.sub(r"//[^\n]*", "", body)
+        fields = []
+        for declaration in filter(None, (part.strip() for part in code.split(";"))):
+            kind_name, rest = re.match(r"((?:const )?\w+\s*\*?)\s*(.*)", declaration, re.DOTALL).groups()
+            for item in rest.split(","):
+                pointer = "*" in kind_name or item.strip().startswith("*")
+                fields.append((re.sub(r"[*\[\]\d\s]", "", item), "pointer" if pointer else kind_name.strip()))
+        assert [name for name, _ in fields] == [name for name, *_ in kind._fields_], kind
+        sizes = {
+            "float": 4,
+            "int32_t": 4,
+            "int64_t": 8,
+            "pointer": 8,
+            "difloat_grid": ctypes.sizeof(native.Grid),
+        }
+        for (name, c_type), (_, field_type) in zip(fields, kind._fields_, strict=True):
+            base = getattr(field_type, "_type_", None)
+            array = isinstance(field_type, type) and issubclass(field_type, ctypes.Array)
+            assert ctypes.sizeof(base if array else field_type) == sizes[c_type], (kind, name)
+
+
+@pytest.mark.parametrize("name", ["e2m1", "int8", "uint8", "e3m0", "e1m6", "int3", "uint1"])
+def test_tables_hold_every_code_again_and_again(name) -> None:
+    format = parse(name)
+    found = native.codes(format)
+    for code in range(256):
+        value = format.decode_table[code % 2**format.bits]
+        assert (found.table[code] + found.minimum) * found.unit == value
+
+
+def test_what_the_library_leaves_alone() -> None:
+    part = Part(48, QuantSpec(parse("e2m1"), "group", 16), TOKEN)
+    odd = Part(48, QuantSpec(parse("e2m1"), "group", 24), TOKEN)
+    x, picture = torch.zeros(2, 48), torch.zeros(1, 48, 4, 4)
+    assert cpu.supports(part, (8, 48), x) and not cpu.supports(odd, (8, 48), x)
+    assert not cpu.supports(part, (8, 48, 3, 3), picture)
+    assert not cpu.supports(part, (8, 48), x.double())
+    assert not cpu.supports(part, (8, 48), x.to("meta"))
+    assert not cpu.supports(Part(48, QuantSpec(parse("e4m3"), "channel"), TOKEN), (8, 48), x)
+
+
+def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **variables}
+    )
+
+
+@needs_library
+def test_the_instruction_set_can_be_capped(monkeypatch) -> None:
+    choose = native.unit.__wrapped__  # past its cache
+    machine = native.machine()
+    monkeypatch.setenv("DIFLOAT_CPU_ISA", "avx2")
+    assert choose() == ("avx2" if machine["avx2"] else None)
+    monkeypatch.setenv("DIFLOAT_CPU_ISA", "none")
+    assert choose() is None
+    monkeypatch.setenv("DIFLOAT_CPU_ISA", "sse")
+    with pytest.raises(ValueError, match="DIFLOAT_CPU_ISA must be one of avx512, avx2 or none, got 'sse'"):
+        choose()
+
+
+def test_a_backend_that_cannot_run_here_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(native, "unit", lambda: None)
+    message = "backend must be one of reference, torch here, got 'cpu': the native library"
+    with pytest.raises(ValueError, match=message):
+        backends._checked.__wrapped__("cpu", "backend")
+
+
+@needs_library
+def test_units_agree_bit_for_bit() -> None:
+    """Sums are exact and the float operations after them are the same, whatever the width of a vector."""
+    if not (native.machine()["avx512"] and native.machine()["avx2"]):
+        pytest.skip("this machine has one unit")
+    code = """
+import hashlib, torch
+from difloat.kernels import cpu
+from difloat.formats import parse
+from difloat.quantizer import Part, QuantSpec, plan_layer
+generator, digest = torch.Generator().manual_seed(0), hashlib.sha256()
+for name, zero, group in [("e2m1", False, None), ("uint4", True, 32), ("int3", False, None), ("e3m0", False, 64)]:
+    for rows in (1, 5, 40):
+        spec = QuantSpec(parse(name), "group" if group else "channel", group, False, zero)
+        part = Part(100, spec, QuantSpec(parse("e3m0"), "token", online=True))
+        scale = torch.rand(spec.scale_count(70, 100), generator=generator) + 0.5
+        weight, shift = torch.randn(70, 100, generator=generator), scale - 1
+        layer = plan_layer(weight, [part], [scale], weight_zero_points=[shift] if zero else None)
+        x = torch.randn(rows, 100, generator=generator).bfloat16()
+        names = ("weight", "weight_scale", "weight_zero_point")
+        out = cpu.linear(x, *(layer.tensors.get(name) for name in names), None, None, None, part)
+        digest.update(out.float().numpy().tobytes())
+print(digest.hexdigest())
+"""
+    first, second = run(code, DIFLOAT_CPU_ISA="avx512"), run(code, DIFLOAT_CPU_ISA="avx2")
+    assert first.stdout and first.stdout == second.stdout, first.stderr + second.stderr
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="reads machine code with objdump")
+@pytest.mark.parametrize(
+    ("library", "function", "instruction"),
+    [
+        ("avx512", r"tile<6, [012]>", "vpdpbusd"),
+        ("attention", r"panel_product<6, 4>", "vdpbf16ps"),
+    ],
+)
+def test_accumulators_stay_in_registers(library, function, instruction) -> None:
+    """No store to the stack between the multiply-adds of an inner loop: a spill there halves the speed."""
+    path = FOLDER / f"libdifloat_{library}.so"
+    text = subprocess.run(
+        ["objdump", "-dC", "--no-show-raw-insn", path], capture_output=True, text=True
+    ).stdout
+    bodies = re.findall(rf"^\w+ <[^\n]*{function}[^\n]*>:\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    assert bodies
+    for body in bodies:
+        lines = body.splitlines()
+        at = [number for number, line in enumerate(lines) if instruction in line]
+        assert len(at) == 24  # 6 rows times 4 vectors, once
+        inner = lines[at[0] : at[-1] + 1]
+        assert len(inner) <= 24 + 12  # five broadcasts, a counter or two
+        assert not [line for line in inner if re.search(r"%zmm\d+,[^%]*\(%r[sb]p", line)]
