@@ -1,8 +1,9 @@
 """Which backend computes a part of a layer: chosen by name, by what a backend says it supports, and by measured speed.
 
 ``DIFLOAT_BACKEND`` or `set_backend` names one: ``reference`` (the definition), ``torch`` (int8 products of torch), ``cpu`` (the
-native library), or ``auto``. A named backend computes every layer that it supports and the reference the others; ``auto`` takes
-for every shape the one that was fastest where `dispatch.json` was measured. Nothing is tried and caught.
+native library), ``triton`` (GPUs), or ``auto``. A named backend computes every layer that it supports and the reference the
+others; ``auto`` takes for every shape the one that was fastest where `dispatch.json` was measured, and on GPUs Triton.
+Nothing is tried and caught.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from importlib import resources
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from difloat.kernels import cpu, eager, native, reference
+from difloat.kernels import cpu, eager, native, reference, triton
 from difloat.quantizer import Part
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": eager, "cpu": cpu}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": eager, "cpu": cpu, "triton": triton}
 """By name; new ones need a row here and in `dispatch.json`."""
 
 _VARIABLE = "DIFLOAT_BACKEND"
@@ -30,7 +32,13 @@ _chosen: str | None = None
 
 def available() -> list[str]:
     """Names of the backends that can run here."""
-    return [name for name in BACKENDS if name != "cpu" or native.unit() is not None]
+    return [name for name in BACKENDS if _runs_here(name)]
+
+
+def _runs_here(name: str) -> bool:
+    if name == "triton":
+        return triton.available(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return name != "cpu" or native.unit() is not None
 
 
 def backend() -> str:
@@ -66,10 +74,12 @@ def _checked(name: str, what: str) -> str:
     if name not in known:
         raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
     if name != "auto" and name not in available():
-        why = "has no unit for this machine" if native.built() else "was not built"
-        raise ValueError(
-            f"{what} must be one of {', '.join(available())} here, got {name!r}: the native library {why}"
-        )
+        why = "the native library was not built"
+        if name == "triton":
+            why = "there is no GPU, or Triton is not installed"
+        elif native.built():
+            why = "the native library has no unit for this machine"
+        raise ValueError(f"{what} must be one of {', '.join(available())} here, got {name!r}: {why}")
     return name
 
 
@@ -82,7 +92,10 @@ def choose(part: Part, weight_shape: Sequence[int], x: Tensor) -> ModuleType:
         x: The part's input.
     """
     name = backend()
-    names = _ranking(len(weight_shape), _rows(x, weight_shape)) if name == "auto" else (name,)
+    names: tuple[str, ...] = (name,)
+    if name == "auto":
+        on_cpu = x.device.type == "cpu"
+        names = _ranking(len(weight_shape), _rows(x, weight_shape)) if on_cpu else ("triton", "reference")
     for candidate in names:
         module = BACKENDS[candidate]
         if candidate in _here() and module.supports(part, weight_shape, x):
