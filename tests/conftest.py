@@ -9,6 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read on import of huggingface_hub, so it m
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Read when Triton is imported, which torch does where it pleases: kernels run in the interpreter on such machines.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from difloat.methods import options
 from difloat.methods.posttraining import Outcome, Task
 from difloat.quantizer import Plan
-from difloat.recipes import baselines, efficientdm, fp4dit, integer_transformers, lbfp, msfp, options
+from difloat.recipes import baselines, efficientdm, fp4dit, integer_transformers, lbfp, msfp
 
 
 @dataclass(frozen=True)
