@@ -537,6 +537,9 @@ def write(run: Run, seconds: float, path: Path | None) -> Path:
 
 def main() -> None:
     """Check, measure, write."""
+    sys.path.remove(
+        str(Path(__file__).resolve().parent)
+    )  # kernels.py here is not the package that transformers looks for
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -26,7 +26,8 @@ from torch.nn import functional
 
 from difloat.formats import parse
 from difloat.kernels import attention, backends, ops
-from difloat.quantizer import Granularity, Part, QuantSpec, plan_layer
+from difloat.quantizer import plan_layer
+from difloat.specs import Granularity, Part, QuantSpec
 
 LINEAR = [  # in, out: PixArt's and FLUX's
     (1152, 1152),
@@ -227,6 +228,9 @@ def dispatch_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Run, print and write."""
+    sys.path.remove(
+        str(Path(__file__).resolve().parent)
+    )  # kernels.py here is not the package that transformers looks for
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -34,6 +34,9 @@ PROMPTS = ["a red cat", "a blue house", "a bird on a tree", "two boats"]
 
 def main() -> None:
     """Run once and write the result."""
+    sys.path.remove(
+        str(Path(__file__).resolve().parent)
+    )  # kernels.py here is not the package that transformers looks for
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -107,6 +107,9 @@ MODELS = {"lbfp": NAMES, "fp4dit": ("emoji-pixart",), "msfp": NAMES}
 
 def main() -> None:
     """Measure what is missing, or print the tables."""
+    sys.path.remove(
+        str(Path(__file__).resolve().parent)
+    )  # kernels.py here is not the package that transformers looks for
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -54,6 +54,9 @@ GRIDS = {
 
 def main() -> None:
     """Run the sweep and write the result."""
+    sys.path.remove(
+        str(Path(__file__).resolve().parent)
+    )  # kernels.py here is not the package that transformers looks for
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

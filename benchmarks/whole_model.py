@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from difloat import fast_attention, layers
 from difloat.formats import parse
 from difloat.kernels import backends
-from difloat.quantizer import Part, QuantSpec, plan_layer
+from difloat.quantizer import plan_layer
+from difloat.specs import Part, QuantSpec
 
 WEIGHT = QuantSpec(parse("e2m1"), "channel")
 TOKEN = QuantSpec(parse("int8"), "token", online=True)
@@ -161,6 +162,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Run, print and write."""
+    sys.path.remove(
+        str(Path(__file__).resolve().parent)
+    )  # kernels.py here is not the package that transformers looks for
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from difloat import layers
 from difloat.formats import parse
 from difloat.kernels import backends, ops, reference
-from difloat.quantizer import Part, QuantSpec, dequantize, plan_layer
+from difloat.quantizer import dequantize, plan_layer
+from difloat.specs import Part, QuantSpec
 
 # Triton has tests of its own, small enough for its interpreter.
 FAST = [name for name in backends.available() if name not in ("reference", "triton")]

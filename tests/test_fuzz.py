@@ -14,7 +14,8 @@ from torch import Tensor
 
 from difloat.formats import parse
 from difloat.kernels import attention, backends, cpu, native, reference
-from difloat.quantizer import Part, QuantSpec, plan_layer
+from difloat.quantizer import plan_layer
+from difloat.specs import Part, QuantSpec
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,7 +8,7 @@ import torch
 import oracles
 from difloat.formats import parse
 from difloat.kernels import integers, reference
-from difloat.quantizer import Part, QuantSpec
+from difloat.specs import Part, QuantSpec
 
 EXACT = ["e2m1", "e1m2", "e3m0", "e2m3", "e1m4", "int4", "int8", "uint4", "uint8", "ue2m2", "ue3m1", "ue1m7"]
 INEXACT = ["e3m2", "e4m3", "e5m2", "e2m5", "e4m3fn", "e5m2ieee"]

@@ -15,7 +15,7 @@ import torch
 
 from difloat.formats import parse
 from difloat.kernels import backends, cpu, native
-from difloat.quantizer import Part, QuantSpec
+from difloat.specs import Part, QuantSpec
 
 FOLDER = Path(native.__file__).parent
 TOKEN = QuantSpec(parse("int8"), "token", online=True)
@@ -103,7 +103,8 @@ def test_units_agree_bit_for_bit() -> None:
 import hashlib, torch
 from difloat.kernels import cpu
 from difloat.formats import parse
-from difloat.quantizer import Part, QuantSpec, plan_layer
+from difloat.quantizer import plan_layer
+from difloat.specs import Part, QuantSpec
 generator, digest = torch.Generator().manual_seed(0), hashlib.sha256()
 for name, zero, group in [("e2m1", False, None), ("uint4", True, 32), ("int3", False, None), ("e3m0", False, 64)]:
     for rows in (1, 5, 40):

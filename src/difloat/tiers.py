@@ -9,7 +9,7 @@ from torch import nn
 
 from difloat.kernels import backends, integers, native
 from difloat.layers import QuantizedLayer
-from difloat.quantizer import Part
+from difloat.specs import Part
 
 _TOKENS = 1024
 

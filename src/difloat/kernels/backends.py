@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from difloat.kernels import cpu, eager, native, reference, triton
-from difloat.quantizer import Part
+from difloat.specs import Part
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": eager, "cpu": cpu, "triton": triton}
 """By name; new ones need a row here and in `dispatch.json`."""

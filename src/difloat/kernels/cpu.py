@@ -14,7 +14,7 @@ from torch import Tensor
 
 from difloat.kernels import integers, native
 from difloat.kernels.reference import conv_output_size
-from difloat.quantizer import Part
+from difloat.specs import Part
 
 _GROUP_MULTIPLE = 16  # channels: sums of a group are taken from whole vectors
 _SMALL = 1 << 18  # products; fewer are not worth waking a second thread

@@ -18,7 +18,8 @@ from difloat.kernels import integers
 from difloat.kernels.reference import conv_output_size, online_scale
 from difloat.kernels.resident import derived
 from difloat.packing import unpack
-from difloat.quantizer import Part, expand_scale
+from difloat.quantizer import expand_scale
+from difloat.specs import Part
 
 _CHUNK_ROWS = 256
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from difloat.formats import Format
 from difloat.kernels.reference import online_scale
-from difloat.quantizer import Part, QuantSpec
 from difloat.rounding import round_
+from difloat.specs import Part, QuantSpec
 
 _INT32_MAX = 2**31 - 1
 

@@ -13,7 +13,7 @@ from torch.nn.grad import conv2d_input
 
 from difloat import formats
 from difloat.kernels import backends, reference
-from difloat.quantizer import Part
+from difloat.specs import Part
 
 
 @torch.library.custom_op("difloat::dequantize", mutates_args=())

@@ -14,8 +14,8 @@ from torch.nn import functional
 from difloat import formats
 from difloat.formats import Format
 from difloat.packing import unpack
-from difloat.quantizer import Part
 from difloat.rounding import decode, round_
+from difloat.specs import Part
 
 _CHUNK_VALUES = 1 << 17  # half a MiB of float32: the passes of one chunk stay in a core's second-level cache
 
