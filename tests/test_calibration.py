@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -315,6 +316,9 @@ def test_bad_arguments(unet):
     with pytest.raises(ValueError, match="must have a denoiser"):
         denoiser_of(object())
     assert denoiser_of(unet) == ("unet", unet.unet)
+    two = SimpleNamespace(transformer=nn.Linear(1, 1), transformer_2=nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="one denoiser, got transformer and transformer_2"):
+        denoiser_of(two)
 
 
 def test_load_prompts(tmp_path):

@@ -23,11 +23,17 @@ def denoiser_of(pipeline: Any) -> tuple[str, nn.Module]:
     """Name and module of a pipeline's denoiser: the first of `DENOISER_NAMES` that it has.
 
     Raises:
-        ValueError: None of the components is a denoiser.
+        ValueError: None of the components is a denoiser, or two share the trajectory.
     """
     for name in DENOISER_NAMES:
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
+            second = f"{name}_2"
+            if isinstance(getattr(pipeline, second, None), nn.Module):
+                raise ValueError(
+                    f"a pipeline must have one denoiser, got {name} and {second}; quantize each as a module, with a "
+                    "forward_loop that samples"
+                )
             return name, module
     raise ValueError(
         f"a pipeline must have a denoiser named {', '.join(DENOISER_NAMES)}, got {type(pipeline).__name__} "
