@@ -128,7 +128,7 @@ def main() -> None:
     path = RESULTS / f"quality-{arguments.paper}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if arguments.table:
-        sys.stdout.write(table(results))
+        sys.stdout.write(table(results, [row.label for row in PAPERS[arguments.paper]]))
         return
     torch.set_num_threads(arguments.threads)
     for model in arguments.models or MODELS[arguments.paper]:
@@ -257,11 +257,14 @@ COLUMNS = {
 }
 
 
-def table(results: dict[str, Any]) -> str:
-    """All results as Markdown, one table per model."""
+def table(results: dict[str, Any], order: list[str]) -> str:
+    """All results as Markdown, one table per model, rows in the order of the paper's list."""
     lines: list[str] = []
     for model in dict.fromkeys(key.split(" | ")[0] for key in results):
-        rows = {key.split(" | ")[1]: value for key, value in results.items() if key.startswith(f"{model} | ")}
+        there = {
+            key.split(" | ")[1]: value for key, value in results.items() if key.startswith(f"{model} | ")
+        }
+        rows = {label: there[label] for label in order if label in there}
         first = next(iter(rows.values()))
         lines += [
             f"\n**{model}**, {first['samples']} pictures, {first['steps']} steps, weights {first['weights']}\n"
@@ -292,7 +295,9 @@ def table(results: dict[str, Any]) -> str:
             ]
             cells += [f"{value['integer_grid_share']:.0%}", f"{value['quantize_s']:.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
-        lines.append(f"\nCommit {first['commit']}, {first['machine']}, `{first['command']}`.")
+        commits = ", ".join(sorted({value["commit"] for value in rows.values()}))
+        machines = " and ".join(sorted({value["machine"] for value in rows.values()}))
+        lines.append(f"\nCommits {commits}; {machines}; `{first['command']}` and other `--rows`.")
     return "\n".join(lines) + "\n"
 
 
