@@ -226,6 +226,23 @@ def dispatch_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def tables(result: dict[str, Any]) -> str:
+    """The results as Markdown: one table per kind, speed over torch's bfloat16."""
+    lines = []
+    for kind in ("linear", "conv2d", "attention"):
+        rows = [row for row in result["rows"] if row["kind"] == kind]
+        names = [name for name in rows[0]["times"] if name != "torch bf16"]
+        heads = [kind, "torch bf16 ms", *(name.removeprefix("difloat ") for name in names)]
+        lines += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        for row in rows:
+            cells = ["x".join(map(str, row["shape"])), f"{row['times']['torch bf16']['median_ms']:.3g}"]
+            found = (row["times"].get(name) for name in names)
+            cells += ["" if time is None else f"{time['speed_vs_bf16']:.2f}" for time in found]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines.append(f"\nCommit {result['commit']}, {result['machine']['cpu']}, `{result['command']}`.")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Run, print and write."""
     sys.path.remove(
@@ -240,8 +257,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["linear", "conv2d", "attention"], help="kinds")
     parser.add_argument("--quick", action="store_true", help="a few shapes, no results written")
     parser.add_argument("--dispatch", action="store_true", help="write the table that chooses backends")
+    parser.add_argument(
+        "--table", action="store_true", help="print the tables of the last run, measure nothing"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/kernels.json")
     options = parser.parse_args()
+    if options.table:
+        sys.stdout.write(tables(json.loads(options.out.read_text())))
+        return
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     with torch.no_grad():
