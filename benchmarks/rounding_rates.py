@@ -22,9 +22,8 @@ import torch
 from difloat import api, formats, layers, report, study
 from difloat.methods import observe
 from difloat.methods.adaround import RoundingSettings, learn_rounding, relative_error
-from difloat.methods.assign import MIN_MAX, Draft, Rule, draft_layer
+from difloat.methods.assign import MIN_MAX, Draft, Rule, asymmetric_integers, draft_layer
 from difloat.methods.passes import Passes
-from difloat.methods.search import OFFSETS, SHRUNK
 from difloat.quantizer import dequantize
 from difloat.recipes import lbfp
 from difloat.reference_models import NAMES
@@ -32,7 +31,7 @@ from difloat.reference_models import NAMES
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)  # scale-aware variables are in units of the weight
 GROUPS = Rule((formats.parse("e2m1"),), "group", 128, clips=MIN_MAX)
-INTEGERS = Rule((formats.parse("uint4"),), "channel", clips=SHRUNK, zero_points=OFFSETS)
+INTEGERS = asymmetric_integers(4, "channel")
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from difloat import quantizer, rounding
+from difloat import formats, quantizer, rounding
 from difloat.formats import Format
 from difloat.layers import QuantizedLayer
 from difloat.methods.observe import Call
 from difloat.methods.passes import Passes
-from difloat.methods.search import CLIPS, Found, search
+from difloat.methods.search import CLIPS, OFFSETS, SHRUNK, Found, search
 from difloat.quantizer import LayerPlan
 from difloat.specs import Granularity, Part, QuantSpec
 
@@ -68,6 +68,12 @@ class Rule:
             clips = self.unsigned_clips or self.clips
             found.append(search(rows, unsigned, clips=clips, zero_points=self.zero_points))
         return min(found, key=lambda one: float(one.error.sum()))
+
+
+def asymmetric_integers(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
+    """Unsigned integers with a real zero point, both ends of the range searched by squared error."""
+    grid = (formats.parse(f"uint{bits}"),)
+    return Rule(grid, granularity, group_size, clips=SHRUNK, zero_points=OFFSETS)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Literal
 from difloat import formats
 from difloat.methods import posttraining
 from difloat.methods.adaround import RoundingSettings
-from difloat.methods.assign import MIN_MAX, Rule
+from difloat.methods.assign import MIN_MAX, Rule, asymmetric_integers
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
-from difloat.methods.search import CLIPS, OFFSETS, SHRUNK
+from difloat.methods.search import CLIPS
 from difloat.specs import Granularity
 
 
@@ -99,18 +99,16 @@ def qdiffusion(task: Task, options: QDiffusionOptions) -> Outcome:
         kept = posttraining.keeps_8bit(name, seen, options.keep_8bit)
         weight_bits = 8 if kept else task.bits.weight
         group_size = options.group_size if options.weight_granularity == "group" else None
-        weight = _asymmetric(weight_bits, options.weight_granularity, group_size)
+        weight = asymmetric_integers(weight_bits, options.weight_granularity, group_size)
         activation = None
         if task.bits.activation is not None:
             online = options.activation == "online"
-            activation = _asymmetric(8 if kept else task.bits.activation, "token" if online else "tensor")
+            activation = asymmetric_integers(
+                8 if kept else task.bits.activation, "token" if online else "tensor"
+            )
             activation = replace(activation, online=online)
         return LayerRules(weight, activation, learn=options.rounding == "learned" and weight_bits <= 4)
 
     rounding = RoundingSettings(iterations=options.iterations, learning_rate=options.learning_rate)
     sequencing = Sequencing(split=options.split, rounding=rounding, rounding_rows=options.rounding_rows)
     return posttraining.run(task, rules, sequencing)
-
-
-def _asymmetric(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
-    return Rule((formats.parse(f"uint{bits}"),), granularity, group_size, clips=SHRUNK, zero_points=OFFSETS)

@@ -16,15 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from difloat import formats
 from difloat.methods import posttraining
-from difloat.methods.assign import Rule
+from difloat.methods.assign import asymmetric_integers
 from difloat.methods.finetune import TrainingSettings
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
-from difloat.methods.search import OFFSETS, SHRUNK
 from difloat.methods.tuned import Tuning, tune
-from difloat.specs import Granularity
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,10 @@ def plan(task: Task, options: Options) -> Outcome:
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
         kept.extend([name] if keeps else [])
-        weight = _asymmetric(8 if keeps else task.bits.weight, "channel")
+        weight = asymmetric_integers(8 if keeps else task.bits.weight, "channel")
         if task.bits.activation is None:
             return LayerRules(weight, None)
-        return LayerRules(weight, _asymmetric(8 if keeps else task.bits.activation, "tensor"))
+        return LayerRules(weight, asymmetric_integers(8 if keeps else task.bits.activation, "tensor"))
 
     outcome = posttraining.run(task, rules, Sequencing())
     settings = TrainingSettings(
@@ -65,7 +62,3 @@ def plan(task: Task, options: Options) -> Outcome:
     )
     tuning = Tuning(settings, 1, options.rank, False, tuple(kept), options.ranges_by_timestep)
     return tune(task, outcome, tuning)
-
-
-def _asymmetric(bits: int, granularity: Granularity) -> Rule:
-    return Rule((formats.parse(f"uint{bits}"),), granularity, clips=SHRUNK, zero_points=OFFSETS)
