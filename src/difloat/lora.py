@@ -140,7 +140,7 @@ def weights(pipeline_or_module: Any) -> dict[str, float]:
                 if name in wrapper.scaling and name not in found:
                     now = wrapper.scaling[name]
                     wrapper.set_scale(name, 1.0)
-                    found[name] = now / wrapper.scaling[name]
+                    found[name] = float(now / wrapper.scaling[name])
                     wrapper.scaling[name] = now
     return found
 

@@ -94,9 +94,17 @@ def _scales(piece: Tensor, spec: QuantSpec, scale: Tensor, zero: Tensor) -> tupl
     # A search moves zero points of unsigned grids only, and needs one where there are negative values.
     if format.signed == spec.zero_point:
         return scale, zero
-    shift = zero[:, None] if spec.zero_point else 0.0
-    kept = rounding.round_to((rows - shift) / scale[:, None], format) * scale[:, None] + shift
+    real = quantizer.rows_of(torch.ones_like(piece), spec) > 0
+    rows = torch.where(real, rows, rows[:, :1])  # a group's padding must not draw the grid towards zero
+
+    def error(scale: Tensor, zero: Tensor | None) -> Tensor:
+        spread, shift = scale[:, None], 0.0 if zero is None else zero[:, None]
+        rounded = rounding.round_to((rows - shift) / spread, format) * spread + shift
+        return ((rounded - rows).double() * real).square().sum(dim=1)
+
     found = search(rows, [format], zero_points=ZERO_POINTS if spec.zero_point else None)
-    better = found.error < (kept.double() - rows.double()).square().sum(dim=1)
-    best = torch.where(better, found.scale, scale)
-    return best, torch.where(better, found.zero_point, zero) if spec.zero_point else zero
+    if not spec.zero_point:
+        better = error(found.scale, None) < error(scale, None)
+        return torch.where(better, found.scale, scale), zero
+    better = error(found.scale, found.zero_point) < error(scale, zero)
+    return torch.where(better, found.scale, scale), torch.where(better, found.zero_point, zero)

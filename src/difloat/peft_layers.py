@@ -66,7 +66,7 @@ class _OnPackedWeight(nn.Module):
         self._check_mergeable(base, names)
         bias = base._parameters["bias"]
         original = self._original or (base.plan(), None if bias is None else bias.detach().clone())
-        scaling = {**(self._scaling_merged or {}), **{name: self.scaling[name] for name in names}}
+        scaling = {**(self._scaling_merged or {}), **{n: float(self.scaling[n]) for n in names}}
         changed = add_to_weight(original[0], self._change(scaling))
         if bias is not None and original[1] is not None:
             shifts = [self.lora_B[n].bias * factor for n, factor in scaling.items() if self.lora_bias[n]]
