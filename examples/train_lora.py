@@ -20,13 +20,22 @@ from torch import Tensor
 import difloat
 from difloat import study
 
-LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]  # attention and the convolutions of ResNet blocks
+LAYERS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "conv1",
+    "conv2",
+]  # attention and the convolutions of ResNet blocks
 
 
 @torch.no_grad()
 def inverted_latents(pipeline: Any, prompts: Sequence[str], steps: int, generator: torch.Generator) -> Tensor:
     """Latents [n, c, h, w] of pictures that the pipeline draws, colours inverted."""
-    drawn = pipeline(list(prompts), num_inference_steps=steps, output_type="latent", generator=generator).images
+    drawn = pipeline(
+        list(prompts), num_inference_steps=steps, output_type="latent", generator=generator
+    ).images
     factor = pipeline.vae.config.scaling_factor
     pixels = pipeline.vae.decode(drawn / factor).sample
     return pipeline.vae.encode(-pixels).latent_dist.mode() * factor
@@ -35,7 +44,9 @@ def inverted_latents(pipeline: Any, prompts: Sequence[str], steps: int, generato
 def noise_loss(pipeline: Any, latents: Tensor, texts: Tensor, generator: torch.Generator) -> Tensor:
     """Mean squared error of the predicted noise at random timesteps."""
     noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(pipeline.scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
+    timesteps = torch.randint(
+        pipeline.scheduler.config.num_train_timesteps, (len(latents),), generator=generator
+    )
     noisy = pipeline.scheduler.add_noise(latents, noise, timesteps)
     return F.mse_loss(pipeline.unet(noisy, timesteps, texts).sample, noise)
 
@@ -62,7 +73,9 @@ def fixed_loss(pipeline: Any, latents: Tensor, texts: Tensor) -> float:
 def main() -> None:
     """Quantize, train, save, load beside the packed model."""
     parser = argparse.ArgumentParser(description="Train a LoRA on a packed U-Net.")
-    parser.add_argument("--model", default="emoji-unet", help="emoji-unet or a directory of the Stable Diffusion kind")
+    parser.add_argument(
+        "--model", default="emoji-unet", help="emoji-unet or a directory of the Stable Diffusion kind"
+    )
     parser.add_argument("--out", type=Path, default=Path("emoji-inverted"), help="directory of the LoRA")
     parser.add_argument("--bits", default="w4a8")
     parser.add_argument("--pictures", type=int, default=48, help="to learn from")
@@ -78,7 +91,9 @@ def main() -> None:
     latents = inverted_latents(pipeline, prompts, options.steps, generator)
     texts = pipeline.encode_prompt(prompts, "cpu", 1, False)[0].detach()
 
-    difloat.quantize(pipeline, recipe="rtn", bits=options.bits, prompts=prompts, samples=32, steps=options.steps)
+    difloat.quantize(
+        pipeline, recipe="rtn", bits=options.bits, prompts=prompts, samples=32, steps=options.steps
+    )
     pipeline.unet.requires_grad_(False)
     pipeline.unet.add_adapter(peft.LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=LAYERS))
     before = fixed_loss(pipeline, latents, texts)

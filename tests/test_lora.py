@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import difloat
 import families
-from difloat import formats, io, layers, lora, quantizer
+from difloat import cli, formats, io, layers, lora, quantizer
 from difloat.cli.arguments import loras_of
 from difloat.layers import QuantizedLayer
 from difloat.merging import add_to_weight
@@ -200,7 +201,10 @@ def test_merged_biases_and_their_way_back(pipeline: Any):
 
 
 def test_a_merged_model_is_saved_and_loaded(adapted: Any, tmp_path: Path):
-    for save in (lambda: difloat.save(adapted, tmp_path / "no"), lambda: adapted.unet.save_pretrained(tmp_path / "no")):
+    for save in (
+        lambda: difloat.save(adapted, tmp_path / "no"),
+        lambda: adapted.unet.save_pretrained(tmp_path / "no"),
+    ):
         with pytest.raises(ValueError, match="call unload_lora_weights"):
             save()
     assert not (tmp_path / "no" / "unet").exists()
@@ -321,7 +325,9 @@ def test_a_control_lora_of_flux_widens_the_float_weight(tmp_path: Path):
     pipeline.load_lora_weights(tmp_path)
     wide = pipeline.transformer.x_embedder.base_layer
     assert type(wide) is nn.Linear and wide.weight.shape == (len(weight), 2 * weight.shape[1])
-    assert torch.equal(wide.weight[:, : weight.shape[1]], weight) and not wide.weight[:, weight.shape[1] :].any()
+    assert (
+        torch.equal(wide.weight[:, : weight.shape[1]], weight) and not wide.weight[:, weight.shape[1] :].any()
+    )
 
 
 def test_directories_of_peft_and_its_own_merge(tmp_path: Path):
@@ -329,7 +335,9 @@ def test_directories_of_peft_and_its_own_merge(tmp_path: Path):
     twin = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+        wrapped = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=["to_q"], init_lora_weights=False)
+        )
     wrapped.save_pretrained(tmp_path)
     difloat.load_lora(twin, tmp_path)
     assert torch.equal(output(twin), output(wrapped.base_model.model))
@@ -466,7 +474,32 @@ def test_a_lora_learns_on_packed_weights(pipeline: Any):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("a.safetensors", ("a.safetensors", 1.0)), ("b:0.5", ("b", 0.5)), ("c:-1", ("c", -1.0)), (r"C:\x", (r"C:\x", 1.0))],
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("b:0.5", ("b", 0.5)),
+        ("c:-1", ("c", -1.0)),
+        (r"C:\x", (r"C:\x", 1.0)),
+    ],
 )
 def test_weights_on_the_command_line(text: str, expected: tuple[str, float]):
     assert loras_of([text]) == [expected]
+
+
+def test_the_tour_runs(
+    pipeline: Any, saved: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tour = (Path(__file__).parents[1] / "docs/tour.md").read_text(encoding="utf-8").partition("## LoRA")[2]
+    snippet = re.search(r"```python\n(.*?)```", tour, re.S)[1]
+    command = re.search(r"```\n(difloat generate .*?)\n```", tour)[1]
+    monkeypatch.chdir(tmp_path)
+    difloat.save(pipeline, "checkpoint-fp4")
+    Path("style.safetensors").write_bytes((saved[0] / lora.LORA_FILE).read_bytes())
+    names: dict[str, Any] = {}
+    exec(snippet, names)  # what the page shows, nothing else
+    assert same(packed_layers(names["pipeline"].unet), packed_layers(pipeline.unet)) and names["arrived"]
+    assert load_file(Path("copy") / lora.LORA_FILE).keys() == load_file("style.safetensors").keys()
+    short = ["--steps", "1", "--count", "1", "--prompt", "a red cat"]
+    cli.app([*command.split()[1:], *short], standalone_mode=False)
+    cli.app(["generate", "checkpoint-fp4", "plain", *short], standalone_mode=False)
+    pictures = [Path(folder, "00000.png").read_bytes() for folder in ("pictures", "plain")]
+    assert pictures[0] != pictures[1]

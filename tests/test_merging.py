@@ -118,7 +118,10 @@ def test_every_variant_and_every_smoothing_gets_the_change(weight, change, gener
         assert all(torch.equal(alone.tensors[n], got.tensors[n]) for n in ("weight", "weight_scale"))
         # The step of an FP4 row is at most a third of its largest magnitude, so an error is at most a sixth and clipping.
         torch.testing.assert_close(
-            dequantize(got), dequantize(layer.variant(number)) + change, rtol=0, atol=float(weight.abs().max()) / 2
+            dequantize(got),
+            dequantize(layer.variant(number)) + change,
+            rtol=0,
+            atol=float(weight.abs().max()) / 2,
         )
 
 

@@ -1,7 +1,8 @@
 """LoRA on quantized models: loading, weighting, merging, saving.
 
-Everything that diffusers and PEFT offer works on quantized layers too; the functions here do the same for every model, also those that
-diffusers gives no LoRA methods (PixArt, HunyuanDiT, DiT), and say what merging cost. They take a pipeline or a module.
+Everything that diffusers and PEFT offer works on quantized layers too; the functions here do the same for every model, also
+those that diffusers gives no LoRA methods (PixArt, HunyuanDiT, DiT), and say what merging cost. They take a pipeline or a
+module.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from difloat.layers import QuantizedLayer
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_METADATA = "lora_adapter_metadata"  # key of a safetensors header under which diffusers keeps the configuration
+_METADATA = (
+    "lora_adapter_metadata"  # key of a safetensors header under which diffusers keeps the configuration
+)
 _FACTOR = re.compile(r"\.lora_(A|B)\.(weight|bias)$")
 
 
@@ -48,8 +51,8 @@ def load_lora(
 ) -> None:
     """Load a LoRA and use it beside those that are in use.
 
-    A pipeline with `load_lora_weights` does it by that, so every dialect is read that diffusers reads. For other pipelines and for
-    modules the keys must be those of PEFT, `<layer>.lora_A.weight`, with the component's name before them or not.
+    A pipeline with `load_lora_weights` does it by that, so every dialect is read that diffusers reads. For other pipelines and
+    for modules the keys must be those of PEFT, `<layer>.lora_A.weight`, with the component's name before them or not.
 
     Args:
         pipeline_or_module: Float or quantized.
@@ -71,7 +74,9 @@ def load_lora(
         component, module = _denoiser(pipeline_or_module)
         _inject(module, file, component, name)
     if name not in adapters(pipeline_or_module):
-        raise ValueError(f"LoRA must be of this model, but {file.name} fits no layer of it; load it into its own")
+        raise ValueError(
+            f"LoRA must be of this model, but {file.name} fits no layer of it; load it into its own"
+        )
     set_lora(pipeline_or_module, {**in_use, name: weight})
 
 
@@ -118,10 +123,14 @@ def set_lora(pipeline_or_module: Any, weights: Mapping[str, float]) -> None:
         ValueError: if one is not loaded, or LoRAs are merged, whose weights are fixed.
     """
     if unknown := sorted(weights.keys() - set(adapters(pipeline_or_module))):
-        raise ValueError(f"LoRAs must be loaded before they are used, got {unknown}; load them with load_lora")
+        raise ValueError(
+            f"LoRAs must be loaded before they are used, got {unknown}; load them with load_lora"
+        )
     wrappers = list(_wrappers(pipeline_or_module))
     if any(wrapper.merged for _, _, wrapper in wrappers):
-        raise ValueError("LoRAs must not be merged to change their weights, got merged ones; unmerge them first")
+        raise ValueError(
+            "LoRAs must not be merged to change their weights, got merged ones; unmerge them first"
+        )
     for _, _, wrapper in wrappers:
         wrapper.enable_adapters(bool(weights))
         if weights:
@@ -274,7 +283,9 @@ def _inject(module: nn.Module, file: Path, component: str, name: str) -> None:
                 f"LoRA must have keys like '<layer>.lora_A.weight', got {key!r:.200}; convert it with diffusers first"
             )
         if target not in inside:
-            raise ValueError(f"LoRA must be of this model, but {target!r:.200} is no layer of it; load it into its own")
+            raise ValueError(
+                f"LoRA must be of this model, but {target!r:.200} is no layer of it; load it into its own"
+            )
     if not state:
         raise ValueError(f"LoRA must hold tensors, got none in {str(file)!r}; download it again")
     inject_adapter_in_model(_config_of(file, header, prefix, state), module, name, state_dict=state)

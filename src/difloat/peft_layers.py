@@ -1,8 +1,8 @@
 """PEFT's LoRA layers around quantized ones: the same side branch, but merging goes through the packed weight.
 
-PEFT adds an adapter by wrapping a layer. Its own wrappers merge by writing floats into `weight`, which is packed here. PEFT has no
-table of layer types, so the wrapper's class is exchanged the moment it takes a quantized layer (`lora.on_wrapped`); that reaches
-every way in: `pipeline.load_lora_weights`, `model.add_adapter`, `peft.inject_adapter_in_model`, `peft.get_peft_model`.
+PEFT adds an adapter by wrapping a layer. Its own wrappers merge by writing floats into `weight`, which is packed here. PEFT has
+no table of layer types, so the wrapper's class is exchanged the moment it takes a quantized layer (`lora.on_wrapped`); that
+reaches every way in: `pipeline.load_lora_weights`, `model.add_adapter`, `peft.inject_adapter_in_model`, `peft.get_peft_model`.
 
 Importing this module imports PEFT.
 """
@@ -21,7 +21,12 @@ from difloat.layers import QuantizedLayer
 from difloat.merging import add_to_weight
 from difloat.quantizer import LayerPlan
 
-_PLAIN_STARTS = (True, False, "gaussian", "eva")  # of `init_lora_weights`: those that never look at the float weight
+_PLAIN_STARTS = (
+    True,
+    False,
+    "gaussian",
+    "eva",
+)  # of `init_lora_weights`: those that never look at the float weight
 _ENOUGH = 0.5  # share of a change that must survive rounding for merging to go without a warning
 
 
@@ -29,7 +34,9 @@ class _OnPackedWeight(nn.Module):
     """What a linear layer and a convolution share; comes before PEFT's class in the order of resolution."""
 
     base_layer: nn.Module
-    _original: tuple[LayerPlan, Tensor | None] | None = None  # the layer before anything was merged, and its bias
+    _original: tuple[LayerPlan, Tensor | None] | None = (
+        None  # the layer before anything was merged, and its bias
+    )
     _scaling_merged: dict[str, float] | None = None
     share: float = 1.0  # of what was merged, see `merging.Changed`
 
@@ -91,7 +98,9 @@ class _OnPackedWeight(nn.Module):
 
     def _check_mergeable(self, base: QuantizedLayer, names: list[str]) -> None:
         if base.weight.is_meta:
-            raise ValueError("weights must be in memory to merge a LoRA, got an offloaded layer; load it first")
+            raise ValueError(
+                "weights must be in memory to merge a LoRA, got an offloaded layer; load it first"
+            )
         if gone := sorted(set(self._scaling_merged or ()) - set(self.lora_A)):
             raise ValueError(
                 f"merged adapters must be there to merge another, but {gone} was deleted; unmerge first"
@@ -113,7 +122,9 @@ class _OnPackedWeight(nn.Module):
             super().unmerge()
             return
         if not isinstance(base, QuantizedLayer):
-            raise ValueError("layer must still be quantized to unmerge a LoRA, got a float one; load the model again")
+            raise ValueError(
+                "layer must still be quantized to unmerge a LoRA, got a float one; load the model again"
+            )
         plan, bias = self._original
         base.load(plan, base.weight.device)
         if bias is not None:

@@ -251,7 +251,9 @@ def mark(model: Any, quantizer: DifloatQuantizer) -> None:
     if hasattr(model, "load_lora_adapter"):
         teach_shapes()
     config = quantizer.config
-    model.register_to_config(quantization_config=config)  # the object, as diffusers itself does: PEFT asks it for a dict
+    model.register_to_config(
+        quantization_config=config
+    )  # the object, as diffusers itself does: PEFT asks it for a dict
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method

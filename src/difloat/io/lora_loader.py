@@ -1,8 +1,9 @@
 """What diffusers' LoRA loader of FLUX must know of packed weights.
 
-Before it loads, it compares the shape of every linear layer's weight with the adapter's: a LoRA that is wider belongs to a control
-model, and the layer is replaced by a wider float one. A packed weight is narrower than its adapter, so every quantized layer would
-be replaced by one of raw bytes. The loader asks two functions of its own, which know bitsandbytes and GGUF; they get to know ours.
+Before it loads, it compares the shape of every linear layer's weight with the adapter's: a LoRA that is wider belongs to a
+control model, and the layer is replaced by a wider float one. A packed weight is narrower than its adapter, so every quantized
+layer would be replaced by one of raw bytes. The loader asks two functions of its own, which know bitsandbytes and GGUF; they
+get to know ours.
 """
 
 from __future__ import annotations
