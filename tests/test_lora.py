@@ -144,6 +144,19 @@ def test_hot_swap_and_copies(pipeline: Any, saved: list[Path]):
     assert not torch.equal(output(pipeline.unet), first) and torch.equal(output(twin), first)
 
 
+def test_half_precision_keeps_its_dtype_with_merged_and_unmerged_adapters():
+    unet = quantized(tiny_unet().to(torch.bfloat16)).unet
+    bare, before = output(unet), packed_layers(unet)
+    add(unet, "a")
+    unmerged = output(unet)
+    difloat.merge_lora(unet)
+    merged = output(unet)
+    assert unmerged.dtype == merged.dtype == bare.dtype == torch.bfloat16
+    assert (merged - unmerged).norm() < 0.7 * (bare - unmerged).norm()
+    difloat.unload_lora(unet)  # merged, so the change stays
+    assert torch.equal(output(unet), merged) and not same(packed_layers(unet), before)
+
+
 # Merging
 
 

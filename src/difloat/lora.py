@@ -101,12 +101,13 @@ def save_lora(pipeline_or_module: Any, directory: str | os.PathLike[str], name: 
     state: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for component, module in _components(pipeline_or_module).items():
-        if name not in getattr(module, "peft_config", {}):
+        configs: dict[str, Any] = getattr(module, "peft_config", {})
+        if name not in configs:
             continue
         prefix = f"{component}." if component else ""
         own = get_peft_model_state_dict(module, adapter_name=name)
         state |= {prefix + key: tensor.detach().cpu().contiguous() for key, tensor in own.items()}
-        settings = module.peft_config[name].to_dict()  # type: ignore[union-attr, operator]
+        settings = configs[name].to_dict()
         config |= {prefix + key: _plain(value) for key, value in settings.items()}
     target = Path(directory) / LORA_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -214,6 +215,7 @@ def unload_lora(pipeline_or_module: Any) -> None:
             layers.replace(module, name, wrapper.get_base_layer())  # type: ignore[operator]
         if found and hasattr(module, "peft_config"):
             del module.peft_config
+        if found and hasattr(module, "_hf_peft_config_loaded"):
             module._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 

@@ -21,22 +21,27 @@ from difloat.layers import QuantizedLayer
 from difloat.merging import add_to_weight
 from difloat.quantizer import LayerPlan
 
-_PLAIN_STARTS = (
-    True,
-    False,
-    "gaussian",
-    "eva",
-)  # of `init_lora_weights`: those that never look at the float weight
+# Of `init_lora_weights`: those that never look at the float weight.
+_PLAIN_STARTS = (True, False, "gaussian", "eva")
+_VARIANTS = (
+    "use_dora",
+    "use_bdlora",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
 _ENOUGH = 0.5  # share of a change that must survive rounding for merging to go without a warning
+# Python lets an object change its class only between classes whose first base is the same; for mypy PEFT's are anything.
+_Base: Any = nn.Module
 
 
-class _OnPackedWeight(nn.Module):
+class _OnPackedWeight(_Base):
     """What a linear layer and a convolution share; comes before PEFT's class in the order of resolution."""
 
-    base_layer: nn.Module
-    _original: tuple[LayerPlan, Tensor | None] | None = (
-        None  # the layer before anything was merged, and its bias
-    )
+    scaling: dict[str, Any]
+    _original: tuple[LayerPlan, Tensor | None] | None = None  # the layer and its bias before any merging
     _scaling_merged: dict[str, float] | None = None
     share: float = 1.0  # of what was merged, see `merging.Changed`
 
@@ -48,7 +53,7 @@ class _OnPackedWeight(nn.Module):
         for factor in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
             # PEFT makes the factors of a convolution of the class of the layer itself; they are never quantized.
             if isinstance(factor, QuantizedLayer):
-                factor.__class__ = nn.Conv2d
+                factor.__class__ = nn.Conv2d  # type: ignore[assignment]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -78,7 +83,7 @@ class _OnPackedWeight(nn.Module):
         if bias is not None and original[1] is not None:
             shifts = [self.lora_B[n].bias * factor for n, factor in scaling.items() if self.lora_bias[n]]
             bias.data = sum(shifts, original[1].to(bias)).to(bias)
-        base.load(changed.layer, base.weight.device)
+        _put(base, changed.layer)
         self._original, self._scaling_merged, self.share = original, scaling, changed.share
         self.merged_adapters.extend(names)
         if changed.share < _ENOUGH:
@@ -126,9 +131,10 @@ class _OnPackedWeight(nn.Module):
                 "layer must still be quantized to unmerge a LoRA, got a float one; load the model again"
             )
         plan, bias = self._original
-        base.load(plan, base.weight.device)
-        if bias is not None:
-            base.bias.data = bias.to(base.bias)  # type: ignore[union-attr]
+        _put(base, plan)
+        present = base._parameters["bias"]
+        if bias is not None and present is not None:
+            present.data = bias.to(present)
         self._original, self._scaling_merged, self.share = None, None, 1.0
         self.merged_adapters.clear()
 
@@ -141,6 +147,13 @@ class PackedLinear(_OnPackedWeight, lora.Linear):
 @final
 class PackedConv2d(_OnPackedWeight, lora.Conv2d):
     """LoRA around a `QuantConv2d`."""
+
+
+def _put(base: QuantizedLayer, plan: LayerPlan) -> None:
+    """Give a layer other bytes; its parameters and buffers stay the same objects, which offloading holds on to."""
+    for name, tensor in plan.tensors.items():
+        held: Tensor = getattr(base, name)
+        held.data = tensor.to(held.device)
 
 
 _CLASSES = {lora.Linear: PackedLinear, lora.Conv2d: PackedConv2d}
@@ -167,9 +180,7 @@ def _check_plain(config: Any) -> None:
     """ValueError unless LoRA is of the kind that only adds a product of two factors."""
     start = config.init_lora_weights
     plain = any(start is known or (isinstance(known, str) and start == known) for known in _PLAIN_STARTS)
-    variants = ("use_dora", "use_bdlora", "arrow_config", "alora_invocation_tokens", "velora_config")
-    variants += ("monteclora_config", "kasa_config")
-    chosen = [name for name in variants if getattr(config, name, None)]
+    chosen = [name for name in _VARIANTS if getattr(config, name, None)]
     if chosen or not plain:
         got = " and ".join(chosen) if chosen else f"init_lora_weights={start!r}"
         raise ValueError(
