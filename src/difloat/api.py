@@ -13,6 +13,7 @@ from torch import nn
 
 from difloat import calibration, layers, lora, recipes
 from difloat.calibration import Calibration, CalibrationSettings
+from difloat.exclusion import excluded
 from difloat.io import mark_quantized, unmark_quantized
 from difloat.methods import target as targets
 from difloat.methods.finetune import TrainingSettings
@@ -50,6 +51,7 @@ def plan(
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
     target: str = "any",
+    exclude: Sequence[str] = (),
     **options: Any,
 ) -> Plan:
     """Decide how to quantize a model; the model is left untouched.
@@ -64,17 +66,19 @@ def plan(
         progress: Show progress bars.
         call_kwargs: Further arguments of the pipeline's call, such as `height`.
         target: "cpu" restricts every search to formats that CPUs compute in integers; "any" does not.
+        exclude: Names of layers or blocks, or patterns like ``*.to_q``, that stay as they are, whatever the recipe.
         **options: Fields of `CalibrationSettings` (`samples`, `steps`, `guidance_scale`, `seed`, `memory_bytes`, ...) and of
             the recipe's options.
 
     Raises:
-        ValueError: on an unknown recipe, bits or option, a model without layers to quantize, or values that are not finite.
+        ValueError: on an unknown recipe, bits, option or layer, a model without layers to quantize, or values not finite.
     """
     row, parsed, machine = recipes.lookup(recipe), Bits.parse(bits), targets.check(target)
     names = {field.name for field in fields(CalibrationSettings)}
     settings = {name: value for name, value in options.items() if name in names}
     own = {name: value for name, value in options.items() if name not in names}
     recipes.make_options(row, own)  # refuse bad options before hours of calibration
+    excluded(layers.quantizable(denoiser(model)), exclude)
     data = calibrate(
         model,
         prompts=prompts,
@@ -86,14 +90,9 @@ def plan(
     )
     work_dir = None if cache_dir is None else Path(cache_dir)
     wanted = CalibrationSettings(**settings)
-    task = replace(
-        task_of(model, data, parsed),
-        seed=wanted.seed,
-        progress=progress,
-        work_dir=work_dir,
-        memory_bytes=wanted.memory_bytes,
-        target=machine,
-    )
+    task = task_of(model, data, parsed)
+    task = replace(task, seed=wanted.seed, progress=progress, work_dir=work_dir)
+    task = replace(task, memory_bytes=wanted.memory_bytes, target=machine, exclude=tuple(exclude))
     return plan_calibrated(task, recipe, bits, own)
 
 
