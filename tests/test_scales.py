@@ -70,7 +70,9 @@ def test_search_on_powers_of_two() -> None:
 
 def test_a_finer_grid_of_scales_is_never_worse() -> None:
     data = rows(2)
-    errors = [float(search(data, [parse("e2m1")], snap=snapping(data, kind)).error.sum()) for kind in ("float32", "e4m3", "e8m0")]  # fmt: skip
+    kinds = ("float32", "e4m3", "e8m0")
+    found = [search(data, [parse("e2m1")], snap=snapping(data, kind)) for kind in kinds]
+    errors = [float(each.error.sum()) for each in found]
     assert errors[0] <= errors[1] * 1.001 < errors[2]
 
 
