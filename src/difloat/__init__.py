@@ -26,6 +26,7 @@ from difloat.specs import Part, QuantSpec
 
 if TYPE_CHECKING:
     from difloat.api import apply, plan, quantize, restore
+    from difloat.diagnosis import diagnose
     from difloat.reference_models import load as reference
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "QuantSpec",
     "accelerate_attention",
     "apply",
+    "diagnose",
     "formats",
     "load",
     "load_lora",
@@ -62,6 +64,8 @@ register_with_diffusers()
 def __getattr__(name: str) -> Any:
     if name in ("apply", "plan", "quantize", "restore"):
         return getattr(import_module("difloat.api"), name)
+    if name == "diagnose":
+        return import_module("difloat.diagnosis").diagnose
     if name == "reference":
         return import_module("difloat.reference_models").load
     raise AttributeError(f"module 'difloat' has no attribute {name!r}")
