@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -131,49 +131,49 @@ def diagnose(
     if not 0 < share < 1:
         raise ValueError(f"share must be between 0 and 1, got {share}; 0.5 halves the error")
     texts = api.prompts_for(float_pipeline, prompts)
+    sampler = {"steps": steps, "guidance_scale": guidance_scale, "call_kwargs": call_kwargs}
     data = api.calibrate(
-        float_pipeline,
-        prompts=texts,
-        progress=progress,
-        call_kwargs=call_kwargs,
-        samples=samples,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
+        float_pipeline, prompts=texts, progress=progress, samples=samples, seed=seed, **sampler
     )
     units = _units(original, quantized)
     blocks, found = _measure(original, quantized, _calls(data), units)
-
-    def draw(pipeline: Any) -> Generated:
-        return evaluate.generate(
-            pipeline,
-            texts,
-            seeds=range(seed, seed + images),
-            steps=steps,
-            guidance_scale=guidance_scale,
-            batch_size=images,
-            trajectory=True,
-            progress=progress,
-            call_kwargs=call_kwargs,
-        )
-
-    reference, runs = draw(float_pipeline), 1
-
-    def error_without(names: Sequence[str]) -> float:
-        nonlocal runs
-        runs += 1
-        with _as_float(quantized, original, names):
-            try:
-                return evaluate.latent_error(reference, draw(quantized_pipeline))[-1].value
-            except NotFiniteError:
-                return math.inf
-
-    before = error_without([])
+    seeds = range(seed, seed + images)
+    drawn = {"prompts": texts, "seeds": seeds, "batch_size": images, "progress": progress, **sampler}
+    trials = _Trials(float_pipeline, quantized_pipeline, drawn)
+    before = trials.error_without([])
     goal = share * before if math.isfinite(before) else _FINITE_GOAL
     ranked = [[layer.name for layer in found if layer.name in units[block.name]] for block in blocks]
     order = {layer.name: rank for rank, layer in enumerate(found)}
-    exclude, after = _fewest(ranked, order, error_without, goal) if before > 0 else ((), before)
-    return Diagnosis(blocks, found, exclude, before, after if exclude else before, goal, runs)
+    exclude, after = _fewest(ranked, order, trials.error_without, goal) if before > 0 else ((), before)
+    return Diagnosis(blocks, found, exclude, before, after if exclude else before, goal, trials.runs)
+
+
+@final
+class _Trials:
+    """Sampling runs with some layers in full precision.
+
+    Attributes:
+        runs: How many were made, the float model's included.
+    """
+
+    def __init__(self, float_pipeline: Any, quantized_pipeline: Any, arguments: Mapping[str, Any]) -> None:
+        """Draw with the float model; `arguments` are those of `evaluate.generate`."""
+        self.runs = 0
+        self._original, self._quantized = api.denoiser(float_pipeline), api.denoiser(quantized_pipeline)
+        self._pipeline, self._arguments = quantized_pipeline, arguments
+        self._reference = self._draw(float_pipeline)
+
+    def _draw(self, pipeline: Any) -> Generated:
+        self.runs += 1
+        return evaluate.generate(pipeline, trajectory=True, **self._arguments)
+
+    def error_without(self, names: Sequence[str]) -> float:
+        """Relative error of the last state with the layers `names` in full precision; infinite for NaN pictures."""
+        with _as_float(self._quantized, self._original, names):
+            try:
+                return evaluate.latent_error(self._reference, self._draw(self._pipeline))[-1].value
+            except NotFiniteError:
+                return math.inf
 
 
 def _check(original: nn.Module, quantized: nn.Module) -> None:
