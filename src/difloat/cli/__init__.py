@@ -1,4 +1,4 @@
-"""The command line: `difloat inspect | quantize | repair | generate | evaluate | report | verify | demo`."""
+"""The command line; `difloat --help` lists the commands."""
 
 from difloat.cli import checkpoints, diagnosis, interchange, pictures, quantization
 from difloat.cli.application import app, main

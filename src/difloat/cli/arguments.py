@@ -117,7 +117,7 @@ def call_of(
             raise ValueError(
                 f"--call must not set {name}, which has an option of its own, got {text!r}; use {_OPTIONS_OF_THEIR_OWN[name]}"
             )
-        if not arguments.takes(pipeline, name):
+        if name not in arguments.parameters_of(pipeline):  # **kwargs would swallow a misspelled one
             raise ValueError(
                 f"--call must name arguments that {type(pipeline).__name__} takes, got {name!r}; leave it out"
             )
