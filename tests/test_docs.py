@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
 
 import difloat
-from difloat import cli, recipes
+from difloat import api, cli, recipes, record, reference_models
+
+# diffusers' DPM solver hands torch tensors to numpy in a way numpy 2 deprecates; nothing here can change that.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -30,23 +36,148 @@ def blocks(page: Path, language: str) -> list[str]:
     return [text for name, text in found if name == language]
 
 
-def commands() -> list[str]:
-    lines = [
-        line for page in PAGES for language in ("", "sh", "bash") for text in blocks(page, language)
-        for line in text.splitlines()
-    ]  # fmt: skip
-    return sorted({line.split("  #")[0].strip() for line in lines if line.startswith("difloat ")})
+SHELL = ("", "sh", "bash")
 
 
-@pytest.mark.parametrize("command", commands())
-def test_commands_in_documents_parse(command: str) -> None:
-    verb, *arguments = shlex.split(command)[1:]
-    parser = typer.main.get_command(cli.app).commands[verb]
-    parser.make_context(verb, [a for a in arguments if a != "..."])
+def lines_of(page: Path) -> list[str]:
+    """Lines of the shell blocks that are no drawing or formula, without comments."""
+    lines = [line for language in SHELL for text in blocks(page, language) for line in text.splitlines()]
+    shell = [line.split("  #")[0].strip() for line in lines]
+    return [line for line in shell if line and not re.search(r" <- | -> |^out\[|\\->", line)]
+
+
+def commands(page: Path) -> list[str]:
+    """Calls of difloat in the order of the page; a launcher in front of one is left out."""
+    found = [re.sub(r"^.*? -m difloat ", "difloat ", line) for line in lines_of(page)]
+    return [line for line in found if line.startswith("difloat ")]
 
 
 def test_there_are_commands_for_every_verb() -> None:
-    assert {command.split()[1] for command in commands()} == set(typer.main.get_command(cli.app).commands)
+    verbs = {command.split()[1] for page in PAGES for command in commands(page)}
+    assert verbs == set(typer.main.get_command(cli.app).commands)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "training" / "README.md"], ids=lambda page: page.name)
+def test_other_commands_name_what_exists(page: Path) -> None:
+    """What is not run below: targets of make, scripts of this repository with their options, installers."""
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for line in lines_of(page):
+        words = shlex.split(line)
+        if words[0] == "make":
+            assert words[1] in targets, line
+        elif words[0].endswith("python") and words[1] != "-m":
+            script = (ROOT / words[1]).read_text(encoding="utf-8")
+            missing = [word for word in words[2:] if word.startswith("--") and f'"{word}"' not in script]
+            assert not missing, (line, missing)
+        else:
+            known = ("difloat", "pip", "sudo", "cmake", "accelerate", "torchrun")
+            assert words[0] in known or words[1:2] == ["-m"], (
+                f"{page.name} has a line that no test reads: {line}"
+            )
+
+
+# What is run: every call of difloat and every block of Python, in the order of the page, on tiny models
+
+QUICK = {"samples": 6, "steps": 2, "iterations": 2, "rounding_rows": 4, "epochs": 1, "rows": 2, "rank": 2}
+FEWER = {
+    "quantize": ["--samples", "6", "--steps", "2", "--images", "2"],
+    "repair": ["--epochs", "1", "--samples", "6", "--steps", "2", "--images", "0"],
+    "generate": ["--steps", "2", "--count", "2"],
+    "evaluate": ["--samples", "2", "--steps", "2"],
+    "diagnose": ["--samples", "4", "--steps", "2", "--images", "1"],
+}
+
+
+def known_to(recipe: str) -> set[str]:
+    return set(recipes.RECIPES[recipe].options.__dataclass_fields__)
+
+
+@pytest.fixture(scope="module")
+def tiny_world() -> Iterator[pytest.MonkeyPatch]:
+    """Embedded models are tiny ones, recipes take few rows and steps."""
+    from tiny import tiny_pixart, tiny_unet
+
+    plan = api.plan
+
+    def quick(model: object, recipe: str = "lbfp", bits: str = "w4a8", **given: object) -> object:
+        wanted = {name: value for name, value in QUICK.items() if name in known_to(recipe)}
+        wanted |= {name: QUICK[name] for name in ("samples", "steps")}
+        return plan(model, recipe, bits, **{**given, **wanted})
+
+    with pytest.MonkeyPatch.context() as patch:
+        make = {"emoji-unet": tiny_unet, "emoji-pixart": tiny_pixart}
+        patch.setattr(reference_models, "load", lambda name: make[name]())
+        patch.setattr(api, "plan", quick)
+        patch.setattr(record, "worst_histograms", lambda *_: [])
+        yield patch
+
+
+def carry_out(command: str, patch: pytest.MonkeyPatch) -> int:
+    """Run a call of difloat in this process, with fewer rows, steps and pictures; its exit code."""
+    words = shlex.split(command)
+    if words[1] == "demo":  # its numbers are its own; what it calls is run elsewhere
+        typer.main.get_command(cli.app).commands["demo"].make_context("demo", words[2:])
+        return 0
+    words += FEWER.get(words[1], [])
+    if words[1] == "quantize":
+        recipe = words[words.index("--recipe") + 1] if "--recipe" in words else "lbfp"
+        quick = [name for name in QUICK if name in known_to(recipe)]
+        words += [word for name in quick for word in ("--set", f"{name}={QUICK[name]}")]
+    patch.setattr("sys.argv", words)
+    try:
+        cli.main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+def run_page(page: Path, directory: Path, patch: pytest.MonkeyPatch) -> None:
+    """Everything on a page, in the order in which it stands there."""
+    patch.chdir(directory)
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    on_page = commands(page)
+    for language, text in found:
+        if language == "python":
+            exec(compile(text, f"{page.name}: {text.splitlines()[0]}", "exec"), {"__name__": "snippet"})
+        elif language in SHELL:
+            here = [line.split("  #")[0].strip() for line in text.splitlines()]
+            here = [re.sub(r"^.*? -m difloat ", "difloat ", line) for line in here]
+            for command in (line for line in here if line in on_page):
+                allowed = (0, 1) if "--fail-under" in command else (0,)  # tiny models may miss a gate
+                assert carry_out(command, patch) in allowed, f"{page.name}: {command}"
+
+
+@pytest.fixture(scope="module")
+def after_readme(tiny_world: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which a reader has done everything in the README; other pages start there."""
+    directory = tmp_path_factory.mktemp("readme")
+    before = os.getcwd()
+    try:
+        run_page(ROOT / "README.md", directory, tiny_world)
+    finally:
+        os.chdir(before)
+    return directory
+
+
+def test_everything_in_the_readme_runs(after_readme: Path) -> None:
+    assert {"small", "better", "out", "dit", "repaired", "pictures", "emoji-fp4"} <= {
+        path.name for path in after_readme.iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "README.md"], ids=lambda page: page.name
+)
+def test_everything_on_other_pages_runs(
+    page: Path, after_readme: Path, tiny_world: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if not commands(page) and not blocks(page, "python"):
+        pytest.skip("nothing to run")
+    before = os.getcwd()
+    try:
+        run_page(page, Path(shutil.copytree(after_readme, tmp_path / "page")), tiny_world)
+    finally:
+        os.chdir(before)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
