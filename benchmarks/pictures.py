@@ -2,8 +2,8 @@
 
 python benchmarks/pictures.py
 
-Rows: full precision, LBFP W4A8 (FP4 weights, FP8 activations), rounding to nearest on INT4 weights and INT8 activations. Half of
-the columns are from `emoji-pixart`, half from `emoji-unet`. Beside the picture goes a JSON with the PSNR of every row.
+Rows: full precision, LBFP W4A8 (FP4 weights, FP8 activations), rounding to nearest on INT4 weights and INT8 activations. Half
+of the columns are from `emoji-pixart`, half from `emoji-unet`. Beside the picture goes a JSON with the PSNR of every row.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--samples", type=int, default=160, help="calibration rows")
     options = parser.parse_args()
-    known = reference_models.captions()
     prompts = list(PROMPTS)
     strips, numbers = [], {}
     for name in MODELS:
