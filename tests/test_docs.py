@@ -79,6 +79,8 @@ def test_other_commands_name_what_exists(page: Path) -> None:
 
 # What is run: every call of difloat and every block of Python, in the order of the page, on tiny models
 
+# Sections that need more than a tiny model, and the test that runs what stands in them.
+ELSEWHERE = {"LoRA": "test_lora.py::test_the_tour_runs"}
 QUICK = {"samples": 6, "steps": 2, "iterations": 2, "rounding_rows": 4, "epochs": 1, "rows": 2, "rank": 2}
 FEWER = {
     "quantize": ["--samples", "6", "--steps", "2", "--images", "0"],
@@ -137,17 +139,27 @@ def carry_out(command: str, patch: pytest.MonkeyPatch) -> int:
 def run_page(page: Path, directory: Path, patch: pytest.MonkeyPatch) -> None:
     """Everything on a page, in the order in which it stands there."""
     patch.chdir(directory)
-    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    sections = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    here = "\n".join(text for text in sections if text.splitlines()[0] not in ELSEWHERE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```", here, re.MULTILINE | re.DOTALL)
     on_page = commands(page)
     for language, text in found:
         if language == "python":
             exec(compile(text, f"{page.name}: {text.splitlines()[0]}", "exec"), {"__name__": "snippet"})
         elif language in SHELL:
-            here = [line.split("  #")[0].strip() for line in text.splitlines()]
-            here = [re.sub(r"^.*? -m difloat ", "difloat ", line) for line in here]
-            for command in (line for line in here if line in on_page):
+            lines = [line.split("  #")[0].strip() for line in text.splitlines()]
+            lines = [re.sub(r"^.*? -m difloat ", "difloat ", line) for line in lines]
+            for command in (line for line in lines if line in on_page):
                 allowed = (0, 1) if "--fail-under" in command else (0,)  # tiny models may miss a gate
                 assert carry_out(command, patch) in allowed, f"{page.name}: {command}"
+
+
+def test_sections_that_are_run_elsewhere_are() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for section, test in ELSEWHERE.items():
+        file, name = test.split("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"\n## {section}\n" in text
 
 
 @pytest.fixture(scope="module")
@@ -169,13 +181,13 @@ def test_everything_in_the_readme_runs(after_readme: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name != "README.md"], ids=lambda page: page.name
+    "page",
+    [page for page in PAGES if page.name != "README.md" and (commands(page) or blocks(page, "python"))],
+    ids=lambda page: page.name,
 )
 def test_everything_on_other_pages_runs(
     page: Path, after_readme: Path, tiny_world: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if not commands(page) and not blocks(page, "python"):
-        pytest.skip("nothing to run")
     before = os.getcwd()
     try:
         run_page(page, Path(shutil.copytree(after_readme, tmp_path / "page")), tiny_world)
