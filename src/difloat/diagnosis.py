@@ -131,7 +131,7 @@ def diagnose(
     if not 0 < share < 1:
         raise ValueError(f"share must be between 0 and 1, got {share}; 0.5 halves the error")
     texts = api.prompts_for(float_pipeline, prompts)
-    sampler = {"steps": steps, "guidance_scale": guidance_scale, "call_kwargs": call_kwargs}
+    sampler: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "call_kwargs": call_kwargs}
     data = api.calibrate(
         float_pipeline, prompts=texts, progress=progress, samples=samples, seed=seed, **sampler
     )

@@ -151,4 +151,4 @@ def model_of(directory: str | os.PathLike[str]) -> Any:
         )
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     with torch.random.fork_rng(devices=[]):  # fresh weights must not move the caller's random numbers
-        return found.from_config(plain).eval()  # type: ignore[attr-defined]
+        return found.from_config(plain).eval()
