@@ -8,6 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from difloat import processes
+from difloat.tables import console
+
 Source = Annotated[
     str,
     typer.Argument(help="A diffusers pipeline directory, or an embedded model: emoji-unet, emoji-pixart."),
@@ -23,6 +26,12 @@ Guidance = Annotated[
 Images = Annotated[int, typer.Option(min=0, help="Pictures drawn with both models for the report; 0: none.")]
 Target = Annotated[str, typer.Option(help="any, or cpu: only formats that CPUs compute in integers.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
+
+
+def meet() -> None:
+    """Join the other processes of a launch, if there are some; only the main one prints from here on."""
+    processes.join("cpu")
+    console.quiet = not processes.is_main()
 
 
 def pipeline_of(source: str) -> Any:
