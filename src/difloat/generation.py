@@ -92,12 +92,16 @@ def generate(
             done = [batch for batch in processes.collected(draw) if batch is not None]
             drawn += done
             bar.update(sum(len(batch.images) for batch in done))
-    seconds = time.perf_counter() - start
-    if not drawn:
+    return _joined(drawn, time.perf_counter() - start)
+
+
+def _joined(batches: Sequence[Generated], seconds: float) -> Generated:
+    """All batches as one set, which has no pictures if there are none."""
+    if not batches:
         return Generated(torch.zeros(0, 3, 1, 1), None, [], seconds)
-    latents = [batch.latents for batch in drawn if batch.latents is not None]
-    images = torch.cat([batch.images for batch in drawn])
-    return Generated(images, torch.cat(latents, 1) if latents else None, drawn[-1].timesteps, seconds)
+    latents = [batch.latents for batch in batches if batch.latents is not None]
+    images = torch.cat([batch.images for batch in batches])
+    return Generated(images, torch.cat(latents, 1) if latents else None, batches[-1].timesteps, seconds)
 
 
 def _draw(
