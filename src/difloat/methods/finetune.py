@@ -96,7 +96,7 @@ def train(
     base = [group["lr"] for group in _groups(student, settings)]
     bar = tqdm(total=steps, desc="fine-tune", disable=not (task.progress and accelerator.is_main_process))
     bar.update(len(losses))
-    with processes.apart():
+    with bar, processes.apart():
         for step in range(len(losses), steps):
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * (1 - step / steps)
@@ -119,7 +119,6 @@ def train(
                 state.keep(losses, force=step + 1 == steps)
             if _stalled(losses, len(data.grid), settings.patience):
                 break
-    bar.close()
     accelerator.wait_for_everyone()
     return _by_epoch(losses, len(data.grid))
 
