@@ -185,11 +185,33 @@ def build(
             report.TokenRanges(layer, list(found), list(found.values()))
             for layer, found in plan.measured.get("ranges", {}).items()
         ],
+        inputs=_inputs(plan),
+        adapters=_adapters(plan),
         attention=_attention(plan),
         timings=[*plan.measured.get("seconds", {}).items(), *(timings or {}).items()],
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
     )
+
+
+def _inputs(plan: Plan) -> list[report.InputShape]:
+    """What a recipe that looks for asymmetric inputs found, part by part."""
+    rows = []
+    for name, shapes in plan.measured.get("inputs", {}).items():
+        for number, shape in enumerate(shapes):
+            part = plan.layers[name].parts[number]
+            assert part.activation is not None
+            label = name if len(shapes) == 1 else f"{name}, part {number + 1}"
+            rows.append(report.InputShape(label, **shape, format=part.activation.format.name))
+    return rows
+
+
+def _adapters(plan: Plan) -> report.AdapterTable | None:
+    """The router's table, where layers have several adapters; in the sampler's order, from the first timestep on."""
+    table = plan.measured.get("router")
+    if not table or not any(map(any, table)):
+        return None
+    return report.AdapterTable(list(reversed(plan.measured["grid"])), list(plan.layers), table[::-1])
 
 
 def _attention(plan: Plan) -> str:

@@ -58,7 +58,7 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
     measured["seconds"] = dict(measured["seconds"])
     with posttraining.timed(measured, "fine-tune"):
         losses = train(task, student, tuning.settings, _weights(task, grid, tuning.by_factor))
-    measured |= {"losses": losses, "router": student.table().tolist()}
+    measured |= {"losses": losses, "router": student.table().tolist(), "grid": list(grid)}
     plans = student.packed()
     by_time = any(plan.schedule or plan.input_schedule for plan in plans.values())
     return replace(outcome, layers=plans, measured=measured, timesteps=grid if by_time else ())
