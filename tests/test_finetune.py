@@ -85,7 +85,18 @@ def test_the_input_after_silu_is_unsigned_and_the_others_signed() -> None:
     assert float(plans["conv_out"].tensors["input_zero_point"]) < 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"adapters": 1}, {"input_ranges_by_timestep": True}, {"rank": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"adapters": 1},
+        {"input_ranges_by_timestep": True},
+        {"rank": 0},
+        {"carry": "side"},
+        {"carry": "side", "adapters": 1, "without_adapters": ["conv_in"]},
+        {"carry": "side", "input_ranges_by_timestep": True},
+    ],
+)
 def test_packed_layers_compute_what_was_trained(changes: dict) -> None:
     task, plans = prepared()
     student = student_of(task, plans, **changes)
@@ -93,12 +104,15 @@ def test_packed_layers_compute_what_was_trained(changes: dict) -> None:
     from difloat.quantizer import Plan
 
     packed = student.packed()
-    grid = student.grid if any(p.schedule or p.input_schedule for p in packed.values()) else ()
+    grid = student.grid if any(p.schedules for p in packed.values()) else ()
     model = layers.apply(layers.shadow(task.model), Plan("test", "w4a4", packed, timesteps=grid))
     for _, (args, kwargs) in by_timestep(task):
         with torch.no_grad():
             torch.testing.assert_close(model(*args, **kwargs), student(args, kwargs), rtol=1e-4, atol=1e-5)
     assert (len(packed["conv_in"].input_schedule) == 3) == bool(changes.get("input_ranges_by_timestep"))
+    beside = {name for name, plan in packed.items() if plan.side is not None}
+    expected = set(packed) - {*changes.get("without_adapters", ())} if "carry" in changes else set()
+    assert beside == expected and not any(packed[name].schedule for name in beside)
 
 
 def test_packed_codes_are_those_of_the_fake_quantized_weight() -> None:

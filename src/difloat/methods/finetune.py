@@ -192,7 +192,9 @@ class _Kept:
     def __init__(self, task: Task, student: Student, optimizer: Any, settings: TrainingSettings) -> None:
         self.student, self.optimizer = student, optimizer
         facts = {"settings": repr(settings), "seed": task.seed, "grid": student.grid, "names": student.names}
-        self.facts = json.dumps(facts)
+        shapes = [tuple(parameter.shape) for parameter in student.parameters()]
+        specs = [twin.plan.to_json() for twin in student.twins if isinstance(twin, Adaptive)]
+        self.facts = json.dumps(facts | {"carry": student.carry, "parameters": shapes, "layers": specs})
         self.path = None if task.work_dir is None else task.work_dir / "fine-tuning.safetensors"
         self.saved = time.monotonic()
 
