@@ -177,7 +177,13 @@ def test_a_cut_run_goes_on_to_the_same_weights(tmp_path, monkeypatch) -> None:
     assert trained(kept, again) == pytest.approx(expected, rel=1e-6)
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(dict(again.named_parameters())[name], parameter)
-    trained(replace(kept, seed=5), student_of(kept, plans))  # another run does not take it for its own
+    # Another run does not take it for its own.
+    for other in (replace(kept, seed=5), kept):
+        beside = student_of(kept, plans, carry="merged" if other is not kept else "side")
+        state = finetune._Kept(other, beside, torch.optim.AdamW(beside.parameters()), SETTINGS)
+        assert state.read() is None
+    state = finetune._Kept(kept, again, torch.optim.AdamW(again.parameters()), SETTINGS)
+    assert state.read() is not None
 
 
 def test_training_stops_when_nothing_gets_better() -> None:
@@ -221,6 +227,20 @@ def test_report_shows_what_the_recipe_found_and_learned() -> None:
     assert shown.inputs[-1].asymmetric  # behind SiLU
     router = torch.tensor(made.measured["router"])
     assert shown.adapters is None if not router.any() else shown.adapters.table == router.flip(0).tolist()
+
+
+def test_msfp_keeps_one_weight_with_its_adapters_beside() -> None:
+    task, _ = prepared()
+    options = {"epochs": 1, "rows": 4, "rank": 2, "keep_8bit": ["time"], "dfa": False}
+    merged, beside = (
+        recipes.plan(task, "msfp", "w4a4", {**options, "carry": carry}) for carry in ("merged", "side")
+    )
+    assert {name for name, layer in beside.layers.items() if layer.side} == {"conv_in", "conv_out"}
+    assert not any(layer.schedule for layer in beside.layers.values())
+    assert not any(layer.side for layer in merged.layers.values())
+    assert (merged.options["carry"], beside.options["carry"]) == ("merged", "side")
+    shown = {row.name: row for row in record.build(task.model, beside, name="tiny").layers}
+    assert "rank 2 beside" in shown["conv_in"].note and not shown["time"].note
 
 
 def inputs_of(task: Task, name: str) -> torch.Tensor:
