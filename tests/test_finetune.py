@@ -22,6 +22,7 @@ from difloat.methods.search import ZERO_POINTS
 from difloat.methods.student import Router, Student
 from difloat.methods.task import Bits, Task
 from difloat.quantizer import LayerPlan, dequantize
+from difloat.specs import QuantSpec
 
 SETTINGS = TrainingSettings(epochs=3, rows=4, adapter_rate=0.05, router_rate=0.05)
 
@@ -182,6 +183,11 @@ def test_a_cut_run_goes_on_to_the_same_weights(tmp_path, monkeypatch) -> None:
         beside = student_of(kept, plans, carry="merged" if other is not kept else "side")
         state = finetune._Kept(other, beside, torch.optim.AdamW(beside.parameters()), SETTINGS)
         assert state.read() is None
+    weight = QuantSpec(parse("e1m2"), "channel")
+    coarser = {n: replace(p, parts=(replace(p.parts[0], weight=weight),)) for n, p in plans.items()}
+    other = student_of(kept, coarser)
+    state = finetune._Kept(kept, other, torch.optim.AdamW(other.parameters()), SETTINGS)
+    assert state.read() is None
     state = finetune._Kept(kept, again, torch.optim.AdamW(again.parameters()), SETTINGS)
     assert state.read() is not None
 

@@ -257,3 +257,14 @@ def test_damaged_factors_are_refused(model: Denoiser, tmp_path: Path, damage: st
     save_file(state, out / "model.safetensors")
     with pytest.raises(difloat.CheckpointError, match=name):
         difloat.load(out, into=Denoiser())
+
+
+@pytest.mark.parametrize("places", [PLACES, [1, 1, 1]])
+def test_layers_with_a_branch_compile_without_breaks(model: Denoiser, places: list[int]) -> None:
+    quantized = layers.apply(layers.shadow(model), planned(model, places))
+    compiled = torch.compile(quantized, fullgraph=True, backend="eager")
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        for timestep in (100, 500):
+            arguments = (x, torch.full((2,), timestep))
+            assert torch.equal(compiled(*arguments), quantized(*arguments))

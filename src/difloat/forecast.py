@@ -186,9 +186,7 @@ def forecast(
     search_s = plan.measured["seconds"]["search weights"] * weights / sum(sizes.values())
     if any("input_scale" in layer.tensors for layer in plan.layers.values()):
         search_s += need["row_seconds"] * min(Sequencing.activation_rows, settings.samples)
-    packed_bytes = sum(
-        (layer.nbytes + _adapter_bytes(made, layer)) * counts[name] for name, layer in plan.layers.items()
-    )
+    packed_bytes = sum(_stored_bytes(made, layer) * counts[name] for name, layer in plan.layers.items())
     float_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
     of_layers = sum(layers.weight_of(module, name).nbytes * counts[name] for name in plan.layers)
     used = min(getattr(made, "rounding_rows", 0), settings.samples)
@@ -205,13 +203,14 @@ def forecast(
     )
 
 
-def _adapter_bytes(made: Any, layer: LayerPlan) -> int:
-    """What fine-tuning adds to a layer."""
+def _stored_bytes(made: Any, layer: LayerPlan) -> int:
+    """Of a layer, with what fine-tuning adds to it."""
     if not getattr(made, "epochs", 0):
-        return 0
-    return stored_bytes(
-        layer, getattr(made, "adapters", 1), getattr(made, "rank", 0), getattr(made, "carry", "merged")
+        return layer.nbytes
+    adapters, rank, carry = (
+        getattr(made, name, default) for name, default in (("adapters", 1), ("rank", 0), ("carry", "merged"))
     )
+    return layer.nbytes + stored_bytes(layer, adapters, rank, carry)
 
 
 def _training_s(made: Any, need: Mapping[str, float]) -> float:
