@@ -286,8 +286,9 @@ def test_rows_of_several_widths_are_computed_in_integers(kernel, generator) -> N
 
 
 @pytest.mark.skipif("triton" not in backends.available(), reason="Triton is not installed")
-@pytest.mark.parametrize("activation", [TOKEN, STATIC, QuantSpec(parse("e4m3fn")), None], ids=str)
-@pytest.mark.parametrize("kernel", [None, 3])
+@pytest.mark.parametrize(
+    ("kernel", "activation"), [(None, TOKEN), (None, None), (3, STATIC), (3, QuantSpec(parse("e4m3fn")))]
+)
 def test_triton_computes_rows_of_several_widths(kernel, activation, device, generator) -> None:
     shape, names = (7, 20, *([kernel] * 2 if kernel else [])), ("uint1", "uint3", "e2m0")
     one = mixed(shape, [spec_of(name) for name in names], (2, 4, 1), generator, activation=activation)
@@ -425,11 +426,12 @@ def test_no_more_than_one_byte_per_weight_is_kept(generator) -> None:
     with backends.use_backend("torch"), torch.no_grad():
         layer(x)
         layer(x)
-    assert resident.resident_bytes() == before + 40 * 64
+    kept = before + 40 * 64 + 40 * 4  # the weights and the places of the rows
+    assert resident.resident_bytes() == kept
     if "cpu" in FAST:
         with backends.use_backend("cpu"), torch.no_grad():
             layer(x)
-        assert resident.resident_bytes() == before + 40 * 64
+        assert resident.resident_bytes() == kept
 
 
 # Timesteps

@@ -23,7 +23,6 @@ from torch import Tensor
 from difloat.kernels import triton_operands
 from difloat.kernels.rows import Rows
 from difloat.kernels.triton_operands import Operands
-from difloat.scales import row_places
 from difloat.specs import Part
 
 _MOST_PRODUCTS = 2**31 // 128**2  # of int8 numbers whose sum surely fits int32
@@ -159,9 +158,8 @@ def linear_rows(
 ) -> Tensor:
     """`linear` with rows of several widths: the input is quantized once for all of them."""
     groups = [RowGroup(*band) for band in weight.bands()]
-    stored_bias = None if bias is None else bias[weight.row_band.argsort(stable=True)]
-    places = row_places(weight.row_band)
-    return linear_groups(x, groups, input_scale, input_zero_point, stored_bias, places)
+    stored_bias = None if bias is None else bias.index_select(0, weight.order())
+    return linear_groups(x, groups, input_scale, input_zero_point, stored_bias, weight.places())
 
 
 def linear_groups(
@@ -182,7 +180,7 @@ def linear_groups(
         input_scale: As in `linear`.
         input_zero_point: As in `linear`.
         bias: [o] in storage order, or None.
-        order: int64 [o]: output channel j is row ``order[j]`` of the storage; None where that is j.
+        order: int32 or int64 [o]: output channel j is row ``order[j]`` of the storage; None where that is j.
         adapter: As in `linear`, `up` in storage order.
 
     Returns:
@@ -280,7 +278,7 @@ def conv2d_rows(
     if groups != 1:
         raise ValueError(f"groups must be 1, got {groups}; ask supports() first")
     bands = [RowGroup(*band) for band in weight.bands()]
-    stored_bias = None if bias is None else bias[weight.row_band.argsort(stable=True)]
+    stored_bias = None if bias is None else bias.index_select(0, weight.order())
     geometry = (stride, padding, dilation)
     out = _conv2d_groups(x, bands, input_scale, input_zero_point, stored_bias, geometry)
     return weight.restored(out, -1).permute(0, 3, 1, 2)
