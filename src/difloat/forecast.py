@@ -207,10 +207,8 @@ def _stored_bytes(made: Any, layer: LayerPlan) -> int:
     """Of a layer, with what fine-tuning adds to it."""
     if not getattr(made, "epochs", 0):
         return layer.nbytes
-    adapters, rank, carry = (
-        getattr(made, name, default) for name, default in (("adapters", 1), ("rank", 0), ("carry", "merged"))
-    )
-    return layer.nbytes + stored_bytes(layer, adapters, rank, carry)
+    adapters, rank = getattr(made, "adapters", 1), getattr(made, "rank", 0)
+    return layer.nbytes + stored_bytes(layer, adapters, rank, getattr(made, "carry", "merged"))
 
 
 def _training_s(made: Any, need: Mapping[str, float]) -> float:

@@ -83,10 +83,10 @@ def evaluate(
     texts = study.prompts_of(first, reference, prompts)
     guidance, call = study.call_of(reference, guidance)
     sampling = study.Sampling(texts, samples, steps, guidance, batch, call)
-    drawn = [study.draw(pipeline, sampling) for pipeline in (first, second)]
+    full, packed = study.draw(first, sampling), study.draw(second, sampling)
     if not processes.is_main():
         return
-    evaluation = study.judge(*drawn, sampling)
+    evaluation = study.judge(full, packed, sampling)
     table = Table(
         "measure", "value", "95 % interval", title=f"{quantized} against {reference}, {samples} pictures"
     )
