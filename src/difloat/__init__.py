@@ -20,6 +20,7 @@ from difloat import formats, rounding
 from difloat.fast_attention import accelerate as accelerate_attention
 from difloat.io import CheckpointError, load, register_with_diffusers, save, verify
 from difloat.kernels.backends import set_backend, use_backend
+from difloat.lora import load_lora, merge_lora, save_lora, set_lora, unload_lora, unmerge_lora
 from difloat.quantizer import LayerPlan, Plan
 from difloat.specs import Part, QuantSpec
 
@@ -38,13 +39,19 @@ __all__ = [
     "apply",
     "formats",
     "load",
+    "load_lora",
+    "merge_lora",
     "plan",
     "quantize",
     "reference",
     "restore",
     "rounding",
     "save",
+    "save_lora",
     "set_backend",
+    "set_lora",
+    "unload_lora",
+    "unmerge_lora",
     "use_backend",
     "verify",
 ]

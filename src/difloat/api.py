@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import calibration, layers, recipes
+from difloat import calibration, layers, lora, recipes
 from difloat.calibration import Calibration, CalibrationSettings
 from difloat.io import mark_quantized, unmark_quantized
 from difloat.methods import target as targets
@@ -200,6 +200,7 @@ def plan_calibrated(task: Task, recipe: str, bits: str, options: Mapping[str, An
 
 def check_model(module: nn.Module) -> None:
     """Refuse models that cannot be quantized before any work is done."""
+    lora.refuse(module, "quantized")
     found = layers.quantizable(module)
     if not found:
         raise ValueError(
@@ -219,6 +220,7 @@ def apply(model: Any, plan: Plan) -> Any:
         ValueError: if the plan was made for another model; nothing is changed then.
     """
     module = denoiser(model)
+    lora.refuse(module, "quantized")
     layers.apply(module, plan)
     mark_quantized(module, plan)
     return model

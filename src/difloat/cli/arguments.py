@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,11 @@ Guidance = Annotated[
 Images = Annotated[int, typer.Option(min=0, help="Pictures drawn with both models for the report; 0: none.")]
 Target = Annotated[str, typer.Option(help="any, or cpu: only formats that CPUs compute in integers.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
+
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(help="A LoRA to use, FILE or FILE:WEIGHT with the factor of its change; repeatable."),
+]
 
 
 def pipeline_of(source: str) -> Any:
@@ -60,3 +66,13 @@ def options_of(pairs: Sequence[str]) -> dict[str, str]:
                 f"--set must be name=value, got {pair!r}; write for example --set rounding=nearest"
             )
     return dict(pair.split("=", 1) for pair in pairs)
+
+
+def loras_of(texts: Sequence[str]) -> list[tuple[str, float]]:
+    """`--lora` values as files and weights; a colon without a number after it belongs to the file's name."""
+    found = []
+    for text in texts:
+        file, _, weight = text.rpartition(":")
+        number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", weight)
+        found.append((file, float(weight)) if file and number else (text, 1.0))
+    return found

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from difloat import tables
 from difloat.cli.application import app
-from difloat.cli.arguments import Batch, Guidance, Prompts, Source, Steps, pipeline_of
+from difloat.cli.arguments import Batch, Guidance, Loras, Prompts, Source, Steps, loras_of, pipeline_of
 from difloat.tables import console
 
 
@@ -25,15 +25,18 @@ def generate(
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
     batch: Batch = 8,
+    lora: Loras = None,
 ) -> None:
     """Draw pictures with a full-precision or quantized pipeline."""
     from PIL import Image
 
-    from difloat import evaluate, record, study
+    from difloat import evaluate, load_lora, record, study
 
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"output must be a directory, got the file {str(out)!r}; choose another")
     pipeline = pipeline_of(source)
+    for number, (file, weight) in enumerate(loras_of(lora or [])):
+        load_lora(pipeline, file, f"lora{number}", weight)
     texts = list(prompt) if prompt else study.prompts_of(pipeline, source, prompts)
     guidance, call = study.call_of(source, guidance)
     seeds = list(range(seed, seed + count))

@@ -68,7 +68,7 @@ def plan_of(model: nn.Module) -> Plan:
     """The plan that `model` carries out, read off its layers; tensors are shared with them.
 
     Raises:
-        ValueError: if it has no quantized layers, is not marked, or its vectors were cast to another dtype.
+        ValueError: if it has no quantized layers, is not marked, has adapters, or its vectors were cast to another dtype.
     """
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     found = {name: module.plan() for name, module in quantized.items() if module.parts}
@@ -77,6 +77,11 @@ def plan_of(model: nn.Module) -> Plan:
         raise ValueError(
             f"model must be quantized by difloat.apply or difloat.quantize, got a float {type(model).__name__}; "
             "quantize it first"
+        )
+    if wrapped := [name for name in found if name.endswith(".base_layer")]:
+        raise ValueError(
+            f"model must have no adapters to be read as a plan, but {wrapped[0].removesuffix('.base_layer')!r} has one; "
+            "call unload_lora_weights, before it fuse_lora if they shall stay"
         )
     for name, layer in found.items():
         for key, tensor in layer.tensors.items():

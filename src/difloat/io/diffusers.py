@@ -27,6 +27,7 @@ from difloat.io.layout import (
     plan_tensors,
     unbundle,
 )
+from difloat.io.lora_loader import teach_shapes
 from difloat.layers import QuantizedLayer
 from difloat.quantizer import LayerPlan
 from difloat.timesteps import Clock
@@ -210,7 +211,12 @@ class DifloatQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """State dict as stored; no metadata, since the config says it all."""
+        """State dict as stored; no metadata, since the config says it all. CheckpointError if adapters are loaded."""
+        if wrapped := [name for name in state_dict if ".base_layer." in name]:
+            raise CheckpointError(
+                f"model must have no adapters to be saved, but {wrapped[0]!r:.200} has one; "
+                "call unload_lora_weights, before it fuse_lora if they shall stay"
+            )
         return bundle(state_dict, self.plan), {}
 
     def _dequantize(self, model: Any) -> Any:
@@ -243,8 +249,12 @@ def register() -> None:
 
 def mark(model: Any, quantizer: DifloatQuantizer) -> None:
     """Let diffusers see that `model` is quantized, so that `save_pretrained` stores it as such."""
+    if hasattr(model, "load_lora_adapter"):
+        teach_shapes()
     config = quantizer.config
-    model.register_to_config(quantization_config=config.to_dict())
+    model.register_to_config(
+        quantization_config=config
+    )  # the object, as diffusers itself does: PEFT asks it for a dict
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method
