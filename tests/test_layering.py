@@ -20,6 +20,7 @@ LINE = (
     "rounding",
     "packing",
     "specs",
+    "scales",
     "quantizer",
     "kernels",
     "slots",

@@ -14,6 +14,7 @@ from torch import Tensor
 from difloat import quantizer, rounding
 from difloat.methods.search import ZERO_POINTS, search
 from difloat.quantizer import LayerPlan
+from difloat.scales import rows_of
 from difloat.specs import Part, QuantSpec
 
 
@@ -70,6 +71,11 @@ def _stored_weight(layer: LayerPlan) -> Tensor:
 
 def _encode(layer: LayerPlan, added: Tensor) -> tuple[LayerPlan, Tensor]:
     """A layer with one variant after the addition, and the weight it should have."""
+    if layer.bands:
+        order = layer.tensors["row_band"].argsort(stable=True)
+        pieces = added[order].split([band.rows for band in layer.bands])
+        bands, targets = zip(*map(_encode, layer.split_rows(), pieces), strict=True)
+        return quantizer.join_rows(bands, order), torch.cat(targets)[order.argsort()]
     before = _stored_weight(layer)
     after = before + added
     counts = [part.weight.scale_count(layer.shape[0], part.channels) for part in layer.parts]
@@ -90,11 +96,11 @@ def _encode(layer: LayerPlan, added: Tensor) -> tuple[LayerPlan, Tensor]:
 def _scales(piece: Tensor, spec: QuantSpec, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """Per row the old scale and zero point, or the best ones if they have less error."""
     format = spec.format
-    rows = quantizer.rows_of(piece, spec)
+    rows = rows_of(piece, spec)
     # A search moves zero points of unsigned grids only, and needs one where there are negative values.
     if format.signed == spec.zero_point:
         return scale, zero
-    real = quantizer.rows_of(torch.ones_like(piece), spec) > 0
+    real = rows_of(torch.ones_like(piece), spec) > 0
     rows = torch.where(real, rows, rows[:, :1])  # a group's padding must not draw the grid towards zero
 
     def error(scale: Tensor, zero: Tensor | None) -> Tensor:
