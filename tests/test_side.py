@@ -15,6 +15,7 @@ import difloat
 import tiny
 from difloat import api, layers, record
 from difloat.formats import parse
+from difloat.merging import add_to_weight
 from difloat.methods.adapters import Adaptive, stored_bytes
 from difloat.quantizer import SIDE, LayerPlan, Plan, plan_layer
 from difloat.side import low_rank, product
@@ -205,6 +206,14 @@ def test_restoring_adds_a_single_pair_and_refuses_several(model: Denoiser) -> No
     assert type(restored.conv_in) is nn.Conv2d
     with pytest.raises(ValueError, match="one weight each"):
         layers.restore(layers.apply(layers.shadow(model), planned(model)))
+
+
+def test_merging_a_change_into_the_weight_leaves_the_pairs_beside_it(model: Denoiser) -> None:
+    layer = planned(model).layers["conv_in"]
+    changed = add_to_weight(layer, torch.ones(layer.shape)).layer
+    assert changed.side == layer.side and changed.tensor_shapes() == layer.tensor_shapes()
+    assert all(torch.equal(changed.tensors[name], layer.tensors[name]) for name in SIDE)
+    assert not torch.equal(changed.tensors["weight"], layer.tensors["weight"])
 
 
 def test_repair_refuses_layers_with_something_beside(model: Denoiser) -> None:

@@ -51,7 +51,7 @@ class QuantizedLayer(nn.Module):
 
     parts: tuple[Part, ...] = ()
     bands: tuple[Band, ...] = ()  # of rows, where these have several widths
-    slots: tuple[Slot, ...] | tuple[RowSlot, ...] = ()
+    slots: tuple[Slot | RowSlot, ...] = ()
     float_shape: tuple[int, ...] = ()
     smoothed: bool = False
     schedule: tuple[int, ...] = ()

@@ -338,8 +338,8 @@ def join_rows(bands: Sequence[LayerPlan], order: Tensor) -> LayerPlan:
     for name in _PER_ROW:
         if vectors := [band.tensors[name] for band in sorted_bands if name in band.tensors]:
             tensors[name] = torch.cat(vectors)
-    tensors["row_band"] = torch.empty(len(order), dtype=torch.uint8)
-    tensors["row_band"][order] = torch.arange(len(bands)).repeat_interleave(torch.tensor(counts)).byte()
+    row_band = torch.arange(len(bands)).repeat_interleave(torch.tensor(counts))[order.argsort()]
+    tensors["row_band"] = row_band.to(tensors["weight"].device, torch.uint8)
     specs = tuple(Band(n, tuple(p.weight for p in band.parts)) for n, band in zip(counts, bands, strict=True))
     joined = replace(first, shape=(len(order), *first.shape[1:]), tensors=tensors, bands=specs)
     joined.tensor_shapes()  # refuses too many bands
