@@ -26,6 +26,8 @@ LINE = (
     "slots",
     "timesteps",
     "attention",
+    "units",
+    "side",
     "layers",
     "<side>",
     "methods",

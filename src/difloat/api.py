@@ -127,12 +127,12 @@ def repair(
         **settings: Fields of `CalibrationSettings`.
 
     Raises:
-        ValueError: if a layer has several weights chosen by timestep, or the plan is of another model.
+        ValueError: if a layer has several weights chosen by timestep or adapters beside it, or the plan is of another model.
     """
     for name, layer in plan.layers.items():
-        if layer.schedule or layer.input_schedule:
+        if layer.schedules or layer.side is not None:
             raise ValueError(
-                f"plan must have one weight and one input range per layer, but {name!r} depends on the timestep; "
+                f"plan must have one weight and one input range per layer and nothing beside, but not so {name!r}; "
                 "repair works on checkpoints of recipes without stretches or adapters by timestep"
             )
     data = calibrate(

@@ -17,9 +17,30 @@ from torch import Tensor, nn
 from difloat import attention
 from difloat.kernels import ops, row_ops
 from difloat.quantizer import VARIED, LayerPlan, Plan, dequantize
+from difloat.side import low_rank, product
 from difloat.slots import VECTORS, RowSlot, Slot, row_slots_of, slots_of
-from difloat.specs import Band, Part, weight_formats
+from difloat.specs import SIDE, Band, Part, Side, weight_formats
 from difloat.timesteps import Clock
+from difloat.units import blocks, inside_blocks, quantizable
+
+__all__ = [
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantizedLayer",
+    "apply",
+    "blocks",
+    "clock_of",
+    "empty_like",
+    "inside_blocks",
+    "install",
+    "quantizable",
+    "remove_clock",
+    "replace",
+    "restore",
+    "set_clock",
+    "shadow",
+    "weight_of",
+]
 
 _LINEAR = (ops.linear, row_ops.linear)
 _CONV2D = (ops.conv2d, row_ops.conv2d)
@@ -35,6 +56,7 @@ class QuantizedLayer(nn.Module):
     smoothed: bool = False
     schedule: tuple[int, ...] = ()
     input_schedule: tuple[int, ...] = ()
+    side: Side | None = None
     clock: Clock | None = None  # set where there is a schedule
     weight: Tensor
     weight_scale: Tensor
@@ -43,12 +65,14 @@ class QuantizedLayer(nn.Module):
     input_zero_point: Tensor
     input_factor: Tensor
     row_band: Tensor
+    side_down: Tensor
+    side_up: Tensor
 
     def allocate(self, plan: LayerPlan, device: torch.device | str) -> None:
         """Replace the float weight by empty packed state as planned; values are loaded afterwards."""
         self.parts, self.float_shape = plan.parts, tuple(plan.shape)
         self.smoothed, self.schedule = plan.smoothed, plan.schedule
-        self.input_schedule, self.bands = plan.input_schedule, plan.bands
+        self.input_schedule, self.bands, self.side = plan.input_schedule, plan.bands, plan.side
         self.slots = (
             row_slots_of(plan.parts, plan.bands) if plan.bands else slots_of(plan.shape[0], plan.parts)
         )
@@ -82,7 +106,8 @@ class QuantizedLayer(nn.Module):
         """The layer's state as a plan entry; tensors are shared, not copied."""
         kind: Literal["linear", "conv2d"] = "linear" if len(self.float_shape) == 2 else "conv2d"
         schedules = (self.schedule, self.input_schedule)
-        empty = LayerPlan(kind, self.float_shape, self.parts, {}, self.smoothed, *schedules, self.bands)
+        fields = (self.smoothed, *schedules, self.bands, self.side)
+        empty = LayerPlan(kind, self.float_shape, self.parts, {}, *fields)
         return with_changes(
             empty, tensors={name: getattr(self, name).detach() for name in empty.tensor_shapes()}
         )
@@ -91,6 +116,8 @@ class QuantizedLayer(nn.Module):
         """A stored tensor: of several variants the one for the timestep of the denoiser's call."""
         tensor: Tensor = getattr(self, name)
         schedule = self.schedule if name in VARIED else self.input_schedule
+        if self.side is not None and name in SIDE:
+            schedule = self.side.schedule
         if not schedule:
             return tensor
         if self.clock is None:
@@ -140,6 +167,13 @@ class QuantizedLayer(nn.Module):
         scale, zero_point = (found[0] if found else None for found in vectors[2:])  # the same in all bands
         return [packed, *vectors[:2], scale, zero_point, self.row_band]
 
+    def _with_side(self, out: Tensor, x: Tensor) -> Tensor:
+        """What the packed weight gives for the input `x`, and the low-rank branch on the same input added."""
+        if self.side is None:
+            return out
+        assert isinstance(self, nn.Linear | nn.Conv2d)
+        return out + low_rank(self, x, self.current("side_down"), self.current("side_up"))
+
     def _smooth(self, x: Tensor, axis: int) -> Tensor:
         """The input times its factors, channel by channel."""
         if not self.smoothed:
@@ -170,7 +204,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., i] to [..., o], in the dtype of `x`."""
-        return self._sum_of_parts(x, -1, _LINEAR)
+        return self._with_side(self._sum_of_parts(x, -1, _LINEAR), x)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -178,6 +212,9 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, i, h, w] to [b, o, h', w'], in the dtype of `x`."""
+        return self._with_side(self._convolved(x), x)
+
+    def _convolved(self, x: Tensor) -> Tensor:
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
             padding: tuple[int, ...] = (0, 0)
@@ -214,62 +251,6 @@ def empty_like(module: nn.Linear | nn.Conv2d) -> QuantLinear | QuantConv2d:
     layer.bias = module.bias
     layer.train(module.training)
     return layer
-
-
-def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Layers of `model` that can be quantized, by name in module order.
-
-    Subclasses that compute something else in `forward` are not among them, nor layers whose weight the parent reads
-    without calling them (`nn.MultiheadAttention`).
-    """
-    found = {}
-    for name, module in model.named_modules():
-        plain_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        plain_conv = isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
-        hidden = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        if (plain_linear or plain_conv) and not hidden:
-            found[name] = module
-    return found
-
-
-def blocks(model: nn.Module) -> dict[str, list[str]]:
-    """Layers by the block they belong to, in module order: the units of block-wise reconstruction.
-
-    A block is an innermost entry of a `ModuleList` or `Sequential` that holds at least two quantizable layers (a ResNet
-    block, a transformer block); a layer outside of any block is a unit of its own, under its own name.
-    """
-    layers = quantizable(model)
-    parents = [
-        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)
-    ]
-    entries = {
-        f"{parent}.{child}" if parent else child
-        for parent in parents
-        for child, _ in model.get_submodule(parent).named_children()
-    }
-    members = {entry: [name for name in layers if name.startswith(entry + ".")] for entry in entries}
-    members = {entry: names for entry, names in members.items() if len(names) >= 2}
-    innermost = {entry for entry in members if not any(other.startswith(entry + ".") for other in members)}
-    units: dict[str, list[str]] = {}
-    for name in layers:
-        owner = next((entry for entry in innermost if name.startswith(entry + ".")), name)
-        units.setdefault(owner, []).append(name)
-    return units
-
-
-def inside_blocks(model: nn.Module) -> list[str]:
-    """Quantizable layers that belong to an entry of some `ModuleList` or `Sequential`, in module order.
-
-    What is left out is what a model has once: embedders of the sample, the timestep and the text, the final projection.
-    """
-    containers = [
-        f"{name}." if name else ""
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-    ]
-    return [
-        name for name in quantizable(model) if any(name.startswith(container) for container in containers)
-    ]
 
 
 def shadow(model: nn.Module, *, frozen: bool = False) -> nn.Module:
@@ -348,7 +329,7 @@ def set_clock(model: nn.Module, clock: Clock) -> None:
     remove_clock(model)
     model.register_forward_pre_hook(clock, with_kwargs=True)
     for module in model.modules():
-        if isinstance(module, QuantizedLayer) and (module.schedule or module.input_schedule):
+        if isinstance(module, QuantizedLayer) and module.plan().schedules:
             module.clock = clock
 
 
@@ -368,16 +349,16 @@ def remove_clock(model: nn.Module) -> None:
 def restore(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Turn every quantized layer back into a plain float layer with the dequantized weight, in place; returns `model`.
 
-    Attention computes in high precision again.
+    A low-rank pair beside a weight is added to it. Attention computes in high precision again.
 
     Raises:
         ValueError: if a layer has several weights, chosen by timestep; the model is then unchanged.
     """
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer) and module.schedule:
+        if isinstance(module, QuantizedLayer) and (module.schedule or (module.side and module.side.schedule)):
             raise ValueError(
                 f"layers must have one weight each to become float, but {name!r} has one per stretch of timesteps; "
-                "quantize with one stretch"
+                "quantize with one stretch or adapter"
             )
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLayer):
@@ -392,7 +373,10 @@ def _plain(module: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
     plain.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
     plain._parameters = dict(module._parameters)
     plain._buffers = {}
-    plain.weight = nn.Parameter(dequantize(module.plan()).to(dtype))
+    weight = dequantize(module.plan())
+    if module.side is not None:
+        weight = weight + product(module.side_down, module.side_up)
+    plain.weight = nn.Parameter(weight.to(dtype))
     bias = module._parameters["bias"]
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().to(dtype))

@@ -15,7 +15,7 @@ from difloat import quantizer, rounding
 from difloat.methods.search import ZERO_POINTS, search
 from difloat.quantizer import LayerPlan
 from difloat.scales import rows_of
-from difloat.specs import Part, QuantSpec
+from difloat.specs import SIDE, Part, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ def add_to_weight(layer: LayerPlan, change: Tensor) -> Changed:
         asked += float(added.square().sum())
         lost += float((_stored_weight(changed) - target).square().sum())
         plans.append(changed)
-    joined = replace(quantizer.join_variants(plans, layer.schedule), smoothed=layer.smoothed)
+    joined = quantizer.join_variants(plans, layer.schedule)
+    beside = {name: layer.tensors[name] for name in SIDE if name in layer.tensors}
+    tensors = {**joined.tensors, **beside}
+    joined = replace(joined, tensors=tensors, smoothed=layer.smoothed, side=layer.side)
     return Changed(joined, 1 - lost / asked if asked else 1.0)
 
 

@@ -9,6 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from difloat import processes
+from difloat.tables import console
+
 Source = Annotated[
     str,
     typer.Argument(help="A diffusers pipeline directory, or an embedded model: emoji-unet, emoji-pixart."),
@@ -29,6 +32,12 @@ Loras = Annotated[
     list[str] | None,
     typer.Option(help="A LoRA to use, FILE or FILE:WEIGHT with the factor of its change; repeatable."),
 ]
+
+
+def meet() -> None:
+    """Join the other processes of a launch, if there are some; only the main one prints from here on."""
+    processes.join("cpu")
+    console.quiet = not processes.is_main()
 
 
 def pipeline_of(source: str) -> Any:

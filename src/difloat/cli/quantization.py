@@ -19,6 +19,7 @@ from difloat.cli.arguments import (
     Steps,
     Target,
     check_out,
+    meet,
     options_of,
     pipeline_of,
 )
@@ -65,6 +66,7 @@ def quantize(
     from difloat import api, calibration, recipes, study
     from difloat.methods.task import Bits
 
+    meet()
     chosen = options_of(option or [])
     recipes.make_options(recipes.lookup(recipe), chosen)
     Bits.parse(bits)
@@ -102,8 +104,8 @@ def _carry_out(
     plan = api.plan(pipeline, recipe, bits, prompts=sampling.prompts, **arguments)
     seconds = {"quantize, all of it": time.perf_counter() - start}
     made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
-    tables.print_summary(made)
-    console.print(f"checkpoint {out}\nreport     {out / 'report.html'}", highlight=False, soft_wrap=True)
+    if made is not None:
+        tables.print_made(made, out)
 
 
 @app.command()
@@ -129,6 +131,7 @@ def repair(
     import difloat
     from difloat import api, study
 
+    meet()
     if images == 1:
         raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
     check_out(out, overwrite)
@@ -151,8 +154,8 @@ def repair(
     seconds = {"repair, all of it": time.perf_counter() - start}
     sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=call)
     made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
-    tables.print_summary(made)
-    console.print(f"checkpoint {out}\nreport     {out / 'report.html'}", highlight=False, soft_wrap=True)
+    if made is not None:
+        tables.print_made(made, out)
 
 
 @app.command()

@@ -32,6 +32,8 @@ from difloat.layers import QuantizedLayer
 from difloat.quantizer import LayerPlan
 from difloat.timesteps import Clock
 
+_DISGUISE = {torch.float32: torch.int32, torch.float16: torch.int16}
+
 
 class DifloatMethod(str, Enum):
     """The name under which diffusers knows difloat; it reads `.value`, so a plain string would not do."""
@@ -69,8 +71,8 @@ class DifloatConfig(QuantizationConfigMixin):
 class DifloatQuantizer(DiffusersQuantizer):
     """Loads and saves models whose layers are packed already. Final.
 
-    The loader casts every floating tensor to the dtype it was asked for, before any hook could object. Vectors of
-    quantized layers are float32 whatever that dtype is, so they pass the cast as int32.
+    The loader casts every floating tensor to the dtype it was asked for, before any hook could object. What quantized layers
+    store in floats keeps its dtype whatever that is, so it passes the cast as integers of the same width.
     """
 
     use_keep_in_fp32_modules = True
@@ -150,7 +152,7 @@ class DifloatQuantizer(DiffusersQuantizer):
                 )
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Take the bundle apart and send every vector as int32 past the loader's cast."""
+        """Take the bundle apart and send every vector as integers past the loader's cast."""
         stored = state_dict.get(INPUT_BUNDLE)
         if stored is not None and (stored.dtype, stored.numel()) != (
             torch.float32,
@@ -165,8 +167,8 @@ class DifloatQuantizer(DiffusersQuantizer):
                 raise CheckpointError(
                     f"tensor {name!r:.200} must be {self._own[name].dtype}, got {tensor.dtype}; download or save it again"
                 )
-            if name in self._own and tensor.dtype == torch.float32:
-                state[name] = tensor.view(torch.int32)
+            if name in self._own and tensor.is_floating_point():
+                state[name] = tensor.view(_DISGUISE[tensor.dtype])
         return state
 
     def check_if_quantized_param(
