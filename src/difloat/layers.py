@@ -14,15 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from difloat import attention
+from difloat import attention, parents
 from difloat.kernels import ops
+from difloat.parents import PackedWeight
 from difloat.quantizer import VARIED, LayerPlan, Plan, dequantize
 from difloat.slots import VECTORS, Slot, slots_of
 from difloat.specs import Part
 from difloat.timesteps import Clock
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(PackedWeight):
     """What both layer types share: packed state, decoding of the weight, the sum over parts."""
 
     parts: tuple[Part, ...] = ()
@@ -32,7 +33,6 @@ class QuantizedLayer(nn.Module):
     schedule: tuple[int, ...] = ()
     input_schedule: tuple[int, ...] = ()
     clock: Clock | None = None  # set where there is a schedule
-    weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
     input_scale: Tensor
@@ -48,7 +48,7 @@ class QuantizedLayer(nn.Module):
         for name, tensor in plan.tensors.items():
             empty = torch.empty_like(tensor, device=device)
             if name == "weight":
-                self.weight = nn.Parameter(empty, requires_grad=False)
+                self.weight = nn.Parameter(empty.view(self.stored_dtype), requires_grad=False)
             else:
                 self.register_buffer(name, empty)
 
@@ -57,7 +57,7 @@ class QuantizedLayer(nn.Module):
         self.allocate(plan, "meta")
         for name, tensor in plan.tensors.items():
             if name == "weight":
-                self.weight = nn.Parameter(tensor.to(device), requires_grad=False)
+                self.hold(tensor.to(device))
             else:
                 setattr(self, name, tensor.to(device))
 
@@ -65,6 +65,8 @@ class QuantizedLayer(nn.Module):
         """Move like any module, but a change of the model's dtype leaves scales and zero points in float32."""
         exact = dict(self._buffers)
         super()._apply(fn, recurse)
+        if self.input_dtype is not None:
+            self.input_dtype = fn(torch.empty(0, dtype=self.input_dtype)).dtype
         for name, buffer in exact.items():
             moved = self._buffers[name]
             if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
@@ -78,12 +80,16 @@ class QuantizedLayer(nn.Module):
             kind, self.float_shape, self.parts, {}, self.smoothed, self.schedule, self.input_schedule
         )
         return with_changes(
-            empty, tensors={name: getattr(self, name).detach() for name in empty.tensor_shapes()}
+            empty, tensors={name: self._tensor(name).detach() for name in empty.tensor_shapes()}
         )
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self.packed if name == "weight" else getattr(self, name)
+        return tensor
 
     def current(self, name: str) -> Tensor:
         """A stored tensor: of several variants the one for the timestep of the denoiser's call."""
-        tensor: Tensor = getattr(self, name)
+        tensor = self._tensor(name)
         schedule = self.schedule if name in VARIED else self.input_schedule
         if not schedule:
             return tensor
@@ -91,8 +97,9 @@ class QuantizedLayer(nn.Module):
             raise RuntimeError(
                 "a layer that depends on the timestep must be part of a denoiser, got one on its own; apply a plan"
             )
-        number = torch.tensor(schedule, device=tensor.device)[self.clock.entry().to(tensor.device)]
-        return tensor.unflatten(0, (max(schedule) + 1, -1)).index_select(0, number.reshape(1))[0]
+        entry = self.clock.entry().to(tensor.device).reshape(1)
+        number = torch.tensor(schedule, device=tensor.device).index_select(0, entry)
+        return tensor.unflatten(0, (max(schedule) + 1, -1)).index_select(0, number)[0]
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [o, i, *k] that the codes stand for; of a smoothed layer without undoing the factors."""
@@ -109,7 +116,7 @@ class QuantizedLayer(nn.Module):
     def _stored(self, slot: Slot) -> list[Any]:
         """Packed weight and vectors of one part, for the timestep of the denoiser's call."""
         if len(self.slots) == 1 and not self.schedule and not self.input_schedule:
-            return [self.weight, *(self._buffers.get(name) for name in VECTORS)]
+            return [self.packed, *(self._buffers.get(name) for name in VECTORS)]
         pairs = zip(VECTORS, slot.vectors, strict=True)
         vectors = [None if where is None else self.current(name)[where] for name, where in pairs]
         return [self.current("weight")[:, slot.columns], *vectors]
@@ -123,7 +130,7 @@ class QuantizedLayer(nn.Module):
 
     def _sum_of_parts(self, x: Tensor, axis: int, operator: Callable[..., Tensor], *geometry: Any) -> Tensor:
         """`operator` on every part of the smoothed input; the bias goes with the first."""
-        x = self._smooth(x, axis)
+        x = self._smooth(self._cast(x), axis)
         if len(self.slots) == 1:
             return operator(x, *self._stored(self.slots[0]), self.bias, self.slots[0].text, *geometry)
         pieces = x.split([slot.channels for slot in self.slots], dim=axis)
@@ -189,14 +196,15 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Layers of `model` that can be quantized, by name in module order.
 
     Subclasses that compute something else in `forward` are not among them, nor layers whose weight the parent reads
-    without calling them (`nn.MultiheadAttention`).
+    without calling them (`nn.MultiheadAttention`) or whose input it casts to the weight's dtype (`parents.casts`).
     """
     found = {}
+    cast = set(parents.casts(model))
     for name, module in model.named_modules():
         plain_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
         plain_conv = isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
         hidden = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        if (plain_linear or plain_conv) and not hidden:
+        if (plain_linear or plain_conv) and not hidden and name not in cast:
             found[name] = module
     return found
 
@@ -266,8 +274,8 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def install(model: nn.Module, name: str, plan: LayerPlan) -> None:
-    """Swap one float or quantized layer of `model` for a quantized one, in place.
+def install(model: nn.Module, name: str, plan: LayerPlan, device: torch.device | str | None = None) -> None:
+    """Swap one float or quantized layer of `model` for a quantized one, in place; None: on the device of the old one.
 
     Raises:
         ValueError: if there is no such layer or its shape is another one.
@@ -283,9 +291,18 @@ def install(model: nn.Module, name: str, plan: LayerPlan) -> None:
         raise ValueError(
             f"layer {name!r} must have the planned shape {plan.shape}, got {shape}; use the model the plan was made for"
         )
-    device = old.weight.device
+    home = old.weight.device
     layer = empty_like(old)
-    layer.load(plan, device)
+    swap(model, name, layer)
+    layer.load(plan, home if device is None else device)
+
+
+def swap(model: nn.Module, name: str, layer: QuantLinear | QuantConv2d) -> None:
+    """Put a quantized layer in the place of the layer `name`; it answers as that one did if the parent asks for a dtype."""
+    parent, _, child = name.rpartition(".")
+    old = model.get_submodule(name)
+    if parents.asks(model.get_submodule(parent), child):
+        layer.answer_as(old.input_dtype if isinstance(old, QuantizedLayer) else weight_of(model, name).dtype)
     replace(model, name, layer)
 
 
@@ -295,6 +312,18 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         ValueError: if the plan does not fit; the model is then unchanged.
     """
+    check(model, plan)
+    clock = Clock(model, plan.timesteps) if plan.timesteps else None
+    for name, layer in plan.layers.items():
+        install(model, name, layer)
+    attention.install(model, plan.attention)
+    if clock is not None:
+        set_clock(model, clock)
+    return model
+
+
+def check(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan of another model; ValueError."""
     float_layers = quantizable(model)
     for name, layer in plan.layers.items():
         if name not in float_layers or tuple(float_layers[name].weight.shape) != tuple(layer.shape):
@@ -303,13 +332,6 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
                 "use the model the plan was made for, not yet quantized"
             )
     attention.check(model, plan.attention)
-    clock = Clock(model, plan.timesteps) if plan.timesteps else None
-    for name, layer in plan.layers.items():
-        install(model, name, layer)
-    attention.install(model, plan.attention)
-    if clock is not None:
-        set_clock(model, clock)
-    return model
 
 
 def set_clock(model: nn.Module, clock: Clock) -> None:
