@@ -23,6 +23,7 @@ LINE = (
     "scales",
     "quantizer",
     "kernels",
+    "parents",
     "slots",
     "timesteps",
     "attention",
@@ -42,6 +43,7 @@ TOP = {
     "__main__",
     "cli",
     "api",
+    "components",
     "lora",
     "merging",
     "peft_layers",
@@ -59,7 +61,9 @@ LAZY = {
     "torchmetrics",
 }
 INTEGRATION = {  # these subclass the library's own classes, and are imported once the library is in use
+    "io/config.py": {"diffusers", "transformers"},
     "io/diffusers.py": {"diffusers"},
+    "io/transformers.py": {"transformers"},
     "peft_layers.py": {"peft"},
 }
 FILE_LINES, FUNCTION_LINES, RECIPE_LINES = 400, 60, 120

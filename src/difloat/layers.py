@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from difloat import attention
+from difloat import attention, parents
 from difloat.kernels import ops, row_ops
+from difloat.parents import PackedWeight
 from difloat.quantizer import VARIED, LayerPlan, Plan, dequantize
 from difloat.side import low_rank, product
 from difloat.slots import VECTORS, RowSlot, Slot, row_slots_of, slots_of
@@ -46,7 +47,7 @@ _LINEAR = (ops.linear, row_ops.linear)
 _CONV2D = (ops.conv2d, row_ops.conv2d)
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(PackedWeight):
     """What both layer types share: packed state, decoding of the weight, the sum over parts."""
 
     parts: tuple[Part, ...] = ()
@@ -58,7 +59,6 @@ class QuantizedLayer(nn.Module):
     input_schedule: tuple[int, ...] = ()
     side: Side | None = None
     clock: Clock | None = None  # set where there is a schedule
-    weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
     input_scale: Tensor
@@ -77,18 +77,17 @@ class QuantizedLayer(nn.Module):
             row_slots_of(plan.parts, plan.bands) if plan.bands else slots_of(plan.shape[0], plan.parts)
         )
         for name, tensor in plan.tensors.items():
-            empty = torch.empty_like(tensor, device=device)
             if name == "weight":
-                self.weight = nn.Parameter(empty, requires_grad=False)
+                self.hold(torch.empty_like(tensor, device=device))
             else:
-                self.register_buffer(name, empty)
+                self.register_buffer(name, torch.empty_like(tensor, device=device))
 
     def load(self, plan: LayerPlan, device: torch.device | str) -> None:
         """Take over the stored tensors of a plan."""
         self.allocate(plan, "meta")
         for name, tensor in plan.tensors.items():
             if name == "weight":
-                self.weight = nn.Parameter(tensor.to(device), requires_grad=False)
+                self.hold(tensor.to(device))
             else:
                 setattr(self, name, tensor.to(device))
 
@@ -96,6 +95,8 @@ class QuantizedLayer(nn.Module):
         """Move like any module, but a change of the model's dtype leaves scales and zero points in float32."""
         exact = dict(self._buffers)
         super()._apply(fn, recurse)
+        if self.input_dtype is not None:
+            self.input_dtype = fn(torch.empty(0, dtype=self.input_dtype)).dtype
         for name, buffer in exact.items():
             moved = self._buffers[name]
             if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
@@ -109,12 +110,16 @@ class QuantizedLayer(nn.Module):
         fields = (self.smoothed, *schedules, self.bands, self.side)
         empty = LayerPlan(kind, self.float_shape, self.parts, {}, *fields)
         return with_changes(
-            empty, tensors={name: getattr(self, name).detach() for name in empty.tensor_shapes()}
+            empty, tensors={name: self._tensor(name).detach() for name in empty.tensor_shapes()}
         )
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self.packed if name == "weight" else getattr(self, name)
+        return tensor
 
     def current(self, name: str) -> Tensor:
         """A stored tensor: of several variants the one for the timestep of the denoiser's call."""
-        tensor: Tensor = getattr(self, name)
+        tensor = self._tensor(name)
         schedule = self.schedule if name in VARIED else self.input_schedule
         if self.side is not None and name in SIDE:
             schedule = self.side.schedule
@@ -124,9 +129,7 @@ class QuantizedLayer(nn.Module):
             raise RuntimeError(
                 "a layer that depends on the timestep must be part of a denoiser, got one on its own; apply a plan"
             )
-        entry = (
-            self.clock.entry().to(tensor.device).reshape(1)
-        )  # indexing by a number would break a compiled graph
+        entry = self.clock.entry().to(tensor.device).reshape(1)  # a number would break a compiled graph
         number = torch.tensor(schedule, device=tensor.device).index_select(0, entry)
         return tensor.unflatten(0, (max(schedule) + 1, -1)).index_select(0, number)[0]
 
@@ -151,7 +154,7 @@ class QuantizedLayer(nn.Module):
         if isinstance(slot, RowSlot):
             return self._stored_rows(slot)
         if len(self.slots) == 1 and not self.schedule and not self.input_schedule:
-            return [self.weight, *(self._buffers.get(name) for name in VECTORS)]
+            return [self.packed, *(self._buffers.get(name) for name in VECTORS)]
         pairs = zip(VECTORS, slot.vectors, strict=True)
         vectors = [None if where is None else self.current(name)[where] for name, where in pairs]
         return [self.current("weight")[:, slot.columns], *vectors]
@@ -188,7 +191,7 @@ class QuantizedLayer(nn.Module):
 
         The bias goes with the first part.
         """
-        x, operator = self._smooth(x, axis), operators[bool(self.bands)]
+        x, operator = self._smooth(self._cast(x), axis), operators[bool(self.bands)]
         if len(self.slots) == 1:
             return operator(x, *self._stored(self.slots[0]), self.bias, self.slots[0].text, *geometry)
         pieces = x.split([slot.channels for slot in self.slots], dim=axis)
@@ -278,8 +281,8 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def install(model: nn.Module, name: str, plan: LayerPlan) -> None:
-    """Swap one float or quantized layer of `model` for a quantized one, in place.
+def install(model: nn.Module, name: str, plan: LayerPlan, device: torch.device | str | None = None) -> None:
+    """Swap one float or quantized layer of `model` for a quantized one, in place; None: on the device of the old one.
 
     Raises:
         ValueError: if there is no such layer or its shape is another one.
@@ -295,9 +298,18 @@ def install(model: nn.Module, name: str, plan: LayerPlan) -> None:
         raise ValueError(
             f"layer {name!r} must have the planned shape {plan.shape}, got {shape}; use the model the plan was made for"
         )
-    device = old.weight.device
+    home = old.weight.device
     layer = empty_like(old)
-    layer.load(plan, device)
+    swap(model, name, layer)
+    layer.load(plan, home if device is None else device)
+
+
+def swap(model: nn.Module, name: str, layer: QuantLinear | QuantConv2d) -> None:
+    """Put a quantized layer in the place of the layer `name`; it answers as that one did if the parent asks for a dtype."""
+    parent, _, child = name.rpartition(".")
+    old = model.get_submodule(name)
+    if parents.asks(model.get_submodule(parent), child):
+        layer.answer_as(old.input_dtype if isinstance(old, QuantizedLayer) else weight_of(model, name).dtype)
     replace(model, name, layer)
 
 
@@ -307,6 +319,18 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         ValueError: if the plan does not fit; the model is then unchanged.
     """
+    check(model, plan)
+    clock = Clock(model, plan.timesteps) if plan.timesteps else None
+    for name, layer in plan.layers.items():
+        install(model, name, layer)
+    attention.install(model, plan.attention)
+    if clock is not None:
+        set_clock(model, clock)
+    return model
+
+
+def check(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan of another model; ValueError."""
     float_layers = quantizable(model)
     for name, layer in plan.layers.items():
         if name not in float_layers or tuple(float_layers[name].weight.shape) != tuple(layer.shape):
@@ -315,13 +339,6 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
                 "use the model the plan was made for, not yet quantized"
             )
     attention.check(model, plan.attention)
-    clock = Clock(model, plan.timesteps) if plan.timesteps else None
-    for name, layer in plan.layers.items():
-        install(model, name, layer)
-    attention.install(model, plan.attention)
-    if clock is not None:
-        set_clock(model, clock)
-    return model
 
 
 def set_clock(model: nn.Module, clock: Clock) -> None:

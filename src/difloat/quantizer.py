@@ -186,6 +186,7 @@ class Plan:
         attention: By the name of the attention module; what is not there computes as before.
         timesteps: Grid that the layers' schedules refer to, in the unit of the denoiser's argument; a call takes the
             nearest entry. Empty if no layer has a schedule.
+        components: Plans of other components of the pipeline, by name; each is stored with its component.
     """
 
     recipe: str
@@ -196,6 +197,7 @@ class Plan:
     measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
     timesteps: tuple[float, ...] = ()
+    components: Mapping[str, Plan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = {len(schedule) for layer in self.layers.values() for schedule in layer.schedules}

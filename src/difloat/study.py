@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import difloat
-from difloat import api, calibration, evaluate, layers, processes, recipes, record, reference_models
+from difloat import (
+    api,
+    calibration,
+    components,
+    evaluate,
+    layers,
+    processes,
+    recipes,
+    record,
+    reference_models,
+)
 from difloat.calibration import CalibrationSettings
 from difloat.evaluate import Evaluation, Generated
 from difloat.forecast import Forecast
@@ -186,7 +196,7 @@ def finish(
         prompts=[sampling.prompt_of(index) for index in range(shown)],
         seeds=list(range(shown)),
         timings=timings,
-        notes=notes_of(plan.recipe),
+        notes=[*notes_of(plan.recipe), *components.notes(plan)],
     )
     record.write(made, left, right, out)
     return made

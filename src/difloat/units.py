@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
+from difloat import parents
+
 
 def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Layers of `model` that can be quantized, by name in module order.
 
     Subclasses that compute something else in `forward` are not among them, nor layers whose weight the parent reads
-    without calling them (`nn.MultiheadAttention`).
+    without calling them (`nn.MultiheadAttention`) or whose input it casts to the weight's dtype (`parents.casts`).
     """
     found = {}
+    cast = set(parents.casts(model))
     for name, module in model.named_modules():
         plain_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
         plain_conv = isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
         hidden = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        if (plain_linear or plain_conv) and not hidden:
+        if (plain_linear or plain_conv) and not hidden and name not in cast:
             found[name] = module
     return found
 
@@ -28,12 +31,12 @@ def blocks(model: nn.Module) -> dict[str, list[str]]:
     block, a transformer block); a layer outside of any block is a unit of its own, under its own name.
     """
     layers = quantizable(model)
-    parents = [
+    containers = [
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)
     ]
     entries = {
         f"{parent}.{child}" if parent else child
-        for parent in parents
+        for parent in containers
         for child, _ in model.get_submodule(parent).named_children()
     }
     members = {entry: [name for name in layers if name.startswith(entry + ".")] for entry in entries}

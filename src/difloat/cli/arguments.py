@@ -26,6 +26,12 @@ Guidance = Annotated[
 ]
 Images = Annotated[int, typer.Option(min=0, help="Pictures drawn with both models for the report; 0: none.")]
 Target = Annotated[str, typer.Option(help="any, or cpu: only formats that CPUs compute in integers.")]
+Components = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantize others than the denoiser too, without data: transformer,text_encoder,vae=w8a8."
+    ),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
 
 Loras = Annotated[

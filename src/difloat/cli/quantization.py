@@ -12,6 +12,7 @@ from difloat import tables
 from difloat.cli.application import app
 from difloat.cli.arguments import (
     Checkpoint,
+    Components,
     Guidance,
     Images,
     Prompts,
@@ -54,6 +55,7 @@ def quantize(
         typer.Option("--set", help="Option of the recipe, like --set rounding=nearest; repeatable."),
     ] = None,
     target: Target = "any",
+    components: Components = None,
     images: Images = 16,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan, size, memory and time, stop.")
@@ -62,7 +64,7 @@ def quantize(
         bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")
     ] = False,
 ) -> None:
-    """Quantize a pipeline's denoiser, write the packed checkpoint and a report of what it cost."""
+    """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
     from difloat import api, calibration, recipes, study
     from difloat.methods.task import Bits
 
@@ -85,6 +87,7 @@ def quantize(
         return
     sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=call)
     everything = {"cache_dir": cache, "call_kwargs": call, "target": target, **vars(settings), **chosen}
+    everything["components"] = components.split(",") if components else None
     _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
 
 

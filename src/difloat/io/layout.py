@@ -330,7 +330,7 @@ def check_headers(plan: Plan, stored: Mapping[str, StoredTensor]) -> None:
             )
 
 
-def check_stored(name: str, layer: LayerPlan, values: Tensor) -> None:
+def check_stored(name: str, bands: Sequence[Band], values: Tensor) -> None:
     """Check the values of a stored tensor besides packed codes, called ``<layer>.<tensor>``.
 
     Raises:
@@ -338,10 +338,10 @@ def check_stored(name: str, layer: LayerPlan, values: Tensor) -> None:
             rows belong to every band as the plan says.
     """
     if name.endswith(".row_band"):
-        counts = torch.bincount(values.int(), minlength=len(layer.bands)).tolist()
-        if counts != [band.rows for band in layer.bands]:
+        counts = torch.bincount(values.int(), minlength=len(bands)).tolist()
+        if counts != [band.rows for band in bands]:
             raise CheckpointError(
-                f"{name!r:.200} must put {[band.rows for band in layer.bands]!r:.80} rows into the bands, got {counts!r:.80}; "
+                f"{name!r:.200} must put {[band.rows for band in bands]!r:.80} rows into the bands, got {counts!r:.80}; "
                 "quantize or download the model again"
             )
         return
