@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = {
     "train_lora.py": ["--pictures", "4", "--steps", "2", "--iterations", "8", "--rank", "2"],
+    "load_anywhere.py": ["--weights", "e2m1"],
     "plain_module.py": ["--iterations", "20", "--width", "8"],
     "quantize_pipeline.py": ["--samples", "6", "--steps", "2", "--iterations", "2", "--images", "2"],
 }

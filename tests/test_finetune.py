@@ -21,7 +21,9 @@ from difloat.methods.posttraining import LayerRules, Sequencing
 from difloat.methods.search import ZERO_POINTS
 from difloat.methods.student import Router, Student
 from difloat.methods.task import Bits, Task
-from difloat.quantizer import LayerPlan, dequantize
+from difloat.quantizer import LayerPlan, Plan, dequantize
+from difloat.specs import QuantSpec
+from mixed_rows import in_bands
 
 SETTINGS = TrainingSettings(epochs=3, rows=4, adapter_rate=0.05, router_rate=0.05)
 
@@ -85,20 +87,32 @@ def test_the_input_after_silu_is_unsigned_and_the_others_signed() -> None:
     assert float(plans["conv_out"].tensors["input_zero_point"]) < 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"adapters": 1}, {"input_ranges_by_timestep": True}, {"rank": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"adapters": 1},
+        {"input_ranges_by_timestep": True},
+        {"rank": 0},
+        {"carry": "side"},
+        {"carry": "side", "adapters": 1, "without_adapters": ["conv_in"]},
+        {"carry": "side", "input_ranges_by_timestep": True},
+    ],
+)
 def test_packed_layers_compute_what_was_trained(changes: dict) -> None:
     task, plans = prepared()
     student = student_of(task, plans, **changes)
     trained(task, student)
-    from difloat.quantizer import Plan
-
     packed = student.packed()
-    grid = student.grid if any(p.schedule or p.input_schedule for p in packed.values()) else ()
+    grid = student.grid if any(p.schedules for p in packed.values()) else ()
     model = layers.apply(layers.shadow(task.model), Plan("test", "w4a4", packed, timesteps=grid))
     for _, (args, kwargs) in by_timestep(task):
         with torch.no_grad():
             torch.testing.assert_close(model(*args, **kwargs), student(args, kwargs), rtol=1e-4, atol=1e-5)
     assert (len(packed["conv_in"].input_schedule) == 3) == bool(changes.get("input_ranges_by_timestep"))
+    beside = {name for name, plan in packed.items() if plan.side is not None}
+    expected = set(packed) - {*changes.get("without_adapters", ())} if "carry" in changes else set()
+    assert beside == expected and not any(packed[name].schedule for name in beside)
 
 
 def test_packed_codes_are_those_of_the_fake_quantized_weight() -> None:
@@ -111,6 +125,55 @@ def test_packed_codes_are_those_of_the_fake_quantized_weight() -> None:
         for variant, adapter in enumerate(sorted(set(table[:, number].tolist()))):
             weight = twin.quantized(twin.merged(torch.eye(2)[adapter])).detach()
             assert torch.equal(dequantize(plan.variant(variant)), weight), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"adapters": 1, "input_ranges_by_timestep": True}, {"rank": 0}])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_rows_of_several_widths_are_packed_as_they_were_trained(smoothed: bool, changes: dict) -> None:
+    task, plans = prepared()
+    factors = {"conv_in": torch.tensor([0.5, 3.0, 1.2]), "time": torch.tensor([2.0, 0.7, 1.0, 1.5])}
+    for name, names in (("conv_in", ["uint1", "uint2", "e2m0"]), ("time", ["e2m1", "uint1"])):
+        weight, parts = task.model.get_submodule(name).weight, plans[name].parts
+        plans[name] = in_bands(weight, parts, names, factors[name] if smoothed else None)
+    student = student_of(task, plans, **changes)
+    start = student.twins[0].quantized(student.twins[0].merged(torch.zeros(2))).detach()
+    expected = dequantize(replace(plans["conv_in"], smoothed=False))
+    assert torch.equal(start, expected) or smoothed  # dividing by a factor and multiplying is not exact
+    torch.testing.assert_close(start, expected)
+    before = [scale.detach().clone() for scale in student.twins[0].weight_scales]
+    losses = trained(task, student, replace(SETTINGS, epochs=6))
+    assert losses[-1] < losses[0]
+    assert len(before) == 3
+    assert any(not torch.equal(a, b) for a, b in zip(before, student.twins[0].weight_scales, strict=True))
+    packed, table = student.packed(), student.table()
+    for number, name in enumerate(plans):
+        twin = student.twins[number]
+        assert packed[name].bands == plans[name].bands and packed[name].smoothed == plans[name].smoothed
+        for variant, adapter in enumerate(sorted(set(table[:, number].tolist()))):
+            weight = twin.quantized(
+                twin.merged(torch.eye(2)[adapter : adapter + 1][0][: twin.adapters])
+            ).detach()
+            plain = replace(packed[name].variant(variant), smoothed=False)
+            assert torch.equal(dequantize(plain), weight), name
+    grid = student.grid if any(p.schedule or p.input_schedule for p in packed.values()) else ()
+    model = layers.apply(layers.shadow(task.model), Plan("test", "w2a4", packed, timesteps=grid))
+    for _, (args, kwargs) in by_timestep(task):
+        with torch.no_grad():
+            torch.testing.assert_close(model(*args, **kwargs), student(args, kwargs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_smoothed_layer_is_trained_as_the_input_sees_it() -> None:
+    task, plans = prepared()
+    factor = torch.tensor([0.5, 3.0, 1.2])
+    weight, parts = task.model.conv_in.weight.detach(), plans["conv_in"].parts
+    smoothed = in_bands(weight, parts, ["int8"], factor)
+    twin = student_of(task, {"conv_in": smoothed}, adapters=1, rank=0).twins[0]
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    expected = nn.functional.conv2d(
+        twin.quantized_input(x), weight / factor.reshape(1, 3, 1, 1), task.model.conv_in.bias, padding=1
+    )
+    got = twin(x).detach()
+    assert (got - expected).abs().max() < 0.02 * expected.abs().max()  # 8 bits
 
 
 def test_training_lowers_the_loss_and_leaves_the_model_alone() -> None:
@@ -163,7 +226,18 @@ def test_a_cut_run_goes_on_to_the_same_weights(tmp_path, monkeypatch) -> None:
     assert trained(kept, again) == pytest.approx(expected, rel=1e-6)
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(dict(again.named_parameters())[name], parameter)
-    trained(replace(kept, seed=5), student_of(kept, plans))  # another run does not take it for its own
+    # Another run does not take it for its own.
+    for other in (replace(kept, seed=5), kept):
+        beside = student_of(kept, plans, carry="merged" if other is not kept else "side")
+        state = finetune._Kept(other, beside, torch.optim.AdamW(beside.parameters()), SETTINGS)
+        assert state.read() is None
+    weight = QuantSpec(parse("e1m2"), "channel")
+    coarser = {n: replace(p, parts=(replace(p.parts[0], weight=weight),)) for n, p in plans.items()}
+    other = student_of(kept, coarser)
+    state = finetune._Kept(kept, other, torch.optim.AdamW(other.parameters()), SETTINGS)
+    assert state.read() is None
+    state = finetune._Kept(kept, again, torch.optim.AdamW(again.parameters()), SETTINGS)
+    assert state.read() is not None
 
 
 def test_training_stops_when_nothing_gets_better() -> None:
@@ -207,6 +281,20 @@ def test_report_shows_what_the_recipe_found_and_learned() -> None:
     assert shown.inputs[-1].asymmetric  # behind SiLU
     router = torch.tensor(made.measured["router"])
     assert shown.adapters is None if not router.any() else shown.adapters.table == router.flip(0).tolist()
+
+
+def test_msfp_keeps_one_weight_with_its_adapters_beside() -> None:
+    task, _ = prepared()
+    options = {"epochs": 1, "rows": 4, "rank": 2, "keep_8bit": ["time"], "dfa": False}
+    merged, beside = (
+        recipes.plan(task, "msfp", "w4a4", {**options, "carry": carry}) for carry in ("merged", "side")
+    )
+    assert {name for name, layer in beside.layers.items() if layer.side} == {"conv_in", "conv_out"}
+    assert not any(layer.schedule for layer in beside.layers.values())
+    assert not any(layer.side for layer in merged.layers.values())
+    assert (merged.options["carry"], beside.options["carry"]) == ("merged", "side")
+    shown = {row.name: row for row in record.build(task.model, beside, name="tiny").layers}
+    assert "rank 2 beside" in shown["conv_in"].note and not shown["time"].note
 
 
 def inputs_of(task: Task, name: str) -> torch.Tensor:

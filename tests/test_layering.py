@@ -20,11 +20,15 @@ LINE = (
     "rounding",
     "packing",
     "specs",
+    "scales",
     "quantizer",
     "kernels",
+    "parents",
     "slots",
     "timesteps",
     "attention",
+    "units",
+    "side",
     "layers",
     "<side>",
     "methods",
@@ -39,6 +43,7 @@ TOP = {
     "__main__",
     "cli",
     "api",
+    "components",
     "lora",
     "merging",
     "peft_layers",
@@ -57,7 +62,9 @@ LAZY = {
     "torchmetrics",
 }
 INTEGRATION = {  # these subclass the library's own classes, and are imported once the library is in use
+    "io/config.py": {"diffusers", "transformers"},
     "io/diffusers.py": {"diffusers"},
+    "io/transformers.py": {"transformers"},
     "peft_layers.py": {"peft"},
 }
 FILE_LINES, FUNCTION_LINES, RECIPE_LINES = 400, 60, 120

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from difloat import formats, quantizer
+from difloat import formats
 from difloat.merging import add_to_weight
-from difloat.quantizer import LayerPlan, dequantize, expand_scale, join_variants, plan_layer
+from difloat.quantizer import LayerPlan, dequantize, join_variants, plan_layer
 from difloat.rounding import round_to
+from difloat.scales import expand_scale, rows_of
 from difloat.specs import Part, QuantSpec
+from mixed_rows import mixed, spec_of
 
 SHAPES = [(6, 16), (6, 16, 3, 3)]
 SPECS = {
@@ -30,7 +34,7 @@ def layer_of(weight: Tensor, *specs: QuantSpec, activation: QuantSpec | None = N
     parts = [Part(width, spec, activation) for spec in specs]
     scales, zeros = [], []
     for piece, spec in zip(weight.split(width, dim=1), specs, strict=True):
-        rows = quantizer.rows_of(piece, spec)
+        rows = rows_of(piece, spec)
         zero = rows.amin(1) if spec.zero_point else torch.zeros(len(rows))
         scales.append(((rows - zero[:, None]).abs().amax(1) / spec.format.max).clamp_min(1e-3))
         zeros.append(zero)
@@ -133,3 +137,20 @@ def test_foreign_and_broken_changes_are_refused(bad, words, generator):
     layer = layer_of(torch.randn(6, 16, generator=generator), SPECS["channel"])
     with pytest.raises(ValueError, match=words):
         add_to_weight(layer, bad)
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_rows_of_several_widths_change_like_the_layers_of_their_bands(smoothed, kernel, generator):
+    specs, counts = [spec_of("uint1"), spec_of("e2m1", "group", 3), spec_of("int5")], (2, 3, 4)
+    factors = torch.rand(8, generator=generator) + 0.5 if smoothed else None
+    one = mixed((9, 8, *kernel), specs, counts, generator, channels=(3, 5), factors=factors)
+    change = 0.4 * torch.randn(one.joined.shape, generator=generator)
+    changed = add_to_weight(one.joined, change)
+    weight = dequantize(changed.layer)
+    for band, rows in zip(one.bands, one.order.split(counts), strict=True):
+        assert torch.equal(weight[rows], dequantize(add_to_weight(band, change[rows]).layer))
+    assert changed.layer.to_json() == one.joined.to_json() and 0.5 < changed.share < 1
+    twice = join_variants([one.joined, one.joined], [0, 1])
+    again = add_to_weight(replace(twice, smoothed=smoothed), change).layer
+    assert torch.equal(dequantize(again.variant(1)), weight)

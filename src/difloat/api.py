@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from difloat import calibration, layers, lora, recipes
+from difloat import components as parts
 from difloat.calibration import Calibration, CalibrationSettings
 from difloat.exclusion import excluded
 from difloat.io import mark_quantized, unmark_quantized
@@ -52,6 +53,7 @@ def plan(
     call_kwargs: Mapping[str, Any] | None = None,
     target: str = "any",
     exclude: Sequence[str] = (),
+    components: Sequence[str] | None = None,
     **options: Any,
 ) -> Plan:
     """Decide how to quantize a model; the model is left untouched.
@@ -67,6 +69,8 @@ def plan(
         call_kwargs: Further arguments of the pipeline's call, such as `height`.
         target: "cpu" restricts every search to formats that CPUs compute in integers; "any" does not.
         exclude: Names of layers or blocks, or patterns like ``*.to_q``, that stay as they are, whatever the recipe.
+        components: What of a pipeline to quantize, like ["unet", "text_encoder", "vae=w8a8"]; all but the denoiser without
+            data (`components.parse`). None: the denoiser only.
         **options: Fields of `CalibrationSettings` (`samples`, `steps`, `guidance_scale`, `seed`, `memory_bytes`, ...) and of
             the recipe's options.
 
@@ -79,6 +83,7 @@ def plan(
     own = {name: value for name, value in options.items() if name not in names}
     recipes.make_options(row, own)  # refuse bad options before hours of calibration
     excluded(layers.quantizable(denoiser(model)), exclude)
+    others = parts.parse(model, components, bits, target)
     data = calibrate(
         model,
         prompts=prompts,
@@ -93,7 +98,7 @@ def plan(
     task = task_of(model, data, parsed)
     task = replace(task, seed=wanted.seed, progress=progress, work_dir=work_dir)
     task = replace(task, memory_bytes=wanted.memory_bytes, target=machine, exclude=tuple(exclude))
-    return plan_calibrated(task, recipe, bits, own)
+    return parts.with_components(plan_calibrated(task, recipe, bits, own), model, others, progress)
 
 
 def repair(
@@ -126,12 +131,12 @@ def repair(
         **settings: Fields of `CalibrationSettings`.
 
     Raises:
-        ValueError: if a layer has several weights chosen by timestep, or the plan is of another model.
+        ValueError: if a layer has several weights chosen by timestep or adapters beside it, or the plan is of another model.
     """
     for name, layer in plan.layers.items():
-        if layer.schedule or layer.input_schedule:
+        if layer.schedules or layer.side is not None:
             raise ValueError(
-                f"plan must have one weight and one input range per layer, but {name!r} depends on the timestep; "
+                f"plan must have one weight and one input range per layer and nothing beside, but not so {name!r}; "
                 "repair works on checkpoints of recipes without stretches or adapters by timestep"
             )
     data = calibrate(
@@ -213,15 +218,18 @@ def check_model(module: nn.Module) -> None:
 
 
 def apply(model: Any, plan: Plan) -> Any:
-    """Carry out a plan in place on a pipeline's denoiser or a module; returns `model`.
+    """Carry out a plan in place on a pipeline's denoiser, and its other planned components, or a module; returns `model`.
 
     Raises:
         ValueError: if the plan was made for another model; nothing is changed then.
     """
-    module = denoiser(model)
-    lora.refuse(module, "quantized")
-    layers.apply(module, plan)
-    mark_quantized(module, plan)
+    work = parts.models(model, denoiser(model), plan)
+    for module, own in work:
+        lora.refuse(module, "quantized")
+        layers.check(module, own)
+    for module, own in work:
+        layers.apply(module, own)
+        mark_quantized(module, own)
     return model
 
 
@@ -233,11 +241,15 @@ def quantize(model: Any, recipe: str = "lbfp", bits: str = "w4a8", **arguments: 
 
 
 def restore(model: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """Turn the quantized layers of a pipeline's denoiser or a module back into float ones, in place; returns `model`.
+    """Turn the quantized layers of a module or of all components of a pipeline back into float ones, in place; returns `model`.
 
     The weights are the dequantized ones: what was lost by rounding stays lost.
     """
-    module = denoiser(model)
-    layers.restore(module, dtype)
-    unmark_quantized(module)
+    modules = [model] if isinstance(model, nn.Module) else list(model.components.values())
+    for module in modules:
+        if isinstance(module, nn.Module) and any(
+            isinstance(m, layers.QuantizedLayer) for m in module.modules()
+        ):
+            layers.restore(module, dtype)
+            unmark_quantized(module)
     return model

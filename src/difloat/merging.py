@@ -14,7 +14,8 @@ from torch import Tensor
 from difloat import quantizer, rounding
 from difloat.methods.search import ZERO_POINTS, search
 from difloat.quantizer import LayerPlan
-from difloat.specs import Part, QuantSpec
+from difloat.scales import rows_of
+from difloat.specs import SIDE, Part, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ def add_to_weight(layer: LayerPlan, change: Tensor) -> Changed:
         asked += float(added.square().sum())
         lost += float((_stored_weight(changed) - target).square().sum())
         plans.append(changed)
-    joined = replace(quantizer.join_variants(plans, layer.schedule), smoothed=layer.smoothed)
+    joined = quantizer.join_variants(plans, layer.schedule)
+    beside = {name: layer.tensors[name] for name in SIDE if name in layer.tensors}
+    tensors = {**joined.tensors, **beside}
+    joined = replace(joined, tensors=tensors, smoothed=layer.smoothed, side=layer.side)
     return Changed(joined, 1 - lost / asked if asked else 1.0)
 
 
@@ -70,6 +74,11 @@ def _stored_weight(layer: LayerPlan) -> Tensor:
 
 def _encode(layer: LayerPlan, added: Tensor) -> tuple[LayerPlan, Tensor]:
     """A layer with one variant after the addition, and the weight it should have."""
+    if layer.bands:
+        order = layer.tensors["row_band"].argsort(stable=True)
+        pieces = added[order].split([band.rows for band in layer.bands])
+        bands, targets = zip(*map(_encode, layer.split_rows(), pieces), strict=True)
+        return quantizer.join_rows(bands, order), torch.cat(targets)[order.argsort()]
     before = _stored_weight(layer)
     after = before + added
     counts = [part.weight.scale_count(layer.shape[0], part.channels) for part in layer.parts]
@@ -90,11 +99,11 @@ def _encode(layer: LayerPlan, added: Tensor) -> tuple[LayerPlan, Tensor]:
 def _scales(piece: Tensor, spec: QuantSpec, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """Per row the old scale and zero point, or the best ones if they have less error."""
     format = spec.format
-    rows = quantizer.rows_of(piece, spec)
+    rows = rows_of(piece, spec)
     # A search moves zero points of unsigned grids only, and needs one where there are negative values.
     if format.signed == spec.zero_point:
         return scale, zero
-    real = quantizer.rows_of(torch.ones_like(piece), spec) > 0
+    real = rows_of(torch.ones_like(piece), spec) > 0
     rows = torch.where(real, rows, rows[:, :1])  # a group's padding must not draw the grid towards zero
 
     def error(scale: Tensor, zero: Tensor | None) -> Tensor:

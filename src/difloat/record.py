@@ -20,7 +20,7 @@ from difloat.evaluate import Evaluation
 from difloat.layers import weight_of
 from difloat.quantizer import LayerPlan, Plan, dequantize
 from difloat.report import Histogram, LayerRow, Record
-from difloat.specs import QuantSpec
+from difloat.specs import SIDE, QuantSpec, rows_of_parts, weight_formats
 
 RECORD, PICTURES, PAGE = "report.json", "report-pictures.npz", "report.html"
 _HISTOGRAM_BINS = 96
@@ -49,7 +49,9 @@ def sizes(model: nn.Module, plan: Plan) -> Sizes:
 def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
     """One row of the report for a layer whose float weight is `weight`."""
     quantized, weight = dequantize(layer), weight.detach().float()
-    formats = list(dict.fromkeys(part.weight.format.name for part in layer.parts))
+    specs = [
+        spec for band in rows_of_parts(layer.shape[0], layer.parts, layer.bands) for spec in band.weights
+    ]
     activations = [part.activation for part in layer.parts if part.activation is not None]
     activation_formats = list(dict.fromkeys(spec.format.name for spec in activations))
     relative = float((quantized - weight).square().sum() / weight.square().sum().clamp_min(1e-30))
@@ -57,7 +59,7 @@ def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
         name=name,
         kind=layer.kind,
         shape=layer.shape,
-        weight_format=" + ".join(formats),
+        weight_format=weight_formats(layer.shape[0], layer.parts, layer.bands),
         weight_granularity=_per(layer.parts[0].weight),
         activation_format=" + ".join(activation_formats) or None,
         activation_mode=_mode(activations),
@@ -66,11 +68,21 @@ def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
         output_error_db=None,
         zeros=float((quantized == 0).float().mean()),
         zeros_before=float((weight == 0).float().mean()),
-        integer_grid=all(part.weight.format.uniform for part in layer.parts),
+        integer_grid=all(spec.format.uniform for spec in specs),
         bytes=layer.nbytes,
         bytes_before=2 * weight.numel(),
         effective_bits=8 * layer.nbytes / weight.numel(),
+        note=_by_timestep(layer),
     )
+
+
+def _by_timestep(layer: LayerPlan) -> str:
+    """What the bytes hold beside or instead of one weight."""
+    weights = f"{layer.variants} packed weights, one per stretch of timesteps" if layer.schedule else ""
+    if layer.side is None:
+        return weights
+    size_bytes = sum(layer.tensors[name].nbytes for name in SIDE)
+    return f"{weights}{'; ' * bool(weights)}{layer.side.pairs} x rank {layer.side.rank} beside, {size_bytes} bytes in float16"
 
 
 def _per(spec: QuantSpec) -> str:
@@ -93,6 +105,8 @@ def worst_histograms(
         layer = plan.layers[row.name]
         part = layer.parts[0]
         weight = weight_of(model, row.name).detach().float()[:, : part.channels]
+        if layer.bands:
+            weight = weight[layer.tensors["row_band"] == 0]
         if part.weight.granularity != "tensor":
             weight = weight[:1]
         scale = float(layer.tensors["weight_scale"][0])

@@ -10,6 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from difloat import processes
+from difloat.tables import console
+
 Source = Annotated[
     str,
     typer.Argument(help="A diffusers pipeline directory, or an embedded model: emoji-unet, emoji-pixart."),
@@ -24,6 +27,12 @@ Guidance = Annotated[
 ]
 Images = Annotated[int, typer.Option(min=0, help="Pictures drawn with both models for the report; 0: none.")]
 Target = Annotated[str, typer.Option(help="any, or cpu: only formats that CPUs compute in integers.")]
+Components = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantize others than the denoiser too, without data: transformer,text_encoder,vae=w8a8."
+    ),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Rows = Annotated[int, typer.Option(min=1, help="Calibration rows: denoiser inputs kept.")]
@@ -32,6 +41,11 @@ Call = Annotated[
     list[str] | None,
     typer.Option(help="Argument of the pipeline's call, like --call height=512; repeatable."),
 ]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Option of the recipe, like --set rounding=nearest; repeatable."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, size, memory and time, stop.")]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(help="Layer or block that stays as it is, like down_blocks.0 or '*.to_q'; repeatable."),
@@ -49,6 +63,12 @@ Loras = Annotated[
     list[str] | None,
     typer.Option(help="A LoRA to use, FILE or FILE:WEIGHT with the factor of its change; repeatable."),
 ]
+
+
+def meet() -> None:
+    """Join the other processes of a launch, if there are some; only the main one prints from here on."""
+    processes.join("cpu")
+    console.quiet = not processes.is_main()
 
 
 def pipeline_of(source: str) -> Any:

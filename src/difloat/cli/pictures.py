@@ -20,6 +20,7 @@ from difloat.cli.arguments import (
     Steps,
     call_of,
     loras_of,
+    meet,
     pipeline_of,
 )
 from difloat.tables import console
@@ -39,11 +40,12 @@ def generate(
     lora: Loras = None,
     call: Call = None,
 ) -> None:
-    """Draw pictures with a full-precision or quantized pipeline."""
+    """Draw pictures with a full-precision or quantized pipeline; processes of a launch share them."""
     from PIL import Image
 
-    from difloat import evaluate, load_lora, record, study
+    from difloat import evaluate, load_lora, processes, record, study
 
+    meet()
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"output must be a directory, got the file {str(out)!r}; choose another")
     pipeline = pipeline_of(source)
@@ -61,6 +63,8 @@ def generate(
         batch_size=batch,
         call_kwargs=arguments,
     )
+    if not processes.is_main():
+        return
     out.mkdir(parents=True, exist_ok=True)
     for number, picture in zip(seeds, record.to_uint8(drawn.images), strict=True):
         Image.fromarray(picture).save(out / f"{number:05d}.png")
@@ -87,16 +91,20 @@ def evaluate(
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the evaluation as JSON.")] = None,
 ) -> None:
-    """Compare a quantized pipeline with the full-precision one on the same seeds and prompts."""
-    from difloat import gates, study
+    """Compare a quantized pipeline with the full-precision one; processes of a launch share the pictures."""
+    from difloat import gates, processes, study
 
     for rule in fail_under or []:
         gates.parse(rule)  # a misspelled gate must not cost the pictures
+    meet()
     first, second = pipeline_of(reference), pipeline_of(quantized)
     texts = study.prompts_of(first, reference, prompts)
     guidance, arguments = call_of(first, reference, guidance, call)
     sampling = study.Sampling(texts, samples, steps, guidance, batch, arguments)
-    evaluation = study.judge(study.draw(first, sampling), study.draw(second, sampling), sampling)
+    full, packed = study.draw(first, sampling), study.draw(second, sampling)
+    if not processes.is_main():
+        return
+    evaluation = study.judge(full, packed, sampling)
     table = Table(
         "measure", "value", "95 % interval", title=f"{quantized} against {reference}, {samples} pictures"
     )

@@ -13,6 +13,8 @@ from difloat.cli.application import app
 from difloat.cli.arguments import (
     Call,
     Checkpoint,
+    Components,
+    DryRun,
     Exclude,
     Guidance,
     Images,
@@ -20,11 +22,13 @@ from difloat.cli.arguments import (
     Prompts,
     Rows,
     Seed,
+    Setting,
     Source,
     Steps,
     Target,
     call_of,
     check_out,
+    meet,
     options_of,
     pipeline_of,
 )
@@ -54,24 +58,21 @@ def quantize(
         Path | None,
         typer.Option(help="Keeps calibration data and finished blocks: a killed run goes on from there."),
     ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Option of the recipe, like --set rounding=nearest; repeatable."),
-    ] = None,
+    option: Setting = None,
     exclude: Exclude = None,
     call: Call = None,
     target: Target = "any",
+    components: Components = None,
     images: Images = 16,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print plan, size, memory and time, stop.")
-    ] = False,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Quantize a pipeline's denoiser, write the packed checkpoint and a report of what it cost."""
+    """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
     from difloat import api, calibration, layers, recipes, study
     from difloat.exclusion import excluded
     from difloat.methods.task import Bits
 
+    meet()
     chosen = options_of(option or [])
     recipes.make_options(recipes.lookup(recipe), chosen)
     Bits.parse(bits)
@@ -92,6 +93,7 @@ def quantize(
     sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=arguments)
     everything = {"cache_dir": cache, "call_kwargs": arguments, "target": target, "exclude": exclude or ()}
     everything |= {**vars(settings), **chosen}
+    everything["components"] = components.split(",") if components else None
     _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
 
 
@@ -111,8 +113,8 @@ def _carry_out(
     plan = api.plan(pipeline, recipe, bits, prompts=sampling.prompts, **arguments)
     seconds = {"quantize, all of it": time.perf_counter() - start}
     made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
-    tables.print_summary(made)
-    console.print(f"checkpoint {out}\nreport     {out / 'report.html'}", highlight=False, soft_wrap=True)
+    if made is not None:
+        tables.print_made(made, out)
 
 
 @app.command()
@@ -137,6 +139,7 @@ def repair(
     import difloat
     from difloat import api, study
 
+    meet()
     if images == 1:
         raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
     check_out(out, overwrite)
@@ -159,8 +162,8 @@ def repair(
     seconds = {"repair, all of it": time.perf_counter() - start}
     sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=arguments)
     made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
-    tables.print_summary(made)
-    console.print(f"checkpoint {out}\nreport     {out / 'report.html'}", highlight=False, soft_wrap=True)
+    if made is not None:
+        tables.print_made(made, out)
 
 
 @app.command()

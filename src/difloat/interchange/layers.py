@@ -24,6 +24,8 @@ def obstacle(layer: LayerPlan, scheme: Scheme) -> str:
     """Why the layout cannot hold the layer without loss, as the end of "layer L ...", with what to do; "" if it can."""
     if layer.schedule or layer.input_schedule or layer.smoothed:
         return "depends on the timestep or smooths its input; quantize without"
+    if layer.bands or layer.side is not None:
+        return "has rows of several widths or adapters beside its weight; quantize with a recipe without"
     if layer.kind != "linear":
         return "is a convolution; keep it as it is with --exclude"
     if len(layer.parts) != 1:

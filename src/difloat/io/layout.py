@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from difloat.quantizer import PLAN_VERSION, LayerPlan, Plan, layer_tensor_shapes
-from difloat.specs import AttentionPlan, Part
+from difloat.quantizer import PLAN_VERSION, LayerPlan, Plan
+from difloat.specs import SIDE, AttentionPlan, Band, Part, Side, layer_tensor_shapes
 
 QUANT_METHOD = "difloat"
 INPUT_BUNDLE = "difloat.input"
@@ -31,6 +31,7 @@ _BUNDLED = ("input_scale", "input_zero_point")
 _PLAN_FIELDS = {"version", "recipe", "bits", "options", "layers", "skipped"}
 _MAX_VARIANTS = 1024
 _MAX_WEIGHT_VALUES = 2**40  # no layer has more; a larger product is damage and would overflow further on
+_SPELLED = {torch.uint8: "U8", torch.float32: "F32", torch.float16: "F16"}  # what a plan stores
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -112,7 +113,10 @@ def _parse_layer(name: str, data: Any) -> LayerPlan:
     try:
         shape, parts = tuple(data["shape"]), tuple(Part.from_json(part) for part in data["parts"])
         numbers = [*shape, *(part["channels"] for part in data["parts"])]
-        numbers += [part.weight.group_size for part in parts if part.weight.group_size is not None]
+        bands = tuple(Band.from_json(band) for band in data.get("bands", ()))
+        numbers += [band["rows"] for band in data.get("bands", ())]
+        specs = [part.weight for part in parts] + [spec for band in bands for spec in band.weights]
+        numbers += [spec.group_size for spec in specs if spec.group_size is not None]
         if (
             any(type(number) is not int or number < 1 for number in numbers)
             or math.prod(shape) > _MAX_WEIGHT_VALUES
@@ -120,22 +124,33 @@ def _parse_layer(name: str, data: Any) -> LayerPlan:
             raise ValueError(f"sizes must be whole numbers of a possible layer, got {numbers!r:.80}")
         if len(shape) != {"linear": 2, "conv2d": 4}[data["kind"]]:
             raise ValueError(f"a {data['kind']} weight cannot have the shape {shape!r:.80}")
-        if any(part.weight.online for part in parts):
+        if any(spec.online for spec in specs):
             raise ValueError("a weight cannot have online scales")
         schedules = [data.get("schedule", []), data.get("input_schedule", [])]
         if any(type(n) is not int or not 0 <= n < _MAX_VARIANTS for schedule in schedules for n in schedule):
             raise ValueError(f"a schedule must hold whole numbers of variants, got {schedules!r:.80}")
         weights, entries = (max(schedule, default=0) + 1 for schedule in schedules)
         smoothed = data.get("smoothed", False) is True
+        side = _side(data.get("side"), shape)
+        shapes = layer_tensor_shapes(shape, parts, weights, smoothed, entries, bands, side)
         tensors = {
-            key: torch.empty(size, dtype=torch.uint8 if key == "weight" else torch.float32, device="meta")
-            for key, size in layer_tensor_shapes(shape, parts, weights, smoothed, entries).items()
+            key: torch.empty(size, dtype=LayerPlan.dtype_of(key), device="meta")
+            for key, size in shapes.items()
         }
         return LayerPlan.from_json(data, tensors)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"plan of layer {name!r:.200} must be valid, but {error!s:.300}; the file is damaged"
         ) from error
+
+
+def _side(data: Any, shape: Sequence[int]) -> Side | None:
+    if data is None:
+        return None
+    side = Side.from_json(data)
+    if side.pairs > _MAX_VARIANTS or side.rank * side.pairs * math.prod(shape) > _MAX_WEIGHT_VALUES:
+        raise ValueError(f"a side branch must be of a possible size, got {dict(data)!r:.80}")
+    return side
 
 
 def plan_tensors(plan: Plan) -> dict[str, Tensor]:
@@ -296,7 +311,7 @@ def check_headers(plan: Plan, stored: Mapping[str, StoredTensor]) -> None:
     if bundled:
         expected[INPUT_BUNDLE] = torch.empty(sum(bundled.values()), dtype=torch.float32, device="meta")
     for name, tensor in expected.items():
-        want = ("U8" if tensor.dtype == torch.uint8 else "F32", tuple(tensor.shape))
+        want = (_SPELLED[tensor.dtype], tuple(tensor.shape))
         if name not in stored:
             raise CheckpointError(
                 f"tensor {name!r:.200} of the plan must be stored, but is missing; download or save it again"
@@ -315,9 +330,22 @@ def check_headers(plan: Plan, stored: Mapping[str, StoredTensor]) -> None:
             )
 
 
-def check_vector(name: str, values: Tensor) -> None:
-    """CheckpointError unless scales and factors are finite and positive, zero points finite (float32 1-D)."""
-    positive = not name.endswith("_zero_point")
+def check_stored(name: str, bands: Sequence[Band], values: Tensor) -> None:
+    """Check the values of a stored tensor besides packed codes, called ``<layer>.<tensor>``.
+
+    Raises:
+        CheckpointError: unless scales and factors are finite and positive, zero points and side branches finite, and as many
+            rows belong to every band as the plan says.
+    """
+    if name.endswith(".row_band"):
+        counts = torch.bincount(values.int(), minlength=len(bands)).tolist()
+        if counts != [band.rows for band in bands]:
+            raise CheckpointError(
+                f"{name!r:.200} must put {[band.rows for band in bands]!r:.80} rows into the bands, got {counts!r:.80}; "
+                "quantize or download the model again"
+            )
+        return
+    positive = not name.endswith(("_zero_point", *(f".{key}" for key in SIDE)))
     wrong = ~torch.isfinite(values) | (values <= 0) if positive else ~torch.isfinite(values)
     if bool(wrong.any()):
         rule = "finite and positive" if positive else "finite"

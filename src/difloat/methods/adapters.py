@@ -1,8 +1,9 @@
-"""Trainable twins of quantized layers: low-rank adapters in front of the rounding, and learned ranges.
+"""Trainable twins of quantized layers: low-rank adapters in front of the rounding or beside it, and learned ranges.
 
-A twin computes ``Q_x(x) Q_w(W + sum_k c_k up_k down_k)`` with a frozen float weight W: adapters are merged before the weight is
-rounded, so that what was trained can be packed (QALoRA, arXiv:2310.03270; TALoRA, arXiv:2505.21591). The one-hot choice c
-depends on the timestep (`student`).
+A twin trains what is deployed, in one of two ways. Merged, it computes ``Q_x(x) Q_w(W + sum_k c_k up_k down_k)`` with a frozen
+float weight W: adapters are merged before the weight is rounded, so that each can be packed as a weight of its own (QALoRA,
+arXiv:2310.03270; TALoRA, arXiv:2505.21591). As a side branch it computes ``Q_x(x) Q_w(W) + sum_k c_k up_k (down_k x)``: one
+packed weight, and pairs that stay float16 and see the input unrounded. The one-hot choice c depends on the timestep.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import final
+from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,13 @@ from torch import Tensor, nn
 from difloat import quantizer
 from difloat.kernels import ops
 from difloat.quantizer import LayerPlan, fake_quantize
-from difloat.specs import Part
+from difloat.scales import expand_scale
+from difloat.side import low_rank
+from difloat.specs import Part, Side
+
+Carry = Literal[
+    "merged", "side"
+]  # how adapters are carried out: a packed weight each, or beside one packed weight
 
 _SMALLEST_SCALE = 1e-8
 _START = 0.02  # size of the adapters' first product, in steps of the weight's grid
@@ -32,7 +39,7 @@ class Adaptive(nn.Module):
     Attributes:
         down: [adapters, rank, i, *k], the first factors of the adapters; absent with rank 0.
         up: [adapters, o, rank], the second ones.
-        weight_scales: One vector per part, as the plan stores them.
+        weight_scales: One vector per part, as the plan stores them; band after band where rows have several widths.
         input_scale: [entries, parts], one row per entry of the timestep grid or one in all; absent where inputs are online or
             not quantized.
         input_zero_point: Likewise, of the parts that have one.
@@ -48,16 +55,23 @@ class Adaptive(nn.Module):
         adapters: int,
         rank: int,
         entries: int,
+        carry: Carry = "merged",
         generator: torch.Generator,
     ) -> None:
-        """A twin of `layer` that starts as `plan` says, with one weight; rank 0 leaves adapters out."""
+        """A twin of `layer` that starts as `plan` says, with one weight and no branch; rank 0 leaves adapters out."""
         super().__init__()
-        self.plan, self.adapters, self.rank = plan, adapters, rank
+        self.plan, self.adapters, self.rank, self.carry = plan, adapters, rank, carry
         self.choice: Tensor | None = None
         self.entry = 0
         self._layer = [layer]  # in a list: the user's own layer is neither a submodule nor saved
-        self.weight_scales = nn.ParameterList(_of_parts(plan, "weight_scale"))
-        self._zero_points = _of_parts(plan, "weight_zero_point")
+        bands = plan.split_rows()
+        order = torch.arange(plan.shape[0])
+        if plan.bands:
+            order = plan.tensors["row_band"].argsort(stable=True)
+        self._bands = [band.parts for band in bands]
+        self._rows = order.split([band.shape[0] for band in bands])
+        self.weight_scales = nn.ParameterList(v for b in bands for v in _of_parts(b, "weight_scale"))
+        self._zero_points = [v for band in bands for v in _of_parts(band, "weight_zero_point")]
         for name in ("input_scale", "input_zero_point"):
             if name in plan.tensors:
                 setattr(self, name, nn.Parameter(plan.tensors[name].clone().repeat(entries, 1)))
@@ -76,32 +90,43 @@ class Adaptive(nn.Module):
 
     def step(self) -> float:
         """Mean distance of neighbouring values of the weight's grid: what the adapters' learning rate is measured by."""
-        steps = []
-        for scale, part in zip(self.weight_scales, self.plan.parts, strict=True):
-            format = part.weight.format
-            steps.append(float(scale.detach().mean()) * (format.max - format.min) / (len(format.values) - 1))
-        return sum(steps) / len(steps)
+        total, scales = 0.0, iter(self.weight_scales)
+        for parts, rows in zip(self._bands, self._rows, strict=True):
+            for part in parts:
+                format = part.weight.format
+                distance = (format.max - format.min) / (len(format.values) - 1)
+                total += len(rows) * distance * float(next(scales).detach().mean())
+        return total / (self.plan.shape[0] * len(self.plan.parts))
 
     def merged(self, choice: Tensor) -> Tensor:
-        """The float weight with the adapters weighted by `choice` [adapters]."""
+        """The float weight with the adapters weighted by `choice` [adapters], divided by the factors of a smoothed input.
+
+        Without the adapters if they are carried beside it.
+        """
         weight = self._layer[0].weight.detach().float()
-        if not self.rank:
-            return weight
-        change = torch.einsum("h,hor,hri->oi", choice, self.up, self.down.flatten(2))
-        return weight + change.view_as(weight)
+        if self.rank and self.carry == "merged":
+            change = torch.einsum("h,hor,hri->oi", choice, self.up, self.down.flatten(2))
+            weight = weight + change.view_as(weight)
+        if self.plan.smoothed:
+            factor = self.plan.tensors["input_factor"]
+            weight = weight / factor.reshape(1, -1, *[1] * (weight.dim() - 2))
+        return weight
 
     def quantized(self, weight: Tensor) -> Tensor:
-        """A float weight on the grids of the parts, with straight-through gradients to it and to the scales."""
-        pieces = weight.split([part.channels for part in self.plan.parts], dim=1)
-        rounded = []
-        for piece, part, scale, zero in zip(
-            pieces, self.plan.parts, self.weight_scales, self._zero_points, strict=True
-        ):
-            spec = part.weight
-            spread = quantizer.expand_scale(scale.clamp_min(_SMALLEST_SCALE), spec, piece.shape)
-            offset = quantizer.expand_scale(zero, spec, piece.shape) if spec.zero_point else None
-            rounded.append(fake_quantize(piece, spec.format, spread, offset))
-        return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=1)
+        """A merged weight on the grids of its rows and parts, with straight-through gradients to it and to the scales."""
+        vectors = zip(self.weight_scales, self._zero_points, strict=True)
+        bands = []
+        for parts, rows in zip(self._bands, self._rows, strict=True):
+            rounded = []
+            for piece, part in zip(
+                weight[rows].split([p.channels for p in parts], dim=1), parts, strict=True
+            ):
+                spec, (scale, zero) = part.weight, next(vectors)
+                spread = expand_scale(scale.clamp_min(_SMALLEST_SCALE), spec, piece.shape)
+                offset = expand_scale(zero, spec, piece.shape) if spec.zero_point else None
+                rounded.append(fake_quantize(piece, spec.format, spread, offset))
+            bands.append(torch.cat(rounded, dim=1))
+        return bands[0] if len(bands) == 1 else torch.cat(bands)[torch.cat(self._rows).argsort()]
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input, smoothed and on the grids of its parts, with the ranges of the current entry."""
@@ -132,21 +157,29 @@ class Adaptive(nn.Module):
         choice = torch.ones(1, device=x.device) if self.choice is None else self.choice
         weight = self.quantized(self.merged(choice)).to(x.dtype)
         bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)
-        x = self.quantized_input(x)
-        return (
-            F.linear(x, weight, bias)
+        rounded = self.quantized_input(x)
+        out = (
+            F.linear(rounded, weight, bias)
             if isinstance(layer, nn.Linear)
-            else layer._conv_forward(x, weight, bias)
+            else layer._conv_forward(rounded, weight, bias)
         )
+        return out + self.branch(x, choice) if self.rank and self.carry == "side" else out
+
+    def branch(self, x: Tensor, choice: Tensor) -> Tensor:
+        """The pairs in float16 on the input as it comes, weighted by `choice` [adapters]: one product of all ranks together."""
+        up = _as_stored(self.up) * choice[:, None, None]
+        return low_rank(self._layer[0], x, _as_stored(self.down).flatten(0, 1), torch.cat(list(up), dim=1))
 
     @torch.no_grad()
     def packed(self, schedule: Sequence[int]) -> LayerPlan:
-        """The layer as trained: adapters merged, one packed weight for every adapter that is used.
+        """The layer as trained: one packed weight for every adapter that is used, or one with these adapters beside it.
 
         Args:
             schedule: Adapter for every entry of the timestep grid.
         """
         used = sorted(set(schedule)) if self.rank else [0]
+        places = [used.index(adapter) for adapter in schedule] if len(used) > 1 else []
+        beside = bool(self.rank) and self.carry == "side"
         every = torch.eye(max(1, self.adapters))
         inputs = {
             n: getattr(self, n).detach() for n in ("input_scale", "input_zero_point") if hasattr(self, n)
@@ -155,19 +188,54 @@ class Adaptive(nn.Module):
         if "input_scale" in inputs:
             inputs["input_scale"] = inputs["input_scale"].clamp_min(_SMALLEST_SCALE)
         plans = []
-        for adapter in used:
-            weight_only = [Part(part.channels, part.weight) for part in self.plan.parts]
-            scales = [scale.detach().clamp_min(_SMALLEST_SCALE) for scale in self.weight_scales]
-            bare = quantizer.plan_layer(
-                self.merged(every[adapter]), weight_only, scales, weight_zero_points=self._zero_points
-            )
+        for adapter in used[:1] if beside else used:
+            bare = self._encoded(self.merged(every[adapter]))
             tensors = {**self.plan.tensors, **bare.tensors, **{n: v.reshape(-1) for n, v in inputs.items()}}
             plans.append(replace(self.plan, tensors=tensors))
         if entries > 1:
             plans[0] = replace(plans[0], input_schedule=tuple(range(entries)))
-        places = [used.index(adapter) for adapter in schedule] if len(used) > 1 else []
-        joined = quantizer.join_variants(plans, places)
-        return replace(joined, smoothed=self.plan.smoothed)
+        joined = quantizer.join_variants(plans, [] if beside else places)
+        joined = replace(joined, smoothed=self.plan.smoothed)
+        return self._with_side(joined, used, places) if beside else joined
+
+    def _with_side(self, plan: LayerPlan, used: list[int], places: list[int]) -> LayerPlan:
+        """The planned layer with the pairs `used` beside it; ValueError if one has no number in float16."""
+        pairs = {"side_down": self.down[used].flatten(0, 1), "side_up": self.up[used].flatten(0, 1)}
+        stored = {name: factors.detach().half() for name, factors in pairs.items()}
+        if not all(bool(factors.isfinite().all()) for factors in stored.values()):
+            raise ValueError(
+                "adapters beside a weight must be finite in float16, got larger values; train with a lower adapter_rate"
+            )
+        return replace(plan, tensors={**plan.tensors, **stored}, side=Side(self.rank, tuple(places)))
+
+    def _encoded(self, weight: Tensor) -> LayerPlan:
+        """A merged weight with the scales as trained, without inputs."""
+        vectors = zip(self.weight_scales, self._zero_points, strict=True)
+        bands = []
+        for parts, rows in zip(self._bands, self._rows, strict=True):
+            pairs = [next(vectors) for _ in parts]
+            scales = [scale.detach().clamp_min(_SMALLEST_SCALE) for scale, _ in pairs]
+            weight_only = [Part(part.channels, part.weight) for part in parts]
+            zeros = [zero for _, zero in pairs]
+            bands.append(quantizer.plan_layer(weight[rows], weight_only, scales, weight_zero_points=zeros))
+        return quantizer.join_rows(bands, torch.cat(self._rows))
+
+
+def stored_bytes(plan: LayerPlan, adapters: int, rank: int, carry: Carry) -> int:
+    """Bytes that adapters add to a layer planned without, if all of them are used."""
+    if not adapters or not rank:
+        return 0
+    if carry == "merged":
+        return (adapters - 1) * sum(
+            plan.tensors[name].nbytes for name in quantizer.VARIED if name in plan.tensors
+        )
+    shapes = Side(rank, tuple(range(adapters))).tensor_shapes(plan.shape)
+    return sum(plan.dtype_of(name).itemsize * math.prod(shape) for name, shape in shapes.items())
+
+
+def _as_stored(factors: Tensor) -> Tensor:
+    """Rounded to what is stored, with the gradient of the identity: in float16 itself small gradients would vanish."""
+    return factors + (factors.half().float() - factors).detach()
 
 
 def _of_parts(plan: LayerPlan, name: str) -> list[Tensor]:

@@ -17,6 +17,7 @@ from difloat.methods.passes import Passes
 from difloat.methods.scales import ScaleFormat, snapping
 from difloat.methods.search import CLIPS, OFFSETS, SHRUNK, Found, search
 from difloat.quantizer import LayerPlan
+from difloat.scales import expand_scale, rows_of
 from difloat.specs import Granularity, Part, QuantSpec
 
 MIN_MAX: tuple[float, ...] = (1.0,)
@@ -85,6 +86,12 @@ def lopsidedness(values: Tensor) -> float:
     return 1 - min(-low, high) / max(-low, high)
 
 
+def floating_point(bits: int) -> Format:
+    """The usual format of a width: two exponent bits below 8 bits, four at 8 (E2M1, E2M3, E4M3)."""
+    exponent_bits = min(4 if bits == 8 else 2, bits - 1)
+    return Format(True, exponent_bits, bits - 1 - exponent_bits)
+
+
 def asymmetric_integers(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
     """Unsigned integers with a real zero point, both ends of the range searched by squared error."""
     grid = (formats.parse(f"uint{bits}"),)
@@ -128,9 +135,9 @@ class Draft:
         pieces = self.weight.float().split([part.channels for part in self.parts], dim=1)
         for piece, part, scale, zero in zip(pieces, self.parts, self.scales, self.zero_points, strict=True):
             spec = part.weight
-            factor = quantizer.expand_scale(scale, spec, piece.shape)
+            factor = expand_scale(scale, spec, piece.shape)
             shift = zero if spec.zero_point else torch.zeros_like(scale)
-            offset = quantizer.expand_scale(shift, spec, piece.shape)
+            offset = expand_scale(shift, spec, piece.shape)
             grid = ((piece - offset) / factor).clamp(spec.format.min, spec.format.max)
             step = rounding.step_at(grid, spec.format)
             low = torch.floor(grid / step) * step
@@ -152,7 +159,7 @@ def draft_layer(weight: Tensor, splits: Sequence[int], rule: Rule) -> Draft:
     weight = weight.detach()
     parts, scales, zeros, error = [], [], [], 0.0
     for piece in weight.float().split(list(splits), dim=1):
-        rows = quantizer.rows_of(piece, rule.spec(rule.formats[0]))
+        rows = rows_of(piece, rule.spec(rule.formats[0]))
         found = rule.search(rows)
         parts.append(Part(piece.shape[1], rule.spec(found.format)))
         scales.append(found.scale)

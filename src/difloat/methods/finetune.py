@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from difloat import processes
 from difloat.calls import first_tensor
 from difloat.methods.adapters import Adaptive
 from difloat.methods.student import Student
@@ -91,33 +92,33 @@ def train(
     steps = settings.epochs * len(data.grid)
     model, optimizer = accelerator.prepare(student, optimizer)
     state = _Kept(task, student, optimizer, settings)
-    losses = state.restore()
+    losses = state.restore(processes.on_main(state.read))
     base = [group["lr"] for group in _groups(student, settings)]
     bar = tqdm(total=steps, desc="fine-tune", disable=not (task.progress and accelerator.is_main_process))
     bar.update(len(losses))
-    for step in range(len(losses), steps):
-        for group, rate in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = rate * (1 - step / steps)
-        loss = torch.zeros(())
-        for part in range(settings.accumulation):
-            timestep, rows = data.draw(step * settings.accumulation + part, settings.rows, task.seed)
-            with accelerator.accumulate(model):
-                output = first_tensor(model(*data.call(rows)))
-                part_loss = weights[timestep] * (output.float() - data.targets[rows]).square().mean()
-                if extra is not None:
-                    part_loss = part_loss + extra(student, step, timestep, output)
-                accelerator.backward(part_loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            loss = loss + part_loss.detach().cpu() / settings.accumulation
-        losses.append(float(accelerator.reduce(loss.to(accelerator.device), "mean")))
-        bar.update()
-        bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
-        if accelerator.is_main_process:
-            state.keep(losses, force=step + 1 == steps)
-        if _stalled(losses, len(data.grid), settings.patience):
-            break
-    bar.close()
+    with bar, processes.apart():
+        for step in range(len(losses), steps):
+            for group, rate in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = rate * (1 - step / steps)
+            loss = torch.zeros(())
+            for part in range(settings.accumulation):
+                timestep, rows = data.draw(step * settings.accumulation + part, settings.rows, task.seed)
+                with accelerator.accumulate(model):
+                    output = first_tensor(model(*data.call(rows)))
+                    part_loss = weights[timestep] * (output.float() - data.targets[rows]).square().mean()
+                    if extra is not None:
+                        part_loss = part_loss + extra(student, step, timestep, output)
+                    accelerator.backward(part_loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                loss = loss + part_loss.detach().cpu() / settings.accumulation
+            losses.append(float(accelerator.reduce(loss.to(accelerator.device), "mean")))
+            bar.update()
+            bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
+            if accelerator.is_main_process:
+                state.keep(losses, force=step + 1 == steps)
+            if _stalled(losses, len(data.grid), settings.patience):
+                break
     accelerator.wait_for_everyone()
     return _by_epoch(losses, len(data.grid))
 
@@ -191,7 +192,9 @@ class _Kept:
     def __init__(self, task: Task, student: Student, optimizer: Any, settings: TrainingSettings) -> None:
         self.student, self.optimizer = student, optimizer
         facts = {"settings": repr(settings), "seed": task.seed, "grid": student.grid, "names": student.names}
-        self.facts = json.dumps(facts)
+        shapes = [tuple(parameter.shape) for parameter in student.parameters()]
+        specs = [twin.plan.to_json() for twin in student.twins if isinstance(twin, Adaptive)]
+        self.facts = json.dumps(facts | {"carry": student.carry, "parameters": shapes, "layers": specs})
         self.path = None if task.work_dir is None else task.work_dir / "fine-tuning.safetensors"
         self.saved = time.monotonic()
 
@@ -213,15 +216,23 @@ class _Kept:
         os.replace(part, self.path)
         self.saved = time.monotonic()
 
-    def restore(self) -> list[float]:
-        """Take over a kept state of this very run; the losses so far, none without one."""
+    def read(self) -> tuple[dict[str, Tensor], list[float]] | None:
+        """A kept state of this very run, if there is one."""
         if self.path is None or not self.path.exists():
-            return []
+            return None
         with safe_open(self.path, "pt") as file:
             metadata = file.metadata()
-        if metadata["facts"] != self.facts:
+        return (
+            (load_file(self.path), json.loads(metadata["losses"]))
+            if metadata["facts"] == self.facts
+            else None
+        )
+
+    def restore(self, state: tuple[dict[str, Tensor], list[float]] | None) -> list[float]:
+        """Take over what `read` gave; the losses so far."""
+        if state is None:
             return []
-        tensors = load_file(self.path)
+        tensors, losses = state
         for name, parameter in self.student.named_parameters():
             parameter.data.copy_(tensors[f"value.{name}"])
             moments = {
@@ -231,5 +242,4 @@ class _Kept:
             }
             if moments:
                 self.optimizer.state[parameter] = moments
-        losses: list[float] = json.loads(metadata["losses"])
         return losses

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from difloat.methods import posttraining
+from difloat.methods.adapters import Carry
 from difloat.methods.denoising_factor import denoising_factors, normalised
 from difloat.methods.finetune import TrainingSettings, train
 from difloat.methods.posttraining import Outcome
@@ -25,6 +26,7 @@ class Tuning:
         by_factor: Weight the loss by the scheduler's denoising factors.
         without_adapters: Layers that learn ranges only.
         input_ranges_by_timestep: Learn static input ranges apart for every timestep.
+        carry: How adapters are carried out, see `adapters`.
     """
 
     settings: TrainingSettings
@@ -33,6 +35,7 @@ class Tuning:
     by_factor: bool
     without_adapters: tuple[str, ...] = ()
     input_ranges_by_timestep: bool = False
+    carry: Carry = "merged"
 
 
 def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
@@ -51,6 +54,7 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
         adapters=tuning.adapters,
         rank=tuning.rank,
         input_ranges_by_timestep=tuning.input_ranges_by_timestep,
+        carry=tuning.carry,
         without_adapters=tuning.without_adapters,
         generator=torch.Generator().manual_seed(task.seed),
     )
@@ -60,7 +64,7 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
         losses = train(task, student, tuning.settings, _weights(task, grid, tuning.by_factor))
     measured |= {"losses": losses, "router": student.table().tolist(), "grid": list(grid)}
     plans = student.packed()
-    by_time = any(plan.schedule or plan.input_schedule for plan in plans.values())
+    by_time = any(plan.schedules for plan in plans.values())
     return replace(outcome, layers=plans, measured=measured, timesteps=grid if by_time else ())
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from difloat import formats
 from difloat.methods import posttraining
-from difloat.methods.assign import MIN_MAX, Rule
+from difloat.methods.assign import MIN_MAX, Rule, floating_point
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.scales import ScaleFormat
@@ -52,8 +52,7 @@ def rtn(task: Task, options: NearestOptions) -> Outcome:
     def grid(bits: int) -> tuple[formats.Format, ...]:
         if options.grid == "int":
             return (formats.parse(f"int{bits}"),)
-        exponent_bits = min(4 if bits == 8 else 2, bits - 1)
-        return (formats.Format(True, exponent_bits, bits - 1 - exponent_bits),)
+        return (floating_point(bits),)
 
     wanted = formats.parse(options.weight_format) if options.weight_format else grid(task.bits.weight)[0]
     if wanted.bits != task.bits.weight:
