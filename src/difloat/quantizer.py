@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from difloat import rounding
-from difloat.formats import Format
 from difloat.packing import pack, packed_channels, unpack
 from difloat.scales import expand_scale, reorder_scale, row_places
 from difloat.specs import SIDE, AttentionPlan, Band, Part, Side, layer_tensor_shapes
@@ -219,17 +218,6 @@ class Plan:
         attention = {"attention": {name: entry.to_json() for name, entry in self.attention.items()}}
         optional = attention | {"timesteps": list(self.timesteps)}
         return data | {name: value for name, value in optional.items() if value}
-
-
-def fake_quantize(x: Tensor, format: Format, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """Round ``x`` to ``grid * scale + zero_point`` and stay in float; shapes broadcast.
-
-    Gradients: straight-through to `x` inside the range, zero outside; to the scale by the product rule of the rounded
-    value, as LSQ does (the rounding error inside the range, the end of the grid outside).
-    """
-    shifted = x if zero_point is None else x - zero_point
-    rounded = rounding.round_straight_through(shifted / scale, format) * scale
-    return rounded if zero_point is None else rounded + zero_point
 
 
 def plan_layer(
