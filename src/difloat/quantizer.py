@@ -176,16 +176,14 @@ class Plan:
     """What becomes of a model: one entry per layer that is quantized, one reason per layer that is not.
 
     Attributes:
-        recipe: The name of the recipe that decided.
-        bits: What was asked for, like "w4a8".
+        recipe, bits: The name of the recipe that decided; what was asked for, like "w4a8".
         layers: By module name.
         skipped: Reasons, by module name.
         options: The recipe's options, plain data.
         measured: Times and errors on the way; not part of the checkpoint.
         attention: By the name of the attention module; what is not there computes as before.
-        timesteps: Grid that the layers' schedules refer to, in the unit of the denoiser's argument; a call takes the
-            nearest entry. Empty if no layer has a schedule.
-        components: Plans of other components of the pipeline, by name; each is stored with its component.
+        timesteps: Grid that the layers' schedules refer to, in the unit of the denoiser's argument, the nearest entry counts.
+        components: Plans of the pipeline's other components by name, each stored with its component.
     """
 
     recipe: str
