@@ -402,3 +402,129 @@ def test_ctrl_c_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(study, "load_pipeline", interrupt)
     result = run("quantize", "emoji-unet", tmp_path / "out")
     assert result.code == 130 and "--cache" in result.err and "Traceback" not in result.err
+
+
+# Arguments of the call, exclusion, other programs' files, diagnosis, card
+
+
+def test_arguments_of_the_pipelines_call_reach_it(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["--count", "1", "--steps", "2", "--call", "height=32", "--call", "width=16"]
+    result = run(
+        "generate", checkpoint, tmp_path / "pictures", *arguments, "--call", "use_resolution_binning=false"
+    )
+    assert result.code == 0, result
+    with Image.open(tmp_path / "pictures/00000.png") as picture:
+        assert picture.size == (16, 32)
+    refused(run("generate", checkpoint, tmp_path / "no", "--call", "colour=red"), "takes, got 'colour'")
+    refused(
+        run("generate", checkpoint, tmp_path / "no", "--call", "height"),
+        "--call must be name=value",
+        "'height'",
+    )
+    refused(run("generate", checkpoint, tmp_path / "no", "--call", "guidance_scale=3"), "use --guidance")
+    assert not (tmp_path / "no").exists()
+
+
+def test_quantize_takes_arguments_of_the_call(run: Run, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--recipe", "rtn", "--bits", "w8a16", "--images", 2, *FAST[:4]]
+    result = run(
+        "quantize", source, out, *arguments, "--call", "height=32", "--call", "use_resolution_binning=false"
+    )
+    assert result.code == 0, result
+    assert record.read(out)[1].shape == (2, 32, 16, 3)
+
+
+def test_excluded_layers_stay_as_they_are(run: Run, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rtn = ["--recipe", "rtn", "--images", "0", *FAST[:4]]
+    assert (
+        run("quantize", source, out, *rtn, "--exclude", "transformer_blocks.0", "--exclude", "*.to_q").code
+        == 0
+    )
+    listed = run("inspect", out, "--layers").out
+    assert re.search(r"\d+ quantized and 1\d float layers", listed)
+    made, _, _ = record.read(out)
+    kept = {name for name, reason, _ in made.skipped if reason == "excluded by the user"}
+    assert "transformer_blocks.0.ff.net.2" in kept and "transformer_blocks.1.attn1.to_q" in kept
+    assert "transformer_blocks.1.attn1.to_v" not in kept
+    for dry in ([], ["--dry-run"]):
+        refused(
+            run("quantize", source, tmp_path / "no", *rtn, "--exclude", "block.0", *dry),
+            "'block.0'",
+            "inspect",
+        )
+    assert (
+        "excluded by the user"
+        in run("quantize", source, tmp_path / "no", "--dry-run", "--exclude", "proj_out").out
+    )
+
+
+def test_a_misspelled_gate_costs_no_pictures(run: Run, source: Path, checkpoint: Path) -> None:
+    result = run("evaluate", source, checkpoint, "--fail-under", "beauty=3")
+    refused(result, "beauty", "psnr")
+    assert "images" not in result.err
+    refused(run("evaluate", source, checkpoint, "--fail-under", "psnr:3"), "name<=number")
+
+
+NVFP4 = ["--recipe", "rtn", "--bits", "w4a16", "--set", "weight_granularity=group", "--set", "group_size=16"]
+NVFP4 += ["--set", "scale_format=e4m3", "--set", "keep_8bit=", "--exclude", "pos_embed"]
+
+
+def test_export_validate_import(run: Run, source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    own, file, again = tmp_path / "own", tmp_path / "model.safetensors", tmp_path / "again"
+    assert run("quantize", source, own, *NVFP4, "--images", "0", *FAST[:4]).code == 0
+    result = run("export", own, file, "--to", "nvfp4")
+    assert result.code == 0 and "nvfp4 file" in result.out, result
+    good = run("validate", file, "--reference", source)
+    assert good.code == 0 and "26 quantized layers as NVFP4 stores them" in good.out, good
+    assert run("validate", own).code == 0
+    assert run("import", file, again, "--from", "nvfp4", "--into", source).code == 0
+    assert run("verify", again).code == 0
+    for out, directory in ((tmp_path / "a", own), (tmp_path / "b", again)):
+        assert run("generate", directory, out, "--count", "1", "--steps", "2").code == 0
+    assert (tmp_path / "a/00000.png").read_bytes() == (tmp_path / "b/00000.png").read_bytes()
+    assert run("export", own, tmp_path / "folder", "--to", "nvfp4").code == 0
+    assert run("import", tmp_path / "folder", tmp_path / "model", "--from", "nvfp4").code == 0
+    state = load_file(file)
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("to_q.weight_scale_2")}
+    save_file(state, file)
+    bad = run("validate", file)
+    assert bad.code == 1 and "weight_scale_2 must be beside the weight, but is missing" in bad.out
+    refused(run("export", checkpoint, tmp_path / "no", "--to", "nvfp4"), "without loss", "--bits w4a16")
+    refused(run("export", own, tmp_path / "no", "--to", "gguf"), "one of nvfp4, fp8, mxfp4, comfy")
+    refused(run("import", file, tmp_path / "no", "--from", "nvfp4", "--into", source), "weight_scale_2")
+    refused(run("validate", tmp_path / "no"), "does not exist")
+    assert not (tmp_path / "no").exists()
+
+
+def test_diagnose_ends_with_a_command_that_leaves_the_broken_layer_out(
+    run: Run, source: Path, tmp_path: Path
+) -> None:
+    out, name = tmp_path / "out", "transformer_blocks.1.ff.net.2"
+    arguments = ["--recipe", "rtn", "--bits", "w8a16", "--set", "scale=minmax", "--images", "0", *FAST[:4]]
+    assert run("quantize", source, out, *arguments, "--exclude", "proj_out").code == 0
+    state = load_file(out / WEIGHTS)
+    state[f"{name}.weight_scale"] *= 12
+    save_file(state, out / WEIGHTS, metadata={"format": "pt"})
+    result = run("diagnose", source, out, "--samples", 4, "--steps", 2, "--images", 1)
+    assert result.code == 0, result
+    allowed = int(re.search(r"at most (\d+) sampling runs", result.out)[1])
+    assert int(re.search(r"(\d+) sampling runs made", result.out)[1]) <= allowed
+    command = f"difloat quantize {source} OUT --recipe rtn --bits w8a16 --set scale=minmax"
+    assert result.out.endswith(f"{command} --exclude proj_out --exclude {name}"), result.out[-300:]
+    refused(run("diagnose", source, source), "must be quantized")
+
+
+def test_card_stands_beside_the_checkpoint_and_does_not_spoil_it(run: Run, checkpoint: Path, copy_of) -> None:
+    there = copy_of(checkpoint)
+    result = run("card", there, "--base-model", "someone/tiny")
+    assert result.code == 0 and str(there / "README.md") in result.out.replace(" ", "")
+    text = (there / "README.md").read_text(encoding="utf-8")
+    assert (
+        "\nbase_model: someone/tiny\n" in text
+        and "\nbase_model_relation: quantized\n" in text
+        and "| PSNR" in text
+    )
+    assert run("verify", there).code == 0
+    refused(run("card", there, "--base-model", "no name"), "no name")

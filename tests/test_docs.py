@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
 import difloat
-from difloat import cli, recipes
+from difloat import api, cli, evaluate, recipes, reference_models
+
+# diffusers' DPM solver hands torch tensors to numpy in a way numpy 2 deprecates; nothing here can change that.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,23 +38,162 @@ def blocks(page: Path, language: str) -> list[str]:
     return [text for name, text in found if name == language]
 
 
-def commands() -> list[str]:
-    lines = [
-        line for page in PAGES for language in ("", "sh", "bash") for text in blocks(page, language)
-        for line in text.splitlines()
-    ]  # fmt: skip
-    return sorted({line.split("  #")[0].strip() for line in lines if line.startswith("difloat ")})
+SHELL = ("", "sh", "bash")
 
 
-@pytest.mark.parametrize("command", commands())
-def test_commands_in_documents_parse(command: str) -> None:
-    verb, *arguments = shlex.split(command)[1:]
-    parser = typer.main.get_command(cli.app).commands[verb]
-    parser.make_context(verb, [a for a in arguments if a != "..."])
+def lines_of(page: Path) -> list[str]:
+    """Lines of the shell blocks that are no drawing or formula, without comments."""
+    lines = [line for language in SHELL for text in blocks(page, language) for line in text.splitlines()]
+    shell = [line.split("  #")[0].strip() for line in lines]
+    return [line for line in shell if line and not re.search(r" <- | -> |^out\[|\\->", line)]
+
+
+def commands(page: Path) -> list[str]:
+    """Calls of difloat in the order of the page; a launcher in front of one is left out."""
+    found = [re.sub(r"^.*? -m difloat ", "difloat ", line) for line in lines_of(page)]
+    return [line for line in found if line.startswith("difloat ")]
 
 
 def test_there_are_commands_for_every_verb() -> None:
-    assert {command.split()[1] for command in commands()} == set(typer.main.get_command(cli.app).commands)
+    verbs = {command.split()[1] for page in PAGES for command in commands(page)}
+    assert verbs == set(typer.main.get_command(cli.app).commands)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "training" / "README.md"], ids=lambda page: page.name)
+def test_other_commands_name_what_exists(page: Path) -> None:
+    """What is not run below: targets of make, scripts of this repository with their options, installers."""
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for line in lines_of(page):
+        words = shlex.split(line)
+        if words[0] == "make":
+            assert words[1] in targets, line
+        elif words[0].endswith("python") and words[1] != "-m":
+            script = (ROOT / words[1]).read_text(encoding="utf-8")
+            missing = [word for word in words[2:] if word.startswith("--") and f'"{word}"' not in script]
+            assert not missing, (line, missing)
+        else:
+            known = ("difloat", "pip", "sudo", "cmake", "accelerate", "torchrun")
+            assert words[0] in known or words[1:2] == ["-m"], (
+                f"{page.name} has a line that no test reads: {line}"
+            )
+
+
+# What is run: every call of difloat and every block of Python, in the order of the page, on tiny models
+
+# Sections that need more than a tiny model, and the test that runs what stands in them.
+ELSEWHERE = {"LoRA": "test_lora.py::test_the_tour_runs"}
+QUICK = {"samples": 6, "steps": 2, "iterations": 2, "rounding_rows": 4, "epochs": 1, "rows": 2, "rank": 2}
+FEWER = {
+    "quantize": ["--samples", "6", "--steps", "2", "--images", "0"],
+    "repair": ["--epochs", "1", "--samples", "6", "--steps", "2", "--images", "0"],
+    "generate": ["--count", "2"],
+    "evaluate": ["--samples", "2"],
+    "diagnose": ["--samples", "4", "--images", "1", "--steps", "2"],
+}
+
+
+def known_to(recipe: str) -> set[str]:
+    return set(recipes.RECIPES[recipe].options.__dataclass_fields__)
+
+
+@pytest.fixture(scope="module")
+def tiny_world() -> Iterator[pytest.MonkeyPatch]:
+    """Embedded models are tiny ones, recipes take few rows and steps."""
+    from tiny import tiny_pixart, tiny_unet
+
+    plan, generate = api.plan, evaluate.generate
+
+    def quick(model: object, recipe: str = "lbfp", bits: str = "w4a8", **given: object) -> object:
+        wanted = {name: value for name, value in QUICK.items() if name in known_to(recipe)}
+        wanted |= {name: QUICK[name] for name in ("samples", "steps")}
+        return plan(model, recipe, bits, **{**given, **wanted})
+
+    def draw(*given: Any, **more: Any) -> evaluate.Generated:
+        return generate(*given, **{**more, "steps": 2})
+
+    with pytest.MonkeyPatch.context() as patch:
+        make = {"emoji-unet": tiny_unet, "emoji-pixart": tiny_pixart}
+        patch.setattr(reference_models, "load", lambda name: make[name]())
+        patch.setattr(api, "plan", quick)
+        for name in ("frechet_interval", "frechet_ratio_interval"):
+            patch.setattr(evaluate, name, lambda *_, **__: evaluate.Estimate(1.0, 1.0, 1.0))
+        patch.setattr(evaluate, "generate", draw)
+        yield patch
+
+
+def carry_out(command: str, patch: pytest.MonkeyPatch) -> int:
+    """Run a call of difloat in this process, with fewer rows, steps and pictures; its exit code."""
+    words = shlex.split(command)
+    words += FEWER.get(words[1], [])
+    if words[1] == "quantize":
+        recipe = words[words.index("--recipe") + 1] if "--recipe" in words else "lbfp"
+        quick = [name for name in QUICK if name in known_to(recipe)]
+        words += [word for name in quick for word in ("--set", f"{name}={QUICK[name]}")]
+    patch.setattr("sys.argv", words)
+    try:
+        cli.main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+def run_page(page: Path, directory: Path, patch: pytest.MonkeyPatch) -> None:
+    """Everything on a page, in the order in which it stands there."""
+    patch.chdir(directory)
+    sections = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    here = "\n".join(text for text in sections if text.splitlines()[0] not in ELSEWHERE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```", here, re.MULTILINE | re.DOTALL)
+    on_page = commands(page)
+    for language, text in found:
+        if language == "python":
+            exec(compile(text, f"{page.name}: {text.splitlines()[0]}", "exec"), {"__name__": "snippet"})
+        elif language in SHELL:
+            lines = [line.split("  #")[0].strip() for line in text.splitlines()]
+            lines = [re.sub(r"^.*? -m difloat ", "difloat ", line) for line in lines]
+            for command in (line for line in lines if line in on_page):
+                allowed = (0, 1) if "--fail-under" in command else (0,)  # tiny models may miss a gate
+                assert carry_out(command, patch) in allowed, f"{page.name}: {command}"
+
+
+def test_sections_that_are_run_elsewhere_are() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for section, test in ELSEWHERE.items():
+        file, name = test.split("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"\n## {section}\n" in text
+
+
+@pytest.fixture(scope="module")
+def after_readme(tiny_world: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which a reader has done everything in the README; other pages start there."""
+    directory = tmp_path_factory.mktemp("readme")
+    before = os.getcwd()
+    try:
+        run_page(ROOT / "README.md", directory, tiny_world)
+    finally:
+        os.chdir(before)
+    return directory
+
+
+def test_everything_in_the_readme_runs(after_readme: Path) -> None:
+    assert {"small", "better", "out", "dit", "repaired", "pictures", "emoji-fp4"} <= {
+        path.name for path in after_readme.iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "README.md" and (commands(page) or blocks(page, "python"))],
+    ids=lambda page: page.name,
+)
+def test_everything_on_other_pages_runs(
+    page: Path, after_readme: Path, tiny_world: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = os.getcwd()
+    try:
+        run_page(page, Path(shutil.copytree(after_readme, tmp_path / "page")), tiny_world)
+    finally:
+        os.chdir(before)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

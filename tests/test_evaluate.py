@@ -402,7 +402,8 @@ def test_gate_speaks_in_sentences():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("sharpness=1", r"measured metric \(psnr, frechet_to_data\)"),
+        ("sharpness=1", r"name a metric \(psnr, ssim, .*\), got 'sharpness'"),
+        ("ssim=1", r"measured metric \(psnr, frechet_to_data\)"),
         ("psnr>20", "must be"),
         ("psnr=x", "must be"),
     ],

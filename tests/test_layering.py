@@ -48,6 +48,7 @@ TOP = {
     "merging",
     "peft_layers",
     "demo",
+    "diagnosis",
     "quantization",
 }  # whatever else is not on the line is <side>: io, report, evaluate, ...
 LAZY = {

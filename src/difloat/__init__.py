@@ -26,6 +26,7 @@ from difloat.specs import Part, QuantSpec
 
 if TYPE_CHECKING:
     from difloat.api import apply, plan, quantize, restore
+    from difloat.diagnosis import diagnose
     from difloat.io.config import DifloatConfig
     from difloat.reference_models import load as reference
 
@@ -39,6 +40,7 @@ __all__ = [
     "QuantSpec",
     "accelerate_attention",
     "apply",
+    "diagnose",
     "formats",
     "load",
     "load_lora",
@@ -65,6 +67,8 @@ register()
 def __getattr__(name: str) -> Any:
     if name in ("apply", "plan", "quantize", "restore"):
         return getattr(import_module("difloat.api"), name)
+    if name == "diagnose":
+        return import_module("difloat.diagnosis").diagnose
     if name == "DifloatConfig":
         return import_module("difloat.io.config").DifloatConfig
     if name == "reference":

@@ -14,6 +14,7 @@ from torch import nn
 from difloat import calibration, layers, lora, recipes
 from difloat import components as parts
 from difloat.calibration import Calibration, CalibrationSettings
+from difloat.exclusion import excluded
 from difloat.io import mark_quantized, unmark_quantized
 from difloat.methods import target as targets
 from difloat.methods.finetune import TrainingSettings
@@ -51,6 +52,7 @@ def plan(
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
     target: str = "any",
+    exclude: Sequence[str] = (),
     components: Sequence[str] | None = None,
     **options: Any,
 ) -> Plan:
@@ -66,19 +68,21 @@ def plan(
         progress: Show progress bars.
         call_kwargs: Further arguments of the pipeline's call, such as `height`.
         target: "cpu" restricts every search to formats that CPUs compute in integers; "any" does not.
+        exclude: Names of layers or blocks, or patterns like ``*.to_q``, that stay as they are, whatever the recipe.
         components: What of a pipeline to quantize, like ["unet", "text_encoder", "vae=w8a8"]; all but the denoiser without
             data (`components.parse`). None: the denoiser only.
         **options: Fields of `CalibrationSettings` (`samples`, `steps`, `guidance_scale`, `seed`, `memory_bytes`, ...) and of
             the recipe's options.
 
     Raises:
-        ValueError: on an unknown recipe, bits or option, a model without layers to quantize, or values that are not finite.
+        ValueError: on an unknown recipe, bits, option or layer, a model without layers to quantize, or values not finite.
     """
     row, parsed, machine = recipes.lookup(recipe), Bits.parse(bits), targets.check(target)
     names = {field.name for field in fields(CalibrationSettings)}
     settings = {name: value for name, value in options.items() if name in names}
     own = {name: value for name, value in options.items() if name not in names}
     recipes.make_options(row, own)  # refuse bad options before hours of calibration
+    excluded(layers.quantizable(denoiser(model)), exclude)
     others = parts.parse(model, components, bits, target)
     data = calibrate(
         model,
@@ -91,14 +95,9 @@ def plan(
     )
     work_dir = None if cache_dir is None else Path(cache_dir)
     wanted = CalibrationSettings(**settings)
-    task = replace(
-        task_of(model, data, parsed),
-        seed=wanted.seed,
-        progress=progress,
-        work_dir=work_dir,
-        memory_bytes=wanted.memory_bytes,
-        target=machine,
-    )
+    task = task_of(model, data, parsed)
+    task = replace(task, seed=wanted.seed, progress=progress, work_dir=work_dir)
+    task = replace(task, memory_bytes=wanted.memory_bytes, target=machine, exclude=tuple(exclude))
     return parts.with_components(plan_calibrated(task, recipe, bits, own), model, others, progress)
 
 

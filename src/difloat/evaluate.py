@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -25,6 +24,7 @@ from difloat.distances import (
     moments,
 )
 from difloat.external import external
+from difloat.gates import gate
 from difloat.generation import Generated, generate
 from difloat.metrics import (
     METRICS,
@@ -197,37 +197,3 @@ def latent_error(reference: Generated, quantized: Generated, *, seed: int = 0) -
         relative = (other.double().flatten(1) - flat).norm(dim=1) / flat.norm(dim=1)
         errors.append(mean_interval(relative, seed=seed))
     return errors
-
-
-_RULE = re.compile(r"\s*(\w+)\s*(<=|>=|=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
-
-
-def gate(evaluation: Evaluation, rules: Sequence[str]) -> list[str]:
-    """One sentence per rule that the evaluation breaks; empty when all hold. Judged by values, not by intervals.
-
-    Args:
-        evaluation: what was measured.
-        rules: `name<=number`, `name>=number`, or `name=number`: at least that good in the metric's own direction.
-
-    Raises:
-        ValueError: a rule that cannot be read, or a metric that was not measured.
-    """
-    failures = []
-    for rule in rules:
-        match = _RULE.fullmatch(rule)
-        if match is None:
-            raise ValueError(f"a gate rule must be name<=number, name>=number or name=number, got {rule!r}.")
-        name, sign, limit = match[1], match[2], float(match[3])
-        if name not in evaluation.metrics:
-            measured = ", ".join(row[0] for row in evaluation.rows())
-            raise ValueError(f"a gate rule must name a measured metric ({measured}), got {name!r}.")
-        metric, found = METRICS[name], evaluation.metrics[name]
-        at_least = sign == ">=" or (sign == "=" and metric.better == "higher")
-        if found.value >= limit if at_least else found.value <= limit:
-            continue
-        unit = f" {metric.unit}" if metric.unit else ""
-        failures.append(
-            f"{name} must be {'at least' if at_least else 'at most'} {limit:g}{unit}, got {found.value:.4g}{unit} "
-            f"(95 % interval {found.low:.4g} to {found.high:.4g})."
-        )
-    return failures

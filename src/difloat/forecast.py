@@ -13,6 +13,7 @@ from torch import nn
 from difloat import api, layers, recipes
 from difloat.calibration import Calibration, CalibrationSettings, finish_recording, sampling_of
 from difloat.calls import Recorder, recording
+from difloat.exclusion import excluded
 from difloat.methods.adapters import stored_bytes
 from difloat.methods.task import Bits, Sequencing
 from difloat.quantizer import LayerPlan, Plan
@@ -150,6 +151,7 @@ def forecast(
     bits: str,
     options: Mapping[str, Any],
     call_kwargs: Mapping[str, Any] | None = None,
+    exclude: Sequence[str] = (),
 ) -> Forecast:
     """Try a little of a run and extrapolate; nothing is changed.
 
@@ -162,17 +164,14 @@ def forecast(
         bits: Like "w4a8".
         options: Of the recipe.
         call_kwargs: Further arguments of the pipeline's call.
+        exclude: Layers that stay as they are, see `exclusion`.
     """
     need, rows = probe(pipeline, prompts, settings, call_kwargs=call_kwargs)
-    counts = _alike(module)
+    counts = _alike(module, excluded(layers.quantizable(module), exclude))
     parsed = Bits.parse(bits)
-    task = replace(
-        api.task_of(pipeline, rows, parsed),
-        seed=settings.seed,
-        progress=False,
-        memory_bytes=settings.memory_bytes,
-        only=frozenset(counts),
-    )
+    task = api.task_of(pipeline, rows, parsed)
+    task = replace(task, seed=settings.seed, progress=False, memory_bytes=settings.memory_bytes)
+    task = replace(task, only=frozenset(counts), exclude=tuple(exclude))
     made = recipes.make_options(recipes.lookup(recipe), options)
     learns = getattr(made, "rounding", "nearest") == "learned" and parsed.weight <= 4
     tunes = hasattr(made, "epochs")
@@ -217,11 +216,14 @@ def _training_s(made: Any, need: Mapping[str, float]) -> float:
     return steps * made.rows * need["row_seconds"] * _TRAINING_FORWARDS
 
 
-def _alike(module: nn.Module) -> dict[str, int]:
+def _alike(module: nn.Module, left_out: set[str]) -> dict[str, int]:
     """The layers of one block of every kind, and how many blocks of the model are of that kind."""
     kinds: dict[tuple[Any, ...], list[list[str]]] = {}
     for unit, members in layers.blocks(module).items():
-        shapes = [(name.removeprefix(unit), tuple(layers.weight_of(module, name).shape)) for name in members]
+        shapes = [
+            (name.removeprefix(unit), tuple(layers.weight_of(module, name).shape), name in left_out)
+            for name in members
+        ]
         kinds.setdefault(tuple(shapes), []).append(members)
     return {name: len(units) for units in kinds.values() for name in units[0]}
 

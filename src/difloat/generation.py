@@ -16,6 +16,7 @@ from torch import Tensor
 from difloat import processes
 from difloat.arguments import completed, condition_of, draw_classes, for_pictures, parameters_of, takes
 from difloat.calls import device_of
+from difloat.metrics import NotFiniteError
 from difloat.sampling import denoiser_of, quiet
 
 
@@ -196,7 +197,7 @@ def _as_tensor(images: Any, seeds: Sequence[int]) -> Tensor:
         )
     broken = [seed for seed, image in zip(seeds, batch, strict=True) if not bool(image.isfinite().all())]
     if broken:
-        raise ValueError(
+        raise NotFiniteError(
             f"pictures must be finite, got NaN or infinity for seeds {broken[:5]}; the model overflows, keep more "
             "layers in high precision or sample in a wider dtype."
         )

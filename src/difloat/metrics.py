@@ -18,6 +18,10 @@ _BATCH = 100  # pictures per call of a metric or feature network: bounds memory,
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
+class NotFiniteError(ValueError):
+    """A model drew pictures with NaN or infinity."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A value with its 95 % interval `low <= high`, in the unit of the metric."""

@@ -24,6 +24,7 @@ def announce(
     bits: str,
     chosen: dict[str, str],
     call: dict[str, Any],
+    exclude: list[str],
     *,
     table: bool,
 ) -> None:
@@ -31,7 +32,7 @@ def announce(
     from difloat import api, forecast, study
 
     expected = forecast.forecast(
-        pipeline, api.denoiser(pipeline), texts, settings, recipe, bits, chosen, call
+        pipeline, api.denoiser(pipeline), texts, settings, recipe, bits, chosen, call, exclude
     )
     heading = f"{recipe} {bits}{''.join(f', {key}={value}' for key, value in chosen.items())}: "
     console.print(heading + study.describe(expected, settings), highlight=False, soft_wrap=True)

@@ -1,6 +1,6 @@
-"""The command line: `difloat inspect | quantize | repair | generate | evaluate | report | verify | demo`."""
+"""The command line; `difloat --help` lists the commands."""
 
-from difloat.cli import checkpoints, pictures, quantization
+from difloat.cli import checkpoints, diagnosis, interchange, pictures, quantization
 from difloat.cli.application import app, main
 
-__all__ = ["app", "checkpoints", "main", "pictures", "quantization"]
+__all__ = ["app", "checkpoints", "diagnosis", "interchange", "main", "pictures", "quantization"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,30 @@ Components = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Rows = Annotated[int, typer.Option(min=1, help="Calibration rows: denoiser inputs kept.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")]
+Call = Annotated[
+    list[str] | None,
+    typer.Option(help="Argument of the pipeline's call, like --call height=512; repeatable."),
+]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Option of the recipe, like --set rounding=nearest; repeatable."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, size, memory and time, stop.")]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(help="Layer or block that stays as it is, like down_blocks.0 or '*.to_q'; repeatable."),
+]
+
+_OPTIONS_OF_THEIR_OWN = {
+    "prompt": "--prompts",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "generator": "--seed",
+    "batch_size": "--batch",
+}
 
 Loras = Annotated[
     list[str] | None,
@@ -73,13 +98,13 @@ def check_out(out: Path, overwrite: bool) -> None:
         )
 
 
-def options_of(pairs: Sequence[str]) -> dict[str, str]:
-    """`--set name=value` pairs as a dictionary; ValueError on anything else."""
+def options_of(
+    pairs: Sequence[str], flag: str = "--set", example: str = "rounding=nearest"
+) -> dict[str, str]:
+    """`name=value` pairs of a repeatable flag as a dictionary; ValueError on anything else."""
     for pair in pairs:
-        if "=" not in pair:
-            raise ValueError(
-                f"--set must be name=value, got {pair!r}; write for example --set rounding=nearest"
-            )
+        if not pair.partition("=")[0] or "=" not in pair:
+            raise ValueError(f"{flag} must be name=value, got {pair!r}; write for example {flag} {example}")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
@@ -91,3 +116,33 @@ def loras_of(texts: Sequence[str]) -> list[tuple[str, float]]:
         number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", weight)
         found.append((file, float(weight)) if file and number else (text, 1.0))
     return found
+
+
+def call_of(
+    pipeline: Any, source: str, guidance: float | None, pairs: Sequence[str] | None
+) -> tuple[float | None, dict[str, Any]]:
+    """Guidance and the other arguments of the pipeline's call: an embedded model's own, then what the user gives.
+
+    Values are numbers, true, false, null or JSON where they read so, text otherwise.
+
+    Raises:
+        ValueError: if the pipeline's call has no such argument, or it has an option of its own.
+    """
+    from difloat import arguments, study
+
+    guidance, call = study.call_of(source, guidance)
+    given = options_of(pairs or [], "--call", "height=512")
+    for name, text in given.items():
+        if name in _OPTIONS_OF_THEIR_OWN:
+            raise ValueError(
+                f"--call must not set {name}, which has an option of its own, got {text!r}; use {_OPTIONS_OF_THEIR_OWN[name]}"
+            )
+        if name not in arguments.parameters_of(pipeline):  # **kwargs would swallow a misspelled one
+            raise ValueError(
+                f"--call must name arguments that {type(pipeline).__name__} takes, got {name!r}; leave it out"
+            )
+        try:
+            call[name] = json.loads(text)
+        except json.JSONDecodeError:
+            call[name] = text
+    return guidance, call

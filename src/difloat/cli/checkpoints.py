@@ -1,4 +1,4 @@
-"""Commands that look at what is there: inspect, report, verify."""
+"""Commands that look at what is there: inspect, report, card, verify."""
 
 from __future__ import annotations
 
@@ -62,6 +62,23 @@ def report(directory: Checkpoint) -> None:
     tables.print_summary(made)
     page = pages.render(made, left, right, directory / record.PAGE)
     console.print(f"report     {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def card(
+    directory: Checkpoint,
+    base_model: Annotated[str, typer.Option(help="Name on the hub of what was quantized, like owner/model.")],
+    license: Annotated[str | None, typer.Option(help="Identifier of the base model's licence.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A further tag; repeatable.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a README.md of another origin.")
+    ] = False,
+) -> None:
+    """Write README.md for a model hub: front matter, and the measured table from the checkpoint's report."""
+    from difloat import card as cards
+
+    file = cards.write(directory, base_model, license=license, tags=tag or [], overwrite=overwrite)
+    console.print(f"card       {file}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -10,7 +10,19 @@ from rich.table import Table
 
 from difloat import tables
 from difloat.cli.application import app
-from difloat.cli.arguments import Batch, Guidance, Loras, Prompts, Source, Steps, loras_of, meet, pipeline_of
+from difloat.cli.arguments import (
+    Batch,
+    Call,
+    Guidance,
+    Loras,
+    Prompts,
+    Source,
+    Steps,
+    call_of,
+    loras_of,
+    meet,
+    pipeline_of,
+)
 from difloat.tables import console
 
 
@@ -26,6 +38,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
     batch: Batch = 8,
     lora: Loras = None,
+    call: Call = None,
 ) -> None:
     """Draw pictures with a full-precision or quantized pipeline; processes of a launch share them."""
     from PIL import Image
@@ -39,7 +52,7 @@ def generate(
     for number, (file, weight) in enumerate(loras_of(lora or [])):
         load_lora(pipeline, file, f"lora{number}", weight)
     texts = list(prompt) if prompt else study.prompts_of(pipeline, source, prompts)
-    guidance, call = study.call_of(source, guidance)
+    guidance, arguments = call_of(pipeline, source, guidance, call)
     seeds = list(range(seed, seed + count))
     drawn = evaluate.generate(
         pipeline,
@@ -48,7 +61,7 @@ def generate(
         steps=steps,
         guidance_scale=guidance,
         batch_size=batch,
-        call_kwargs=call,
+        call_kwargs=arguments,
     )
     if not processes.is_main():
         return
@@ -69,6 +82,7 @@ def evaluate(
     steps: Steps = None,
     guidance: Guidance = None,
     batch: Batch = 50,
+    call: Call = None,
     fail_under: Annotated[
         list[str] | None,
         typer.Option(
@@ -78,14 +92,15 @@ def evaluate(
     save: Annotated[Path | None, typer.Option(help="Write the evaluation as JSON.")] = None,
 ) -> None:
     """Compare a quantized pipeline with the full-precision one; processes of a launch share the pictures."""
-    from difloat import evaluate as judge
-    from difloat import processes, study
+    from difloat import gates, processes, study
 
+    for rule in fail_under or []:
+        gates.parse(rule)  # a misspelled gate must not cost the pictures
     meet()
     first, second = pipeline_of(reference), pipeline_of(quantized)
     texts = study.prompts_of(first, reference, prompts)
-    guidance, call = study.call_of(reference, guidance)
-    sampling = study.Sampling(texts, samples, steps, guidance, batch, call)
+    guidance, arguments = call_of(first, reference, guidance, call)
+    sampling = study.Sampling(texts, samples, steps, guidance, batch, arguments)
     full, packed = study.draw(first, sampling), study.draw(second, sampling)
     if not processes.is_main():
         return
@@ -99,7 +114,7 @@ def evaluate(
     console.print(table)
     if save is not None:
         save.write_text(evaluation.to_json(), encoding="utf-8")
-    failures = judge.gate(evaluation, fail_under or [])
+    failures = gates.gate(evaluation, fail_under or [])
     for failure in failures:
         console.print(failure, markup=False, highlight=False)
     if failures:

@@ -11,14 +11,22 @@ import typer
 from difloat import tables
 from difloat.cli.application import app
 from difloat.cli.arguments import (
+    Call,
     Checkpoint,
     Components,
+    DryRun,
+    Exclude,
     Guidance,
     Images,
+    Overwrite,
     Prompts,
+    Rows,
+    Seed,
+    Setting,
     Source,
     Steps,
     Target,
+    call_of,
     check_out,
     meet,
     options_of,
@@ -39,10 +47,10 @@ def quantize(
         str, typer.Option(help="Weight and activation bits, like w4a8; a16 leaves activations alone.")
     ] = "w4a8",
     prompts: Prompts = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration rows: denoiser inputs kept.")] = 256,
+    samples: Rows = 256,
     steps: Steps = None,
     guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    seed: Seed = 0,
     memory_mb: Annotated[
         int, typer.Option(min=1, help="Calibration data held in RAM, in MB; the rest goes to disk.")
     ] = 2048,
@@ -50,22 +58,18 @@ def quantize(
         Path | None,
         typer.Option(help="Keeps calibration data and finished blocks: a killed run goes on from there."),
     ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Option of the recipe, like --set rounding=nearest; repeatable."),
-    ] = None,
+    option: Setting = None,
+    exclude: Exclude = None,
+    call: Call = None,
     target: Target = "any",
     components: Components = None,
     images: Images = 16,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print plan, size, memory and time, stop.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")
-    ] = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
-    from difloat import api, calibration, recipes, study
+    from difloat import api, calibration, layers, recipes, study
+    from difloat.exclusion import excluded
     from difloat.methods.task import Bits
 
     meet()
@@ -78,15 +82,17 @@ def quantize(
     pipeline = pipeline_of(source)
     api.check_model(api.denoiser(pipeline))
     texts = study.prompts_of(pipeline, source, prompts)
-    guidance, call = study.call_of(source, guidance)
+    guidance, arguments = call_of(pipeline, source, guidance, call)
+    excluded(layers.quantizable(api.denoiser(pipeline)), exclude or [])
     settings = calibration.CalibrationSettings(
         samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
     )
-    tables.announce(pipeline, texts, settings, recipe, bits, chosen, call, table=dry_run)
+    tables.announce(pipeline, texts, settings, recipe, bits, chosen, arguments, exclude or [], table=dry_run)
     if dry_run:
         return
-    sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=call)
-    everything = {"cache_dir": cache, "call_kwargs": call, "target": target, **vars(settings), **chosen}
+    sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=arguments)
+    everything = {"cache_dir": cache, "call_kwargs": arguments, "target": target, "exclude": exclude or ()}
+    everything |= {**vars(settings), **chosen}
     everything["components"] = components.split(",") if components else None
     _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
 
@@ -118,17 +124,16 @@ def repair(
     out: Annotated[Path, typer.Argument(help="Directory of the repaired checkpoint and its report.")],
     epochs: Annotated[int, typer.Option(min=1, help="Passes along the trajectory.")] = 40,
     prompts: Prompts = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration rows: denoiser inputs kept.")] = 256,
+    samples: Rows = 256,
     steps: Steps = None,
     guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    seed: Seed = 0,
     cache: Annotated[
         Path | None, typer.Option(help="Keeps the run: a killed one goes on from there.")
     ] = None,
-    images: Annotated[int, typer.Option(min=0, help="Pictures for the report; 0: none.")] = 16,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")
-    ] = False,
+    call: Call = None,
+    images: Images = 16,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a quantized checkpoint of any recipe against the full-precision model it was made from."""
     import difloat
@@ -140,7 +145,7 @@ def repair(
     check_out(out, overwrite)
     pipeline, quantized = pipeline_of(source), pipeline_of(str(checkpoint))
     texts = study.prompts_of(pipeline, source, prompts)
-    guidance, call = study.call_of(source, guidance)
+    guidance, arguments = call_of(pipeline, source, guidance, call)
     start = time.perf_counter()
     plan = api.repair(
         pipeline,
@@ -148,14 +153,14 @@ def repair(
         epochs=epochs,
         prompts=texts,
         cache_dir=cache,
-        call_kwargs=call,
+        call_kwargs=arguments,
         samples=samples,
         steps=steps,
         guidance_scale=guidance,
         seed=seed,
     )
     seconds = {"repair, all of it": time.perf_counter() - start}
-    sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=call)
+    sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=arguments)
     made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
     if made is not None:
         tables.print_made(made, out)

@@ -102,7 +102,7 @@ def _hashes(root: Path) -> Finding:
 def _check_layers(component: str, plan: Plan, stored: Mapping[str, StoredTensor]) -> Iterator[Finding]:
     """Scales, codes and re-encoding of every layer, one layer in memory at a time."""
     failures: dict[str, list[str]] = {"scales": [], "codes": [], "re-encode": []}
-    for name, layer in _read_layers(plan, stored):
+    for name, layer in read_layers(plan, stored):
         try:
             for key, tensor in layer.tensors.items():
                 if key != "weight":
@@ -129,7 +129,8 @@ def _check_layers(component: str, plan: Plan, stored: Mapping[str, StoredTensor]
         yield Finding(check, component, not messages, messages[0] + more if messages else passed[check])
 
 
-def _read_layers(plan: Plan, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, LayerPlan]]:
+def read_layers(plan: Plan, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, LayerPlan]]:
+    """The layers of a checkpoint with their tensors, one in memory at a time."""
     opened = {file: safe_open(file, framework="pt") for file in {tensor.file for tensor in stored.values()}}
 
     def read(name: str) -> torch.Tensor:

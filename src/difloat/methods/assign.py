@@ -14,6 +14,7 @@ from difloat.formats import Format
 from difloat.layers import QuantizedLayer
 from difloat.methods.observe import Call
 from difloat.methods.passes import Passes
+from difloat.methods.scales import ScaleFormat, snapping
 from difloat.methods.search import CLIPS, OFFSETS, SHRUNK, Found, search
 from difloat.quantizer import LayerPlan
 from difloat.scales import expand_scale, rows_of
@@ -39,6 +40,7 @@ class Rule:
         unsigned_clips: Candidate ranges of unsigned formats, if others than `clips`.
         asymmetry: Unsigned formats are tried where the shorter side of the values is at most 1 minus this of the longer one;
             0: everywhere.
+        scales: Grid that the scales are restricted to; only without zero points.
     """
 
     formats: tuple[Format, ...]
@@ -49,6 +51,11 @@ class Rule:
     online: bool = False
     unsigned_clips: Sequence[float] | None = None
     asymmetry: float = 0.0
+    scales: ScaleFormat = "float32"
+
+    def __post_init__(self) -> None:
+        if self.scales != "float32" and self.zero_points is not None:
+            raise ValueError(f"scales must be float32 where there are zero points, got {self.scales!r}")
 
     def spec(self, format: Format) -> QuantSpec:
         """The specification that results when the search chose `format`."""
@@ -61,7 +68,7 @@ class Rule:
         Unsigned formats with zero points are left out where the rows reach about as far down as up (`asymmetry`).
         """
         if self.zero_points is None:
-            return search(rows, self.formats, clips=self.clips)
+            return search(rows, self.formats, clips=self.clips, snap=snapping(rows, self.scales))
         signed = [f for f in self.formats if f.signed]
         unsigned = [f for f in self.formats if not f.signed and lopsidedness(rows) >= self.asymmetry]
         found = [search(rows, signed, clips=self.clips)] if signed else []

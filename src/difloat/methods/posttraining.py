@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from difloat import attention, layers, processes
+from difloat.exclusion import EXCLUDED, excluded, matches
 from difloat.methods import observe
 from difloat.methods.assign import Draft, Rule, draft_layer, search_inputs
 from difloat.methods.blockwise import learn_blocks
@@ -86,7 +87,8 @@ def run(
         )
     seen = observe.trace(task.model, task.calibration.batch(task.calibration.stratified(2, generator)))
     wished = [name for name in seen.order if task.only is None or name in task.only]
-    decided = {name: rules_for(name, seen) for name in wished}
+    left_out = excluded(candidates, task.exclude)
+    decided = {name: EXCLUDED if name in left_out else rules_for(name, seen) for name in wished}
     rules = {
         name: _on_target(rule, task.target) for name, rule in decided.items() if not isinstance(rule, str)
     }
@@ -122,7 +124,8 @@ def _decide(
     if learn:
         with timed(measured, "learn rounding"):
             plans |= learn_blocks(task, twin, learn, seen, settings, generator, measured)
-    entries = {} if attention_plan is None else dict.fromkeys(seen.attention, attention_plan)
+    attending = [name for name in seen.attention if not any(matches(name, own) for own in task.exclude)]
+    entries = {} if attention_plan is None else dict.fromkeys(attending, attention_plan)
     attention.install(twin, entries)
     wanted = {name: rule.activation for name, rule in rules.items() if rule.activation is not None}
     with timed(measured, "search activations"):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from difloat.formats import Format
+from difloat.methods.scales import Snap
 
 CLIPS = tuple(percent / 100 for percent in range(20, 121))
 """Fractions of the reach that `search` tries as clip values; at 4 bits the best is usually near 0.6."""
@@ -66,6 +67,7 @@ def search(
     clips: Sequence[float] = CLIPS,
     zero_points: Sequence[float] | None = None,
     refine: int = 1,
+    snap: Snap | None = None,
 ) -> Found:
     """The one format for all rows, and the scale and zero point of every row, with the lowest squared error.
 
@@ -79,12 +81,13 @@ def search(
         zero_points: Fractions of the minimum of the row to try as zero point of unsigned formats, for example
             `ZERO_POINTS`. None: no zero point, and unsigned formats need rows without negative values.
         refine: Rounds of a finer grid between the neighbours of each winner.
+        snap: Moves the candidate scales of a format to the nearest that are allowed; the errors are those of the moved.
 
     Raises:
         ValueError: if rows are empty or hold NaN or Inf, if a fraction is not usable, or if an unsigned
             format without zero point meets a negative value.
     """
-    found = best_per_format(rows, formats, clips=clips, zero_points=zero_points, refine=refine)
+    found = best_per_format(rows, formats, clips=clips, zero_points=zero_points, refine=refine, snap=snap)
     return min(found.values(), key=lambda one: one.error_by_format[one.format.name])
 
 
@@ -95,6 +98,7 @@ def best_per_format(
     clips: Sequence[float] = CLIPS,
     zero_points: Sequence[float] | None = None,
     refine: int = 1,
+    snap: Snap | None = None,
 ) -> dict[str, Found]:
     """Like `search`, but the best of every format, by its name: whoever mixes formats compares row by row."""
     _check(rows, formats, clips, zero_points)
@@ -111,7 +115,8 @@ def best_per_format(
             mirrored = format.min == -format.max
             if mirrored not in sorted_rows:
                 sorted_rows[mirrored] = _sort(block.abs() if mirrored else block, low.double(), high.double())
-            best = _search_block(sorted_rows[mirrored], format, clip_axis, zero_axis[format.signed], refine)
+            axes = (clip_axis, zero_axis[format.signed])
+            best = _search_block(sorted_rows[mirrored], format, *axes, refine, snap)
             parts[format.name].append(best)
     columns = {
         name: [torch.cat(column) for column in zip(*blocks, strict=True)] for name, blocks in parts.items()
@@ -182,13 +187,15 @@ def _sort(rows: Tensor, low: Tensor, high: Tensor) -> _SortedRows:
 
 
 def _search_block(
-    rows: _SortedRows, format: Format, clips: Tensor, zeros: Tensor, refine: int
+    rows: _SortedRows, format: Format, clips: Tensor, zeros: Tensor, refine: int, snap: Snap | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Best scale, zero point and error of the rows, each [r]; fractions `clips` [1, c] and `zeros` [1, z]."""
     count = rows.low.shape[0]
     clips, zeros = clips.expand(count, -1), zeros.expand(count, -1)
     for remaining in range(refine, -1, -1):
         scale, zero_point = _candidates(rows, format, clips, zeros)
+        if snap is not None:
+            scale = snap(scale, format)
         error = _errors(rows, format, scale, zero_point)
         winner = error.argmin(dim=1, keepdim=True)
         if remaining:

@@ -58,6 +58,7 @@ class Task:
         scheduler: Of the pipeline, None for a plain module.
         target: The machine whose fast formats the recipe's candidates are restricted to.
         only: Quantize no other layers than these, to try a recipe on a few; None: all.
+        exclude: What the user keeps out of quantization, whatever the recipe; patterns of `exclusion.matches`.
         memory_bytes: What activations may take while blocks are worked on; bounds the rows, not the result's size.
     """
 
@@ -71,6 +72,7 @@ class Task:
     pipeline: str = ""
     target: Target = "any"
     only: frozenset[str] | None = None
+    exclude: tuple[str, ...] = ()
     scheduler: Any = None
 
     def calls(self, rows: Sequence[int], row_bytes: int) -> list[Call]:

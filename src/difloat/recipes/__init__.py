@@ -13,7 +13,7 @@ from typing import Any
 from difloat.methods import options
 from difloat.methods.posttraining import Outcome, Task
 from difloat.quantizer import Plan
-from difloat.recipes import baselines, efficientdm, fp4dit, integer_transformers, lbfp, msfp
+from difloat.recipes import baselines, efficientdm, fp4dit, integer_transformers, lbfp, msfp, nearest
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ RECIPES: dict[str, Recipe] = {
         "integers in groups, online activations per token and group (arXiv:2406.17343)",
     ),
     "rtn": Recipe(
-        baselines.rtn, baselines.NearestOptions, "rounding to nearest, floating point or integer, no learning"
+        nearest.rtn, nearest.NearestOptions, "rounding to nearest, floating point or integer, no learning"
     ),
 }
 
@@ -87,6 +87,8 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
     stored = {**dataclasses.asdict(settings), "seed": task.seed, "calibration_rows": len(task.calibration)}
     if task.target != "any":
         stored["target"] = task.target
+    if task.exclude:
+        stored["exclude"] = list(task.exclude)
     return Plan(
         recipe,
         bits,

@@ -26,8 +26,9 @@ from difloat.methods.adaround import RoundingSettings
 from difloat.methods.assign import MIN_MAX, Rule
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.scales import ScaleFormat
 from difloat.methods.search import CLIPS
-from difloat.specs import AttentionPlan, Granularity
+from difloat.specs import AttentionPlan
 
 SCALE_AWARE_RATE = 0.003  # of variables in units of the weight; both tuned by benchmarks/rounding_rates.py
 SIGMA = "PixArtSigmaPipeline"  # the one family whose weights the paper puts on E1M2
@@ -42,11 +43,11 @@ class Options:
         scale_aware: Rounding variables in units of the weight (Eq. 8); off: plain AdaRound.
         learning_rate: Of the rounding variables; 0 takes the tuned rate of the form.
         group_size: Input channels per weight scale; 0: one scale per output channel.
+        scale_format: Grid of weight scales, as in `rtn`; off "float32" the range is searched, as its ends cannot be met.
         weight_format: Of 4-bit weights: "paper", a format's name, or "search" among all 4-bit formats by squared error.
         before_gelu: Format of the 4-bit linear before GELU; "same" as the others.
         activation: "online" per token, or "static" per tensor from calibration.
-        attention: Quantize q, k, v like activations.
-        softmax: Bits of the attention map: 16 leaves it, 8 puts it on an unsigned grid.
+        attention, softmax: Quantize q, k, v like activations; bits of the map: 16 leaves it, 8 is an unsigned grid.
         outside: Layers in no list of blocks (embedders, final projection): "keep" in high precision, or "8bit".
         inputs: Block inputs during learning: from the "quantized" or the "full" precision prefix.
         iterations, precision, rounding_rows: Steps per block, their matrix products, calibration rows used.
@@ -56,6 +57,7 @@ class Options:
     scale_aware: bool = True
     learning_rate: float = 0.0
     group_size: int = 128
+    scale_format: ScaleFormat = "float32"
     weight_format: str = "paper"
     before_gelu: str = "e3m0"
     activation: Literal["online", "static"] = "online"
@@ -76,17 +78,15 @@ def plan(task: Task, options: Options) -> Outcome:
         if name not in inside and options.outside == "keep":
             return "outside of the blocks"
         weight_bits = task.bits.weight if name in inside else 8
-        clips = CLIPS if options.weight_format == "search" else MIN_MAX
+        fixed = options.weight_format != "search" and options.scale_format == "float32"
         found = _weight_formats(weight_bits, name in seen.before_gelu, task.pipeline, options)
-        granularity: Granularity = "group" if options.group_size else "channel"
-        learn = options.rounding == "learned" and weight_bits <= 4
         activation = None
         if task.bits.activation is not None:
             grid = (default_format(task.bits.activation if name in inside else 8),)
-            online = options.activation == "online"
-            activation = Rule(grid, "token", online=True) if online else Rule(grid)
-        weight = Rule(found, granularity, options.group_size or None, clips)
-        return LayerRules(weight, activation, learn)
+            activation = Rule(grid) if options.activation == "static" else Rule(grid, "token", online=True)
+        size, clips = options.group_size or None, MIN_MAX if fixed else CLIPS
+        weight = Rule(found, "group" if size else "channel", size, clips, scales=options.scale_format)
+        return LayerRules(weight, activation, options.rounding == "learned" and weight_bits <= 4)
 
     default_rate = SCALE_AWARE_RATE if options.scale_aware else RoundingSettings.learning_rate
     rounding = RoundingSettings(

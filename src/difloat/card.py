@@ -1,0 +1,120 @@
+"""The model card: README.md with the front matter that a model hub reads, and the measured table of a checkpoint's record."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from difloat import record
+from difloat.report import Record
+
+CARD = "README.md"
+_MARK = "<!-- written by difloat card -->"
+
+
+def write(
+    directory: str | os.PathLike[str],
+    base_model: str,
+    *,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Path:
+    """Write the card of a checkpoint that has a record (`difloat quantize` writes one); returns the file.
+
+    Args:
+        directory: The checkpoint.
+        base_model: Name on the hub of what was quantized, like ``owner/model``.
+        license: Identifier of the licence, which quantizing does not change; None leaves it out.
+        tags: Further tags.
+        overwrite: Replace a README.md that `write` has not written.
+
+    Raises:
+        FileNotFoundError: if there is no record.
+        FileExistsError: if a README.md of another origin is there.
+        ValueError: if `base_model` is no name of a repository.
+    """
+    from huggingface_hub import ModelCardData
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(base_model)
+    target = Path(directory) / CARD
+    made = record.read(Path(directory))[0]
+    if target.exists() and _MARK not in target.read_text(encoding="utf-8") and not overwrite:
+        raise FileExistsError(
+            f"{CARD} must be one that difloat wrote, got another; say --overwrite to replace it"
+        )
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation="quantized",
+        library_name="diffusers",
+        license=license,
+        tags=[*_tags(made), *tags],
+    )
+    text = f"---\n{data.to_yaml()}\n---\n{_MARK}\n\n{body(made, base_model)}"
+    partial = target.with_name(f".{CARD}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, target)
+    return target
+
+
+def _tags(made: Record) -> list[str]:
+    """Method, widths and grids, without repeats."""
+    grids = sorted({name for row in made.layers for name in row.weight_format.split(" + ")})
+    integer = all(row.integer_grid for row in made.layers)
+    kind = f"{'int' if integer else 'fp'}{made.weight_bits_nominal:g}"
+    return list(dict.fromkeys(["difloat", "quantized", made.recipe, made.bits, kind, *grids]))
+
+
+def body(made: Record, base_model: str) -> str:
+    """Everything below the front matter."""
+    ratio = made.original_bytes / made.packed_bytes
+    measured = (
+        f"The same {made.samples} prompts and seeds through both models; intervals are 95 % bootstrap intervals over pictures."
+        if made.quality
+        else "No pictures were drawn for this checkpoint, so there is no measured quality."
+    )
+    return "\n".join(
+        [
+            f"# {base_model}, {made.recipe} {made.bits}",
+            "",
+            f"The denoiser of [{base_model}](https://huggingface.co/{base_model}), quantized by difloat with the recipe "
+            f"`{made.recipe}` at {made.bits}: {made.packed_bytes / 1e6:.2f} MB instead of {made.original_bytes / 1e6:.2f} MB "
+            f"in 16 bits ({ratio:.2f}x smaller), {made.effective_bits:.2f} bits per quantized weight with scales.",
+            "",
+            "## Use",
+            "",
+            "```python",
+            "import difloat  # lets diffusers read the packed layers",
+            "from diffusers import DiffusionPipeline",
+            "",
+            'pipeline = DiffusionPipeline.from_pretrained("path or name of this repository")',
+            "```",
+            "",
+            "## Measured",
+            "",
+            measured,
+            "",
+            *_table(made),
+            "## What is quantized",
+            "",
+            f"{len(made.layers)} layers; {len(made.skipped)} modules stay in high precision. {made.attention}".strip(),
+            f"Made with difloat {made.versions.get('difloat', '')}".strip() + f" on {made.created[:10]}.",
+            "",
+        ]
+    )
+
+
+def _table(made: Record) -> list[str]:
+    if not made.quality:
+        return []
+    lines = ["| measure | value | 95 % interval | full precision |", "|---|---|---|---|"]
+    for row in made.quality:
+        value = f"{row['value']:.4g} {row['unit']}".strip()
+        finite = math.isfinite(row["low"] + row["high"])
+        interval = f"{row['low']:.4g} to {row['high']:.4g}" if finite else "-"
+        reference = "-" if row["reference"] is None else f"{row['reference']:.4g}"
+        lines.append(f"| {row['label']} | {value} | {interval} | {reference} |")
+    return [*lines, ""]

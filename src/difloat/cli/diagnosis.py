@@ -1,0 +1,133 @@
+"""The command that says which layer broke it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Column, Table
+
+from difloat.cli.application import app
+from difloat.cli.arguments import (
+    Call,
+    Checkpoint,
+    Guidance,
+    Prompts,
+    Seed,
+    Source,
+    Steps,
+    call_of,
+    pipeline_of,
+)
+from difloat.tables import console
+
+if TYPE_CHECKING:
+    from difloat.diagnosis import Diagnosis, Health
+    from difloat.quantizer import Plan
+
+_ROWS = 12  # of a table
+
+
+@app.command()
+def diagnose(
+    source: Source,
+    directory: Checkpoint,
+    prompts: Prompts = None,
+    samples: Annotated[int, typer.Option(min=1, help="Denoiser inputs that errors are measured on.")] = 24,
+    images: Annotated[int, typer.Option(min=1, help="Pictures per sampling run.")] = 2,
+    share: Annotated[
+        float, typer.Option(min=0.01, max=0.99, help="Share of today's error that is good enough.")
+    ] = 0.5,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    call: Call = None,
+    seed: Seed = 0,
+) -> None:
+    """Find the layers that cost a quantized model its quality, and say how to leave them out."""
+    import difloat
+    from difloat import api, diagnosis, study
+
+    pipeline, quantized = pipeline_of(source), pipeline_of(str(directory))
+    texts = study.prompts_of(pipeline, source, prompts)
+    guidance, arguments = call_of(pipeline, source, guidance, call)
+    runs = diagnosis.runs_needed(api.denoiser(pipeline), api.denoiser(quantized))
+    console.print(f"at most {runs} sampling runs of {images} pictures each", highlight=False)
+    found = diagnosis.diagnose(
+        pipeline,
+        quantized,
+        prompts=texts,
+        samples=samples,
+        images=images,
+        share=share,
+        steps=steps,
+        guidance_scale=guidance,
+        call_kwargs=arguments,
+        seed=seed,
+    )
+    _print_tables(found)
+    plan = difloat.io.plan_of(api.denoiser(quantized))
+    console.print(_verdict(found, source, plan), highlight=False, soft_wrap=True, markup=False)
+
+
+def _print_tables(found: Diagnosis) -> None:
+    table = Table(
+        Column("block, worst first", overflow="fold"), "forced", "first step", "last step", "accumulated"
+    )
+    for block in found.blocks[:_ROWS]:
+        timesteps = sorted(block.forced, reverse=True)
+        ends = [f"{block.forced[timesteps[at]]:.3f}" for at in (0, -1)]
+        grown = max(block.accumulated.values(), default=0.0)
+        table.add_row(block.name, f"{block.error:.3f}", *ends, f"{grown:.3f}")
+    console.print(table)
+    table = Table(Column("layer, worst first", overflow="fold"), "forced", "largest output", "remark")
+    for layer in found.layers[:_ROWS]:
+        table.add_row(layer.name, f"{layer.error:.3f}", f"{layer.largest:.4g}", _remark(layer))
+    console.print(table)
+
+
+def _remark(layer: Health) -> str:
+    if not layer.finite:
+        return "NaN or infinity"
+    return "beyond float16" if layer.overflows_float16 else ""
+
+
+def _verdict(found: Diagnosis, source: str, plan: Plan) -> str:
+    """What to do, in lines; the last one is a command where layers were found."""
+    lines = [f"relative error of the last latents: {found.before:.4f}; {found.runs} sampling runs made"]
+    wide = [layer.name for layer in found.layers if layer.overflows_float16]
+    if wide:
+        lines.append(
+            f"{len(wide)} layers reach beyond float16 (first: {wide[0]}): sample in bfloat16 or float32"
+        )
+    if not found.exclude:
+        return "\n".join(
+            [*lines, f"no set of layers brings it down to {found.goal:.4f}: there is nothing to leave out"]
+        )
+    count = len(found.exclude)
+    lines.append(f"{found.after:.4f} with {count} of {len(found.layers)} layers in full precision:")
+    lines += [f"  {name}" for name in found.exclude]
+    return "\n".join([*lines, _command(found, source, plan)])
+
+
+def _command(found: Diagnosis, source: str, plan: Plan) -> str:
+    """The call of `difloat quantize` that repeats the plan without the layers."""
+    from difloat.recipes import RECIPES
+
+    words = ["difloat", "quantize", source, "OUT", "--recipe", plan.recipe, "--bits", plan.bits]
+    if plan.recipe in RECIPES:
+        for option in dataclasses.fields(RECIPES[plan.recipe].options):
+            value = plan.options.get(option.name, option.default)
+            if _plain(value) != _plain(option.default):
+                words += ["--set", f"{option.name}={_plain(value)}"]
+    for name in [*plan.options.get("exclude", []), *found.exclude]:
+        words += ["--exclude", name]
+    return shlex.join(words)
+
+
+def _plain(value: Any) -> str:
+    """An option's value as --set takes it."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)

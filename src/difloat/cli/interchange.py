@@ -1,0 +1,88 @@
+"""Commands for files of other programs: export, import, validate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from difloat.cli.application import app
+from difloat.cli.arguments import Checkpoint, Overwrite, check_out, pipeline_of
+from difloat.tables import console
+
+Kind = Annotated[
+    str, typer.Option(help="nvfp4 or fp8 (diffusers' bfl backend, ModelOpt), mxfp4, or comfy (ComfyUI).")
+]
+Source = Annotated[
+    str, typer.Option("--from", help="Kind of the file: nvfp4, fp8, mxfp4 or comfy; see difloat export.")
+]
+
+
+@app.command()
+def export(
+    directory: Checkpoint,
+    out: Annotated[
+        Path, typer.Argument(help="A new .safetensors file, or a directory for it and config.json.")
+    ],
+    to: Kind,
+    component: Annotated[str | None, typer.Option(help="Of the pipeline, if several are quantized.")] = None,
+) -> None:
+    """Write a checkpoint's quantized model for another program; what the file cannot hold exactly is refused."""
+    from difloat import interchange
+
+    file = interchange.export_checkpoint(directory, out, to, component=component)
+    console.print(f"{to} file {file}, {file.stat().st_size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(help="A file of another program, or a directory with it.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the difloat checkpoint.")],
+    source: Source,
+    into: Annotated[
+        str | None,
+        typer.Option(help="Pipeline that the model belongs to; left out, the config.json beside the file."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a file of another program into a difloat checkpoint; codes and scales stay what they are."""
+    import difloat
+    from difloat import api, interchange
+
+    check_out(out, overwrite)
+    model = (
+        interchange.model_of(path if path.is_dir() else path.parent) if into is None else pipeline_of(into)
+    )
+    plan = interchange.import_into(api.denoiser(model), path, source)
+    difloat.save(model, out, overwrite=overwrite)
+    console.print(f"{len(plan.layers)} quantized layers in {out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def validate(
+    path: Annotated[
+        Path, typer.Argument(help="A quantized file or directory, of difloat or another program.")
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="The full-precision pipeline: tells a wrong order of nibbles or scales for certain."
+        ),
+    ] = None,
+) -> None:
+    """Say what is wrong with a quantized file. Exit code 1 on errors; suspicions are guesses."""
+    from difloat import api, interchange
+
+    state = None if reference is None else api.denoiser(pipeline_of(reference)).state_dict()
+    remarks = interchange.validate(path, state)
+    colours = {
+        "error": "[red]error     [/red]",
+        "suspicion": "[yellow]suspicion [/yellow]",
+        "ok": "[green]ok[/green]",
+    }
+    for remark in remarks:
+        place = f"{remark.place}: " if remark.place else ""
+        console.print(colours[remark.level], f"{place}{remark.message}", highlight=False, soft_wrap=True)
+    if any(remark.level == "error" for remark in remarks):
+        raise typer.Exit(1)

@@ -1,0 +1,65 @@
+"""Thresholds on metrics, for a continuous-integration job: rules like ``psnr=20``, and a sentence for each one broken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from difloat.metrics import METRICS
+
+if TYPE_CHECKING:
+    from difloat.evaluate import Evaluation
+
+_RULE = re.compile(r"\s*(\w+)\s*(<=|>=|=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A threshold: `metric` must be at least (or at most) `limit`, in the metric's unit."""
+
+    metric: str
+    at_least: bool
+    limit: float
+
+
+def parse(text: str) -> Rule:
+    """Read ``name<=number``, ``name>=number``, or ``name=number``: at least that good in the metric's own direction.
+
+    Raises:
+        ValueError: if it reads otherwise, or there is no such metric.
+    """
+    match = _RULE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"a gate rule must be name<=number, name>=number or name=number, got {text!r}.")
+    name, sign, limit = match[1], match[2], float(match[3])
+    if name not in METRICS:
+        raise ValueError(f"a gate rule must name a metric ({', '.join(METRICS)}), got {name!r}.")
+    return Rule(name, sign == ">=" or (sign == "=" and METRICS[name].better == "higher"), limit)
+
+
+def gate(evaluation: Evaluation, rules: Sequence[str]) -> list[str]:
+    """One sentence per rule that the evaluation breaks; empty when all hold. Judged by values, not by intervals.
+
+    Args:
+        evaluation: what was measured.
+        rules: see `parse`.
+
+    Raises:
+        ValueError: a rule that cannot be read, or a metric that was not measured.
+    """
+    failures = []
+    for rule in map(parse, rules):
+        if rule.metric not in evaluation.metrics:
+            measured = ", ".join(row[0] for row in evaluation.rows())
+            raise ValueError(f"a gate rule must name a measured metric ({measured}), got {rule.metric!r}.")
+        metric, found = METRICS[rule.metric], evaluation.metrics[rule.metric]
+        if found.value >= rule.limit if rule.at_least else found.value <= rule.limit:
+            continue
+        unit = f" {metric.unit}" if metric.unit else ""
+        failures.append(
+            f"{rule.metric} must be {'at least' if rule.at_least else 'at most'} {rule.limit:g}{unit}, "
+            f"got {found.value:.4g}{unit} (95 % interval {found.low:.4g} to {found.high:.4g})."
+        )
+    return failures

@@ -1,0 +1,154 @@
+"""From a file of another program to a quantized model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from difloat import layers
+from difloat.interchange import foreign
+from difloat.interchange.export import INPUT_SCALES
+from difloat.interchange.foreign import SUFFIXES, Foreign
+from difloat.interchange.layers import decode
+from difloat.interchange.schemes import Scheme, check_dialect
+from difloat.io.checkpoint import mark_quantized
+from difloat.io.layout import CONFIG, read_json
+from difloat.quantizer import LayerPlan, Plan
+
+RECIPE = "import"  # what the plans of foreign files name as their recipe
+
+
+def import_into(module: nn.Module, path: str | os.PathLike[str], source: str) -> Plan:
+    """Give a float model the quantized layers and all other tensors of a foreign file, in place.
+
+    Weights keep their codes and scales. Layouts do not say how inputs are quantized, so inputs stay as they are; an
+    `input_scale` is kept in the plan's options, for exporting it again.
+
+    Args:
+        module: Of the same architecture, with the names that the file has; it may hold any weights.
+        path: The file, or a directory with it or its shards.
+        source: Kind of file, one of `schemes.DIALECTS`.
+
+    Raises:
+        ValueError: if the file is not of that kind or not of this model; the model is then unchanged.
+    """
+    schemes = check_dialect(source)
+    read = foreign.read(path)
+    names = read.quantized()
+    if not names:
+        raise ValueError(
+            f"{source} file must hold quantized layers, got none in {str(path)!r}; is it another file?"
+        )
+    float_layers = layers.quantizable(module)
+    planned: dict[str, LayerPlan] = {}
+    for name in names:
+        if name not in float_layers:
+            raise ValueError(
+                f"file must be of a {type(module).__name__} with its names, but has the layer {name!r}; "
+                "import it into its own model"
+            )
+        planned[name] = _layer(read, name, float_layers[name], schemes, source)
+    taken = {f"{name}.{key}" for name in names for key in (*SUFFIXES, foreign.PACKED)}
+    _check_rest(module, read, taken, set(planned))
+    plan = Plan(RECIPE, _bits(planned), planned, options=_options(read, names, source))
+    layers.apply(module, plan)
+    rest = {name: tensor for name, tensor in read.tensors.items() if name not in taken}
+    module.load_state_dict(rest, strict=False)
+    mark_quantized(module, plan)
+    return plan
+
+
+def _layer(
+    read: Foreign, name: str, layer: nn.Linear | nn.Conv2d, schemes: tuple[Scheme, ...], source: str
+) -> LayerPlan:
+    scheme, tensors = foreign.scheme_of(read, name), read.layer(name)
+    if scheme not in schemes or scheme is None:
+        found = "of an unknown layout" if scheme is None else scheme.name
+        raise ValueError(
+            f"{source} file must hold layers of {' or '.join(s.name for s in schemes)}, but {name!r} is {found}; "
+            "see difloat validate"
+        )
+    shape = tuple(layer.weight.shape)
+    if len(shape) != 2:
+        raise ValueError(f"quantized layers of a {source} file must be linear, but {name!r} is a convolution")
+    wanted = {
+        "weight": (scheme.weight_dtype, scheme.weight_shape(shape)),
+        "weight_scale": (scheme.scale_dtype, scheme.scale_shape(shape)),
+    }
+    if scheme.scales == "e4m3":
+        wanted["weight_scale_2"] = (torch.float32, ())
+    for key, (dtype, size) in wanted.items():
+        tensor = tensors.get(key)
+        if tensor is not None and tensor.dtype == torch.float8_e8m0fnu:
+            tensors[key] = tensor = tensor.view(torch.uint8)
+        one = tensor is not None and not size and tensor.numel() == 1
+        if tensor is None or tensor.dtype != dtype or not (one or tuple(tensor.shape) == size):
+            got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(
+                f"{name}.{key} must be {dtype} {list(size)} in {scheme.name}, got {got}; see difloat validate"
+            )
+    if "pre_quant_scale" in tensors:
+        raise ValueError(
+            f"{name!r} must have no pre_quant_scale, which plans cannot hold; get a file without"
+        )
+    try:
+        return decode(tensors, scheme, shape)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
+
+
+def _check_rest(module: nn.Module, read: Foreign, taken: set[str], planned: set[str]) -> None:
+    """ValueError unless the file has exactly the other tensors of the model, in their shapes."""
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in module.state_dict().items()
+        if not (name.endswith(".weight") and name.removesuffix(".weight") in planned)
+    }
+    got = {name: tuple(tensor.shape) for name, tensor in read.tensors.items() if name not in taken}
+    for name in sorted(expected.keys() | got.keys()):
+        if expected.get(name) != got.get(name):
+            wrong = (
+                "is missing" if name not in got else "is one too many" if name not in expected else "differs"
+            )
+            raise ValueError(
+                f"file must hold the tensors of the {type(module).__name__}, but {name!r} {wrong}; "
+                "import it into its own model"
+            )
+
+
+def _bits(planned: dict[str, LayerPlan]) -> str:
+    widths = [layer.parts[0].weight.format.bits for layer in planned.values()]
+    return f"w{max(set(widths), key=widths.count)}a16"
+
+
+def _options(read: Foreign, names: list[str], source: str) -> dict[str, Any]:
+    scales = {name: read.layer(name)["input_scale"] for name in names if "input_scale" in read.layer(name)}
+    options: dict[str, Any] = {"from": source}
+    if scales:
+        options[INPUT_SCALES] = {name: float(scale.reshape(-1)[0]) for name, scale in scales.items()}
+    return options
+
+
+def model_of(directory: str | os.PathLike[str]) -> Any:
+    """A diffusers model with fresh weights after the `config.json` of a directory.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it names no model of the installed diffusers.
+    """
+    import diffusers
+
+    config = read_json(Path(directory) / CONFIG)
+    name = config.get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(found, type) or not issubclass(found, diffusers.ModelMixin):
+        raise ValueError(
+            f"_class_name must be a model of diffusers {diffusers.__version__}, got {name!r:.80}; update diffusers"
+        )
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    with torch.random.fork_rng(devices=[]):  # fresh weights must not move the caller's random numbers
+        return found.from_config(plain).eval()

@@ -1,0 +1,193 @@
+"""What is wrong with a quantized file: our own checkpoints and those of other programs.
+
+Errors are certain: a reader refuses the file or gets wrong numbers. Suspicions are what usually goes with a mistake, found by
+statistics; they may be false. The order of nibbles cannot be seen in a file alone, since both orders give the same statistics
+of every group; with the float model beside it all arrangements are compared.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from difloat.interchange import foreign, suspicion
+from difloat.interchange.foreign import METADATA, PACKED, Foreign
+from difloat.interchange.schemes import E8M0_NAN, Scheme, tile_shape
+from difloat.io.layout import CONFIG, QUANT_METHOD, read_json
+from difloat.io.manifest import MANIFEST
+from difloat.io.verify import verify
+
+Level = Literal["error", "suspicion", "ok"]
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One finding.
+
+    Attributes:
+        level: "error" is certain, "suspicion" a guess, "ok" says what was checked and found right.
+        place: Layer or tensor, "" for the whole file.
+        message: One sentence.
+    """
+
+    level: Level
+    place: str
+    message: str
+
+
+def validate(path: str | os.PathLike[str], reference: Mapping[str, Tensor] | None = None) -> list[Remark]:
+    """Check a file or directory, our own or foreign; it is right if no remark is an error.
+
+    Args:
+        path: A safetensors file, a directory with one, or a difloat checkpoint.
+        reference: State dict of the float model, with the names of the file: tells wrong arrangements for certain.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is no whole safetensors file.
+    """
+    source = Path(path)
+    if source.is_dir() and _is_own(source):
+        return [
+            Remark("ok" if finding.passed else "error", finding.component, finding.message)
+            for finding in verify(source)
+        ]
+    read = foreign.read(source)
+    try:
+        read.comfy_formats()
+    except ValueError as error:
+        return [Remark("error", "", str(error))]
+    names = list(dict.fromkeys([*read.quantized(), *_without_scales(read)]))
+    remarks = [remark for name in names for remark in _layer(read, name, reference)]
+    if not names:
+        remarks.append(Remark("error", "", "file must hold quantized layers, but no tensor looks like one"))
+    elif not [remark for remark in remarks if remark.level == "error"]:
+        schemes = dict.fromkeys(s.name for name in names if (s := foreign.scheme_of(read, name)))
+        remarks.append(Remark("ok", "", f"{len(names)} quantized layers as {', '.join(schemes)} stores them"))
+    return remarks
+
+
+def _is_own(directory: Path) -> bool:
+    if (directory / MANIFEST).is_file() or (directory / "model_index.json").is_file():
+        return True
+    config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    entry = config.get("quantization_config")
+    return isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD
+
+
+def _without_scales(read: Foreign) -> list[str]:
+    """Layers whose weight has a quantized dtype, whether or not there are scales."""
+    found = []
+    for name, tensor in read.tensors.items():
+        layer, _, key = name.rpartition(".")
+        if key in ("weight", PACKED) and tensor.dtype in (*_FP8, torch.uint8):
+            found.append(layer)
+    return found
+
+
+def _layer(read: Foreign, name: str, reference: Mapping[str, Tensor] | None) -> Iterator[Remark]:
+    tensors = read.layer(name)
+    marked = read.comfy_formats().get(name)
+    if "weight" not in tensors:
+        where = METADATA if METADATA in read.metadata else "its scales"
+        yield Remark(
+            "error", name, f"weight must be in the file, since {where} name the layer, but is missing"
+        )
+        return
+    scheme = foreign.scheme_of(read, name)
+    if scheme is None:
+        what = f"format {marked!r}" if marked is not None else f"dtype {tensors['weight'].dtype}"
+        yield Remark("error", name, f"weight must be of a known layout, got {what}")
+        return
+    if "weight_scale" not in tensors:
+        if tensors["weight"].dtype in _FP8 and marked is None:
+            message = "weight is FP8 without weight_scale: a plain cast, or the scale was lost"
+            yield Remark("suspicion", name, message)
+        else:
+            yield Remark("error", name, "weight_scale must be beside a quantized weight, but is missing")
+        return
+    problems = list(_structure(tensors, scheme))
+    yield from (Remark("error", name, message) for message in problems)
+    if problems:
+        return
+    weight = None if reference is None else reference.get(f"{name}.weight")
+    if weight is not None:
+        yield from (Remark("error", name, m) for m in suspicion.against(tensors, scheme, weight))
+    else:
+        yield from (Remark("suspicion", name, m) for m in suspicion.alone(tensors, scheme))
+
+
+def _structure(tensors: Mapping[str, Tensor], scheme: Scheme) -> Iterator[str]:
+    """What is wrong with dtypes, shapes and values of one layer."""
+    weight, scale = tensors["weight"], tensors["weight_scale"]
+    if weight.dtype != scheme.weight_dtype:
+        yield f"weight must be {scheme.weight_dtype} in {scheme.name}, got {weight.dtype}"
+        return
+    if weight.dim() != 2:
+        yield f"weight must have two axes in {scheme.name}, got {list(weight.shape)}"
+        return
+    allowed = {scheme.scale_dtype} | ({torch.float8_e8m0fnu} if scheme.scales == "e8m0" else set())
+    if scale.dtype not in allowed:
+        yield f"weight_scale must be {scheme.scale_dtype} in {scheme.name}, got {scale.dtype}"
+        return
+    columns = weight.shape[1] * (2 if scheme.element.bits == 4 else 1)
+    yield from _scale_shape(scale, scheme, (weight.shape[0], columns))
+    if scheme.scales == "e4m3":
+        yield from _scalar(tensors, "weight_scale_2", f"{scheme.name} needs it")
+    if scheme.input_scale:
+        yield from _scalar(tensors, "input_scale", "diffusers' bfl backend refuses the file without")
+    yield from _values(scale, scheme)
+    if weight.dtype in _FP8 and not bool(weight.float().isfinite().all()):
+        yield "weight must be finite, got NaN or infinity"
+
+
+def _scale_shape(scale: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Iterator[str]:
+    expected, got = scheme.scale_shape(shape), tuple(scale.shape)
+    if got == expected or (not expected and scale.numel() == 1):
+        return
+    groups = scheme.groups(shape)
+    linear, turned = got == groups, got == groups[::-1]
+    hint = ""
+    if turned and not scheme.tiled:
+        hint = ": it is transposed"
+    elif scheme.tiled and linear:
+        hint = ": it is in linear order, not in cuBLAS' tiles"
+    elif scheme.group_size and scale.numel() == math.prod(tile_shape(*groups)):
+        hint = ": it is in cuBLAS' tiles, not in linear order"
+    elif scheme.group_size == 0 and scale.numel() == 1:
+        hint = ": it is one scale per tensor, as ComfyUI stores them"
+    elif len(got) == 2 and got[0] == shape[0] and shape[1] % got[1] == 0:
+        hint = f": it is one scale per {shape[1] // got[1]} input channels"
+    yield f"weight_scale must have the shape {list(expected)} in {scheme.name}, got {list(got)}{hint}"
+
+
+def _scalar(tensors: Mapping[str, Tensor], key: str, reason: str) -> Iterator[str]:
+    tensor = tensors.get(key)
+    if tensor is None:
+        yield f"{key} must be beside the weight, but is missing; {reason}"
+    elif tensor.dtype != torch.float32 or tensor.numel() != 1:
+        yield f"{key} must be one float32 number, got {tensor.dtype} {list(tensor.shape)}"
+    elif not (bool(tensor.isfinite().all()) and float(tensor.reshape(())) > 0):
+        yield f"{key} must be finite and positive, got {float(tensor.reshape(())):g}"
+
+
+def _values(scale: Tensor, scheme: Scheme) -> Iterator[str]:
+    if scheme.scales == "e8m0":
+        if bool((scale.view(torch.uint8) == E8M0_NAN).any()):
+            yield "weight_scale must be finite, got NaN (e8m0 byte 255)"
+        return
+    values = scale.float()
+    if not bool(values.isfinite().all()):
+        yield f"weight_scale must be finite, got {int((~values.isfinite()).sum())} NaN or infinite scales"
+    elif bool((values < 0).any()):
+        yield f"weight_scale must not be negative, got {float(values.min()):g}"
+    elif not bool((values > 0).any()):
+        yield "weight_scale must be positive somewhere, got zeros only"

@@ -1,0 +1,65 @@
+"""Scales on a grid of their own: what foreign file formats and 4-bit tensor cores ask for.
+
+NVFP4 stores the scale of every group as an e4m3 number, times one float32 scale of the whole tensor; the MX formats store
+a power of two (OCP Microscaling Formats v1.0, section 5). A plan whose scales were searched on such a grid can be exported
+without any loss (`interchange`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from difloat import formats, rounding
+from difloat.formats import Format
+
+ScaleFormat = Literal["float32", "e4m3", "e8m0"]
+Snap = Callable[[Tensor, Format], Tensor]
+
+_GRID = formats.parse("e4m3fn")  # of group scales, hardware's own: no 480
+_GLOBAL_BITS = (
+    8  # significant bits of the tensor's scale, so that its products with e4m3 numbers are exact in float32
+)
+_SMALLEST_SHARED = -100  # exponent; its product with the smallest e4m3 number is no subnormal
+_LARGEST_EXPONENT = 127  # of e8m0, and of float32
+
+
+def snapping(rows: Tensor, scale_format: ScaleFormat) -> Snap | None:
+    """The function that moves scales [..., any] of `rows` [r, n] to the nearest allowed ones; None for float32.
+
+    With "e4m3" all rows share one float32 scale, chosen so that the row that reaches furthest gets the largest e4m3
+    number. The result of the function is positive and finite.
+    """
+    if scale_format not in get_args(ScaleFormat):
+        raise ValueError(f"scale_format must be one of {get_args(ScaleFormat)}, got {scale_format!r}")
+    if scale_format == "float32":
+        return None
+    if scale_format == "e8m0":
+        return lambda scale, format: _power_of_two(scale)
+    reach = float(rows.detach().abs().max())
+
+    def snap(scale: Tensor, format: Format) -> Tensor:
+        shared = shared_scale(reach / format.max)
+        inside = (scale / shared).clamp(_GRID.step, _GRID.max)
+        return rounding.round_to(inside, _GRID) * shared
+
+    return snap
+
+
+def shared_scale(largest: float) -> float:
+    """The float32 scale of a tensor whose group scales go up to `largest`: few significant bits, rounded up; 1 for 0."""
+    if not largest > 0:
+        return 1.0
+    fraction, exponent = math.frexp(largest / _GRID.max)
+    rounded = math.ldexp(math.ceil(math.ldexp(fraction, _GLOBAL_BITS)), exponent - _GLOBAL_BITS)
+    return max(rounded, math.ldexp(1.0, _SMALLEST_SHARED))
+
+
+def _power_of_two(scale: Tensor) -> Tensor:
+    """The power of two nearest in ratio; e8m0 holds 2**-127 to 2**127, float32 without its subnormals 2**-126."""
+    exponent = scale.double().log2().round().clamp(1 - _LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    return torch.exp2(exponent).to(scale.dtype)

@@ -1,0 +1,78 @@
+"""Rounding to nearest: any format, min-max or searched clips, no learning; the baseline of all others.
+
+With groups and scales on the e4m3 grid or on powers of two it makes plans that NVFP4 and MXFP4 files hold without loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from difloat import formats
+from difloat.methods import posttraining
+from difloat.methods.assign import MIN_MAX, Rule, floating_point
+from difloat.methods.observe import Trace
+from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.scales import ScaleFormat
+from difloat.methods.search import CLIPS
+from difloat.specs import Granularity
+
+
+@dataclass(frozen=True)
+class NearestOptions:
+    """Options of round-to-nearest.
+
+    Attributes:
+        grid: "fp" (E2M1, E2M3, E4M3: two exponent bits below 8 bits, four at 8) or "int" (two's complement).
+        scale: "mse" searches clip values by squared error, "minmax" takes the largest magnitude.
+        keep_8bit: As in LBFP.
+        split: As in LBFP.
+        weight_granularity: What shares a weight scale.
+        group_size: Input channels per weight scale, with granularity "group".
+        weight_format: Name of the format of weights at the width asked for; "" takes the one of `grid`.
+        scale_format: Grid of weight scales: "float32", "e4m3" (times one float32 number per tensor, as NVFP4 stores them) or
+            "e8m0" (powers of two, as MX formats do).
+        activation: "static" per tensor from calibration, or "online" per token.
+    """
+
+    grid: Literal["fp", "int"] = "fp"
+    scale: Literal["mse", "minmax"] = "mse"
+    keep_8bit: tuple[str, ...] = ("first", "last")
+    split: bool = True
+    weight_granularity: Granularity = "channel"
+    group_size: int = 128
+    weight_format: str = ""
+    scale_format: ScaleFormat = "float32"
+    activation: Literal["static", "online"] = "static"
+
+
+def rtn(task: Task, options: NearestOptions) -> Outcome:
+    """Quantize the task's model by rounding to nearest."""
+
+    def grid(bits: int) -> tuple[formats.Format, ...]:
+        if options.grid == "int":
+            return (formats.parse(f"int{bits}"),)
+        return (floating_point(bits),)
+
+    wanted = formats.parse(options.weight_format) if options.weight_format else grid(task.bits.weight)[0]
+    if wanted.bits != task.bits.weight:
+        raise ValueError(
+            f"weight_format must have the {task.bits.weight} bits asked for, got {wanted.name}; change --bits or the format"
+        )
+    group_size = options.group_size if options.weight_granularity == "group" else None
+
+    def rules(name: str, seen: Trace) -> LayerRules:
+        kept = posttraining.keeps_8bit(name, seen, options.keep_8bit)
+        clips = CLIPS if options.scale == "mse" else MIN_MAX
+        candidates = grid(8) if kept and wanted.bits != 8 else (wanted,)
+        weight = Rule(
+            candidates, options.weight_granularity, group_size, clips=clips, scales=options.scale_format
+        )
+        if task.bits.activation is None:
+            return LayerRules(weight, None)
+        activation_grid = grid(8 if kept else task.bits.activation)
+        if options.activation == "online":
+            return LayerRules(weight, Rule(activation_grid, "token", online=True))
+        return LayerRules(weight, Rule(activation_grid, clips=clips))
+
+    return posttraining.run(task, rules, Sequencing(split=options.split))
