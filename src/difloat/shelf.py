@@ -25,7 +25,7 @@ from torch import Tensor
 
 from difloat.calls import Row
 
-_VERSION = 1
+_VERSION = 2  # 2: rows know their trajectory
 
 
 @final
