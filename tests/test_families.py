@@ -26,7 +26,7 @@ from difloat.calls import first_tensor
 from difloat.evaluate import Generated
 from difloat.forecast import probe
 from difloat.layers import QuantConv2d
-from difloat.methods import observe
+from difloat.methods import observe, relation
 from difloat.quantizer import Plan
 from family_table import FAMILIES, Family
 from tiny import PROMPTS, tiny_unet
@@ -148,6 +148,22 @@ def test_blocks_edges_and_concatenations_are_found(name: str) -> None:
     seen = observe.trace(model, rows.batch([0, 1]))
     assert set(layers.quantizable(model)) - set(seen.order) == family.uncalled
     assert (seen.first, seen.last, seen.splits) == ([family.first], family.last, family.splits)
+
+
+def test_the_last_block_and_its_positions_are_found(name: str) -> None:
+    pipeline, rows, _ = calibrated(name)
+    model, call = denoiser_of(pipeline)[1], rows.batch([0, 1])
+    found = relation.feature_block(model, call)
+    stacks = ("up_blocks", "single_transformer_blocks", "transformer_blocks", "blocks")
+    stack = next(stack for stack in stacks if len(getattr(model, stack, ())))
+    assert found == f"{stack}.{len(getattr(model, stack)) - 1}"
+    seen: list[Tensor] = []
+    handle = model.get_submodule(found).register_forward_hook(
+        lambda m, i, output: seen.append(relation.positions(output))
+    )
+    model(*call[0], **call[1])
+    handle.remove()
+    assert seen[0].dim() == 3 and len(seen[0]) == 2 and seen[0].shape[1] > 1
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

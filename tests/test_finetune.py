@@ -151,7 +151,7 @@ def test_a_cut_run_goes_on_to_the_same_weights(tmp_path, monkeypatch) -> None:
     cut = student_of(kept, plans)
     calls = []
 
-    def stop(student: Student, step: int, timestep: float, output: torch.Tensor) -> torch.Tensor:
+    def stop(student: Student, step: int, *_: object) -> torch.Tensor:
         calls.append(step)
         if step == 5:
             raise KeyboardInterrupt

@@ -119,6 +119,10 @@ class Student(nn.Module):
             twin.choice = None if choices is None else choices[number]
         return self._model[0](*args, **kwargs)
 
+    def module(self, name: str) -> nn.Module:
+        """A module of the denoiser, as it stands in the student."""
+        return self._model[0].get_submodule(name)
+
     def scaled(self, entry: int) -> float:
         """A grid entry's timestep from 0 to 1."""
         return self.grid[entry] / max(self.grid[-1], 1e-12)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -10,6 +10,7 @@ from difloat.methods import posttraining
 from difloat.methods.denoising_factor import denoising_factors, normalised
 from difloat.methods.finetune import TrainingSettings, train
 from difloat.methods.posttraining import Outcome
+from difloat.methods.relation import RelationLoss, RelationSettings
 from difloat.methods.student import Student
 from difloat.methods.task import Task
 
@@ -25,6 +26,7 @@ class Tuning:
         by_factor: Weight the loss by the scheduler's denoising factors.
         without_adapters: Layers that learn ranges only.
         input_ranges_by_timestep: Learn static input ranges apart for every timestep.
+        relation: Further distillation beside the output's.
     """
 
     settings: TrainingSettings
@@ -33,6 +35,7 @@ class Tuning:
     by_factor: bool
     without_adapters: tuple[str, ...] = ()
     input_ranges_by_timestep: bool = False
+    relation: RelationSettings = field(default=RelationSettings("off"))
 
 
 def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
@@ -56,8 +59,11 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
     )
     measured = dict(outcome.measured)
     measured["seconds"] = dict(measured["seconds"])
+    extra = None if tuning.relation.kind == "off" else RelationLoss(task, student, tuning.relation)
+    if extra is not None:
+        measured["relation_features"] = extra.name
     with posttraining.timed(measured, "fine-tune"):
-        losses = train(task, student, tuning.settings, _weights(task, grid, tuning.by_factor))
+        losses = train(task, student, tuning.settings, _weights(task, grid, tuning.by_factor), extra)
     measured |= {"losses": losses, "router": student.table().tolist()}
     plans = student.packed()
     by_time = any(plan.schedule or plan.input_schedule for plan in plans.values())
