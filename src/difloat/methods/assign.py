@@ -13,7 +13,16 @@ from difloat.formats import Format
 from difloat.layers import QuantizedLayer
 from difloat.methods.observe import Call
 from difloat.methods.passes import Passes
-from difloat.methods.search import CLIPS, OFFSETS, SHRUNK, Found, search
+from difloat.methods.search import (
+    CLIPS,
+    FEW_LEVELS_BITS,
+    OFFSETS,
+    SHRUNK,
+    SHRUNK_FAR,
+    ZERO_POINTS,
+    Found,
+    search,
+)
 from difloat.quantizer import LayerPlan
 from difloat.specs import Granularity, Part, QuantSpec
 
@@ -73,7 +82,9 @@ class Rule:
 def asymmetric_integers(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
     """Unsigned integers with a real zero point, both ends of the range searched by squared error."""
     grid = (formats.parse(f"uint{bits}"),)
-    return Rule(grid, granularity, group_size, clips=SHRUNK, zero_points=OFFSETS)
+    far = bits <= FEW_LEVELS_BITS
+    clips, zero_points = (SHRUNK_FAR, ZERO_POINTS) if far else (SHRUNK, OFFSETS)
+    return Rule(grid, granularity, group_size, clips=clips, zero_points=zero_points)
 
 
 @dataclass(frozen=True)
