@@ -20,6 +20,7 @@ LINE = (
     "rounding",
     "packing",
     "specs",
+    "scales",
     "quantizer",
     "kernels",
     "slots",
@@ -36,6 +37,7 @@ TOP = {
     "tables",
     "forecast",
     "__init__",
+    "__main__",
     "cli",
     "api",
     "demo",
@@ -159,7 +161,7 @@ def test_nothing_is_swallowed_and_only_the_cli_prints(file: str) -> None:
                 f"line {node.lineno} catches everything"
             )
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id != "print" or file == "cli.py", f"print in line {node.lineno}"
+            assert node.func.id != "print" or file.startswith("cli/"), f"print in line {node.lineno}"
 
 
 @pytest.mark.parametrize("file", FILES)

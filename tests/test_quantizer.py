@@ -15,13 +15,13 @@ from difloat.quantizer import (
     LayerPlan,
     Plan,
     dequantize,
-    expand_scale,
     fake_quantize,
-    layer_tensor_shapes,
+    join_rows,
+    join_variants,
     plan_layer,
-    rows_of,
 )
-from difloat.specs import Part, QuantSpec
+from difloat.scales import expand_scale, rows_of
+from difloat.specs import Band, Part, QuantSpec, layer_tensor_shapes
 
 FORMATS = [
     "e2m1",

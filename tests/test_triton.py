@@ -429,7 +429,7 @@ def test_rows_of_mixed_widths_share_one_quantized_input(device) -> None:
     stored = [[None if t is None else t.to(device) for t in case.arguments(device)[1:4]] for case in cases]
     groups = [backend.RowGroup(*tensors, case.part) for tensors, case in zip(stored, cases, strict=True)]
     order = torch.randperm(30, generator=torch.Generator().manual_seed(6))
-    result = backend.linear_rows(x, groups, None, None, bias.to(device), order.to(device))
+    result = backend.linear_groups(x, groups, None, None, bias.to(device), order.to(device))
     weight = torch.cat([dequantize(case.plan) for case in cases]).double()
     truth = cases[0].inputs().double() @ weight.T + bias.double()
     assert relative(result.cpu(), truth[:, order]) < cases[0].tolerance(device)

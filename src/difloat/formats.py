@@ -173,13 +173,24 @@ def candidates(bits: int, signed: bool = True, *, integer_grids: bool = True) ->
 
     Formats without an exponent field are left out, since ``e0mY`` is ``e1m(Y-1)`` with one bit fewer of range.
 
+    Few bits leave few formats, and some of them are integers in all but name (`Format.uniform`):
+
+    * 1 bit: ``ue1m0``, two values, which is ``uint1`` times two; no signed one.
+    * 2 bits: ``e1m0``, the ternary grid {-2, 0, 2}; ``ue2m0`` = {0, 1, 2, 4} and ``ue1m1``, which is ``uint2``.
+    * 3 bits: ``e2m0`` = {0, +-1, +-2, +-4} and ``e1m1``, which is ``int3`` without -4; ``ue3m0``, ``ue2m1`` and ``ue1m2``,
+      which is half of ``uint3``.
+
     Args:
-        bits: Width of a code, 2 to 8.
+        bits: Width of a code, 1 to 8, of signed formats 2 to 8.
         signed: With a sign bit.
         integer_grids: Keep the formats whose grid is uniform (one exponent bit).
     """
-    if not 2 <= bits <= _MAX_BITS:
-        raise ValueError(f"bits must be 2 to {_MAX_BITS}, got {bits}; choose another width")
+    least = 1 + int(signed)
+    if not least <= bits <= _MAX_BITS:
+        kind = "signed" if signed else "unsigned"
+        raise ValueError(
+            f"bits of {kind} formats must be {least} to {_MAX_BITS}, got {bits}; choose another width"
+        )
     free = bits - int(signed)
     lowest = 1 if integer_grids else 2
     exponents = range(min(free, _MAX_EXPONENT_BITS), lowest - 1, -1)

@@ -15,18 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from difloat import attention
-from difloat.kernels import ops
+from difloat.kernels import ops, row_ops
 from difloat.quantizer import VARIED, LayerPlan, Plan, dequantize
-from difloat.slots import VECTORS, Slot, slots_of
-from difloat.specs import Part
+from difloat.slots import VECTORS, RowSlot, Slot, row_slots_of, slots_of
+from difloat.specs import Band, Part, weight_formats
 from difloat.timesteps import Clock
+
+_LINEAR = (ops.linear, row_ops.linear)
+_CONV2D = (ops.conv2d, row_ops.conv2d)
 
 
 class QuantizedLayer(nn.Module):
     """What both layer types share: packed state, decoding of the weight, the sum over parts."""
 
     parts: tuple[Part, ...] = ()
-    slots: tuple[Slot, ...] = ()
+    bands: tuple[Band, ...] = ()  # of rows, where these have several widths
+    slots: tuple[Slot, ...] | tuple[RowSlot, ...] = ()
     float_shape: tuple[int, ...] = ()
     smoothed: bool = False
     schedule: tuple[int, ...] = ()
@@ -38,13 +42,16 @@ class QuantizedLayer(nn.Module):
     input_scale: Tensor
     input_zero_point: Tensor
     input_factor: Tensor
+    row_band: Tensor
 
     def allocate(self, plan: LayerPlan, device: torch.device | str) -> None:
         """Replace the float weight by empty packed state as planned; values are loaded afterwards."""
         self.parts, self.float_shape = plan.parts, tuple(plan.shape)
         self.smoothed, self.schedule = plan.smoothed, plan.schedule
-        self.input_schedule = plan.input_schedule
-        self.slots = slots_of(plan.shape[0], plan.parts)
+        self.input_schedule, self.bands = plan.input_schedule, plan.bands
+        self.slots = (
+            row_slots_of(plan.parts, plan.bands) if plan.bands else slots_of(plan.shape[0], plan.parts)
+        )
         for name, tensor in plan.tensors.items():
             empty = torch.empty_like(tensor, device=device)
             if name == "weight":
@@ -74,9 +81,8 @@ class QuantizedLayer(nn.Module):
     def plan(self) -> LayerPlan:
         """The layer's state as a plan entry; tensors are shared, not copied."""
         kind: Literal["linear", "conv2d"] = "linear" if len(self.float_shape) == 2 else "conv2d"
-        empty = LayerPlan(
-            kind, self.float_shape, self.parts, {}, self.smoothed, self.schedule, self.input_schedule
-        )
+        schedules = (self.schedule, self.input_schedule)
+        empty = LayerPlan(kind, self.float_shape, self.parts, {}, self.smoothed, *schedules, self.bands)
         return with_changes(
             empty, tensors={name: getattr(self, name).detach() for name in empty.tensor_shapes()}
         )
@@ -98,21 +104,38 @@ class QuantizedLayer(nn.Module):
         """The float32 weight [o, i, *k] that the codes stand for; of a smoothed layer without undoing the factors."""
         pieces = []
         for part, slot in zip(self.parts, self.slots, strict=True):
-            packed, scale, zero_point, _, _ = self._stored(slot)
-            spec = part.weight
-            group_size = spec.group_size or 0
-            pieces.append(
-                ops.dequantize(packed, scale, zero_point, spec.format.name, part.channels, group_size)
-            )
+            packed, scale, zero_point, *_ = stored = self._stored(slot)
+            if isinstance(slot, RowSlot):
+                pieces.append(row_ops.dequantize(packed, scale, zero_point, stored[-1], slot.text))
+                continue
+            name, group_size = part.weight.format.name, part.weight.group_size or 0
+            pieces.append(ops.dequantize(packed, scale, zero_point, name, part.channels, group_size))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
-    def _stored(self, slot: Slot) -> list[Any]:
-        """Packed weight and vectors of one part, for the timestep of the denoiser's call."""
+    def weight_formats(self) -> str:
+        """Names of the weight's formats, as reports show them."""
+        return weight_formats(self.float_shape[0], self.parts, self.bands)
+
+    def _stored(self, slot: Slot | RowSlot) -> list[Any]:
+        """What the operators take of one part between input and bias, for the timestep of the denoiser's call."""
+        if isinstance(slot, RowSlot):
+            return self._stored_rows(slot)
         if len(self.slots) == 1 and not self.schedule and not self.input_schedule:
             return [self.weight, *(self._buffers.get(name) for name in VECTORS)]
         pairs = zip(VECTORS, slot.vectors, strict=True)
         vectors = [None if where is None else self.current(name)[where] for name, where in pairs]
         return [self.current("weight")[:, slot.columns], *vectors]
+
+    def _stored_rows(self, slot: RowSlot) -> list[Any]:
+        """`_stored` with a list of tensors per band for everything of the weight."""
+        weight = self.current("weight")[0]
+        packed = [weight[b.stretch].unflatten(0, (b.rows, -1))[:, b.slot.columns] for b in slot.bands]
+        vectors = [
+            [self.current(name)[where] for b in slot.bands if (where := b.slot.vectors[n]) is not None]
+            for n, name in enumerate(VECTORS)
+        ]
+        scale, zero_point = (found[0] if found else None for found in vectors[2:])  # the same in all bands
+        return [packed, *vectors[:2], scale, zero_point, self.row_band]
 
     def _smooth(self, x: Tensor, axis: int) -> Tensor:
         """The input times its factors, channel by channel."""
@@ -121,9 +144,14 @@ class QuantizedLayer(nn.Module):
         factor = self.current("input_factor").to(x.dtype)
         return x * (factor if axis == -1 else factor.reshape(-1, 1, 1))
 
-    def _sum_of_parts(self, x: Tensor, axis: int, operator: Callable[..., Tensor], *geometry: Any) -> Tensor:
-        """`operator` on every part of the smoothed input; the bias goes with the first."""
-        x = self._smooth(x, axis)
+    def _sum_of_parts(
+        self, x: Tensor, axis: int, operators: tuple[Callable[..., Tensor], ...], *geometry: Any
+    ) -> Tensor:
+        """The operator (for rows alike, for rows of several widths) on every part of the smoothed input.
+
+        The bias goes with the first part.
+        """
+        x, operator = self._smooth(x, axis), operators[bool(self.bands)]
         if len(self.slots) == 1:
             return operator(x, *self._stored(self.slots[0]), self.bias, self.slots[0].text, *geometry)
         pieces = x.split([slot.channels for slot in self.slots], dim=axis)
@@ -139,7 +167,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., i] to [..., o], in the dtype of `x`."""
-        return self._sum_of_parts(x, -1, ops.linear)
+        return self._sum_of_parts(x, -1, _LINEAR)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -154,11 +182,11 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             # "same" with an even kernel pads more behind than before: pad both alike and drop the first lines.
             left, right, top, bottom = self._reversed_padding_repeated_twice
             wide = (max(top, bottom), max(left, right))
-            out = self._sum_of_parts(x, 1, ops.conv2d, self.stride, wide, self.dilation, self.groups)
+            out = self._sum_of_parts(x, 1, _CONV2D, self.stride, wide, self.dilation, self.groups)
             return out[:, :, bottom - top :, right - left :]
         else:
             padding = self.padding
-        return self._sum_of_parts(x, 1, ops.conv2d, self.stride, padding, self.dilation, self.groups)
+        return self._sum_of_parts(x, 1, _CONV2D, self.stride, padding, self.dilation, self.groups)
 
 
 def empty_like(module: nn.Linear | nn.Conv2d) -> QuantLinear | QuantConv2d:

@@ -9,6 +9,7 @@ Axes of weights: ``o`` output channels, ``i`` input channels, then kernel axes. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -19,11 +20,14 @@ from torch import Tensor
 from difloat import rounding
 from difloat.formats import Format
 from difloat.packing import pack, packed_channels, unpack
-from difloat.specs import AttentionPlan, Part, QuantSpec
+from difloat.scales import expand_scale, reorder_scale, row_places
+from difloat.specs import AttentionPlan, Band, Part, layer_tensor_shapes
 
 PLAN_VERSION = 1
 VARIED = ("weight", "weight_scale", "weight_zero_point", "input_factor")  # one after the other per variant
 INPUT_VARIED = ("input_scale", "input_zero_point")  # one after the other per entry of the input schedule
+_PER_ROW = ("weight_scale", "weight_zero_point")
+_INPUT_SIDE = (*INPUT_VARIED, "input_factor")  # what the bands of a layer have in common
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,14 @@ class LayerPlan:
             vectors, part after part: `weight_scale`, and where the specs ask for them `weight_zero_point`, `input_scale`,
             `input_zero_point`. Where the layer is smoothed, `input_factor`: the input is multiplied by it, channel by
             channel, before it is quantized, and the weight stands for what undoes that.
+            Where rows have several widths, `row_band` (uint8 [o]): the band of every output channel.
         smoothed: Whether there is an `input_factor`.
         schedule: For every entry of the plan's timesteps, which variant of the weight (with its scales and factors) is used;
             empty with one variant. Variants are stored one after the other along the first axis.
         input_schedule: Likewise which of several input scales and zero points.
+        bands: Rows of several widths, in the order of their storage; empty if all are alike. The rows of a band keep their
+            order; `weight` is then [variants, bytes, *k], row after row, band after band, and the scales of a band follow
+            those of the one before. `parts` has the weight specs of the first band.
     """
 
     kind: Literal["linear", "conv2d"]
@@ -51,6 +59,7 @@ class LayerPlan:
     smoothed: bool = False
     schedule: tuple[int, ...] = ()
     input_schedule: tuple[int, ...] = ()
+    bands: tuple[Band, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the tensors."""
@@ -65,26 +74,28 @@ class LayerPlan:
             data["schedule"] = list(self.schedule)
         if self.input_schedule:
             data["input_schedule"] = list(self.input_schedule)
+        if self.bands:
+            data["bands"] = [band.to_json() for band in self.bands]
         return data
 
     @staticmethod
     def from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerPlan:
         """Inverse of `to_json`, with the tensors beside it; ValueError where fields or shapes do not fit."""
-        needed = {"kind", "shape", "parts"}
-        if not needed <= set(data) <= needed | {"smoothed", "schedule", "input_schedule"} or data[
-            "kind"
-        ] not in (
-            "linear",
-            "conv2d",
-        ):
+        needed, optional = {"kind", "shape", "parts"}, {"smoothed", "schedule", "input_schedule", "bands"}
+        if not needed <= set(data) <= needed | optional or data["kind"] not in ("linear", "conv2d"):
             raise ValueError(
                 f"a layer plan must have 'kind' linear or conv2d, 'shape' and 'parts', got {dict(data)!r:.200}"
             )
-        parts = tuple(Part.from_json(part) for part in data["parts"])
-        shape, schedule = tuple(int(n) for n in data["shape"]), tuple(data.get("schedule", ()))
-        smoothed = bool(data.get("smoothed", False))
-        input_schedule = tuple(data.get("input_schedule", ()))
-        layer = LayerPlan(data["kind"], shape, parts, tensors, smoothed, schedule, input_schedule)
+        layer = LayerPlan(
+            data["kind"],
+            tuple(int(n) for n in data["shape"]),
+            tuple(Part.from_json(part) for part in data["parts"]),
+            tensors,
+            bool(data.get("smoothed", False)),
+            tuple(data.get("schedule", ())),
+            tuple(data.get("input_schedule", ())),
+            tuple(Band.from_json(band) for band in data.get("bands", ())),
+        )
         expected = layer.tensor_shapes()
         got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if got != expected:
@@ -94,7 +105,7 @@ class LayerPlan:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes that the stored tensors must have."""
         entries = max(self.input_schedule, default=0) + 1
-        return layer_tensor_shapes(self.shape, self.parts, self.variants, self.smoothed, entries)
+        return layer_tensor_shapes(self.shape, self.parts, self.variants, self.smoothed, entries, self.bands)
 
     @property
     def variants(self) -> int:
@@ -111,8 +122,33 @@ class LayerPlan:
         }
         return replace(self, tensors=tensors, schedule=())
 
+    def split_rows(self) -> list[LayerPlan]:
+        """The inverse of `join_rows`: an ordinary layer per band, the layer itself if its rows are alike; tensors are views."""
+        if not self.bands:
+            return [self]
+        assert not self.schedule, "take a variant first"
+        at, ends = 0, dict.fromkeys(_PER_ROW, 0)
+        result = []
+        for band in self.bands:
+            shape, parts = (band.rows, *self.shape[1:]), band.parts(self.parts)
+            shapes = layer_tensor_shapes(shape, parts)
+            size = math.prod(shapes["weight"][:2])
+            tensors = {name: tensor for name, tensor in self.tensors.items() if name in _INPUT_SIDE}
+            tensors["weight"] = self.tensors["weight"][0, at : at + size].unflatten(0, (band.rows, -1))
+            at += size
+            for name in _PER_ROW:
+                if name in shapes:
+                    tensors[name] = self.tensors[name][ends[name] : ends[name] + shapes[name][0]]
+                    ends[name] += shapes[name][0]
+            result.append(replace(self, shape=shape, parts=parts, tensors=tensors, bands=()))
+        return result
+
     def codes(self) -> list[Tensor]:
-        """The codes of every part, uint8 [variants * o, channels, *k]."""
+        """The codes of every part, uint8 [variants * o, channels, *k]; of rows of several widths band after band."""
+        if self.bands:
+            variants = [self.variant(number).split_rows() for number in range(self.variants)]
+            found = [[codes for band in bands for codes in band.codes()] for bands in variants]
+            return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
         widths = [packed_channels(part.channels, part.weight.format.bits) for part in self.parts]
         packed = self.tensors["weight"].split(widths, dim=1)
         return [
@@ -175,65 +211,6 @@ class Plan:
         if self.timesteps:
             data["timesteps"] = list(self.timesteps)
         return data
-
-
-def layer_tensor_shapes(
-    shape: Sequence[int], parts: Sequence[Part], variants: int = 1, smoothed: bool = False, entries: int = 1
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of the stored tensors of a layer whose float weight has `shape` [o, i, *k].
-
-    Raises:
-        ValueError: if the parts do not add up to the input channels.
-    """
-    out_channels, in_channels, *kernel = shape
-    if sum(part.channels for part in parts) != in_channels:
-        raise ValueError(
-            f"parts must add up to {in_channels} input channels, got {[p.channels for p in parts]}"
-        )
-    packed = sum(packed_channels(part.channels, part.weight.format.bits) for part in parts)
-    scales = sum(part.weight.scale_count(out_channels, part.channels) for part in parts)
-    zeros = sum(
-        part.weight.scale_count(out_channels, part.channels) for part in parts if part.weight.zero_point
-    )
-    activations = [part.activation for part in parts if part.activation is not None]
-    counts = {
-        "weight_scale": scales * variants,
-        "weight_zero_point": zeros * variants,
-        "input_scale": sum(not spec.online for spec in activations) * entries,
-        "input_zero_point": sum(spec.zero_point and not spec.online for spec in activations) * entries,
-        "input_factor": in_channels * variants if smoothed else 0,
-    }
-    weight = (variants * out_channels, packed, *kernel)
-    return {"weight": weight, **{name: (n,) for name, n in counts.items() if n}}
-
-
-def expand_scale(scale: Tensor, spec: QuantSpec, shape: Sequence[int]) -> Tensor:
-    """Stored weight scales (or zero points) in a shape that broadcasts with the weight [o, i, *k]."""
-    out_channels, in_channels, *kernel = shape
-    ones = [1] * len(kernel)
-    if spec.granularity == "tensor":
-        return scale.reshape(1, 1, *ones)
-    if spec.granularity == "channel":
-        return scale.reshape(out_channels, 1, *ones)
-    assert spec.group_size is not None
-    groups = scale.reshape(out_channels, -1).repeat_interleave(spec.group_size, dim=1)[:, :in_channels]
-    return groups.reshape(out_channels, in_channels, *ones)
-
-
-def rows_of(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """The weight [o, i, *k] with one row per scale, [scales, values]: what a search over scales looks at.
-
-    The last group of a row is padded with zeros if `i` is no multiple of the group size: zeros are on every grid.
-    """
-    if spec.granularity == "tensor":
-        return weight.reshape(1, -1)
-    if spec.granularity == "channel":
-        return weight.flatten(1)
-    assert spec.group_size is not None
-    size = spec.group_size
-    channels_last = weight.movedim(1, -1)
-    padded = torch.nn.functional.pad(channels_last, (0, -weight.shape[1] % size)).unflatten(-1, (-1, size))
-    return padded.movedim(-2, 1).reshape(weight.shape[0] * padded.shape[-2], -1)
 
 
 def fake_quantize(x: Tensor, format: Format, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
@@ -308,8 +285,15 @@ def join_variants(
         plans: The same layer with different weights; inputs and specs are those of the first.
         schedule: Which of them belongs to every entry of the plan's timesteps; empty with one.
         factors: float [variants, i], positive: what the input is multiplied by, and the weights are divided by already.
+
+    Raises:
+        ValueError: if rows of several widths are not the same rows in all plans.
     """
     first = plans[0]
+    if any(
+        plan.bands and not torch.equal(plan.tensors["row_band"], first.tensors["row_band"]) for plan in plans
+    ):
+        raise ValueError("variants must have their rows in the same bands, got others; choose the rows once")
     tensors = {
         name: torch.cat([plan.tensors[name] for plan in plans]) if name in VARIED else tensor
         for name, tensor in first.tensors.items()
@@ -319,6 +303,70 @@ def join_variants(
     return replace(first, tensors=tensors, smoothed=factors is not None, schedule=tuple(schedule))
 
 
+def join_rows(bands: Sequence[LayerPlan], order: Tensor) -> LayerPlan:
+    """One layer from layers of some of its rows (output channels) each, which differ in their weight formats.
+
+    Args:
+        bands: Layers of `plan_layer` (or `join_variants`, for smoothed ones) with the same input channels, activations, input
+            scales and factors, and one weight. With one band the result is an ordinary layer.
+        order: int [o]: row j of the bands, one after the other, is row ``order[j]`` of the joined layer. Within a band the
+            stored rows take the order of the joined layer, so that a byte per row is all there is to keep of it.
+
+    Raises:
+        ValueError: if the bands do not belong together, or the order is no permutation.
+    """
+    first, counts = bands[0], [band.shape[0] for band in bands]
+    for band in bands:
+        _check_belongs(band, first)
+    order = order.long().cpu()
+    if order.shape != (sum(counts),) or not torch.equal(order.sort().values, torch.arange(len(order))):
+        raise ValueError(
+            f"order must be a permutation of the {sum(counts)} rows of the bands, got {order.tolist()!r:.80}"
+        )
+    places = order.split(counts)
+    sorted_bands = [_rows_of(band, place.argsort()) for band, place in zip(bands, places, strict=True)]
+    if len(bands) == 1:
+        return sorted_bands[0]
+    tensors = {name: tensor for name, tensor in first.tensors.items() if name in _INPUT_SIDE}
+    tensors["weight"] = torch.cat([band.tensors["weight"].flatten(0, 1) for band in sorted_bands])[None]
+    for name in _PER_ROW:
+        if vectors := [band.tensors[name] for band in sorted_bands if name in band.tensors]:
+            tensors[name] = torch.cat(vectors)
+    tensors["row_band"] = torch.empty(len(order), dtype=torch.uint8)
+    tensors["row_band"][order] = torch.arange(len(bands)).repeat_interleave(torch.tensor(counts)).byte()
+    specs = tuple(Band(n, tuple(p.weight for p in band.parts)) for n, band in zip(counts, bands, strict=True))
+    joined = replace(first, shape=(len(order), *first.shape[1:]), tensors=tensors, bands=specs)
+    joined.tensor_shapes()  # refuses too many bands
+    return joined
+
+
+def _check_belongs(band: LayerPlan, first: LayerPlan) -> None:
+    """ValueError unless the rows of `band` can be rows of the layer that those of `first` belong to."""
+
+    def inputs(layer: LayerPlan) -> list[object]:
+        facts = [(part.channels, part.activation) for part in layer.parts]
+        return [layer.kind, layer.shape[1:], facts, layer.smoothed, layer.input_schedule]
+
+    if band.schedule or band.bands:
+        raise ValueError(
+            "bands must have one weight of equal rows each, got a joined layer; join variants last"
+        )
+    shared = [{n: t.tolist() for n, t in b.tensors.items() if n in _INPUT_SIDE} for b in (band, first)]
+    if inputs(band) != inputs(first) or shared[0] != shared[1]:
+        raise ValueError("bands must read the same input with the same specs, scales and factors, got others")
+
+
+def _rows_of(layer: LayerPlan, rows: Tensor) -> LayerPlan:
+    """The layer with its rows in another order, int64 [o]."""
+    tensors = {**layer.tensors, "weight": layer.tensors["weight"][rows]}
+    for name in _PER_ROW:
+        if name in tensors:
+            specs = [part for part in layer.parts if name == "weight_scale" or part.weight.zero_point]
+            counts = [part.weight.scale_count(len(rows), part.channels) for part in specs]
+            tensors[name] = torch.cat([reorder_scale(v, rows) for v in tensors[name].split(counts)])
+    return replace(layer, tensors=tensors)
+
+
 def dequantize(layer: LayerPlan) -> Tensor:
     """The float32 weight [o, i, *k] that the codes stand for; of the first variant if there are several.
 
@@ -326,6 +374,9 @@ def dequantize(layer: LayerPlan) -> Tensor:
     """
     if layer.schedule:
         return dequantize(layer.variant(0))
+    if layer.bands:
+        stored = torch.cat([dequantize(band) for band in layer.split_rows()])
+        return stored[row_places(layer.tensors["row_band"])]
     pieces, scale_at, zero_at = [], 0, 0
     for codes, part in zip(layer.codes(), layer.parts, strict=True):
         count = part.weight.scale_count(codes.shape[0], part.channels)

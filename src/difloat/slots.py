@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from difloat.kernels import ops
+from difloat.kernels import ops, row_ops
 from difloat.packing import packed_channels
-from difloat.specs import Part
+from difloat.specs import Band, Part
 
 VECTORS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
 
@@ -28,9 +29,41 @@ class Slot:
     vectors: tuple[slice | None, ...]
 
 
-def slots_of(out_channels: int, parts: tuple[Part, ...]) -> tuple[Slot, ...]:
-    """The slots of a layer with so many output channels, part by part."""
-    ends = [0] * (1 + len(VECTORS))
+@dataclass(frozen=True)
+class BandSlot:
+    """Where a layer with rows of several widths keeps what belongs to one of its parts in one band.
+
+    Attributes:
+        rows: How many.
+        stretch: The band's bytes along axis 1 of the packed weight, all parts.
+        slot: The part; its columns count within a row of the band.
+    """
+
+    rows: int
+    stretch: slice
+    slot: Slot
+
+
+@dataclass(frozen=True)
+class RowSlot:
+    """Where a layer with rows of several widths keeps what belongs to one of its parts.
+
+    Attributes:
+        channels: Input channels of the part.
+        text: The part in all bands as the operators take it.
+        bands: In the order of their storage.
+    """
+
+    channels: int
+    text: str
+    bands: tuple[BandSlot, ...]
+
+
+def slots_of(
+    out_channels: int, parts: tuple[Part, ...], weight_vectors: Sequence[int] = (0, 0)
+) -> tuple[Slot, ...]:
+    """The slots of rows with so many output channels, part by part; their scales and zero points start at `weight_vectors`."""
+    ends = [0, *weight_vectors, 0, 0]
     slots = []
     for part in parts:
         scales = part.weight.scale_count(out_channels, part.channels)
@@ -47,3 +80,23 @@ def slots_of(out_channels: int, parts: tuple[Part, ...]) -> tuple[Slot, ...]:
         slots.append(Slot(part.channels, ops.part_text(part), columns, tuple(vectors)))
         ends = [end + n for end, n in zip(ends, lengths, strict=True)]
     return tuple(slots)
+
+
+def row_slots_of(parts: tuple[Part, ...], bands: tuple[Band, ...]) -> tuple[RowSlot, ...]:
+    """The slots of a layer with rows of several widths, part by part."""
+    at, scales, zeros = 0, 0, 0
+    found: list[list[BandSlot]] = [[] for _ in parts]
+    for band in bands:
+        own = band.parts(parts)
+        slots = slots_of(band.rows, own, (scales, zeros))
+        stretch = slice(at, at + band.rows * slots[-1].columns.stop)
+        for slot, of_part in zip(slots, found, strict=True):
+            of_part.append(BandSlot(band.rows, stretch, slot))
+        counts = [part.weight.scale_count(band.rows, part.channels) for part in own]
+        at, scales = stretch.stop, scales + sum(counts)
+        zeros += sum(n for n, part in zip(counts, own, strict=True) if part.weight.zero_point)
+    texts = [row_ops.parts_text(tuple(b.parts(parts)[n] for b in bands)) for n in range(len(parts))]
+    return tuple(
+        RowSlot(part.channels, text, tuple(of_part))
+        for part, text, of_part in zip(parts, texts, found, strict=True)
+    )

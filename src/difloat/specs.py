@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from difloat import formats
 from difloat.formats import Format
+from difloat.packing import packed_channels
 
+MOST_BANDS = 256  # a byte names the band of a row
 Granularity = Literal["tensor", "channel", "group", "token"]
 
 
@@ -115,6 +117,108 @@ class Part:
             QuantSpec.from_json(data["weight"]),
             None if activation is None else QuantSpec.from_json(activation),
         )
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows (output channels) of one layer with their own weight formats, in a layer whose rows have several widths.
+
+    Attributes:
+        rows: How many.
+        weights: Spec of the weight in every part of the layer.
+    """
+
+    rows: int
+    weights: tuple[QuantSpec, ...]
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or not self.weights:
+            raise ValueError(f"a band must have rows and a weight spec per part, got {self.rows} rows")
+
+    def parts(self, of_layer: Sequence[Part]) -> tuple[Part, ...]:
+        """The layer's parts as these rows have them: their own weight specs, the layer's channels and activations."""
+        pairs = zip(of_layer, self.weights, strict=True)
+        return tuple(replace(part, weight=weight) for part, weight in pairs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data that `from_json` reads."""
+        return {"rows": self.rows, "weights": [spec.to_json() for spec in self.weights]}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Band:
+        """Inverse of `to_json`; ValueError on missing or unknown fields."""
+        if set(data) != {"rows", "weights"}:
+            raise ValueError(f"a band must have 'rows' and 'weights', got {sorted(data)}")
+        return Band(int(data["rows"]), tuple(QuantSpec.from_json(spec) for spec in data["weights"]))
+
+
+def rows_of_parts(out_channels: int, parts: Sequence[Part], bands: Sequence[Band] = ()) -> list[Band]:
+    """The bands of a layer; one with all rows if all have the same formats."""
+    return list(bands) or [Band(out_channels, tuple(part.weight for part in parts))]
+
+
+def layer_tensor_shapes(
+    shape: Sequence[int],
+    parts: Sequence[Part],
+    variants: int = 1,
+    smoothed: bool = False,
+    entries: int = 1,
+    bands: Sequence[Band] = (),
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the stored tensors of a layer whose float weight has `shape` [o, i, *k].
+
+    Raises:
+        ValueError: if the parts do not add up to the input channels, or the bands to the output channels.
+    """
+    out_channels, in_channels, *kernel = shape
+    if sum(part.channels for part in parts) != in_channels:
+        raise ValueError(
+            f"parts must add up to {in_channels} input channels, got {[p.channels for p in parts]}"
+        )
+    _check_bands(out_channels, parts, bands)
+    packed = scales = zeros = 0
+    for band in rows_of_parts(out_channels, parts, bands):
+        own = band.parts(parts)
+        packed += band.rows * sum(packed_channels(part.channels, part.weight.format.bits) for part in own)
+        counts = [part.weight.scale_count(band.rows, part.channels) for part in own]
+        scales += sum(counts)
+        zeros += sum(n for n, part in zip(counts, own, strict=True) if part.weight.zero_point)
+    activations = [part.activation for part in parts if part.activation is not None]
+    counts_by_name = {
+        "weight_scale": scales * variants,
+        "weight_zero_point": zeros * variants,
+        "input_scale": sum(not spec.online for spec in activations) * entries,
+        "input_zero_point": sum(spec.zero_point and not spec.online for spec in activations) * entries,
+        "input_factor": in_channels * variants if smoothed else 0,
+        "row_band": out_channels if bands else 0,
+    }
+    # Rows of several widths make no rectangle: they lie one after the other along the second axis.
+    weight = (variants, packed) if bands else (variants * out_channels, packed // out_channels)
+    return {"weight": (*weight, *kernel), **{name: (n,) for name, n in counts_by_name.items() if n}}
+
+
+def _check_bands(out_channels: int, parts: Sequence[Part], bands: Sequence[Band]) -> None:
+    if not bands:
+        return
+    if sum(band.rows for band in bands) != out_channels or not 2 <= len(bands) <= MOST_BANDS:
+        raise ValueError(
+            f"2 to {MOST_BANDS} bands must add up to {out_channels} rows, got {[band.rows for band in bands]!r:.80}"
+        )
+    if any(len(band.weights) != len(parts) for band in bands):
+        raise ValueError(
+            f"every band must have a weight spec for each of the {len(parts)} parts, got another number"
+        )
+    if bands[0].weights != tuple(part.weight for part in parts):
+        raise ValueError("weight specs of the parts must be those of the first band, got others")
+
+
+def weight_formats(out_channels: int, parts: Sequence[Part], bands: Sequence[Band] = ()) -> str:
+    """Names of a layer's weight formats: "e2m1 + int8" with two parts, "uint1/uint2/uint3" with rows of three widths."""
+    found = rows_of_parts(out_channels, parts, bands)
+    names = [
+        "/".join(dict.fromkeys(band.weights[n].format.name for band in found)) for n in range(len(parts))
+    ]
+    return " + ".join(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)

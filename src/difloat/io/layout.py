@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from difloat.quantizer import PLAN_VERSION, LayerPlan, Plan, layer_tensor_shapes
-from difloat.specs import AttentionPlan, Part
+from difloat.quantizer import PLAN_VERSION, LayerPlan, Plan
+from difloat.specs import AttentionPlan, Part, layer_tensor_shapes
 
 QUANT_METHOD = "difloat"
 INPUT_BUNDLE = "difloat.input"

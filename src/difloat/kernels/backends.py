@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from difloat.kernels import cpu, eager, native, reference, triton
+from difloat.kernels.rows import Rows
 from difloat.specs import Part
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": eager, "cpu": cpu, "triton": triton}
@@ -91,15 +92,26 @@ def choose(part: Part, weight_shape: Sequence[int], x: Tensor) -> ModuleType:
         weight_shape: Of the float weight of this part, [o, i, *k].
         x: The part's input.
     """
+    return _first(weight_shape, x, lambda module: bool(module.supports(part, weight_shape, x)))
+
+
+def choose_rows(weight: Rows, x: Tensor) -> ModuleType:
+    """`choose` for a part of a layer with rows of several widths: the backend supports all of them."""
+    pairs = list(zip(weight.parts, weight.shapes(), strict=True))
+    return _first(
+        pairs[0][1], x, lambda module: all(module.supports(part, shape, x) for part, shape in pairs)
+    )
+
+
+def _first(weight_shape: Sequence[int], x: Tensor, supports: Callable[[ModuleType], bool]) -> ModuleType:
     name = backend()
     names: tuple[str, ...] = (name,)
     if name == "auto":
         on_cpu = x.device.type == "cpu"
         names = _ranking(len(weight_shape), _rows(x, weight_shape)) if on_cpu else ("triton", "reference")
     for candidate in names:
-        module = BACKENDS[candidate]
-        if candidate in _here() and module.supports(part, weight_shape, x):
-            return module
+        if candidate in _here() and supports(BACKENDS[candidate]):
+            return BACKENDS[candidate]
     return reference
 
 

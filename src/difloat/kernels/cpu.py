@@ -14,6 +14,7 @@ from torch import Tensor
 
 from difloat.kernels import integers, native
 from difloat.kernels.reference import conv_output_size
+from difloat.kernels.rows import Rows, by_band
 from difloat.specs import Part
 
 _GROUP_MULTIPLE = 16  # channels: sums of a group are taken from whole vectors
@@ -110,6 +111,29 @@ def conv2d(
         native.library().difloat_conv2d(source, weight, result, native.Geometry(batch, *pairs), threads)
     )
     return out.permute(0, 3, 1, 2)
+
+
+def linear_rows(
+    x: Tensor, weight: Rows, input_scale: Tensor | None, input_zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`linear` with rows of several widths, band by band."""
+    return by_band(linear, x, weight, input_scale, input_zero_point, bias)
+
+
+def conv2d_rows(
+    x: Tensor,
+    weight: Rows,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`conv2d` with rows of several widths, band by band."""
+    geometry = (stride, padding, dilation, groups)
+    return by_band(conv2d, x, weight, input_scale, input_zero_point, bias, *geometry)
 
 
 def _threads(products: int) -> int:

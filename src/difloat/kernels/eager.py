@@ -17,8 +17,9 @@ from torch.nn import functional
 from difloat.kernels import integers
 from difloat.kernels.reference import conv_output_size, online_scale
 from difloat.kernels.resident import derived
+from difloat.kernels.rows import Rows
 from difloat.packing import unpack
-from difloat.quantizer import expand_scale
+from difloat.scales import expand_scale
 from difloat.specs import Part
 
 _CHUNK_ROWS = 256
@@ -48,11 +49,30 @@ def linear(
     part: Part,
 ) -> Tensor:
     """See `ops.linear`; [..., i] to [..., o]."""
+    return _linear(
+        x, _weight(packed, weight_scale, weight_zero_point, part), input_scale, input_zero_point, bias, part
+    )
+
+
+def linear_rows(
+    x: Tensor, weight: Rows, input_scale: Tensor | None, input_zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`linear` with rows of several widths: as int8 operands all are alike, so one product does."""
+    return _linear(x, _weight_of_rows(weight), input_scale, input_zero_point, bias, weight.parts[0])
+
+
+def _linear(
+    x: Tensor,
+    weight: _Weight,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+) -> Tensor:
     spec = part.activation
     assert spec is not None
-    rows = x.reshape(-1, part.channels)
-    weight = _Weight(packed, weight_scale, weight_zero_point, part)
-    out = x.new_empty(rows.shape[0], packed.shape[0])
+    rows, out_channels = x.reshape(-1, part.channels), weight.operand.shape[0]
+    out = x.new_empty(rows.shape[0], out_channels)
     if spec.online and spec.granularity == "tensor" and x.numel():
         input_scale = online_scale(rows.float(), spec.format, per_token=False)
     for chunk, target in zip(rows.split(_CHUNK_ROWS), out.split(_CHUNK_ROWS), strict=True):
@@ -60,7 +80,7 @@ def linear(
             target.copy_(
                 weight.product(integers.quantize_rows(chunk, spec, input_scale, input_zero_point), bias)
             )
-    return out.reshape(*x.shape[:-1], packed.shape[0])
+    return out.reshape(*x.shape[:-1], out_channels)
 
 
 def conv2d(
@@ -78,11 +98,40 @@ def conv2d(
     groups: int,
 ) -> Tensor:
     """See `ops.conv2d`; [b, i, h, w] to [b, o, h', w'], one picture at a time as a product over patches."""
+    weight = _weight(packed, weight_scale, weight_zero_point, part)
+    taps = _Taps(packed.shape[2:], stride, padding, dilation, x.shape[2:])
+    return _conv2d(x, weight, taps, input_scale, input_zero_point, bias, part)
+
+
+def conv2d_rows(
+    x: Tensor,
+    weight: Rows,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`conv2d` with rows of several widths, in one product."""
+    taps = _Taps(weight.packed[0].shape[2:], stride, padding, dilation, x.shape[2:])
+    inputs = (input_scale, input_zero_point, bias)
+    return _conv2d(x, _weight_of_rows(weight), taps, *inputs, weight.parts[0])
+
+
+def _conv2d(
+    x: Tensor,
+    weight: _Weight,
+    taps: _Taps,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+) -> Tensor:
     spec = part.activation
     assert spec is not None
-    weight = _Weight(packed, weight_scale, weight_zero_point, part)
-    taps = _Taps(packed.shape[2:], stride, padding, dilation, x.shape[2:])
-    out = x.new_empty(x.shape[0], *taps.out, packed.shape[0])
+    out = x.new_empty(x.shape[0], *taps.out, weight.operand.shape[0])
     scale = input_scale
     if spec.online and x.numel():
         scale = online_scale(x.float(), spec.format, spec.granularity == "token").expand(x.shape[0], 1, 1, 1)
@@ -153,18 +202,19 @@ class _Taps:
         )[0]
 
 
+@dataclass(frozen=True)
 class _Weight:
-    """Weights [o, i * k] as int8 operands with their scales."""
+    """Weights as int8 operands with their scales.
 
-    def __init__(self, packed: Tensor, scale: Tensor, zero_point: Tensor | None, part: Part) -> None:
-        self.operand = derived(("int8", part), (packed,), lambda: _decode(packed, part))
-        grid = integers.grid_of(part.weight.format)
-        assert grid is not None
-        self.scale = expand_scale(scale, part.weight, packed.shape[:2]).reshape(1, -1) / grid.multiplier
-        self.zero = None if zero_point is None else zero_point.reshape(1, -1)
-        if grid.shift:
-            shift = self.scale * grid.shift
-            self.zero = shift if self.zero is None else self.zero + shift
+    Attributes:
+        operand: int8 [o, i * k].
+        scale: float32 [1, o], or [1, 1] where all share one: what an operand of 1 is worth.
+        zero: The value of the operand 0, in the same shapes; None if it is 0.
+    """
+
+    operand: Tensor
+    scale: Tensor
+    zero: Tensor | None
 
     def product(self, rows: integers.Operand, bias: Tensor | None) -> Tensor:
         """float32 [t, o] of rows [t, i * k]."""
@@ -188,6 +238,41 @@ class _Weight:
         if self.zero is not None:
             sums = sums + taps.shape[-1] * self.zero.reshape(-1, 1, 1)
         return sums[:, None]
+
+
+def _weight(packed: Tensor, scale: Tensor, zero_point: Tensor | None, part: Part) -> _Weight:
+    operand = derived(("int8", part), (packed,), lambda: _decode(packed, part))
+    return _Weight(operand, *_steps(packed, scale, zero_point, part))
+
+
+def _weight_of_rows(weight: Rows) -> _Weight:
+    """The weight of all bands, in the order of the float layer's rows."""
+
+    def decoded() -> Tensor:
+        return weight.restored(torch.cat([_decode(packed, part) for packed, _, _, part in weight.bands()]))
+
+    operand = derived(("int8 rows", weight.parts), (*weight.packed, weight.row_band), decoded)
+    steps = [_steps(*band) for band in weight.bands()]
+    scale = torch.cat([one.expand(1, len(p)) for p, (one, _) in zip(weight.packed, steps, strict=True)], 1)
+    zero = None
+    if any(one is not None for _, one in steps):
+        zeros = [scale.new_zeros(1, 1) if one is None else one for _, one in steps]
+        stored = [one.expand(1, len(p)) for p, one in zip(weight.packed, zeros, strict=True)]
+        zero = weight.restored(torch.cat(stored, 1), 1)
+    return _Weight(operand, weight.restored(scale, 1), zero)
+
+
+def _steps(
+    packed: Tensor, scale: Tensor, zero_point: Tensor | None, part: Part
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero of the operands of rows of one width."""
+    grid = integers.grid_of(part.weight.format)
+    assert grid is not None
+    step = expand_scale(scale, part.weight, packed.shape[:2]).reshape(1, -1) / grid.multiplier
+    zero = None if zero_point is None else zero_point.reshape(1, -1)
+    if grid.shift:
+        zero = step * grid.shift if zero is None else zero + step * grid.shift
+    return step, zero
 
 
 def _decode(packed: Tensor, part: Part) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -131,7 +131,7 @@ def _conv2d(
     module = backends.choose(found, (packed.shape[0], found.channels, *packed.shape[2:]), x)
     tensors = (x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
     result: Tensor = module.conv2d(*tensors, found, stride, padding, dilation, groups)
-    return result.contiguous(memory_format=_memory_format(x, packed))
+    return result.contiguous(memory_format=memory_format(x, packed))
 
 
 @_conv2d.register_fake
@@ -151,12 +151,13 @@ def _(
 ) -> Tensor:
     size = reference.conv_output_size(x.shape[2:], packed.shape[2:], stride, padding, dilation)
     shape = (x.shape[0], packed.shape[0], *size)
-    return x.new_empty(shape).contiguous(memory_format=_memory_format(x, packed))
+    return x.new_empty(shape).contiguous(memory_format=memory_format(x, packed))
 
 
-def _memory_format(x: Tensor, packed: Tensor) -> torch.memory_format:
+def memory_format(*tensors: Tensor) -> torch.memory_format:
+    """Channels last if one of the tensors is."""
     last = torch.channels_last
-    for tensor in (x, packed):
+    for tensor in tensors:
         if tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous():
             return last
     return torch.contiguous_format
@@ -175,32 +176,55 @@ def _part(text: str) -> Part:
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, part = inputs[:8]
-    ctx.part, ctx.geometry, ctx.x_shape, ctx.x_dtype = _part(part), inputs[8:], x.shape, x.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    spec = ctx.part.activation
-    inside = None
-    if spec is not None and input_scale is not None:  # an online scale clips nothing
-        grid = (x if input_zero_point is None else x - input_zero_point) / input_scale
-        inside = (grid >= spec.format.min) & (grid <= spec.format.max)
+    ctx.part = _part(part)
+    inside = keep_facts(ctx, x, input_scale, input_zero_point, bias, ctx.part, inputs[8:])
     ctx.save_for_backward(packed, weight_scale, weight_zero_point, inside)
+
+
+def keep_facts(
+    ctx: Any,
+    x: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+    geometry: tuple[Any, ...],
+) -> Tensor | None:
+    """Note on `ctx` what `to_input_and_bias` needs; returns where the input lies inside its grid, None for everywhere."""
+    ctx.geometry, ctx.x_shape, ctx.x_dtype = geometry, x.shape, x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    if part.activation is None or scale is None:  # an online scale clips nothing
+        return None
+    grid, format = (x if zero_point is None else x - zero_point) / scale, part.activation.format
+    return (grid >= format.min) & (grid <= format.max)
 
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     """Clipped straight-through to the input, and to the bias; what is packed gets none."""
-    packed, weight_scale, weight_zero_point, inside = ctx.saved_tensors
+    *stored, inside = ctx.saved_tensors
+    to_x, to_bias = to_input_and_bias(
+        ctx, gradient, inside, lambda: reference.decode_weight(*stored, ctx.part), 6
+    )
+    return (to_x, None, None, None, None, None, to_bias, *[None] * (1 + len(ctx.geometry)))
+
+
+def to_input_and_bias(
+    ctx: Any, gradient: Tensor, inside: Tensor | None, decode: Callable[[], Tensor], bias_position: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients to an operator's input (its first argument) and bias; `decode` gives the float weight."""
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
-        weight = reference.decode_weight(packed, weight_scale, weight_zero_point, ctx.part).to(ctx.x_dtype)
+        weight = decode().to(ctx.x_dtype)
         if ctx.geometry:
             stride, padding, dilation, groups = ctx.geometry
             to_x = conv2d_input(ctx.x_shape, weight, gradient, stride, padding, dilation, groups)
         else:
             to_x = gradient @ weight
         to_x = to_x if inside is None else to_x * inside
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[bias_position]:
         axes = [0, 2, 3] if ctx.geometry else list(range(gradient.dim() - 1))
         to_bias = gradient.sum(axes).to(ctx.bias_dtype) if axes else gradient.to(ctx.bias_dtype)
-    return (to_x, None, None, None, None, None, to_bias, *[None] * (1 + len(ctx.geometry)))
+    return to_x, to_bias
 
 
 _linear.register_autograd(_gradients, setup_context=_keep_for_gradient)
@@ -222,7 +246,7 @@ def linear(
     `part` is a string that `part_text` made.
     """
     tensors = (x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
-    if _needs_operator(x, bias):
+    if needs_operator(x, bias):
         return torch.ops.difloat.linear(*tensors, part)
     return _run_linear(*tensors, part)
 
@@ -246,7 +270,7 @@ def conv2d(
     return torch.ops.difloat.conv2d(*tensors, part, list(stride), list(padding), list(dilation), groups)
 
 
-def _needs_operator(x: Tensor, bias: Tensor | None) -> bool:
+def needs_operator(x: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd, a compiler or another kind of tensor must see an operator; else the way through it is saved."""
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return True

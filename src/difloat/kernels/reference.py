@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from difloat import formats
 from difloat.formats import Format
+from difloat.kernels.rows import Rows
 from difloat.packing import unpack
 from difloat.rounding import decode, round_
 from difloat.specs import Part
@@ -167,12 +168,30 @@ def linear(
     Returns:
         [..., o] in the dtype of `x`.
     """
+    weight = decode_weight(packed, weight_scale, weight_zero_point, part)
+    return _linear(x, weight, input_scale, input_zero_point, bias, part)
+
+
+def linear_rows(
+    x: Tensor, weight: Rows, input_scale: Tensor | None, input_zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`linear` with rows of several widths."""
+    return _linear(x, decode_rows(weight), input_scale, input_zero_point, bias, weight.parts[0])
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+) -> Tensor:
     tokens = x.reshape(
         -1, x.shape[-1]
     )  # four axes would count as a picture, whose rows share an online scale
     rounded = round_input(tokens, input_scale, input_zero_point, part).reshape(x.shape)
-    weight = decode_weight(packed, weight_scale, weight_zero_point, part).to(x.dtype)
-    return functional.linear(rounded, weight, None if bias is None else bias.to(x.dtype))
+    return functional.linear(rounded, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def conv2d(
@@ -208,10 +227,43 @@ def conv2d(
     Returns:
         [b, o, h', w'] in the dtype of `x`.
     """
+    weight = decode_weight(packed, weight_scale, weight_zero_point, part)
+    inputs = (input_scale, input_zero_point, bias)
+    return _conv2d(x, weight, *inputs, part, stride, padding, dilation, groups)
+
+
+def conv2d_rows(
+    x: Tensor,
+    weight: Rows,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`conv2d` with rows of several widths."""
+    inputs = (input_scale, input_zero_point, bias)
+    return _conv2d(x, decode_rows(weight), *inputs, weight.parts[0], stride, padding, dilation, groups)
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     rounded = round_input(x, input_scale, input_zero_point, part)
-    weight = decode_weight(packed, weight_scale, weight_zero_point, part).to(x.dtype)
     shift = None if bias is None else bias.to(x.dtype)
-    return functional.conv2d(rounded, weight, shift, list(stride), list(padding), list(dilation), groups)
+    geometry = (list(stride), list(padding), list(dilation), groups)
+    return functional.conv2d(rounded, weight.to(x.dtype), shift, *geometry)
 
 
 def round_input(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, part: Part) -> Tensor:
@@ -234,6 +286,11 @@ def decode_weight(packed: Tensor, scale: Tensor, zero_point: Tensor | None, part
     """The float32 weight [o, i, *k] of a part."""
     spec = part.weight
     return dequantize(packed, scale, zero_point, spec.format.name, part.channels, spec.group_size or 0)
+
+
+def decode_rows(weight: Rows) -> Tensor:
+    """The float32 weight [o, i, *k] of a part of a layer with rows of several widths, in the float layer's order."""
+    return weight.restored(torch.cat([decode_weight(*band) for band in weight.bands()]))
 
 
 def conv_output_size(

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from difloat.kernels import triton_operands
+from difloat.kernels.rows import Rows, by_band
 from difloat.kernels.triton_operands import Operands
+from difloat.scales import row_places
 from difloat.specs import Part
 
 _MOST_PRODUCTS = 2**31 // 128**2  # of int8 numbers whose sum surely fits int32
@@ -149,10 +151,20 @@ def linear(
         [..., o] in the dtype of `x`.
     """
     group = RowGroup(packed, weight_scale, weight_zero_point, part)
-    return linear_rows(x, [group], input_scale, input_zero_point, bias, adapter=adapter)
+    return linear_groups(x, [group], input_scale, input_zero_point, bias, adapter=adapter)
 
 
 def linear_rows(
+    x: Tensor, weight: Rows, input_scale: Tensor | None, input_zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`linear` with rows of several widths: the input is quantized once for all of them."""
+    groups = [RowGroup(*band) for band in weight.bands()]
+    stored_bias = None if bias is None else bias[weight.row_band.argsort(stable=True)]
+    places = row_places(weight.row_band)
+    return linear_groups(x, groups, input_scale, input_zero_point, stored_bias, places)
+
+
+def linear_groups(
     x: Tensor,
     groups: Sequence[RowGroup],
     input_scale: Tensor | None,
@@ -272,3 +284,19 @@ def conv2d(
         flat = out.view(-1, packed.shape[0])
         launch.multiply(inputs, operands, weight, part, input_zero_point, bias, flat, None, picture)
     return out.permute(0, 3, 1, 2)
+
+
+def conv2d_rows(
+    x: Tensor,
+    weight: Rows,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`conv2d` with rows of several widths, band by band."""
+    geometry = (stride, padding, dilation, groups)
+    return by_band(conv2d, x, weight, input_scale, input_zero_point, bias, *geometry)

@@ -24,6 +24,7 @@ from difloat.methods.search import (
     search,
 )
 from difloat.quantizer import LayerPlan
+from difloat.scales import expand_scale, rows_of
 from difloat.specs import Granularity, Part, QuantSpec
 
 MIN_MAX: tuple[float, ...] = (1.0,)
@@ -124,9 +125,9 @@ class Draft:
         pieces = self.weight.float().split([part.channels for part in self.parts], dim=1)
         for piece, part, scale, zero in zip(pieces, self.parts, self.scales, self.zero_points, strict=True):
             spec = part.weight
-            factor = quantizer.expand_scale(scale, spec, piece.shape)
+            factor = expand_scale(scale, spec, piece.shape)
             shift = zero if spec.zero_point else torch.zeros_like(scale)
-            offset = quantizer.expand_scale(shift, spec, piece.shape)
+            offset = expand_scale(shift, spec, piece.shape)
             grid = ((piece - offset) / factor).clamp(spec.format.min, spec.format.max)
             step = rounding.step_at(grid, spec.format)
             low = torch.floor(grid / step) * step
@@ -148,7 +149,7 @@ def draft_layer(weight: Tensor, splits: Sequence[int], rule: Rule) -> Draft:
     weight = weight.detach()
     parts, scales, zeros, error = [], [], [], 0.0
     for piece in weight.float().split(list(splits), dim=1):
-        rows = quantizer.rows_of(piece, rule.spec(rule.formats[0]))
+        rows = rows_of(piece, rule.spec(rule.formats[0]))
         found = rule.search(rows)
         parts.append(Part(piece.shape[1], rule.spec(found.format)))
         scales.append(found.scale)

@@ -1,0 +1,5 @@
+"""`python -m difloat`: the command line, also under `accelerate launch -m difloat`."""
+
+from difloat.cli import main
+
+main()

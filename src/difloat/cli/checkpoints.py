@@ -1,0 +1,78 @@
+"""Commands that look at what is there: inspect, report, verify."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from difloat import tables
+from difloat.cli.application import app
+from difloat.cli.arguments import Checkpoint, Source, pipeline_of
+from difloat.tables import console
+
+
+@app.command()
+def inspect(
+    source: Source,
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Say what computes it on this machine.")] = False,
+) -> None:
+    """Show what a model consists of, and what of it can be quantized or is."""
+    from difloat import api, tiers
+    from difloat import layers as rooms
+
+    module = api.denoiser(pipeline_of(source))
+    rows: list[tuple[str, str, Sequence[int], str, str]] = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, rooms.QuantizedLayer):
+            spec = layer.parts[0].activation
+            activation = "-" if spec is None else spec.format.name
+            weight_format = " + ".join(dict.fromkeys(part.weight.format.name for part in layer.parts))
+            rows.append((name, layer.plan().kind, layer.float_shape, weight_format, activation))
+    quantized = len(rows)
+    for name, plain in rooms.quantizable(module).items():
+        kind = "linear" if plain.weight.dim() == 2 else "conv2d"
+        rows.append((name, kind, tuple(plain.weight.shape), "float", "-"))
+    if layers:
+        table = Table("layer", "kind", "weight shape", "values", "weight format", "activation format")
+        for name, kind, shape, weight_format, activation in rows:
+            shape_text = " x ".join(map(str, shape))
+            table.add_row(name, kind, shape_text, f"{math.prod(shape):,}", weight_format, activation)
+        console.print(table)
+    weights = sum(math.prod(shape) for _, _, shape, _, _ in rows)
+    stored = sum(tensor.nbytes for tensor in module.state_dict().values())
+    console.print(
+        f"{type(module).__name__}: {quantized} quantized and {len(rows) - quantized} float layers, {weights:,} weights "
+        f"in them, {stored / 1e6:.2f} MB in memory"
+    )
+    if kernels:
+        console.print("\n".join([tiers.machine(), *tiers.layers(module)]), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(directory: Checkpoint) -> None:
+    """Make report.html again from the data beside a checkpoint."""
+    from difloat import record
+    from difloat import report as pages
+
+    made, left, right = record.read(directory)
+    tables.print_summary(made)
+    page = pages.render(made, left, right, directory / record.PAGE)
+    console.print(f"report     {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(directory: Checkpoint) -> None:
+    """Prove a checkpoint: hashes, shapes, scales, legal codes, bit-exact re-encoding, size. Exit code 1 if one fails."""
+    import difloat
+
+    findings = difloat.verify(directory)
+    for finding in findings:
+        mark = "[green]ok  [/green]" if finding.passed else "[red]FAIL[/red]"
+        console.print(mark, f"{finding.check:10} {finding.component}", finding.message, highlight=False)
+    if not all(finding.passed for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,96 @@
+"""Commands that draw: generate, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from difloat import tables
+from difloat.cli.application import app
+from difloat.cli.arguments import Batch, Guidance, Prompts, Source, Steps, pipeline_of
+from difloat.tables import console
+
+
+@app.command()
+def generate(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="Directory for the PNG files.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")] = None,
+    prompts: Prompts = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures; prompts are used again from the start.")] = 4,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
+    batch: Batch = 8,
+) -> None:
+    """Draw pictures with a full-precision or quantized pipeline."""
+    from PIL import Image
+
+    from difloat import evaluate, record, study
+
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"output must be a directory, got the file {str(out)!r}; choose another")
+    pipeline = pipeline_of(source)
+    texts = list(prompt) if prompt else study.prompts_of(pipeline, source, prompts)
+    guidance, call = study.call_of(source, guidance)
+    seeds = list(range(seed, seed + count))
+    drawn = evaluate.generate(
+        pipeline,
+        texts,
+        seeds=seeds,
+        steps=steps,
+        guidance_scale=guidance,
+        batch_size=batch,
+        call_kwargs=call,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    for number, picture in zip(seeds, record.to_uint8(drawn.images), strict=True):
+        Image.fromarray(picture).save(out / f"{number:05d}.png")
+    console.print(f"{count} pictures in {out}, {drawn.seconds / count:.2f} s each", highlight=False)
+
+
+@app.command()
+def evaluate(
+    reference: Annotated[
+        str, typer.Argument(help="The full-precision pipeline: directory or embedded model.")
+    ],
+    quantized: Annotated[str, typer.Argument(help="The quantized pipeline's directory.")],
+    prompts: Prompts = None,
+    samples: Annotated[int, typer.Option(min=2, help="Pictures per model.")] = 64,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    batch: Batch = 50,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Gate like psnr=20 or frechet_to_data<=12, repeatable; exit code 1 if one is broken."
+        ),
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the evaluation as JSON.")] = None,
+) -> None:
+    """Compare a quantized pipeline with the full-precision one on the same seeds and prompts."""
+    from difloat import evaluate as judge
+    from difloat import study
+
+    first, second = pipeline_of(reference), pipeline_of(quantized)
+    texts = study.prompts_of(first, reference, prompts)
+    guidance, call = study.call_of(reference, guidance)
+    sampling = study.Sampling(texts, samples, steps, guidance, batch, call)
+    evaluation = study.judge(study.draw(first, sampling), study.draw(second, sampling), sampling)
+    table = Table(
+        "measure", "value", "95 % interval", title=f"{quantized} against {reference}, {samples} pictures"
+    )
+    for _, metric, found in evaluation.rows():
+        value = f"{found.value:.4g} {metric.unit}".strip()
+        table.add_row(metric.label, value, tables.interval(found.low, found.high))
+    console.print(table)
+    if save is not None:
+        save.write_text(evaluation.to_json(), encoding="utf-8")
+    failures = judge.gate(evaluation, fail_under or [])
+    for failure in failures:
+        console.print(failure, markup=False, highlight=False)
+    if failures:
+        raise typer.Exit(1)

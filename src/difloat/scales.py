@@ -1,0 +1,49 @@
+"""Which scale belongs to which weights: scales in the shape of a weight, and a weight in the shape of its scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from difloat.specs import QuantSpec
+
+
+def expand_scale(scale: Tensor, spec: QuantSpec, shape: Sequence[int]) -> Tensor:
+    """Stored weight scales (or zero points) in a shape that broadcasts with the weight [o, i, *k]."""
+    out_channels, in_channels, *kernel = shape
+    ones = [1] * len(kernel)
+    if spec.granularity == "tensor":
+        return scale.reshape(1, 1, *ones)
+    if spec.granularity == "channel":
+        return scale.reshape(out_channels, 1, *ones)
+    assert spec.group_size is not None
+    groups = scale.reshape(out_channels, -1).repeat_interleave(spec.group_size, dim=1)[:, :in_channels]
+    return groups.reshape(out_channels, in_channels, *ones)
+
+
+def rows_of(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """The weight [o, i, *k] with one row per scale, [scales, values]: what a search over scales looks at.
+
+    The last group of a row is padded with zeros if `i` is no multiple of the group size: zeros are on every grid.
+    """
+    if spec.granularity == "tensor":
+        return weight.reshape(1, -1)
+    if spec.granularity == "channel":
+        return weight.flatten(1)
+    assert spec.group_size is not None
+    size = spec.group_size
+    channels_last = weight.movedim(1, -1)
+    padded = torch.nn.functional.pad(channels_last, (0, -weight.shape[1] % size)).unflatten(-1, (-1, size))
+    return padded.movedim(-2, 1).reshape(weight.shape[0] * padded.shape[-2], -1)
+
+
+def reorder_scale(scale: Tensor, rows: Tensor) -> Tensor:
+    """The stored scales (or zero points) of a weight whose rows are taken in the order `rows`, int64 [o]."""
+    return scale if len(scale) == 1 else scale.unflatten(0, (len(rows), -1))[rows].flatten()
+
+
+def row_places(row_band: Tensor) -> Tensor:
+    """Where every output channel lies among the stored rows, int64 [o], from the band of each."""
+    return row_band.argsort(stable=True).argsort()
