@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -27,6 +28,7 @@ class Tuning:
         without_adapters: Layers that learn ranges only.
         input_ranges_by_timestep: Learn static input ranges apart for every timestep.
         relation: Further distillation beside the output's.
+        adapter_init: "zero", or "error": from the largest directions of the rounding error (`adapters.Adaptive`).
     """
 
     settings: TrainingSettings
@@ -36,6 +38,7 @@ class Tuning:
     without_adapters: tuple[str, ...] = ()
     input_ranges_by_timestep: bool = False
     relation: RelationSettings = field(default=RelationSettings("off"))
+    adapter_init: Literal["zero", "error"] = "zero"
 
 
 def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:

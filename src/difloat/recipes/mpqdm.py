@@ -40,6 +40,11 @@ from difloat.methods.tuned import Tuning, tune
 from difloat.specs import Granularity
 
 
+SHORT_SIDE = (
+    0.5  # an input is tried unsigned if its shorter side is at most this of the longer one, as in MSFP
+)
+
+
 @dataclass(frozen=True)
 class Options:
     """Options of MPQ-DM.
@@ -117,6 +122,8 @@ def plan(task: Task, options: Options) -> Outcome:
 
 
 def _floating(bits: int, granularity: Granularity) -> Rule:
-    """Every floating-point format of the width, unsigned ones with a zero point."""
+    """Every floating-point format of the width, unsigned ones with a zero point (of inputs only where one side is short)."""
     signed = formats.candidates(bits) if bits > 1 else ()
-    return Rule((*signed, *formats.candidates(bits, signed=False)), granularity, zero_points=ZERO_POINTS)
+    grids = (*signed, *formats.candidates(bits, signed=False))
+    short = 0.0 if granularity == "channel" else SHORT_SIDE
+    return Rule(grids, granularity, zero_points=ZERO_POINTS, asymmetry=short)
