@@ -18,8 +18,7 @@ from triton.runtime.jit import JITFunction
 from difloat.formats import parse
 from difloat.kernels import triton as backend
 from difloat.kernels import triton_tiles
-from difloat.specs import layer_tensor_shapes
-from difloat.specs import Part, QuantSpec
+from difloat.specs import Part, QuantSpec, layer_tensor_shapes
 
 COMPILED: list[tuple[str, Any]] = []
 

@@ -125,7 +125,16 @@ def parts(channels: int) -> list[Part]:
     return plain + grouped
 
 
-SHAPES = [(5, 7, 3), (1, 64, 64), (37, 130, 65), (300, 96, 17), (6, 257, 129), (2, 1, 1), (4, 300, 200)]
+SHAPES = [
+    (5, 7, 3),
+    (1, 64, 64),
+    (37, 130, 65),
+    (300, 96, 17),
+    (6, 257, 129),
+    (2, 1, 1),
+    (4, 1, 5),
+    (4, 300, 200),
+]
 
 
 @pytest.mark.parametrize("number", range(len(FORMATS) + len(GROUPED)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from difloat import layers
+from difloat import layers, recipes, record
 from difloat.calibration import Calibration, CalibrationSettings, collect_from_loop
 from difloat.formats import parse
 from difloat.methods import finetune, posttraining
@@ -192,3 +192,29 @@ def test_two_processes_train_what_one_does(tmp_path) -> None:
     both = torch.load(tmp_path / "student.pt", weights_only=True)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(both[name], parameter.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_report_shows_what_the_recipe_found_and_learned() -> None:
+    task, _ = prepared()
+    made = recipes.plan(task, "msfp", "w4a4", {"epochs": 1, "rows": 4, "keep_8bit": [], "dfa": False})
+    shown = record.build(task.model, made, name="tiny")
+    assert [shape.layer for shape in shown.inputs] == list(made.layers)
+    for shape, (name, layer) in zip(shown.inputs, made.layers.items(), strict=True):
+        x = inputs_of(task, name)
+        assert shape.quantiles[0] == pytest.approx(float(x.min()), rel=0.3, abs=0.05)
+        assert shape.asymmetric == (shape.lopsided >= 0.5)
+        assert not shape.unsigned or (shape.asymmetric and layer.parts[0].activation.zero_point)
+    assert shown.inputs[-1].asymmetric  # behind SiLU
+    router = torch.tensor(made.measured["router"])
+    assert shown.adapters is None if not router.any() else shown.adapters.table == router.flip(0).tolist()
+
+
+def inputs_of(task: Task, name: str) -> torch.Tensor:
+    kept: list[torch.Tensor] = []
+    hook = task.model.get_submodule(name).register_forward_pre_hook(
+        lambda module, args: kept.append(args[0].detach())
+    )
+    for _, (args, kwargs) in by_timestep(task):
+        task.model(*args, **kwargs)
+    hook.remove()
+    return torch.cat(kept)

@@ -16,12 +16,10 @@ from difloat.quantizer import (
     Plan,
     dequantize,
     fake_quantize,
-    join_rows,
-    join_variants,
     plan_layer,
 )
 from difloat.scales import expand_scale, rows_of
-from difloat.specs import Band, Part, QuantSpec, layer_tensor_shapes
+from difloat.specs import Part, QuantSpec, layer_tensor_shapes
 
 FORMATS = [
     "e2m1",

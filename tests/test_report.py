@@ -95,6 +95,11 @@ def _record(**changes) -> report.Record:
         },
         histograms=[report.Histogram("blocks.0.proj", [-1.0, 0.0, 1.0], [3, 5], [-0.5, 0.0, 0.5], "weight")],
         ranges=[report.TokenRanges("blocks.1.ff", [900.0, 100.0], [[0.0, 1, 2, 3, 40], [1.0, 2, 3, 4, 9]])],
+        inputs=[
+            report.InputShape("blocks.0.silu", [-0.28, -0.27, 0.1, 3.0, 4.0], 0.93, True, "ue2m2"),
+            report.InputShape("blocks.0.norm", [-4.0, -3.0, 0.0, 3.0, 4.5], 0.11, False, "e2m1"),
+        ],
+        adapters=report.AdapterTable([900.0, 100.0], ["blocks.0.silu", "blocks.0.norm"], [[0, 1], [1, 1]]),
         timings=[("search", 1.5), ("learned rounding", 133.0)],
         peak_memory_bytes=1_000_000_000,
     )
@@ -214,6 +219,22 @@ def test_foreign_json_is_refused(text):
         report.record_from_json(text)
 
 
+def test_asymmetric_inputs_and_adapters_are_shown(page):
+    inputs = page[page.index('id="inputs"') : page.index('id="router"')]
+    assert "1 of 2 inputs" in inputs and "1 did" in inputs
+    assert "blocks.0.silu" in inputs and "ue2m2" in inputs and "blocks.0.norm" not in inputs
+    router = page[page.index('id="router"') : page.index('id="trajectory"')]
+    assert "<svg" in router and "timestep" in router
+
+
+def test_adapters_are_drawn_as_runs_of_timesteps():
+    alone = figures.adapters([3.0, 2.0, 1.0], [[0, 0], [0, 0], [0, 0]], "a")
+    first = figures.adapters([3.0, 2.0, 1.0], [[1, 0], [1, 0], [1, 0]], "a")
+    both = figures.adapters([3.0, 2.0, 1.0], [[1, 0], [0, 1], [1, 0]], "a")
+    runs = [picture.count("--quantized") for picture in (alone, first, both)]
+    assert runs[0] == 0 < runs[1] < runs[2]
+
+
 def test_almost_empty_record_renders(tmp_path):
     record = _record(
         layers=[],
@@ -224,13 +245,15 @@ def test_almost_empty_record_renders(tmp_path):
         trajectory=None,
         histograms=[],
         ranges=[],
+        inputs=[],
+        adapters=None,
         timings=[],
         options={},
     )
     nothing = np.zeros((0, 64, 64, 3), np.uint8)
     page = report.render(record, nothing, nothing, tmp_path / "r.html").read_text(encoding="utf-8")
     _Reader().feed(page)
-    for section in ("pictures", "quality", "trajectory", "values", "time"):
+    for section in ("pictures", "quality", "trajectory", "values", "time", "inputs", "router"):
         assert f'id="{section}"' not in page
 
 

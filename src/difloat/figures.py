@@ -157,6 +157,33 @@ def ranges(timesteps: Sequence[float], quantiles: Sequence[Sequence[float]], sal
     return _svg(draw, (4.6, 2.3), salt)
 
 
+def adapters(timesteps: Sequence[float], table: Sequence[Sequence[int]], salt: str) -> Markup:
+    """Which adapter every layer uses along the trajectory: a row per layer, coloured where it is not the first adapter.
+
+    Args:
+        timesteps: In the sampler's order.
+        table: For each the adapter of every layer.
+        salt: Makes the element's ids differ from those of other figures of the page.
+    """
+    by_layer = np.array(table).T
+    most = max(1, int(by_layer.max()))
+
+    def draw(axes: Axes) -> None:
+        for row, chosen in enumerate(by_layer):
+            for adapter in range(1, most + 1):
+                edges = np.flatnonzero(np.diff(np.concatenate([[0], chosen == adapter, [0]])))
+                runs = [(start + 0.5, end - start) for start, end in edges.reshape(-1, 2)]
+                axes.broken_barh(runs, (row, 1), color=_QUANTIZED, alpha=adapter / most, linewidth=0)
+        axes.set_xlim(0.5, len(timesteps) + 0.5)
+        axes.set_ylim(len(by_layer), 0)
+        shown = list(range(1, len(timesteps) + 1, max(1, math.ceil(len(timesteps) / 5))))
+        axes.set_xticks(shown, [f"{timesteps[step - 1]:g}" for step in shown])
+        axes.set_xlabel("timestep")
+        axes.set_ylabel("layer, in order of execution")
+
+    return _svg(draw, (4.6, 3.4), salt)
+
+
 def _svg(draw: Callable[[Axes], None], size_inches: tuple[float, float], salt: str) -> Markup:
     """What `draw` puts on axes, as an SVG element without title or description."""
     from markupsafe import Markup

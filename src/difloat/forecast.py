@@ -17,6 +17,7 @@ from difloat.methods.task import Bits, Sequencing
 from difloat.quantizer import Plan
 from difloat.sampling import quiet
 from difloat.shelf import Shelf
+from difloat.specs import weight_formats
 
 _TRIAL_STEPS = (2, 6)  # two lengths tell the cost of a step from the cost of a block
 _TRAINING_FORWARDS = 5  # forward passes of the float denoiser that a training step takes as long as
@@ -61,14 +62,16 @@ class Forecast:
             if name in self.trial.skipped:
                 result.append((name, count, "-", self.trial.skipped[name]))
                 continue
-            part = self.trial.layers[name].parts[0]
+            layer = self.trial.layers[name]
+            part = layer.parts[0]
             spec = part.weight
             size = f" per {spec.group_size}" if spec.group_size else f" per {spec.granularity}"
             taken, way = part.activation, "-"
             if taken is not None:
                 found = "online" if taken.online else "static"
                 way = f"{taken.format.name} {found} per {taken.granularity}"
-            result.append((name, count, spec.format.name + size, way))
+            names = weight_formats(layer.shape[0], layer.parts, layer.bands)
+            result.append((name, count, names + size, way))
         return result
 
 

@@ -97,8 +97,11 @@ class QuantizedLayer(nn.Module):
             raise RuntimeError(
                 "a layer that depends on the timestep must be part of a denoiser, got one on its own; apply a plan"
             )
-        number = torch.tensor(schedule, device=tensor.device)[self.clock.entry().to(tensor.device)]
-        return tensor.unflatten(0, (max(schedule) + 1, -1)).index_select(0, number.reshape(1))[0]
+        entry = (
+            self.clock.entry().to(tensor.device).reshape(1)
+        )  # indexing by a number would break a compiled graph
+        number = torch.tensor(schedule, device=tensor.device).index_select(0, entry)
+        return tensor.unflatten(0, (max(schedule) + 1, -1)).index_select(0, number)[0]
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [o, i, *k] that the codes stand for; of a smoothed layer without undoing the factors."""

@@ -156,6 +156,11 @@ class LayerPlan:
             for p, part in zip(packed, self.parts, strict=True)
         ]
 
+    @staticmethod
+    def dtype_of(name: str) -> torch.dtype:
+        """Dtype of the stored tensor of this name."""
+        return torch.uint8 if name in ("weight", "row_band") else torch.float32
+
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors (the bias not counted)."""

@@ -20,7 +20,7 @@ from difloat.evaluate import Evaluation
 from difloat.layers import weight_of
 from difloat.quantizer import LayerPlan, Plan, dequantize
 from difloat.report import Histogram, LayerRow, Record
-from difloat.specs import QuantSpec
+from difloat.specs import QuantSpec, rows_of_parts, weight_formats
 
 RECORD, PICTURES, PAGE = "report.json", "report-pictures.npz", "report.html"
 _HISTOGRAM_BINS = 96
@@ -49,7 +49,9 @@ def sizes(model: nn.Module, plan: Plan) -> Sizes:
 def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
     """One row of the report for a layer whose float weight is `weight`."""
     quantized, weight = dequantize(layer), weight.detach().float()
-    formats = list(dict.fromkeys(part.weight.format.name for part in layer.parts))
+    specs = [
+        spec for band in rows_of_parts(layer.shape[0], layer.parts, layer.bands) for spec in band.weights
+    ]
     activations = [part.activation for part in layer.parts if part.activation is not None]
     activation_formats = list(dict.fromkeys(spec.format.name for spec in activations))
     relative = float((quantized - weight).square().sum() / weight.square().sum().clamp_min(1e-30))
@@ -57,7 +59,7 @@ def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
         name=name,
         kind=layer.kind,
         shape=layer.shape,
-        weight_format=" + ".join(formats),
+        weight_format=weight_formats(layer.shape[0], layer.parts, layer.bands),
         weight_granularity=_per(layer.parts[0].weight),
         activation_format=" + ".join(activation_formats) or None,
         activation_mode=_mode(activations),
@@ -66,7 +68,7 @@ def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
         output_error_db=None,
         zeros=float((quantized == 0).float().mean()),
         zeros_before=float((weight == 0).float().mean()),
-        integer_grid=all(part.weight.format.uniform for part in layer.parts),
+        integer_grid=all(spec.format.uniform for spec in specs),
         bytes=layer.nbytes,
         bytes_before=2 * weight.numel(),
         effective_bits=8 * layer.nbytes / weight.numel(),
@@ -93,6 +95,8 @@ def worst_histograms(
         layer = plan.layers[row.name]
         part = layer.parts[0]
         weight = weight_of(model, row.name).detach().float()[:, : part.channels]
+        if layer.bands:
+            weight = weight[layer.tensors["row_band"] == 0]
         if part.weight.granularity != "tensor":
             weight = weight[:1]
         scale = float(layer.tensors["weight_scale"][0])
@@ -181,11 +185,33 @@ def build(
             report.TokenRanges(layer, list(found), list(found.values()))
             for layer, found in plan.measured.get("ranges", {}).items()
         ],
+        inputs=_inputs(plan),
+        adapters=_adapters(plan),
         attention=_attention(plan),
         timings=[*plan.measured.get("seconds", {}).items(), *(timings or {}).items()],
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
     )
+
+
+def _inputs(plan: Plan) -> list[report.InputShape]:
+    """What a recipe that looks for asymmetric inputs found, part by part."""
+    rows = []
+    for name, shapes in plan.measured.get("inputs", {}).items():
+        for number, shape in enumerate(shapes):
+            part = plan.layers[name].parts[number]
+            assert part.activation is not None
+            label = name if len(shapes) == 1 else f"{name}, part {number + 1}"
+            rows.append(report.InputShape(label, **shape, format=part.activation.format.name))
+    return rows
+
+
+def _adapters(plan: Plan) -> report.AdapterTable | None:
+    """The router's table, where layers have several adapters; in the sampler's order, from the first timestep on."""
+    table = plan.measured.get("router")
+    if not table or not any(map(any, table)):
+        return None
+    return report.AdapterTable(list(reversed(plan.measured["grid"])), list(plan.layers), table[::-1])
 
 
 def _attention(plan: Plan) -> str:

@@ -1,18 +1,16 @@
 """The report: what was quantized, what it saved and what it cost, as one HTML file that needs nothing else.
 
-`Record` is the plain data of one quantization run. It is stored as JSON (`record_to_json`), and `render` turns it, with
+`Record` (`facts`) is the plain data of one quantization run. It is stored as JSON, and `render` turns it, with
 pictures of both models, into a page with inline styles, scripts, pictures and figures: it opens without a network, and the
 same record gives the same bytes. Nothing here looks at a model; whoever fills the record does.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 import re
-from dataclasses import asdict, dataclass, field
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,144 +18,35 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from difloat import figures, formats
+from difloat.facts import (
+    AdapterTable,
+    Histogram,
+    InputShape,
+    LayerRow,
+    Record,
+    TokenRanges,
+    record_from_json,
+    record_to_json,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+__all__ = [
+    "AdapterTable",
+    "Histogram",
+    "InputShape",
+    "LayerRow",
+    "Record",
+    "TokenRanges",
+    "machine",
+    "record_from_json",
+    "record_to_json",
+    "render",
+    "versions",
+]
 _WORST_LAYERS = 5
 _QUALITY_KEYS = ("name", "label", "value", "low", "high", "unit", "better", "reference")
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One quantized layer. Errors are ten times the decimal logarithm of the relative squared error: -20 dB is 1 %.
-
-    Fields: `kind` is ``linear`` or ``conv2d``; `activation_mode` reads like ``static per tensor`` or ``-``; `parts` counts
-    input segments quantized apart (2: split skip concatenation); `zeros` is the share of weights that are exactly 0;
-    `integer_grid` says that the weight format counts as an integer format; `bytes` include scales and adapters.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    weight_format: str
-    weight_granularity: str
-    activation_format: str | None
-    activation_mode: str
-    parts: int
-    weight_error_db: float
-    output_error_db: float | None
-    zeros: float
-    zeros_before: float
-    integer_grid: bool
-    bytes: int
-    bytes_before: int
-    effective_bits: float
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Values of a layer and the grid they are rounded to: `edges` (one more than `counts`) and `grid` in real units."""
-
-    layer: str
-    edges: list[float]
-    counts: list[float]
-    grid: list[float]
-    quantity: str  # "weight" or "activation"
-
-
-@dataclass(frozen=True)
-class TokenRanges:
-    """How far the tokens of a layer's input reach: `quantiles` (smallest, 10 %, median, 90 %, largest) per timestep."""
-
-    layer: str
-    timesteps: list[float]
-    quantiles: list[list[float]]
-
-
-@dataclass(frozen=True)
-class Record:
-    """Everything the report shows but the pictures; plain data that survives JSON.
-
-    Fields: `created` is an ISO date; `recipe_notes` says what the paper leaves open and what was taken; `skipped` holds
-    (layer, reason, bytes) of what stayed in high precision; each entry of `quality` has the keys name, label, value, low,
-    high (95 % interval), unit, better (``higher`` or ``lower``) and reference (full precision's value or None);
-    `attention` is a sentence about what is quantized inside attention, or empty;
-    `trajectory` has timesteps, value, low, high, one per sampler step; `timings` are (name, seconds).
-    """
-
-    title: str
-    recipe: str
-    bits: str
-    model: str
-    model_class: str
-    command: str
-    created: str
-    versions: dict[str, str]
-    machine: str
-    options: dict[str, Any]
-    recipe_notes: list[str]
-    original_bytes: int
-    packed_bytes: int
-    effective_bits: float
-    weight_bits_nominal: float
-    layers: list[LayerRow]
-    skipped: list[tuple[str, str, int]]
-    quality: list[dict[str, Any]]
-    samples: int
-    prompts: list[str] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
-    trajectory: dict[str, list[float]] | None = None
-    histograms: list[Histogram] = field(default_factory=list)
-    ranges: list[TokenRanges] = field(default_factory=list)
-    attention: str = ""
-    timings: list[tuple[str, float]] = field(default_factory=list)
-    peak_memory_bytes: int | None = None
-
-    @property
-    def summary(self) -> str:
-        """One sentence: model, recipe, size and the first metrics."""
-        ratio = self.original_bytes / max(self.packed_bytes, 1)
-        packed, original = figures.bytes_text(self.packed_bytes), figures.bytes_text(self.original_bytes)
-        size = f"{ratio:.1f}x smaller ({packed} instead of {original})"
-        quality = [
-            f"{q['label']} {figures.number_text(q['value'])} {q['unit']}".strip() for q in self.quality[:3]
-        ]
-        return f"{self.model}, {self.recipe.upper()} {self.bits}: " + ", ".join([size, *quality]) + "."
-
-
-def record_to_json(record: Record) -> str:
-    """The record as strict JSON text; Inf and NaN become ``{"float": "inf"}``. Inverse of `record_from_json`."""
-    return json.dumps(_without_specials(asdict(record)), indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def record_from_json(text: str) -> Record:
-    """The record that `record_to_json` wrote.
-
-    Raises:
-        ValueError: if the text is no JSON, or a field is missing or unknown.
-    """
-    try:
-        data = json.loads(text, object_hook=lambda d: float(d["float"]) if d.keys() == {"float"} else d)
-        data["layers"] = [LayerRow(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
-        data["histograms"] = [Histogram(**histogram) for histogram in data["histograms"]]
-        data["ranges"] = [TokenRanges(**ranges) for ranges in data["ranges"]]
-        data["skipped"] = [tuple(row) for row in data["skipped"]]
-        data["timings"] = [tuple(row) for row in data["timings"]]
-        return Record(**data)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"report record must be JSON with the fields of this version of difloat, got {error}; quantize again to write one"
-        ) from error
-
-
-def _without_specials(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_specials(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_specials(item) for item in value]
-    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def machine() -> str:
@@ -274,6 +163,10 @@ def _page(record: Record, reference: np.ndarray, quantized: np.ndarray) -> str:
             (r.layer, figures.ranges(r.timesteps, r.quantiles, f"ranges-{i}"))
             for i, r in enumerate(record.ranges)
         ],
+        lopsided=sorted((i for i in record.inputs if i.asymmetric), key=lambda i: -i.lopsided),
+        router=figures.adapters(record.adapters.timesteps, record.adapters.table, "adapters")
+        if record.adapters
+        else None,
         trajectory=figures.trajectory(**record.trajectory) if record.trajectory else None,
         reasons=_by_reason(record.skipped),
     )

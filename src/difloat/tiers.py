@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from difloat.kernels import backends, integers, native
 from difloat.layers import QuantizedLayer
-from difloat.specs import Part
+from difloat.specs import Part, rows_of_parts
 
 _TOKENS = 1024
 
@@ -32,19 +33,23 @@ def layers(model: nn.Module) -> list[str]:
     counts: Counter[str] = Counter()
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
-            for part in module.parts:
-                counts[_way(part, module.float_shape)] += 1
+            bands = rows_of_parts(module.float_shape[0], module.parts, module.bands)
+            for number in range(len(module.parts)):
+                parts = [band.parts(module.parts)[number] for band in bands]
+                counts[_way(parts, [band.rows for band in bands], module.float_shape)] += 1
     return [f"{count} x {way}" for way, count in counts.most_common()]
 
 
-def _way(part: Part, shape: tuple[int, ...]) -> str:
-    own = (shape[0], part.channels, *shape[2:])
-    size = (_TOKENS, part.channels) if len(shape) == 2 else (1, part.channels, 32, 32)
+def _way(parts: Sequence[Part], rows: Sequence[int], shape: tuple[int, ...]) -> str:
+    """What computes one part of a layer, given in all bands of its rows."""
+    channels, taken = parts[0].channels, parts[0].activation
+    size = (_TOKENS, channels) if len(shape) == 2 else (1, channels, 32, 32)
     x = torch.empty(size, dtype=torch.bfloat16)
-    module = backends.choose(part, own, x)
+    module = backends.choose_rows(parts, [(count, channels, *shape[2:]) for count in rows], x)
     name = next(name for name, known in backends.BACKENDS.items() if known is module)
-    activation = "float" if part.activation is None else part.activation.format.name
-    formats = f"{part.weight.format.name} x {activation}"
+    weights = "/".join(dict.fromkeys(part.weight.format.name for part in parts))
+    formats = f"{weights} x {'float' if taken is None else taken.format.name}"
     if name != "reference":
         return f"{formats}: int8 products, backend {name}"
-    return f"{formats}: decoded to floats, backend reference ({integers.reason_against(part) or 'no faster one'})"
+    reason = next(filter(None, map(integers.reason_against, parts)), "no faster one")
+    return f"{formats}: decoded to floats, backend reference ({reason})"

@@ -31,8 +31,7 @@ def inspect(
         if isinstance(layer, rooms.QuantizedLayer):
             spec = layer.parts[0].activation
             activation = "-" if spec is None else spec.format.name
-            weight_format = " + ".join(dict.fromkeys(part.weight.format.name for part in layer.parts))
-            rows.append((name, layer.plan().kind, layer.float_shape, weight_format, activation))
+            rows.append((name, layer.plan().kind, layer.float_shape, layer.weight_formats(), activation))
     quantized = len(rows)
     for name, plain in rooms.quantizable(module).items():
         kind = "linear" if plain.weight.dim() == 2 else "conv2d"

@@ -32,7 +32,7 @@ from difloat.io.layout import (
 from difloat.io.manifest import MANIFEST, read_manifest, whole_directory, write_manifest
 from difloat.io.modules import load_into, write_module
 from difloat.layers import QuantizedLayer, clock_of
-from difloat.quantizer import Plan
+from difloat.quantizer import LayerPlan, Plan
 
 _PIPELINE = "model_index.json"
 # Where a model was loaded from, as diffusers and transformers note it in their configs.
@@ -84,7 +84,7 @@ def plan_of(model: nn.Module) -> Plan:
                 raise ValueError(
                     f"{name}.{key} must be in memory, but is offloaded; move the model to one device first"
                 )
-            if tensor.dtype != (torch.uint8 if key == "weight" else torch.float32):
+            if tensor.dtype != LayerPlan.dtype_of(key):
                 raise ValueError(
                     f"{name}.{key} must keep its dtype, but was cast to {tensor.dtype}; "
                     "load the model again and give the dtype while loading"

@@ -22,12 +22,13 @@ from difloat.io.layout import (
     CheckpointError,
     bundle,
     bundled_names,
-    check_vector,
+    check_stored,
     parse_config,
     plan_tensors,
     unbundle,
 )
 from difloat.layers import QuantizedLayer
+from difloat.quantizer import LayerPlan
 from difloat.timesteps import Clock
 
 
@@ -202,8 +203,8 @@ class DifloatQuantizer(DiffusersQuantizer):
         if key == "weight":
             layer.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
         else:
-            values = param_value.view(torch.float32)
-            check_vector(param_name, values)
+            values = param_value.view(LayerPlan.dtype_of(key))
+            check_stored(param_name, self.plan.layers[layer_name], values)
             setattr(layer, key, values.to(target_device))
 
     def get_state_dict_and_metadata(

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from difloat.quantizer import PLAN_VERSION, LayerPlan, Plan
-from difloat.specs import AttentionPlan, Part, layer_tensor_shapes
+from difloat.specs import AttentionPlan, Band, Part, layer_tensor_shapes
 
 QUANT_METHOD = "difloat"
 INPUT_BUNDLE = "difloat.input"
@@ -112,7 +112,10 @@ def _parse_layer(name: str, data: Any) -> LayerPlan:
     try:
         shape, parts = tuple(data["shape"]), tuple(Part.from_json(part) for part in data["parts"])
         numbers = [*shape, *(part["channels"] for part in data["parts"])]
-        numbers += [part.weight.group_size for part in parts if part.weight.group_size is not None]
+        bands = tuple(Band.from_json(band) for band in data.get("bands", ()))
+        numbers += [band["rows"] for band in data.get("bands", ())]
+        specs = [part.weight for part in parts] + [spec for band in bands for spec in band.weights]
+        numbers += [spec.group_size for spec in specs if spec.group_size is not None]
         if (
             any(type(number) is not int or number < 1 for number in numbers)
             or math.prod(shape) > _MAX_WEIGHT_VALUES
@@ -120,7 +123,7 @@ def _parse_layer(name: str, data: Any) -> LayerPlan:
             raise ValueError(f"sizes must be whole numbers of a possible layer, got {numbers!r:.80}")
         if len(shape) != {"linear": 2, "conv2d": 4}[data["kind"]]:
             raise ValueError(f"a {data['kind']} weight cannot have the shape {shape!r:.80}")
-        if any(part.weight.online for part in parts):
+        if any(spec.online for spec in specs):
             raise ValueError("a weight cannot have online scales")
         schedules = [data.get("schedule", []), data.get("input_schedule", [])]
         if any(type(n) is not int or not 0 <= n < _MAX_VARIANTS for schedule in schedules for n in schedule):
@@ -128,8 +131,8 @@ def _parse_layer(name: str, data: Any) -> LayerPlan:
         weights, entries = (max(schedule, default=0) + 1 for schedule in schedules)
         smoothed = data.get("smoothed", False) is True
         tensors = {
-            key: torch.empty(size, dtype=torch.uint8 if key == "weight" else torch.float32, device="meta")
-            for key, size in layer_tensor_shapes(shape, parts, weights, smoothed, entries).items()
+            key: torch.empty(size, dtype=LayerPlan.dtype_of(key), device="meta")
+            for key, size in layer_tensor_shapes(shape, parts, weights, smoothed, entries, bands).items()
         }
         return LayerPlan.from_json(data, tensors)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -315,8 +318,21 @@ def check_headers(plan: Plan, stored: Mapping[str, StoredTensor]) -> None:
             )
 
 
-def check_vector(name: str, values: Tensor) -> None:
-    """CheckpointError unless scales and factors are finite and positive, zero points finite (float32 1-D)."""
+def check_stored(name: str, layer: LayerPlan, values: Tensor) -> None:
+    """Check the values of a stored tensor besides packed codes, called ``<layer>.<tensor>``.
+
+    Raises:
+        CheckpointError: unless scales and factors are finite and positive, zero points finite, and as many rows belong to
+            every band as the plan says.
+    """
+    if name.endswith(".row_band"):
+        counts = torch.bincount(values.int(), minlength=len(layer.bands)).tolist()
+        if counts != [band.rows for band in layer.bands]:
+            raise CheckpointError(
+                f"{name!r:.200} must put {[band.rows for band in layer.bands]!r:.80} rows into the bands, got {counts!r:.80}; "
+                "quantize or download the model again"
+            )
+        return
     positive = not name.endswith("_zero_point")
     wrong = ~torch.isfinite(values) | (values <= 0) if positive else ~torch.isfinite(values)
     if bool(wrong.any()):

@@ -17,7 +17,7 @@ from difloat.io.layout import (
     CheckpointError,
     StoredTensor,
     bundle,
-    check_vector,
+    check_stored,
     plan_tensors,
     quantization_config,
     unbundle,
@@ -98,7 +98,7 @@ def load_into(
     }
     for name, tensors in planned.items():
         for key in tensors.keys() - {"weight"}:
-            check_vector(f"{name}.{key}", tensors[key])
+            check_stored(f"{name}.{key}", plan.layers[name], tensors[key])
 
     def place(name: str) -> torch.device:
         return torch.device(device or ("cpu" if homes[name].type == "meta" else homes[name]))

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from difloat.io.checkpoint import components, read_plan
-from difloat.io.layout import INPUT_BUNDLE, CheckpointError, StoredTensor, bundled_names, check_vector
+from difloat.io.layout import INPUT_BUNDLE, CheckpointError, StoredTensor, bundled_names, check_stored
 from difloat.io.manifest import MANIFEST, read_manifest, sha256
 from difloat.packing import pack
 from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
@@ -106,20 +106,21 @@ def _check_layers(component: str, plan: Plan, stored: Mapping[str, StoredTensor]
         try:
             for key, tensor in layer.tensors.items():
                 if key != "weight":
-                    check_vector(f"{name}.{key}", tensor)
+                    check_stored(f"{name}.{key}", layer, tensor)
         except CheckpointError as error:
             failures["scales"].append(str(error))
             continue
-        if wrong := _illegal_codes(layer):
+        plain = [rows for number in range(layer.variants) for rows in layer.variant(number).split_rows()]
+        if wrong := next(filter(None, map(_illegal_codes, plain)), ""):
             failures["codes"].append(
                 f"{name}.weight must hold codes that the encoder writes, but has {wrong}; quantize or download it again"
             )
-        elif any(not _encodes_to_itself(layer.variant(number)) for number in range(layer.variants)):
+        elif not all(map(_encodes_to_itself, plain)):
             failures["re-encode"].append(
                 f"{name}.weight must be its own nearest encoding, but is not under its scales; quantize or download it again"
             )
     passed = {
-        "scales": "all scales are finite and positive, all zero points finite",
+        "scales": "all scales are finite and positive, all zero points finite, all rows in their bands",
         "codes": "all codes are legal and all padding bits zero",
         "re-encode": "decoding and encoding gives the same bytes in every layer",
     }
@@ -147,7 +148,7 @@ def _read_layers(plan: Plan, stored: Mapping[str, StoredTensor]) -> Iterator[tup
 
 
 def _illegal_codes(layer: LayerPlan) -> str:
-    """What is wrong with the codes of a layer; empty if nothing is."""
+    """What is wrong with the codes of a layer of one weight and width; empty if nothing is."""
     for codes, part in zip(layer.codes(), layer.parts, strict=True):
         format = part.weight.format
         present = torch.bincount(codes.flatten().int(), minlength=2**format.bits)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from difloat.kernels import cpu, eager, native, reference, triton
-from difloat.kernels.rows import Rows
 from difloat.specs import Part
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": eager, "cpu": cpu, "triton": triton}
@@ -95,11 +94,11 @@ def choose(part: Part, weight_shape: Sequence[int], x: Tensor) -> ModuleType:
     return _first(weight_shape, x, lambda module: bool(module.supports(part, weight_shape, x)))
 
 
-def choose_rows(weight: Rows, x: Tensor) -> ModuleType:
-    """`choose` for a part of a layer with rows of several widths: the backend supports all of them."""
-    pairs = list(zip(weight.parts, weight.shapes(), strict=True))
+def choose_rows(parts: Sequence[Part], weight_shapes: Sequence[Sequence[int]], x: Tensor) -> ModuleType:
+    """`choose` for a part of a layer with rows of several widths, given band by band: the backend supports all of them."""
+    pairs = list(zip(parts, weight_shapes, strict=True))
     return _first(
-        pairs[0][1], x, lambda module: all(module.supports(part, shape, x) for part, shape in pairs)
+        weight_shapes[0], x, lambda module: all(module.supports(part, shape, x) for part, shape in pairs)
     )
 
 

@@ -218,7 +218,10 @@ class _Weight:
 
     def product(self, rows: integers.Operand, bias: Tensor | None) -> Tensor:
         """float32 [t, o] of rows [t, i * k]."""
-        out = torch._int_mm(rows.values, self.operand.t()).float().mul_(self.scale)
+        operands = (rows.values, self.operand)
+        if rows.values.shape[1] == 1:  # the products of torch 2.13 are wrong there
+            operands = (functional.pad(rows.values, (0, 1)), functional.pad(self.operand, (0, 1)))
+        out = torch._int_mm(operands[0], operands[1].t()).float().mul_(self.scale)
         if self.zero is not None:
             out += rows.values.sum(-1, keepdim=True, dtype=torch.int32) * self.zero
         out *= rows.scale

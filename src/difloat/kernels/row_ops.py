@@ -48,7 +48,7 @@ def _linear(
 
 
 def _run_linear(x: Tensor, weight: Rows, *rest: Any) -> Tensor:
-    return backends.choose_rows(weight, x).linear_rows(x, weight, *rest)
+    return backends.choose_rows(weight.parts, weight.shapes(), x).linear_rows(x, weight, *rest)
 
 
 @_linear.register_fake
@@ -84,7 +84,7 @@ def _conv2d(
 ) -> Tensor:
     """See `conv2d`. Channels last if the input is."""
     weight = _weight(packed, weight_scale, weight_zero_point, row_band, parts)
-    module = backends.choose_rows(weight, x)
+    module = backends.choose_rows(weight.parts, weight.shapes(), x)
     tensors = (x, weight, input_scale, input_zero_point, bias)
     result: Tensor = module.conv2d_rows(*tensors, stride, padding, dilation, groups)
     return result.contiguous(memory_format=ops.memory_format(x))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import final
+from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from difloat import quantizer
 from difloat.kernels import ops
 from difloat.quantizer import LayerPlan, fake_quantize
+from difloat.scales import expand_scale
 from difloat.specs import Part
+
+Init = Literal["zero", "error"]
 
 _SMALLEST_SCALE = 1e-8
 _START = 0.02  # size of the adapters' first product, in steps of the weight's grid
@@ -32,7 +35,7 @@ class Adaptive(nn.Module):
     Attributes:
         down: [adapters, rank, i, *k], the first factors of the adapters; absent with rank 0.
         up: [adapters, o, rank], the second ones.
-        weight_scales: One vector per part, as the plan stores them.
+        weight_scales: One vector per part, as the plan stores them; band after band where rows have several widths.
         input_scale: [entries, parts], one row per entry of the timestep grid or one in all; absent where inputs are online or
             not quantized.
         input_zero_point: Likewise, of the parts that have one.
@@ -48,21 +51,53 @@ class Adaptive(nn.Module):
         adapters: int,
         rank: int,
         entries: int,
+        init: Init = "zero",
         generator: torch.Generator,
     ) -> None:
-        """A twin of `layer` that starts as `plan` says, with one weight; rank 0 leaves adapters out."""
+        """A twin of `layer` that starts as `plan` says, with one weight; rank 0 leaves adapters out.
+
+        With `init` "error" the frozen W is the dequantized weight, and the one adapter starts as the largest directions of
+        what rounding took away (after MPQ-DMv2, arXiv:2507.04290; inferred). On the float weight the same start would
+        add the error twice.
+
+        Raises:
+            ValueError: if several adapters should start from the error: they would be equal.
+        """
         super().__init__()
         self.plan, self.adapters, self.rank = plan, adapters, rank
         self.choice: Tensor | None = None
         self.entry = 0
         self._layer = [layer]  # in a list: the user's own layer is neither a submodule nor saved
-        self.weight_scales = nn.ParameterList(_of_parts(plan, "weight_scale"))
-        self._zero_points = _of_parts(plan, "weight_zero_point")
+        bands = plan.split_rows()
+        order = torch.arange(plan.shape[0])
+        if plan.bands:
+            order = plan.tensors["row_band"].argsort(stable=True)
+        self._bands = [band.parts for band in bands]
+        self._rows = order.split([band.shape[0] for band in bands])
+        self.weight_scales = nn.ParameterList(v for b in bands for v in _of_parts(b, "weight_scale"))
+        self._zero_points = [v for band in bands for v in _of_parts(band, "weight_zero_point")]
         for name in ("input_scale", "input_zero_point"):
             if name in plan.tensors:
                 setattr(self, name, nn.Parameter(plan.tensors[name].clone().repeat(entries, 1)))
-        if rank:
+        self._base = layer.weight.detach()
+        if rank and init == "error":
+            self._start_from_error()
+        elif rank:
             self._add_adapters(generator)
+
+    def _start_from_error(self) -> None:
+        if self.adapters != 1:
+            raise ValueError(
+                f"adapters that start from the rounding error must be one per layer, got {self.adapters}; say adapters=1"
+            )
+        weight = self._base.float()
+        self._base = quantizer.dequantize(self.plan).to(weight)
+        left, sizes, right = torch.linalg.svd((weight - self._base).flatten(1), full_matrices=False)
+        self.rank = min(self.rank, len(sizes))
+        roots = sizes[: self.rank].sqrt()
+        self.up = nn.Parameter((left[:, : self.rank] * roots)[None])
+        down = roots[:, None] * right[: self.rank]
+        self.down = nn.Parameter(down.reshape(1, self.rank, *weight.shape[1:]))
 
     def _add_adapters(self, generator: torch.Generator) -> None:
         out_channels, in_channels, *kernel = self.plan.shape
@@ -76,32 +111,40 @@ class Adaptive(nn.Module):
 
     def step(self) -> float:
         """Mean distance of neighbouring values of the weight's grid: what the adapters' learning rate is measured by."""
-        steps = []
-        for scale, part in zip(self.weight_scales, self.plan.parts, strict=True):
-            format = part.weight.format
-            steps.append(float(scale.detach().mean()) * (format.max - format.min) / (len(format.values) - 1))
-        return sum(steps) / len(steps)
+        total, scales = 0.0, iter(self.weight_scales)
+        for parts, rows in zip(self._bands, self._rows, strict=True):
+            for part in parts:
+                format = part.weight.format
+                distance = (format.max - format.min) / (len(format.values) - 1)
+                total += len(rows) * distance * float(next(scales).detach().mean())
+        return total / (self.plan.shape[0] * len(self.plan.parts))
 
     def merged(self, choice: Tensor) -> Tensor:
-        """The float weight with the adapters weighted by `choice` [adapters]."""
-        weight = self._layer[0].weight.detach().float()
-        if not self.rank:
-            return weight
-        change = torch.einsum("h,hor,hri->oi", choice, self.up, self.down.flatten(2))
-        return weight + change.view_as(weight)
+        """The float weight with the adapters weighted by `choice` [adapters], divided by the factors of a smoothed input."""
+        weight = self._base.float()
+        if self.rank:
+            change = torch.einsum("h,hor,hri->oi", choice, self.up, self.down.flatten(2))
+            weight = weight + change.view_as(weight)
+        if self.plan.smoothed:
+            factor = self.plan.tensors["input_factor"]
+            weight = weight / factor.reshape(1, -1, *[1] * (weight.dim() - 2))
+        return weight
 
     def quantized(self, weight: Tensor) -> Tensor:
-        """A float weight on the grids of the parts, with straight-through gradients to it and to the scales."""
-        pieces = weight.split([part.channels for part in self.plan.parts], dim=1)
-        rounded = []
-        for piece, part, scale, zero in zip(
-            pieces, self.plan.parts, self.weight_scales, self._zero_points, strict=True
-        ):
-            spec = part.weight
-            spread = quantizer.expand_scale(scale.clamp_min(_SMALLEST_SCALE), spec, piece.shape)
-            offset = quantizer.expand_scale(zero, spec, piece.shape) if spec.zero_point else None
-            rounded.append(fake_quantize(piece, spec.format, spread, offset))
-        return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=1)
+        """A merged weight on the grids of its rows and parts, with straight-through gradients to it and to the scales."""
+        vectors = zip(self.weight_scales, self._zero_points, strict=True)
+        bands = []
+        for parts, rows in zip(self._bands, self._rows, strict=True):
+            rounded = []
+            for piece, part in zip(
+                weight[rows].split([p.channels for p in parts], dim=1), parts, strict=True
+            ):
+                spec, (scale, zero) = part.weight, next(vectors)
+                spread = expand_scale(scale.clamp_min(_SMALLEST_SCALE), spec, piece.shape)
+                offset = expand_scale(zero, spec, piece.shape) if spec.zero_point else None
+                rounded.append(fake_quantize(piece, spec.format, spread, offset))
+            bands.append(torch.cat(rounded, dim=1))
+        return bands[0] if len(bands) == 1 else torch.cat(bands)[torch.cat(self._rows).argsort()]
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input, smoothed and on the grids of its parts, with the ranges of the current entry."""
@@ -156,11 +199,7 @@ class Adaptive(nn.Module):
             inputs["input_scale"] = inputs["input_scale"].clamp_min(_SMALLEST_SCALE)
         plans = []
         for adapter in used:
-            weight_only = [Part(part.channels, part.weight) for part in self.plan.parts]
-            scales = [scale.detach().clamp_min(_SMALLEST_SCALE) for scale in self.weight_scales]
-            bare = quantizer.plan_layer(
-                self.merged(every[adapter]), weight_only, scales, weight_zero_points=self._zero_points
-            )
+            bare = self._encoded(self.merged(every[adapter]))
             tensors = {**self.plan.tensors, **bare.tensors, **{n: v.reshape(-1) for n, v in inputs.items()}}
             plans.append(replace(self.plan, tensors=tensors))
         if entries > 1:
@@ -168,6 +207,18 @@ class Adaptive(nn.Module):
         places = [used.index(adapter) for adapter in schedule] if len(used) > 1 else []
         joined = quantizer.join_variants(plans, places)
         return replace(joined, smoothed=self.plan.smoothed)
+
+    def _encoded(self, weight: Tensor) -> LayerPlan:
+        """A merged weight with the scales as trained, without inputs."""
+        vectors = zip(self.weight_scales, self._zero_points, strict=True)
+        bands = []
+        for parts, rows in zip(self._bands, self._rows, strict=True):
+            pairs = [next(vectors) for _ in parts]
+            scales = [scale.detach().clamp_min(_SMALLEST_SCALE) for scale, _ in pairs]
+            weight_only = [Part(part.channels, part.weight) for part in parts]
+            zeros = [zero for _, zero in pairs]
+            bands.append(quantizer.plan_layer(weight[rows], weight_only, scales, weight_zero_points=zeros))
+        return quantizer.join_rows(bands, torch.cat(self._rows))
 
 
 def _of_parts(plan: LayerPlan, name: str) -> list[Tensor]:

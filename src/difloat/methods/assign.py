@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from difloat.scales import expand_scale, rows_of
 from difloat.specs import Granularity, Part, QuantSpec
 
 MIN_MAX: tuple[float, ...] = (1.0,)
+QUANTILES = (0.0, 0.01, 0.5, 0.99, 1.0)  # of an input, by which its shape is reported
+LOPSIDED = 0.5  # from here on unsigned formats are tried for an input
 _SAMPLES = 1 << 19  # values of one activation tensor that a search looks at
 
 
@@ -69,15 +72,21 @@ class Rule:
         """
         if self.zero_points is None:
             return search(rows, self.formats, clips=self.clips)
-        low, high = (float(end) for end in rows.aminmax())
-        lopsided = 1 - min(-low, high) / max(-low, high, 1e-30) if low < 0 else 1.0
         signed = [f for f in self.formats if f.signed]
-        unsigned = [f for f in self.formats if not f.signed and lopsided >= self.asymmetry]
+        unsigned = [f for f in self.formats if not f.signed and lopsidedness(rows) >= self.asymmetry]
         found = [search(rows, signed, clips=self.clips)] if signed else []
         if unsigned:
             clips = self.unsigned_clips or self.clips
             found.append(search(rows, unsigned, clips=clips, zero_points=self.zero_points))
         return min(found, key=lambda one: float(one.error.sum()))
+
+
+def lopsidedness(values: Tensor) -> float:
+    """1 minus the shorter side of the values over the longer one: 0 symmetric around zero, 1 on one side of it."""
+    low, high = (float(end) for end in values.aminmax())
+    if low >= 0 or high <= 0:
+        return 1.0
+    return 1 - min(-low, high) / max(-low, high)
 
 
 def asymmetric_integers(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
@@ -86,6 +95,17 @@ def asymmetric_integers(bits: int, granularity: Granularity, group_size: int | N
     far = bits <= FEW_LEVELS_BITS
     clips, zero_points = (SHRUNK_FAR, ZERO_POINTS) if far else (SHRUNK, OFFSETS)
     return Rule(grid, granularity, group_size, clips=clips, zero_points=zero_points)
+
+
+def floating_grids(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
+    """Every floating-point format of the width; unsigned ones with a zero point, of whole tensors only where one side is short.
+
+    A tensor counts as lopsided from `LOPSIDED` on; of rows that share a format every one has its own shape.
+    """
+    signed = formats.candidates(bits) if bits > 1 else ()
+    grids = (*signed, *formats.candidates(bits, signed=False))
+    asymmetry = LOPSIDED if granularity == "tensor" else 0.0
+    return Rule(grids, granularity, group_size, zero_points=ZERO_POINTS, asymmetry=asymmetry)
 
 
 @dataclass(frozen=True)
@@ -172,16 +192,20 @@ def plan_inputs(plan: LayerPlan, x: Tensor | None, rule: Rule, generator: torch.
         return replace(plan, parts=tuple(replace(part, activation=spec) for part in plan.parts))
     parts: list[Part] = []
     found: list[Found] = []
-    channels, axis = [part.channels for part in plan.parts], -1 if plan.kind == "linear" else 1
-    # A grouped convolution reads more channels than each row of its weight has; it is never cut into parts.
-    pieces = [x.detach()] if len(channels) == 1 else x.detach().split(channels, dim=axis)
-    for piece, part in zip(pieces, plan.parts, strict=True):
+    for piece, part in zip(_pieces(plan, x.detach()), plan.parts, strict=True):
         found.append(rule.search(_sample(piece, generator)))
         parts.append(replace(part, activation=rule.spec(found[-1].format)))
     vectors = {"input_scale": torch.cat([each.scale.reshape(-1).float() for each in found])}
     if shifted := [each.zero_point for each in found if rule.spec(each.format).zero_point]:
         vectors["input_zero_point"] = torch.cat([zero.reshape(-1).float() for zero in shifted])
     return replace(plan, parts=tuple(parts), tensors={**plan.tensors, **vectors})
+
+
+def _pieces(plan: LayerPlan, x: Tensor) -> Sequence[Tensor]:
+    """The input of every part."""
+    if len(plan.parts) == 1:  # a grouped convolution reads more channels than each row of its weight has
+        return [x]
+    return x.split([part.channels for part in plan.parts], dim=-1 if plan.kind == "linear" else 1)
 
 
 def _sample(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -199,7 +223,7 @@ def search_inputs(
     plans: Mapping[str, LayerPlan],
     rules: Mapping[str, Rule],
     generator: torch.Generator,
-) -> dict[str, LayerPlan]:
+) -> tuple[dict[str, LayerPlan], dict[str, list[dict[str, Any]]]]:
     """Choose the input quantization of every layer in the order of execution, earlier layers already quantized.
 
     One forward pass does it all: just before a layer runs, its input (which earlier, quantized layers made) is searched,
@@ -212,10 +236,15 @@ def search_inputs(
         rules: What is asked of the inputs, in the order of execution; layers without a rule keep their input.
         generator: See `plan_inputs`.
 
+    Returns:
+        The layers with inputs; and the shapes of those inputs whose rule looks for asymmetry, by layer and part: `quantiles`
+        (see `QUANTILES`), `lopsided` (`lopsidedness`), and whether that is `asymmetric` by the rule.
+
     Raises:
         ValueError: if an input is not finite.
     """
     done = dict(plans)
+    shapes: dict[str, list[dict[str, Any]]] = {}
 
     def take(name: str, x: Tensor | None) -> None:
         done[name] = plan_inputs(done[name], x, rules[name], generator)
@@ -234,7 +263,17 @@ def search_inputs(
                     f"inputs of layer {name!r} must be finite, got NaN or Inf; calibrate in float32"
                 )
             take(name, x)
-    return done
+            if rule.asymmetry:
+                shapes[name] = [_shape(piece, rule) for piece in _pieces(done[name], x)]
+    return done, shapes
+
+
+def _shape(x: Tensor, rule: Rule) -> dict[str, Any]:
+    values = x.detach().float().flatten()
+    thinned = values[:: max(1, values.numel() >> 16)].sort().values
+    inner = [float(thinned[round(share * (len(thinned) - 1))]) for share in QUANTILES[1:-1]]
+    quantiles, lopsided = [float(values.min()), *inner, float(values.max())], lopsidedness(values)
+    return {"quantiles": quantiles, "lopsided": lopsided, "asymmetric": lopsided >= rule.asymmetry}
 
 
 def _smoothed(x: Tensor, plan: LayerPlan) -> Tensor:

@@ -108,7 +108,7 @@ def run(
     with timed(measured, "search activations"):
         rows = task.calibration.stratified(min(settings.activation_rows, len(task.calibration)), generator)
         calls = task.calls(rows, seen.row_bytes)
-        plans = search_inputs(twin, calls, plans, wanted, generator)
+        plans, measured["inputs"] = search_inputs(twin, calls, plans, wanted, generator)
     by_time = any(plan.schedule for plan in plans.values())
     if wanted and task.only is None:
         measured["ranges"] = _widest_ranges(task, list(wanted))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difloat import attention, layers
-from difloat.methods.adapters import Adaptive
+from difloat.methods.adapters import Adaptive, Init
 from difloat.quantizer import LayerPlan
 from difloat.specs import AttentionPlan
 from difloat.timesteps import Clock
@@ -72,6 +72,7 @@ class Student(nn.Module):
         rank: int,
         input_ranges_by_timestep: bool,
         without_adapters: Sequence[str] = (),
+        adapter_init: Init = "zero",
         generator: torch.Generator,
     ) -> None:
         """Build the twins; `model` stays untouched.
@@ -85,6 +86,7 @@ class Student(nn.Module):
             rank: Of the adapters.
             input_ranges_by_timestep: Learn static input ranges apart for every entry of the grid.
             without_adapters: Layers that learn ranges only.
+            adapter_init: See `Adaptive`.
             generator: Draws the first values.
         """
         super().__init__()
@@ -98,6 +100,7 @@ class Student(nn.Module):
                 adapters=adapters,
                 rank=0 if name in without_adapters else rank,
                 entries=len(grid) if input_ranges_by_timestep else 1,
+                init=adapter_init,
                 generator=generator,
             )
             for name, plan in plans.items()

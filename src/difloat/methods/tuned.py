@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 
 from difloat.methods import posttraining
+from difloat.methods.adapters import Init
 from difloat.methods.denoising_factor import denoising_factors, normalised
 from difloat.methods.finetune import TrainingSettings, train
 from difloat.methods.posttraining import Outcome
@@ -38,7 +38,7 @@ class Tuning:
     without_adapters: tuple[str, ...] = ()
     input_ranges_by_timestep: bool = False
     relation: RelationSettings = field(default=RelationSettings("off"))
-    adapter_init: Literal["zero", "error"] = "zero"
+    adapter_init: Init = "zero"
 
 
 def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
@@ -58,6 +58,7 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
         rank=tuning.rank,
         input_ranges_by_timestep=tuning.input_ranges_by_timestep,
         without_adapters=tuning.without_adapters,
+        adapter_init=tuning.adapter_init,
         generator=torch.Generator().manual_seed(task.seed),
     )
     measured = dict(outcome.measured)
@@ -67,7 +68,7 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
         measured["relation_features"] = extra.name
     with posttraining.timed(measured, "fine-tune"):
         losses = train(task, student, tuning.settings, _weights(task, grid, tuning.by_factor), extra)
-    measured |= {"losses": losses, "router": student.table().tolist()}
+    measured |= {"losses": losses, "router": student.table().tolist(), "grid": list(grid)}
     plans = student.packed()
     by_time = any(plan.schedule or plan.input_schedule for plan in plans.values())
     return replace(outcome, layers=plans, measured=measured, timesteps=grid if by_time else ())

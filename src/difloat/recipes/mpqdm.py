@@ -8,17 +8,15 @@ Paper -> here:
   base: EfficientDM's adapters merged before rounding, input ranges by timestep               `methods.tuned`
   first and last layers at 8 bits without adapters                                            `keep_8bit`
 
-Differs from the paper: the scale of the inputs is applied at run time and never folded into the operation before, because a
-  plan holds planned layers and leaves the user's norms as they are; ranges are searched by squared error both for choosing n
-  and for the result (the code: min-max, then an L2.4 search); zero points are real numbers; adapters of convolutions are a
-  k x k and a 1 x 1 one, as in EfficientDM (the code: both k x k); skip and down-sampling convolutions are quantized (the code
-  leaves them); 40 epochs over calibration rows, not 800 or 320 over fresh trajectories; the student's features of the step
-  before are those of the student as it is now; classifier-free guidance is not part of the loss.
-Differs from the released code, which does otherwise than the paper: n over the whole range (the code: 0 and k;
-  `candidates=release`), relations attached to the graph (the code: detached; `relation=detached`), no dead-channel infinities,
-  the adapters' rate without the constant that masked-out rows add to it.
-Inferred: which rows MPQ-DM+ raises (those behind the first n); `adapter_init=error`, after MPQ-DMv2 (arXiv:2507.04290). Its
-  binary residual branch is left out: the sum of a grid and one sign of its own size is no grid that a format can name.
+Differs from the paper: inputs are scaled at run time, never by the operation before (a plan holds planned layers and leaves the
+  user's norms alone); ranges are searched by squared error (the code: min-max for choosing n, then L2.4); zero points are real
+  numbers; a convolution's second adapter is 1 x 1; skip and down-sampling convolutions are quantized too; 40 epochs over
+  calibration rows, not 800 over fresh trajectories; no guidance in the loss; the student's step before is seen by the student
+  as it is now.
+Differs from the released code where that differs from the paper: n over the whole range (`candidates=release`: 0 and k only);
+  relations attached to the graph (`relation=detached`); dead channels are safe; no constant in the adapters' rate.
+Inferred: the rows that MPQ-DM+ raises (those behind the first n); `adapter_init=error` after MPQ-DMv2 (arXiv:2507.04290). Its
+  binary residual branch is left out: a grid plus a sign of its own size is no grid that a format can name.
 New here: `grid=fp`, the same on floating-point grids, signed or unsigned with a zero point, chosen per width.
 """
 
@@ -27,18 +25,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from difloat import formats
 from difloat.methods import posttraining
+from difloat.methods.adapters import Init
 from difloat.methods.allocate import AllocationSettings, Criterion, allocate, summary
-from difloat.methods.assign import Rule, asymmetric_integers
+from difloat.methods.assign import asymmetric_integers, floating_grids
 from difloat.methods.finetune import TrainingSettings
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.relation import Kind, RelationSettings
-from difloat.methods.search import ZERO_POINTS
 from difloat.methods.tuned import Tuning, tune
-from difloat.specs import Granularity
-
 
 SHORT_SIDE = (
     0.5  # an input is tried unsigned if its shorter side is at most this of the longer one, as in MSFP
@@ -72,7 +67,7 @@ class Options:
     relation_every: int = field(default=RelationSettings.every)
     features: str = field(default=RelationSettings.module)
     rank: int = 32
-    adapter_init: Literal["zero", "error"] = "zero"
+    adapter_init: Init = field(default=Tuning.adapter_init)
     ranges_by_timestep: bool = True
     keep_8bit: tuple[str, ...] = ("first", "last")
     epochs: int = field(default=TrainingSettings.epochs)
@@ -88,7 +83,7 @@ def plan(task: Task, options: Options) -> Outcome:
     relation = RelationSettings(
         options.relation, options.relation_weight, every=options.relation_every, module=options.features
     )
-    rule = {"int": asymmetric_integers, "fp": _floating}[options.grid]
+    rule = {"int": asymmetric_integers, "fp": floating_grids}[options.grid]
     chosen = allocate(task, lambda bits: rule(bits, "channel"), choosing) if options.mixed else {}
 
     def rules(name: str, seen: Trace) -> LayerRules:
@@ -99,31 +94,14 @@ def plan(task: Task, options: Options) -> Outcome:
         if keeps or not options.mixed:
             return LayerRules(rule(widths[0], "channel"), activation)
         found = chosen[name]
-        return LayerRules(
-            rule(widths[0], "channel"), activation, smoothing=found.smoothing, mixed=found.mixed
-        )
+        return LayerRules(rule(widths[0], "channel"), activation, False, found.smoothing, found.mixed)
 
     outcome = posttraining.run(task, rules, Sequencing())
     outcome.measured["widths"] = summary({name: one for name, one in chosen.items() if name not in kept})
     training = TrainingSettings(
         options.epochs, options.rows, options.adapter_rate, precision=options.precision
     )
-    tuning = Tuning(
-        training,
-        1,
-        options.rank,
-        False,
-        tuple(kept),
-        options.ranges_by_timestep,
-        relation,
-        options.adapter_init,
+    by_timestep, init = options.ranges_by_timestep, options.adapter_init
+    return tune(
+        task, outcome, Tuning(training, 1, options.rank, False, tuple(kept), by_timestep, relation, init)
     )
-    return tune(task, outcome, tuning)
-
-
-def _floating(bits: int, granularity: Granularity) -> Rule:
-    """Every floating-point format of the width, unsigned ones with a zero point (of inputs only where one side is short)."""
-    signed = formats.candidates(bits) if bits > 1 else ()
-    grids = (*signed, *formats.candidates(bits, signed=False))
-    short = 0.0 if granularity == "channel" else SHORT_SIDE
-    return Rule(grids, granularity, zero_points=ZERO_POINTS, asymmetry=short)

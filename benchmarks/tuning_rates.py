@@ -1,0 +1,118 @@
+"""Tunes the rates of fine-tuning on a reference model: error on held-out rows after a short run, for every rate.
+
+    python benchmarks/tuning_rates.py --model emoji-unet --bits w4a4
+
+Every run starts from the same post-training plan (MSFP, one adapter, plain loss). The measure is the squared error of the
+denoiser's output on calibration rows that were not trained on, over that before training. Writes
+benchmarks/results/tuning-rates-<model>.json; what is there already is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from difloat import api, layers, report, study
+from difloat.calls import first_tensor
+from difloat.methods.finetune import TrainingSettings
+from difloat.methods.posttraining import Outcome
+from difloat.methods.task import Bits, Task
+from difloat.methods.tuned import Tuning, tune
+from difloat.quantizer import Plan
+from difloat.recipes import msfp
+from difloat.reference_models import NAMES
+
+RUNS = [
+    *({"adapter_rate": rate} for rate in (0.0004, 0.004, 0.01, 0.03, 0.1, 0.3)),
+    *({"adapter_rate": 0.03, "range_rate": rate} for rate in (0.0, 0.005)),
+    *({"adapter_rate": 0.03, "scale_rate": rate} for rate in (0.0, 1e-5, 1e-4)),
+]
+
+
+def main() -> None:
+    """Run what is missing and write the result."""
+    sys.path.remove(
+        str(Path(__file__).resolve().parent)
+    )  # kernels.py here is not the package that transformers looks for
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=NAMES, default="emoji-unet")
+    parser.add_argument("--bits", default="w4a4")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=384, help="calibration rows; a third is held out")
+    parser.add_argument("--runs", nargs="+", type=int, help="only these runs, counted from 0")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    out = Path(__file__).parent / "results" / f"tuning-rates-{arguments.model}.json"
+    results = json.loads(out.read_text()) if out.exists() else {}
+    train, held_out = split(arguments)
+    model = train.model
+    outcome = msfp.plan(train, msfp.Options(adapters=0))
+    before = error(model, outcome, held_out)
+    for number, run in enumerate(RUNS):
+        name = json.dumps({"bits": arguments.bits, "epochs": arguments.epochs, **run})
+        if name in results or (arguments.runs and number not in arguments.runs):
+            continue
+        settings = replace(TrainingSettings(epochs=arguments.epochs), **run)
+        kept = tuple(name for name, plan in outcome.layers.items() if plan.parts[0].weight.format.bits == 8)
+        tuned = tune(train, outcome, Tuning(settings, 1, 32, False, kept))
+        results[name] = {
+            "held_out_error_over_untrained": error(model, tuned, held_out) / before,
+            "losses": tuned.measured["losses"],
+            "seconds": tuned.measured["seconds"]["fine-tune"],
+            "settings": asdict(settings),
+            "machine": report.machine(),
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        }
+        out.write_text(json.dumps(results, indent=1) + "\n")
+        sys.stderr.write(f"{name}: {results[name]['held_out_error_over_untrained']:.4f}\n")
+
+
+def split(arguments: argparse.Namespace) -> tuple[Task, Task]:
+    """The task on two thirds of the rows, and on the rest; every timestep is in both."""
+    pipeline = study.load_pipeline(arguments.model)
+    guidance, call = study.call_of(arguments.model, None)
+    prompts = study.prompts_of(pipeline, arguments.model, None)
+    tasks = []
+    for rows, seed in ((2 * arguments.rows // 3, 0), (arguments.rows // 3, 1)):
+        data = api.calibrate(
+            pipeline,
+            prompts=prompts,
+            call_kwargs=call,
+            samples=rows,
+            steps=20,
+            guidance_scale=guidance,
+            seed=seed,
+        )
+        tasks.append(api.task_of(pipeline, data, Bits.parse(arguments.bits)))
+    return tasks[0], tasks[1]
+
+
+@torch.no_grad()
+def error(model: Any, outcome: Outcome, task: Task) -> float:
+    """Squared error of the quantized denoiser's outputs over that of the full-precision ones."""
+    plan = Plan("msfp", "", outcome.layers, outcome.skipped, {}, {}, outcome.attention, outcome.timesteps)
+    twin = layers.apply(layers.shadow(model), plan)
+    wrong = power = 0.0
+    by_timestep: dict[float, list[int]] = {}
+    for row, timestep in enumerate(task.calibration.timesteps):
+        by_timestep.setdefault(timestep, []).append(row)
+    for rows in by_timestep.values():
+        args, kwargs = task.calibration.batch(rows)
+        wanted = first_tensor(model(*args, **kwargs))
+        wrong += float((first_tensor(twin(*args, **kwargs)) - wanted).square().sum())
+        power += float(wanted.square().sum())
+    return wrong / power
+
+
+if __name__ == "__main__":
+    main()

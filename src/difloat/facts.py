@@ -1,0 +1,174 @@
+"""What a report holds, as plain data that survives JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from difloat import figures
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One quantized layer. Errors are ten times the decimal logarithm of the relative squared error: -20 dB is 1 %.
+
+    Fields: `kind` is ``linear`` or ``conv2d``; `activation_mode` reads like ``static per tensor`` or ``-``; `parts` counts
+    input segments quantized apart (2: split skip concatenation); `zeros` is the share of weights that are exactly 0;
+    `integer_grid` says that the weight format counts as an integer format; `bytes` include scales and adapters.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weight_format: str
+    weight_granularity: str
+    activation_format: str | None
+    activation_mode: str
+    parts: int
+    weight_error_db: float
+    output_error_db: float | None
+    zeros: float
+    zeros_before: float
+    integer_grid: bool
+    bytes: int
+    bytes_before: int
+    effective_bits: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Values of a layer and the grid they are rounded to: `edges` (one more than `counts`) and `grid` in real units."""
+
+    layer: str
+    edges: list[float]
+    counts: list[float]
+    grid: list[float]
+    quantity: str  # "weight" or "activation"
+
+
+@dataclass(frozen=True)
+class TokenRanges:
+    """How far the tokens of a layer's input reach: `quantiles` (smallest, 10 %, median, 90 %, largest) per timestep."""
+
+    layer: str
+    timesteps: list[float]
+    quantiles: list[list[float]]
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """A static input that may be asymmetric: `quantiles` (smallest, 1 %, median, 99 %, largest), and what was chosen for it.
+
+    `lopsided` is 1 minus the shorter side of the values over the longer one: 0 symmetric, 1 on one side of zero.
+    """
+
+    layer: str
+    quantiles: list[float]
+    lopsided: float
+    asymmetric: bool
+    format: str
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether an unsigned format with a zero point was taken."""
+        return self.format.startswith("u")
+
+
+@dataclass(frozen=True)
+class AdapterTable:
+    """Which of its adapters every layer uses: `table` has a row per timestep (in the sampler's order), a column per layer."""
+
+    timesteps: list[float]
+    layers: list[str]
+    table: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything the report shows but the pictures; plain data that survives JSON.
+
+    Fields: `created` is an ISO date; `recipe_notes` says what the paper leaves open and what was taken; `skipped` holds
+    (layer, reason, bytes) of what stayed in high precision; each entry of `quality` has the keys name, label, value, low,
+    high (95 % interval), unit, better (``higher`` or ``lower``) and reference (full precision's value or None);
+    `attention` is a sentence about what is quantized inside attention, or empty;
+    `trajectory` has timesteps, value, low, high, one per sampler step; `timings` are (name, seconds).
+    """
+
+    title: str
+    recipe: str
+    bits: str
+    model: str
+    model_class: str
+    command: str
+    created: str
+    versions: dict[str, str]
+    machine: str
+    options: dict[str, Any]
+    recipe_notes: list[str]
+    original_bytes: int
+    packed_bytes: int
+    effective_bits: float
+    weight_bits_nominal: float
+    layers: list[LayerRow]
+    skipped: list[tuple[str, str, int]]
+    quality: list[dict[str, Any]]
+    samples: int
+    prompts: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    trajectory: dict[str, list[float]] | None = None
+    histograms: list[Histogram] = field(default_factory=list)
+    ranges: list[TokenRanges] = field(default_factory=list)
+    inputs: list[InputShape] = field(default_factory=list)
+    adapters: AdapterTable | None = None
+    attention: str = ""
+    timings: list[tuple[str, float]] = field(default_factory=list)
+    peak_memory_bytes: int | None = None
+
+    @property
+    def summary(self) -> str:
+        """One sentence: model, recipe, size and the first metrics."""
+        ratio = self.original_bytes / max(self.packed_bytes, 1)
+        packed, original = figures.bytes_text(self.packed_bytes), figures.bytes_text(self.original_bytes)
+        size = f"{ratio:.1f}x smaller ({packed} instead of {original})"
+        quality = [
+            f"{q['label']} {figures.number_text(q['value'])} {q['unit']}".strip() for q in self.quality[:3]
+        ]
+        return f"{self.model}, {self.recipe.upper()} {self.bits}: " + ", ".join([size, *quality]) + "."
+
+
+def record_to_json(record: Record) -> str:
+    """The record as strict JSON text; Inf and NaN become ``{"float": "inf"}``. Inverse of `record_from_json`."""
+    return json.dumps(_without_specials(asdict(record)), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def record_from_json(text: str) -> Record:
+    """The record that `record_to_json` wrote.
+
+    Raises:
+        ValueError: if the text is no JSON, or a field is missing or unknown.
+    """
+    try:
+        data = json.loads(text, object_hook=lambda d: float(d["float"]) if d.keys() == {"float"} else d)
+        data["layers"] = [LayerRow(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
+        data["histograms"] = [Histogram(**histogram) for histogram in data["histograms"]]
+        data["ranges"] = [TokenRanges(**ranges) for ranges in data["ranges"]]
+        data["inputs"] = [InputShape(**shape) for shape in data["inputs"]]
+        data["adapters"] = data["adapters"] and AdapterTable(**data["adapters"])
+        data["skipped"] = [tuple(row) for row in data["skipped"]]
+        data["timings"] = [tuple(row) for row in data["timings"]]
+        return Record(**data)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"report record must be JSON with the fields of this version of difloat, got {error}; quantize again to write one"
+        ) from error
+
+
+def _without_specials(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_specials(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_specials(item) for item in value]
+    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
