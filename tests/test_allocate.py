@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from difloat import quantizer
+from difloat import layers, quantizer, recipes
 from difloat.calibration import CalibrationSettings, collect_from_loop
+from difloat.formats import parse
 from difloat.methods import allocate
 from difloat.methods.allocate import (
     Allocation,
@@ -26,6 +27,8 @@ from difloat.methods.allocate import (
 )
 from difloat.methods.assign import asymmetric_integers, draft_layer
 from difloat.methods.task import Bits, Task
+from difloat.quantizer import LayerPlan
+from difloat.specs import Band
 
 
 def rule(bits: int):
@@ -51,7 +54,7 @@ def prepared(bits: str = "w2a8", **changes: object) -> Task:
     torch.manual_seed(0)
     model = Denoiser()
     with torch.no_grad():  # rows of very different shapes: a few large weights in some
-        for layer in (model.conv, model.linear):
+        for layer in (model.conv, model.grouped, model.linear):
             layer.weight[::3] = 8 * layer.weight[::3] ** 5 / layer.weight.abs().max() ** 4
 
     def loop(module: nn.Module) -> None:
@@ -156,9 +159,8 @@ def test_the_number_of_rows_is_the_best_one_by_the_output() -> None:
     for name, one in found.items():
         layer = task.model.get_submodule(name)
         weight, rows = layer.weight.detach(), len(layer.weight)
-        scale = 1 / one.smoothing.factors[0]
-        if name == "grouped":
-            assert torch.equal(scale, torch.ones(5))
+        assert (one.smoothing is None) == (name == "grouped")
+        scale = torch.ones(5) if one.smoothing is None else 1 / one.smoothing.factors[0]
         inputs: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda m, x, kept=inputs: kept.append(x[0]))
         chosen = task.calibration.stratified(16, torch.Generator().manual_seed(0))
@@ -252,4 +254,53 @@ def test_small_memory_means_more_passes_with_the_same_result(monkeypatch) -> Non
 
 def test_eight_bits_have_nothing_above_them() -> None:
     found = decided(prepared("w8a8"))
-    assert all(one.mixed is None and one.bits == 8 and one.smoothing is not None for one in found.values())
+    assert all(one.mixed is None and one.bits == 8 for one in found.values())
+
+
+def bits_of_rows(layer: LayerPlan) -> float:
+    """Average width of the codes of a layer's rows."""
+    bands = layer.bands or (Band(layer.shape[0], tuple(part.weight for part in layer.parts)),)
+    return sum(band.rows * band.weights[0].format.bits for band in bands) / layer.shape[0]
+
+
+@pytest.mark.parametrize(("grid", "plus"), [("int", False), ("fp", False), ("int", True)])
+def test_the_recipe_mixes_widths_at_the_average_that_was_asked_for(grid: str, plus: bool) -> None:
+    options = {"epochs": 0, "grid": grid, "plus": plus, "keep_8bit": ["conv"], "criterion": "error"}
+    plan = recipes.plan(prepared("w2a4"), "mpqdm", "w2a4", options)
+    for name, layer in plan.layers.items():
+        tenth = layer.shape[0] // 10 / layer.shape[0]
+        assert bits_of_rows(layer) == pytest.approx(8 if name == "conv" else 2 + tenth * plus), name
+        assert layer.smoothed == (name == "linear")
+    names = {weight.format.name for p in plan.layers.values() for band in p.bands for weight in band.weights}
+    assert {parse(name).bits for name in names} == {1, 2, 3}
+    assert all(name.startswith("uint") == (grid == "int") for name in names)
+    assert set(plan.measured["widths"]) == {"grouped", "linear"} and set(plan.skipped) == {"idle"}
+    assert all(found["error"] <= 1 for found in plan.measured["widths"].values())
+
+
+def test_mixed_layers_compute_with_their_dequantized_weight() -> None:
+    task = prepared("w2a16")
+    plan = recipes.plan(task, "mpqdm", "w2a16", {"epochs": 0, "keep_8bit": [], "criterion": "error"})
+    assert sum(bool(layer.bands) for layer in plan.layers.values()) == 3
+    packed = layers.apply(layers.shadow(task.model), plan)
+    plain = layers.restore(layers.apply(layers.shadow(task.model), plan))
+    args, kwargs = task.calibration.batch(range(8))
+    with torch.no_grad():
+        torch.testing.assert_close(packed(*args, **kwargs), plain(*args, **kwargs), rtol=1e-4, atol=1e-5)
+    linear = plan.layers["linear"]
+    torch.testing.assert_close(plain.linear.weight, quantizer.dequantize(linear))
+    assert set((linear.tensors["row_band"].bincount()).tolist()) == {band.rows for band in linear.bands}
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "efficientdm", "msfp", "mpqdm"])
+@pytest.mark.parametrize("bits", ["w2a4", "w3a6"])
+def test_two_and_three_bits_are_two_and_three_bits(recipe: str, bits: str) -> None:
+    options = {} if recipe == "rtn" else {"epochs": 1, "rows": 2, "rank": 2}
+    options |= {"dfa": False} if recipe == "msfp" else {}
+    options |= {"relation": "off"} if recipe == "mpqdm" else {}
+    plan = recipes.plan(prepared(bits), recipe, bits, {**options, "keep_8bit": ["conv"]})
+    assert {name: bits_of_rows(layer) for name, layer in plan.layers.items()} == {
+        "conv": 8,
+        "grouped": Bits.parse(bits).weight,
+        "linear": Bits.parse(bits).weight,
+    }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from difloat import recipes
 from difloat.calibration import CalibrationSettings, collect_from_loop
 from difloat.formats import parse
 from difloat.methods import posttraining, relation
@@ -17,6 +18,7 @@ from difloat.methods.posttraining import LayerRules, Sequencing
 from difloat.methods.relation import RelationLoss, RelationSettings, divergence, feature_block, positions
 from difloat.methods.student import Student
 from difloat.methods.task import Bits, Task
+from difloat.quantizer import Plan
 
 STEPS = (900, 500, 100)
 
@@ -223,3 +225,25 @@ def test_data_without_consecutive_steps_are_refused() -> None:
     alone = Task(task.model, data, task.bits, progress=False)
     with pytest.raises(ValueError, match="consecutive steps of one trajectory, got 4"):
         RelationLoss(alone, student_of(task), RelationSettings())
+
+
+def test_detached_relations_train_nothing_and_attached_ones_do() -> None:
+    task = prepared()
+    options = {"epochs": 2, "rows": 4, "rank": 2, "adapter_rate": 0.1}
+    plans = {
+        kind: recipes.plan(task, "mpqdm", "w3a8", {**options, "relation": kind})
+        for kind in ("off", "detached", "attached", "features")
+    }
+    assert plans["off"].measured["losses"] != plans["detached"].measured["losses"]
+    assert "relation_features" not in plans["off"].measured
+    assert plans["attached"].measured["relation_features"] == "blocks.1"
+
+    def same(one: Plan, two: Plan) -> bool:
+        return all(
+            torch.equal(tensor, two.layers[name].tensors[key])
+            for name, layer in one.layers.items()
+            for key, tensor in layer.tensors.items()
+        )
+
+    assert same(plans["off"], plans["detached"])
+    assert not same(plans["off"], plans["attached"]) and not same(plans["attached"], plans["features"])

@@ -45,7 +45,7 @@ class AllocationSettings:
             mean square, "error" what two bits more save of the row's output error, "random" nothing.
         candidates: "range" tries 0, k, 2k, ... up to half of the rows, k a tenth of them; "release" only 0 and k.
         extra_tenth: The k rows behind the first n get N + 1 bits as well (MPQ-DM+): N + 0.1 bits on average.
-        scale_inputs: Scale input channels first.
+        scale_inputs: Scale input channels first, but for grouped convolutions.
         rows: Calibration rows to look at.
     """
 
@@ -168,11 +168,12 @@ def allocate(
     held = _held_inputs(task, names, calls, generator)
     for name, inputs in tqdm(held, desc="choose widths", total=len(names), disable=not task.progress):
         weight = layers.weight_of(task.model, name).detach().float()
-        scale = torch.ones(weight.shape[1])
+        scale, smoothing = torch.ones(weight.shape[1]), None
         if name in largest and largest[name].numel() == len(scale):  # grouped convolutions read more channels
             scale = input_scale(largest[name].cpu(), weight.cpu())
+            smoothing = Smoothing((1 / scale)[None])
         if bits >= _MOST_BITS:
-            found[name] = _allocation(None, scale, bits, rule_of, settings)
+            found[name] = Allocation(None, smoothing, bits, 0, 1.0)
             continue
         splits = list(seen.splits.get(name, ()))
         splits = splits if sum(splits) == weight.shape[1] else [weight.shape[1]]
@@ -184,7 +185,7 @@ def allocate(
         need = _need(settings.criterion, weight * factor, errors, generator)
         one_step = settings.candidates == "release"
         choice = choose(need, errors, only_one_step=one_step, extra_tenth=settings.extra_tenth)
-        found[name] = _allocation(choice, scale, bits, rule_of, settings)
+        found[name] = _allocation(choice, smoothing, bits, rule_of)
     return found
 
 
@@ -201,15 +202,8 @@ def _need(
 
 
 def _allocation(
-    choice: Choice | None,
-    scale: Tensor,
-    bits: int,
-    rule_of: Callable[[int], Rule],
-    settings: AllocationSettings,
+    choice: Choice, smoothing: Smoothing | None, bits: int, rule_of: Callable[[int], Rule]
 ) -> Allocation:
-    smoothing = Smoothing((1 / scale)[None]) if settings.scale_inputs else None
-    if choice is None:
-        return Allocation(None, smoothing, bits, 0, 1.0)
     rows = len(choice.order)
     counts = {
         bits + 1: choice.raised,
