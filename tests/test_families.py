@@ -40,6 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rtn": {"recipe": "rtn", "activation": "online"},
     "lbfp": {"recipe": "lbfp", "rounding": "nearest"},
     "fp4dit": {"recipe": "fp4dit", "rounding": "nearest", "softmax": "8"},
+    "mpqdm": {"recipe": "mpqdm", "epochs": 1, "rows": 2, "rank": 2, "relation_every": 1},
 }
 FLUX_SIZE = FAMILIES["flux"].call
 

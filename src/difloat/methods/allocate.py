@@ -185,7 +185,7 @@ def allocate(
         need = _need(settings.criterion, weight * factor, errors, generator)
         one_step = settings.candidates == "release"
         choice = choose(need, errors, only_one_step=one_step, extra_tenth=settings.extra_tenth)
-        found[name] = _allocation(choice, smoothing, bits, rule_of)
+        found[name] = _allocation(choice, smoothing, bits, rule_of, settings.extra_tenth)
     return found
 
 
@@ -202,7 +202,11 @@ def _need(
 
 
 def _allocation(
-    choice: Choice, smoothing: Smoothing | None, bits: int, rule_of: Callable[[int], Rule]
+    choice: Choice,
+    smoothing: Smoothing | None,
+    bits: int,
+    rule_of: Callable[[int], Rule],
+    extra_tenth: bool,
 ) -> Allocation:
     rows = len(choice.order)
     counts = {
@@ -211,7 +215,8 @@ def _allocation(
         bits - 1: choice.moved,
     }
     total = sum(width * count for width, count in counts.items())
-    assert total == bits * rows + choice.raised - choice.moved, "the average width is what was asked for"
+    wanted = bits * rows + (rows // TENTH if extra_tenth else 0)
+    assert total == wanted and min(counts.values()) >= 0, "the average width must be what was asked for"
     kept = {width: count for width, count in counts.items() if count}
     mixed = MixedRows(tuple(rule_of(width) for width in kept), tuple(kept.values()), choice.order)
     relative = choice.errors[choice.moved] / max(choice.errors[0], 1e-300)

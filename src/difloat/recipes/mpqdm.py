@@ -23,7 +23,7 @@ New here: `grid=fp`, the same on floating-point grids, signed or unsigned with a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from difloat.methods import posttraining
 from difloat.methods.adapters import Init
@@ -84,7 +84,9 @@ def plan(task: Task, options: Options) -> Outcome:
         options.relation, options.relation_weight, every=options.relation_every, module=options.features
     )
     rule = {"int": asymmetric_integers, "fp": floating_grids}[options.grid]
-    chosen = allocate(task, lambda bits: rule(bits, "channel"), choosing) if options.mixed else {}
+    timing: dict[str, Any] = {"seconds": {}}
+    with posttraining.timed(timing, "choose widths"):
+        chosen = allocate(task, lambda bits: rule(bits, "channel"), choosing) if options.mixed else {}
 
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
@@ -97,6 +99,8 @@ def plan(task: Task, options: Options) -> Outcome:
         return LayerRules(rule(widths[0], "channel"), activation, False, found.smoothing, found.mixed)
 
     outcome = posttraining.run(task, rules, Sequencing())
+    outcome.measured["seconds"] |= timing["seconds"]
+    outcome.measured["kept_8bit"] = kept
     outcome.measured["widths"] = summary({name: one for name, one in chosen.items() if name not in kept})
     training = TrainingSettings(
         options.epochs, options.rows, options.adapter_rate, precision=options.precision
