@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,3 +83,19 @@ def mixed(
         band = band_of(weight, [Part(n, spec, activation) for n in channels or shape[1:2]])
         bands.append(band if factors is None else join_variants([band], (), factors))
     return Mixed(join_rows(bands, order), bands, order)
+
+
+def in_bands(
+    weight: Tensor, parts: Sequence[Part], names: Sequence[str], factors: Tensor | None = None
+) -> LayerPlan:
+    """A float weight whose row n is in band ``n % len(names)``, with the channels and activations of `parts`."""
+    order = torch.cat([torch.arange(n, len(weight), len(names)) for n in range(len(names))])
+    bands = []
+    for number, name in enumerate(names):
+        own = [replace(part, weight=spec_of(name)) for part in parts]
+        rows = weight.detach()[number :: len(names)]
+        if factors is not None:
+            rows = rows / factors.reshape(1, -1, *[1] * (rows.dim() - 2))
+        band = band_of(rows, own)
+        bands.append(band if factors is None else join_variants([band], (), factors))
+    return join_rows(bands, order)

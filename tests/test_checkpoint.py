@@ -9,6 +9,7 @@ import math
 import shutil
 import struct
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ from difloat import formats, io, layers
 from difloat.io import CheckpointError
 from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
 from difloat.specs import Part, QuantSpec
+from mixed_rows import in_bands
 
 GOLDEN = Path(__file__).parent / "golden" / "v1"
+GOLDEN_ROWS = GOLDEN.parent / "v1-rows"
 
 
 def spec(name: str, granularity: str = "channel", **fields) -> QuantSpec:
@@ -125,6 +128,41 @@ def test_saving_gives_the_golden_bytes(tmp_path):
     assert contents(saved(tmp_path)) == contents(GOLDEN)
 
 
+def band_by_the_document(state: dict, band: dict, parts: list, stretched: bool) -> np.ndarray:
+    """The values of the next rows; what was read is taken off `state`."""
+    out, at = band["rows"], 0
+    sizes = [
+        -(-part["channels"] * formats.parse(weight["format"]).bits // 8)
+        for part, weight in zip(parts, band["weights"], strict=True)
+    ]
+    packed = state["weight"]
+    if stretched:
+        mine, state["weight"] = packed[: out * sum(sizes)], packed[out * sum(sizes) :]
+        packed = mine.reshape(out, sum(sizes), *mine.shape[1:])
+    pieces = []
+    for part, weight, size in zip(parts, band["weights"], sizes, strict=True):
+        channels, number = part["channels"], formats.parse(weight["format"])
+        stream = np.moveaxis(packed[:, at : at + size], 1, -1)
+        at += size
+        bits = np.unpackbits(stream, axis=-1, bitorder="little")[..., : channels * number.bits]
+        codes = bits.reshape(*bits.shape[:-1], channels, number.bits) @ (1 << np.arange(number.bits))
+        group = {"tensor": None, "channel": channels}.get(weight["granularity"], weight.get("group_size"))
+        count = 1 if group is None else out * -(-channels // group)
+
+        def take(key, count=count, group=group, channels=channels, ndim=codes.ndim):
+            vector, state[key] = state[key][:count], state[key][count:]
+            if group is None:
+                return vector
+            wide = np.repeat(vector.reshape(out, -1), group, axis=1)[:, :channels]
+            return wide.reshape(out, *[1] * (ndim - 2), channels)
+
+        value = np.array(number.decode_table, np.float32)[codes] * take("weight_scale")
+        if weight.get("zero_point"):
+            value = value + take("weight_zero_point")
+        pieces.append(np.moveaxis(value, -1, 1))
+    return np.concatenate(pieces, axis=1)
+
+
 def read_by_the_document(directory: Path) -> dict[str, np.ndarray]:
     """A reader after docs/format.md in plain numpy: float weights of the quantized layers, with input vectors aside."""
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
@@ -141,32 +179,17 @@ def read_by_the_document(directory: Path) -> dict[str, np.ndarray]:
     }
     result = {}
     for name, layer in config["layers"].items():
-        at = scale_at = zero_at = 0
-        pieces = []
-        for part in layer["parts"]:
-            weight, channels, out = part["weight"], part["channels"], layer["shape"][0]
-            number = formats.parse(weight["format"])
-            size = -(-channels * number.bits // 8)
-            stream = np.moveaxis(tensors[f"{name}.weight"][:, at : at + size], 1, -1)
-            bits = np.unpackbits(stream, axis=-1, bitorder="little")[..., : channels * number.bits]
-            codes = bits.reshape(*bits.shape[:-1], channels, number.bits) @ (1 << np.arange(number.bits))
-            group = {"tensor": None, "channel": channels}.get(weight["granularity"], weight.get("group_size"))
-            count = 1 if group is None else out * -(-channels // group)
-
-            def spread(vector, count=count, group=group, channels=channels, out=out, ndim=codes.ndim):
-                if group is None:
-                    return vector
-                wide = np.repeat(vector.reshape(out, -1), group, axis=1)[:, :channels]
-                return wide.reshape(out, *[1] * (ndim - 2), channels)
-
-            value = np.array(number.decode_table, np.float32)[codes]
-            value = value * spread(tensors[f"{name}.weight_scale"][scale_at : scale_at + count])
-            if weight.get("zero_point"):
-                value = value + spread(tensors[f"{name}.weight_zero_point"][zero_at : zero_at + count])
-                zero_at += count
-            at, scale_at = at + size, scale_at + count
-            pieces.append(np.moveaxis(value, -1, 1))
-        result[name] = np.concatenate(pieces, axis=1)
+        out, parts = layer["shape"][0], layer["parts"]
+        bands = layer.get("bands") or [{"rows": out, "weights": [part["weight"] for part in parts]}]
+        state = {key: tensors.get(f"{name}.{key}") for key in ("weight", "weight_scale", "weight_zero_point")}
+        if "bands" in layer:  # one stretch of bytes per kernel position
+            state["weight"] = state["weight"][0]
+        rows = [band_by_the_document(state, band, parts, "bands" in layer) for band in bands]
+        value = np.concatenate(rows)
+        if "bands" in layer:
+            stored, value = value, np.empty_like(value)
+            value[np.argsort(tensors[f"{name}.row_band"], kind="stable")] = stored
+        result[name] = value
     at = 0
     for name, layer in sorted(config["layers"].items()):
         static = [
@@ -684,3 +707,118 @@ def test_manifest_with_a_foreign_path_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="must list files of the checkpoint"):
         io.load(directory, into=tiny(1))
     assert "must list files of the checkpoint" in failed(directory)["hashes"]
+
+
+# Rows of several widths
+
+
+def banded(seed: int = 0) -> Tiny:
+    """Rows of 1 to 5 bits: two parts, groups and a smoothed input in one layer, a convolution, an online input."""
+    model = tiny(seed)
+    factors = 2.0 ** (torch.arange(7) % 3 - 1)
+    static = [Part(3, spec("e2m1"), STATIC_ZERO), Part(4, spec("e2m1"), STATIC)]
+    plans = {
+        "first": in_bands(model.first.weight, static, ["uint1", "e2m1"], factors),
+        "conv": in_bands(model.conv.weight, [Part(5, spec("e2m1"), STATIC)], ["uint1", "uint2", "e2m0"]),
+        "blocks.0": in_bands(model.blocks[0].weight, [Part(9, spec("e2m1"), ONLINE)], ["int5", "ue3m1"]),
+    }
+    plan = Plan("golden", "w2a8", plans, {"norm": "no weight matrix"}, {})
+    layers.apply(model, plan)
+    io.mark_quantized(model, plan)
+    return model
+
+
+def saved_bands(directory: Path) -> Path:
+    return io.save(banded(), directory / "saved")
+
+
+def test_rows_of_several_widths_have_golden_bytes(tmp_path):
+    assert contents(saved_bands(tmp_path)) == contents(GOLDEN_ROWS)
+
+
+def test_a_reader_after_the_document_decodes_rows_of_several_widths():
+    model, got = banded(), read_by_the_document(GOLDEN_ROWS)
+    for name, layer in io.plan_of(model).layers.items():
+        np.testing.assert_array_equal(got[name], dequantize(replace(layer, smoothed=False)).numpy())
+    np.testing.assert_array_equal(got["first.zero"], [-3])
+
+
+def test_rows_of_several_widths_load_verify_and_save_again(tmp_path):
+    loaded = io.load(GOLDEN_ROWS, into=tiny(1))
+    assert same_state(loaded, banded()) and loaded.conv.weight.dim() == 4
+    assert io.plan_of(loaded).to_json() == io.plan_of(banded()).to_json()
+    assert all(finding.passed for finding in io.verify(GOLDEN_ROWS))
+    assert contents(io.save(loaded, tmp_path / "a")) == contents(GOLDEN_ROWS)
+
+
+def edit_bands(change) -> object:
+    return edit_config(lambda config: change(config["layers"]["conv"]))
+
+
+BAND_DAMAGES = {
+    "rows do not add up": (edit_bands(lambda e: e["bands"][0].update(rows=2)), "bands must add up to 3 rows"),
+    "no rows": (edit_bands(lambda e: e["bands"][0].update(rows=0)), "must have rows and a weight spec"),
+    "rows of text": (edit_bands(lambda e: e["bands"][0].update(rows="1")), "sizes must be whole numbers"),
+    "true rows": (edit_bands(lambda e: e["bands"][0].update(rows=True)), "sizes must be whole numbers"),
+    "huge rows": (edit_bands(lambda e: e["bands"][0].update(rows=2**70)), "bands must add up to 3 rows"),
+    "one band": (edit_bands(lambda e: e.update(bands=[{**e["bands"][0], "rows": 3}])), "2 to 256 bands"),
+    "bands are a number": (edit_bands(lambda e: e.update(bands=7)), "plan of layer 'conv' must be valid"),
+    "band is a list": (
+        edit_bands(lambda e: e.update(bands=[[1], [2]])),
+        "plan of layer 'conv' must be valid",
+    ),
+    "unknown field": (edit_bands(lambda e: e["bands"][0].update(order=1)), "must have 'rows' and 'weights'"),
+    "no weights": (
+        edit_bands(lambda e: e["bands"][1].update(weights=[])),
+        "must have rows and a weight spec",
+    ),
+    "spec too many": (
+        edit_bands(lambda e: e["bands"][1]["weights"].append({"format": "e2m1"})),
+        "a weight spec for each of the 1 parts",
+    ),
+    "online weight": (
+        edit_bands(lambda e: e["bands"][1]["weights"][0].update(online=True)),
+        "a weight cannot have online scales",
+    ),
+    "other first band": (
+        edit_bands(lambda e: e["bands"].reverse()),
+        "weight specs of the parts must be those of the first band",
+    ),
+    "unknown format": (
+        edit_bands(lambda e: e["bands"][1]["weights"][0].update(format="e0m0")),
+        "format must have 1 to 8 bits",
+    ),
+    "wider than stored": (
+        edit_bands(lambda e: e["bands"][1]["weights"][0].update(format="uint8")),
+        r"'conv.weight' must be U8 of shape \[1, 8, 3, 3\], got U8 \[1, 5, 3, 3\]",
+    ),
+    "bands forgotten": (edit_bands(lambda e: e.pop("bands")), "'conv.weight' must be U8 of shape"),
+    "row in another band": (set_tensor("conv.row_band", lambda b: b * 0), "'conv.row_band' must put"),
+    "band that is not there": (set_tensor("conv.row_band", lambda b: b + 250), "'conv.row_band' must put"),
+    "floating bands": (set_tensor("conv.row_band", lambda b: b.float()), "must be U8 of shape"),
+    "bands missing": (edit_tensors(lambda t: t.pop("conv.row_band")), "'conv.row_band' of the plan must"),
+    "weight cut": (
+        set_tensor("conv.weight", lambda w: w[:, 1:].clone()),
+        "'conv.weight' must be U8 of shape",
+    ),
+    "NaN scale": (set_tensor("conv.weight_scale", lambda s: s * math.nan), "must be finite and positive"),
+}
+
+
+@pytest.mark.parametrize("case", BAND_DAMAGES)
+def test_damaged_bands_are_one_sentence_and_fail_the_proof(tmp_path, case):
+    damage, message = BAND_DAMAGES[case]
+    directory = saved_bands(tmp_path)
+    (directory / "difloat.json").unlink()
+    damage(directory)
+    target = tiny(1)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        io.load(directory, into=target)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700 and same_state(target, tiny(1))
+    assert failed(directory).keys() - {"hashes"}
+
+
+def test_illegal_codes_in_a_band_are_found(tmp_path):
+    model = banded()
+    model.conv.weight.data[0, -1] |= 0b1000_0000  # padding of the last row
+    assert "padding bits that are not zero" in failed(io.save(model, tmp_path / "a"))["codes"]

@@ -17,6 +17,7 @@ from difloat import formats, io, layers
 from difloat.io import CheckpointError
 from difloat.quantizer import LayerPlan, Plan, plan_layer
 from difloat.specs import Part, QuantSpec
+from mixed_rows import in_bands
 from tiny import tiny_pixart, tiny_unet
 
 io.register_with_diffusers()  # again: importing difloat did it already
@@ -25,7 +26,7 @@ PIPELINES = {"unet": tiny_unet, "transformer": tiny_pixart}
 
 
 def denoiser_plan(model: torch.nn.Module) -> Plan:
-    """Every layer: 4-bit weights per channel or group, static and online inputs, two parts where there is room."""
+    """Every layer: weights per channel, per group or with rows of three widths, static and online inputs, some in two parts."""
     weight, grouped = (
         QuantSpec(formats.parse("e2m1"), "channel"),
         QuantSpec(formats.parse("int6"), "group", 5),
@@ -49,6 +50,8 @@ def denoiser_plan(model: torch.nn.Module) -> Plan:
         ]
         inputs = [None if part.activation.online else torch.rand(1) + 0.01 for part in parts]
         plans[name] = plan_layer(layer.weight.detach(), parts, scales, input_scales=inputs)
+        if number % 4 == 2:
+            plans[name] = in_bands(layer.weight, parts, ["uint1", "e2m1", "int3"])
     return Plan("rtn", "w4a8", plans, {}, {"seed": 0})
 
 
@@ -240,6 +243,8 @@ DAMAGES = {
     "scale in half": (put(".weight_scale", lambda v: v.half()), "must be torch.float32, got torch.float16"),
     "scale too short": (put(".weight_scale", lambda v: v[:-1].clone()), "must have the shape"),
     "NaN scale": (put(".weight_scale", lambda v: v * float("nan")), "must be finite and positive, got nan"),
+    "row in another band": (put(".row_band", lambda b: b * 0), "rows into the bands"),
+    "bands missing": (drop(".row_band"), "row_band' is missing"),
     "other version": (lambda tensors, config: config["quantization_config"].update(version=9), "got 9"),
     "unknown layer": (
         lambda tensors, config: config["quantization_config"]["layers"].update(

@@ -23,6 +23,7 @@ from difloat.methods.search import ZERO_POINTS
 from difloat.methods.student import Router, Student
 from difloat.methods.task import Bits, MixedRows, Smoothing, Task
 from difloat.quantizer import LayerPlan, Plan, dequantize
+from mixed_rows import in_bands
 
 SETTINGS = TrainingSettings(epochs=3, rows=4, adapter_rate=0.05, router_rate=0.05)
 
@@ -110,6 +111,55 @@ def test_packed_codes_are_those_of_the_fake_quantized_weight() -> None:
         for variant, adapter in enumerate(sorted(set(table[:, number].tolist()))):
             weight = twin.quantized(twin.merged(torch.eye(2)[adapter])).detach()
             assert torch.equal(dequantize(plan.variant(variant)), weight), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"adapters": 1, "input_ranges_by_timestep": True}, {"rank": 0}])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_rows_of_several_widths_are_packed_as_they_were_trained(smoothed: bool, changes: dict) -> None:
+    task, plans = prepared()
+    factors = {"conv_in": torch.tensor([0.5, 3.0, 1.2]), "time": torch.tensor([2.0, 0.7, 1.0, 1.5])}
+    for name, names in (("conv_in", ["uint1", "uint2", "e2m0"]), ("time", ["e2m1", "uint1"])):
+        weight, parts = task.model.get_submodule(name).weight, plans[name].parts
+        plans[name] = in_bands(weight, parts, names, factors[name] if smoothed else None)
+    student = student_of(task, plans, **changes)
+    start = student.twins[0].quantized(student.twins[0].merged(torch.zeros(2))).detach()
+    expected = dequantize(replace(plans["conv_in"], smoothed=False))
+    assert torch.equal(start, expected) or smoothed  # dividing by a factor and multiplying is not exact
+    torch.testing.assert_close(start, expected)
+    before = [scale.detach().clone() for scale in student.twins[0].weight_scales]
+    losses = trained(task, student, replace(SETTINGS, epochs=6))
+    assert losses[-1] < losses[0]
+    assert len(before) == 3
+    assert any(not torch.equal(a, b) for a, b in zip(before, student.twins[0].weight_scales, strict=True))
+    packed, table = student.packed(), student.table()
+    for number, name in enumerate(plans):
+        twin = student.twins[number]
+        assert packed[name].bands == plans[name].bands and packed[name].smoothed == plans[name].smoothed
+        for variant, adapter in enumerate(sorted(set(table[:, number].tolist()))):
+            weight = twin.quantized(
+                twin.merged(torch.eye(2)[adapter : adapter + 1][0][: twin.adapters])
+            ).detach()
+            plain = replace(packed[name].variant(variant), smoothed=False)
+            assert torch.equal(dequantize(plain), weight), name
+    grid = student.grid if any(p.schedule or p.input_schedule for p in packed.values()) else ()
+    model = layers.apply(layers.shadow(task.model), Plan("test", "w2a4", packed, timesteps=grid))
+    for _, (args, kwargs) in by_timestep(task):
+        with torch.no_grad():
+            torch.testing.assert_close(model(*args, **kwargs), student(args, kwargs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_smoothed_layer_is_trained_as_the_input_sees_it() -> None:
+    task, plans = prepared()
+    factor = torch.tensor([0.5, 3.0, 1.2])
+    weight, parts = task.model.conv_in.weight.detach(), plans["conv_in"].parts
+    smoothed = in_bands(weight, parts, ["int8"], factor)
+    twin = student_of(task, {"conv_in": smoothed}, adapters=1, rank=0).twins[0]
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    expected = nn.functional.conv2d(
+        twin.quantized_input(x), weight / factor.reshape(1, 3, 1, 1), task.model.conv_in.bias, padding=1
+    )
+    got = twin(x).detach()
+    assert (got - expected).abs().max() < 0.02 * expected.abs().max()  # 8 bits
 
 
 def test_training_lowers_the_loss_and_leaves_the_model_alone() -> None:

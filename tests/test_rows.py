@@ -266,6 +266,7 @@ def test_every_backend_is_close_to_float64(name, kernel, activation, generator) 
 
 
 def integer_path(one: Mixed, x: Tensor) -> bool:
+    """Whether a fast backend computes the layer."""
     bands = one.joined.split_rows()
     return (
         backends.choose_rows([band.parts[0] for band in bands], [band.shape for band in bands], x)
@@ -282,6 +283,29 @@ def test_rows_of_several_widths_are_computed_in_integers(kernel, generator) -> N
             assert integer_path(one, x)
     odd = mixed(shape_of(kernel), [spec_of("e2m1"), spec_of("e4m3")], (3, 12), generator)  # e4m3 is no int8
     assert not integer_path(odd, x)
+
+
+@pytest.mark.skipif("triton" not in backends.available(), reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("kernel", "activation"), [(None, TOKEN), (None, None), (3, STATIC), (3, QuantSpec(parse("e4m3fn")))]
+)
+def test_triton_computes_rows_of_several_widths(kernel, activation, device, generator) -> None:
+    shape, names = (7, 20, *([kernel] * 2 if kernel else [])), ("uint1", "uint3", "e2m0")
+    one = mixed(shape, [spec_of(name) for name in names], (2, 4, 1), generator, activation=activation)
+    dtype = (
+        torch.bfloat16 if activation is None else torch.float32
+    )  # half precision hits ties of the input's grid
+    x = some_input(one.joined, generator).to(device, dtype)
+    layer = installed(one.joined, torch.randn(7, generator=generator)).to(device)
+    with torch.no_grad():
+        with backends.use_backend("reference"):
+            expected = layer(x.float())
+        with backends.use_backend("triton"):
+            assert integer_path(one, x)
+            got = layer(x)
+    assert got.dtype == dtype and got.shape == expected.shape
+    rounding, largest = torch.finfo(dtype).eps, float(expected.abs().max())
+    torch.testing.assert_close(got.float(), expected, rtol=rounding, atol=max(rounding, 2.0**-17) * largest)
 
 
 def test_half_precision_and_inputs_of_every_layout(generator) -> None:
@@ -402,11 +426,12 @@ def test_no_more_than_one_byte_per_weight_is_kept(generator) -> None:
     with backends.use_backend("torch"), torch.no_grad():
         layer(x)
         layer(x)
-    assert resident.resident_bytes() == before + 40 * 64
+    kept = before + 40 * 64 + 40 * 4  # the weights and the places of the rows
+    assert resident.resident_bytes() == kept
     if "cpu" in FAST:
         with backends.use_backend("cpu"), torch.no_grad():
             layer(x)
-        assert resident.resident_bytes() == before + 40 * 64
+        assert resident.resident_bytes() == kept
 
 
 # Timesteps

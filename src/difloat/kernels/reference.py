@@ -16,6 +16,7 @@ from difloat.formats import Format
 from difloat.kernels.rows import Rows
 from difloat.packing import unpack
 from difloat.rounding import decode, round_
+from difloat.scales import row_places
 from difloat.specs import Part
 
 _CHUNK_VALUES = 1 << 17  # half a MiB of float32: the passes of one chunk stay in a core's second-level cache
@@ -290,7 +291,10 @@ def decode_weight(packed: Tensor, scale: Tensor, zero_point: Tensor | None, part
 
 def decode_rows(weight: Rows) -> Tensor:
     """The float32 weight [o, i, *k] of a part of a layer with rows of several widths, in the float layer's order."""
-    return weight.restored(torch.cat([decode_weight(*band) for band in weight.bands()]))
+    stored = torch.cat([decode_weight(*band) for band in weight.bands()])
+    return stored[
+        row_places(weight.row_band)
+    ]  # not the places that are kept: a compiler may trace this for gradients
 
 
 def conv_output_size(

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from difloat.kernels import triton_operands
-from difloat.kernels.rows import Rows, by_band
+from difloat.kernels.rows import Rows
 from difloat.kernels.triton_operands import Operands
-from difloat.scales import row_places
 from difloat.specs import Part
 
 _MOST_PRODUCTS = 2**31 // 128**2  # of int8 numbers whose sum surely fits int32
@@ -159,9 +158,8 @@ def linear_rows(
 ) -> Tensor:
     """`linear` with rows of several widths: the input is quantized once for all of them."""
     groups = [RowGroup(*band) for band in weight.bands()]
-    stored_bias = None if bias is None else bias[weight.row_band.argsort(stable=True)]
-    places = row_places(weight.row_band)
-    return linear_groups(x, groups, input_scale, input_zero_point, stored_bias, places)
+    stored_bias = None if bias is None else bias.index_select(0, weight.order())
+    return linear_groups(x, groups, input_scale, input_zero_point, stored_bias, weight.places())
 
 
 def linear_groups(
@@ -182,7 +180,7 @@ def linear_groups(
         input_scale: As in `linear`.
         input_zero_point: As in `linear`.
         bias: [o] in storage order, or None.
-        order: int64 [o]: output channel j is row ``order[j]`` of the storage; None where that is j.
+        order: int32 or int64 [o]: output channel j is row ``order[j]`` of the storage; None where that is j.
         adapter: As in `linear`, `up` in storage order.
 
     Returns:
@@ -258,31 +256,10 @@ def conv2d(
     Returns:
         [b, o, h', w'] in the dtype of `x`, channels last.
     """
-    from difloat.kernels import triton_launch as launch
-
     if groups != 1:
         raise ValueError(f"groups must be 1, got {groups}; ask supports() first")
-    operands = _required(part, x)
-    picture = launch.picture_of(x, packed, stride, padding, dilation)
-    shape = (x.shape[0], picture.out_height, picture.out_width, packed.shape[0])
-    out = x.new_empty(shape)
-    if out.numel() == 0:
-        return out.permute(0, 3, 1, 2)
-    with _on(x.device):
-        taps_first = packed.permute(0, 2, 3, 1).contiguous()
-        weight = launch.Weight(taps_first, weight_scale, weight_zero_point, part.weight)
-        sum_groups = max(1, weight.scale_stride) if weight_zero_point is not None else 0
-        inputs = launch.quantized(
-            launch.picture_source(x),
-            operands,
-            part.activation,
-            input_scale,
-            input_zero_point,
-            sum_groups,
-            None,
-        )
-        flat = out.view(-1, packed.shape[0])
-        launch.multiply(inputs, operands, weight, part, input_zero_point, bias, flat, None, picture)
+    group = RowGroup(packed, weight_scale, weight_zero_point, part)
+    out = _conv2d_groups(x, [group], input_scale, input_zero_point, bias, (stride, padding, dilation))
     return out.permute(0, 3, 1, 2)
 
 
@@ -297,6 +274,58 @@ def conv2d_rows(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """`conv2d` with rows of several widths, band by band."""
-    geometry = (stride, padding, dilation, groups)
-    return by_band(conv2d, x, weight, input_scale, input_zero_point, bias, *geometry)
+    """`conv2d` with rows of several widths: the input is quantized once for all of them."""
+    if groups != 1:
+        raise ValueError(f"groups must be 1, got {groups}; ask supports() first")
+    bands = [RowGroup(*band) for band in weight.bands()]
+    stored_bias = None if bias is None else bias.index_select(0, weight.order())
+    geometry = (stride, padding, dilation)
+    out = _conv2d_groups(x, bands, input_scale, input_zero_point, stored_bias, geometry)
+    return weight.restored(out, -1).permute(0, 3, 1, 2)
+
+
+def _conv2d_groups(
+    x: Tensor,
+    groups: Sequence[RowGroup],
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    geometry: tuple[Sequence[int], ...],
+) -> Tensor:
+    """[b, h', w', o] in the order of the storage, which `bias` has too."""
+    from difloat.kernels import triton_launch as launch
+
+    planes = max(triton_operands.least_planes(group.part.weight.format.bits) for group in groups)
+    picture = launch.picture_of(x, groups[0].packed, *geometry)
+    counts = [group.packed.shape[0] for group in groups]
+    out = x.new_empty((x.shape[0], picture.out_height, picture.out_width, sum(counts)))
+    if out.numel() == 0:
+        return out
+    flat, start = out.view(-1, sum(counts)), 0
+    inputs: dict[tuple[Operands | str, int], launch.Input] = {}
+    with _on(x.device):
+        for group, count in zip(groups, counts, strict=True):
+            run, start = slice(start, start + count), start + count
+            operands = _required(group.part, x, planes)
+            taps_first = group.packed.permute(0, 2, 3, 1).contiguous()
+            weight = launch.Weight(taps_first, group.weight_scale, group.weight_zero_point, group.part.weight)
+            sum_groups = max(1, weight.scale_stride) if group.weight_zero_point is not None else 0
+            key = (operands.kind, sum_groups)
+            if key not in inputs:
+                spec, source = group.part.activation, launch.picture_source(x)
+                inputs[key] = launch.quantized(
+                    source, operands, spec, input_scale, input_zero_point, sum_groups, None
+                )
+            own_bias = None if bias is None else bias[run]
+            launch.multiply(
+                inputs[key],
+                operands,
+                weight,
+                group.part,
+                input_zero_point,
+                own_bias,
+                flat[:, run],
+                None,
+                picture,
+            )
+    return out
