@@ -42,6 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fp4dit": {"recipe": "fp4dit", "rounding": "nearest", "softmax": "8"},
     "mpqdm": {"recipe": "mpqdm", "epochs": 1, "rows": 2, "rank": 2, "relation_every": 1},
 }
+SLOW = {"mpqdm"}  # half a minute on some families
 FLUX_SIZE = FAMILIES["flux"].call
 
 
@@ -167,7 +168,9 @@ def test_the_last_block_and_its_positions_are_found(name: str) -> None:
     assert seen[0].dim() == 3 and len(seen[0]) == 2 and seen[0].shape[1] > 1
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RECIPES]
+)
 def test_quantized_pipelines_sample_the_same_after_loading(name: str, recipe: str, tmp_path) -> None:
     family = FAMILIES[name]
     pipeline = family.build()

@@ -105,7 +105,14 @@ def floating_grids(bits: int, granularity: Granularity, group_size: int | None =
     signed = formats.candidates(bits) if bits > 1 else ()
     grids = (*signed, *formats.candidates(bits, signed=False))
     asymmetry = LOPSIDED if granularity == "tensor" else 0.0
-    return Rule(grids, granularity, group_size, zero_points=ZERO_POINTS, asymmetry=asymmetry)
+    return Rule(
+        grids,
+        granularity,
+        group_size,
+        zero_points=ZERO_POINTS,
+        unsigned_clips=SHRUNK_FAR,  # with 11 zero points each, refined by the search
+        asymmetry=asymmetry,
+    )
 
 
 @dataclass(frozen=True)
