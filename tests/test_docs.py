@@ -18,6 +18,8 @@ from difloat import cli, recipes
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = {
+    "train_lora.py": ["--pictures", "4", "--steps", "2", "--iterations", "8", "--rank", "2"],
+    "load_anywhere.py": ["--weights", "e2m1"],
     "plain_module.py": ["--iterations", "20", "--width", "8"],
     "quantize_pipeline.py": ["--samples", "6", "--steps", "2", "--iterations", "2", "--images", "2"],
 }
@@ -81,7 +83,7 @@ def test_every_example_is_run() -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name: str, tmp_path: Path) -> None:
     arguments = [*EXAMPLES[name], "--out", str(tmp_path / "out")]
-    if name == "quantize_pipeline.py":
+    if name != "plain_module.py":
         from tiny import tiny_unet
 
         tiny_unet().save_pretrained(tmp_path / "tiny")
@@ -89,7 +91,11 @@ def test_examples_run(name: str, tmp_path: Path) -> None:
     script = ROOT / "examples" / name
     result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert all(finding.passed for finding in difloat.verify(tmp_path / "out"))
+    if name == "train_lora.py":
+        before, after = map(float, re.findall(r"loss ([\d.]+) before, ([\d.]+) after", result.stdout)[0])
+        assert after < before and (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    else:
+        assert all(finding.passed for finding in difloat.verify(tmp_path / "out"))
 
 
 def test_no_paths_of_a_machine_in_text_files() -> None:

@@ -23,6 +23,7 @@ from difloat.methods.search import ZERO_POINTS
 from difloat.methods.student import Router, Student
 from difloat.methods.task import Bits, MixedRows, Smoothing, Task
 from difloat.quantizer import LayerPlan, Plan, dequantize
+from difloat.specs import QuantSpec
 from mixed_rows import in_bands
 
 SETTINGS = TrainingSettings(epochs=3, rows=4, adapter_rate=0.05, router_rate=0.05)
@@ -87,18 +88,32 @@ def test_the_input_after_silu_is_unsigned_and_the_others_signed() -> None:
     assert float(plans["conv_out"].tensors["input_zero_point"]) < 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"adapters": 1}, {"input_ranges_by_timestep": True}, {"rank": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"adapters": 1},
+        {"input_ranges_by_timestep": True},
+        {"rank": 0},
+        {"carry": "side"},
+        {"carry": "side", "adapters": 1, "without_adapters": ["conv_in"]},
+        {"carry": "side", "input_ranges_by_timestep": True},
+    ],
+)
 def test_packed_layers_compute_what_was_trained(changes: dict) -> None:
     task, plans = prepared()
     student = student_of(task, plans, **changes)
     trained(task, student)
     packed = student.packed()
-    grid = student.grid if any(p.schedule or p.input_schedule for p in packed.values()) else ()
+    grid = student.grid if any(p.schedules for p in packed.values()) else ()
     model = layers.apply(layers.shadow(task.model), Plan("test", "w4a4", packed, timesteps=grid))
     for _, (args, kwargs) in by_timestep(task):
         with torch.no_grad():
             torch.testing.assert_close(model(*args, **kwargs), student(args, kwargs), rtol=1e-4, atol=1e-5)
     assert (len(packed["conv_in"].input_schedule) == 3) == bool(changes.get("input_ranges_by_timestep"))
+    beside = {name for name, plan in packed.items() if plan.side is not None}
+    expected = set(packed) - {*changes.get("without_adapters", ())} if "carry" in changes else set()
+    assert beside == expected and not any(packed[name].schedule for name in beside)
 
 
 def test_packed_codes_are_those_of_the_fake_quantized_weight() -> None:
@@ -212,7 +227,18 @@ def test_a_cut_run_goes_on_to_the_same_weights(tmp_path, monkeypatch) -> None:
     assert trained(kept, again) == pytest.approx(expected, rel=1e-6)
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(dict(again.named_parameters())[name], parameter)
-    trained(replace(kept, seed=5), student_of(kept, plans))  # another run does not take it for its own
+    # Another run does not take it for its own.
+    for other in (replace(kept, seed=5), kept):
+        beside = student_of(kept, plans, carry="merged" if other is not kept else "side")
+        state = finetune._Kept(other, beside, torch.optim.AdamW(beside.parameters()), SETTINGS)
+        assert state.read() is None
+    weight = QuantSpec(parse("e1m2"), "channel")
+    coarser = {n: replace(p, parts=(replace(p.parts[0], weight=weight),)) for n, p in plans.items()}
+    other = student_of(kept, coarser)
+    state = finetune._Kept(kept, other, torch.optim.AdamW(other.parameters()), SETTINGS)
+    assert state.read() is None
+    state = finetune._Kept(kept, again, torch.optim.AdamW(again.parameters()), SETTINGS)
+    assert state.read() is not None
 
 
 def test_training_stops_when_nothing_gets_better() -> None:
@@ -256,6 +282,20 @@ def test_report_shows_what_the_recipe_found_and_learned() -> None:
     assert shown.inputs[-1].asymmetric  # behind SiLU
     router = torch.tensor(made.measured["router"])
     assert shown.adapters is None if not router.any() else shown.adapters.table == router.flip(0).tolist()
+
+
+def test_msfp_keeps_one_weight_with_its_adapters_beside() -> None:
+    task, _ = prepared()
+    options = {"epochs": 1, "rows": 4, "rank": 2, "keep_8bit": ["time"], "dfa": False}
+    merged, beside = (
+        recipes.plan(task, "msfp", "w4a4", {**options, "carry": carry}) for carry in ("merged", "side")
+    )
+    assert {name for name, layer in beside.layers.items() if layer.side} == {"conv_in", "conv_out"}
+    assert not any(layer.schedule for layer in beside.layers.values())
+    assert not any(layer.side for layer in merged.layers.values())
+    assert (merged.options["carry"], beside.options["carry"]) == ("merged", "side")
+    shown = {row.name: row for row in record.build(task.model, beside, name="tiny").layers}
+    assert "rank 2 beside" in shown["conv_in"].note and not shown["time"].note
 
 
 def inputs_of(task: Task, name: str) -> torch.Tensor:

@@ -256,4 +256,11 @@ def test_candidates() -> None:
     assert (
         candidates(8, signed=False)[0].name == "ue7m1"
     )  # with 8 exponent bits the largest value is no float32
+    assert [f.name for f in candidates(1, signed=False)] == ["ue1m0"]
+    assert [f.name for f in candidates(2)] == ["e1m0"] and parse("e1m0").values == (-2, 0, 2)
+    assert [f.name for f in candidates(2, signed=False)] == ["ue2m0", "ue1m1"]
+    assert [f.name for f in candidates(3)] == ["e2m0", "e1m1"]
+    for bits, signed in ((1, True), (0, False), (9, True)):
+        with pytest.raises(ValueError, match=f"to 8, got {bits}; choose another width"):
+            candidates(bits, signed)
     assert all(f.bits == bits and math.isfinite(f.max) for bits in range(2, 9) for f in candidates(bits))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from difloat import formats, layers, tiers
+from difloat import formats, layers, record, tiers
 from difloat.formats import parse
 from difloat.kernels import backends, eager, integers, reference, resident
 from difloat.kernels.rows import Rows
@@ -506,3 +506,19 @@ def test_what_computes_a_layer_is_said_in_words(generator) -> None:
     assert tiers.layers(model) == [
         "1 x uint1/uint2/uint3 x float: decoded to floats, backend reference (activations are not quantized)"
     ]
+
+
+def test_reports_name_all_widths(generator) -> None:
+    one = mixed((6, 8), [spec_of("uint1"), spec_of("e2m0")], (2, 4), generator, channels=(3, 5))
+    model = nn.Sequential(nn.Linear(8, 6))
+    plan = Plan("test", "w2a8", {"0": one.joined})
+    row = record.layer_row("0", one.joined, model[0].weight)
+    assert row.weight_format == "uint1/e2m0" and not row.integer_grid
+    assert row.effective_bits == 8 * one.joined.nbytes / 48
+    (histogram,) = record.worst_histograms(model, plan, [row])
+    band = model[0].weight.detach()[one.joined.tensors["row_band"] == 0]
+    low, high = band[0, :3].min(), band[0, :3].max()
+    assert (histogram.edges[0], histogram.edges[-1]) == pytest.approx((float(low), float(high)))
+    assert len(histogram.grid) == 2
+    layers.apply(model, plan)
+    assert model[0].weight_formats() == "uint1/e2m0"

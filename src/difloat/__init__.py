@@ -18,18 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 from difloat import formats, rounding
 from difloat.fast_attention import accelerate as accelerate_attention
-from difloat.io import CheckpointError, load, register_with_diffusers, save, verify
+from difloat.io import CheckpointError, load, planner, register, save, verify
 from difloat.kernels.backends import set_backend, use_backend
+from difloat.lora import load_lora, merge_lora, save_lora, set_lora, unload_lora, unmerge_lora
 from difloat.quantizer import LayerPlan, Plan
 from difloat.specs import Part, QuantSpec
 
 if TYPE_CHECKING:
     from difloat.api import apply, plan, quantize, restore
+    from difloat.io.config import DifloatConfig
     from difloat.reference_models import load as reference
 
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
+    "DifloatConfig",
     "LayerPlan",
     "Part",
     "Plan",
@@ -38,23 +41,32 @@ __all__ = [
     "apply",
     "formats",
     "load",
+    "load_lora",
+    "merge_lora",
     "plan",
     "quantize",
     "reference",
     "restore",
     "rounding",
     "save",
+    "save_lora",
     "set_backend",
+    "set_lora",
+    "unload_lora",
+    "unmerge_lora",
     "use_backend",
     "verify",
 ]
 
-register_with_diffusers()
+planner.provide(lambda: import_module("difloat.methods.datafree"))
+register()
 
 
 def __getattr__(name: str) -> Any:
     if name in ("apply", "plan", "quantize", "restore"):
         return getattr(import_module("difloat.api"), name)
+    if name == "DifloatConfig":
+        return import_module("difloat.io.config").DifloatConfig
     if name == "reference":
         return import_module("difloat.reference_models").load
     raise AttributeError(f"module 'difloat' has no attribute {name!r}")

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import calibration, layers, recipes
+from difloat import calibration, layers, lora, recipes
+from difloat import components as parts
 from difloat.calibration import Calibration, CalibrationSettings
 from difloat.io import mark_quantized, unmark_quantized
 from difloat.methods import target as targets
@@ -50,6 +51,7 @@ def plan(
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
     target: str = "any",
+    components: Sequence[str] | None = None,
     **options: Any,
 ) -> Plan:
     """Decide how to quantize a model; the model is left untouched.
@@ -64,6 +66,8 @@ def plan(
         progress: Show progress bars.
         call_kwargs: Further arguments of the pipeline's call, such as `height`.
         target: "cpu" restricts every search to formats that CPUs compute in integers; "any" does not.
+        components: What of a pipeline to quantize, like ["unet", "text_encoder", "vae=w8a8"]; all but the denoiser without
+            data (`components.parse`). None: the denoiser only.
         **options: Fields of `CalibrationSettings` (`samples`, `steps`, `guidance_scale`, `seed`, `memory_bytes`, ...) and of
             the recipe's options.
 
@@ -75,6 +79,7 @@ def plan(
     settings = {name: value for name, value in options.items() if name in names}
     own = {name: value for name, value in options.items() if name not in names}
     recipes.make_options(row, own)  # refuse bad options before hours of calibration
+    others = parts.parse(model, components, bits, target)
     data = calibrate(
         model,
         prompts=prompts,
@@ -94,7 +99,7 @@ def plan(
         memory_bytes=wanted.memory_bytes,
         target=machine,
     )
-    return plan_calibrated(task, recipe, bits, own)
+    return parts.with_components(plan_calibrated(task, recipe, bits, own), model, others, progress)
 
 
 def repair(
@@ -127,12 +132,12 @@ def repair(
         **settings: Fields of `CalibrationSettings`.
 
     Raises:
-        ValueError: if a layer has several weights chosen by timestep, or the plan is of another model.
+        ValueError: if a layer has several weights chosen by timestep or adapters beside it, or the plan is of another model.
     """
     for name, layer in plan.layers.items():
-        if layer.schedule or layer.input_schedule:
+        if layer.schedules or layer.side is not None:
             raise ValueError(
-                f"plan must have one weight and one input range per layer, but {name!r} depends on the timestep; "
+                f"plan must have one weight and one input range per layer and nothing beside, but not so {name!r}; "
                 "repair works on checkpoints of recipes without stretches or adapters by timestep"
             )
     data = calibrate(
@@ -200,6 +205,7 @@ def plan_calibrated(task: Task, recipe: str, bits: str, options: Mapping[str, An
 
 def check_model(module: nn.Module) -> None:
     """Refuse models that cannot be quantized before any work is done."""
+    lora.refuse(module, "quantized")
     found = layers.quantizable(module)
     if not found:
         raise ValueError(
@@ -213,14 +219,18 @@ def check_model(module: nn.Module) -> None:
 
 
 def apply(model: Any, plan: Plan) -> Any:
-    """Carry out a plan in place on a pipeline's denoiser or a module; returns `model`.
+    """Carry out a plan in place on a pipeline's denoiser, and its other planned components, or a module; returns `model`.
 
     Raises:
         ValueError: if the plan was made for another model; nothing is changed then.
     """
-    module = denoiser(model)
-    layers.apply(module, plan)
-    mark_quantized(module, plan)
+    work = parts.models(model, denoiser(model), plan)
+    for module, own in work:
+        lora.refuse(module, "quantized")
+        layers.check(module, own)
+    for module, own in work:
+        layers.apply(module, own)
+        mark_quantized(module, own)
     return model
 
 
@@ -232,11 +242,15 @@ def quantize(model: Any, recipe: str = "lbfp", bits: str = "w4a8", **arguments: 
 
 
 def restore(model: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """Turn the quantized layers of a pipeline's denoiser or a module back into float ones, in place; returns `model`.
+    """Turn the quantized layers of a module or of all components of a pipeline back into float ones, in place; returns `model`.
 
     The weights are the dequantized ones: what was lost by rounding stays lost.
     """
-    module = denoiser(model)
-    layers.restore(module, dtype)
-    unmark_quantized(module)
+    modules = [model] if isinstance(model, nn.Module) else list(model.components.values())
+    for module in modules:
+        if isinstance(module, nn.Module) and any(
+            isinstance(m, layers.QuantizedLayer) for m in module.modules()
+        ):
+            layers.restore(module, dtype)
+            unmark_quantized(module)
     return model

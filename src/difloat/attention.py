@@ -86,30 +86,44 @@ def _quantized_class(processor_class: type[Any]) -> type[Any]:
 
     @functools.wraps(plain_call)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _Answering(self.difloat_attention) as mode:
+        answered: list[AttentionPlan] = []
+        with _Answering(self.difloat_attention, answered):
             result = plain_call(self, *args, **kwargs)
-        if not mode.answered:
+        if not answered:
             raise RuntimeError(
                 "quantized attention must compute by torch's scaled_dot_product_attention, but the processor did not call it; "
                 "set the attention backend 'native'"
             )
         return result
 
-    _CLASSES[processor_class] = type(processor_class.__name__, (processor_class,), {"__call__": call})
+    methods = {"__call__": call, "__reduce__": _reduce}
+    _CLASSES[processor_class] = type(processor_class.__name__, (processor_class,), methods)
     return _CLASSES[processor_class]
+
+
+def _reduce(processor: Any) -> tuple[Any, ...]:
+    """How a quantized processor is copied and pickled: its class, made here, cannot be found by its name."""
+    return _made_again, (type(processor).__mro__[1], vars(processor))
+
+
+def _made_again(processor_class: type[Any], state: dict[str, Any]) -> Any:
+    processor = object.__new__(_quantized_class(processor_class))
+    vars(processor).update(state)
+    return processor
 
 
 class _Answering(TorchFunctionMode):
     """Answers calls of `scaled_dot_product_attention` with quantized ones."""
 
-    def __init__(self, plan: AttentionPlan) -> None:
+    def __init__(self, plan: AttentionPlan, answered: list[AttentionPlan]) -> None:
         super().__init__()
-        self.plan, self.answered = plan, False
+        # A list of the caller's, since torch.compile keeps no attributes that are written while a mode is active.
+        self.plan, self.answered = plan, answered
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        self.answered = True
+        self.answered.append(self.plan)
         return attend(self.plan, *args, **(kwargs or {}))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from difloat import processes
 from difloat.calls import Recorder, Row, device_of, first_tensor, merge, recording, stratified_indices
 from difloat.renoising import LastCall, clean_calls
 from difloat.sampling import Sampling, denoiser_of, load_prompts, quiet, weights_summary
-from difloat.shelf import Shelf
+from difloat.shelf import Recorded, Shelf, open_shelf, record_shards
 from difloat.trajectories import rows_before
 
 __all__ = [
@@ -167,6 +169,9 @@ def collect(
 ) -> Calibration:
     """Sample with an unmodified pipeline and keep `settings.samples` rows of its denoiser's inputs.
 
+    In a launch of several processes (`difloat.processes`), all of which must call this with the same arguments, each samples
+    every so many-th batch of prompts, and every process gets all rows: those of a single process, in the same order.
+
     Args:
         pipeline: Any diffusers pipeline with one denoiser.
         prompts: Texts, drawn in a seeded order and used again from the start if there are too few; None for a
@@ -174,7 +179,7 @@ def collect(
         settings: How much, and from which seed.
         cache_dir: Folder of finished shards. Each request (settings, prompts, model, scheduler) has its own
             subfolder in it; a repeated or resumed request takes what is there. None: RAM, and a temporary
-            folder for what is above the memory budget.
+            folder for what is above the memory budget. Only the main process of a launch reads and writes it.
         progress: Show a progress bar with the time left.
         call_kwargs: More arguments of the pipeline's call, such as `height` or `negative_prompt`.
 
@@ -183,34 +188,54 @@ def collect(
         OSError: The disk of `cache_dir` is full.
     """
     sampling = sampling_of(pipeline, prompts, settings, call_kwargs)
+    processes.join(sampling.device)
     request = {**sampling.request(), "timesteps": settings.timesteps}
-    shelf = Shelf(cache_dir, settings.memory_bytes, request)
-    limit = -(-settings.samples // sampling.batches)
-    bar = tqdm(total=sampling.batches * sampling.steps, desc="calibrate", unit="call", disable=not progress)
+    shelf = open_shelf(cache_dir, settings.memory_bytes, request)
+    shown = progress and processes.is_main()
+    bar = tqdm(total=sampling.batches * sampling.steps, desc="calibrate", unit="call", disable=not shown)
     with bar, quiet(pipeline):
         batch = 0
         while batch < sampling.batches or len(shelf.rows) < settings.samples:
-            shard = f"batch-{batch:05d}"
-            if shelf.restore(shard):
-                bar.update(sampling.steps)
-            else:
-                recorder = Recorder(
-                    sampling.denoiser,
-                    limit,
-                    torch.Generator().manual_seed(sampling.seed(batch)),
-                    images=sampling.images,
-                    on_call=bar.update,
-                    trajectories=shard if settings.timesteps == "sampler" else None,
-                )
-                if settings.timesteps == "sampler":
-                    with recording(sampling.denoiser, recorder, sampling.seed(batch)):
-                        sampling.run(batch)
-                else:
-                    _record_clean(pipeline, sampling, batch, recorder)
-                finish_recording(recorder)
-                shelf.put(shard, recorder.rows, recorder.blobs)
-            batch += 1
+            planned = sampling.batches - batch  # more only if these gave too few rows
+            turn = range(batch, batch + min(processes.count(), planned if planned > 0 else processes.count()))
+            record = partial(_record_batch, pipeline, sampling, settings, on_call=bar.update)
+            for recorded in record_shards(shelf, {_shard(number): number for number in turn}, record):
+                if batch < sampling.batches or len(shelf.rows) < settings.samples:
+                    with processes.together():
+                        shelf.put(_shard(batch), *recorded)
+                    batch += 1
+            bar.update(max(0, batch * sampling.steps - bar.n))  # of other processes and earlier runs
     return _finish(sampling.denoiser, shelf, settings, sampling.device)
+
+
+def _shard(batch: int) -> str:
+    return f"batch-{batch:05d}"
+
+
+def _record_batch(
+    pipeline: Any,
+    sampling: Sampling,
+    settings: CalibrationSettings,
+    batch: int,
+    *,
+    on_call: Callable[[], object],
+) -> Recorded:
+    """Sample one batch and keep its share of the rows."""
+    recorder = Recorder(
+        sampling.denoiser,
+        -(-settings.samples // sampling.batches),
+        torch.Generator().manual_seed(sampling.seed(batch)),
+        images=sampling.images,
+        on_call=on_call,
+        trajectories=_shard(batch) if settings.timesteps == "sampler" else None,
+    )
+    if settings.timesteps == "sampler":
+        with recording(sampling.denoiser, recorder, sampling.seed(batch)):
+            sampling.run(batch)
+    else:
+        _record_clean(pipeline, sampling, batch, recorder)
+    finish_recording(recorder)
+    return recorder.rows, recorder.blobs
 
 
 def _record_clean(pipeline: Any, sampling: Sampling, batch: int, recorder: Recorder) -> None:
@@ -239,6 +264,8 @@ def collect_from_loop(
     the sample; without one, the number of the call takes its place. `steps`, `guidance_scale` and
     `prompts_per_batch` are the loop's own business and not used. A loop that gives fewer rows gives fewer.
 
+    Of several processes (`difloat.processes`) the main one runs the loop, and all get the rows.
+
     The loop runs with torch's random state seeded and then restored. It is one shard: a killed run
     starts again, a finished one is reused from `cache_dir` if module, settings, loop name and `cache_key` are
     the same; change `cache_key` when the loop's data change. Calls whose timesteps go on in one direction at one
@@ -256,15 +283,21 @@ def collect_from_loop(
         "samples": settings.samples,
         "seed": settings.seed,
     }
-    shelf = Shelf(cache_dir, settings.memory_bytes, request)
-    if not shelf.restore("loop"):
+    processes.join(device_of(module))
+    shelf = open_shelf(cache_dir, settings.memory_bytes, request)
+
+    def record(batch: int) -> Recorded:
         with tqdm(desc="calibrate", unit="call", disable=not progress) as bar:
             generator = torch.Generator().manual_seed(settings.seed)
             recorder = Recorder(module, settings.samples, generator, on_call=bar.update, trajectories="loop")
             with recording(module, recorder, settings.seed):
                 forward_loop(module)
             finish_recording(recorder)
-            shelf.put("loop", recorder.rows, recorder.blobs)
+            return recorder.rows, recorder.blobs
+
+    (recorded,) = record_shards(shelf, {"loop": 0}, record)
+    with processes.together():
+        shelf.put("loop", *recorded)
     return _finish(module, shelf, settings, device_of(module))
 
 

@@ -13,8 +13,9 @@ from torch import nn
 from difloat import api, layers, recipes
 from difloat.calibration import Calibration, CalibrationSettings, finish_recording, sampling_of
 from difloat.calls import Recorder, recording
+from difloat.methods.adapters import stored_bytes
 from difloat.methods.task import Bits, Sequencing
-from difloat.quantizer import Plan
+from difloat.quantizer import LayerPlan, Plan
 from difloat.sampling import quiet
 from difloat.shelf import Shelf
 from difloat.specs import weight_formats
@@ -34,7 +35,7 @@ class Forecast:
         counts: By name of a tried layer, how many of its kind there are.
         weights: In all layers that will be quantized.
         float_bytes: Of the denoiser as it is.
-        packed_bytes: Of the denoiser as it will be.
+        packed_bytes: Of the denoiser as it will be, if every adapter is used.
         search_s: Search over weights, and over activations where they are static.
         rounding_s: Learned rounding of all blocks, its forward passes included; 0 without.
         training_s: Fine-tuning of the whole denoiser, roughly; 0 without.
@@ -185,7 +186,7 @@ def forecast(
     search_s = plan.measured["seconds"]["search weights"] * weights / sum(sizes.values())
     if any("input_scale" in layer.tensors for layer in plan.layers.values()):
         search_s += need["row_seconds"] * min(Sequencing.activation_rows, settings.samples)
-    packed_bytes = sum(layer.nbytes * counts[name] for name, layer in plan.layers.items())
+    packed_bytes = sum(_stored_bytes(made, layer) * counts[name] for name, layer in plan.layers.items())
     float_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
     of_layers = sum(layers.weight_of(module, name).nbytes * counts[name] for name in plan.layers)
     used = min(getattr(made, "rounding_rows", 0), settings.samples)
@@ -200,6 +201,14 @@ def forecast(
         _learning_s(plans, counts, made.iterations) + _PASSES * used * need["row_seconds"] if learns else 0.0,
         _training_s(made, need) if tunes else 0.0,
     )
+
+
+def _stored_bytes(made: Any, layer: LayerPlan) -> int:
+    """Of a layer, with what fine-tuning adds to it."""
+    if not getattr(made, "epochs", 0):
+        return layer.nbytes
+    adapters, rank = getattr(made, "adapters", 1), getattr(made, "rank", 0)
+    return layer.nbytes + stored_bytes(layer, adapters, rank, getattr(made, "carry", "merged"))
 
 
 def _training_s(made: Any, need: Mapping[str, float]) -> float:

@@ -14,57 +14,80 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from difloat import attention
+from difloat import attention, parents
 from difloat.kernels import ops, row_ops
+from difloat.parents import PackedWeight
 from difloat.quantizer import VARIED, LayerPlan, Plan, dequantize
+from difloat.side import low_rank, product
 from difloat.slots import VECTORS, RowSlot, Slot, row_slots_of, slots_of
-from difloat.specs import Band, Part, weight_formats
+from difloat.specs import SIDE, Band, Part, Side, weight_formats
 from difloat.timesteps import Clock
+from difloat.units import blocks, inside_blocks, quantizable
+
+__all__ = [
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantizedLayer",
+    "apply",
+    "blocks",
+    "clock_of",
+    "empty_like",
+    "inside_blocks",
+    "install",
+    "quantizable",
+    "remove_clock",
+    "replace",
+    "restore",
+    "set_clock",
+    "shadow",
+    "weight_of",
+]
 
 _LINEAR = (ops.linear, row_ops.linear)
 _CONV2D = (ops.conv2d, row_ops.conv2d)
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(PackedWeight):
     """What both layer types share: packed state, decoding of the weight, the sum over parts."""
 
     parts: tuple[Part, ...] = ()
     bands: tuple[Band, ...] = ()  # of rows, where these have several widths
-    slots: tuple[Slot, ...] | tuple[RowSlot, ...] = ()
+    slots: tuple[Slot | RowSlot, ...] = ()
     float_shape: tuple[int, ...] = ()
     smoothed: bool = False
     schedule: tuple[int, ...] = ()
     input_schedule: tuple[int, ...] = ()
+    side: Side | None = None
     clock: Clock | None = None  # set where there is a schedule
-    weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
     input_factor: Tensor
     row_band: Tensor
+    side_down: Tensor
+    side_up: Tensor
 
     def allocate(self, plan: LayerPlan, device: torch.device | str) -> None:
         """Replace the float weight by empty packed state as planned; values are loaded afterwards."""
         self.parts, self.float_shape = plan.parts, tuple(plan.shape)
         self.smoothed, self.schedule = plan.smoothed, plan.schedule
-        self.input_schedule, self.bands = plan.input_schedule, plan.bands
+        self.input_schedule, self.bands, self.side = plan.input_schedule, plan.bands, plan.side
         self.slots = (
             row_slots_of(plan.parts, plan.bands) if plan.bands else slots_of(plan.shape[0], plan.parts)
         )
         for name, tensor in plan.tensors.items():
-            empty = torch.empty_like(tensor, device=device)
             if name == "weight":
-                self.weight = nn.Parameter(empty, requires_grad=False)
+                self.hold(torch.empty_like(tensor, device=device))
             else:
-                self.register_buffer(name, empty)
+                self.register_buffer(name, torch.empty_like(tensor, device=device))
 
     def load(self, plan: LayerPlan, device: torch.device | str) -> None:
         """Take over the stored tensors of a plan."""
         self.allocate(plan, "meta")
         for name, tensor in plan.tensors.items():
             if name == "weight":
-                self.weight = nn.Parameter(tensor.to(device), requires_grad=False)
+                self.hold(tensor.to(device))
             else:
                 setattr(self, name, tensor.to(device))
 
@@ -72,6 +95,8 @@ class QuantizedLayer(nn.Module):
         """Move like any module, but a change of the model's dtype leaves scales and zero points in float32."""
         exact = dict(self._buffers)
         super()._apply(fn, recurse)
+        if self.input_dtype is not None:
+            self.input_dtype = fn(torch.empty(0, dtype=self.input_dtype)).dtype
         for name, buffer in exact.items():
             moved = self._buffers[name]
             if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
@@ -82,24 +107,29 @@ class QuantizedLayer(nn.Module):
         """The layer's state as a plan entry; tensors are shared, not copied."""
         kind: Literal["linear", "conv2d"] = "linear" if len(self.float_shape) == 2 else "conv2d"
         schedules = (self.schedule, self.input_schedule)
-        empty = LayerPlan(kind, self.float_shape, self.parts, {}, self.smoothed, *schedules, self.bands)
+        fields = (self.smoothed, *schedules, self.bands, self.side)
+        empty = LayerPlan(kind, self.float_shape, self.parts, {}, *fields)
         return with_changes(
-            empty, tensors={name: getattr(self, name).detach() for name in empty.tensor_shapes()}
+            empty, tensors={name: self._tensor(name).detach() for name in empty.tensor_shapes()}
         )
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self.packed if name == "weight" else getattr(self, name)
+        return tensor
 
     def current(self, name: str) -> Tensor:
         """A stored tensor: of several variants the one for the timestep of the denoiser's call."""
-        tensor: Tensor = getattr(self, name)
+        tensor = self._tensor(name)
         schedule = self.schedule if name in VARIED else self.input_schedule
+        if self.side is not None and name in SIDE:
+            schedule = self.side.schedule
         if not schedule:
             return tensor
         if self.clock is None:
             raise RuntimeError(
                 "a layer that depends on the timestep must be part of a denoiser, got one on its own; apply a plan"
             )
-        entry = (
-            self.clock.entry().to(tensor.device).reshape(1)
-        )  # indexing by a number would break a compiled graph
+        entry = self.clock.entry().to(tensor.device).reshape(1)  # a number would break a compiled graph
         number = torch.tensor(schedule, device=tensor.device).index_select(0, entry)
         return tensor.unflatten(0, (max(schedule) + 1, -1)).index_select(0, number)[0]
 
@@ -124,7 +154,7 @@ class QuantizedLayer(nn.Module):
         if isinstance(slot, RowSlot):
             return self._stored_rows(slot)
         if len(self.slots) == 1 and not self.schedule and not self.input_schedule:
-            return [self.weight, *(self._buffers.get(name) for name in VECTORS)]
+            return [self.packed, *(self._buffers.get(name) for name in VECTORS)]
         pairs = zip(VECTORS, slot.vectors, strict=True)
         vectors = [None if where is None else self.current(name)[where] for name, where in pairs]
         return [self.current("weight")[:, slot.columns], *vectors]
@@ -140,6 +170,13 @@ class QuantizedLayer(nn.Module):
         scale, zero_point = (found[0] if found else None for found in vectors[2:])  # the same in all bands
         return [packed, *vectors[:2], scale, zero_point, self.row_band]
 
+    def _with_side(self, out: Tensor, x: Tensor) -> Tensor:
+        """What the packed weight gives for the input `x`, and the low-rank branch on the same input added."""
+        if self.side is None:
+            return out
+        assert isinstance(self, nn.Linear | nn.Conv2d)
+        return out + low_rank(self, x, self.current("side_down"), self.current("side_up"))
+
     def _smooth(self, x: Tensor, axis: int) -> Tensor:
         """The input times its factors, channel by channel."""
         if not self.smoothed:
@@ -154,7 +191,7 @@ class QuantizedLayer(nn.Module):
 
         The bias goes with the first part.
         """
-        x, operator = self._smooth(x, axis), operators[bool(self.bands)]
+        x, operator = self._smooth(self._cast(x), axis), operators[bool(self.bands)]
         if len(self.slots) == 1:
             return operator(x, *self._stored(self.slots[0]), self.bias, self.slots[0].text, *geometry)
         pieces = x.split([slot.channels for slot in self.slots], dim=axis)
@@ -170,7 +207,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., i] to [..., o], in the dtype of `x`."""
-        return self._sum_of_parts(x, -1, _LINEAR)
+        return self._with_side(self._sum_of_parts(x, -1, _LINEAR), x)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -178,6 +215,9 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, i, h, w] to [b, o, h', w'], in the dtype of `x`."""
+        return self._with_side(self._convolved(x), x)
+
+    def _convolved(self, x: Tensor) -> Tensor:
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
             padding: tuple[int, ...] = (0, 0)
@@ -216,62 +256,6 @@ def empty_like(module: nn.Linear | nn.Conv2d) -> QuantLinear | QuantConv2d:
     return layer
 
 
-def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Layers of `model` that can be quantized, by name in module order.
-
-    Subclasses that compute something else in `forward` are not among them, nor layers whose weight the parent reads
-    without calling them (`nn.MultiheadAttention`).
-    """
-    found = {}
-    for name, module in model.named_modules():
-        plain_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        plain_conv = isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
-        hidden = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        if (plain_linear or plain_conv) and not hidden:
-            found[name] = module
-    return found
-
-
-def blocks(model: nn.Module) -> dict[str, list[str]]:
-    """Layers by the block they belong to, in module order: the units of block-wise reconstruction.
-
-    A block is an innermost entry of a `ModuleList` or `Sequential` that holds at least two quantizable layers (a ResNet
-    block, a transformer block); a layer outside of any block is a unit of its own, under its own name.
-    """
-    layers = quantizable(model)
-    parents = [
-        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)
-    ]
-    entries = {
-        f"{parent}.{child}" if parent else child
-        for parent in parents
-        for child, _ in model.get_submodule(parent).named_children()
-    }
-    members = {entry: [name for name in layers if name.startswith(entry + ".")] for entry in entries}
-    members = {entry: names for entry, names in members.items() if len(names) >= 2}
-    innermost = {entry for entry in members if not any(other.startswith(entry + ".") for other in members)}
-    units: dict[str, list[str]] = {}
-    for name in layers:
-        owner = next((entry for entry in innermost if name.startswith(entry + ".")), name)
-        units.setdefault(owner, []).append(name)
-    return units
-
-
-def inside_blocks(model: nn.Module) -> list[str]:
-    """Quantizable layers that belong to an entry of some `ModuleList` or `Sequential`, in module order.
-
-    What is left out is what a model has once: embedders of the sample, the timestep and the text, the final projection.
-    """
-    containers = [
-        f"{name}." if name else ""
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-    ]
-    return [
-        name for name in quantizable(model) if any(name.startswith(container) for container in containers)
-    ]
-
-
 def shadow(model: nn.Module, *, frozen: bool = False) -> nn.Module:
     """A copy of the module tree that shares every parameter and buffer: layers can be swapped without touching `model`.
 
@@ -297,8 +281,8 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def install(model: nn.Module, name: str, plan: LayerPlan) -> None:
-    """Swap one float or quantized layer of `model` for a quantized one, in place.
+def install(model: nn.Module, name: str, plan: LayerPlan, device: torch.device | str | None = None) -> None:
+    """Swap one float or quantized layer of `model` for a quantized one, in place; None: on the device of the old one.
 
     Raises:
         ValueError: if there is no such layer or its shape is another one.
@@ -314,9 +298,18 @@ def install(model: nn.Module, name: str, plan: LayerPlan) -> None:
         raise ValueError(
             f"layer {name!r} must have the planned shape {plan.shape}, got {shape}; use the model the plan was made for"
         )
-    device = old.weight.device
+    home = old.weight.device
     layer = empty_like(old)
-    layer.load(plan, device)
+    swap(model, name, layer)
+    layer.load(plan, home if device is None else device)
+
+
+def swap(model: nn.Module, name: str, layer: QuantLinear | QuantConv2d) -> None:
+    """Put a quantized layer in the place of the layer `name`; it answers as that one did if the parent asks for a dtype."""
+    parent, _, child = name.rpartition(".")
+    old = model.get_submodule(name)
+    if parents.asks(model.get_submodule(parent), child):
+        layer.answer_as(old.input_dtype if isinstance(old, QuantizedLayer) else weight_of(model, name).dtype)
     replace(model, name, layer)
 
 
@@ -326,14 +319,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         ValueError: if the plan does not fit; the model is then unchanged.
     """
-    float_layers = quantizable(model)
-    for name, layer in plan.layers.items():
-        if name not in float_layers or tuple(float_layers[name].weight.shape) != tuple(layer.shape):
-            raise ValueError(
-                f"plan must fit the model, but {name!r} of shape {tuple(layer.shape)} is no float layer of it; "
-                "use the model the plan was made for, not yet quantized"
-            )
-    attention.check(model, plan.attention)
+    check(model, plan)
     clock = Clock(model, plan.timesteps) if plan.timesteps else None
     for name, layer in plan.layers.items():
         install(model, name, layer)
@@ -343,12 +329,24 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
+def check(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan of another model; ValueError."""
+    float_layers = quantizable(model)
+    for name, layer in plan.layers.items():
+        if name not in float_layers or tuple(float_layers[name].weight.shape) != tuple(layer.shape):
+            raise ValueError(
+                f"plan must fit the model, but {name!r} of shape {tuple(layer.shape)} is no float layer of it; "
+                "use the model the plan was made for, not yet quantized"
+            )
+    attention.check(model, plan.attention)
+
+
 def set_clock(model: nn.Module, clock: Clock) -> None:
     """Let every layer of `model` that depends on the timestep read it off `clock`, and the clock off the model's calls."""
     remove_clock(model)
     model.register_forward_pre_hook(clock, with_kwargs=True)
     for module in model.modules():
-        if isinstance(module, QuantizedLayer) and (module.schedule or module.input_schedule):
+        if isinstance(module, QuantizedLayer) and module.plan().schedules:
             module.clock = clock
 
 
@@ -368,16 +366,16 @@ def remove_clock(model: nn.Module) -> None:
 def restore(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Turn every quantized layer back into a plain float layer with the dequantized weight, in place; returns `model`.
 
-    Attention computes in high precision again.
+    A low-rank pair beside a weight is added to it. Attention computes in high precision again.
 
     Raises:
         ValueError: if a layer has several weights, chosen by timestep; the model is then unchanged.
     """
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer) and module.schedule:
+        if isinstance(module, QuantizedLayer) and (module.schedule or (module.side and module.side.schedule)):
             raise ValueError(
                 f"layers must have one weight each to become float, but {name!r} has one per stretch of timesteps; "
-                "quantize with one stretch"
+                "quantize with one stretch or adapter"
             )
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLayer):
@@ -392,7 +390,10 @@ def _plain(module: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
     plain.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
     plain._parameters = dict(module._parameters)
     plain._buffers = {}
-    plain.weight = nn.Parameter(dequantize(module.plan()).to(dtype))
+    weight = dequantize(module.plan())
+    if module.side is not None:
+        weight = weight + product(module.side_down, module.side_up)
+    plain.weight = nn.Parameter(weight.to(dtype))
     bias = module._parameters["bias"]
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().to(dtype))

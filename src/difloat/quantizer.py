@@ -21,13 +21,13 @@ from difloat import rounding
 from difloat.formats import Format
 from difloat.packing import pack, packed_channels, unpack
 from difloat.scales import expand_scale, reorder_scale, row_places
-from difloat.specs import AttentionPlan, Band, Part, layer_tensor_shapes
+from difloat.specs import SIDE, AttentionPlan, Band, Part, Side, layer_tensor_shapes
 
 PLAN_VERSION = 1
 VARIED = ("weight", "weight_scale", "weight_zero_point", "input_factor")  # one after the other per variant
-INPUT_VARIED = ("input_scale", "input_zero_point")  # one after the other per entry of the input schedule
+_DTYPES = {"weight": torch.uint8, "row_band": torch.uint8, **dict.fromkeys(SIDE, torch.float16)}
 _PER_ROW = ("weight_scale", "weight_zero_point")
-_INPUT_SIDE = (*INPUT_VARIED, "input_factor")  # what the bands of a layer have in common
+_INPUT_SIDE = ("input_scale", "input_zero_point", "input_factor")  # what the bands of a layer have in common
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class LayerPlan:
         bands: Rows of several widths, in the order of their storage; empty if all are alike. The rows of a band keep their
             order; `weight` is then [variants, bytes, *k], row after row, band after band, and the scales of a band follow
             those of the one before. `parts` has the weight specs of the first band.
+        side: Low-rank pairs beside the weight: float16 tensors `side_down` [pairs * rank, i, *k], `side_up` [pairs * o, rank].
     """
 
     kind: Literal["linear", "conv2d"]
@@ -60,29 +61,27 @@ class LayerPlan:
     schedule: tuple[int, ...] = ()
     input_schedule: tuple[int, ...] = ()
     bands: tuple[Band, ...] = ()
+    side: Side | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the tensors."""
-        data: dict[str, Any] = {
-            "kind": self.kind,
-            "shape": list(self.shape),
-            "parts": [part.to_json() for part in self.parts],
+        parts = [part.to_json() for part in self.parts]
+        optional = {
+            "smoothed": self.smoothed,
+            "schedule": list(self.schedule),
+            "input_schedule": list(self.input_schedule),
+            "bands": [band.to_json() for band in self.bands],
+            "side": None if self.side is None else self.side.to_json(),
         }
-        if self.smoothed:
-            data["smoothed"] = True
-        if self.schedule:
-            data["schedule"] = list(self.schedule)
-        if self.input_schedule:
-            data["input_schedule"] = list(self.input_schedule)
-        if self.bands:
-            data["bands"] = [band.to_json() for band in self.bands]
-        return data
+        present = {name: value for name, value in optional.items() if value}
+        return {"kind": self.kind, "shape": list(self.shape), "parts": parts, **present}
 
     @staticmethod
     def from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerPlan:
         """Inverse of `to_json`, with the tensors beside it; ValueError where fields or shapes do not fit."""
-        needed, optional = {"kind", "shape", "parts"}, {"smoothed", "schedule", "input_schedule", "bands"}
-        if not needed <= set(data) <= needed | optional or data["kind"] not in ("linear", "conv2d"):
+        needed = {"kind", "shape", "parts"}
+        known = needed | {"smoothed", "schedule", "input_schedule", "bands", "side"}
+        if not needed <= set(data) <= known or data["kind"] not in ("linear", "conv2d"):
             raise ValueError(
                 f"a layer plan must have 'kind' linear or conv2d, 'shape' and 'parts', got {dict(data)!r:.200}"
             )
@@ -95,17 +94,23 @@ class LayerPlan:
             tuple(data.get("schedule", ())),
             tuple(data.get("input_schedule", ())),
             tuple(Band.from_json(band) for band in data.get("bands", ())),
+            Side.from_json(data["side"]) if "side" in data else None,
         )
-        expected = layer.tensor_shapes()
         got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if got != expected:
+        if got != (expected := layer.tensor_shapes()):
             raise ValueError(f"tensors of a layer must have the shapes {expected}, got {got}")
         return layer
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes that the stored tensors must have."""
-        entries = max(self.input_schedule, default=0) + 1
-        return layer_tensor_shapes(self.shape, self.parts, self.variants, self.smoothed, entries, self.bands)
+        numbers = (self.variants, self.smoothed, max(self.input_schedule, default=0) + 1)
+        return layer_tensor_shapes(self.shape, self.parts, *numbers, self.bands, self.side)
+
+    @property
+    def schedules(self) -> list[tuple[int, ...]]:
+        """Whatever of the layer depends on the timestep: an entry of each for every entry of the plan's timesteps."""
+        side = () if self.side is None else self.side.schedule
+        return [schedule for schedule in (self.schedule, self.input_schedule, side) if schedule]
 
     @property
     def variants(self) -> int:
@@ -140,7 +145,7 @@ class LayerPlan:
                 if name in shapes:
                     tensors[name] = self.tensors[name][ends[name] : ends[name] + shapes[name][0]]
                     ends[name] += shapes[name][0]
-            result.append(replace(self, shape=shape, parts=parts, tensors=tensors, bands=()))
+            result.append(replace(self, shape=shape, parts=parts, tensors=tensors, bands=(), side=None))
         return result
 
     def codes(self) -> list[Tensor]:
@@ -159,7 +164,7 @@ class LayerPlan:
     @staticmethod
     def dtype_of(name: str) -> torch.dtype:
         """Dtype of the stored tensor of this name."""
-        return torch.uint8 if name in ("weight", "row_band") else torch.float32
+        return _DTYPES.get(name, torch.float32)
 
     @property
     def nbytes(self) -> int:
@@ -181,6 +186,7 @@ class Plan:
         attention: By the name of the attention module; what is not there computes as before.
         timesteps: Grid that the layers' schedules refer to, in the unit of the denoiser's argument; a call takes the
             nearest entry. Empty if no layer has a schedule.
+        components: Plans of other components of the pipeline, by name; each is stored with its component.
     """
 
     recipe: str
@@ -191,10 +197,10 @@ class Plan:
     measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
     attention: Mapping[str, AttentionPlan] = field(default_factory=dict)
     timesteps: tuple[float, ...] = ()
+    components: Mapping[str, Plan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        schedules = [s for layer in self.layers.values() for s in (layer.schedule, layer.input_schedule)]
-        lengths = {len(schedule) for schedule in schedules} - {0}
+        lengths = {len(schedule) for layer in self.layers.values() for schedule in layer.schedules}
         if lengths - {len(self.timesteps)}:
             raise ValueError(
                 f"schedules must have an entry for each of the {len(self.timesteps)} timesteps, got {sorted(lengths)}"
@@ -210,12 +216,9 @@ class Plan:
             "layers": {name: layer.to_json() for name, layer in self.layers.items()},
             "skipped": dict(self.skipped),
         }
-        attention = {name: entry.to_json() for name, entry in self.attention.items()}
-        if attention:
-            data["attention"] = attention
-        if self.timesteps:
-            data["timesteps"] = list(self.timesteps)
-        return data
+        attention = {"attention": {name: entry.to_json() for name, entry in self.attention.items()}}
+        optional = attention | {"timesteps": list(self.timesteps)}
+        return data | {name: value for name, value in optional.items() if value}
 
 
 def fake_quantize(x: Tensor, format: Format, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
@@ -337,8 +340,8 @@ def join_rows(bands: Sequence[LayerPlan], order: Tensor) -> LayerPlan:
     for name in _PER_ROW:
         if vectors := [band.tensors[name] for band in sorted_bands if name in band.tensors]:
             tensors[name] = torch.cat(vectors)
-    tensors["row_band"] = torch.empty(len(order), dtype=torch.uint8)
-    tensors["row_band"][order] = torch.arange(len(bands)).repeat_interleave(torch.tensor(counts)).byte()
+    row_band = torch.arange(len(bands)).repeat_interleave(torch.tensor(counts))[order.argsort()]
+    tensors["row_band"] = row_band.to(tensors["weight"].device, torch.uint8)
     specs = tuple(Band(n, tuple(p.weight for p in band.parts)) for n, band in zip(counts, bands, strict=True))
     joined = replace(first, shape=(len(order), *first.shape[1:]), tensors=tensors, bands=specs)
     joined.tensor_shapes()  # refuses too many bands

@@ -20,7 +20,7 @@ from difloat.evaluate import Evaluation
 from difloat.layers import weight_of
 from difloat.quantizer import LayerPlan, Plan, dequantize
 from difloat.report import Histogram, LayerRow, Record
-from difloat.specs import QuantSpec, rows_of_parts, weight_formats
+from difloat.specs import SIDE, QuantSpec, rows_of_parts, weight_formats
 
 RECORD, PICTURES, PAGE = "report.json", "report-pictures.npz", "report.html"
 _HISTOGRAM_BINS = 96
@@ -72,7 +72,17 @@ def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
         bytes=layer.nbytes,
         bytes_before=2 * weight.numel(),
         effective_bits=8 * layer.nbytes / weight.numel(),
+        note=_by_timestep(layer),
     )
+
+
+def _by_timestep(layer: LayerPlan) -> str:
+    """What the bytes hold beside or instead of one weight."""
+    weights = f"{layer.variants} packed weights, one per stretch of timesteps" if layer.schedule else ""
+    if layer.side is None:
+        return weights
+    size_bytes = sum(layer.tensors[name].nbytes for name in SIDE)
+    return f"{weights}{'; ' * bool(weights)}{layer.side.pairs} x rank {layer.side.rank} beside, {size_bytes} bytes in float16"
 
 
 def _per(spec: QuantSpec) -> str:

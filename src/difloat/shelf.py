@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
@@ -23,9 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from difloat import processes
 from difloat.calls import Row
 
 _VERSION = 2  # 2: rows know their trajectory
+
+Recorded = tuple[list[Row], Mapping[str, Tensor]]  # rows of a shard, and their tensors by content hash
 
 
 @final
@@ -54,33 +57,26 @@ class Shelf:
         if self._folder is None and not fits:
             self._folder = Path(tempfile.mkdtemp(prefix="difloat-calibration-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        path = None
-        if self._folder is not None:
-            path = self._folder / f"{shard}.safetensors"
+        path = None if self._folder is None else self._folder / f"{shard}.safetensors"
+        if path is not None and not self._is_complete(path):
             header = {"rows": json.dumps([asdict(row) for row in rows])}
             self._shards[path.name] = write_atomically(path, save(dict(blobs), metadata=header))
             self._write_index()
         self._keep(rows, {key: blob.nbytes for key, blob in blobs.items()}, None if fits else path, blobs)
 
-    def restore(self, shard: str) -> bool:
-        """Add a shard of an earlier run; False if there is no complete one."""
-        if self._folder is None:
-            return False
-        path = self._folder / f"{shard}.safetensors"
-        if not path.is_file() or self._shards.get(path.name) != path.stat().st_size:
-            return False
+    def find(self, shard: str) -> Recorded | None:
+        """Rows and tensors of a shard of an earlier run, to be `put`; None if there is no complete one."""
+        path = None if self._folder is None else self._folder / f"{shard}.safetensors"
+        if path is None or not self._is_complete(path):
+            return None
         with safe_open(path, framework="pt") as file:
             rows = [
                 Row(**{**row, "leaves": tuple(row["leaves"])}) for row in json.loads(file.metadata()["rows"])
             ]
-            blobs = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            sizes = {key: blob.nbytes for key, blob in blobs.items()}
-            new_bytes = sum(size for key, size in sizes.items() if key not in self._sizes)
-            fits = self.memory_used_bytes + new_bytes <= self._budget_bytes
-            self._keep(
-                rows, sizes, None if fits else path, {k: b.clone() for k, b in blobs.items()} if fits else {}
-            )
-        return True
+            return rows, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+
+    def _is_complete(self, path: Path) -> bool:
+        return path.is_file() and self._shards.get(path.name) == path.stat().st_size
 
     def read(self, key: str) -> Tensor:
         """The tensor of a content hash; treat it as read-only."""
@@ -126,6 +122,33 @@ class Shelf:
         assert self._folder is not None
         content = {"request": self._request, "shards": self._shards}
         write_atomically(self._folder / "index.json", json.dumps(content, indent=1).encode())
+
+
+def open_shelf(cache_dir: str | Path | None, memory_bytes: int, request: Mapping[str, Any]) -> Shelf:
+    """An empty shelf; of several processes only the main one has the cache, and all end if it cannot open it."""
+    with processes.together():
+        return Shelf(cache_dir if processes.is_main() else None, memory_bytes, request)
+
+
+def record_shards(
+    shelf: Shelf, batches: Mapping[str, int], record: Callable[[int], Recorded]
+) -> list[Recorded]:
+    """The contents of some shards, on every process: those of an earlier run; the others are recorded by a process each.
+
+    Args:
+        shelf: May hold shards of an earlier run, on the main process.
+        batches: The batch of every shard; at most as many as there are processes.
+        record: Draws a batch.
+    """
+    found = processes.on_main(lambda: [shelf.find(shard) for shard in batches])
+    numbers = list(batches.values())
+
+    def mine() -> Recorded | None:
+        place = processes.number()
+        return record(numbers[place]) if place < len(numbers) and found[place] is None else None
+
+    fresh = processes.shared(mine)
+    return [recorded for pair in zip(found, fresh, strict=False) if (recorded := pair[0] or pair[1])]
 
 
 def fingerprint(request: Mapping[str, Any]) -> str:

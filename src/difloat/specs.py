@@ -152,6 +152,52 @@ class Band:
         return Band(int(data["rows"]), tuple(QuantSpec.from_json(spec) for spec in data["weights"]))
 
 
+SIDE = ("side_down", "side_up")  # what a side branch stores, one pair after the other
+
+
+@dataclass(frozen=True)
+class Side:
+    """Low-rank pairs beside the packed weight of a layer, which adds ``up (down x)`` of its input before that is rounded.
+
+    Attributes:
+        rank: Of every pair.
+        schedule: Which pair belongs to each entry of the plan's timesteps; empty with one pair.
+    """
+
+    rank: int
+    schedule: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        numbers = (self.rank - 1, *self.schedule)
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError(
+                f"a side branch must have a rank of at least 1 and a schedule of pairs, got {self.rank!r:.80} and "
+                f"{self.schedule!r:.80}"
+            )
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs are stored."""
+        return max(self.schedule, default=0) + 1
+
+    def tensor_shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the stored factors for a weight of `shape` [o, i, *k], one pair after the other along the first axis."""
+        out_channels, *inner = shape
+        shapes = (self.pairs * self.rank, *inner), (self.pairs * out_channels, self.rank)
+        return dict(zip(SIDE, shapes, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data that `from_json` reads."""
+        return {"rank": self.rank} | ({"schedule": list(self.schedule)} if self.schedule else {})
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Side:
+        """Inverse of `to_json`; ValueError on missing or unknown fields."""
+        if not {"rank"} <= set(data) <= {"rank", "schedule"}:
+            raise ValueError(f"a side branch must have 'rank' and perhaps 'schedule', got {sorted(data)}")
+        return Side(data["rank"], tuple(data.get("schedule", ())))
+
+
 def rows_of_parts(out_channels: int, parts: Sequence[Part], bands: Sequence[Band] = ()) -> list[Band]:
     """The bands of a layer; one with all rows if all have the same formats."""
     return list(bands) or [Band(out_channels, tuple(part.weight for part in parts))]
@@ -164,6 +210,7 @@ def layer_tensor_shapes(
     smoothed: bool = False,
     entries: int = 1,
     bands: Sequence[Band] = (),
+    side: Side | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the stored tensors of a layer whose float weight has `shape` [o, i, *k].
 
@@ -194,7 +241,8 @@ def layer_tensor_shapes(
     }
     # Rows of several widths make no rectangle: they lie one after the other along the second axis.
     weight = (variants, packed) if bands else (variants * out_channels, packed // out_channels)
-    return {"weight": (*weight, *kernel), **{name: (n,) for name, n in counts_by_name.items() if n}}
+    shapes = {"weight": (*weight, *kernel), **{name: (n,) for name, n in counts_by_name.items() if n}}
+    return shapes if side is None else shapes | side.tensor_shapes(shape)
 
 
 def _check_bands(out_channels: int, parts: Sequence[Part], bands: Sequence[Band]) -> None:

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import difloat
-from difloat import api, calibration, evaluate, layers, recipes, record, reference_models
+from difloat import (
+    api,
+    calibration,
+    components,
+    evaluate,
+    layers,
+    processes,
+    recipes,
+    record,
+    reference_models,
+)
 from difloat.calibration import CalibrationSettings
 from difloat.evaluate import Evaluation, Generated
 from difloat.forecast import Forecast
@@ -103,7 +113,7 @@ def describe(forecast: Forecast, settings: CalibrationSettings) -> str:
 
 
 def draw(pipeline: Any, sampling: Sampling, *, progress: bool = True) -> Generated:
-    """Pictures of seeds 0, 1, ... with the sampler's states."""
+    """Pictures of seeds 0, 1, ... with the sampler's states; of several processes the main one gets them."""
     return evaluate.generate(
         pipeline,
         sampling.prompts,
@@ -143,8 +153,10 @@ def finish(
     *,
     seconds: Mapping[str, float],
     overwrite: bool = False,
-) -> Record:
+) -> Record | None:
     """Draw with the float model, carry the plan out, save, reload, draw again, compare, and write the report.
+
+    Processes of a launch share the drawing; the main one writes. All must see the directory `out`.
 
     Args:
         pipeline: Float; quantized on return.
@@ -154,17 +166,22 @@ def finish(
         sampling: Pictures for the report; a count of 0 leaves them out.
         seconds: Timings so far.
         overwrite: Replace a checkpoint that is there.
+
+    Returns:
+        What the report shows; None on the other processes of a launch.
     """
     float_model = layers.shadow(api.denoiser(pipeline))
     timings = dict(seconds)
     reference = draw(pipeline, sampling) if sampling.count else None
     api.apply(pipeline, plan)
-    difloat.save(pipeline, out, overwrite=overwrite)
+    processes.on_main(lambda: difloat.save(pipeline, out, overwrite=overwrite))
+    drawn = None if reference is None else draw(difloat.load(out), sampling)
+    if not processes.is_main():
+        return None
     evaluation = None
     left = right = record.no_pictures()
     shown = min(sampling.count, SHOWN)
-    if reference is not None:
-        drawn = draw(difloat.load(out), sampling)
+    if reference is not None and drawn is not None:
         evaluation = judge(reference, drawn, sampling)
         timings |= {
             "pictures, full precision": reference.seconds,
@@ -179,7 +196,7 @@ def finish(
         prompts=[sampling.prompt_of(index) for index in range(shown)],
         seeds=list(range(shown)),
         timings=timings,
-        notes=notes_of(plan.recipe),
+        notes=[*notes_of(plan.recipe), *components.notes(plan)],
     )
     record.write(made, left, right, out)
     return made

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from difloat.report import Record
 
 console = Console()
@@ -46,6 +48,12 @@ def announce(
 def interval(low: float, high: float) -> str:
     """Both ends of an interval, or that there is none yet."""
     return f"{low:.4g} to {high:.4g}" if math.isfinite(low + high) else "needs more pictures"
+
+
+def print_made(made: Record, out: Path) -> None:
+    """Print what a run gave, and where it is."""
+    print_summary(made)
+    console.print(f"checkpoint {out}\nreport     {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def print_summary(made: Record) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from difloat import processes
 
 app = typer.Typer(
     help="Low-bit floating-point quantization of diffusion models: one command makes a packed checkpoint and shows its cost.",
@@ -19,23 +19,26 @@ _INTERRUPTED = 130  # typer's exit code for Ctrl-C
 
 
 def main() -> None:
-    """Run the command line; bad input gives one sentence and exit code 2."""
+    """Run the command line; bad input gives one sentence and exit code 2, also where one process of several meets it."""
     errors = Console(stderr=True)
     try:
-        app()
+        with processes.together():
+            code = _run(errors)
     except (ValueError, OSError, ImportError) as error:
-        errors.print(f"[red]error:[/red] {escape(_sentence(error))}", highlight=False, soft_wrap=True)
+        if processes.speaks():
+            sentence = escape(processes.sentence(error))
+            errors.print(f"[red]error:[/red] {sentence}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
+    raise SystemExit(code)
+
+
+def _run(errors: Console) -> str | int | None:
+    """The exit code of the command; SystemExit if it was interrupted."""
+    try:
+        app()
     except SystemExit as stop:
-        if stop.code == _INTERRUPTED:
-            errors.print("interrupted; with --cache the next run goes on from the last finished block")
+        if stop.code != _INTERRUPTED:
+            return stop.code
+        errors.print("interrupted; with --cache the next run goes on from the last finished block")
         raise
-
-
-def _sentence(error: Exception) -> str:
-    """The message; what the system says of a file becomes a sentence too."""
-    if not isinstance(error, OSError) or error.strerror is None:
-        return str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "disk must have room for the output, but is full; free some space and run again"
-    return f"{error.filename or 'file'} must be accessible, got: {error.strerror}; check the path and its permissions"
+    return 0

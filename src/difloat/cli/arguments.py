@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from difloat import processes
+from difloat.tables import console
 
 Source = Annotated[
     str,
@@ -22,7 +26,24 @@ Guidance = Annotated[
 ]
 Images = Annotated[int, typer.Option(min=0, help="Pictures drawn with both models for the report; 0: none.")]
 Target = Annotated[str, typer.Option(help="any, or cpu: only formats that CPUs compute in integers.")]
+Components = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantize others than the denoiser too, without data: transformer,text_encoder,vae=w8a8."
+    ),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
+
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(help="A LoRA to use, FILE or FILE:WEIGHT with the factor of its change; repeatable."),
+]
+
+
+def meet() -> None:
+    """Join the other processes of a launch, if there are some; only the main one prints from here on."""
+    processes.join("cpu")
+    console.quiet = not processes.is_main()
 
 
 def pipeline_of(source: str) -> Any:
@@ -60,3 +81,13 @@ def options_of(pairs: Sequence[str]) -> dict[str, str]:
                 f"--set must be name=value, got {pair!r}; write for example --set rounding=nearest"
             )
     return dict(pair.split("=", 1) for pair in pairs)
+
+
+def loras_of(texts: Sequence[str]) -> list[tuple[str, float]]:
+    """`--lora` values as files and weights; a colon without a number after it belongs to the file's name."""
+    found = []
+    for text in texts:
+        file, _, weight = text.rpartition(":")
+        number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", weight)
+        found.append((file, float(weight)) if file and number else (text, 1.0))
+    return found

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from difloat import tables
 from difloat.cli.application import app
-from difloat.cli.arguments import Batch, Guidance, Prompts, Source, Steps, pipeline_of
+from difloat.cli.arguments import Batch, Guidance, Loras, Prompts, Source, Steps, loras_of, meet, pipeline_of
 from difloat.tables import console
 
 
@@ -25,15 +25,19 @@ def generate(
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
     batch: Batch = 8,
+    lora: Loras = None,
 ) -> None:
-    """Draw pictures with a full-precision or quantized pipeline."""
+    """Draw pictures with a full-precision or quantized pipeline; processes of a launch share them."""
     from PIL import Image
 
-    from difloat import evaluate, record, study
+    from difloat import evaluate, load_lora, processes, record, study
 
+    meet()
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"output must be a directory, got the file {str(out)!r}; choose another")
     pipeline = pipeline_of(source)
+    for number, (file, weight) in enumerate(loras_of(lora or [])):
+        load_lora(pipeline, file, f"lora{number}", weight)
     texts = list(prompt) if prompt else study.prompts_of(pipeline, source, prompts)
     guidance, call = study.call_of(source, guidance)
     seeds = list(range(seed, seed + count))
@@ -46,6 +50,8 @@ def generate(
         batch_size=batch,
         call_kwargs=call,
     )
+    if not processes.is_main():
+        return
     out.mkdir(parents=True, exist_ok=True)
     for number, picture in zip(seeds, record.to_uint8(drawn.images), strict=True):
         Image.fromarray(picture).save(out / f"{number:05d}.png")
@@ -71,15 +77,19 @@ def evaluate(
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the evaluation as JSON.")] = None,
 ) -> None:
-    """Compare a quantized pipeline with the full-precision one on the same seeds and prompts."""
+    """Compare a quantized pipeline with the full-precision one; processes of a launch share the pictures."""
     from difloat import evaluate as judge
-    from difloat import study
+    from difloat import processes, study
 
+    meet()
     first, second = pipeline_of(reference), pipeline_of(quantized)
     texts = study.prompts_of(first, reference, prompts)
     guidance, call = study.call_of(reference, guidance)
     sampling = study.Sampling(texts, samples, steps, guidance, batch, call)
-    evaluation = study.judge(study.draw(first, sampling), study.draw(second, sampling), sampling)
+    full, packed = study.draw(first, sampling), study.draw(second, sampling)
+    if not processes.is_main():
+        return
+    evaluation = study.judge(full, packed, sampling)
     table = Table(
         "measure", "value", "95 % interval", title=f"{quantized} against {reference}, {samples} pictures"
     )

@@ -12,6 +12,7 @@ from difloat import tables
 from difloat.cli.application import app
 from difloat.cli.arguments import (
     Checkpoint,
+    Components,
     Guidance,
     Images,
     Prompts,
@@ -19,6 +20,7 @@ from difloat.cli.arguments import (
     Steps,
     Target,
     check_out,
+    meet,
     options_of,
     pipeline_of,
 )
@@ -53,6 +55,7 @@ def quantize(
         typer.Option("--set", help="Option of the recipe, like --set rounding=nearest; repeatable."),
     ] = None,
     target: Target = "any",
+    components: Components = None,
     images: Images = 16,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan, size, memory and time, stop.")
@@ -61,10 +64,11 @@ def quantize(
         bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")
     ] = False,
 ) -> None:
-    """Quantize a pipeline's denoiser, write the packed checkpoint and a report of what it cost."""
+    """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
     from difloat import api, calibration, recipes, study
     from difloat.methods.task import Bits
 
+    meet()
     chosen = options_of(option or [])
     recipes.make_options(recipes.lookup(recipe), chosen)
     Bits.parse(bits)
@@ -83,6 +87,7 @@ def quantize(
         return
     sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=call)
     everything = {"cache_dir": cache, "call_kwargs": call, "target": target, **vars(settings), **chosen}
+    everything["components"] = components.split(",") if components else None
     _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
 
 
@@ -102,8 +107,8 @@ def _carry_out(
     plan = api.plan(pipeline, recipe, bits, prompts=sampling.prompts, **arguments)
     seconds = {"quantize, all of it": time.perf_counter() - start}
     made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
-    tables.print_summary(made)
-    console.print(f"checkpoint {out}\nreport     {out / 'report.html'}", highlight=False, soft_wrap=True)
+    if made is not None:
+        tables.print_made(made, out)
 
 
 @app.command()
@@ -129,6 +134,7 @@ def repair(
     import difloat
     from difloat import api, study
 
+    meet()
     if images == 1:
         raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
     check_out(out, overwrite)
@@ -151,8 +157,8 @@ def repair(
     seconds = {"repair, all of it": time.perf_counter() - start}
     sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=call)
     made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
-    tables.print_summary(made)
-    console.print(f"checkpoint {out}\nreport     {out / 'report.html'}", highlight=False, soft_wrap=True)
+    if made is not None:
+        tables.print_made(made, out)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 
 from difloat.io.checkpoint import load, mark_quantized, plan_of, save, unmark_quantized
@@ -18,36 +19,50 @@ __all__ = [
     "load",
     "mark_quantized",
     "plan_of",
-    "register_with_diffusers",
+    "register",
     "save",
     "unmark_quantized",
     "verify",
 ]
 
-_QUANTIZER_TABLE = "diffusers.quantizers.auto"
+_CONFIG = "difloat.io.config"
+_TABLES = {
+    "diffusers.quantizers.auto": "difloat.io.diffusers",
+    "transformers.quantizers.auto": "difloat.io.transformers",
+}
 
 
-def register_with_diffusers() -> None:
-    """Make plain `from_pretrained` of diffusers understand difloat checkpoints, in either order of import.
+def register() -> None:
+    """Make plain `from_pretrained` of diffusers and transformers understand difloat, in either order of import.
 
-    diffusers has no entry point for quantizers, only two dictionaries. If they are loaded they get their entry now,
-    otherwise right after diffusers loads them; diffusers itself is never imported here. Calling it again does nothing.
+    They have no entry points for quantizers, only dictionaries. If these are loaded they get their entries now, otherwise
+    right after the library loads them; neither library is imported here. Calling it again does nothing.
     """
-    if _QUANTIZER_TABLE in sys.modules:
-        from difloat.io.diffusers import register
+    for table in _TABLES:
+        if table in sys.modules:
+            _enter(table)
+        elif not any(
+            isinstance(finder, _RegisterOnImport) and finder.table == table for finder in sys.meta_path
+        ):
+            sys.meta_path.insert(0, _RegisterOnImport(table))
 
-        register()
-    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterOnImport())
+
+def _enter(table: str) -> None:
+    """Import our side of a library, which registers; not while our config is half-made, for that ends with `register`."""
+    if _CONFIG not in sys.modules or hasattr(sys.modules[_CONFIG], "DifloatConfig"):
+        import_module(_TABLES[table])
 
 
 class _RegisterOnImport(importlib.abc.MetaPathFinder):
-    """Waits for the module with diffusers' dictionaries, lets it load as usual, registers, and is gone."""
+    """Waits for the module with a library's dictionaries, lets it load as usual, registers, and is gone."""
+
+    def __init__(self, table: str) -> None:
+        self.table = table
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _QUANTIZER_TABLE:
+        if fullname != self.table:
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
@@ -57,7 +72,7 @@ class _RegisterOnImport(importlib.abc.MetaPathFinder):
 
         def load_and_register(module: ModuleType) -> None:
             load_module(module)
-            register_with_diffusers()
+            _enter(fullname)
 
         spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec

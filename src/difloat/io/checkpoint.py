@@ -9,7 +9,9 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,10 +33,11 @@ from difloat.io.layout import (
 )
 from difloat.io.manifest import MANIFEST, read_manifest, whole_directory, write_manifest
 from difloat.io.modules import load_into, write_module
+from difloat.io.remote import INDEX as PIPELINE_INDEX
+from difloat.io.remote import write_loaders
 from difloat.layers import QuantizedLayer, clock_of
 from difloat.quantizer import LayerPlan, Plan
 
-_PIPELINE = "model_index.json"
 # Where a model was loaded from, as diffusers and transformers note it in their configs.
 _ORIGIN = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 
@@ -42,13 +45,12 @@ _ORIGIN = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 def mark_quantized(model: nn.Module, plan: Plan) -> None:
     """Note on a model, whose layers are quantized already, what made them, so that it can be saved.
 
-    A diffusers model can be saved by its own `save_pretrained` then.
+    A model of diffusers or transformers can be saved by its own `save_pretrained` then.
     """
     config = quantization_config(plan)
-    if _is_diffusers(model, "ModelMixin"):
-        from difloat.io import diffusers
-
-        diffusers.mark(model, diffusers.DifloatQuantizer(diffusers.DifloatConfig(**config)))
+    own = _library_of(model)
+    if own is not None:
+        own.mark(model, own.quantizer(config))
     else:
         origin = {key: config[key] for key in ("recipe", "bits", "options", "skipped")}
         model.difloat_plan = origin  # type: ignore[assignment]
@@ -56,19 +58,29 @@ def mark_quantized(model: nn.Module, plan: Plan) -> None:
 
 def unmark_quantized(model: nn.Module) -> None:
     """Undo `mark_quantized`, for a model whose layers are float again; does nothing to a model that is not marked."""
-    if "difloat_plan" in vars(model) and _is_diffusers(model, "ModelMixin"):
-        from difloat.io import diffusers
-
-        diffusers.unmark(model)
-    elif "difloat_plan" in vars(model):
+    if "difloat_plan" not in vars(model):
+        return
+    own = _library_of(model)
+    if own is not None:
+        own.unmark(model)
+    else:
         del model.difloat_plan
+
+
+def _library_of(model: Any) -> ModuleType | None:
+    """Our side of the library that a model is of, `io.diffusers` or `io.transformers`; None for a plain module."""
+    if _is_of(model, "diffusers", "ModelMixin"):
+        return import_module("difloat.io.diffusers")
+    if _is_of(model, "transformers", "PreTrainedModel"):
+        return import_module("difloat.io.transformers")
+    return None
 
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan that `model` carries out, read off its layers; tensors are shared with them.
 
     Raises:
-        ValueError: if it has no quantized layers, is not marked, or its vectors were cast to another dtype.
+        ValueError: if it has no quantized layers, is not marked, has adapters, or its vectors were cast to another dtype.
     """
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     found = {name: module.plan() for name, module in quantized.items() if module.parts}
@@ -77,6 +89,11 @@ def plan_of(model: nn.Module) -> Plan:
         raise ValueError(
             f"model must be quantized by difloat.apply or difloat.quantize, got a float {type(model).__name__}; "
             "quantize it first"
+        )
+    if wrapped := [name for name in found if name.endswith(".base_layer")]:
+        raise ValueError(
+            f"model must have no adapters to be read as a plan, but {wrapped[0].removesuffix('.base_layer')!r} has one; "
+            "call unload_lora_weights, before it fuse_lora if they shall stay"
         )
     for name, layer in found.items():
         for key, tensor in layer.tensors.items():
@@ -108,6 +125,7 @@ def save(
     *,
     overwrite: bool = False,
     max_shard_bytes: int | None = None,
+    remote_code: bool = False,
 ) -> Path:
     """Write a pipeline, a diffusers model or a plain module with its quantized layers; returns the directory.
 
@@ -116,13 +134,17 @@ def save(
         directory: Made if it does not exist, parents too.
         overwrite: Replace a directory that `save` has written; any other one that is not empty is always refused.
         max_shard_bytes: Split the tensors into files of at most this size; None for one file (diffusers: 10 GB).
+        remote_code: Add a loader of a few lines, so that `AutoModel.from_pretrained(..., trust_remote_code=True)` loads a
+            component where difloat is installed but not imported.
 
     Raises:
-        ValueError: if nothing in it is quantized.
+        ValueError: if nothing in it is quantized, or remote code is asked for a plain module.
         CheckpointError: if the directory is in use for something else or the disk is full; nothing is left behind.
     """
     target = Path(directory).resolve()
     quantized = _quantized(pipeline_or_module)
+    if remote_code and not hasattr(pipeline_or_module, "save_pretrained"):
+        raise ValueError("remote_code must be False for a plain module, got True; no library builds it")
     needed_bytes = sum(
         tensor.nbytes for model in quantized.values() for tensor in [*model.parameters(), *model.buffers()]
     )
@@ -131,6 +153,8 @@ def save(
             options = {} if max_shard_bytes is None else {"max_shard_size": max_shard_bytes}
             pipeline_or_module.save_pretrained(str(partial), **options)
             _clean_configs(partial, {partial / name for name in quantized})
+            if remote_code:
+                write_loaders(partial, quantized)
         else:
             write_module(pipeline_or_module, plan_of(pipeline_or_module), partial, max_shard_bytes)
         write_manifest(partial)
@@ -140,7 +164,7 @@ def save(
 def _quantized(pipeline_or_module: Any) -> dict[str, nn.Module]:
     """The models that hold quantized layers by their sub-directory, "" for a model on its own; their marks renewed."""
     models = {"": pipeline_or_module}
-    if _is_diffusers(pipeline_or_module, "DiffusionPipeline"):
+    if _is_of(pipeline_or_module, "diffusers", "DiffusionPipeline"):
         models = {
             name: model
             for name, model in pipeline_or_module.components.items()
@@ -148,10 +172,10 @@ def _quantized(pipeline_or_module: Any) -> dict[str, nn.Module]:
             and any(isinstance(layer, QuantizedLayer) for layer in model.modules())
         }
         for name, model in models.items():
-            if not _is_diffusers(model, "ModelMixin"):
+            if _library_of(model) is None:
                 raise ValueError(
-                    f"quantized components must be diffusers models, got {name!r} of {type(model).__name__}; "
-                    "quantize the denoiser only"
+                    f"quantized components must be models of diffusers or transformers, got {name!r} of "
+                    f"{type(model).__name__}; restore it first"
                 )
     if not models:
         raise ValueError(
@@ -162,15 +186,15 @@ def _quantized(pipeline_or_module: Any) -> dict[str, nn.Module]:
     return models
 
 
-def _is_diffusers(value: Any, class_name: str) -> bool:
-    """Whether `value` is of a class of diffusers, which is not imported to find out."""
-    diffusers = sys.modules.get("diffusers")
-    return diffusers is not None and isinstance(value, getattr(diffusers, class_name))
+def _is_of(value: Any, library: str, class_name: str) -> bool:
+    """Whether `value` is of a class of a library, which is not imported to find out."""
+    module = sys.modules.get(library)
+    return module is not None and isinstance(value, getattr(module, class_name))
 
 
 def _clean_configs(directory: Path, quantized: set[Path]) -> None:
     """Make the files independent of where their model came from, and those with a plan compact."""
-    for path in [*directory.rglob(f"*{CONFIG}"), *directory.glob(_PIPELINE)]:
+    for path in [*directory.rglob(f"*{CONFIG}"), *directory.glob(PIPELINE_INDEX)]:
         config = {key: value for key, value in read_json(path).items() if key not in _ORIGIN}
         if path.name == CONFIG and path.parent in quantized:
             write_json(path, config)
@@ -188,10 +212,10 @@ def components(directory: str | os.PathLike[str]) -> dict[str, Path]:
     root = Path(directory)
     if not root.is_dir():
         raise FileNotFoundError(f"checkpoint must be a directory, but {root} does not exist; check the path")
-    if not (root / _PIPELINE).is_file():
+    if not (root / PIPELINE_INDEX).is_file():
         read_json(root / CONFIG)
         return {"": root}
-    names = [name for name, entry in read_json(root / _PIPELINE).items() if isinstance(entry, list)]
+    names = [name for name, entry in read_json(root / PIPELINE_INDEX).items() if isinstance(entry, list)]
     paths = {name: root / name / CONFIG for name in names if name == Path(name).name}
     configs = {
         name: read_json(path).get("quantization_config") for name, path in paths.items() if path.is_file()
@@ -240,7 +264,7 @@ def load(
     if (root / MANIFEST).is_file():
         read_manifest(root)
     loaded = {name: read_plan(path) for name, path in found.items()}
-    if (root / _PIPELINE).is_file():
+    if (root / PIPELINE_INDEX).is_file():
         if into is not None:
             raise CheckpointError(
                 "into must be None for a pipeline, got a module; pass the directory of one component"
@@ -258,35 +282,31 @@ def load(
 
 def _load_model(root: Path, plan: Plan, stored: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> Any:
     config = read_json(root / CONFIG)
-    name = config.get("_class_name")
-    if name is None:
+    names = config.get("architectures") or [config.get("_class_name")]
+    library, base = (
+        ("transformers", "PreTrainedModel") if "architectures" in config else ("diffusers", "ModelMixin")
+    )
+    if names[0] is None:
         kind = str(config.get("module_class", "module"))
         raise CheckpointError(
             f"into must be a {kind:.80} of the saved architecture, got None; pass load(directory, into=...)"
         )
-    import diffusers
-    import diffusers.quantizers.auto  # noqa: F401  (first, or our registration on its import meets a half-made module)
-
-    from difloat.io.diffusers import register
-
-    register()
-    model_class = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not isinstance(model_class, type) or not issubclass(model_class, diffusers.ModelMixin):
+    module = import_module(library)
+    model_class = getattr(module, names[0], None) if isinstance(names[0], str) else None
+    if not isinstance(model_class, type) or not issubclass(model_class, getattr(module, base)):
         raise CheckpointError(
-            f"_class_name must be a model of diffusers {diffusers.__version__}, got {name!r:.80}; update diffusers"
+            f"class of the model must be one of {library} {module.__version__}, got {names[0]!r:.80}; update {library}"
         )
-    return model_class.from_pretrained(str(root), **{_dtype_argument(): dtype or common_dtype(plan, stored)})
+    loader: Any = model_class
+    argument = "dtype" if library == "transformers" else _dtype_argument()
+    return loader.from_pretrained(str(root), **{argument: dtype or common_dtype(plan, stored)})
 
 
 def _load_pipeline(
     root: Path, loaded: Mapping[str, tuple[Plan, dict[str, StoredTensor]]], dtype: torch.dtype | None
 ) -> Any:
     import diffusers
-    import diffusers.quantizers.auto  # noqa: F401  (first, or our registration on its import meets a half-made module)
 
-    from difloat.io.diffusers import register
-
-    register()
     dtypes: Any = dtype
     if dtype is None:
         dtypes = {"default": torch.float32} | {name: common_dtype(*model) for name, model in loaded.items()}

@@ -1,106 +1,101 @@
-"""How difloat lives inside diffusers: the config and the quantizer behind plain `from_pretrained` and `save_pretrained`.
+"""How difloat lives inside diffusers: the quantizer behind plain `from_pretrained` and `save_pretrained`.
 
-Importing this module imports diffusers; `difloat.io.register_with_diffusers` does so only once diffusers is in use.
+Importing this module imports diffusers; `difloat.io.register` does so only once diffusers is in use.
 """
 
 from __future__ import annotations
 
-from enum import Enum
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from difloat import attention, layers
+from difloat import layers
+from difloat.io import planner, skeleton
+from difloat.io.config import DifloatConfig
 from difloat.io.layout import (
     INPUT_BUNDLE,
     QUANT_METHOD,
     CheckpointError,
     bundle,
     bundled_names,
-    check_stored,
-    parse_config,
     plan_tensors,
+    quantization_config,
     unbundle,
 )
-from difloat.layers import QuantizedLayer
+from difloat.io.lora_loader import teach_shapes
 from difloat.quantizer import LayerPlan
-from difloat.timesteps import Clock
 
-
-class DifloatMethod(str, Enum):
-    """The name under which diffusers knows difloat; it reads `.value`, so a plain string would not do."""
-
-    DIFLOAT = QUANT_METHOD
-
-
-class DifloatConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a difloat checkpoint, as `layout.quantization_config` writes it.
-
-    Raises:
-        CheckpointError: if the fields are no whole plan, in particular if there is none: difloat calibrates on the
-            model's own sampling, so `from_pretrained(..., quantization_config=DifloatConfig())` cannot quantize.
-    """
-
-    def __init__(self, **fields: Any) -> None:
-        """Take the fields of the JSON object."""
-        if not set(fields) - {"quant_method"}:
-            raise CheckpointError(
-                "DifloatConfig must hold a plan, got none; quantize a loaded model with difloat.quantize"
-            )
-        self.quant_method: Any = DifloatMethod.DIFLOAT
-        self.fields = {"quant_method": QUANT_METHOD, **fields}
-        self.plan = parse_config(self.fields)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object."""
-        return dict(self.fields)
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """The JSON object; the representation of the base class asks for it."""
-        return self.to_dict()
+_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16}
+_BITS[torch.bfloat16] = torch.int16
 
 
 class DifloatQuantizer(DiffusersQuantizer):
-    """Loads and saves models whose layers are packed already. Final.
+    """Loads and saves models whose layers are packed already, or packs the layers of a float model while it loads. Final.
 
-    The loader casts every floating tensor to the dtype it was asked for, before any hook could object. Vectors of
-    quantized layers are float32 whatever that dtype is, so they pass the cast as int32.
+    The loader casts every floating tensor to the dtype it was asked for, before any hook could object. Vectors of quantized
+    layers are float32 whatever that dtype is: they go into their layers before the loader sees them, and stay in memory where
+    weights go to the disk. Weights are searched as they are stored: they pass the cast as integers.
     """
 
     use_keep_in_fp32_modules = True
 
     def __init__(self, quantization_config: DifloatConfig, **kwargs: Any) -> None:
-        """Refuse to quantize while loading."""
+        """For a checkpoint's config or for what a user asks for."""
         super().__init__(quantization_config, **kwargs)
-        if not self.pre_quantized:
+        plan = quantization_config.plan
+        if plan is not None and not self.pre_quantized:
             raise ValueError(
-                "quantization_config of difloat must come from a difloat checkpoint, got a float model; "
-                "load the model without it and call difloat.quantize"
+                "quantization_config with a plan must come from a difloat checkpoint, got a float model; "
+                "load the model without it and call difloat.apply"
             )
+        self.pre_quantized = plan is not None  # single files say True without a look
         self.config = quantization_config
-        self.plan = quantization_config.plan
-        self._own = plan_tensors(self.plan)
+        self._own = {} if plan is None else plan_tensors(plan)
         self._loaded_names: set[str] | None = None
+        self._decision: Any = None
+        self._float_dtypes: dict[str, torch.dtype] = {}
+        self._found: dict[str, LayerPlan] = {}
+        self._device_map: dict[str, Any] = {}
+        self._model: nn.Module | None = None
+
+    @property
+    def plan(self) -> Any:
+        """The plan that is loaded; None until a float model is quantized."""
+        return self.config.plan
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse offloading to disk while loading: it would store the vectors as the int32 they pass the loader as."""
+        """Take note of which tensors go to disk; ValueError if the weights of a float model would."""
         device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError(
-                "device_map of a difloat model must not hold 'disk', got one that does; allow more CPU memory"
-            )
+        if isinstance(device_map, dict):
+            self._device_map = device_map
+            if not self.pre_quantized and "disk" in device_map.values():
+                raise ValueError(
+                    "device_map must not hold 'disk' while a float model is quantized, got one that does; "
+                    "quantize and save it first, then load it with disk offload"
+                )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """Dtype of all that is not quantized; float32 unless asked for, as diffusers loads unquantized models."""
         return torch.float32 if torch_dtype is None else torch_dtype
 
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
+        """What weights are counted as where devices are chosen automatically: packed bytes."""
+        return torch.uint8
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Shards may be loaded side by side, but for layers that are swapped meanwhile."""
+        return self.pre_quantized
+
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Replace the name of the bundled input vectors by the names of the vectors."""
+        if self.plan is None:
+            return loaded_keys
         names = [name for name in loaded_keys if name != INPUT_BUNDLE]
         if len(names) < len(loaded_keys):
             names += bundled_names(self.plan)
@@ -108,48 +103,33 @@ class DifloatQuantizer(DiffusersQuantizer):
         return names
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        modules = dict(model.named_modules())
-        for name, layer_plan in self.plan.layers.items():
-            old = modules.get(name)
-            if not isinstance(old, nn.Linear | nn.Conv2d) or tuple(old.weight.shape) != layer_plan.shape:
-                raise CheckpointError(
-                    f"plan must fit {type(model).__name__}, but {name!r:.200} of shape {layer_plan.shape} is no layer of it; "
-                    "config.json is of another model"
-                )
-            layer = layers.empty_like(old)
-            layer.allocate(layer_plan, "meta")
-            layers.replace(model, name, layer)
-        attention.install(model, self.plan.attention)
-        if self.plan.timesteps:
-            layers.set_clock(model, Clock(model, self.plan.timesteps))
-        self._check_names(model)
-
-    def _check_names(self, model: nn.Module) -> None:
-        """A tensor too few would stay empty and one too many be dropped, with no more than a warning by the loader."""
-        if self._loaded_names is None:
+        self._model = model
+        if self.plan is None:
+            float32 = kwargs.get("keep_in_fp32_modules") or ()
+            self._decision = planner.load().decide(model, self.config.settings, float32)
             return
-        expected = set(model.state_dict())
-        for wrong, what in (
-            (expected - self._loaded_names, "missing"),
-            (self._loaded_names - expected, "one too many"),
-        ):
-            if wrong:
-                raise CheckpointError(
-                    f"checkpoint must hold the tensors of {type(model).__name__}, but {min(wrong)!r:.200} is {what}; "
-                    "download or save it again"
-                )
+        skeleton.allocate(model, self.plan)
+        if self._loaded_names is not None:
+            skeleton.check_names(model, self._loaded_names)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        mark(model, self)
-        for name, module in model.named_modules():
-            if isinstance(module, QuantizedLayer) and module.weight_scale.dtype != torch.float32:
+        if self.plan is None:
+            missing = [name for name in self._decision.layers if name not in self._found]
+            if missing:
                 raise CheckpointError(
-                    f"scales of {name!r} must be loaded as float32, got {module.weight_scale.dtype}; "
-                    "load without offload_state_dict"
+                    f"weight of every layer must pass the loader, but that of {missing[0]!r} did not; "
+                    "download the model again, and load without offload_state_dict"
                 )
+            self.config = DifloatConfig.from_dict(quantization_config(self._decision.plan(self._found)))
+            self.quantization_config, self.pre_quantized = self.config, True
+            self._found = {}
+        mark(model, self)
+        self._model = None
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Take the bundle apart and send every vector as int32 past the loader's cast."""
+        """Take the vectors out of the loader's hands, and send weights to be searched past its cast as integers."""
+        if self.plan is None:
+            return self._with_weights_as_integers(state_dict)
         stored = state_dict.get(INPUT_BUNDLE)
         if stored is not None and (stored.dtype, stored.numel()) != (
             torch.float32,
@@ -159,14 +139,34 @@ class DifloatQuantizer(DiffusersQuantizer):
                 f"tensor {INPUT_BUNDLE!r} must be the plan's float32 input vectors, got another shape; download it again"
             )
         state = unbundle(state_dict, self.plan)
-        for name, tensor in state.items():
-            if name in self._own and tensor.dtype != self._own[name].dtype:
+        for name in self._own.keys() & state.keys():
+            if state[name].dtype != self._own[name].dtype:
                 raise CheckpointError(
-                    f"tensor {name!r:.200} must be {self._own[name].dtype}, got {tensor.dtype}; download or save it again"
+                    f"tensor {name!r:.200} must be {self._own[name].dtype}, got {state[name].dtype}; download or save it again"
                 )
-            if name in self._own and tensor.dtype == torch.float32:
-                state[name] = tensor.view(torch.int32)
+            if self._model is not None and not name.endswith(".weight"):
+                skeleton.place(self._model, name, state.pop(name), self._device_of(name))
         return state
+
+    def _with_weights_as_integers(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if (
+            self._decision is None
+        ):  # a single file, whose tensors have other names yet: the loader casts them first
+            return state_dict
+        state = dict(state_dict)
+        for name in self._decision.layers:
+            tensor = state.get(f"{name}.weight")
+            if tensor is not None and tensor.dtype in _BITS:
+                self._float_dtypes[name] = tensor.dtype
+                state[f"{name}.weight"] = tensor.contiguous().view(_BITS[tensor.dtype])
+        return state
+
+    def _device_of(self, name: str) -> Any:
+        """Where a vector goes: to the disk never, since hooks take only parameters back from there."""
+        while name and name not in self._device_map:
+            name = name.rpartition(".")[0]
+        device = self._device_map.get(name, "cpu")
+        return "cpu" if device == "disk" else device
 
     def check_if_quantized_param(
         self,
@@ -176,7 +176,11 @@ class DifloatQuantizer(DiffusersQuantizer):
         state_dict: dict[str, Any],
         **kwargs: Any,
     ) -> bool:
-        """Whether the tensor is one of the plan's."""
+        """Whether the tensor is one of the plan's, or the weight of a layer to be quantized."""
+        if self.plan is None:
+            return (
+                param_name.endswith(".weight") and param_name.removesuffix(".weight") in self._decision.layers
+            )
         return param_name in self._own
 
     def check_quantized_param_shape(
@@ -197,21 +201,29 @@ class DifloatQuantizer(DiffusersQuantizer):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Put one stored tensor into its layer."""
-        layer_name, _, key = param_name.rpartition(".")
-        layer = model.get_submodule(layer_name)
-        if key == "weight":
-            layer.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
-        else:
-            values = param_value.view(LayerPlan.dtype_of(key))
-            check_stored(param_name, self.plan.layers[layer_name], values)
-            setattr(layer, key, values.to(target_device))
+        """Put one stored tensor into its layer, or quantize the layer with its float weight."""
+        if self.plan is None:
+            self._quantize(model, param_name.removesuffix(".weight"), param_value, target_device)
+            return
+        skeleton.place(model, param_name, param_value, target_device)
+
+    def _quantize(self, model: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
+        dtype = self._float_dtypes.pop(name, value.dtype)
+        layer_plan = self._decision.layers[name](value.view(dtype).to(device))
+        layers.install(model, name, layer_plan, device)
+        # The plan of the model is made of shapes: its tensors are in the layers already.
+        self._found[name] = skeleton.without_values(layer_plan)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """State dict as stored; no metadata, since the config says it all."""
-        return bundle(state_dict, self.plan), {}
+        """State dict as stored; no metadata, since the config says it all. CheckpointError if adapters are loaded."""
+        if wrapped := [name for name in state_dict if ".base_layer." in name]:
+            raise CheckpointError(
+                f"model must have no adapters to be saved, but {wrapped[0]!r:.200} has one; "
+                "call unload_lora_weights, before it fuse_lora if they shall stay"
+            )
+        return bundle(skeleton.as_stored(self.plan, state_dict), self.plan), {}
 
     def _dequantize(self, model: Any) -> Any:
         dtype = model.dtype
@@ -235,20 +247,29 @@ class DifloatQuantizer(DiffusersQuantizer):
         return True
 
 
-def register() -> None:
-    """Enter difloat into the two dictionaries by which diffusers finds quantizers; again does nothing."""
+def _register() -> None:
+    """Enter difloat into the two dictionaries by which diffusers finds quantizers."""
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, DifloatConfig)
     auto.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, DifloatQuantizer)
 
 
+def quantizer(fields: Mapping[str, Any]) -> DifloatQuantizer:
+    """The quantizer of a model that is quantized already, from the JSON object of its plan."""
+    return DifloatQuantizer(DifloatConfig.from_dict(fields))
+
+
 def mark(model: Any, quantizer: DifloatQuantizer) -> None:
     """Let diffusers see that `model` is quantized, so that `save_pretrained` stores it as such."""
+    if hasattr(model, "load_lora_adapter"):
+        teach_shapes()
     config = quantizer.config
-    model.register_to_config(quantization_config=config.to_dict())
+    model.register_to_config(
+        quantization_config=config
+    )  # the object, as diffusers itself does: PEFT asks it for a dict
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method
-    model.difloat_plan = {key: config.fields[key] for key in ("recipe", "bits", "options", "skipped")}
+    model.difloat_plan = config.origin()
 
 
 def unmark(model: Any) -> None:
@@ -261,3 +282,6 @@ def unmark(model: Any) -> None:
     for name in ("hf_quantizer", "quantization_method", "difloat_plan"):
         if name in vars(model):
             delattr(model, name)
+
+
+_register()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from difloat.quantizer import PLAN_VERSION, LayerPlan, Plan
-from difloat.specs import AttentionPlan, Band, Part, layer_tensor_shapes
+from difloat.specs import SIDE, AttentionPlan, Band, Part, Side, layer_tensor_shapes
 
 QUANT_METHOD = "difloat"
 INPUT_BUNDLE = "difloat.input"
@@ -31,6 +31,7 @@ _BUNDLED = ("input_scale", "input_zero_point")
 _PLAN_FIELDS = {"version", "recipe", "bits", "options", "layers", "skipped"}
 _MAX_VARIANTS = 1024
 _MAX_WEIGHT_VALUES = 2**40  # no layer has more; a larger product is damage and would overflow further on
+_SPELLED = {torch.uint8: "U8", torch.float32: "F32", torch.float16: "F16"}  # what a plan stores
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -130,15 +131,26 @@ def _parse_layer(name: str, data: Any) -> LayerPlan:
             raise ValueError(f"a schedule must hold whole numbers of variants, got {schedules!r:.80}")
         weights, entries = (max(schedule, default=0) + 1 for schedule in schedules)
         smoothed = data.get("smoothed", False) is True
+        side = _side(data.get("side"), shape)
+        shapes = layer_tensor_shapes(shape, parts, weights, smoothed, entries, bands, side)
         tensors = {
             key: torch.empty(size, dtype=LayerPlan.dtype_of(key), device="meta")
-            for key, size in layer_tensor_shapes(shape, parts, weights, smoothed, entries, bands).items()
+            for key, size in shapes.items()
         }
         return LayerPlan.from_json(data, tensors)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"plan of layer {name!r:.200} must be valid, but {error!s:.300}; the file is damaged"
         ) from error
+
+
+def _side(data: Any, shape: Sequence[int]) -> Side | None:
+    if data is None:
+        return None
+    side = Side.from_json(data)
+    if side.pairs > _MAX_VARIANTS or side.rank * side.pairs * math.prod(shape) > _MAX_WEIGHT_VALUES:
+        raise ValueError(f"a side branch must be of a possible size, got {dict(data)!r:.80}")
+    return side
 
 
 def plan_tensors(plan: Plan) -> dict[str, Tensor]:
@@ -299,7 +311,7 @@ def check_headers(plan: Plan, stored: Mapping[str, StoredTensor]) -> None:
     if bundled:
         expected[INPUT_BUNDLE] = torch.empty(sum(bundled.values()), dtype=torch.float32, device="meta")
     for name, tensor in expected.items():
-        want = ("U8" if tensor.dtype == torch.uint8 else "F32", tuple(tensor.shape))
+        want = (_SPELLED[tensor.dtype], tuple(tensor.shape))
         if name not in stored:
             raise CheckpointError(
                 f"tensor {name!r:.200} of the plan must be stored, but is missing; download or save it again"
@@ -318,22 +330,22 @@ def check_headers(plan: Plan, stored: Mapping[str, StoredTensor]) -> None:
             )
 
 
-def check_stored(name: str, layer: LayerPlan, values: Tensor) -> None:
+def check_stored(name: str, bands: Sequence[Band], values: Tensor) -> None:
     """Check the values of a stored tensor besides packed codes, called ``<layer>.<tensor>``.
 
     Raises:
-        CheckpointError: unless scales and factors are finite and positive, zero points finite, and as many rows belong to
-            every band as the plan says.
+        CheckpointError: unless scales and factors are finite and positive, zero points and side branches finite, and as many
+            rows belong to every band as the plan says.
     """
     if name.endswith(".row_band"):
-        counts = torch.bincount(values.int(), minlength=len(layer.bands)).tolist()
-        if counts != [band.rows for band in layer.bands]:
+        counts = torch.bincount(values.int(), minlength=len(bands)).tolist()
+        if counts != [band.rows for band in bands]:
             raise CheckpointError(
-                f"{name!r:.200} must put {[band.rows for band in layer.bands]!r:.80} rows into the bands, got {counts!r:.80}; "
+                f"{name!r:.200} must put {[band.rows for band in bands]!r:.80} rows into the bands, got {counts!r:.80}; "
                 "quantize or download the model again"
             )
         return
-    positive = not name.endswith("_zero_point")
+    positive = not name.endswith(("_zero_point", *(f".{key}" for key in SIDE)))
     wrong = ~torch.isfinite(values) | (values <= 0) if positive else ~torch.isfinite(values)
     if bool(wrong.any()):
         rule = "finite and positive" if positive else "finite"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from difloat import attention, layers
+from difloat.io import skeleton
 from difloat.io.layout import (
     CONFIG,
     INPUT_BUNDLE,
@@ -42,7 +43,7 @@ def write_module(module: nn.Module, plan: Plan, directory: Path, max_shard_bytes
     # What is tied or a view is copied: a file has no notion of shared memory.
     seen: set[int] = set()
     tensors = {}
-    for name, tensor in bundle(state, plan).items():
+    for name, tensor in bundle(skeleton.as_stored(plan, state), plan).items():
         tensor = tensor.detach().cpu().contiguous()
         address = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if address in seen else tensor
@@ -98,15 +99,17 @@ def load_into(
     }
     for name, tensors in planned.items():
         for key in tensors.keys() - {"weight"}:
-            check_stored(f"{name}.{key}", plan.layers[name], tensors[key])
+            check_stored(f"{name}.{key}", plan.layers[name].bands, tensors[key])
 
     def place(name: str) -> torch.device:
         return torch.device(device or ("cpu" if homes[name].type == "meta" else homes[name]))
 
     for name, layer in plan.layers.items():
         new = layers.empty_like(module.get_submodule(name))  # type: ignore[arg-type]
+        layers.swap(module, name, new)
+        if new.input_dtype is not None and dtype is not None:
+            new.input_dtype = dtype
         new.load(replace(layer, tensors=planned[name]), place(f"{name}.weight"))
-        layers.replace(module, name, new)
     rest = {
         name: tensor.to(
             place(name), dtype if tensor.is_floating_point() and dtype is not None else tensor.dtype

@@ -106,7 +106,7 @@ def _check_layers(component: str, plan: Plan, stored: Mapping[str, StoredTensor]
         try:
             for key, tensor in layer.tensors.items():
                 if key != "weight":
-                    check_stored(f"{name}.{key}", layer, tensor)
+                    check_stored(f"{name}.{key}", layer.bands, tensor)
         except CheckpointError as error:
             failures["scales"].append(str(error))
             continue

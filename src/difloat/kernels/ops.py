@@ -201,9 +201,9 @@ def keep_facts(
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     """Clipped straight-through to the input, and to the bias; what is packed gets none."""
-    *stored, inside = ctx.saved_tensors
+    packed, scale, zero_point, inside = ctx.saved_tensors
     to_x, to_bias = to_input_and_bias(
-        ctx, gradient, inside, lambda: reference.decode_weight(*stored, ctx.part), 6
+        ctx, gradient, inside, lambda: reference.decode_weight(packed, scale, zero_point, ctx.part), 6
     )
     return (to_x, None, None, None, None, None, to_bias, *[None] * (1 + len(ctx.geometry)))
 

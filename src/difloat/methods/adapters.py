@@ -1,8 +1,9 @@
-"""Trainable twins of quantized layers: low-rank adapters in front of the rounding, and learned ranges.
+"""Trainable twins of quantized layers: low-rank adapters in front of the rounding or beside it, and learned ranges.
 
-A twin computes ``Q_x(x) Q_w(W + sum_k c_k up_k down_k)`` with a frozen float weight W: adapters are merged before the weight is
-rounded, so that what was trained can be packed (QALoRA, arXiv:2310.03270; TALoRA, arXiv:2505.21591). The one-hot choice c
-depends on the timestep (`student`).
+A twin trains what is deployed, in one of two ways. Merged, it computes ``Q_x(x) Q_w(W + sum_k c_k up_k down_k)`` with a frozen
+float weight W: adapters are merged before the weight is rounded, so that each can be packed as a weight of its own (QALoRA,
+arXiv:2310.03270; TALoRA, arXiv:2505.21591). As a side branch it computes ``Q_x(x) Q_w(W) + sum_k c_k up_k (down_k x)``: one
+packed weight, and pairs that stay float16 and see the input unrounded. The one-hot choice c depends on the timestep.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from difloat import quantizer
 from difloat.kernels import ops
 from difloat.quantizer import LayerPlan, fake_quantize
 from difloat.scales import expand_scale
-from difloat.specs import Part
+from difloat.side import low_rank
+from difloat.specs import Part, Side
+
+Carry = Literal[
+    "merged", "side"
+]  # how adapters are carried out: a packed weight each, or beside one packed weight
 
 Init = Literal["zero", "error"]
 
@@ -52,9 +58,10 @@ class Adaptive(nn.Module):
         rank: int,
         entries: int,
         init: Init = "zero",
+        carry: Carry = "merged",
         generator: torch.Generator,
     ) -> None:
-        """A twin of `layer` that starts as `plan` says, with one weight; rank 0 leaves adapters out.
+        """A twin of `layer` that starts as `plan` says, with one weight and no branch; rank 0 leaves adapters out.
 
         With `init` "error" the frozen W is the dequantized weight, and the one adapter starts as the largest directions of
         what rounding took away (after MPQ-DMv2, arXiv:2507.04290; inferred). On the float weight the same start would
@@ -64,7 +71,7 @@ class Adaptive(nn.Module):
             ValueError: if several adapters should start from the error: they would be equal.
         """
         super().__init__()
-        self.plan, self.adapters, self.rank = plan, adapters, rank
+        self.plan, self.adapters, self.rank, self.carry = plan, adapters, rank, carry
         self.choice: Tensor | None = None
         self.entry = 0
         self._layer = [layer]  # in a list: the user's own layer is neither a submodule nor saved
@@ -120,9 +127,12 @@ class Adaptive(nn.Module):
         return total / (self.plan.shape[0] * len(self.plan.parts))
 
     def merged(self, choice: Tensor) -> Tensor:
-        """The float weight with the adapters weighted by `choice` [adapters], divided by the factors of a smoothed input."""
+        """The float weight with the adapters weighted by `choice` [adapters], divided by the factors of a smoothed input.
+
+        Without the adapters if they are carried beside it.
+        """
         weight = self._base.float()
-        if self.rank:
+        if self.rank and self.carry == "merged":
             change = torch.einsum("h,hor,hri->oi", choice, self.up, self.down.flatten(2))
             weight = weight + change.view_as(weight)
         if self.plan.smoothed:
@@ -175,21 +185,29 @@ class Adaptive(nn.Module):
         choice = torch.ones(1, device=x.device) if self.choice is None else self.choice
         weight = self.quantized(self.merged(choice)).to(x.dtype)
         bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)
-        x = self.quantized_input(x)
-        return (
-            F.linear(x, weight, bias)
+        rounded = self.quantized_input(x)
+        out = (
+            F.linear(rounded, weight, bias)
             if isinstance(layer, nn.Linear)
-            else layer._conv_forward(x, weight, bias)
+            else layer._conv_forward(rounded, weight, bias)
         )
+        return out + self.branch(x, choice) if self.rank and self.carry == "side" else out
+
+    def branch(self, x: Tensor, choice: Tensor) -> Tensor:
+        """The pairs in float16 on the input as it comes, weighted by `choice` [adapters]: one product of all ranks together."""
+        up = _as_stored(self.up) * choice[:, None, None]
+        return low_rank(self._layer[0], x, _as_stored(self.down).flatten(0, 1), torch.cat(list(up), dim=1))
 
     @torch.no_grad()
     def packed(self, schedule: Sequence[int]) -> LayerPlan:
-        """The layer as trained: adapters merged, one packed weight for every adapter that is used.
+        """The layer as trained: one packed weight for every adapter that is used, or one with these adapters beside it.
 
         Args:
             schedule: Adapter for every entry of the timestep grid.
         """
         used = sorted(set(schedule)) if self.rank else [0]
+        places = [used.index(adapter) for adapter in schedule] if len(used) > 1 else []
+        beside = bool(self.rank) and self.carry == "side"
         every = torch.eye(max(1, self.adapters))
         inputs = {
             n: getattr(self, n).detach() for n in ("input_scale", "input_zero_point") if hasattr(self, n)
@@ -198,15 +216,25 @@ class Adaptive(nn.Module):
         if "input_scale" in inputs:
             inputs["input_scale"] = inputs["input_scale"].clamp_min(_SMALLEST_SCALE)
         plans = []
-        for adapter in used:
+        for adapter in used[:1] if beside else used:
             bare = self._encoded(self.merged(every[adapter]))
             tensors = {**self.plan.tensors, **bare.tensors, **{n: v.reshape(-1) for n, v in inputs.items()}}
             plans.append(replace(self.plan, tensors=tensors))
         if entries > 1:
             plans[0] = replace(plans[0], input_schedule=tuple(range(entries)))
-        places = [used.index(adapter) for adapter in schedule] if len(used) > 1 else []
-        joined = quantizer.join_variants(plans, places)
-        return replace(joined, smoothed=self.plan.smoothed)
+        joined = quantizer.join_variants(plans, [] if beside else places)
+        joined = replace(joined, smoothed=self.plan.smoothed)
+        return self._with_side(joined, used, places) if beside else joined
+
+    def _with_side(self, plan: LayerPlan, used: list[int], places: list[int]) -> LayerPlan:
+        """The planned layer with the pairs `used` beside it; ValueError if one has no number in float16."""
+        pairs = {"side_down": self.down[used].flatten(0, 1), "side_up": self.up[used].flatten(0, 1)}
+        stored = {name: factors.detach().half() for name, factors in pairs.items()}
+        if not all(bool(factors.isfinite().all()) for factors in stored.values()):
+            raise ValueError(
+                "adapters beside a weight must be finite in float16, got larger values; train with a lower adapter_rate"
+            )
+        return replace(plan, tensors={**plan.tensors, **stored}, side=Side(self.rank, tuple(places)))
 
     def _encoded(self, weight: Tensor) -> LayerPlan:
         """A merged weight with the scales as trained, without inputs."""
@@ -219,6 +247,23 @@ class Adaptive(nn.Module):
             zeros = [zero for _, zero in pairs]
             bands.append(quantizer.plan_layer(weight[rows], weight_only, scales, weight_zero_points=zeros))
         return quantizer.join_rows(bands, torch.cat(self._rows))
+
+
+def stored_bytes(plan: LayerPlan, adapters: int, rank: int, carry: Carry) -> int:
+    """Bytes that adapters add to a layer planned without, if all of them are used."""
+    if not adapters or not rank:
+        return 0
+    if carry == "merged":
+        return (adapters - 1) * sum(
+            plan.tensors[name].nbytes for name in quantizer.VARIED if name in plan.tensors
+        )
+    shapes = Side(rank, tuple(range(adapters))).tensor_shapes(plan.shape)
+    return sum(plan.dtype_of(name).itemsize * math.prod(shape) for name, shape in shapes.items())
+
+
+def _as_stored(factors: Tensor) -> Tensor:
+    """Rounded to what is stored, with the gradient of the identity: in float16 itself small gradients would vanish."""
+    return factors + (factors.half().float() - factors).detach()
 
 
 def _of_parts(plan: LayerPlan, name: str) -> list[Tensor]:

@@ -89,6 +89,12 @@ def lopsidedness(values: Tensor) -> float:
     return 1 - min(-low, high) / max(-low, high)
 
 
+def floating_point(bits: int) -> Format:
+    """The usual format of a width: two exponent bits below 8 bits, four at 8 (E2M1, E2M3, E4M3)."""
+    exponent_bits = min(4 if bits == 8 else 2, bits - 1)
+    return Format(True, exponent_bits, bits - 1 - exponent_bits)
+
+
 def asymmetric_integers(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
     """Unsigned integers with a real zero point, both ends of the range searched by squared error."""
     grid = (formats.parse(f"uint{bits}"),)

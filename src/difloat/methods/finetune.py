@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from difloat.calls import first_tensor
+from difloat import processes
+from difloat.calls import content_hash, first_tensor
 from difloat.methods.adapters import Adaptive
 from difloat.methods.student import Student
 from difloat.methods.task import Task
@@ -66,6 +67,7 @@ def train(
     settings: TrainingSettings,
     weights: Mapping[float, float],
     extra: Extra | None = None,
+    note: str = "",
 ) -> list[float]:
     """Train `student` in place.
 
@@ -75,51 +77,56 @@ def train(
         settings: See there.
         weights: Of the squared error at each timestep of the grid.
         extra: Further loss of a step, from the student, the step, its timestep, its calibration rows and the student's output.
+        note: Says what `extra` is: a kept state of a run with another one is not gone on with.
 
     Returns:
         Mean loss of every epoch.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(
-        mixed_precision=settings.precision,
-        gradient_accumulation_steps=settings.accumulation,
-        cpu=next(task.model.parameters()).device.type == "cpu",
-    )
+    accelerator = _accelerator(task, settings)
     data = _Rows(task, accelerator)
     optimizer = torch.optim.AdamW(_groups(student, settings), weight_decay=0.0)
     steps = settings.epochs * len(data.grid)
     model, optimizer = accelerator.prepare(student, optimizer)
-    state = _Kept(task, student, optimizer, settings)
-    losses = state.restore()
+    state = _Kept(task, student, optimizer, settings, note)
+    losses = state.restore(processes.on_main(state.read))
     base = [group["lr"] for group in _groups(student, settings)]
     bar = tqdm(total=steps, desc="fine-tune", disable=not (task.progress and accelerator.is_main_process))
     bar.update(len(losses))
-    for step in range(len(losses), steps):
-        for group, rate in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = rate * (1 - step / steps)
-        loss = torch.zeros(())
-        for part in range(settings.accumulation):
-            timestep, rows = data.draw(step * settings.accumulation + part, settings.rows, task.seed)
-            with accelerator.accumulate(model):
-                output = first_tensor(model(*data.call(rows)))
-                part_loss = weights[timestep] * (output.float() - data.targets[rows]).square().mean()
-                if extra is not None:
-                    part_loss = part_loss + extra(student, step, timestep, rows.tolist(), output)
-                accelerator.backward(part_loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            loss = loss + part_loss.detach().cpu() / settings.accumulation
-        losses.append(float(accelerator.reduce(loss.to(accelerator.device), "mean")))
-        bar.update()
-        bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
-        if accelerator.is_main_process:
-            state.keep(losses, force=step + 1 == steps)
-        if _stalled(losses, len(data.grid), settings.patience):
-            break
-    bar.close()
+    with bar, processes.apart():
+        for step in range(len(losses), steps):
+            for group, rate in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = rate * (1 - step / steps)
+            loss = torch.zeros(())
+            for part in range(settings.accumulation):
+                timestep, rows = data.draw(step * settings.accumulation + part, settings.rows, task.seed)
+                with accelerator.accumulate(model):
+                    output = first_tensor(model(*data.call(rows)))
+                    part_loss = weights[timestep] * (output.float() - data.targets[rows]).square().mean()
+                    if extra is not None:
+                        part_loss = part_loss + extra(student, step, timestep, rows.tolist(), output)
+                    accelerator.backward(part_loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                loss = loss + part_loss.detach().cpu() / settings.accumulation
+            losses.append(float(accelerator.reduce(loss.to(accelerator.device), "mean")))
+            bar.update()
+            bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
+            if accelerator.is_main_process:
+                state.keep(losses, force=step + 1 == steps)
+            if _stalled(losses, len(data.grid), settings.patience):
+                break
     accelerator.wait_for_everyone()
     return _by_epoch(losses, len(data.grid))
+
+
+def _accelerator(task: Task, settings: TrainingSettings) -> Any:
+    from accelerate import Accelerator
+
+    return Accelerator(
+        mixed_precision=settings.precision,
+        gradient_accumulation_steps=settings.accumulation,
+        cpu=next(task.model.parameters()).device.type == "cpu",
+    )
 
 
 class _Rows:
@@ -188,10 +195,22 @@ def _stalled(losses: list[float], length: int, patience: int) -> bool:
 class _Kept:
     """The state of a run on disk: trained tensors, the optimiser's moments, losses. Written to a part file, then renamed."""
 
-    def __init__(self, task: Task, student: Student, optimizer: Any, settings: TrainingSettings) -> None:
+    def __init__(
+        self, task: Task, student: Student, optimizer: Any, settings: TrainingSettings, note: str = ""
+    ) -> None:
         self.student, self.optimizer = student, optimizer
-        facts = {"settings": repr(settings), "seed": task.seed, "grid": student.grid, "names": student.names}
-        self.facts = json.dumps(facts)
+        facts: dict[str, Any] = {
+            "settings": repr(settings),
+            "seed": task.seed,
+            "grid": student.grid,
+            "names": student.names,
+        }
+        shapes = [tuple(parameter.shape) for parameter in student.parameters()]
+        specs = [twin.plan.to_json() for twin in student.twins if isinstance(twin, Adaptive)]
+        bands = [twin.plan.tensors.get("row_band") for twin in student.twins if isinstance(twin, Adaptive)]
+        rows = [None if band is None else content_hash(band.cpu()) for band in bands]
+        facts |= {"carry": student.carry, "init": student.adapter_init, "extra": note, "rows": rows}
+        self.facts = json.dumps(facts | {"parameters": shapes, "layers": specs})
         self.path = None if task.work_dir is None else task.work_dir / "fine-tuning.safetensors"
         self.saved = time.monotonic()
 
@@ -213,15 +232,23 @@ class _Kept:
         os.replace(part, self.path)
         self.saved = time.monotonic()
 
-    def restore(self) -> list[float]:
-        """Take over a kept state of this very run; the losses so far, none without one."""
+    def read(self) -> tuple[dict[str, Tensor], list[float]] | None:
+        """A kept state of this very run, if there is one."""
         if self.path is None or not self.path.exists():
-            return []
+            return None
         with safe_open(self.path, "pt") as file:
             metadata = file.metadata()
-        if metadata["facts"] != self.facts:
+        return (
+            (load_file(self.path), json.loads(metadata["losses"]))
+            if metadata["facts"] == self.facts
+            else None
+        )
+
+    def restore(self, state: tuple[dict[str, Tensor], list[float]] | None) -> list[float]:
+        """Take over what `read` gave; the losses so far."""
+        if state is None:
             return []
-        tensors = load_file(self.path)
+        tensors, losses = state
         for name, parameter in self.student.named_parameters():
             parameter.data.copy_(tensors[f"value.{name}"])
             moments = {
@@ -231,5 +258,4 @@ class _Kept:
             }
             if moments:
                 self.optimizer.state[parameter] = moments
-        losses: list[float] = json.loads(metadata["losses"])
         return losses

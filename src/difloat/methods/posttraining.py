@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from difloat import attention, layers
+from difloat import attention, layers, processes
 from difloat.methods import observe
 from difloat.methods.assign import Draft, draft_layer, search_inputs
 from difloat.methods.blockwise import learn_blocks
@@ -66,6 +66,9 @@ def run(
 ) -> Outcome:
     """Carry out the sequence.
 
+    In a launch of several processes the main one decides and the others wait for its outcome: every search and every block
+    builds on those before it.
+
     Args:
         task: Model and data.
         rules_for: What is asked of a layer, given its name and the trace; or the reason why it stays as it is.
@@ -76,7 +79,6 @@ def run(
         ValueError: if the model has no layer to quantize, or a weight is not finite (the layer is named).
     """
     generator = torch.Generator().manual_seed(task.seed)
-    measured: dict[str, Any] = {"seconds": {}, "blocks": {}}
     candidates = layers.quantizable(task.model)
     if not candidates:
         raise ValueError(
@@ -94,6 +96,24 @@ def run(
         raise ValueError(
             f"recipe must quantize at least one layer, but keeps all: {next(iter(skipped.values()))}"
         )
+
+    def decide() -> Outcome:
+        return _decide(task, rules, skipped, seen, settings, attention_plan, generator)
+
+    return processes.on_main(decide)
+
+
+def _decide(
+    task: Task,
+    rules: Mapping[str, LayerRules],
+    skipped: dict[str, str],
+    seen: Trace,
+    settings: Sequencing,
+    attention_plan: AttentionPlan | None,
+    generator: torch.Generator,
+) -> Outcome:
+    """Weights, rounding and inputs of the layers that `rules` names."""
+    measured: dict[str, Any] = {"seconds": {}, "blocks": {}}
     with timed(measured, "search weights"):
         plans, learn = _search_weights(task, rules, seen, settings)
     twin = layers.shadow(task.model)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difloat import attention, layers
-from difloat.methods.adapters import Adaptive, Init
+from difloat.methods.adapters import Adaptive, Carry, Init
 from difloat.quantizer import LayerPlan
 from difloat.specs import AttentionPlan
 from difloat.timesteps import Clock
@@ -59,6 +59,8 @@ class Student(nn.Module):
         grid: The timesteps that adapters and input ranges are learned for, ascending.
         twins: The trainable layers by their position in `names`.
         router: None with one adapter.
+        carry: How adapters are carried out.
+        adapter_init: What they started from.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Student(nn.Module):
         adapters: int,
         rank: int,
         input_ranges_by_timestep: bool,
+        carry: Carry = "merged",
         without_adapters: Sequence[str] = (),
         adapter_init: Init = "zero",
         generator: torch.Generator,
@@ -85,13 +88,15 @@ class Student(nn.Module):
             adapters: Per layer; one is active at a time.
             rank: Of the adapters.
             input_ranges_by_timestep: Learn static input ranges apart for every entry of the grid.
+            carry: How adapters are carried out, see `adapters`.
             without_adapters: Layers that learn ranges only.
             adapter_init: See `Adaptive`.
             generator: Draws the first values.
         """
         super().__init__()
         shadow = layers.shadow(model, frozen=True)
-        self.grid, self.names = tuple(grid), list(plans)
+        self.grid, self.names, self.carry = tuple(grid), list(plans), carry
+        self.adapter_init = adapter_init
         self.clock = Clock(shadow, self.grid)
         self.twins = nn.ModuleList(
             Adaptive(
@@ -101,6 +106,7 @@ class Student(nn.Module):
                 rank=0 if name in without_adapters else rank,
                 entries=len(grid) if input_ranges_by_timestep else 1,
                 init=adapter_init,
+                carry=carry,
                 generator=generator,
             )
             for name, plan in plans.items()

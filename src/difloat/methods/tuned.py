@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from difloat.methods import posttraining
-from difloat.methods.adapters import Init
+from difloat.methods.adapters import Carry, Init
 from difloat.methods.denoising_factor import denoising_factors, normalised
 from difloat.methods.finetune import TrainingSettings, train
 from difloat.methods.posttraining import Outcome
@@ -27,6 +27,7 @@ class Tuning:
         by_factor: Weight the loss by the scheduler's denoising factors.
         without_adapters: Layers that learn ranges only.
         input_ranges_by_timestep: Learn static input ranges apart for every timestep.
+        carry: How adapters are carried out, see `adapters`.
         relation: Further distillation beside the output's.
         adapter_init: "zero", or "error": from the largest directions of the rounding error (`adapters.Adaptive`).
     """
@@ -37,6 +38,7 @@ class Tuning:
     by_factor: bool
     without_adapters: tuple[str, ...] = ()
     input_ranges_by_timestep: bool = False
+    carry: Carry = "merged"
     relation: RelationSettings = field(default=RelationSettings("off"))
     adapter_init: Init = "zero"
 
@@ -57,6 +59,7 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
         adapters=tuning.adapters,
         rank=tuning.rank,
         input_ranges_by_timestep=tuning.input_ranges_by_timestep,
+        carry=tuning.carry,
         without_adapters=tuning.without_adapters,
         adapter_init=tuning.adapter_init,
         generator=torch.Generator().manual_seed(task.seed),
@@ -67,10 +70,11 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
     if extra is not None:
         measured["relation_features"] = extra.name
     with posttraining.timed(measured, "fine-tune"):
-        losses = train(task, student, tuning.settings, _weights(task, grid, tuning.by_factor), extra)
+        weights, note = _weights(task, grid, tuning.by_factor), repr(tuning.relation)
+        losses = train(task, student, tuning.settings, weights, extra, note)
     measured |= {"losses": losses, "router": student.table().tolist(), "grid": list(grid)}
     plans = student.packed()
-    by_time = any(plan.schedule or plan.input_schedule for plan in plans.values())
+    by_time = any(plan.schedules for plan in plans.values())
     return replace(outcome, layers=plans, measured=measured, timesteps=grid if by_time else ())
 
 

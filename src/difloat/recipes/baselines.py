@@ -15,7 +15,7 @@ from typing import Literal
 from difloat import formats
 from difloat.methods import posttraining
 from difloat.methods.adaround import RoundingSettings
-from difloat.methods.assign import MIN_MAX, Rule, asymmetric_integers
+from difloat.methods.assign import MIN_MAX, Rule, asymmetric_integers, floating_point
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.search import CLIPS
@@ -49,8 +49,7 @@ def rtn(task: Task, options: NearestOptions) -> Outcome:
     def grid(bits: int) -> tuple[formats.Format, ...]:
         if options.grid == "int":
             return (formats.parse(f"int{bits}"),)
-        exponent_bits = min(4 if bits == 8 else 2, bits - 1)
-        return (formats.Format(True, exponent_bits, bits - 1 - exponent_bits),)
+        return (floating_point(bits),)
 
     def rules(name: str, seen: Trace) -> LayerRules:
         kept = posttraining.keeps_8bit(name, seen, options.keep_8bit)

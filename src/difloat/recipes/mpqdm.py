@@ -105,7 +105,14 @@ def plan(task: Task, options: Options) -> Outcome:
     training = TrainingSettings(
         options.epochs, options.rows, options.adapter_rate, precision=options.precision
     )
-    by_timestep, init = options.ranges_by_timestep, options.adapter_init
-    return tune(
-        task, outcome, Tuning(training, 1, options.rank, False, tuple(kept), by_timestep, relation, init)
+    tuning = Tuning(
+        training,
+        1,
+        options.rank,
+        False,
+        tuple(kept),
+        options.ranges_by_timestep,
+        relation=relation,
+        adapter_init=options.adapter_init,
     )
+    return tune(task, outcome, tuning)

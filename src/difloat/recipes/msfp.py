@@ -21,6 +21,7 @@ from typing import Literal
 
 from difloat import formats
 from difloat.methods import posttraining
+from difloat.methods.adapters import Carry
 from difloat.methods.assign import Rule
 from difloat.methods.finetune import TrainingSettings
 from difloat.methods.observe import Trace
@@ -44,6 +45,7 @@ class Options:
         search: "wide", or "narrow" as in the third-party re-implementation.
         adapters: Low-rank adapters per layer; 0: no fine-tuning at all, 1: one for all timesteps.
         rank: Of the adapters.
+        carry: "merged": a packed weight per adapter that is used; "side": one packed weight and the adapters beside it.
         dfa: Weight the loss of a timestep by its factor in the sampler's update.
         keep_8bit: As in LBFP.
         epochs, rows, adapter_rate, precision: Of fine-tuning, see `TrainingSettings`.
@@ -54,6 +56,7 @@ class Options:
     search: Literal["wide", "narrow"] = "wide"
     adapters: int = 2
     rank: int = 32
+    carry: Carry = "merged"
     dfa: bool = True
     keep_8bit: tuple[str, ...] = ("first", "last")
     epochs: int = field(default=TrainingSettings.epochs)
@@ -80,7 +83,8 @@ def plan(task: Task, options: Options) -> Outcome:
     settings = TrainingSettings(
         options.epochs, options.rows, options.adapter_rate, precision=options.precision
     )
-    return tune(task, outcome, Tuning(settings, options.adapters, options.rank, options.dfa, tuple(kept)))
+    tuning = Tuning(settings, options.adapters, options.rank, options.dfa, tuple(kept), carry=options.carry)
+    return tune(task, outcome, tuning)
 
 
 def _signed(bits: int, options: Options) -> tuple[formats.Format, ...]:

@@ -1,0 +1,99 @@
+"""What merging a LoRA into a packed model costs: unmerged, merged, and merged before quantizing, at several widths.
+
+The denoiser's output on fixed latents, texts and timesteps is compared with that of the float model with the LoRA. Errors are
+relative to what the LoRA changes there: 1 is as far off as the float model without it.
+
+python examples/train_lora.py --out emoji-inverted && python benchmarks/lora_merging.py emoji-inverted
+
+Writes ``benchmarks/results/lora_merging.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import difloat
+from difloat import study
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTHS = ("w3a8", "w4a8", "w6a8", "w8a8")
+
+
+@torch.no_grad()
+def outputs(pipeline: Any, texts: Tensor) -> Tensor:
+    """Predicted noise for every text at four timesteps."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(len(texts), 4, 16, 16, generator=generator)
+    return torch.stack([pipeline.unet(latents, torch.tensor(t), texts).sample for t in (50, 350, 650, 950)])
+
+
+def measure(source: Path, recipe: str, bits: str, samples: int) -> dict[str, float]:
+    """Errors of one width."""
+    plain = difloat.reference("emoji-unet")
+    prompts = study.prompts_of(plain, "emoji-unet", None) or []
+    texts = plain.encode_prompt(prompts[:16], "cpu", 1, False)[0].detach()
+    arguments = {"recipe": recipe, "bits": bits, "prompts": prompts, "samples": samples, "progress": False}
+    adapted = copy.deepcopy(plain)
+    difloat.load_lora(adapted, source)
+    without, target = outputs(plain, texts), outputs(adapted, texts)
+
+    def error(pipeline: Any, aim: Tensor) -> float:
+        return float((outputs(pipeline, texts) - aim).norm() / (target - without).norm())
+
+    packed = copy.deepcopy(plain)
+    difloat.quantize(packed, **arguments)
+    result = {"without LoRA": error(packed, without)}
+    difloat.load_lora(packed, source)
+    result["unmerged"] = error(packed, target)
+    shares = difloat.merge_lora(packed)
+    result |= {
+        "merged": error(packed, target),
+        "share that arrived, mean of layers": sum(shares.values()) / len(shares),
+    }
+    difloat.merge_lora(adapted)
+    difloat.unload_lora(adapted)
+    difloat.quantize(adapted, **arguments)
+    return {**result, "merged before quantizing": error(adapted, target)}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description="What merging a LoRA into a packed model costs.")
+    parser.add_argument("lora", type=Path, help="directory of a LoRA of emoji-unet")
+    parser.add_argument("--recipe", default="rtn")
+    parser.add_argument("--samples", type=int, default=64, help="calibration rows")
+    parser.add_argument("--widths", nargs="+", default=list(WIDTHS))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/lora_merging.json")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", "rounding took away")  # it is what is measured
+    errors = {}
+    for bits in options.widths:
+        errors[bits] = measure(options.lora, options.recipe, bits, options.samples)
+        print(bits, "  ".join(f"{name} {value:.3f}" for name, value in errors[bits].items()))
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    machine = {"processor": platform.machine(), "torch": torch.__version__}
+    record = {
+        "command": sys.argv,
+        "commit": commit,
+        "machine": machine,
+        "recipe": options.recipe,
+        "error": errors,
+    }
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Drawing pictures with any diffusers pipeline, each from its own seed, by one process or several."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difloat import processes
+from difloat.arguments import completed, condition_of, draw_classes, for_pictures, parameters_of, takes
+from difloat.calls import device_of
+from difloat.sampling import denoiser_of, quiet
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """Pictures of one pipeline and how they came about.
+
+    Attributes:
+        images: `[n, 3, h, w]` float32 in [0, 1], on the CPU.
+        latents: `[steps, n, ...]`, the sampler's state after every step in the pipeline's own dtype, or None.
+        timesteps: of every sampler step, in the sampler's order and unit.
+        seconds: wall-clock time of all batches together.
+    """
+
+    images: Tensor
+    latents: Tensor | None
+    timesteps: list[float]
+    seconds: float
+
+
+def generate(
+    pipeline: Any,
+    prompts: Sequence[Any] | None,
+    *,
+    seeds: Sequence[int],
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 50,
+    trajectory: bool = False,
+    progress: bool = True,
+    call_kwargs: Mapping[str, Any] | None = None,
+) -> Generated:
+    """One picture per seed from any diffusers pipeline, the same one for every batch size up to float rounding.
+
+    Picture i is drawn with its own CPU generator of `seeds[i]` and prompt `prompts[i % len(prompts)]`. Sampler states
+    are taken from the scheduler's `step`, which every pipeline calls, so nothing depends on a pipeline's callbacks.
+    What the call needs besides is completed by `difloat.arguments.completed`.
+
+    In a launch of several processes (`difloat.processes`), all of which must call this with the same arguments, each draws
+    every so many-th batch, so that every batch is one that a single process would draw. The main process gets all pictures,
+    the others none.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        prompts: texts, or classes for class-conditional pipelines, recycled; None for unconditional pipelines, and for
+            class-conditional ones to draw a class with each seed.
+        seeds: one per picture.
+        steps: sampler steps; None takes the pipeline's default.
+        guidance_scale: None takes the pipeline's default.
+        batch_size: pictures per call.
+        trajectory: keep the sampler's state after every step.
+        progress: show one bar over all pictures instead of the pipeline's own bars.
+        call_kwargs: further arguments of the pipeline's call.
+
+    Raises:
+        ValueError: no seeds, prompts that do not fit the pipeline, an argument it does not have, or a picture
+            with NaN or infinity (named by its seed).
+        ProcessError: another process of the launch failed.
+    """
+    from tqdm.auto import tqdm
+
+    if not seeds or batch_size < 1:
+        raise ValueError(f"seeds and batch_size must be at least 1, got {len(seeds)} and {batch_size}.")
+    inputs, arguments = _call_arguments(pipeline, prompts, seeds, steps, guidance_scale, call_kwargs or {})
+    batches = [range(n, min(n + batch_size, len(seeds))) for n in range(0, len(seeds), batch_size)]
+    processes.join(device_of(denoiser_of(pipeline)[1]))
+    drawn: list[Generated] = []
+    start = time.perf_counter()
+    shown = progress and processes.is_main()
+    with quiet(pipeline), tqdm(total=len(seeds), disable=not shown, desc="images", unit="img") as bar:
+        for first in range(0, len(batches), processes.count()):
+            mine = batches[first + processes.number() : first + processes.number() + 1]
+            draw = functools.partial(_draw, pipeline, inputs, arguments, seeds, mine, trajectory)
+            done = [batch for batch in processes.collected(draw) if batch is not None]
+            drawn += done
+            bar.update(sum(len(batch.images) for batch in done))
+    return _joined(drawn, time.perf_counter() - start)
+
+
+def _joined(batches: Sequence[Generated], seconds: float) -> Generated:
+    """All batches as one set, which has no pictures if there are none."""
+    if not batches:
+        return Generated(torch.zeros(0, 3, 1, 1), None, [], seconds)
+    latents = [batch.latents for batch in batches if batch.latents is not None]
+    images = torch.cat([batch.images for batch in batches])
+    return Generated(images, torch.cat(latents, 1) if latents else None, batches[-1].timesteps, seconds)
+
+
+def _draw(
+    pipeline: Any,
+    inputs: Mapping[str, Sequence[Any]],
+    arguments: Mapping[str, Any],
+    seeds: Sequence[int],
+    batches: Sequence[range],
+    trajectory: bool,
+) -> Generated | None:
+    """The pictures of the first of `batches`; None if there is none left for this process."""
+    if not batches:
+        return None
+    (batch,) = batches
+    generators = [torch.Generator().manual_seed(seeds[i]) for i in batch]
+    shown = {name: [values[i % len(values)] for i in batch] for name, values in inputs.items()}
+    own = for_pictures(arguments, len(batch)) | shown
+    if "batch_size" in parameters_of(pipeline):
+        own["batch_size"] = len(batch)
+    with _recorded_steps(pipeline.scheduler, keep_states=trajectory) as (timesteps, states):
+        output = pipeline(generator=generators, output_type="np", **own)
+    images = _as_tensor(output.images, [seeds[i] for i in batch])
+    latents = torch.stack([_state_of(state, len(batch)) for state in states]) if trajectory else None
+    return Generated(images, latents, timesteps, 0.0)
+
+
+def _call_arguments(
+    pipeline: Any,
+    prompts: Sequence[Any] | None,
+    seeds: Sequence[int],
+    steps: int | None,
+    guidance_scale: float | None,
+    call_kwargs: Mapping[str, Any],
+) -> tuple[dict[str, Sequence[Any]], dict[str, Any]]:
+    """What is shown, as the name of the argument and its values to recycle (or nothing), and all other arguments."""
+    name, denoiser = type(pipeline).__name__, denoiser_of(pipeline)[1]
+    condition = condition_of(pipeline, denoiser)
+    if condition == "class_labels" and prompts is None:
+        prompts = draw_classes(denoiser, seeds)
+    empty = isinstance(prompts, str) or (prompts is not None and len(prompts) == 0)
+    if empty or (prompts is None) != (condition is None):
+        rule = "None" if condition is None else "a list with at least one entry"
+        raise ValueError(f"prompts of {name} must be {rule}, got {prompts!r:.80}; change the prompts.")
+    given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    arguments = {key: value for key, value in given.items() if value is not None}
+    arguments |= completed(pipeline, call_kwargs)
+    unknown = sorted(key for key in arguments if not takes(pipeline, key))
+    if unknown:
+        accepted = ", ".join(parameters_of(pipeline))
+        raise ValueError(f"{name} takes {accepted}, got {', '.join(unknown)}; leave that out.")
+    return {} if condition is None or prompts is None else {condition: prompts}, arguments
+
+
+def _state_of(state: Tensor, pictures: int) -> Tensor:
+    """A sampler's state without its second half where the pipeline carries both halves of guidance along (DiT)."""
+    return state[:pictures] if len(state) == 2 * pictures else state
+
+
+@contextmanager
+def _recorded_steps(scheduler: Any, *, keep_states: bool) -> Iterator[tuple[list[float], list[Tensor]]]:
+    """Timestep and new state of every `scheduler.step` inside the block."""
+    original, was_patched = scheduler.step, "step" in vars(scheduler)
+    signature = inspect.signature(original)
+    timesteps: list[float] = []
+    states: list[Tensor] = []
+
+    @functools.wraps(original)  # pipelines read the signature of step to see which arguments it takes
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        timestep = signature.bind(*args, **kwargs).arguments["timestep"]  # a number, or one for every picture
+        timesteps.append(float(torch.as_tensor(timestep).flatten()[0]))
+        if keep_states:
+            states.append(result[0].detach().to("cpu", copy=True))
+        return result
+
+    scheduler.step = step
+    try:
+        yield timesteps, states
+    finally:
+        if was_patched:
+            scheduler.step = original
+        else:
+            del scheduler.step
+
+
+def _as_tensor(images: Any, seeds: Sequence[int]) -> Tensor:
+    batch = torch.as_tensor(images).permute(0, 3, 1, 2).float().contiguous()
+    if len(batch) != len(seeds):
+        raise ValueError(
+            f"a pipeline must give one picture per seed, got {len(batch)} for {len(seeds)}; do not set "
+            "num_images_per_prompt."
+        )
+    broken = [seed for seed, image in zip(seeds, batch, strict=True) if not bool(image.isfinite().all())]
+    if broken:
+        raise ValueError(
+            f"pictures must be finite, got NaN or infinity for seeds {broken[:5]}; the model overflows, keep more "
+            "layers in high precision or sample in a wider dtype."
+        )
+    return batch

@@ -1,0 +1,108 @@
+"""`DifloatConfig`: what `from_pretrained` of diffusers and transformers is told. Importing this module imports both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfig
+
+from difloat.io import planner, register
+from difloat.io.layout import QUANT_METHOD, parse_config
+from difloat.quantizer import Plan
+
+
+class DifloatMethod(str, Enum):
+    """The name under which the libraries know difloat; diffusers reads `.value`, so a plain string would not do."""
+
+    DIFLOAT = QUANT_METHOD
+
+
+class DifloatConfig(DiffusersConfig, TransformersConfig):
+    """Quantize a model while it loads, without data; or the `quantization_config` of a difloat checkpoint.
+
+    ```python
+    PixArtTransformer2DModel.from_pretrained(directory, quantization_config=DifloatConfig(weights="e2m1"))
+    ```
+    Weights are searched one by one, inputs get their scales at run time; what the recipes learn by calibration is missing.
+
+    Args:
+        weights: "search" for the best format of the width per layer, or a format's name; "search" if not given.
+        bits: Like "w4a8", where a16 leaves inputs alone; 4-bit weights (or what `weights` says) and 8-bit inputs if not given.
+        activations: Format of the inputs; what GPUs compute best if not given.
+        group_size: Input channels per weight scale, 0 for one scale per output channel; 128 if not given.
+        exclude: Layers that stay as they are: names, parts of names between dots, or patterns with ``*``.
+        outside: Layers outside of all lists of blocks (embedders, final projections): "keep" them, or "8bit".
+        target: "cpu" for formats that CPUs compute in integers, or "any".
+        **plan: The fields of the JSON object of a checkpoint, as `layout.quantization_config` writes it.
+
+    Raises:
+        ValueError: on an unknown name or a value that is not allowed.
+        CheckpointError: if the fields are no whole plan.
+    """
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        bits: str | None = None,
+        activations: str | None = None,
+        group_size: int | None = None,
+        exclude: list[str] | tuple[str, ...] | None = None,
+        outside: str | None = None,
+        target: str | None = None,
+        **plan: Any,
+    ) -> None:
+        """Take what is asked for, or the fields of a plan."""
+        self.quant_method: Any = DifloatMethod.DIFLOAT
+        self.plan: Plan | None = None
+        wishes = {
+            "weights": weights,
+            "bits": bits,
+            "activations": activations,
+            "group_size": group_size,
+            "exclude": exclude,
+            "outside": outside,
+            "target": target,
+        }
+        given = {name: value for name, value in wishes.items() if value is not None}
+        plan.pop("quant_method", None)
+        if "layers" in plan:
+            self.fields = {"quant_method": QUANT_METHOD, **given, **plan}
+            self.plan = parse_config(self.fields)
+        else:
+            self.settings: Any = planner.load().settings({**given, **plan})
+            self.fields = {"quant_method": QUANT_METHOD, **given}
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The config of a checkpoint from its JSON object; CheckpointError if it is damaged."""
+        if "layers" not in config_dict:
+            parse_config(config_dict)  # says what is missing; wishes of a user are no config of a checkpoint
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return dict(self.fields)
+
+    def origin(self) -> dict[str, Any]:
+        """What a marked model says of its plan; the rest is read off its layers."""
+        return {key: self.fields[key] for key in ("recipe", "bits", "options", "skipped")}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The JSON object; the representation of the base class asks for it."""
+        return self.to_dict()
+
+    def __iter__(self) -> Any:
+        return iter(self.fields.items())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field of the JSON object, as transformers asks for it where a model's config is used again."""
+        return self.fields.get(name, default)
+
+
+register()

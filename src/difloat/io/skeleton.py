@@ -1,0 +1,92 @@
+"""A model on the meta device gets the layers of a plan, before the loader of diffusers or transformers fills them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from difloat import attention, layers
+from difloat.io.layout import CheckpointError, check_stored
+from difloat.layers import QuantizedLayer
+from difloat.quantizer import LayerPlan, Plan
+from difloat.timesteps import Clock
+
+
+def allocate(model: nn.Module, plan: Plan) -> None:
+    """Swap every planned layer for an empty quantized one, in place.
+
+    Raises:
+        CheckpointError: if the plan is of another model.
+    """
+    modules = dict(model.named_modules())
+    for name, layer_plan in plan.layers.items():
+        old = modules.get(name)
+        if not isinstance(old, nn.Linear | nn.Conv2d) or tuple(old.weight.shape) != layer_plan.shape:
+            raise CheckpointError(
+                f"plan must fit {type(model).__name__}, but {name!r:.200} of shape {layer_plan.shape} is no layer of it; "
+                "config.json is of another model"
+            )
+        layer = layers.empty_like(old)
+        layers.swap(model, name, layer)
+        layer.allocate(layer_plan, "meta")
+    finish(model, plan)
+
+
+def finish(model: nn.Module, plan: Plan) -> None:
+    """What a plan says besides its layers: quantized attention, and the clock that layers read the timestep off."""
+    attention.install(model, plan.attention)
+    if plan.timesteps:
+        layers.set_clock(model, Clock(model, plan.timesteps))
+
+
+def check_names(model: nn.Module, found: Collection[str], optional: Collection[str] = ()) -> None:
+    """Refuse a checkpoint with other tensors than the model's, which a loader would leave empty or drop with a warning.
+
+    Raises:
+        CheckpointError: if one is missing or one too many.
+    """
+    expected = set(model.state_dict())
+    for wrong, what in (
+        (expected - set(found) - set(optional), "missing"),
+        (set(found) - expected, "one too many"),
+    ):
+        if wrong:
+            raise CheckpointError(
+                f"checkpoint must hold the tensors of {type(model).__name__}, but {min(wrong)!r:.200} is {what}; "
+                "download or save it again"
+            )
+
+
+def place(model: nn.Module, name: str, value: Tensor, device: torch.device | str) -> None:
+    """Put one stored tensor (uint8 or float32) into its layer; CheckpointError if it is a vector that cannot be right."""
+    layer_name, _, key = name.rpartition(".")
+    layer = model.get_submodule(layer_name)
+    assert isinstance(layer, QuantizedLayer)
+    if key == "weight":
+        layer.hold(value.to(device))
+        return
+    expected = getattr(layer, key)
+    if value.shape != expected.shape:
+        raise CheckpointError(
+            f"tensor {name!r:.200} must have the shape {list(expected.shape)}, got {list(value.shape)}; "
+            "download or save it again"
+        )
+    check_stored(name, layer.bands, value)
+    setattr(layer, key, value.to(device))
+
+
+def without_values(plan: LayerPlan) -> LayerPlan:
+    """The plan with its tensors on the meta device: shapes and dtypes only."""
+    return replace(plan, tensors={name: tensor.to("meta") for name, tensor in plan.tensors.items()})
+
+
+def as_stored(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the packed weights of the plan as uint8, which some layers hold as int8."""
+    weights = {f"{name}.weight" for name in plan.layers}
+    return {
+        name: tensor.view(torch.uint8) if name in weights and tensor.dtype == torch.int8 else tensor
+        for name, tensor in state.items()
+    }

@@ -1,0 +1,119 @@
+"""Adding a change to a packed weight: decode, add, encode again in the layer's own formats.
+
+What a low-bit grid can hold of a small change is little: values that move by less than half a step stay where they are. So the
+result says how much of the change arrived, and no row gets scales that serve it worse than those it had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from difloat import quantizer, rounding
+from difloat.methods.search import ZERO_POINTS, search
+from difloat.quantizer import LayerPlan
+from difloat.scales import rows_of
+from difloat.specs import SIDE, Part, QuantSpec
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A layer whose weight was changed.
+
+    Attributes:
+        layer: The layer, with the same shape, parts, inputs and schedules.
+        share: Of the change's squared norm, what arrived: 1 for all of it, 0 where every weight stayed as it was; over all
+            variants and as the quantized input sees it (smoothing factors divided out).
+    """
+
+    layer: LayerPlan
+    share: float
+
+
+@torch.no_grad()
+def add_to_weight(layer: LayerPlan, change: Tensor) -> Changed:
+    """Add `change` [o, i, *k] to the weight of a layer and round it again; every variant by timestep gets it.
+
+    Formats and granularities stay. Each scale stays too, or becomes the one with the lowest squared error if that is lower.
+    A change of zero changes nothing.
+
+    Raises:
+        ValueError: if the shape is another one, or a value is not finite.
+    """
+    if tuple(change.shape) != tuple(layer.shape):
+        raise ValueError(
+            f"change must have the shape of the weight, {list(layer.shape)}, got {list(change.shape)}; "
+            "use an adapter of this model"
+        )
+    if not bool(change.isfinite().all()):
+        raise ValueError("change must be finite, got NaN or Inf; the adapter is damaged")
+    asked = lost = 0.0
+    plans = []
+    for number in range(layer.variants):
+        variant = layer.variant(number)
+        added = change.float().to(variant.tensors["weight"].device)
+        if layer.smoothed:
+            added = added / variant.tensors["input_factor"].reshape(1, -1, *[1] * (added.dim() - 2))
+        changed, target = _encode(variant, added)
+        asked += float(added.square().sum())
+        lost += float((_stored_weight(changed) - target).square().sum())
+        plans.append(changed)
+    joined = quantizer.join_variants(plans, layer.schedule)
+    beside = {name: layer.tensors[name] for name in SIDE if name in layer.tensors}
+    tensors = {**joined.tensors, **beside}
+    joined = replace(joined, tensors=tensors, smoothed=layer.smoothed, side=layer.side)
+    return Changed(joined, 1 - lost / asked if asked else 1.0)
+
+
+def _stored_weight(layer: LayerPlan) -> Tensor:
+    """What the codes of one variant stand for, smoothing factors left in."""
+    return quantizer.dequantize(replace(layer, smoothed=False))
+
+
+def _encode(layer: LayerPlan, added: Tensor) -> tuple[LayerPlan, Tensor]:
+    """A layer with one variant after the addition, and the weight it should have."""
+    if layer.bands:
+        order = layer.tensors["row_band"].argsort(stable=True)
+        pieces = added[order].split([band.rows for band in layer.bands])
+        bands, targets = zip(*map(_encode, layer.split_rows(), pieces), strict=True)
+        return quantizer.join_rows(bands, order), torch.cat(targets)[order.argsort()]
+    before = _stored_weight(layer)
+    after = before + added
+    counts = [part.weight.scale_count(layer.shape[0], part.channels) for part in layer.parts]
+    shifted = [n if part.weight.zero_point else 0 for n, part in zip(counts, layer.parts, strict=True)]
+    old_scales = layer.tensors["weight_scale"].split(counts)
+    old_zeros = layer.tensors.get("weight_zero_point", before.new_zeros(0)).split(shifted)
+    scales, zeros = [], []
+    pieces = after.split([part.channels for part in layer.parts], dim=1)
+    for piece, part, scale, zero in zip(pieces, layer.parts, old_scales, old_zeros, strict=True):
+        scale, zero = _scales(piece, part.weight, scale, zero)
+        scales.append(scale)
+        zeros.append(zero)
+    bare = [Part(part.channels, part.weight) for part in layer.parts]
+    encoded = quantizer.plan_layer(after, bare, scales, weight_zero_points=zeros)
+    return replace(layer, tensors={**layer.tensors, **encoded.tensors}), after
+
+
+def _scales(piece: Tensor, spec: QuantSpec, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row the old scale and zero point, or the best ones if they have less error."""
+    format = spec.format
+    rows = rows_of(piece, spec)
+    # A search moves zero points of unsigned grids only, and needs one where there are negative values.
+    if format.signed == spec.zero_point:
+        return scale, zero
+    real = rows_of(torch.ones_like(piece), spec) > 0
+    rows = torch.where(real, rows, rows[:, :1])  # a group's padding must not draw the grid towards zero
+
+    def error(scale: Tensor, zero: Tensor | None) -> Tensor:
+        spread, shift = scale[:, None], 0.0 if zero is None else zero[:, None]
+        rounded = rounding.round_to((rows - shift) / spread, format) * spread + shift
+        return ((rounded - rows).double() * real).square().sum(dim=1)
+
+    found = search(rows, [format], zero_points=ZERO_POINTS if spec.zero_point else None)
+    if not spec.zero_point:
+        better = error(found.scale, None) < error(scale, None)
+        return torch.where(better, found.scale, scale), zero
+    better = error(found.scale, found.zero_point) < error(scale, zero)
+    return torch.where(better, found.scale, scale), torch.where(better, found.zero_point, zero)

@@ -1,0 +1,64 @@
+"""Which layers of a model can be quantized, and which of them belong together."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from difloat import parents
+
+
+def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Layers of `model` that can be quantized, by name in module order.
+
+    Subclasses that compute something else in `forward` are not among them, nor layers whose weight the parent reads
+    without calling them (`nn.MultiheadAttention`) or whose input it casts to the weight's dtype (`parents.casts`).
+    """
+    found = {}
+    cast = set(parents.casts(model))
+    for name, module in model.named_modules():
+        plain_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        plain_conv = isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
+        hidden = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        if (plain_linear or plain_conv) and not hidden and name not in cast:
+            found[name] = module
+    return found
+
+
+def blocks(model: nn.Module) -> dict[str, list[str]]:
+    """Layers by the block they belong to, in module order: the units of block-wise reconstruction.
+
+    A block is an innermost entry of a `ModuleList` or `Sequential` that holds at least two quantizable layers (a ResNet
+    block, a transformer block); a layer outside of any block is a unit of its own, under its own name.
+    """
+    layers = quantizable(model)
+    containers = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)
+    ]
+    entries = {
+        f"{parent}.{child}" if parent else child
+        for parent in containers
+        for child, _ in model.get_submodule(parent).named_children()
+    }
+    members = {entry: [name for name in layers if name.startswith(entry + ".")] for entry in entries}
+    members = {entry: names for entry, names in members.items() if len(names) >= 2}
+    innermost = {entry for entry in members if not any(other.startswith(entry + ".") for other in members)}
+    units: dict[str, list[str]] = {}
+    for name in layers:
+        owner = next((entry for entry in innermost if name.startswith(entry + ".")), name)
+        units.setdefault(owner, []).append(name)
+    return units
+
+
+def inside_blocks(model: nn.Module) -> list[str]:
+    """Quantizable layers that belong to an entry of some `ModuleList` or `Sequential`, in module order.
+
+    What is left out is what a model has once: embedders of the sample, the timestep and the text, the final projection.
+    """
+    containers = [
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+    ]
+    return [
+        name for name in quantizable(model) if any(name.startswith(container) for container in containers)
+    ]
