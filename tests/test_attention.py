@@ -11,7 +11,7 @@ from torch import nn
 
 from difloat import attention
 from difloat.formats import parse
-from difloat.quantizer import fake_quantize
+from difloat.scales import fake_quantize
 from difloat.specs import AttentionPlan
 from tiny import tiny_pixart
 

@@ -9,7 +9,8 @@ from torch import nn
 from difloat import layers
 from difloat.methods import datafree
 from difloat.methods.search import search
-from difloat.quantizer import dequantize, rows_of
+from difloat.quantizer import dequantize
+from difloat.scales import rows_of
 from tiny import tiny_pixart, tiny_unet, tiny_vae
 
 

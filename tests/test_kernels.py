@@ -1,4 +1,4 @@
-"""Operators: legal for `torch.compile`, and the reference equals `quantizer.fake_quantize` bit for bit."""
+"""Operators: legal for `torch.compile`, and the reference equals `scales.fake_quantize` bit for bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from difloat import layers
 from difloat.formats import parse
 from difloat.kernels import ops, reference
 from difloat.packing import pack
-from difloat.quantizer import dequantize, fake_quantize, plan_layer
+from difloat.quantizer import dequantize, plan_layer
+from difloat.scales import fake_quantize
 from difloat.specs import Part, QuantSpec
 
 

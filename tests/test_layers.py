@@ -15,7 +15,8 @@ from difloat import layers
 from difloat.formats import parse
 from difloat.kernels.backends import use_backend
 from difloat.layers import QuantConv2d, QuantLinear
-from difloat.quantizer import LayerPlan, Plan, dequantize, fake_quantize, plan_layer
+from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
+from difloat.scales import fake_quantize
 from difloat.specs import Part, QuantSpec
 
 E2M1 = QuantSpec(parse("e2m1"), "channel")

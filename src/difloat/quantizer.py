@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from difloat import rounding
-from difloat.formats import Format
 from difloat.packing import pack, packed_channels, unpack
 from difloat.scales import expand_scale, reorder_scale, row_places
 from difloat.specs import SIDE, AttentionPlan, Band, Part, Side, layer_tensor_shapes
@@ -177,16 +176,14 @@ class Plan:
     """What becomes of a model: one entry per layer that is quantized, one reason per layer that is not.
 
     Attributes:
-        recipe: The name of the recipe that decided.
-        bits: What was asked for, like "w4a8".
+        recipe, bits: The name of the recipe that decided; what was asked for, like "w4a8".
         layers: By module name.
         skipped: Reasons, by module name.
         options: The recipe's options, plain data.
         measured: Times and errors on the way; not part of the checkpoint.
         attention: By the name of the attention module; what is not there computes as before.
-        timesteps: Grid that the layers' schedules refer to, in the unit of the denoiser's argument; a call takes the
-            nearest entry. Empty if no layer has a schedule.
-        components: Plans of other components of the pipeline, by name; each is stored with its component.
+        timesteps: Grid that the layers' schedules refer to, in the unit of the denoiser's argument, the nearest entry counts.
+        components: Plans of the pipeline's other components by name, each stored with its component.
     """
 
     recipe: str
@@ -219,17 +216,6 @@ class Plan:
         attention = {"attention": {name: entry.to_json() for name, entry in self.attention.items()}}
         optional = attention | {"timesteps": list(self.timesteps)}
         return data | {name: value for name, value in optional.items() if value}
-
-
-def fake_quantize(x: Tensor, format: Format, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """Round ``x`` to ``grid * scale + zero_point`` and stay in float; shapes broadcast.
-
-    Gradients: straight-through to `x` inside the range, zero outside; to the scale by the product rule of the rounded
-    value, as LSQ does (the rounding error inside the range, the end of the grid outside).
-    """
-    shifted = x if zero_point is None else x - zero_point
-    rounded = rounding.round_straight_through(shifted / scale, format) * scale
-    return rounded if zero_point is None else rounded + zero_point
 
 
 def plan_layer(

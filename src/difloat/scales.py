@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from difloat import rounding
+from difloat.formats import Format
 from difloat.specs import QuantSpec
 
 
@@ -47,3 +49,14 @@ def reorder_scale(scale: Tensor, rows: Tensor) -> Tensor:
 def row_places(row_band: Tensor) -> Tensor:
     """Where every output channel lies among the stored rows, int64 [o], from the band of each."""
     return row_band.argsort(stable=True).argsort()
+
+
+def fake_quantize(x: Tensor, format: Format, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """Round ``x`` to ``grid * scale + zero_point`` and stay in float; shapes broadcast.
+
+    Gradients: straight-through to `x` inside the range, zero outside; to the scale by the product rule of the rounded
+    value, as LSQ does (the rounding error inside the range, the end of the grid outside).
+    """
+    shifted = x if zero_point is None else x - zero_point
+    rounded = rounding.round_straight_through(shifted / scale, format) * scale
+    return rounded if zero_point is None else rounded + zero_point

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from difloat import quantizer
 from difloat.kernels import ops
-from difloat.quantizer import LayerPlan, fake_quantize
-from difloat.scales import expand_scale
+from difloat.quantizer import LayerPlan
+from difloat.scales import expand_scale, fake_quantize
 from difloat.side import low_rank
 from difloat.specs import Part, Side
 
