@@ -247,3 +247,12 @@ def test_detached_relations_train_nothing_and_attached_ones_do() -> None:
 
     assert same(plans["off"], plans["detached"])
     assert not same(plans["off"], plans["attached"]) and not same(plans["attached"], plans["features"])
+
+
+def test_a_kept_run_without_relations_is_not_gone_on_with(tmp_path) -> None:
+    options = {"epochs": 1, "rows": 4, "rank": 2, "adapter_rate": 0.1}
+    kept = prepared(work_dir=tmp_path)
+    recipes.plan(kept, "mpqdm", "w3a8", {**options, "relation": "off"})
+    again = recipes.plan(kept, "mpqdm", "w3a8", {**options, "relation": "attached"})
+    alone = recipes.plan(prepared(), "mpqdm", "w3a8", {**options, "relation": "attached"})
+    assert again.measured["losses"] == alone.measured["losses"]

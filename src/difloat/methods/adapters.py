@@ -57,8 +57,8 @@ class Adaptive(nn.Module):
         adapters: int,
         rank: int,
         entries: int,
-        carry: Carry = "merged",
         init: Init = "zero",
+        carry: Carry = "merged",
         generator: torch.Generator,
     ) -> None:
         """A twin of `layer` that starts as `plan` says, with one weight and no branch; rank 0 leaves adapters out.

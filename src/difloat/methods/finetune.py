@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from difloat import processes
-from difloat.calls import first_tensor
+from difloat.calls import content_hash, first_tensor
 from difloat.methods.adapters import Adaptive
 from difloat.methods.student import Student
 from difloat.methods.task import Task
@@ -67,6 +67,7 @@ def train(
     settings: TrainingSettings,
     weights: Mapping[float, float],
     extra: Extra | None = None,
+    note: str = "",
 ) -> list[float]:
     """Train `student` in place.
 
@@ -76,22 +77,17 @@ def train(
         settings: See there.
         weights: Of the squared error at each timestep of the grid.
         extra: Further loss of a step, from the student, the step, its timestep, its calibration rows and the student's output.
+        note: Says what `extra` is: a kept state of a run with another one is not gone on with.
 
     Returns:
         Mean loss of every epoch.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(
-        mixed_precision=settings.precision,
-        gradient_accumulation_steps=settings.accumulation,
-        cpu=next(task.model.parameters()).device.type == "cpu",
-    )
+    accelerator = _accelerator(task, settings)
     data = _Rows(task, accelerator)
     optimizer = torch.optim.AdamW(_groups(student, settings), weight_decay=0.0)
     steps = settings.epochs * len(data.grid)
     model, optimizer = accelerator.prepare(student, optimizer)
-    state = _Kept(task, student, optimizer, settings)
+    state = _Kept(task, student, optimizer, settings, note)
     losses = state.restore(processes.on_main(state.read))
     base = [group["lr"] for group in _groups(student, settings)]
     bar = tqdm(total=steps, desc="fine-tune", disable=not (task.progress and accelerator.is_main_process))
@@ -121,6 +117,16 @@ def train(
                 break
     accelerator.wait_for_everyone()
     return _by_epoch(losses, len(data.grid))
+
+
+def _accelerator(task: Task, settings: TrainingSettings) -> Any:
+    from accelerate import Accelerator
+
+    return Accelerator(
+        mixed_precision=settings.precision,
+        gradient_accumulation_steps=settings.accumulation,
+        cpu=next(task.model.parameters()).device.type == "cpu",
+    )
 
 
 class _Rows:
@@ -189,12 +195,22 @@ def _stalled(losses: list[float], length: int, patience: int) -> bool:
 class _Kept:
     """The state of a run on disk: trained tensors, the optimiser's moments, losses. Written to a part file, then renamed."""
 
-    def __init__(self, task: Task, student: Student, optimizer: Any, settings: TrainingSettings) -> None:
+    def __init__(
+        self, task: Task, student: Student, optimizer: Any, settings: TrainingSettings, note: str = ""
+    ) -> None:
         self.student, self.optimizer = student, optimizer
-        facts = {"settings": repr(settings), "seed": task.seed, "grid": student.grid, "names": student.names}
+        facts: dict[str, Any] = {
+            "settings": repr(settings),
+            "seed": task.seed,
+            "grid": student.grid,
+            "names": student.names,
+        }
         shapes = [tuple(parameter.shape) for parameter in student.parameters()]
         specs = [twin.plan.to_json() for twin in student.twins if isinstance(twin, Adaptive)]
-        self.facts = json.dumps(facts | {"carry": student.carry, "parameters": shapes, "layers": specs})
+        bands = [twin.plan.tensors.get("row_band") for twin in student.twins if isinstance(twin, Adaptive)]
+        rows = [None if band is None else content_hash(band.cpu()) for band in bands]
+        facts |= {"carry": student.carry, "init": student.adapter_init, "extra": note, "rows": rows}
+        self.facts = json.dumps(facts | {"parameters": shapes, "layers": specs})
         self.path = None if task.work_dir is None else task.work_dir / "fine-tuning.safetensors"
         self.saved = time.monotonic()
 

@@ -60,6 +60,7 @@ class Student(nn.Module):
         twins: The trainable layers by their position in `names`.
         router: None with one adapter.
         carry: How adapters are carried out.
+        adapter_init: What they started from.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Student(nn.Module):
         super().__init__()
         shadow = layers.shadow(model, frozen=True)
         self.grid, self.names, self.carry = tuple(grid), list(plans), carry
+        self.adapter_init = adapter_init
         self.clock = Clock(shadow, self.grid)
         self.twins = nn.ModuleList(
             Adaptive(
@@ -103,8 +105,8 @@ class Student(nn.Module):
                 adapters=adapters,
                 rank=0 if name in without_adapters else rank,
                 entries=len(grid) if input_ranges_by_timestep else 1,
-                carry=carry,
                 init=adapter_init,
+                carry=carry,
                 generator=generator,
             )
             for name, plan in plans.items()

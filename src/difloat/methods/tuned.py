@@ -70,7 +70,8 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
     if extra is not None:
         measured["relation_features"] = extra.name
     with posttraining.timed(measured, "fine-tune"):
-        losses = train(task, student, tuning.settings, _weights(task, grid, tuning.by_factor), extra)
+        weights, note = _weights(task, grid, tuning.by_factor), repr(tuning.relation)
+        losses = train(task, student, tuning.settings, weights, extra, note)
     measured |= {"losses": losses, "router": student.table().tolist(), "grid": list(grid)}
     plans = student.packed()
     by_time = any(plan.schedules for plan in plans.values())
