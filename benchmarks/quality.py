@@ -52,6 +52,19 @@ def seeds(label: str, recipe: str, bits: str, options: dict[str, Any], count: in
 
 BASE: dict[str, Any] = {"mixup_sign": False, "adapters": 1, "dfa": False}
 GROUPS: dict[str, Any] = {"weight_granularity": "group", "group_size": 128}
+OMQ: dict[str, Any] = {"relation": "off"}
+
+
+def against(bits: str, count: int = 1) -> list[Row]:
+    """MPQ-DM and what it is compared with at one setting; all train the same number of steps and have one weight per layer."""
+    return [
+        *seeds(f"{bits.upper()} MPQ-DM", "mpqdm", bits, {}, count),
+        *seeds(f"{bits.upper()} EfficientDM", "efficientdm", bits, {}, count),
+        *seeds(f"{bits.upper()} MSFP, one adapter", "msfp", bits, {"adapters": 1}, count),
+        Row(f"{bits.upper()} nearest", "rtn", bits, {"grid": "int"}),
+    ]
+
+
 PAPERS: dict[str, list[Row]] = {
     "lbfp": [
         Row("FP8/FP8 (LBFP)", "lbfp", "w8a8"),
@@ -101,8 +114,28 @@ PAPERS: dict[str, list[Row]] = {
         Row("W4A4 LBFP", "lbfp", "w4a4"),
         Row("W4A4 Q-Diffusion", "qdiffusion", "w4a4"),
     ],
+    "mpqdm": [
+        *against("w2a4", 3),
+        *against("w3a6", 3),
+        *against("w4a4"),
+        *against("w3a4"),
+        *against("w2a6"),
+        *seeds("W2A4 base", "mpqdm", "w2a4", {**OMQ, "mixed": False}),
+        *seeds("W2A4 + OMQ", "mpqdm", "w2a4", OMQ),
+        Row("W2A4 MPQ-DM, rows by error", "mpqdm", "w2a4", {"criterion": "error"}),
+        Row("W2A4 MPQ-DM, rows by magnitude", "mpqdm", "w2a4", {"criterion": "magnitude"}),
+        Row("W2A4 MPQ-DM, rows at random", "mpqdm", "w2a4", {"criterion": "random"}),
+        Row("W2A4 MPQ-DM, n of 0 and k as released", "mpqdm", "w2a4", {"candidates": "release"}),
+        Row("W2A4 MPQ-DM+", "mpqdm", "w2a4", {"plus": True}),
+        Row("W2A4 MPQ-DM, relations detached as released", "mpqdm", "w2a4", {"relation": "detached"}),
+        Row("W2A4 MPQ-DM, features instead of relations", "mpqdm", "w2a4", {"relation": "features"}),
+        Row("W2A4 MPQ-DM, adapters from the error", "mpqdm", "w2a4", {"adapter_init": "error"}),
+        Row("W2A4 MPQ-DM, FP grids", "mpqdm", "w2a4", {"grid": "fp"}),
+        Row("W3A6 MPQ-DM, FP grids", "mpqdm", "w3a6", {"grid": "fp"}),
+        Row("W4A4 MPQ-DM, FP grids", "mpqdm", "w4a4", {"grid": "fp"}),
+    ],
 }
-MODELS = {"lbfp": NAMES, "fp4dit": ("emoji-pixart",), "msfp": NAMES}
+MODELS = {"lbfp": NAMES, "fp4dit": ("emoji-pixart",), "msfp": NAMES, "mpqdm": NAMES}
 
 
 def main() -> None:

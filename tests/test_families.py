@@ -26,7 +26,7 @@ from difloat.calls import first_tensor
 from difloat.evaluate import Generated
 from difloat.forecast import probe
 from difloat.layers import QuantConv2d
-from difloat.methods import observe
+from difloat.methods import observe, relation
 from difloat.quantizer import Plan
 from family_table import FAMILIES, Family
 from tiny import PROMPTS, tiny_unet
@@ -40,7 +40,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rtn": {"recipe": "rtn", "activation": "online"},
     "lbfp": {"recipe": "lbfp", "rounding": "nearest"},
     "fp4dit": {"recipe": "fp4dit", "rounding": "nearest", "softmax": "8"},
+    "mpqdm": {"recipe": "mpqdm", "epochs": 1, "rows": 2, "rank": 2, "relation_every": 1},
 }
+SLOW = {"mpqdm"}  # half a minute on some families
 FLUX_SIZE = FAMILIES["flux"].call
 
 
@@ -150,7 +152,25 @@ def test_blocks_edges_and_concatenations_are_found(name: str) -> None:
     assert (seen.first, seen.last, seen.splits) == ([family.first], family.last, family.splits)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_last_block_and_its_positions_are_found(name: str) -> None:
+    pipeline, rows, _ = calibrated(name)
+    model, call = denoiser_of(pipeline)[1], rows.batch([0, 1])
+    found = relation.feature_block(model, call)
+    stacks = ("up_blocks", "single_transformer_blocks", "transformer_blocks", "blocks")
+    stack = next(stack for stack in stacks if len(getattr(model, stack, ())))
+    assert found == f"{stack}.{len(getattr(model, stack)) - 1}"
+    seen: list[Tensor] = []
+    handle = model.get_submodule(found).register_forward_hook(
+        lambda m, i, output: seen.append(relation.positions(output))
+    )
+    model(*call[0], **call[1])
+    handle.remove()
+    assert seen[0].dim() == 3 and len(seen[0]) == 2 and seen[0].shape[1] > 1
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RECIPES]
+)
 def test_quantized_pipelines_sample_the_same_after_loading(name: str, recipe: str, tmp_path) -> None:
     family = FAMILIES[name]
     pipeline = family.build()

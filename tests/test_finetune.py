@@ -15,12 +15,13 @@ from difloat import layers, recipes, record
 from difloat.calibration import Calibration, CalibrationSettings, collect_from_loop
 from difloat.formats import parse
 from difloat.methods import finetune, posttraining
-from difloat.methods.assign import Rule
+from difloat.methods.assign import Rule, asymmetric_integers
 from difloat.methods.finetune import TrainingSettings, train
+from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Sequencing
 from difloat.methods.search import ZERO_POINTS
 from difloat.methods.student import Router, Student
-from difloat.methods.task import Bits, Task
+from difloat.methods.task import Bits, MixedRows, Smoothing, Task
 from difloat.quantizer import LayerPlan, Plan, dequantize
 from difloat.specs import QuantSpec
 from mixed_rows import in_bands
@@ -214,7 +215,7 @@ def test_a_cut_run_goes_on_to_the_same_weights(tmp_path, monkeypatch) -> None:
     cut = student_of(kept, plans)
     calls = []
 
-    def stop(student: Student, step: int, timestep: float, output: torch.Tensor) -> torch.Tensor:
+    def stop(student: Student, step: int, *_: object) -> torch.Tensor:
         calls.append(step)
         if step == 5:
             raise KeyboardInterrupt
@@ -306,3 +307,53 @@ def inputs_of(task: Task, name: str) -> torch.Tensor:
         task.model(*args, **kwargs)
     hook.remove()
     return torch.cat(kept)
+
+
+def mixed(task: Task) -> dict[str, LayerPlan]:
+    """Rows of three widths behind scaled inputs."""
+
+    def rules(name: str, seen: Trace) -> LayerRules:
+        shape = task.model.get_submodule(name).weight.shape
+        generator = torch.Generator().manual_seed(shape[0])
+        counts = (shape[0] // 3, shape[0] - 2 * (shape[0] // 3), shape[0] // 3)
+        widths = tuple(asymmetric_integers(bits, "channel") for bits in (3, 2, 1))
+        rows = MixedRows(widths, counts, torch.randperm(shape[0], generator=generator))
+        smoothing = Smoothing(torch.rand(1, shape[1], generator=generator) + 0.5)
+        return LayerRules(widths[1], asymmetric_integers(4, "tensor"), smoothing=smoothing, mixed=rows)
+
+    return posttraining.run(task, rules, Sequencing()).layers
+
+
+def test_adapters_from_the_error_are_packed_as_they_were_trained() -> None:
+    task, _ = prepared()
+    plans = mixed(task)
+    changes = {"adapters": 1, "input_ranges_by_timestep": True, "adapter_init": "error"}
+    student = student_of(task, plans, **changes)
+    losses = trained(task, student, replace(SETTINGS, epochs=8))
+    assert losses[-1] < 0.9 * losses[0]
+    packed = student.packed()
+    assert all(layer.bands and layer.smoothed and layer.input_schedule for layer in packed.values())
+    model = layers.apply(layers.shadow(task.model), Plan("test", "w2a4", packed, timesteps=student.grid))
+    for _, (args, kwargs) in by_timestep(task):
+        with torch.no_grad():
+            torch.testing.assert_close(model(*args, **kwargs), student(args, kwargs), rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_from_the_error_start_at_the_float_weight_as_far_as_their_rank_goes() -> None:
+    task, _ = prepared()
+    plans = mixed(task)
+    changes = {"adapters": 1, "adapter_init": "error"}
+    left = {}
+    for rank in (1, 4, 100):
+        student = student_of(task, plans, rank=rank, **changes)
+        left[rank] = 0.0
+        for twin, (name, plan) in zip(student.twins, plans.items(), strict=True):
+            weight = task.model.get_submodule(name).weight.detach()
+            factor = plan.tensors["input_factor"].reshape(1, -1, *[1] * (weight.dim() - 2))
+            merged = twin.merged(torch.ones(1)).detach() * factor
+            left[rank] += float((merged - weight).square().sum())
+            gone = torch.linalg.svdvals((weight - dequantize(plan)).flatten(1))[rank:]
+            assert float((merged - weight).norm()) == pytest.approx(float(gone.norm()), rel=1e-3, abs=1e-5)
+    assert left[100] < 1e-8 < left[4] < left[1]
+    with pytest.raises(ValueError, match="one per layer, got 2"):
+        student_of(task, plans, adapters=2, adapter_init="error")

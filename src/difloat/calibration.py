@@ -24,6 +24,7 @@ from difloat.calls import Recorder, Row, device_of, first_tensor, merge, recordi
 from difloat.renoising import LastCall, clean_calls
 from difloat.sampling import Sampling, denoiser_of, load_prompts, quiet, weights_summary
 from difloat.shelf import Recorded, Shelf, open_shelf, record_shards
+from difloat.trajectories import rows_before
 
 __all__ = [
     "Calibration",
@@ -102,6 +103,14 @@ class Calibration:
     def timesteps(self) -> list[float]:
         """Timestep of every row, in the sampler's unit; a call's number if calls have no timestep."""
         return [row.timestep for row in self._rows]
+
+    @property
+    def before(self) -> list[int | None]:
+        """For every row the row one sampler step earlier on the same trajectory; the row itself at the first step.
+
+        None where that row was not kept, or the rows are of no trajectory.
+        """
+        return rows_before([(row.trajectory, row.step) for row in self._rows])
 
     @property
     def nbytes(self) -> int:
@@ -218,6 +227,7 @@ def _record_batch(
         torch.Generator().manual_seed(sampling.seed(batch)),
         images=sampling.images,
         on_call=on_call,
+        trajectories=_shard(batch) if settings.timesteps == "sampler" else None,
     )
     if settings.timesteps == "sampler":
         with recording(sampling.denoiser, recorder, sampling.seed(batch)):
@@ -258,7 +268,8 @@ def collect_from_loop(
 
     The loop runs with torch's random state seeded and then restored. It is one shard: a killed run
     starts again, a finished one is reused from `cache_dir` if module, settings, loop name and `cache_key` are
-    the same; change `cache_key` when the loop's data change.
+    the same; change `cache_key` when the loop's data change. Calls whose timesteps go on in one direction at one
+    batch size count as the steps of one trajectory (`trajectories.Course`).
 
     Raises:
         ValueError: The loop never called the module, NaN or infinity in the inputs, or rows of different
@@ -278,7 +289,7 @@ def collect_from_loop(
     def record(batch: int) -> Recorded:
         with tqdm(desc="calibrate", unit="call", disable=not progress) as bar:
             generator = torch.Generator().manual_seed(settings.seed)
-            recorder = Recorder(module, settings.samples, generator, on_call=bar.update)
+            recorder = Recorder(module, settings.samples, generator, on_call=bar.update, trajectories="loop")
             with recording(module, recorder, settings.seed):
                 forward_loop(module)
             finish_recording(recorder)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from difloat.timesteps import TIMESTEP_NAMES
+from difloat.trajectories import Course
 
 # Position tables have no batch axis, even where their first size happens to equal the batch size.
 SHARED_NAMES = frozenset({"img_ids", "txt_ids", "image_rotary_emb"})
@@ -37,12 +38,16 @@ class Row:
         part: Which block of the batch it comes from: with classifier-free guidance 0 and 1, otherwise 0.
         template: JSON of the call's structure with everything in it that is no tensor.
         leaves: Content hash of every tensor, in the template's order.
+        trajectory: Which trajectory the row is a point of, "" if that is not known.
+        step: Which step of it.
     """
 
     timestep: float
     part: int
     template: str
     leaves: tuple[str, ...]
+    trajectory: str = ""
+    step: int = 0
 
 
 def content_hash(tensor: Tensor) -> str:
@@ -103,8 +108,12 @@ class Recorder:
         *,
         images: int | None = None,
         on_call: Callable[[], object] | None = None,
+        trajectories: str | None = None,
     ) -> None:
-        """Prepare for calls of `module`, which sample `images` pictures at once (None: not known, no parts)."""
+        """Prepare for calls of `module`, which sample `images` pictures at once (None: not known, no parts).
+
+        Trajectories are called `trajectories` and a number; None: the calls do not follow one.
+        """
         self.rows: list[Row] = []
         self.blobs: dict[str, Tensor] = {}
         self.calls = 0
@@ -112,6 +121,8 @@ class Recorder:
         self._generator = generator
         self._images = images
         self._on_call = on_call
+        self._trajectories = trajectories
+        self._course = Course()
         self._names = [
             parameter.name
             for parameter in inspect.signature(module.forward).parameters.values()
@@ -165,6 +176,7 @@ class Recorder:
         whole = [
             None if split else self._store(tensor) for (_, tensor), split in zip(leaves, per_row, strict=True)
         ]
+        self._course.advance(values[0], batch)
         parts = batch // self._images if self._images and batch % self._images == 0 else 1
         for index in range(batch):
             keys = tuple(
@@ -173,8 +185,15 @@ class Recorder:
             )
             # Samplers that guide by two calls per step show the same timestep again: that is the other part.
             part = index * parts // batch if parts > 1 else self._seen[values[0]] if self._images else 0
-            self.rows.append(Row(values[index], part, template, keys))
+            self.rows.append(Row(values[index], part, template, keys, *self._point(index)))
         self._seen[values[0]] += 1
+
+    def _point(self, index: int) -> tuple[str, int]:
+        """Trajectory and step of entry `index` of the current call."""
+        if self._trajectories is None:
+            return "", 0
+        course = self._course
+        return f"{self._trajectories}/{course.passes}/{course.repeat}/{index}", course.step
 
     def _check_finite(self, name: str, tensor: Tensor, timestep: float) -> None:
         # An additive attention mask may hold -inf on purpose.

@@ -41,7 +41,7 @@ def quantize(
     source: Source,
     out: Annotated[Path, typer.Argument(help="Directory of the packed checkpoint and its report.")],
     recipe: Annotated[
-        str, typer.Option(help="lbfp, fp4dit, msfp, efficientdm, qdiffusion, viditq, qdit or rtn.")
+        str, typer.Option(help="lbfp, fp4dit, msfp, mpqdm, efficientdm, qdiffusion, viditq, qdit or rtn.")
     ] = "lbfp",
     bits: Annotated[
         str, typer.Option(help="Weight and activation bits, like w4a8; a16 leaves activations alone.")

@@ -28,6 +28,8 @@ Carry = Literal[
     "merged", "side"
 ]  # how adapters are carried out: a packed weight each, or beside one packed weight
 
+Init = Literal["zero", "error"]
+
 _SMALLEST_SCALE = 1e-8
 _START = 0.02  # size of the adapters' first product, in steps of the weight's grid
 
@@ -56,9 +58,18 @@ class Adaptive(nn.Module):
         rank: int,
         entries: int,
         carry: Carry = "merged",
+        init: Init = "zero",
         generator: torch.Generator,
     ) -> None:
-        """A twin of `layer` that starts as `plan` says, with one weight and no branch; rank 0 leaves adapters out."""
+        """A twin of `layer` that starts as `plan` says, with one weight and no branch; rank 0 leaves adapters out.
+
+        With `init` "error" the frozen W is the dequantized weight, and the one adapter starts as the largest directions of
+        what rounding took away (after MPQ-DMv2, arXiv:2507.04290; inferred). On the float weight the same start would
+        add the error twice.
+
+        Raises:
+            ValueError: if several adapters should start from the error: they would be equal.
+        """
         super().__init__()
         self.plan, self.adapters, self.rank, self.carry = plan, adapters, rank, carry
         self.choice: Tensor | None = None
@@ -75,8 +86,25 @@ class Adaptive(nn.Module):
         for name in ("input_scale", "input_zero_point"):
             if name in plan.tensors:
                 setattr(self, name, nn.Parameter(plan.tensors[name].clone().repeat(entries, 1)))
-        if rank:
+        self._base = layer.weight.detach()
+        if rank and init == "error":
+            self._start_from_error()
+        elif rank:
             self._add_adapters(generator)
+
+    def _start_from_error(self) -> None:
+        if self.adapters != 1:
+            raise ValueError(
+                f"adapters that start from the rounding error must be one per layer, got {self.adapters}; say adapters=1"
+            )
+        weight = self._base.float()
+        self._base = quantizer.dequantize(self.plan).to(weight)
+        left, sizes, right = torch.linalg.svd((weight - self._base).flatten(1), full_matrices=False)
+        self.rank = min(self.rank, len(sizes))
+        roots = sizes[: self.rank].sqrt()
+        self.up = nn.Parameter((left[:, : self.rank] * roots)[None])
+        down = roots[:, None] * right[: self.rank]
+        self.down = nn.Parameter(down.reshape(1, self.rank, *weight.shape[1:]))
 
     def _add_adapters(self, generator: torch.Generator) -> None:
         out_channels, in_channels, *kernel = self.plan.shape
@@ -103,7 +131,7 @@ class Adaptive(nn.Module):
 
         Without the adapters if they are carried beside it.
         """
-        weight = self._layer[0].weight.detach().float()
+        weight = self._base.float()
         if self.rank and self.carry == "merged":
             change = torch.einsum("h,hor,hri->oi", choice, self.up, self.down.flatten(2))
             weight = weight + change.view_as(weight)

@@ -15,13 +15,23 @@ from difloat.layers import QuantizedLayer
 from difloat.methods.observe import Call
 from difloat.methods.passes import Passes
 from difloat.methods.scales import ScaleFormat, snapping
-from difloat.methods.search import CLIPS, OFFSETS, SHRUNK, Found, search
+from difloat.methods.search import (
+    CLIPS,
+    FEW_LEVELS_BITS,
+    OFFSETS,
+    SHRUNK,
+    SHRUNK_FAR,
+    ZERO_POINTS,
+    Found,
+    search,
+)
 from difloat.quantizer import LayerPlan
 from difloat.scales import expand_scale, rows_of
 from difloat.specs import Granularity, Part, QuantSpec
 
 MIN_MAX: tuple[float, ...] = (1.0,)
 QUANTILES = (0.0, 0.01, 0.5, 0.99, 1.0)  # of an input, by which its shape is reported
+LOPSIDED = 0.5  # from here on unsigned formats are tried for an input
 _SAMPLES = 1 << 19  # values of one activation tensor that a search looks at
 
 
@@ -95,7 +105,27 @@ def floating_point(bits: int) -> Format:
 def asymmetric_integers(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
     """Unsigned integers with a real zero point, both ends of the range searched by squared error."""
     grid = (formats.parse(f"uint{bits}"),)
-    return Rule(grid, granularity, group_size, clips=SHRUNK, zero_points=OFFSETS)
+    far = bits <= FEW_LEVELS_BITS
+    clips, zero_points = (SHRUNK_FAR, ZERO_POINTS) if far else (SHRUNK, OFFSETS)
+    return Rule(grid, granularity, group_size, clips=clips, zero_points=zero_points)
+
+
+def floating_grids(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
+    """Every floating-point format of the width; unsigned ones with a zero point, of whole tensors only where one side is short.
+
+    A tensor counts as lopsided from `LOPSIDED` on; of rows that share a format every one has its own shape.
+    """
+    signed = formats.candidates(bits) if bits > 1 else ()
+    grids = (*signed, *formats.candidates(bits, signed=False))
+    asymmetry = LOPSIDED if granularity == "tensor" else 0.0
+    return Rule(
+        grids,
+        granularity,
+        group_size,
+        zero_points=ZERO_POINTS,
+        unsigned_clips=SHRUNK_FAR,  # with 11 zero points each, refined by the search
+        asymmetry=asymmetry,
+    )
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class TrainingSettings:
     patience: int = 0
 
 
-Extra = Callable[[Student, int, float, Tensor], Tensor]
+Extra = Callable[[Student, int, float, list[int], Tensor], Tensor]
 
 
 def train(
@@ -75,7 +75,7 @@ def train(
         student: See there; its grid must hold the timesteps of the rows.
         settings: See there.
         weights: Of the squared error at each timestep of the grid.
-        extra: Further loss of a step, from the student, the step, its timestep and the student's output.
+        extra: Further loss of a step, from the student, the step, its timestep, its calibration rows and the student's output.
 
     Returns:
         Mean loss of every epoch.
@@ -107,7 +107,7 @@ def train(
                     output = first_tensor(model(*data.call(rows)))
                     part_loss = weights[timestep] * (output.float() - data.targets[rows]).square().mean()
                     if extra is not None:
-                        part_loss = part_loss + extra(student, step, timestep, output)
+                        part_loss = part_loss + extra(student, step, timestep, rows.tolist(), output)
                     accelerator.backward(part_loss)
                     optimizer.step()
                     optimizer.zero_grad()

@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 from difloat import attention, layers, processes
 from difloat.exclusion import EXCLUDED, excluded, matches
 from difloat.methods import observe
-from difloat.methods.assign import Draft, Rule, draft_layer, search_inputs
+from difloat.methods.assign import Draft, draft_layer, search_inputs
 from difloat.methods.blockwise import learn_blocks
 from difloat.methods.observe import Trace
 from difloat.methods.target import Target, restrict
 from difloat.methods.task import Bits, LayerRules, Sequencing, Smoothing, Task
-from difloat.quantizer import LayerPlan, join_variants
+from difloat.quantizer import LayerPlan, join_rows, join_variants
 from difloat.specs import AttentionPlan
 
 __all__ = [
@@ -155,7 +155,10 @@ def _widest_ranges(task: Task, names: list[str]) -> dict[str, dict[float, list[f
 
 def _on_target(rules: LayerRules, target: Target) -> LayerRules:
     activation = None if rules.activation is None else restrict(rules.activation, target)
-    return replace(rules, weight=restrict(rules.weight, target), activation=activation)
+    mixed = rules.mixed
+    if mixed is not None:
+        mixed = replace(mixed, rules=tuple(restrict(rule, target) for rule in mixed.rules))
+    return replace(rules, weight=restrict(rules.weight, target), activation=activation, mixed=mixed)
 
 
 @contextmanager
@@ -181,7 +184,10 @@ def _search_weights(
         if sum(splits) != weight.shape[1]:  # no concatenation, or one into a grouped convolution
             splits = [weight.shape[1]]
         if rule.smoothing is not None:
-            plans[name] = _smooth(weight, splits, rule.weight, rule.smoothing)
+            plans[name] = _smooth(weight, splits, rule, rule.smoothing)
+            continue
+        if rule.mixed is not None:
+            plans[name] = _nearest(weight, splits, rule)
             continue
         draft = draft_layer(weight, splits, rule.weight)
         plans[name] = draft.plan()
@@ -190,13 +196,23 @@ def _search_weights(
     return plans, drafts
 
 
-def _smooth(weight: Tensor, splits: Sequence[int], rule: Rule, smoothing: Smoothing) -> LayerPlan:
+def _smooth(weight: Tensor, splits: Sequence[int], rules: LayerRules, smoothing: Smoothing) -> LayerPlan:
     axes = (1, -1, *[1] * (weight.dim() - 2))
     stretches = [
-        draft_layer(weight.detach().float() / factors.reshape(axes), splits, rule).plan()
+        _nearest(weight.detach().float() / factors.to(weight.device).reshape(axes), splits, rules)
         for factors in smoothing.factors
     ]
     return join_variants(stretches, smoothing.schedule, smoothing.factors)
+
+
+def _nearest(weight: Tensor, splits: Sequence[int], rules: LayerRules) -> LayerPlan:
+    """The weight rounded to nearest, its rows in bands if that is asked."""
+    if rules.mixed is None:
+        return draft_layer(weight, splits, rules.weight).plan()
+    bands = zip(rules.mixed.rules, rules.mixed.order.split(list(rules.mixed.counts)), strict=True)
+    return join_rows(
+        [draft_layer(weight[rows], splits, rule).plan() for rule, rows in bands], rules.mixed.order
+    )
 
 
 def timestep_grid(task: Task) -> tuple[float, ...]:

@@ -36,6 +36,12 @@ SHRUNK = tuple(percent / 100 for percent in range(40, 101, 3))
 OFFSETS = tuple(percent / 100 for percent in range(50, 101, 10))
 """Fractions of the minimum of a row for zero points of asymmetric integers."""
 
+FEW_LEVELS_BITS = 3
+"""Up to this width the best range of a row is far inside of it: at 1 bit near a quarter of the way to either end."""
+
+SHRUNK_FAR = tuple(percent / 100 for percent in range(10, 101, 5))
+"""Like `SHRUNK`, for few levels; go with `ZERO_POINTS`."""
+
 _REFINED = 11  # points per axis of a refined grid, the winner in the middle
 _BLOCK = 2**24  # elements sorted at a time: bounds memory to about 0.5 GB
 _CHUNK = 2**18  # borders looked up at a time: stays in the cache

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difloat import attention, layers
-from difloat.methods.adapters import Adaptive, Carry
+from difloat.methods.adapters import Adaptive, Carry, Init
 from difloat.quantizer import LayerPlan
 from difloat.specs import AttentionPlan
 from difloat.timesteps import Clock
@@ -74,6 +74,7 @@ class Student(nn.Module):
         input_ranges_by_timestep: bool,
         carry: Carry = "merged",
         without_adapters: Sequence[str] = (),
+        adapter_init: Init = "zero",
         generator: torch.Generator,
     ) -> None:
         """Build the twins; `model` stays untouched.
@@ -88,6 +89,7 @@ class Student(nn.Module):
             input_ranges_by_timestep: Learn static input ranges apart for every entry of the grid.
             carry: How adapters are carried out, see `adapters`.
             without_adapters: Layers that learn ranges only.
+            adapter_init: See `Adaptive`.
             generator: Draws the first values.
         """
         super().__init__()
@@ -102,6 +104,7 @@ class Student(nn.Module):
                 rank=0 if name in without_adapters else rank,
                 entries=len(grid) if input_ranges_by_timestep else 1,
                 carry=carry,
+                init=adapter_init,
                 generator=generator,
             )
             for name, plan in plans.items()
@@ -122,6 +125,10 @@ class Student(nn.Module):
             twin.entry = entry
             twin.choice = None if choices is None else choices[number]
         return self._model[0](*args, **kwargs)
+
+    def module(self, name: str) -> nn.Module:
+        """A module of the denoiser, as it stands in the student."""
+        return self._model[0].get_submodule(name)
 
     def scaled(self, entry: int) -> float:
         """A grid entry's timestep from 0 to 1."""

@@ -90,17 +90,19 @@ class LayerRules:
         activation: Of its input; None leaves it.
         learn: Whether rounding is learned.
         smoothing: What the input is multiplied by before it is quantized, and the weight divided by; None: nothing.
+        mixed: What is asked of rows of the weight apart, in place of `weight`; None: all are alike.
     """
 
     weight: Rule
     activation: Rule | None
     learn: bool = False
     smoothing: Smoothing | None = None
+    mixed: MixedRows | None = None
 
     def __post_init__(self) -> None:
-        if self.learn and self.smoothing is not None:
+        if self.learn and (self.smoothing is not None or self.mixed is not None):
             raise ValueError(
-                "rounding can be learned for layers without smoothing only, got a layer with both"
+                "rounding can be learned for layers without smoothing and with rows alike only, got a layer with both"
             )
         if (
             self.smoothing is not None
@@ -122,6 +124,21 @@ class Smoothing:
 
     factors: Tensor
     schedule: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class MixedRows:
+    """Output rows of a layer in bands, each asked for something else.
+
+    Attributes:
+        rules: Of every band.
+        counts: Rows of every band.
+        order: int64 [o], the rows of the layer, band after band.
+    """
+
+    rules: tuple[Rule, ...]
+    counts: tuple[int, ...]
+    order: Tensor
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from difloat.methods import posttraining
-from difloat.methods.adapters import Carry
+from difloat.methods.adapters import Carry, Init
 from difloat.methods.denoising_factor import denoising_factors, normalised
 from difloat.methods.finetune import TrainingSettings, train
 from difloat.methods.posttraining import Outcome
+from difloat.methods.relation import RelationLoss, RelationSettings
 from difloat.methods.student import Student
 from difloat.methods.task import Task
 
@@ -27,6 +28,8 @@ class Tuning:
         without_adapters: Layers that learn ranges only.
         input_ranges_by_timestep: Learn static input ranges apart for every timestep.
         carry: How adapters are carried out, see `adapters`.
+        relation: Further distillation beside the output's.
+        adapter_init: "zero", or "error": from the largest directions of the rounding error (`adapters.Adaptive`).
     """
 
     settings: TrainingSettings
@@ -36,6 +39,8 @@ class Tuning:
     without_adapters: tuple[str, ...] = ()
     input_ranges_by_timestep: bool = False
     carry: Carry = "merged"
+    relation: RelationSettings = field(default=RelationSettings("off"))
+    adapter_init: Init = "zero"
 
 
 def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
@@ -56,12 +61,16 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
         input_ranges_by_timestep=tuning.input_ranges_by_timestep,
         carry=tuning.carry,
         without_adapters=tuning.without_adapters,
+        adapter_init=tuning.adapter_init,
         generator=torch.Generator().manual_seed(task.seed),
     )
     measured = dict(outcome.measured)
     measured["seconds"] = dict(measured["seconds"])
+    extra = None if tuning.relation.kind == "off" else RelationLoss(task, student, tuning.relation)
+    if extra is not None:
+        measured["relation_features"] = extra.name
     with posttraining.timed(measured, "fine-tune"):
-        losses = train(task, student, tuning.settings, _weights(task, grid, tuning.by_factor))
+        losses = train(task, student, tuning.settings, _weights(task, grid, tuning.by_factor), extra)
     measured |= {"losses": losses, "router": student.table().tolist(), "grid": list(grid)}
     plans = student.packed()
     by_time = any(plan.schedules for plan in plans.values())

@@ -13,7 +13,7 @@ from typing import Any
 from difloat.methods import options
 from difloat.methods.posttraining import Outcome, Task
 from difloat.quantizer import Plan
-from difloat.recipes import baselines, efficientdm, fp4dit, integer_transformers, lbfp, msfp, nearest
+from difloat.recipes import baselines, efficientdm, fp4dit, integer_transformers, lbfp, mpqdm, msfp, nearest
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ RECIPES: dict[str, Recipe] = {
         msfp.plan,
         msfp.Options,
         "4-bit weights and activations: mixup-sign formats, adapters by timestep, fine-tuned (arXiv:2505.21591)",
+    ),
+    "mpqdm": Recipe(
+        mpqdm.plan,
+        mpqdm.Options,
+        "2 to 4 bits: rows of several widths inside a layer, relation distillation, fine-tuned (arXiv:2412.11549)",
     ),
     "efficientdm": Recipe(
         efficientdm.plan,

@@ -1,0 +1,261 @@
+"""Distillation of relations between positions, over features smoothed along the trajectory: MPQ-DM's TRD (arXiv:2412.11549).
+
+With F [b, p, c] the mean of a block's features over two consecutive sampler steps, each position scaled to length 1, the
+relations are ``S = F F^T`` [b, p, p], and the loss is 100 times the sum over positions of the KL divergence of the student's
+softmax(S) from the teacher's.
+The current step's features of the student are part of the graph, those of the step before are not. (In the released code
+neither is, so there the term changes the printed loss and nothing else; `kind="detached"` is that.)
+
+Memory: S is never whole. It is taken a few rows at a time, each lot computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from difloat.layers import quantizable
+from difloat.methods.observe import Call, removed, tensors_of
+from difloat.methods.student import Student
+from difloat.methods.task import Task
+
+Kind = Literal["attached", "detached", "features", "off"]
+_MAP_BYTES = 1 << 26  # of one lot of rows of the relations
+_MAPS = 4  # of such a lot that are held at once: logits and probabilities of student and teacher
+_TEACHER_ROWS = 16  # rows of a teacher's call
+_CACHE_SHARE = 4  # the teacher's features may take a quarter of the memory for activations
+
+
+@dataclass(frozen=True)
+class RelationSettings:
+    """What is distilled beside the output.
+
+    Attributes:
+        kind: "attached" as the paper describes, "detached" as its code does (no gradient), "features" for the squared error of
+            the same smoothed features relative to the teacher's mean square, "off" for nothing.
+        weight: Of the relations' divergence against the summed squared error of the output.
+        feature_weight: Of the squared error of the features ("features" only) against the mean squared error of the output.
+        every: Taken in every so many-th step.
+        module: Name of the module whose output is the feature; "" finds it (`feature_block`).
+    """
+
+    kind: Kind = "attached"
+    weight: float = 100.0
+    feature_weight: float = 1.0
+    every: int = 2
+    module: str = ""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(
+                f"relations must be taken in every 1st, 2nd, ... step, got {self.every}; relation=off leaves them"
+            )
+
+
+def feature_block(model: nn.Module, call: Call) -> str:
+    """The block of a denoiser that ends last: a U-Net's last up block, a transformer's last block.
+
+    A block is an entry of an outermost `ModuleList` or `Sequential` that holds at least two layers that could be quantized and
+    whose output is spatial.
+
+    Args:
+        model: The denoiser.
+        call: Its arguments.
+
+    Raises:
+        ValueError: if there is no such block.
+    """
+    containers = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    outermost = [n for n in containers if not any(n != other and _inside(n, other) for other in containers)]
+    entries = [
+        f"{container}.{child}" if container else child
+        for container in outermost
+        for child, _ in model.get_submodule(container).named_children()
+    ]
+    layers = list(quantizable(model))
+    blocks = [entry for entry in entries if sum(_inside(layer, entry) for layer in layers) > 1]
+    ended: list[str] = []
+
+    def note(name: str, output: Any) -> None:
+        if _spatial(output):
+            ended.append(name)
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda m, i, output, name=name: note(name, output))
+        for name in blocks
+    ]
+    with removed(handles), torch.no_grad():
+        model(*call[0], **call[1])
+    if not ended:
+        raise ValueError(
+            f"relation distillation must find a block with spatial output in {type(model).__name__}, got none; name a module"
+        )
+    return ended[-1]
+
+
+def _inside(name: str, container: str) -> bool:
+    return not container or name.startswith(container + ".")
+
+
+def _spatial(output: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_of(output) if tensor.dim() > 2]
+
+
+def positions(output: Any) -> Tensor:
+    """A block's features as float32 [b, p, c], from [b, c, h, w] or [b, p, c]; of several tensors the last.
+
+    Blocks of two streams return the text's tensor first.
+
+    Raises:
+        ValueError: if no tensor of the output has positions.
+    """
+    tensors = _spatial(output)
+    if not tensors:
+        raise ValueError(
+            "features for relation distillation must be [b, c, h, w] or [b, positions, c], got an output without; "
+            "name a block whose output is spatial"
+        )
+    last = tensors[-1].float()
+    return last if last.dim() == 3 else last.flatten(2).transpose(1, 2)
+
+
+def divergence(student: Tensor, teacher: Tensor, *, map_bytes: int = _MAP_BYTES) -> Tensor:
+    """Sum over pictures and positions of the KL divergence of the teacher's relations from the student's.
+
+    Args:
+        student: [b, p, c], smoothed features; what needs a gradient gets one.
+        teacher: Likewise.
+        map_bytes: Bounds the part of the relations [b, p, p] that exists at a time; at least one row of every picture does.
+
+    Returns:
+        A scalar, 0 where the relations are the same.
+    """
+    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    pictures, count, _ = student.shape
+    size = max(1, map_bytes // (_MAPS * 4 * pictures * count))
+    total = student.new_zeros(())
+    for start in range(0, count, size):
+        total = total + checkpoint(
+            _rows_divergence, student, teacher, start, size, use_reentrant=False, preserve_rng_state=False
+        )
+    return total
+
+
+def _rows_divergence(student: Tensor, teacher: Tensor, start: int, size: int) -> Tensor:
+    of_student, of_teacher = (
+        (features[:, start : start + size] @ features.transpose(1, 2)).log_softmax(-1)
+        for features in (student, teacher)
+    )
+    return F.kl_div(of_student, of_teacher, reduction="sum", log_target=True)
+
+
+def feature_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error of features over the teacher's mean square."""
+    return (student - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12)
+
+
+@final
+class RelationLoss:
+    """The further loss of a training step (`finetune.Extra`), for the rows of the batch whose row one step earlier is held.
+
+    The sampler's first step has none before it: its features count alone. The teacher's features are computed once per row as
+    far as a quarter of `memory_bytes` holds them, and again where not. The student's features of the step before come from the
+    student as it is now.
+
+    Attributes:
+        name: The module whose output is the feature.
+    """
+
+    def __init__(self, task: Task, student: Student, settings: RelationSettings) -> None:
+        """Listen to `student`.
+
+        Raises:
+            ValueError: if the calibration data hold no two consecutive steps of a trajectory, there is no module of that name
+                or no block to find.
+        """
+        self.before = task.calibration.before
+        if all(before in (None, row) for row, before in enumerate(self.before)):
+            raise ValueError(
+                f"relation distillation must see consecutive steps of one trajectory, got {len(self.before)} calibration rows "
+                "without any; calibrate along the sampler with more samples, or say relation=off"
+            )
+        self.settings, self._task = settings, task
+        self.name = settings.module or feature_block(task.model, task.calibration.batch([0]))
+        if self.name not in dict(task.model.named_modules()):
+            raise ValueError(
+                f"relation features must come from a module of the denoiser, got {self.name!r}; see named_modules()"
+            )
+        self._caught: Tensor | None = None
+        student.module(self.name).register_forward_hook(self._catch)
+        self._cache: dict[int, Tensor] = {}
+        self._free_bytes = task.memory_bytes // _CACHE_SHARE
+
+    def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._caught = positions(output)
+
+    def __call__(
+        self, student: Student, step: int, timestep: float, rows: Sequence[int], output: Tensor
+    ) -> Tensor:
+        """The loss of one step whose forward pass has just been; 0 in the steps between."""
+        now = self._caught
+        self._caught = None
+        places = [place for place, row in enumerate(rows) if self.before[row] is not None]
+        if (step + 1) % self.settings.every or not places:
+            return output.new_zeros(())
+        assert now is not None
+        now = now[places]
+        chosen = [rows[place] for place in places]
+        smoothed = (now + self._student_before(student, chosen, now.detach())) / 2
+        target = self._teacher(chosen)
+        target = (target + self._teacher([self._earlier(row) for row in chosen])) / 2
+        if self.settings.kind == "features":
+            return self.settings.feature_weight * feature_error(smoothed, target)
+        if self.settings.kind == "detached":
+            smoothed = smoothed.detach()
+        # The paper sums both losses; the loop's is the mean over the output, so this is divided by the same number.
+        share = self.settings.weight / (len(places) * output[0].numel())
+        return share * divergence(smoothed, target)
+
+    def _earlier(self, row: int) -> int:
+        before = self.before[row]
+        assert before is not None
+        return before
+
+    @torch.no_grad()
+    def _student_before(self, student: Student, rows: Sequence[int], now: Tensor) -> Tensor:
+        """The student's features of the rows one step earlier; those of `now` at the first step."""
+        result = now.clone()
+        timesteps = self._task.calibration.timesteps
+        moved = [place for place, row in enumerate(rows) if self._earlier(row) != row]
+        for timestep in sorted({timesteps[self._earlier(rows[place])] for place in moved}):
+            some = [place for place in moved if timesteps[self._earlier(rows[place])] == timestep]
+            student(*self._task.calibration.batch([self._earlier(rows[place]) for place in some]))
+            assert self._caught is not None
+            result[some] = self._caught
+        self._caught = None
+        return result
+
+    @torch.no_grad()
+    def _teacher(self, rows: Sequence[int]) -> Tensor:
+        missing = sorted(set(rows) - set(self._cache))
+        fresh: dict[int, Tensor] = {}
+        caught: list[Tensor] = []
+        module = self._task.model.get_submodule(self.name)
+        handle = module.register_forward_hook(lambda m, i, output: caught.append(positions(output)))
+        with removed([handle]):
+            for start in range(0, len(missing), _TEACHER_ROWS):
+                some = missing[start : start + _TEACHER_ROWS]
+                args, kwargs = self._task.calibration.batch(some)
+                self._task.model(*args, **kwargs)
+                fresh |= dict(zip(some, caught.pop(), strict=True))
+        for row, features in fresh.items():
+            if features.nbytes <= self._free_bytes:
+                self._cache[row] = features.clone()
+                self._free_bytes -= features.nbytes
+        return torch.stack([self._cache.get(row, fresh.get(row)) for row in rows])  # type: ignore[misc]

@@ -1,0 +1,118 @@
+"""MPQ-DM: 2 to 4 bits by mixed widths inside a layer and relation distillation (arXiv:2412.11549, AAAI 2025).
+
+Paper -> here:
+  OMQ: input channels scaled, rows sorted by kurtosis, n rows get N + 1 bits and n rows N - 1   `methods.allocate`
+  n searched by output error over 0, k, 2k, ... up to half of the rows                        `allocate.choose`
+  MPQ-DM+: a tenth of the rows more at N + 1                                                  `plus=true`
+  TRD: relations of positions, features smoothed over two sampler steps, every second step    `methods.relation`
+  base: EfficientDM's adapters merged before rounding, input ranges by timestep               `methods.tuned`
+  first and last layers at 8 bits without adapters                                            `keep_8bit`
+
+Differs from the paper: inputs are scaled at run time, never by the operation before (a plan holds planned layers and leaves the
+  user's norms alone); ranges are searched by squared error (the code: min-max for choosing n, then L2.4); zero points are real
+  numbers; a convolution's second adapter is 1 x 1; skip and down-sampling convolutions are quantized too; 40 epochs over
+  calibration rows, not 800 over fresh trajectories; no guidance in the loss; the student's step before is seen by the student
+  as it is now.
+Differs from the released code where that differs from the paper: n over the whole range (`candidates=release`: 0 and k only);
+  relations attached to the graph (`relation=detached`); dead channels are safe; no constant in the adapters' rate.
+Inferred: the rows that MPQ-DM+ raises (those behind the first n); `adapter_init=error` after MPQ-DMv2 (arXiv:2507.04290). Its
+  binary residual branch is left out: a grid plus a sign of its own size is no grid that a format can name.
+New here: `grid=fp`, the same on floating-point grids, signed or unsigned with a zero point, chosen per width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from difloat.methods import posttraining
+from difloat.methods.adapters import Init
+from difloat.methods.allocate import AllocationSettings, Criterion, allocate, summary
+from difloat.methods.assign import asymmetric_integers, floating_grids
+from difloat.methods.finetune import TrainingSettings
+from difloat.methods.observe import Trace
+from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.relation import Kind, RelationSettings
+from difloat.methods.tuned import Tuning, tune
+
+SHORT_SIDE = (
+    0.5  # an input is tried unsigned if its shorter side is at most this of the longer one, as in MSFP
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of MPQ-DM.
+
+    Attributes:
+        grid: "int" as in the paper, "fp" for floating-point grids of the same widths.
+        mixed: Choose widths row by row; false: N bits for all, inputs not scaled (the base of the ablation).
+        plus: MPQ-DM+, a tenth of the rows more at N + 1 bits.
+        criterion, candidates: See `AllocationSettings`.
+        relation, relation_weight, relation_every, features: See `RelationSettings` (`features` is its `module`).
+        rank: Of the adapters.
+        adapter_init: "zero", or "error": from the largest directions of the rounding error.
+        ranges_by_timestep: Learn input ranges apart for every timestep.
+        keep_8bit: As in LBFP.
+        epochs, rows, adapter_rate, precision: Of fine-tuning, see `TrainingSettings`.
+    """
+
+    grid: Literal["int", "fp"] = "int"
+    mixed: bool = True
+    plus: bool = field(default=AllocationSettings.extra_tenth)
+    criterion: Criterion = field(default=AllocationSettings.criterion)
+    candidates: Literal["range", "release"] = field(default=AllocationSettings.candidates)
+    relation: Kind = field(default=RelationSettings.kind)
+    relation_weight: float = field(default=RelationSettings.weight)
+    relation_every: int = field(default=RelationSettings.every)
+    features: str = field(default=RelationSettings.module)
+    rank: int = 32
+    adapter_init: Init = field(default=Tuning.adapter_init)
+    ranges_by_timestep: bool = True
+    keep_8bit: tuple[str, ...] = ("first", "last")
+    epochs: int = field(default=TrainingSettings.epochs)
+    rows: int = field(default=TrainingSettings.rows)
+    adapter_rate: float = field(default=TrainingSettings.adapter_rate)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+
+
+def plan(task: Task, options: Options) -> Outcome:
+    """Quantize the task's model by MPQ-DM."""
+    kept: list[str] = []
+    choosing = AllocationSettings(options.criterion, options.candidates, options.plus)
+    relation = RelationSettings(
+        options.relation, options.relation_weight, every=options.relation_every, module=options.features
+    )
+    rule = {"int": asymmetric_integers, "fp": floating_grids}[options.grid]
+    timing: dict[str, Any] = {"seconds": {}}
+    with posttraining.timed(timing, "choose widths"):
+        chosen = allocate(task, lambda bits: rule(bits, "channel"), choosing) if options.mixed else {}
+
+    def rules(name: str, seen: Trace) -> LayerRules:
+        keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
+        kept.extend([name] if keeps else [])
+        widths = (8, 8) if keeps else (task.bits.weight, task.bits.activation)
+        activation = None if task.bits.activation is None else rule(widths[1] or 8, "tensor")
+        if keeps or not options.mixed:
+            return LayerRules(rule(widths[0], "channel"), activation)
+        found = chosen[name]
+        return LayerRules(rule(widths[0], "channel"), activation, False, found.smoothing, found.mixed)
+
+    outcome = posttraining.run(task, rules, Sequencing())
+    outcome.measured["seconds"] |= timing["seconds"]
+    outcome.measured["kept_8bit"] = kept
+    outcome.measured["widths"] = summary({name: one for name, one in chosen.items() if name not in kept})
+    training = TrainingSettings(
+        options.epochs, options.rows, options.adapter_rate, precision=options.precision
+    )
+    tuning = Tuning(
+        training,
+        1,
+        options.rank,
+        False,
+        tuple(kept),
+        options.ranges_by_timestep,
+        relation=relation,
+        adapter_init=options.adapter_init,
+    )
+    return tune(task, outcome, tuning)

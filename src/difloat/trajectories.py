@@ -1,0 +1,55 @@
+"""Which denoiser calls are steps of one trajectory, seen from the calls alone, and which row comes before which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+
+@final
+class Course:
+    """Follows the calls of a sampler: its timesteps go in one direction, and a batch keeps its order from step to step.
+
+    A pass ends where the direction turns or the batch size changes. Calls that show the timestep of the call before them
+    belong to the same step: guidance in two calls, or a corrector. The first of every step makes one trajectory, the second
+    another.
+
+    Attributes:
+        passes: Passes so far; the current one is the last.
+        step: Of the current call, from 0 in every pass.
+        repeat: How many calls of this step came before the current one.
+    """
+
+    def __init__(self) -> None:
+        """Before the first call."""
+        self.passes, self.step, self.repeat = 0, 0, 0
+        self._batch = 0
+        self._timestep = 0.0
+        self._direction = 0.0
+
+    def advance(self, timestep: float, batch: int) -> None:
+        """Take the next call."""
+        change = timestep - self._timestep
+        turns = change * self._direction < 0
+        if not self.passes or batch != self._batch or turns:
+            self.passes, self.step, self.repeat = self.passes + 1, 0, 0
+            self._direction = 0.0
+        elif change == 0:
+            self.repeat += 1
+        else:
+            self.step, self.repeat = self.step + 1, 0
+            self._direction = change
+        self._timestep, self._batch = timestep, batch
+
+
+def rows_before(points: Sequence[tuple[str, int]]) -> list[int | None]:
+    """For every row, given as (trajectory, step), the row one step earlier on the same trajectory.
+
+    The first step has nothing before it and stands for itself. None where the row before is not there, or the row's
+    trajectory is not known ("").
+    """
+    number_of = {point: number for number, point in enumerate(points) if point[0]}
+    return [
+        None if not trajectory else number if step == 0 else number_of.get((trajectory, step - 1))
+        for number, (trajectory, step) in enumerate(points)
+    ]

@@ -1,0 +1,96 @@
+"""Which row comes before which, from the calls of samplers, against what the samplers really did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from difloat.calibration import CalibrationSettings, collect, collect_from_loop
+from difloat.trajectories import Course, rows_before
+from tiny import PROMPTS, tiny_ddim, tiny_unet
+
+# diffusers hands torch tensors to numpy 2 in its schedulers.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def points(calls: list[tuple[float, int]]) -> list[tuple[int, int, int]]:
+    course, found = Course(), []
+    for timestep, batch in calls:
+        course.advance(timestep, batch)
+        found.append((course.passes, course.repeat, course.step))
+    return found
+
+
+def test_steps_go_on_in_one_direction() -> None:
+    assert points([(9, 2), (5, 2), (1, 2), (9, 2), (5, 2)]) == [
+        (1, 0, 0),
+        (1, 0, 1),
+        (1, 0, 2),
+        (2, 0, 0),
+        (2, 0, 1),
+    ]
+    assert points([(0.1, 2), (0.5, 2), (0.1, 2)]) == [(1, 0, 0), (1, 0, 1), (2, 0, 0)]
+    assert points([(9, 2), (5, 1)]) == [(1, 0, 0), (2, 0, 0)]  # another batch is another picture
+
+
+def test_guidance_in_two_calls_makes_two_trajectories() -> None:
+    assert points([(9, 1), (9, 1), (5, 1), (5, 1)]) == [(1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1)]
+
+
+def test_rows_before_are_of_the_same_trajectory_or_missing() -> None:
+    rows = [("a", 0), ("b", 1), ("a", 2), ("a", 1), ("", 1), ("b", 3)]
+    assert rows_before(rows) == [0, None, 3, 0, None, None]
+
+
+@pytest.mark.parametrize("make", [tiny_unet, tiny_ddim])
+def test_the_row_before_is_what_the_sampler_saw_one_step_earlier(make) -> None:
+    pipeline = make()
+    seen: list[torch.Tensor] = []  # samples of all calls, in order
+    handle = pipeline.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0].clone()), with_kwargs=True
+    )
+    settings = CalibrationSettings(samples=40, steps=4, prompts_per_batch=3)
+    data = collect(pipeline, PROMPTS if make is tiny_unet else None, settings, progress=False)
+    handle.remove()
+    place = {}
+    for number, batch in enumerate(seen):
+        for index, row in enumerate(batch):
+            place.setdefault(row.numpy().tobytes(), []).append((number, index))
+
+    def places(row: int) -> list[tuple[int, int]]:
+        args, kwargs = data.batch([row])
+        return place[args[0][0].numpy().tobytes()]
+
+    kept = [(row, before) for row, before in enumerate(data.before) if before not in (None, row)]
+    assert len(kept) > 5
+    for row, before in kept:
+        assert {(number - 1, index) for number, index in places(row)} & set(places(before))
+        now, then = (data.batch([number])[1].get("encoder_hidden_states") for number in (row, before))
+        assert now is None or torch.equal(now, then)  # the same prompt, the same half of guidance
+    first = max(data.timesteps)
+    assert {data.timesteps[row] for row, before in enumerate(data.before) if before == row} == {first}
+
+
+def test_a_loop_has_trajectories_and_clean_latents_have_none() -> None:
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.layer(sample)
+
+    def loop(module: nn.Module) -> None:
+        for _ in range(2):
+            x = torch.randn(3, 4)
+            for timestep in (900, 500, 100):
+                x = x - module(x, torch.full((3,), timestep))
+
+    data = collect_from_loop(Denoiser(), loop, CalibrationSettings(samples=18), progress=False)
+    assert None not in data.before
+    for row, before in enumerate(data.before):
+        step = {900.0: 900.0, 500.0: 900.0, 100.0: 500.0}
+        assert data.timesteps[before] == step[data.timesteps[row]]
+    settings = CalibrationSettings(samples=8, steps=2, prompts_per_batch=2, timesteps="clean")
+    assert set(collect(tiny_unet(), PROMPTS, settings, progress=False).before) == {None}
