@@ -80,8 +80,8 @@ def test_other_commands_name_what_exists(page: Path) -> None:
 
 # What is run: every call of difloat and every block of Python, in the order of the page, on tiny models
 
-# Sections that need more than a tiny model, and the test that runs what stands in them.
-ELSEWHERE = {"LoRA": "test_lora.py::test_the_tour_runs"}
+# Sections that need more than a tiny model, and the test that runs what stands in them, or the example that shows it.
+ELSEWHERE = {"LoRA": "test_lora.py::test_the_tour_runs", "Loading": "test_docs.py::test_examples_run"}
 QUICK = {"samples": 6, "steps": 2, "iterations": 2, "rounding_rows": 4, "epochs": 1, "rows": 2, "rank": 2}
 FEWER = {
     "quantize": ["--samples", "6", "--steps", "2", "--images", "0"],

@@ -15,7 +15,8 @@ from difloat.formats import parse
 from difloat.methods.assign import Rule
 from difloat.methods.scales import shared_scale, snapping
 from difloat.methods.search import CLIPS, search
-from difloat.quantizer import dequantize, fake_quantize
+from difloat.quantizer import dequantize
+from difloat.scales import fake_quantize
 from test_contracts import plan_with
 
 E4M3 = torch.tensor(formats.parse("e4m3fn").values, dtype=torch.float64)
