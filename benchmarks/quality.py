@@ -246,7 +246,7 @@ def measure_row(
         "draw_full_precision_s": reference.seconds,
         "commit": commit(),
         "machine": report.machine(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv),
     }
 
 

@@ -15,10 +15,9 @@ from difloat.quantizer import (
     LayerPlan,
     Plan,
     dequantize,
-    fake_quantize,
     plan_layer,
 )
-from difloat.scales import expand_scale, rows_of
+from difloat.scales import expand_scale, fake_quantize, rows_of
 from difloat.specs import Part, QuantSpec, layer_tensor_shapes
 
 FORMATS = [
