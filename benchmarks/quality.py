@@ -101,6 +101,13 @@ PAPERS: dict[str, list[Row]] = {
             "w4a6",
             {**GROUPS, "activation": "online"},
         ),
+        Row("W4A6 ViDiT-Q, one weight per layer", "viditq", "w4a6", {"stretches": 1}),
+        Row(
+            "W4A6 FP4DiT, all that helped: E2M1 before GELU, searched, inputs of full precision",
+            "fp4dit",
+            "w4a6",
+            {"before_gelu": "same", "weight_format": "search", "inputs": "full"},
+        ),
     ],
     "msfp": [
         Row("W6A6 MSFP", "msfp", "w6a6"),

@@ -29,10 +29,11 @@ from difloat.quantizer import Plan
 from difloat.recipes import msfp
 from difloat.reference_models import NAMES
 
-RUNS = [
+RUNS: list[dict[str, Any]] = [
     *({"adapter_rate": rate} for rate in (0.0004, 0.004, 0.01, 0.03, 0.1, 0.3)),
-    *({"adapter_rate": 0.03, "range_rate": rate} for rate in (0.0, 0.005)),
-    *({"adapter_rate": 0.03, "scale_rate": rate} for rate in (0.0, 1e-5, 1e-4)),
+    *({"range_rate": rate} for rate in (0.0, 2e-3, 1e-2)),
+    *({"scale_rate": rate} for rate in (0.0, 3e-4, 3e-3)),
+    *({"by_timestep": True, "range_rate": rate} for rate in (5e-4, 2e-3, 1e-2)),
 ]
 
 
@@ -62,9 +63,11 @@ def main() -> None:
         name = json.dumps({"bits": arguments.bits, "epochs": arguments.epochs, **run})
         if name in results or (arguments.runs and number not in arguments.runs):
             continue
-        settings = replace(TrainingSettings(epochs=arguments.epochs), **run)
+        rates = dict(run)
+        by_timestep = rates.pop("by_timestep", False)
+        settings = replace(TrainingSettings(epochs=arguments.epochs), **rates)
         kept = tuple(name for name, plan in outcome.layers.items() if plan.parts[0].weight.format.bits == 8)
-        tuned = tune(train, outcome, Tuning(settings, 1, 32, False, kept))
+        tuned = tune(train, outcome, Tuning(settings, 1, 32, False, kept, by_timestep))
         results[name] = {
             "held_out_error_over_untrained": error(model, tuned, held_out) / before,
             "losses": tuned.measured["losses"],

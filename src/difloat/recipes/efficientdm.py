@@ -2,13 +2,14 @@
 
 Paper -> here:
   QALoRA: adapters merged before rounding                              `methods.adapters`
-  scale-aware rate: 1/2500 of a layer's mean weight step                `TrainingSettings.adapter_rate`
+  scale-aware rate, in units of a layer's mean weight step             `TrainingSettings.adapter_rate`
   TALSQ: input ranges learned for every timestep                        `Student(input_ranges_by_timestep=True)`
   distillation along full-precision trajectories, plain squared error   `methods.finetune`
 
 Differs from the paper: adapters are added to the float weight, not to dequantized integers; zero points are real numbers and
   those of weights do not move; ranges are indexed by the timestep of the call, never by counting calls; first and last layer
-  at 8 bits (the code: the first three and the last); 40 epochs over calibration rows, not 160 over fresh trajectories.
+  at 8 bits (the code: the first three and the last); 40 epochs over calibration rows, not 160 over fresh trajectories, and
+  a rate of 0.03 instead of 1/2500 for that (`benchmarks/tuning_rates.py`).
 """
 
 from __future__ import annotations
