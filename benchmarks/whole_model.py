@@ -83,7 +83,7 @@ MODELS: dict[str, Callable[[int | None], tuple[nn.Module, dict[str, Any]]]] = {
 
 
 class _NoInitialization(TorchFunctionMode):
-    """Inside, the functions of `torch.nn.init` leave tensors as they are: those of 0.6 B weights take longer than a forward pass."""
+    """Inside, `torch.nn.init` leaves tensors as they are: 0.6 B weights would take longer than a forward pass."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -239,7 +239,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="the median counts")
-    parser.add_argument("--budget-s", type=float, default=900.0, help="per model: no further repetition after it")
+    parser.add_argument(
+        "--budget-s", type=float, default=900.0, help="per model: no further repetition after it"
+    )
     parser.add_argument("--profile", action="store_true", help="print where the time goes instead")
     parser.add_argument("--layers", type=int, help="fewer blocks, for a quick look")
     parser.add_argument("--no-float", action="store_true", help="leave float32 out")

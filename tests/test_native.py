@@ -129,7 +129,8 @@ print(digest.hexdigest())
     ("library", "function", "instruction"),
     [
         ("avx512", r"tile<6, [012]>", "vpdpbusd"),
-        ("attention", r"panel_product<6, 4>", "vdpbf16ps"),
+        ("attention", r"panel_product<false, 6, 4>", "vdpbf16ps"),
+        ("attention", r"panel_product<true, 6, 4>", "vpdpbusd"),
     ],
 )
 def test_accumulators_stay_in_registers(library, function, instruction) -> None:

@@ -20,7 +20,7 @@ import torch
 from difloat.formats import Format
 from difloat.kernels import integers
 
-ABI = 1
+ABI = 2
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _UNITS = ("avx512", "avx2")
 _VARIABLE = "DIFLOAT_CPU_ISA"
@@ -120,6 +120,10 @@ class Attention(ctypes.Structure):
         ("out_stride", ctypes.c_int64 * 3),
         ("mask_stride", ctypes.c_int64 * 3),
         ("scale", ctypes.c_float),
+        ("operands", ctypes.c_int32),
+        ("grid", Grid),
+        ("map_rounded", ctypes.c_int32),
+        ("map", Grid),
     ]
 
 
@@ -146,6 +150,18 @@ def grid(format: Format) -> Grid:
         format.mantissa_bits,
         format.min_exponent,
     )
+
+
+@cache
+def attention_grid(format: Format) -> Grid | None:
+    """A format whose values, as integers, have at most 8 significant bits, so that bfloat16 holds them; None for others."""
+    multiplier = 1 / min(value for value in format.values if value > 0)
+    largest = max(abs(value) for value in format.values) * multiplier
+    significant = largest if format.uniform else 2 ** (format.mantissa_bits + 1)
+    if significant > 256 or largest >= 2**31:
+        return None
+    exponents = format.mantissa_bits, format.min_exponent
+    return Grid(format.min, format.max, multiplier, 0, format.uniform, *exponents)
 
 
 @cache

@@ -16,13 +16,12 @@ static inline F32 load_as_float(const void* data, int64_t at) {
     return load((const float*)data + at);
 }
 
-// The last numbers of a row, fewer than a vector: copied, so that nothing beyond the row is read; zeros follow.
+// The last numbers of a row, fewer than a vector; nothing beyond the row is read, zeros follow.
 template <int TYPE>
 static inline F32 load_tail(const void* data, int64_t at, int64_t count) {
-    constexpr int SIZE = TYPE == DIFLOAT_F32 ? 4 : 2;
-    alignas(64) char buffer[LANES * 4] = {};
-    memcpy(buffer, (const char*)data + at * SIZE, count * SIZE);
-    return load_as_float<TYPE>(buffer, 0);
+    if (TYPE == DIFLOAT_BF16) return load_first_bfloat((const uint16_t*)data + at, count);
+    if (TYPE == DIFLOAT_F16) return load_first_half((const uint16_t*)data + at, count);
+    return load_first((const float*)data + at, count);
 }
 
 // Largest magnitude of a row as the bits of a float. NaN has more than infinity, so it wins.
@@ -89,11 +88,9 @@ static float quantize_row(const void* row, int64_t channels, const difloat_input
         if (k == group_end) *sums++ = sum_int(total), total = set_int(0);
         F32 x = load_tail<TYPE>(row, k, channels - k);
         most = max_int(most, bits_and(as_int(x), magnitude));
-        alignas(64) int32_t last[LANES];
-        store_int(last, sub_int(round(div(sub(x, zero), divisor)), shift));
-        for (int64_t i = channels - k; i < LANES; i++) last[i] = 0;
-        total = add_int(total, load_int(last));
-        store_int8(out + k, load_int(last));
+        I32 integers = first_lanes(sub_int(round(div(sub(x, zero), divisor)), shift), channels - k);
+        total = add_int(total, integers);
+        store_int8(out + k, integers);
     }
     *sums = sum_int(total);
     return largest_int(most) > INFINITY_BITS ? NAN : scale / input.grid.multiplier;
