@@ -27,6 +27,7 @@ BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": eager, "cpu"
 """By name; new ones need a row here and in `dispatch.json`."""
 
 _VARIABLE = "DIFLOAT_BACKEND"
+_MOST_CHOICES = 1 << 14  # kept at a time
 _chosen: str | None = None
 
 
@@ -112,6 +113,27 @@ def _first(weight_shape: Sequence[int], x: Tensor, supports: Callable[[ModuleTyp
         if candidate in _here() and supports(BACKENDS[candidate]):
             return BACKENDS[candidate]
     return reference
+
+
+_linear_choices: dict[tuple[object, ...], ModuleType] = {}  # a small layer takes as long as the choice
+
+
+def choose_linear(text: str, part: Part, out_channels: int, x: Tensor) -> ModuleType:
+    """`choose` for a linear layer, remembered: what backends look at is in the key.
+
+    Args:
+        text: The part as a string; faster to compare than a part.
+        part: Formats and granularities.
+        out_channels: Of the layer.
+        x: The part's input.
+    """
+    key = (text, backend(), out_channels, x.shape, x.dtype, x.device)
+    found = _linear_choices.get(key)
+    if found is None:
+        if len(_linear_choices) >= _MOST_CHOICES:
+            _linear_choices.clear()
+        found = _linear_choices[key] = choose(part, (out_channels, part.channels), x)
+    return found
 
 
 @cache
