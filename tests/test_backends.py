@@ -17,7 +17,7 @@ from difloat.quantizer import dequantize, plan_layer
 from difloat.specs import Part, QuantSpec
 
 # Triton has tests of its own, small enough for its interpreter.
-FAST = [name for name in backends.available() if name not in ("reference", "triton")]
+FAST = [name for name in backends.available() if name not in ("reference", "decoded", "triton")]
 TOKEN = QuantSpec(parse("int8"), "token", online=True)
 
 

@@ -1,7 +1,7 @@
 """Which backend computes a part of a layer: chosen by name, by what a backend says it supports, and by measured speed.
 
 ``DIFLOAT_BACKEND`` or `set_backend` names one: ``reference`` (the definition), ``torch`` (int8 products of torch), ``cpu`` (the
-native library), ``triton`` (GPUs), or ``auto``. A named backend computes every layer that it supports and the reference the
+native library), ``decoded`` (its decoding before torch's product), ``triton`` (GPUs), or ``auto``. A named backend computes every layer that it supports and the reference the
 others; ``auto`` takes for every shape the one that was fastest where `dispatch.json` was measured, and on GPUs Triton.
 Nothing is tried and caught.
 """
@@ -20,10 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat.kernels import cpu, eager, native, reference, triton
+from difloat.kernels import cpu, decoded, eager, native, reference, triton
 from difloat.specs import Part
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": eager, "cpu": cpu, "triton": triton}
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "torch": eager,
+    "cpu": cpu,
+    "decoded": decoded,
+    "triton": triton,
+}
 """By name; new ones need a row here and in `dispatch.json`."""
 
 _VARIABLE = "DIFLOAT_BACKEND"
@@ -39,6 +45,8 @@ def available() -> list[str]:
 def _runs_here(name: str) -> bool:
     if name == "triton":
         return triton.available(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if name == "decoded":
+        return native.unit() == "avx512"
     return name != "cpu" or native.unit() is not None
 
 

@@ -175,32 +175,10 @@ def _weight(packed: Tensor, scale: Tensor, zero: Tensor | None, part: Part) -> n
     return _weight_at(*addresses, packed.shape, packed.stride(), part)
 
 
-@lru_cache(maxsize=1 << 14)  # layers of a large model; a filled-in struct is a quarter of a small layer's time
+@lru_cache(
+    maxsize=1 << 14
+)  # layers of a large model; a filled-in struct is a quarter of a small layer's time
 def _weight_at(
     data: int, scale: int, zero: int | None, shape: Sequence[int], stride: Sequence[int], part: Part
 ) -> native.Weight:
-    format = part.weight.format
-    found = native.codes(format)
-    taps, tap_stride = 1, 1
-    if len(shape) == 4:
-        taps = shape[2] * shape[3]
-        tap_stride = stride[3] if shape[3] > 1 else stride[2]
-    groups = -(-part.channels // _group(part))
-    return native.Weight(
-        data,
-        shape[0],
-        part.channels,
-        taps,
-        stride[0],
-        1 if shape[1] == 1 else stride[1],
-        tap_stride,
-        format.bits,
-        found.minimum,
-        ctypes.addressof(found.table),
-        scale,
-        zero,
-        found.unit,
-        groups,
-        min(_group(part), part.channels),
-        0 if part.weight.granularity == "tensor" else groups,
-    )
+    return native.weight(data, scale, zero, shape, stride, part, native.codes(part.weight.format))
