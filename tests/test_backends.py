@@ -326,7 +326,7 @@ def test_what_no_backend_supports_goes_to_the_reference(generator) -> None:
     float8 = Part(8, QuantSpec(parse("e2m1")), QuantSpec(parse("e4m3")))
     exact = Part(8, QuantSpec(parse("e2m1")), TOKEN)
     x = torch.randn(2, 8)
-    for name in ("auto", *FAST):
+    for name in FAST:
         with backends.use_backend(name):
             assert backends.choose(float8, (4, 8), x) is reference
             assert backends.choose(exact, (4, 8), x.double()) is reference
@@ -334,3 +334,8 @@ def test_what_no_backend_supports_goes_to_the_reference(generator) -> None:
             assert (
                 backends.choose(exact, (4, 4, 3, 3), x[..., None, None]) is reference
             )  # two groups of channels
+    decoded = next((backends.BACKENDS[n] for n in backends.available() if n == "decoded"), reference)
+    with backends.use_backend("auto"):
+        assert backends.choose(float8, (4, 8), x) is decoded
+        assert backends.choose(exact, (4, 8), x.double()) is reference
+        assert backends.choose(exact, (4, 4, 3, 3), x[..., None, None]) is decoded

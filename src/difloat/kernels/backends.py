@@ -1,9 +1,9 @@
 """Which backend computes a part of a layer: chosen by name, by what a backend says it supports, and by measured speed.
 
 ``DIFLOAT_BACKEND`` or `set_backend` names one: ``reference`` (the definition), ``torch`` (int8 products of torch), ``cpu`` (the
-native library), ``decoded`` (its decoding before torch's product), ``triton`` (GPUs), or ``auto``. A named backend computes every layer that it supports and the reference the
-others; ``auto`` takes for every shape the one that was fastest where `dispatch.json` was measured, and on GPUs Triton.
-Nothing is tried and caught.
+native library), ``decoded`` (its decoding, torch's product), ``triton`` (GPUs), or ``auto``. A named backend computes every
+layer that it supports and the reference the others; ``auto`` takes for every shape the one that was fastest where
+`dispatch.json` was measured, and on GPUs Triton. Nothing is tried and caught.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Backend "decoded": what has no product in integers. The native library rounds activations and decodes weights, torch multiplies.
+"""Backend "decoded": the native library rounds activations and decodes weights, torch multiplies.
 
-Formats that do not fit int8 (E4M3, E3M4, ...) and layers whose activations stay as they are go this way. Weights stay packed; one
-layer at a time is decoded into a buffer that all layers of a thread share. Results are the reference's, bit for bit.
+For what has no product in integers: formats that do not fit int8 (E4M3, E3M4, ...) and activations that stay as they are.
+Weights stay packed; one layer at a time is decoded into a buffer that all layers of a thread share. Results are the
+reference's, bit for bit.
 """
 
 from __future__ import annotations
