@@ -20,7 +20,7 @@ from difloat.kernels.resident import derived
 from difloat.kernels.rows import Rows
 from difloat.packing import unpack
 from difloat.scales import expand_scale
-from difloat.specs import Part
+from difloat.specs import Part, QuantSpec
 
 _CHUNK_ROWS = 256
 
@@ -134,13 +134,36 @@ def _conv2d(
     out = x.new_empty(x.shape[0], *taps.out, weight.operand.shape[0])
     scale = input_scale
     if spec.online and x.numel():
-        scale = online_scale(x.float(), spec.format, spec.granularity == "token").expand(x.shape[0], 1, 1, 1)
+        axes = (1, 2, 3) if spec.granularity == "token" else (0, 1, 2, 3)
+        largest = x.abs().amax(axes, keepdim=True).float()  # exact in any dtype, so no copy in float32
+        scale = online_scale(largest, spec.format, per_token=True).expand(x.shape[0], 1, 1, 1)
     for index, (picture, target) in enumerate(zip(x, out, strict=True)):
         own = scale if scale is None or not spec.online else scale[index].reshape(1, 1)
         pixels = picture.permute(1, 2, 0).reshape(-1, part.channels)
+        if taps.single:
+            _conv_pixels(pixels, own, input_zero_point, spec, weight, bias, target.view(len(pixels), -1))
+            continue
         rows = integers.quantize_rows(pixels, spec, own, input_zero_point)
         _conv_picture(rows, weight, taps, bias, target)
     return out.permute(0, 3, 1, 2)
+
+
+def _conv_pixels(
+    pixels: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    spec: QuantSpec,
+    weight: _Weight,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Fill `out` [h * w, o] where the kernel is one pixel: a linear layer on the pixels, in chunks."""
+    broken = torch.zeros((), dtype=torch.bool)
+    for chunk, target in zip(pixels.split(_CHUNK_ROWS), out.split(_CHUNK_ROWS), strict=True):
+        rows = integers.quantize_rows(chunk, spec, scale, zero_point)
+        target.copy_(weight.product(rows, bias))
+        broken |= rows.scale.isnan().any()
+    out.masked_fill_(broken, math.nan)  # a NaN spoils its picture, whatever the kernel's size
 
 
 def _conv_picture(
@@ -176,6 +199,11 @@ class _Taps:
     def out(self) -> tuple[int, int]:
         """Height and width of the result."""
         return conv_output_size(self.size, self.kernel, self.stride, self.padding, self.dilation)
+
+    @property
+    def single(self) -> bool:
+        """Whether every result sees the one pixel in its place."""
+        return math.prod(self.kernel) == 1 and set(self.stride) == {1} and set(self.padding) == {0}
 
     def patches(self, pixels: Tensor) -> Tensor:
         """A view [h', w', kh, kw, i] of the padded pixels [h * w, i]: what every output pixel sees."""
