@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from difloat.formats import Format
 from difloat.kernels import integers
 from difloat.kernels.reference import conv_output_size, online_scale
 from difloat.kernels.resident import derived
@@ -23,6 +25,7 @@ from difloat.scales import expand_scale
 from difloat.specs import Part, QuantSpec
 
 _CHUNK_ROWS = 256
+_SATURATES_BEYOND = 64  # weights up to here are safe everywhere: 2 * 255 * 64 < 2**15
 
 
 def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
@@ -35,7 +38,21 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
         and part.weight.granularity in ("tensor", "channel")
         and integers.reason_against(part) is None
         and integers.sums_fit(part, math.prod(weight_shape[1:]))
+        and (_reach(part.weight.format) <= _SATURATES_BEYOND or _exact_for_all_weights())
     )
+
+
+@cache
+def _reach(format: Format) -> int:
+    """Largest magnitude of a weight's operand."""
+    return int(integers.operand_table(format).int().abs().max())
+
+
+@cache
+def _exact_for_all_weights() -> bool:
+    """Whether torch's int8 product is exact here: with AVX2 and no VNNI its sums of two products are cut off at 16 bits."""
+    ends = torch.full((64, 256), 127, dtype=torch.int8)
+    return bool((torch._int_mm(ends, ends.t()) == 256 * 127**2).all())
 
 
 def linear(
