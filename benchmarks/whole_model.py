@@ -31,14 +31,15 @@ from quantization_time import ROOT, commit, machine
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from difloat import fast_attention, layers
+from difloat import attention, fast_attention, layers
 from difloat.formats import parse
 from difloat.kernels import backends
 from difloat.quantizer import LayerPlan, plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.specs import AttentionPlan, Part, QuantSpec
 
 WEIGHT = QuantSpec(parse("e2m1"), "channel")
 TOKEN = QuantSpec(parse("int8"), "token", online=True)
+OPERANDS = AttentionPlan(operand=parse("int8"))
 
 
 def pixart(blocks: int | None) -> tuple[nn.Module, dict[str, Any]]:
@@ -156,10 +157,15 @@ def variants(
     found = {"torch bf16": forward(half, small, "reference")}
     if with_float:
         found["torch fp32"] = forward(model, call, "reference")
-    for name in backends.available()[1:]:
+    for name in [name for name in ("torch", "cpu") if name in backends.available()]:
         found[f"{name}: packed layers"] = forward(packed, small, name)
         found[f"{name}: bf16 layers, fast attention"] = forward(fast_half, small, name)
         found[f"{name}: packed layers, fast attention"] = forward(fast_packed, small, name)
+    if "cpu" in backends.available():
+        names = [name for name, module in packed.named_modules() if attention.has_processor(module)]
+        on_grids = layers.shadow(packed)
+        attention.install(on_grids, dict.fromkeys(names, OPERANDS))
+        found["cpu: packed layers, attention on an int8 grid"] = forward(on_grids, small, "cpu")
     return found, {"bf16": weight_bytes(half), "packed": weight_bytes(packed)}
 
 
