@@ -126,7 +126,7 @@ def quantized(model: nn.Module) -> nn.Module:
             plan, number = random_plan(tuple(module.weight.shape)), numbers[f"{name}.weight"]
             moved = {key: tensor.roll(number, 0) for key, tensor in plan.tensors.items()}
             layers.install(twin, name, replace(plan, tensors=moved))
-    return twin
+    return twin.to(memory_format=torch.channels_last)  # of convolutions, as the float model's
 
 
 def cast(call: Any, dtype: torch.dtype) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from difloat.kernels import native
+from difloat.kernels.rows import Rows, by_band
 from difloat.specs import Part, QuantSpec
 
 _GROUP_MULTIPLE = 16  # channels: scales change between whole vectors
@@ -84,6 +85,29 @@ def conv2d(
     weight = _decoded(packed, weight_scale, weight_zero_point, part, x.dtype)
     shift = None if bias is None else bias.to(x.dtype)
     return functional.conv2d(rounded, weight, shift, list(stride), list(padding), list(dilation), groups)
+
+
+def linear_rows(
+    x: Tensor, weight: Rows, input_scale: Tensor | None, input_zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`linear` with rows of several widths, band by band."""
+    return by_band(linear, x, weight, input_scale, input_zero_point, bias)
+
+
+def conv2d_rows(
+    x: Tensor,
+    weight: Rows,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`conv2d` with rows of several widths, band by band."""
+    geometry = (stride, padding, dilation, groups)
+    return by_band(conv2d, x, weight, input_scale, input_zero_point, bias, *geometry)
 
 
 def _rounded(rows: Tensor, scale: Tensor | None, zero: Tensor | None, part: Part) -> Tensor:
