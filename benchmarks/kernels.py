@@ -1,17 +1,23 @@
-"""Speed of quantized linear layers, convolutions and attention on a CPU, against torch.
+r"""Speed of quantized linear layers, convolutions and attention on a CPU, against torch.
 
 Everything of one shape runs in one process, interleaved: every repetition calls each contestant once, in rotated order, after a
 pause in which other libraries' threads stop spinning and one call that is not timed. Medians count. For comparison the same run
 measures a plain int8 product of torch, which comes within a tenth of the machine's int8 peak.
 
 Numbers without ``--quick`` go into ``benchmarks/results/kernels.json``; ``--dispatch`` also writes the table by which backends
-are chosen, from those of W4A8.
+are chosen, from those of W4A8. ``--table`` names the layers that run slower than bfloat16 by that table.
+
+The AVX2 unit, all of torch held to the same instructions (bfloat16 is slow there, so float32 is the rival)::
+
+    DIFLOAT_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+        python benchmarks/kernels.py --only linear conv2d --out benchmarks/results/kernels-avx2.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -25,9 +31,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from difloat.formats import parse
-from difloat.kernels import attention, backends, ops
+from difloat.kernels import attention, backends, integers, ops
 from difloat.quantizer import plan_layer
-from difloat.specs import Granularity, Part, QuantSpec
+from difloat.specs import AttentionPlan, Granularity, Part, QuantSpec
 
 LINEAR = [  # in, out: PixArt's and FLUX's
     (1152, 1152),
@@ -47,6 +53,7 @@ CONV = [  # batch, in, out, side, kernel: Stable Diffusion's U-Net at 512 pixels
     (2, 640, 640, 32, 1),
 ]
 ATTENTION = [(2, 16, 1024, 1024, 72), (2, 16, 1024, 120, 72), (2, 8, 4096, 4096, 40), (2, 8, 1024, 1024, 80)]
+CAPS = ["DIFLOAT_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"]
 Contestants = dict[str, Callable[[], object]]
 
 
@@ -96,7 +103,10 @@ def ours(
         part = ops._part(arguments[-1])
         shape = (arguments[0].shape[0], part.channels, *arguments[0].shape[2:])
         for name in backends.available():
-            if name != "reference" and backends.BACKENDS[name].supports(part, shape, x):
+            exact = integers.reason_against(part) is None
+            if name in ("reference", "decoded" if exact else ""):
+                continue
+            if backends.BACKENDS[name].supports(part, shape, x):
                 call = lambda a=arguments: operator(x, *a, *geometry)  # noqa: E731
                 found[f"difloat {name} {label}"] = on(name, call)
     return found
@@ -114,6 +124,8 @@ def linear(rows: int, channels: int, out: int) -> Contestants:
         "w6a8": layer(shape, "e2m3", "int8"),
         "w8a8": layer(shape, "int8", "int8"),
         "w3a8": layer(shape, "int3", "int8"),
+        "w4 e3m4": layer(shape, "e2m1", "e3m4"),
+        "w8 e4m3": layer(shape, "e4m3", "e4m3"),
         **{
             f"w4a8 groups of {g}": layer(shape, "e2m1", "int8", g) for g in (128, 64, 32) if channels % g == 0
         },
@@ -151,6 +163,11 @@ def attend(batch: int, heads: int, queries: int, keys: int, width: int) -> Conte
     for name in ("torch", "cpu"):
         if name in backends.available():
             found[f"difloat {name}"] = on(name, lambda: attention.attend(q, k, v, None, width**-0.5))
+    for operand, softmax in (("int8", ""), ("int8", "uint8"), ("e2m3", "ue4m4"), ("e3m4", "")):
+        plan = AttentionPlan(parse(operand), parse(softmax) if softmax else None)
+        if attention.carries_out(plan, q, k, v, None):
+            call = lambda o=operand, s=softmax: attention.attend_on_grids(q, k, v, None, width**-0.5, o, s)  # noqa: E731
+            found[f"difloat cpu q, k, v {operand}" + f", map {softmax}" * bool(softmax)] = call
     return found
 
 
@@ -216,7 +233,7 @@ def dispatch_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for count in sorted(by_rows):
             means = {name: statistics.geometric_mean(v) for name, v in by_rows[count].items()}
             order = sorted(means, key=lambda name: -means[name])
-            order += [] if "reference" in order else ["reference"]
+            order = [*(name for name in order if name != "reference"), "decoded", "reference"]
             if entries and entries[-1]["order"] == order:
                 entries.pop()
             elif entries:
@@ -226,11 +243,29 @@ def dispatch_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def slower(rows: list[dict[str, Any]]) -> list[str]:
+    """Layers and shapes that run slower than torch's bfloat16 although the fastest way measured is taken."""
+    found = []
+    for row in (row for row in rows if row["kind"] in ("linear", "conv2d")):
+        best: dict[str, float] = {}
+        for name, found_time in row["times"].items():
+            if name.startswith("difloat ") and name.split()[1] != "reference":
+                label = name.split(maxsplit=2)[2]
+                best[label] = max(best.get(label, 0.0), found_time["speed_vs_bf16"])
+        shape = "x".join(map(str, row["shape"]))
+        found += [
+            f"{row['kind']} {shape} {label}: {speed:.2f}x" for label, speed in best.items() if speed < 1
+        ]
+    return found
+
+
 def tables(result: dict[str, Any]) -> str:
     """The results as Markdown: one table per kind, speed over torch's bfloat16."""
     lines = []
     for kind in ("linear", "conv2d", "attention"):
         rows = [row for row in result["rows"] if row["kind"] == kind]
+        if not rows:
+            continue
         names = [name for name in rows[0]["times"] if name != "torch bf16"]
         heads = [kind, "torch bf16 ms", *(name.removeprefix("difloat ") for name in names)]
         lines += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -239,6 +274,7 @@ def tables(result: dict[str, Any]) -> str:
             found = (row["times"].get(name) for name in names)
             cells += ["" if time is None else f"{time['speed_vs_bf16']:.2f}" for time in found]
             lines.append("| " + " | ".join(cells) + " |")
+    lines.append("\nSlower than torch's bfloat16: " + ("; ".join(slower(result["rows"])) or "nothing") + ".")
     lines.append(f"\nCommit {result['commit']}, {result['machine']['cpu']}, `{result['command']}`.")
     return "\n".join(lines) + "\n"
 
@@ -275,7 +311,8 @@ def main() -> None:
         path = ROOT / "src/difloat/kernels/dispatch.json"
         path.write_text(json.dumps(table, indent=2) + "\n")
     if not options.quick:
-        command = " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]])
+        caps = [f"{name}={os.environ[name]}" for name in CAPS if name in os.environ]
+        command = " ".join([*caps, "python", "benchmarks/kernels.py", *sys.argv[1:]])
         result = {"commit": commit(), "command": command, "machine": machine(), "rows": rows}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")

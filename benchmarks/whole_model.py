@@ -3,10 +3,12 @@
 Real configurations, random weights (speed does not depend on their values): the transformer of PixArt-XL-2-512 (0.6 B
 parameters, 1024 tokens, 120 text tokens) and the U-Net of Stable Diffusion 1.5 at 512 pixels, both with classifier-free
 guidance (two rows).
-Block linears and convolutions get FP4 weights (E2M1 per channel) and INT8 activations, found online. Variants are timed
-interleaved; one process holds one model at a time besides the bfloat16 one.
+Block linears and convolutions get FP4 weights (E2M1 per channel) and INT8 activations, found online. All variants are timed
+interleaved, in rotated order, until there are enough repetitions or `--budget-s` is spent; medians count. Weights of one shape
+are random once: every layer has its own copy, its rows moved on, so that caches see as much memory as in a trained model.
 
-Writes ``benchmarks/results/whole_model.json``; ``--layers`` cuts the number of blocks for a quick look and writes nothing.
+Writes ``benchmarks/results/whole_model.json``; ``--layers`` cuts the number of blocks for a quick look and writes nothing;
+``--profile`` prints where the time of the fastest variant goes, by operator, and measures nothing else.
 """
 
 from __future__ import annotations
@@ -14,25 +16,30 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from quantization_time import ROOT, commit, machine
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from difloat import fast_attention, layers
+from difloat import attention, fast_attention, layers
 from difloat.formats import parse
 from difloat.kernels import backends
-from difloat.quantizer import plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.quantizer import LayerPlan, plan_layer
+from difloat.specs import AttentionPlan, Part, QuantSpec
 
 WEIGHT = QuantSpec(parse("e2m1"), "channel")
 TOKEN = QuantSpec(parse("int8"), "token", online=True)
+OPERANDS = AttentionPlan(operand=parse("int8"))
 
 
 def pixart(blocks: int | None) -> tuple[nn.Module, dict[str, Any]]:
@@ -76,16 +83,50 @@ MODELS: dict[str, Callable[[int | None], tuple[nn.Module, dict[str, Any]]]] = {
 }
 
 
+class _NoInitialization(TorchFunctionMode):
+    """Inside, `torch.nn.init` leaves tensors as they are: 0.6 B weights would take longer than a forward pass."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def random_weight(shape: tuple[int, ...]) -> Tensor:
+    """Normal numbers whose product with normal inputs stays of size one."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).mul_(math.prod(shape[1:]) ** -0.5)
+
+
+@cache
+def random_plan(shape: tuple[int, ...]) -> LayerPlan:
+    """`random_weight`, packed; the largest magnitude of every channel at the end of the grid."""
+    weight = random_weight(shape)
+    scale = weight.flatten(1).abs().amax(1) / WEIGHT.format.max
+    return plan_layer(weight, [Part(weight.shape[1], WEIGHT, TOKEN)], [scale])
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """The model with random weights; row `n` of the n-th tensor is row 0 of `random_weight`."""
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if parameter.dim() > 1:
+            parameter.copy_(random_weight(tuple(parameter.shape)).roll(number, 0))
+        else:
+            parameter.fill_(float(name.endswith("weight")))  # norms: 1, biases: 0
+    return model
+
+
 def quantized(model: nn.Module) -> nn.Module:
-    """A copy whose block layers are packed, each with the largest magnitude of a channel at the end of the grid."""
+    """A copy whose block layers are packed: the codes of the weights that `filled` gave them."""
     twin = layers.shadow(model)
+    numbers = {name: number for number, (name, _) in enumerate(model.named_parameters())}
     for name, module in layers.quantizable(model).items():
-        if "block" not in name:
-            continue
-        weight = module.weight.detach().float()
-        scale = weight.flatten(1).abs().amax(1).clamp_min(1e-8) / WEIGHT.format.max
-        layers.install(twin, name, plan_layer(weight, [Part(weight.shape[1], WEIGHT, TOKEN)], [scale]))
-    return twin
+        if "block" in name:
+            plan, number = random_plan(tuple(module.weight.shape)), numbers[f"{name}.weight"]
+            moved = {key: tensor.roll(number, 0) for key, tensor in plan.tensors.items()}
+            layers.install(twin, name, replace(plan, tensors=moved))
+    return twin.to(memory_format=torch.channels_last)  # of convolutions, as the float model's
 
 
 def cast(call: Any, dtype: torch.dtype) -> Any:
@@ -95,8 +136,10 @@ def cast(call: Any, dtype: torch.dtype) -> Any:
     return call.to(dtype) if isinstance(call, Tensor) and call.is_floating_point() else call
 
 
-def variants(model: nn.Module, call: dict[str, Any], with_float: bool) -> dict[str, Callable[[], Tensor]]:
-    """One forward pass by every way to compute it."""
+def variants(
+    model: nn.Module, call: dict[str, Any], with_float: bool
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, int]]:
+    """One forward pass by every way to compute it, and the bytes of block weights."""
     half = copy.deepcopy(model).bfloat16()
     packed = quantized(half)
     fast_half, fast_packed = layers.shadow(half), layers.shadow(packed)
@@ -114,11 +157,16 @@ def variants(model: nn.Module, call: dict[str, Any], with_float: bool) -> dict[s
     found = {"torch bf16": forward(half, small, "reference")}
     if with_float:
         found["torch fp32"] = forward(model, call, "reference")
-    for name in backends.available()[1:]:
+    for name in [name for name in ("torch", "cpu") if name in backends.available()]:
         found[f"{name}: packed layers"] = forward(packed, small, name)
         found[f"{name}: bf16 layers, fast attention"] = forward(fast_half, small, name)
         found[f"{name}: packed layers, fast attention"] = forward(fast_packed, small, name)
-    return found
+    if "cpu" in backends.available():
+        names = [name for name, module in packed.named_modules() if attention.has_processor(module)]
+        on_grids = layers.shadow(packed)
+        attention.install(on_grids, dict.fromkeys(names, OPERANDS))
+        found["cpu: packed layers, attention on an int8 grid"] = forward(on_grids, small, "cpu")
+    return found, {"bf16": weight_bytes(half), "packed": weight_bytes(packed)}
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -128,19 +176,35 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for m in found for tensor in [*m.parameters(), *m.buffers()])
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One model: times of all variants, distances of their outputs from float32 or bfloat16, bytes."""
-    model, call = MODELS[name](options.layers)
-    model = model.eval().requires_grad_(False)
-    ways = variants(model, call, not options.no_float)
-    outputs = {way: run().float() for way, run in ways.items()}  # also the untimed first call
+def timed(ways: dict[str, Callable[[], Tensor]], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of every variant and repetition, interleaved; ends early when the budget is spent."""
     times: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(options.repeats):
-        for way, run in ways.items():
+    names, begin = list(ways), time.perf_counter()
+    for turn in range(options.repeats):
+        for way in names[turn % len(names) :] + names[: turn % len(names)]:
             time.sleep(0.05)
             start = time.perf_counter()
-            run()
+            ways[way]()
             times[way].append(time.perf_counter() - start)
+        spent = time.perf_counter() - begin
+        sys.stderr.write(f"repetition {turn + 1} of {options.repeats}, {spent:.0f} s\n")
+        if spent * (turn + 2) / (turn + 1) > options.budget_s:
+            break
+    return times
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One model: times of all variants, distances of their outputs from float32 or bfloat16, bytes."""
+    with _NoInitialization():
+        model, call = MODELS[name](options.layers)
+    model = filled(model.eval().requires_grad_(False))
+    sys.stderr.write(f"{name}: built\n")
+    ways, sizes = variants(model, call, not options.no_float)
+    outputs = {}
+    for way, run in ways.items():  # the untimed first call
+        outputs[way] = run().float()
+        sys.stderr.write(f"{name}: {way} runs\n")
+    times = timed(ways, options)
     base, half = outputs.get("torch fp32", outputs["torch bf16"]), statistics.median(times["torch bf16"])
     rows = {}
     for way, found in times.items():
@@ -149,15 +213,25 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         rows[way] = {
             "median_s": median,
             "min_s": min(found),
+            "repeats": len(found),
             "speed_vs_bf16": half / median,
             "distance": distance,
         }
         sys.stdout.write(
             f"{name}  {way}: {median:.3f} s, {half / median:.2f}x bf16, distance {distance:.1e}\n"
         )
-    plain = copy.deepcopy(model).bfloat16()
-    sizes = {"bf16": weight_bytes(plain), "packed": weight_bytes(quantized(plain))}
     return {"model": name, "layers": options.layers, "weight_bytes": sizes, "variants": rows}
+
+
+def profile(name: str, options: argparse.Namespace) -> None:
+    """Print the time of the last variant, by operator."""
+    with _NoInitialization():
+        model, call = MODELS[name](options.layers)
+    run = list(variants(filled(model.eval().requires_grad_(False)), call, False)[0].values())[-1]
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        run()
+    sys.stdout.write(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
 
 
 def main() -> None:
@@ -171,12 +245,21 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="the median counts")
+    parser.add_argument(
+        "--budget-s", type=float, default=900.0, help="per model: no further repetition after it"
+    )
+    parser.add_argument("--profile", action="store_true", help="print where the time goes instead")
     parser.add_argument("--layers", type=int, help="fewer blocks, for a quick look")
     parser.add_argument("--no-float", action="store_true", help="leave float32 out")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/whole_model.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.profile:
+        with torch.no_grad():
+            for name in options.models:
+                profile(name, options)
+        return
     with torch.no_grad():
         models = [measure(name, options) for name in options.models]
     if options.layers is None:

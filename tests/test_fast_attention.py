@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tiny
-from difloat import fast_attention
+from difloat import attention, fast_attention
+from difloat.formats import parse
 from difloat.kernels import attention as kernels
 from difloat.kernels import backends, native
+from difloat.rounding import round_
+from difloat.specs import AttentionPlan
 
 NAMES = ["torch", *(["cpu"] if native.attention_unit() else [])]
 SHAPES = [  # batch, heads, queries, keys, dimensions
@@ -131,3 +134,116 @@ def test_a_model_gives_the_same_pictures_through_its_own_processors(build, gener
     assert len(used) == 2 * count
     # bfloat16 keeps 8 bits; a dozen layers add up their roundings.
     assert (after - before).float().pow(2).mean() <= (2.0**-6) ** 2 * before.float().pow(2).mean()
+
+
+needs_unit = pytest.mark.skipif(not native.attention_unit(), reason="no native attention on this machine")
+
+
+def plan(operand: str, softmax: str) -> AttentionPlan:
+    return AttentionPlan(*(parse(name) if name else None for name in (operand, softmax)))
+
+
+def on_grid(x: Tensor, name: str) -> Tensor:
+    """Float64, one float32 scale per token and head."""
+    scale = x.float().abs().amax(-1, keepdim=True) / parse(name).max
+    scale = torch.where(scale > 0, scale, 1.0)
+    return round_((x.float() / scale).contiguous(), parse(name)).double() * scale.double()
+
+
+def map_and_values(plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, mask, scale: float):
+    if plan.operand:
+        query, key, value = (on_grid(x, plan.operand.name) for x in (query, key, value))
+    scores = query.double() @ key.double().transpose(2, 3) * scale
+    return (scores if mask is None else scores + mask.double()).softmax(-1), value.double()
+
+
+@needs_unit
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("softmax", ["", "uint8", "ue4m4", "ue2m2"])
+@pytest.mark.parametrize("operand", ["", "int8", "e2m1", "e2m3", "e3m0", "e3m4", "e4m3"])
+def test_grids_of_a_plan_against_float64(operand, softmax, shape, generator) -> None:
+    """Roundings to bfloat16 of the values and of the result; of the map, where no grid rounds it; and the steps of the map.
+
+    A probability that lies within float32's error of the middle between two points of the grid may take either.
+    """
+    if not operand and not softmax:
+        return
+    asked = plan(operand, softmax)
+    query, key, value = heads(shape, generator)
+    mask = torch.randn(shape[2], shape[3], generator=generator) if shape[2] % 2 else None
+    assert kernels.carries_out(asked, query, key, value, mask)
+    weights, values = map_and_values(asked, query, key, value, mask, 0.3)
+    room = torch.zeros(1, dtype=torch.float64)
+    if softmax:
+        top = asked.softmax.max
+        low, weights, high = (
+            round_((weights * top * (1 + e)).float().contiguous(), asked.softmax).double() / top
+            for e in (-1e-5, 0, 1e-5)
+        )
+        room = (high - low) @ values.abs()
+    exact, reach = weights @ values, weights @ values.abs()
+    result = attention.attend(asked, query, key, value, mask, scale=0.3)
+    assert result.shape == exact.shape and result.dtype == torch.bfloat16
+    assert (
+        (result.double() - exact).abs() <= 2.0**-8 * (exact.abs() + 2 * reach) + 1e-5 * reach + room
+    ).all()
+
+
+@needs_unit
+def test_what_the_unit_does_not_round_is_left_to_torch(generator, monkeypatch) -> None:
+    query, key, value = heads((1, 2, 4, 4, 8), generator)
+    assert not kernels.carries_out(plan("e5m2", ""), query, key, value, None)
+    assert not kernels.carries_out(plan("ue2m2", ""), query, key, value, None)
+    assert not kernels.carries_out(plan("int8", ""), query.float(), key.float(), value.float(), None)
+    monkeypatch.setattr(kernels, "_native", None)
+    for arguments in ({"is_causal": True}, {"enable_gqa": True}, {"dropout_p": 0.0}):
+        name = "e5m2" if arguments == {"dropout_p": 0.0} else "int8"
+        attention.attend(plan(name, ""), query, key, value, **arguments)
+
+
+@needs_unit
+def test_the_operator_with_grids_is_legal(generator) -> None:
+    query, key, value = heads((2, 2, 6, 9, 8), generator)
+    mask = torch.rand(2, 1, 1, 9, generator=generator) > 0.3
+    operator = torch.ops.difloat.attention_on_grids.default
+    torch.library.opcheck(operator, (query, key, value, mask, 0.3, "e2m3", "uint8"))
+
+
+@needs_unit
+@pytest.mark.parametrize("operand", ["", "int8", "e3m4"])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_nan_is_not_lost(where, operand, generator) -> None:
+    tensors = dict(zip(("query", "key", "value"), heads((1, 2, 9, 70, 24), generator), strict=True))
+    tensors[where][0, 1, 4, 5] = torch.nan
+    broken = attention.attend(plan(operand, "uint8"), **tensors).isnan()
+    if not operand:
+        assert torch.equal(broken, torch.ops.difloat.attention(*tensors.values(), None, 24**-0.5).isnan())
+    assert not broken[0, 0].any()
+    if where == "query":
+        assert broken[0, 1, 4].all() and not broken[0, 1, 5].any()
+    else:
+        assert broken[0, 1, :, 5].all()
+
+
+@needs_unit
+def test_a_planned_model_runs_on_the_unit(generator, monkeypatch) -> None:
+    model = tiny.tiny_pixart().transformer.bfloat16()
+    call = {
+        "hidden_states": torch.randn(2, 4, 8, 8, generator=generator).bfloat16(),
+        "timestep": torch.tensor([3, 3]),
+        "encoder_hidden_states": torch.randn(2, 5, 16, generator=generator).bfloat16(),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+    names = [name for name, module in model.named_modules() if attention.has_processor(module)]
+    attention.install(model, dict.fromkeys(names, plan("e2m3", "ue4m4")))
+    calls = []
+    real = kernels._native
+    monkeypatch.setattr(kernels, "_native", lambda *a: (calls.append(a[-2:]), real(*a))[1])
+    with torch.no_grad():
+        fast = model(**call, return_dict=False)[0].float()
+        assert calls == [("e2m3", "ue4m4")] * len(names)
+        with backends.use_backend("reference"):
+            slow = model(**call, return_dict=False)[0].float()
+    assert len(calls) == len(names)
+    assert (fast - slow).pow(2).mean() <= (2.0**-5) ** 2 * slow.pow(2).mean()

@@ -123,13 +123,37 @@ print(digest.hexdigest())
     assert first.stdout and first.stdout == second.stdout, first.stderr + second.stderr
 
 
+def test_products_of_torch_that_saturate_are_not_used() -> None:
+    """Without VNNI, oneDNN adds two products of 8 bits in 16: exact for weights up to 64, not for INT8 ones."""
+    code = """
+import torch
+from difloat.formats import parse
+from difloat.kernels import eager, integers
+from difloat.specs import Part, QuantSpec
+x, found = torch.zeros(2, 256), []
+for name in ("e2m1", "e3m0", "int8"):
+    part = Part(256, QuantSpec(parse(name), "channel"), QuantSpec(parse("int8"), "token", online=True))
+    if eager.supports(part, (64, 256), x):
+        found.append(name)
+        ends = integers.operand_table(part.weight.format).int()
+        weight = torch.stack([ends.min(), ends.max()]).to(torch.int8)[:, None].repeat(32, 256)
+        rows = torch.tensor([-128, 127], dtype=torch.int8)[:, None].repeat(32, 256)
+        assert torch.equal(torch._int_mm(rows, weight.t()).double(), rows.double() @ weight.double().t())
+print(*found)
+"""
+    capped = run(code, ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
+    assert capped.stdout.split()[:2] == ["e2m1", "e3m0"], capped.stderr
+    assert run(code).stdout.split()[:2] == ["e2m1", "e3m0"]
+
+
 @needs_library
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="reads machine code with objdump")
 @pytest.mark.parametrize(
     ("library", "function", "instruction"),
     [
         ("avx512", r"tile<6, [012]>", "vpdpbusd"),
-        ("attention", r"panel_product<6, 4>", "vdpbf16ps"),
+        ("attention", r"panel_product<false, 6, 4>", "vdpbf16ps"),
+        ("attention", r"panel_product<true, 6, 4>", "vpdpbusd"),
     ],
 )
 def test_accumulators_stay_in_registers(library, function, instruction) -> None:

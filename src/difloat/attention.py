@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from difloat.kernels import attention as kernels
 from difloat.kernels import ops
 from difloat.specs import AttentionPlan
 
@@ -143,6 +144,11 @@ def attend(
     Raises:
         ValueError: if dropout is asked for together with a quantized map.
     """
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    plain = not (dropout_p or is_causal or enable_gqa)
+    if plain and kernels.carries_out(plan, query, key, value, attn_mask):
+        names = ("" if grid is None else grid.name for grid in (plan.operand, plan.softmax))
+        return torch.ops.difloat.attention_on_grids(query, key, value, attn_mask, factor, *names)
     if plan.operand is not None:
         query, key, value = (_per_token_and_head(x, plan.operand.name) for x in (query, key, value))
     if plan.softmax is None:
@@ -156,7 +162,6 @@ def attend(
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     bias = _additive(attn_mask, is_causal, query, key)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
     shape = (*query.shape[:-1], value.shape[-1])
     query, key, value = (x.flatten(0, -3) for x in (query, key, value))
     bias = None if bias is None else bias.expand(*shape[:-1], key.shape[-2]).flatten(0, -3)

@@ -49,7 +49,7 @@ def _way(parts: Sequence[Part], rows: Sequence[int], shape: tuple[int, ...]) -> 
     name = next(name for name, known in backends.BACKENDS.items() if known is module)
     weights = "/".join(dict.fromkeys(part.weight.format.name for part in parts))
     formats = f"{weights} x {'float' if taken is None else taken.format.name}"
-    if name != "reference":
+    if name not in ("reference", "decoded"):
         return f"{formats}: int8 products, backend {name}"
     reason = next(filter(None, map(integers.reason_against, parts)), "no faster one")
-    return f"{formats}: decoded to floats, backend reference ({reason})"
+    return f"{formats}: decoded to floats, backend {name} ({reason})"

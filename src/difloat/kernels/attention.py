@@ -1,4 +1,4 @@
-"""Attention on the CPU: the native bfloat16 unit where it runs, torch head by head elsewhere.
+"""Attention on the CPU: the native unit where it runs, torch head by head elsewhere; in bfloat16, or on the grids of a plan.
 
 torch's own attention kernel reaches a sixth of what the machine can do in bfloat16 (docs/kernels.md). One head at a time keeps
 the scores in the cache, which alone is faster.
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from difloat.kernels import backends, native
+from difloat import formats
+from difloat.kernels import backends, integers, native
+from difloat.specs import AttentionPlan
 
 _MAX_WIDTH = 1024  # dimensions of a head
 _SCORES = 1 << 20  # of one head at a time without the native unit: 2 MiB in bfloat16
@@ -49,12 +51,54 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     """
     bias = _bias(mask, (*query.shape[:3], key.shape[2]))
     if native.attention_unit() and backends.backend() in ("auto", "cpu"):
-        return _native(query, key, value, bias, scale)
+        return _native(query, key, value, bias, scale, "", "")
     return _by_head(query, key, value, bias, scale)
 
 
 @attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    batch, heads, queries, width = query.shape
+    return query.new_empty(batch, queries, heads, width).transpose(1, 2)
+
+
+def carries_out(plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether `attend_on_grids` computes this: what `supports` says, on the native unit, on grids that it rounds to."""
+    grids = [format for format in (plan.operand, plan.softmax) if format is not None]
+    return (
+        supports(query, key, value, mask)
+        and native.attention_unit()
+        and backends.backend() in ("auto", "cpu")
+        and all(native.attention_grid(format) is not None for format in grids)
+        and (plan.operand is None or plan.operand.signed)
+    )
+
+
+@torch.library.custom_op("difloat::attention_on_grids", mutates_args=())
+def attend_on_grids(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, operand: str, softmax: str
+) -> Tensor:
+    """`attend` with query, key, value and map rounded as an `AttentionPlan` says; only where `carries_out` is true.
+
+    Products of queries and keys are exact, in int8 where the grid of `operand` fits it. The rounded map is exact in bfloat16;
+    values are rounded to it after their scales are multiplied in.
+
+    Args:
+        query: As for `attend`, like the next four.
+        key: See there.
+        value: See there.
+        mask: See there.
+        scale: See there.
+        operand: Grid of query, key and value, by name, one online scale per token and head; empty leaves them.
+        softmax: Unsigned grid of the map, by name, whose largest value stands for 1; empty leaves it.
+    """
+    bias = _bias(mask, (*query.shape[:3], key.shape[2]))
+    return _native(query, key, value, bias, scale, operand, softmax)
+
+
+@attend_on_grids.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, operand: str, softmax: str
+) -> Tensor:
     batch, heads, queries, width = query.shape
     return query.new_empty(batch, queries, heads, width).transpose(1, 2)
 
@@ -72,7 +116,25 @@ def _bias(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     return bias.expand(shape)
 
 
-def _native(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def _grid(name: str) -> tuple[int, native.Grid]:
+    """How the unit rounds its operands (0: not, 1: int8, 2: integers in bfloat16), and the grid."""
+    if not name:
+        return 0, native.Grid()
+    format = formats.parse(name)
+    grid, small = native.attention_grid(format), integers.grid_of(format)
+    assert grid is not None
+    return (1, native.grid(format)) if small is not None and not small.shift else (2, grid)
+
+
+def _native(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    operand: str,
+    softmax: str,
+) -> Tensor:
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     batch, heads, queries, width = query.shape
     out = query.new_empty(batch, queries, heads, width).transpose(1, 2)
@@ -91,6 +153,8 @@ def _native(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
         width,
         *(triple(*x.stride()[:3]) for x in (query, key, value, out, none if bias is None else bias)),
         scale,
+        *_grid(operand),
+        *_grid(softmax),
     )
     native.check(native.attention_library().difloat_attend(call, torch.get_num_threads()))
     return out

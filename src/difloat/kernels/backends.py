@@ -1,9 +1,9 @@
 """Which backend computes a part of a layer: chosen by name, by what a backend says it supports, and by measured speed.
 
 ``DIFLOAT_BACKEND`` or `set_backend` names one: ``reference`` (the definition), ``torch`` (int8 products of torch), ``cpu`` (the
-native library), ``triton`` (GPUs), or ``auto``. A named backend computes every layer that it supports and the reference the
-others; ``auto`` takes for every shape the one that was fastest where `dispatch.json` was measured, and on GPUs Triton.
-Nothing is tried and caught.
+native library), ``decoded`` (its decoding, torch's product), ``triton`` (GPUs), or ``auto``. A named backend computes every
+layer that it supports and the reference the others; ``auto`` takes for every shape the one that was fastest where
+`dispatch.json` was measured, and on GPUs Triton. Nothing is tried and caught.
 """
 
 from __future__ import annotations
@@ -20,13 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat.kernels import cpu, eager, native, reference, triton
+from difloat.kernels import cpu, decoded, eager, native, reference, triton
 from difloat.specs import Part
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": eager, "cpu": cpu, "triton": triton}
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "torch": eager,
+    "cpu": cpu,
+    "decoded": decoded,
+    "triton": triton,
+}
 """By name; new ones need a row here and in `dispatch.json`."""
 
 _VARIABLE = "DIFLOAT_BACKEND"
+_MOST_CHOICES = 1 << 14  # kept at a time
 _chosen: str | None = None
 
 
@@ -38,6 +45,8 @@ def available() -> list[str]:
 def _runs_here(name: str) -> bool:
     if name == "triton":
         return triton.available(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if name == "decoded":
+        return native.unit() == "avx512"
     return name != "cpu" or native.unit() is not None
 
 
@@ -112,6 +121,27 @@ def _first(weight_shape: Sequence[int], x: Tensor, supports: Callable[[ModuleTyp
         if candidate in _here() and supports(BACKENDS[candidate]):
             return BACKENDS[candidate]
     return reference
+
+
+_linear_choices: dict[tuple[object, ...], ModuleType] = {}  # a small layer takes as long as the choice
+
+
+def choose_linear(text: str, part: Part, out_channels: int, x: Tensor) -> ModuleType:
+    """`choose` for a linear layer, remembered: what backends look at is in the key.
+
+    Args:
+        text: The part as a string; faster to compare than a part.
+        part: Formats and granularities.
+        out_channels: Of the layer.
+        x: The part's input.
+    """
+    key = (text, backend(), out_channels, x.shape, x.dtype, x.device)
+    found = _linear_choices.get(key)
+    if found is None:
+        if len(_linear_choices) >= _MOST_CHOICES:
+            _linear_choices.clear()
+        found = _linear_choices[key] = choose(part, (out_channels, part.channels), x)
+    return found
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -62,15 +63,15 @@ def linear(
     part: Part,
 ) -> Tensor:
     """See `reference.linear`; [..., i] to [..., o]."""
-    rows = x.reshape(-1, part.channels)
+    rows = x if x.dim() == 2 else x.reshape(-1, part.channels)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    out = x.new_empty(*x.shape[:-1], packed.shape[0])
+    out = x.new_empty((*x.shape[:-1], packed.shape[0]))
     if not out.numel():
         return out
     source = _input(rows.data_ptr(), rows.shape[0], rows.stride(0), x, input_scale, input_zero_point, part)
     weight = _weight(packed, weight_scale, weight_zero_point, part)
-    shift = None if bias is None else bias.detach().float().contiguous()
+    shift = _shift(bias)
     result = native.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
     threads = _threads(rows.numel() * packed.shape[0])
     native.check(native.library().difloat_linear(source, weight, result, threads))
@@ -102,7 +103,7 @@ def conv2d(
     pixels = batch * math.prod(size)
     source = _input(pictures.data_ptr(), pixels, channels, x, input_scale, input_zero_point, part)
     weight = _weight(packed, weight_scale, weight_zero_point, part)
-    shift = None if bias is None else bias.detach().float().contiguous()
+    shift = _shift(bias)
     result = native.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
     pair = ctypes.c_int64 * 2
     pairs = (pair(*numbers) for numbers in (size, kernel, stride, padding, dilation, extent))
@@ -136,6 +137,11 @@ def conv2d_rows(
     return by_band(conv2d, x, weight, input_scale, input_zero_point, bias, *geometry)
 
 
+def _shift(bias: Tensor | None) -> Tensor | None:
+    """The bias as the library reads it."""
+    return None if bias is None else bias.detach().float().contiguous()
+
+
 def _threads(products: int) -> int:
     return torch.get_num_threads() if products >= _SMALL else 1
 
@@ -143,46 +149,36 @@ def _threads(products: int) -> int:
 def _input(
     address: int, rows: int, stride: int, x: Tensor, scale: Tensor | None, zero: Tensor | None, part: Part
 ) -> native.Input:
+    found = native.Input.from_buffer_copy(_input_kind(part, x.dtype))
+    found.data, found.rows, found.stride = address, rows, stride
+    if scale is not None:
+        found.scale = float(scale)
+    if zero is not None:
+        found.zero_point = float(zero)
+    return found
+
+
+@cache
+def _input_kind(part: Part, dtype: torch.dtype) -> native.Input:
+    """What all inputs of a part have in common: copying it is faster than filling in every field."""
     spec = part.activation
     assert spec is not None
     online = 0 if not spec.online else 1 if spec.granularity == "token" else 2
     return native.Input(
-        address,
-        rows,
-        part.channels,
-        stride,
-        native.TYPES[x.dtype],
-        online,
-        1.0 if scale is None else float(scale),
-        0.0 if zero is None else float(zero),
-        native.grid(spec.format),
+        None, 0, part.channels, 0, native.TYPES[dtype], online, 1.0, 0.0, native.grid(spec.format)
     )
 
 
 def _weight(packed: Tensor, scale: Tensor, zero: Tensor | None, part: Part) -> native.Weight:
     """The struct holds addresses: its tensors must outlive it."""
-    format = part.weight.format
-    found = native.codes(format)
-    taps, row_stride, byte_stride, tap_stride = 1, packed.stride(0), packed.stride(1), 1
-    if packed.dim() == 4:
-        taps = packed.shape[2] * packed.shape[3]
-        tap_stride = packed.stride(3) if packed.shape[3] > 1 else packed.stride(2)
-    groups = -(-part.channels // _group(part))
-    return native.Weight(
-        packed.data_ptr(),
-        packed.shape[0],
-        part.channels,
-        taps,
-        row_stride,
-        1 if packed.shape[1] == 1 else byte_stride,
-        tap_stride,
-        format.bits,
-        found.minimum,
-        ctypes.addressof(found.table),
-        scale.data_ptr(),
-        None if zero is None else zero.data_ptr(),
-        found.unit,
-        groups,
-        min(_group(part), part.channels),
-        0 if part.weight.granularity == "tensor" else groups,
-    )
+    addresses = packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
+    return _weight_at(*addresses, packed.shape, packed.stride(), part)
+
+
+@lru_cache(
+    maxsize=1 << 14
+)  # layers of a large model; a filled-in struct is a quarter of a small layer's time
+def _weight_at(
+    data: int, scale: int, zero: int | None, shape: Sequence[int], stride: Sequence[int], part: Part
+) -> native.Weight:
+    return native.weight(data, scale, zero, shape, stride, part, native.codes(part.weight.format))

@@ -9,20 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from difloat.formats import Format
 from difloat.kernels import integers
 from difloat.kernels.reference import conv_output_size, online_scale
 from difloat.kernels.resident import derived
 from difloat.kernels.rows import Rows
 from difloat.packing import unpack
 from difloat.scales import expand_scale
-from difloat.specs import Part
+from difloat.specs import Part, QuantSpec
 
 _CHUNK_ROWS = 256
+_SATURATES_BEYOND = 64  # weights up to here are safe everywhere: 2 * 255 * 64 < 2**15
 
 
 def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
@@ -35,7 +38,21 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
         and part.weight.granularity in ("tensor", "channel")
         and integers.reason_against(part) is None
         and integers.sums_fit(part, math.prod(weight_shape[1:]))
+        and (_reach(part.weight.format) <= _SATURATES_BEYOND or _exact_for_all_weights())
     )
+
+
+@cache
+def _reach(format: Format) -> int:
+    """Largest magnitude of a weight's operand."""
+    return int(integers.operand_table(format).int().abs().max())
+
+
+@cache
+def _exact_for_all_weights() -> bool:
+    """Whether torch's int8 product is exact here: with AVX2 and no VNNI its sums of two products are cut off at 16 bits."""
+    ends = torch.full((64, 256), 127, dtype=torch.int8)
+    return bool((torch._int_mm(ends, ends.t()) == 256 * 127**2).all())
 
 
 def linear(
@@ -134,13 +151,36 @@ def _conv2d(
     out = x.new_empty(x.shape[0], *taps.out, weight.operand.shape[0])
     scale = input_scale
     if spec.online and x.numel():
-        scale = online_scale(x.float(), spec.format, spec.granularity == "token").expand(x.shape[0], 1, 1, 1)
+        axes = (1, 2, 3) if spec.granularity == "token" else (0, 1, 2, 3)
+        largest = x.abs().amax(axes, keepdim=True).float()  # exact in any dtype, so no copy in float32
+        scale = online_scale(largest, spec.format, per_token=True).expand(x.shape[0], 1, 1, 1)
     for index, (picture, target) in enumerate(zip(x, out, strict=True)):
         own = scale if scale is None or not spec.online else scale[index].reshape(1, 1)
         pixels = picture.permute(1, 2, 0).reshape(-1, part.channels)
+        if taps.single:
+            _conv_pixels(pixels, own, input_zero_point, spec, weight, bias, target.view(len(pixels), -1))
+            continue
         rows = integers.quantize_rows(pixels, spec, own, input_zero_point)
         _conv_picture(rows, weight, taps, bias, target)
     return out.permute(0, 3, 1, 2)
+
+
+def _conv_pixels(
+    pixels: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    spec: QuantSpec,
+    weight: _Weight,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Fill `out` [h * w, o] where the kernel is one pixel: a linear layer on the pixels, in chunks."""
+    broken = torch.zeros((), dtype=torch.bool)
+    for chunk, target in zip(pixels.split(_CHUNK_ROWS), out.split(_CHUNK_ROWS), strict=True):
+        rows = integers.quantize_rows(chunk, spec, scale, zero_point)
+        target.copy_(weight.product(rows, bias))
+        broken |= rows.scale.isnan().any()
+    out.masked_fill_(broken, math.nan)  # a NaN spoils its picture, whatever the kernel's size
 
 
 def _conv_picture(
@@ -176,6 +216,11 @@ class _Taps:
     def out(self) -> tuple[int, int]:
         """Height and width of the result."""
         return conv_output_size(self.size, self.kernel, self.stride, self.padding, self.dilation)
+
+    @property
+    def single(self) -> bool:
+        """Whether every result sees the one pixel in its place."""
+        return math.prod(self.kernel) == 1 and set(self.stride) == {1} and set(self.padding) == {0}
 
     def patches(self, pixels: Tensor) -> Tensor:
         """A view [h', w', kh, kw, i] of the padded pixels [h * w, i]: what every output pixel sees."""

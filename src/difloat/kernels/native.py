@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,8 +20,9 @@ import torch
 
 from difloat.formats import Format
 from difloat.kernels import integers
+from difloat.specs import Part
 
-ABI = 1
+ABI = 2
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _UNITS = ("avx512", "avx2")
 _VARIABLE = "DIFLOAT_CPU_ISA"
@@ -120,6 +122,10 @@ class Attention(ctypes.Structure):
         ("out_stride", ctypes.c_int64 * 3),
         ("mask_stride", ctypes.c_int64 * 3),
         ("scale", ctypes.c_float),
+        ("operands", ctypes.c_int32),
+        ("grid", Grid),
+        ("map_rounded", ctypes.c_int32),
+        ("map", Grid),
     ]
 
 
@@ -149,6 +155,23 @@ def grid(format: Format) -> Grid:
 
 
 @cache
+def any_grid(format: Format) -> Grid:
+    """Any format of activations, in units of its smallest positive value; its integers may need more than 8 bits."""
+    multiplier = 1 / min(value for value in format.values if value > 0)
+    exponents = format.mantissa_bits, format.min_exponent
+    return Grid(format.min, format.max, multiplier, 0, format.uniform, *exponents)
+
+
+@cache
+def attention_grid(format: Format) -> Grid | None:
+    """A format whose values, as integers, have at most 8 significant bits, so that bfloat16 holds them; None for others."""
+    found = any_grid(format)
+    largest = max(abs(found.minimum), found.maximum) * found.multiplier
+    significant = largest if format.uniform else 2 ** (format.mantissa_bits + 1)
+    return found if significant <= 256 and largest < 2**31 else None
+
+
+@cache
 def codes(format: Format) -> Codes:
     """A format of weights that has an `integers.Grid`; the integers of its values, from the lowest on."""
     multiplier = format.int8_multiplier()
@@ -157,6 +180,51 @@ def codes(format: Format) -> Codes:
     entries = [int(value * multiplier) - minimum for value in format.decode_table]
     table = (ctypes.c_uint8 * 256)(*(entries * (256 // len(entries))))
     return Codes(table, minimum, 1 / multiplier)
+
+
+@cache
+def values(format: Format) -> ctypes.Array[ctypes.c_float]:
+    """The value of every code, again and again up to 256 entries."""
+    return (ctypes.c_float * 256)(*(format.decode_table * (256 // len(format.decode_table))))
+
+
+def weight(
+    data: int,
+    scale: int,
+    zero: int | None,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    part: Part,
+    codes: Codes | None,
+) -> Weight:
+    """A packed weight [o, bytes, *k] as the library reads it; without `codes` there is no product in integers.
+
+    The struct holds addresses: what lies there must outlive it.
+    """
+    taps, tap_stride = 1, 1
+    if len(shape) == 4:
+        taps = shape[2] * shape[3]
+        tap_stride = stride[3] if shape[3] > 1 else stride[2]
+    size = part.weight.group_size or part.channels
+    groups = -(-part.channels // size)
+    return Weight(
+        data,
+        shape[0],
+        part.channels,
+        taps,
+        stride[0],
+        1 if shape[1] == 1 else stride[1],
+        tap_stride,
+        part.weight.format.bits,
+        0 if codes is None else codes.minimum,
+        None if codes is None else ctypes.addressof(codes.table),
+        scale,
+        zero,
+        1.0 if codes is None else codes.unit,
+        groups,
+        min(size, part.channels),
+        0 if part.weight.granularity == "tensor" else groups,
+    )
 
 
 def built() -> bool:
@@ -197,6 +265,10 @@ def library() -> Any:
     pointers = [ctypes.POINTER(kind) for kind in (Input, Weight, Output, Geometry)]
     loaded.difloat_linear.argtypes = [*pointers[:3], ctypes.c_int]
     loaded.difloat_conv2d.argtypes = [*pointers, ctypes.c_int]
+    if name == "avx512":
+        table = ctypes.POINTER(ctypes.c_float)
+        loaded.difloat_decode.argtypes = [pointers[1], table, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+        loaded.difloat_round.argtypes = [pointers[0], ctypes.c_void_p, ctypes.c_int]
     return loaded
 
 

@@ -92,8 +92,9 @@ def _linear(
 
 
 def _run_linear(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
-    part = _part(rest[-1])
-    module = backends.choose(part, (packed.shape[0], part.channels), x)
+    text = rest[-1]
+    part = _part(text)
+    module = backends.choose_linear(text, part, packed.shape[0], x)
     return module.linear(x, packed, *rest[:-1], part)
 
 

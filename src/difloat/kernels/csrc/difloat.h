@@ -9,7 +9,7 @@
 #pragma once
 #include <stdint.h>
 
-#define DIFLOAT_ABI 1
+#define DIFLOAT_ABI 2
 
 enum difloat_type { DIFLOAT_F32 = 0, DIFLOAT_BF16 = 1, DIFLOAT_F16 = 2 };
 
@@ -60,7 +60,9 @@ typedef struct {
 
 // softmax(query x key^T * scale + mask) x value in bfloat16. Strides are those of [batch, heads, tokens], in elements; the
 // dimensions of a head lie side by side. The mask is added, float32 or null, [batch, heads, queries, keys] with the same kind of
-// strides. At most 1024 dimensions.
+// strides. At most 1024 dimensions. Operands are rounded to `grid` with one scale per token and head if `operands` is not 0 (1: its
+// integers are int8; 2: its integers have at most 8 significant bits); probabilities to `map`, whose maximum stands for 1, if
+// `map_rounded` is not 0.
 typedef struct {
     const void *query, *key, *value;
     void* out;
@@ -68,4 +70,8 @@ typedef struct {
     int64_t batch, heads, queries, keys, width;
     int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3], mask_stride[3];
     float scale;
+    int32_t operands;
+    difloat_grid grid;
+    int32_t map_rounded;
+    difloat_grid map;
 } difloat_attention;

@@ -69,26 +69,29 @@ static INLINE void side_by_side(const difloat_weight& w, const Operand& x, const
         channel[s] = std::min<int64_t>(first + s, w.rows - 1);
         stream[s] = w.data + channel[s] * w.row_stride;
     });
-    const int64_t bytes = code_bytes(w), whole = round_up(w.channels, STEP), group = w.groups == 1 ? whole : w.group_channels;
+    const int64_t bytes = code_bytes(w), group = w.groups == 1 ? w.channels : w.group_channels;
     __m128 total[ROWS];
     repeat<ROWS>([&](auto i) UNROLLED { total[i] = _mm_setzero_ps(); });
     for (int64_t g = 0; g < w.groups; g++) {
         I32 acc[ROWS][SIDE];
         repeat<ROWS>([&](auto i) UNROLLED { repeat<SIDE>([&](auto s) UNROLLED { acc[i][s] = set_int(0); }); });
-        const int64_t end = std::min((g + 1) * group, whole);
-        for (int64_t k = g * group; k < end; k += STEP) {
+        auto step = [&](int64_t k, int64_t left) UNROLLED {  // `left` bytes of codes from k on
             const int64_t at = k / 8 * BITS;
             repeat<SIDE>([&](auto s) UNROLLED {
                 I32 weights[PIECES];
                 _mm_prefetch((const char*)stream[s] + at + 512, _MM_HINT_T0);
-                reader.read(stream[s] + at, bytes - at, weights);
+                reader.read(stream[s] + at, left, weights);
                 repeat<ROWS>([&](auto i) UNROLLED {
                     repeat<PIECES>([&](auto p) UNROLLED {
                         acc[i][s] = dot(acc[i][s], weights[p], load_int(x.values + x.start[i] + k + 64 * p));
                     });
                 });
             });
-        }
+        };
+        const int64_t end = std::min((g + 1) * group, w.channels);
+        int64_t k = g * group;
+        for (; k + STEP <= end; k += STEP) step(k, 64);
+        if (k < end) step(k, bytes - k / 8 * BITS);
         float scale[SIDE], zero[SIDE];
         repeat<SIDE>([&](auto s) UNROLLED {
             const int64_t place = channel[s] * w.scale_stride + g;
@@ -98,7 +101,7 @@ static INLINE void side_by_side(const difloat_weight& w, const Operand& x, const
             const int32_t sum = x.sums[i * w.groups + g];
             const __m128i exact = _mm_add_epi32(sum_side(acc[i]), _mm_set1_epi32(w.minimum * sum));
             total[i] = _mm_fmadd_ps(_mm_cvtepi32_ps(exact), _mm_loadu_ps(scale), total[i]);
-            total[i] = _mm_fmadd_ps(_mm_set1_ps((float)sum), _mm_loadu_ps(zero), total[i]);
+            if (w.zero) total[i] = _mm_fmadd_ps(_mm_set1_ps((float)sum), _mm_loadu_ps(zero), total[i]);
         });
     }
     repeat<ROWS>([&](auto i) UNROLLED { _mm_storeu_ps(results[i], total[i]); });

@@ -128,17 +128,41 @@ static void unpack_block(const Rows& rows, int64_t row, int64_t tap, int64_t cha
 
 #else
 
+// 32 weights from a bit stream of which `bytes` bytes are left, one per byte.
+template <int BITS>
+static INLINE I32 spread(const uint8_t* stream, int64_t bytes, const uint8_t* table) {
+    alignas(32) uint8_t packed[4 * BITS] = {}, weights[32];
+    if (bytes < 4 * BITS) {
+        memcpy(packed, stream, bytes);
+        stream = packed;
+    }
+    if constexpr (BITS == 4) {  // low and high nibbles in turn, through the table
+        const __m128i codes = _mm_loadu_si128((const __m128i*)stream), nibble = _mm_set1_epi8(15);
+        const __m128i low = _mm_and_si128(codes, nibble), high = _mm_and_si128(_mm_srli_epi16(codes, 4), nibble);
+        const __m256i order = _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), order);
+    }
+    for (int word = 0; word < 4; word++) {  // eight codes
+        uint64_t codes = 0;
+        memcpy(&codes, stream + word * BITS, BITS);
+        for (int i = 0; i < 8; i++) weights[8 * word + i] = table[codes >> (i * BITS) & ((1 << BITS) - 1)];
+    }
+    return load_int(weights);
+}
+
+// Eight rows become a column block, 32 input channels at a time.
 template <int BITS>
 static void unpack_block(const Rows& rows, int64_t row, int64_t tap, int64_t channels, const uint8_t* table, uint8_t* panel) {
-    const int64_t bytes = (channels * BITS + 7) / 8;
-    for (int i = 0; i < LANES; i++) {
-        const uint8_t* stream = rows.at(row + i, tap);
-        for (int64_t k = 0; k < channels; k++) {
-            const int64_t bit = k * BITS, byte = bit / 8;
-            unsigned code = stream[byte];
-            if (8 % BITS != 0 && byte + 1 < bytes) code |= (unsigned)stream[byte + 1] << 8;
-            panel[k / 4 * WIDTH * 4 + i * 4 + k % 4] = table[code >> (bit % 8) & ((1 << BITS) - 1)];
-        }
+    const int64_t quads = quads_of(channels), bytes = (channels * BITS + 7) / 8;
+    const uint8_t* stream[LANES];
+    for (int i = 0; i < LANES; i++) stream[i] = rows.at(row + i, tap);
+    for (int64_t quad = 0, at = 0; at < bytes; quad += 8, at += 4 * BITS) {
+        I32 r[LANES];
+        repeat<LANES>([&](auto i) UNROLLED { r[i] = spread<BITS>(stream[i] + at, bytes - at, table); });
+        transpose(r);
+        repeat<LANES>([&](auto q) UNROLLED {
+            if (quad + q < quads) store_int(panel + (quad + q) * WIDTH * 4, r[q]);
+        });
     }
 }
 

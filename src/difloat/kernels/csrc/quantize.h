@@ -16,13 +16,12 @@ static inline F32 load_as_float(const void* data, int64_t at) {
     return load((const float*)data + at);
 }
 
-// The last numbers of a row, fewer than a vector: copied, so that nothing beyond the row is read; zeros follow.
+// The last numbers of a row, fewer than a vector; nothing beyond the row is read, zeros follow.
 template <int TYPE>
 static inline F32 load_tail(const void* data, int64_t at, int64_t count) {
-    constexpr int SIZE = TYPE == DIFLOAT_F32 ? 4 : 2;
-    alignas(64) char buffer[LANES * 4] = {};
-    memcpy(buffer, (const char*)data + at * SIZE, count * SIZE);
-    return load_as_float<TYPE>(buffer, 0);
+    if (TYPE == DIFLOAT_BF16) return load_first_bfloat((const uint16_t*)data + at, count);
+    if (TYPE == DIFLOAT_F16) return load_first_half((const uint16_t*)data + at, count);
+    return load_first((const float*)data + at, count);
 }
 
 // Largest magnitude of a row as the bits of a float. NaN has more than infinity, so it wins.
@@ -36,23 +35,24 @@ static int32_t largest_bits(const void* row, int64_t channels) {
     return largest_int(most);
 }
 
-// Value to grid value times multiplier, which is an integer. Follows rounding.round_ operation by operation.
+// Values to the grid, or to grid values times multiplier, which are integers. Follows rounding.round_ operation by operation.
 struct Rounder {
-    F32 minimum, maximum, multiplier, smallest, anchor;
+    F32 minimum, maximum, multiplier, inverse, smallest, anchor;
     I32 exponent_bits, first_binade;
     bool uniform, no_mantissa;
 
     explicit Rounder(const difloat_grid& grid) {
         minimum = set(grid.minimum), maximum = set(grid.maximum), multiplier = set(grid.multiplier);
-        smallest = set(ldexpf(1.0f, grid.min_exponent));
+        inverse = set(1 / grid.multiplier), smallest = set(ldexpf(1.0f, grid.min_exponent));
         anchor = set(1.5f * ldexpf(1.0f, 23 - grid.mantissa_bits));
         exponent_bits = set_int(INFINITY_BITS), first_binade = set_int(127 + grid.min_exponent - 1);
         uniform = grid.uniform, no_mantissa = grid.mantissa_bits == 0;
     }
 
-    I32 operator()(F32 y) const {
-        y = min(max(y, minimum), maximum);  // NaN becomes the minimum; its row is marked elsewhere
-        if (uniform) return to_int(mul(y, multiplier));
+    // A value of the grid; NaN becomes the minimum, its row is marked elsewhere.
+    F32 value(F32 y) const {
+        y = min(max(y, minimum), maximum);
+        if (uniform) return mul(to_float(to_int(mul(y, multiplier))), inverse);
         I32 exponent = bits_and(as_int(y), exponent_bits);
         F32 binade = max(as_float(exponent), smallest);
         F32 large = mul(binade, anchor);  // its last mantissa bit weighs one step of the binade
@@ -64,7 +64,12 @@ struct Rounder {
             F32 lower = as_float(bits_or(as_int(binade), bits_and(as_int(y), set_int(INT32_MIN))));
             rounded = select(both(equal(size, mul(binade, set(1.5f))), even), lower, rounded);
         }
-        return to_int(mul(rounded, multiplier));
+        return rounded;
+    }
+
+    I32 operator()(F32 y) const {
+        if (uniform) return to_int(mul(min(max(y, minimum), maximum), multiplier));
+        return to_int(mul(value(y), multiplier));
     }
 };
 
@@ -89,11 +94,9 @@ static float quantize_row(const void* row, int64_t channels, const difloat_input
         if (k == group_end) *sums++ = sum_int(total), total = set_int(0);
         F32 x = load_tail<TYPE>(row, k, channels - k);
         most = max_int(most, bits_and(as_int(x), magnitude));
-        alignas(64) int32_t last[LANES];
-        store_int(last, sub_int(round(div(sub(x, zero), divisor)), shift));
-        for (int64_t i = channels - k; i < LANES; i++) last[i] = 0;
-        total = add_int(total, load_int(last));
-        store_int8(out + k, load_int(last));
+        I32 integers = first_lanes(sub_int(round(div(sub(x, zero), divisor)), shift), channels - k);
+        total = add_int(total, integers);
+        store_int8(out + k, integers);
     }
     *sums = sum_int(total);
     return largest_int(most) > INFINITY_BITS ? NAN : scale / input.grid.multiplier;

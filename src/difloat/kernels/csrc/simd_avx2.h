@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 namespace difloat {
 
@@ -20,6 +21,28 @@ static inline F32 load(const float* p) { return _mm256_loadu_ps(p); }
 static inline F32 load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 static inline F32 load_bfloat(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+// The first `count` numbers, fewer than LANES; the rest is 0 and not read.
+static inline F32 load_first(const float* p, int64_t count) {
+    float numbers[LANES] = {};
+    memcpy(numbers, p, count * 4);
+    return load(numbers);
+}
+static inline F32 load_first_half(const uint16_t* p, int64_t count) {
+    uint16_t numbers[LANES] = {};
+    memcpy(numbers, p, count * 2);
+    return load_half(numbers);
+}
+static inline F32 load_first_bfloat(const uint16_t* p, int64_t count) {
+    uint16_t numbers[LANES] = {};
+    memcpy(numbers, p, count * 2);
+    return load_bfloat(numbers);
+}
+static inline I32 first_lanes(I32 x, int64_t count) {
+    alignas(32) int32_t lanes[LANES] = {}, all[LANES];
+    _mm256_store_si256((__m256i*)all, x);
+    memcpy(lanes, all, count * 4);
+    return _mm256_load_si256((const __m256i*)lanes);
 }
 static inline I32 load_int(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 static inline void store(float* p, F32 x) { _mm256_storeu_ps(p, x); }

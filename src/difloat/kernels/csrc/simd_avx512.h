@@ -21,6 +21,16 @@ static inline F32 load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_l
 static inline F32 load_bfloat(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+// The first `count` numbers, fewer than LANES; the rest is 0 and not read.
+static inline Mask first_mask(int64_t count) { return (Mask)((1u << count) - 1); }
+static inline F32 load_first(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first_mask(count), p); }
+static inline F32 load_first_half(const uint16_t* p, int64_t count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_mask(count), p));
+}
+static inline F32 load_first_bfloat(const uint16_t* p, int64_t count) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_mask(count), p)), 16));
+}
+static inline I32 first_lanes(I32 x, int64_t count) { return _mm512_maskz_mov_epi32(first_mask(count), x); }
 static inline I32 load_int(const void* p) { return _mm512_loadu_si512(p); }
 static inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
 static inline void store_int(void* p, I32 x) { _mm512_storeu_si512(p, x); }

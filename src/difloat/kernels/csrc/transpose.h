@@ -33,6 +33,28 @@ static INLINE void transpose(I32 (&r)[16]) {
     });
 }
 
+#else
+
+// Transpose 8 x 8 dwords in registers.
+static INLINE void transpose(I32 (&r)[8]) {
+    I32 t[8];
+    repeat<4>([&](auto i) UNROLLED {
+        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    });
+    repeat<2>([&](auto i) UNROLLED {
+        repeat<2>([&](auto j) UNROLLED {
+            r[4 * i + 2 * j] = _mm256_unpacklo_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+            r[4 * i + 2 * j + 1] = _mm256_unpackhi_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+        });
+    });
+    repeat<4>([&](auto i) UNROLLED {
+        t[i] = _mm256_permute2x128_si256(r[i], r[4 + i], 0x20);
+        t[4 + i] = _mm256_permute2x128_si256(r[i], r[4 + i], 0x31);
+    });
+    repeat<8>([&](auto i) UNROLLED { r[i] = t[i]; });
+}
+
 #endif
 
 }  // namespace difloat

@@ -1,0 +1,102 @@
+// Back to floating point, for what has no product in integers: activations rounded to their grid, weights decoded, both written in
+// the type of the activations for somebody else's product. Operation by operation what reference.py does, so bit for bit the same.
+#pragma once
+#include "difloat.h"
+#include "linear.h"
+#include "panels.h"
+#include "product.h"
+#include "quantize.h"
+
+namespace difloat {
+
+// Sixteen codes, one per dword, to their values.
+template <int BITS>
+static INLINE F32 values_of(I32 codes, const float* table) {
+    if (BITS <= 4) return _mm512_permutexvar_ps(codes, load(table));
+    return _mm512_i32gather_ps(bits_and(codes, set_int((1 << BITS) - 1)), table, 4);
+}
+
+template <int TYPE>
+static INLINE void write_first(void* out, int64_t at, int64_t count, F32 x) {
+    constexpr int64_t SIZE = TYPE == DIFLOAT_F32 ? 4 : 2;
+    if (count >= LANES) return write<TYPE>(out, at, x);
+    alignas(64) char buffer[LANES * 4];
+    write<TYPE>(buffer, 0, x);
+    memcpy((char*)out + at * SIZE, buffer, count * SIZE);
+}
+
+// One output channel and tap, [channels] numbers from `at` on. `values` holds 256 entries, repeated every 2**BITS.
+template <int TYPE, int BITS>
+static void decode_row(const difloat_weight& w, const uint8_t* stream, int64_t row, const float* values, void* out, int64_t at) {
+    const int64_t bytes = code_bytes(w), group = w.groups == 1 ? w.channels : w.group_channels;
+    for (int64_t g = 0, k = 0; g < w.groups; g++) {
+        const int64_t place = row * w.scale_stride + g, end = std::min((g + 1) * group, w.channels);
+        const F32 scale = set(w.scale[place]), zero = set(w.zero ? w.zero[place] : 0.0f);
+        while (k < end) {  // groups are multiples of LANES, so a load of 64 codes may be used in part
+            const int64_t inside = k % 64;
+            alignas(64) uint8_t codes[64];
+            store_int(codes, spread<BITS>(stream + k / 64 * 8 * BITS, bytes - k / 64 * 8 * BITS));
+            const int64_t stop = std::min(end, k - inside + 64);
+            for (int64_t c = inside; k < stop; c += LANES, k += LANES) {
+                F32 x = mul(values_of<BITS>(_mm512_cvtepu8_epi32(_mm_load_si128((const __m128i*)(codes + c))), values), scale);
+                if (w.zero) x = add(x, zero);
+                write_first<TYPE>(out, at + k, std::min<int64_t>(w.channels - k, LANES), x);
+            }
+        }
+    }
+}
+
+// All weights, [output channel][tap][input channel].
+template <int TYPE, int BITS>
+static int decode_of(const difloat_weight& w, const float* values, void* out, int threads) {
+    const int64_t blocks = (w.rows + WIDTH - 1) / WIDTH, bytes = round_up(gather_bytes(w), 64);
+    char* memory = scratch(std::max<int64_t>(threads * bytes, 64));
+    if (!memory) return -1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t first = block * WIDTH;
+        const Rows rows(w, first, (uint8_t*)memory + omp_get_thread_num() * bytes);
+        for (int64_t row = 0; row <= rows.last; row++)
+            for (int64_t tap = 0; tap < w.taps; tap++)
+                decode_row<TYPE, BITS>(w, rows.at(row, tap), first + row, values, out, ((first + row) * w.taps + tap) * w.channels);
+    }
+    return 0;
+}
+
+template <int TYPE>
+static int decode(const difloat_weight& w, const float* values, void* out, int threads) {
+    switch (w.bits) {
+        case 1: return decode_of<TYPE, 1>(w, values, out, threads);
+        case 2: return decode_of<TYPE, 2>(w, values, out, threads);
+        case 3: return decode_of<TYPE, 3>(w, values, out, threads);
+        case 4: return decode_of<TYPE, 4>(w, values, out, threads);
+        case 5: return decode_of<TYPE, 5>(w, values, out, threads);
+        case 6: return decode_of<TYPE, 6>(w, values, out, threads);
+        case 7: return decode_of<TYPE, 7>(w, values, out, threads);
+        default: return decode_of<TYPE, 8>(w, values, out, threads);
+    }
+}
+
+// Rows of activations to the values of their grid, [rows, channels] without gaps. NaN stays.
+template <int TYPE>
+static void round_rows(const difloat_input& x, void* out, int threads) {
+    const Rounder round(x.grid);
+    const float shared = x.online == 2 ? scale_of_all<TYPE>(x, threads) : x.scale;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < x.rows; row++) {
+        const char* from = row_of(x, row);
+        const float step = x.online == 1 ? online_scale(largest_bits<TYPE>(from, x.channels), x.grid.maximum) : shared;
+        const F32 scale = set(step), zero = set(x.zero_point);
+        for (int64_t k = 0; k < x.channels; k += LANES) {
+            const int64_t count = std::min<int64_t>(x.channels - k, LANES);
+            F32 value = count == LANES ? load_as_float<TYPE>(from, k) : load_tail<TYPE>(from, k, count);
+            if (x.zero_point != 0) value = sub(value, zero);
+            const F32 y = div(value, scale);
+            F32 rounded = mul(select(equal(y, y), round.value(y), y), scale);
+            if (x.zero_point != 0) rounded = add(rounded, zero);
+            write_first<TYPE>(out, row * x.channels + k, count, rounded);
+        }
+    }
+}
+
+}  // namespace difloat

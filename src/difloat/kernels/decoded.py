@@ -1,0 +1,159 @@
+"""Backend "decoded": the native library rounds activations and decodes weights, torch multiplies.
+
+For what has no product in integers: formats that do not fit int8 (E4M3, E3M4, ...) and activations that stay as they are.
+Weights stay packed; one layer at a time is decoded into a buffer that all layers of a thread share. Results are the
+reference's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from difloat.kernels import native
+from difloat.kernels.rows import Rows, by_band
+from difloat.specs import Part, QuantSpec
+
+_GROUP_MULTIPLE = 16  # channels: scales change between whole vectors
+_buffers = threading.local()
+
+
+def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
+    """Whether this backend computes a part of a layer whose weight, of this part, has `weight_shape` [o, i, *k]."""
+    size = part.weight.group_size or part.channels
+    return (
+        x.dtype in native.TYPES
+        and x.device.type == "cpu"
+        and native.unit() == "avx512"
+        and (size >= part.channels or size % _GROUP_MULTIPLE == 0)
+        and _rounds(part.activation, x)
+    )
+
+
+def _rounds(spec: QuantSpec | None, x: Tensor) -> bool:
+    if spec is None:
+        return True
+    if spec.granularity == "group":
+        assert spec.group_size is not None
+        return not spec.zero_point and x.dim() != 4 and x.shape[-1] % spec.group_size == 0
+    return not (spec.online and spec.zero_point)
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+) -> Tensor:
+    """See `reference.linear`; [..., i] to [..., o]."""
+    spec = part.activation
+    rows = x.reshape(-1, part.channels if spec is None or not spec.group_size else spec.group_size)
+    rounded = _rounded(rows, input_scale, input_zero_point, part).reshape(x.shape)
+    weight = _decoded(packed, weight_scale, weight_zero_point, part, x.dtype)
+    return functional.linear(rounded, weight, None if bias is None else bias.to(x.dtype))
+
+
+def conv2d(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """See `reference.conv2d`."""
+    last = torch.channels_last
+    dense = x.contiguous(memory_format=last) if x.is_contiguous(memory_format=last) else x.contiguous()
+    pictures = dense.as_strided((x.shape[0], math.prod(x.shape[1:])), (math.prod(x.shape[1:]), 1))
+    rounded = _rounded(pictures, input_scale, input_zero_point, part).as_strided(x.shape, dense.stride())
+    weight = _decoded(packed, weight_scale, weight_zero_point, part, x.dtype)
+    shift = None if bias is None else bias.to(x.dtype)
+    return functional.conv2d(rounded, weight, shift, list(stride), list(padding), list(dilation), groups)
+
+
+def linear_rows(
+    x: Tensor, weight: Rows, input_scale: Tensor | None, input_zero_point: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`linear` with rows of several widths, band by band."""
+    return by_band(linear, x, weight, input_scale, input_zero_point, bias)
+
+
+def conv2d_rows(
+    x: Tensor,
+    weight: Rows,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`conv2d` with rows of several widths, band by band."""
+    geometry = (stride, padding, dilation, groups)
+    return by_band(conv2d, x, weight, input_scale, input_zero_point, bias, *geometry)
+
+
+def _rounded(rows: Tensor, scale: Tensor | None, zero: Tensor | None, part: Part) -> Tensor:
+    """Rows, each with a scale of its own where scales are found per token, on their grid; dense."""
+    spec = part.activation
+    if spec is None or not rows.numel():
+        return rows
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = rows.new_empty(rows.shape)
+    online = 0 if not spec.online else 2 if spec.granularity == "tensor" else 1
+    source = native.Input(
+        rows.data_ptr(),
+        *rows.shape,
+        rows.stride(0),
+        native.TYPES[rows.dtype],
+        online,
+        1.0 if scale is None else float(scale),
+        0.0 if zero is None else float(zero),
+        native.any_grid(spec.format),
+    )
+    native.check(native.library().difloat_round(source, out.data_ptr(), torch.get_num_threads()))
+    return out
+
+
+def _decoded(packed: Tensor, scale: Tensor, zero: Tensor | None, part: Part, dtype: torch.dtype) -> Tensor:
+    """The weight [o, i, *k], channels last, in this thread's buffer: gone with the next layer."""
+    shape = (packed.shape[0], *packed.shape[2:], part.channels)
+    out = _buffer(math.prod(shape), dtype)
+    addresses = packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
+    source = native.weight(*addresses, packed.shape, packed.stride(), part, None)
+    found = native.values(part.weight.format)
+    kind, threads = native.TYPES[dtype], torch.get_num_threads()
+    if out.numel():
+        native.check(native.library().difloat_decode(source, found, out.data_ptr(), kind, threads))
+    return out.view(shape).movedim(-1, 1)
+
+
+def _buffer(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory for `count` numbers that stays: getting pages from the system costs as much as filling them."""
+    found: Tensor | None = getattr(_buffers, "memory", None)
+    size = count * _bytes(dtype)
+    if found is None or found.numel() < size:
+        found = _buffers.memory = torch.empty(size, dtype=torch.uint8)
+    return found[:size].view(dtype)
+
+
+@cache
+def _bytes(dtype: torch.dtype) -> int:
+    return torch.empty(0, dtype=dtype).element_size()
