@@ -121,7 +121,8 @@ def test_a_layer_computes_what_the_layers_of_its_bands_compute(one: Mixed, with_
             with backends.use_backend(name):
                 got, expected = installed(one.joined, bias)(x), by_rows(one, x, bias)
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-                if {_who(band, x) for band in one.bands} == {backends.BACKENDS[name].__name__}:
+                whole = {_who(band, x) for band in one.bands} == {backends.BACKENDS[name].__name__}
+                if whole and name != "decoded":  # sums in float depend on how many there are
                     assert torch.equal(got, expected), name
         with backends.use_backend("reference"):
             got = installed(one.joined, bias)(x)
@@ -328,10 +329,10 @@ def test_half_precision_and_inputs_of_every_layout(generator) -> None:
             torch.testing.assert_close(got.float(), expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("groups", "counts"), [(1, (2, 4)), (2, (2, 4)), (2, (1, 5))])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_convolutions_of_every_layout_and_in_groups(layout, groups, generator) -> None:
-    one = mixed((6, 4 // groups, 3, 3), [spec_of("uint2"), spec_of("int3")], (2, 4), generator)
+def test_convolutions_of_every_layout_and_in_groups(layout, groups, counts, generator) -> None:
+    one = mixed((6, 4 // groups, 3, 3), [spec_of("uint2"), spec_of("int3")], counts, generator)
     plain = nn.Conv2d(4, 6, 3, stride=(2, 1), padding=1, groups=groups)
     x = torch.randn(2, 4, 7, 6, generator=generator)
     model = nn.Sequential(plain)

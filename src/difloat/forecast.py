@@ -23,6 +23,9 @@ from difloat.specs import weight_formats
 
 _TRIAL_STEPS = (2, 6)  # two lengths tell the cost of a step from the cost of a block
 _TRAINING_FORWARDS = 5  # forward passes of the float denoiser that a training step takes as long as
+_LEARNING_BYTES = (
+    40  # per weight of a block in training: neighbours, variable, its gradient and moments, the soft weight
+)
 _PASSES = 4  # over all rows: full precision, quantized, and the block errors before and after
 
 
@@ -37,6 +40,7 @@ class Forecast:
         weights: In all layers that will be quantized.
         float_bytes: Of the denoiser as it is.
         packed_bytes: Of the denoiser as it will be, if every adapter is used.
+        learning_bytes: Of the largest block whose rounding is learned, in training; 0 without.
         search_s: Search over weights, and over activations where they are static.
         rounding_s: Learned rounding of all blocks, its forward passes included; 0 without.
         training_s: Fine-tuning of the whole denoiser, roughly; 0 without.
@@ -48,6 +52,7 @@ class Forecast:
     weights: int
     float_bytes: int
     packed_bytes: float
+    learning_bytes: int
     search_s: float
     rounding_s: float
     training_s: float
@@ -196,6 +201,7 @@ def forecast(
         weights,
         float_bytes,
         float_bytes - of_layers + packed_bytes,
+        _LEARNING_BYTES * max(_learned(plan, sizes).values()) if learns else 0,
         search_s,
         _learning_s(plans, counts, made.iterations) + _PASSES * used * need["row_seconds"] if learns else 0.0,
         _training_s(made, need) if tunes else 0.0,
@@ -228,12 +234,24 @@ def _alike(module: nn.Module, left_out: set[str]) -> dict[str, int]:
     return {name: len(units) for units in kinds.values() for name in units[0]}
 
 
+def _learned(plan: Plan, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Weights of every block that was tried."""
+    return {
+        unit: sum(size for name, size in sizes.items() if _inside(name, unit))
+        for unit in plan.measured["blocks"]
+    }
+
+
+def _inside(name: str, unit: str) -> bool:
+    return name == unit or name.startswith(unit + ".")
+
+
 def _learning_s(plans: Sequence[Plan], counts: Mapping[str, int], iterations: int) -> float:
     """Seconds of all steps of all blocks, from two trials of different length."""
     first, second = (plan.measured["blocks"] for plan in plans)
     steps = _TRIAL_STEPS[1] - _TRIAL_STEPS[0]
     total = 0.0
     for unit in first:
-        count = next(n for name, n in counts.items() if name == unit or name.startswith(unit + "."))
+        count = next(n for name, n in counts.items() if _inside(name, unit))
         total += max(0.0, second[unit]["seconds"] - first[unit]["seconds"]) / steps * count
     return total * iterations

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from difloat.kernels import native
-from difloat.kernels.rows import Rows, by_band
+from difloat.kernels.rows import Rows
 from difloat.specs import Part, QuantSpec
 
 _GROUP_MULTIPLE = 16  # channels: scales change between whole vectors
@@ -56,11 +56,8 @@ def linear(
     part: Part,
 ) -> Tensor:
     """See `reference.linear`; [..., i] to [..., o]."""
-    spec = part.activation
-    rows = x.reshape(-1, part.channels if spec is None or not spec.group_size else spec.group_size)
-    rounded = _rounded(rows, input_scale, input_zero_point, part).reshape(x.shape)
     weight = _decoded(packed, weight_scale, weight_zero_point, part, x.dtype)
-    return functional.linear(rounded, weight, None if bias is None else bias.to(x.dtype))
+    return _linear(x, weight, input_scale, input_zero_point, bias, part)
 
 
 def conv2d(
@@ -78,20 +75,16 @@ def conv2d(
     groups: int,
 ) -> Tensor:
     """See `reference.conv2d`."""
-    last = torch.channels_last
-    dense = x.contiguous(memory_format=last) if x.is_contiguous(memory_format=last) else x.contiguous()
-    pictures = dense.as_strided((x.shape[0], math.prod(x.shape[1:])), (math.prod(x.shape[1:]), 1))
-    rounded = _rounded(pictures, input_scale, input_zero_point, part).as_strided(x.shape, dense.stride())
     weight = _decoded(packed, weight_scale, weight_zero_point, part, x.dtype)
-    shift = None if bias is None else bias.to(x.dtype)
-    return functional.conv2d(rounded, weight, shift, list(stride), list(padding), list(dilation), groups)
+    return _conv2d(x, weight, input_scale, input_zero_point, bias, part, stride, padding, dilation, groups)
 
 
 def linear_rows(
     x: Tensor, weight: Rows, input_scale: Tensor | None, input_zero_point: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """`linear` with rows of several widths, band by band."""
-    return by_band(linear, x, weight, input_scale, input_zero_point, bias)
+    """`linear` with rows of several widths: decoded all are alike, so one product does."""
+    decoded = _decoded_rows(weight, x.dtype)
+    return _linear(x, decoded, input_scale, input_zero_point, bias, weight.parts[0])
 
 
 def conv2d_rows(
@@ -105,9 +98,43 @@ def conv2d_rows(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """`conv2d` with rows of several widths, band by band."""
-    geometry = (stride, padding, dilation, groups)
-    return by_band(conv2d, x, weight, input_scale, input_zero_point, bias, *geometry)
+    """`conv2d` with rows of several widths, in one product."""
+    decoded, part = _decoded_rows(weight, x.dtype), weight.parts[0]
+    return _conv2d(x, decoded, input_scale, input_zero_point, bias, part, stride, padding, dilation, groups)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+) -> Tensor:
+    spec = part.activation
+    rows = x.reshape(-1, part.channels if spec is None or not spec.group_size else spec.group_size)
+    rounded = _rounded(rows, input_scale, input_zero_point, part).reshape(x.shape)
+    return functional.linear(rounded, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    part: Part,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    last = torch.channels_last
+    dense = x.contiguous(memory_format=last) if x.is_contiguous(memory_format=last) else x.contiguous()
+    pictures = dense.as_strided((x.shape[0], math.prod(x.shape[1:])), (math.prod(x.shape[1:]), 1))
+    rounded = _rounded(pictures, input_scale, input_zero_point, part).as_strided(x.shape, dense.stride())
+    shift = None if bias is None else bias.to(x.dtype)
+    return functional.conv2d(rounded, weight, shift, list(stride), list(padding), list(dilation), groups)
 
 
 def _rounded(rows: Tensor, scale: Tensor | None, zero: Tensor | None, part: Part) -> Tensor:
@@ -135,14 +162,29 @@ def _rounded(rows: Tensor, scale: Tensor | None, zero: Tensor | None, part: Part
 def _decoded(packed: Tensor, scale: Tensor, zero: Tensor | None, part: Part, dtype: torch.dtype) -> Tensor:
     """The weight [o, i, *k], channels last, in this thread's buffer: gone with the next layer."""
     shape = (packed.shape[0], *packed.shape[2:], part.channels)
-    out = _buffer(math.prod(shape), dtype)
+    out = _buffer(math.prod(shape), dtype).view(shape)
+    _decode_into(out, packed, scale, zero, part)
+    return out.movedim(-1, 1)
+
+
+def _decoded_rows(weight: Rows, dtype: torch.dtype) -> Tensor:
+    """Likewise of rows of several widths, in the order of the float layer: output channels of one group stay together."""
+    shape = (len(weight.row_band), *weight.packed[0].shape[2:], weight.parts[0].channels)
+    stored = _buffer(math.prod(shape), dtype).view(shape)
+    start = 0
+    for packed, scale, zero, part in weight.bands():
+        _decode_into(stored[start : start + len(packed)], packed, scale, zero, part)
+        start += len(packed)
+    return weight.restored(stored).movedim(-1, 1)
+
+
+def _decode_into(out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, part: Part) -> None:
     addresses = packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
     source = native.weight(*addresses, packed.shape, packed.stride(), part, None)
     found = native.values(part.weight.format)
-    kind, threads = native.TYPES[dtype], torch.get_num_threads()
+    kind, threads = native.TYPES[out.dtype], torch.get_num_threads()
     if out.numel():
         native.check(native.library().difloat_decode(source, found, out.data_ptr(), kind, threads))
-    return out.view(shape).movedim(-1, 1)
 
 
 def _buffer(count: int, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from difloat import layers
 from difloat.layers import QuantizedLayer
-from difloat.methods.adaround import learn_rounding
+from difloat.methods import memory
+from difloat.methods.adaround import Learned, learn_rounding
 from difloat.methods.assign import Draft
 from difloat.methods.observe import Trace
 from difloat.methods.passes import Passes
@@ -74,23 +75,29 @@ def learn_blocks(
                 codes, errors = _read(path)
                 bar.update(steps)
             else:
-                block, source = (
-                    task.model.get_submodule(unit),
-                    exact if settings.inputs == "full" else rounded,
-                )
+                block = task.model.get_submodule(unit)
+                source = exact if settings.inputs == "full" else rounded
                 seeded = torch.Generator().manual_seed(task.seed + 1000 + number)
                 inputs, targets = source.enter(unit), exact.leave(unit)
+                memory.release()
                 learned = learn_rounding(
                     block, inside, inputs, targets, settings.rounding, seeded, bar.update
                 )
-                codes = {n: draft.plan(learned.weights[n]).tensors["weight"] for n, draft in inside.items()}
-                errors = {"nearest": learned.error_nearest, "learned": learned.error_learned}
+                codes, errors = _codes_and_errors(inside, learned)
                 if path is not None:
                     _write(path, codes, errors)
             for name, short in zip(names, inside, strict=True):
                 done[name] = _take_over(twin, name, drafts[name], codes[short])
+            memory.release()
             measured["blocks"][unit] = {**errors, "seconds": time.perf_counter() - start}
     return done
+
+
+def _codes_and_errors(
+    drafts: Mapping[str, Draft], learned: Learned
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    codes = {name: draft.plan(learned.weights[name]).tensors["weight"] for name, draft in drafts.items()}
+    return codes, {"nearest": learned.error_nearest, "learned": learned.error_learned}
 
 
 def _take_over(twin: nn.Module, name: str, draft: Draft, codes: torch.Tensor) -> LayerPlan:

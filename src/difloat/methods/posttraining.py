@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from difloat import attention, layers, processes
 from difloat.exclusion import EXCLUDED, excluded, matches
-from difloat.methods import observe
+from difloat.methods import memory, observe
 from difloat.methods.assign import Draft, draft_layer, search_inputs
 from difloat.methods.blockwise import learn_blocks
 from difloat.methods.observe import Trace
@@ -118,6 +118,7 @@ def _decide(
     measured: dict[str, Any] = {"seconds": {}, "blocks": {}}
     with timed(measured, "search weights"):
         plans, learn = _search_weights(task, rules, seen, settings)
+    memory.release()
     twin = layers.shadow(task.model)
     for name, plan in plans.items():
         layers.install(twin, name, plan)
