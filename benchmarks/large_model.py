@@ -3,7 +3,7 @@
     python benchmarks/large_model.py --full 2                 # two blocks with all iterations, the rest with few
     python benchmarks/large_model.py --full 2 --work DIR      # keeps calibration and finished blocks: a killed run goes on
 
-Prints what the forecast said before and what the run took; writes benchmarks/results/large-model.json.
+Prints what the forecast said before and what the run took; writes benchmarks/results/<name>.json.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--memory-mb", type=int, default=2048, help="for calibration and for activations")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--work", type=Path, help="where calibration and finished blocks are kept")
+    parser.add_argument("--name", default="large-model", help="of the file of results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     peak = PeakMemory()
@@ -71,7 +72,7 @@ def main() -> None:
     seconds = {"calibration": calibration_s, "plan": time.perf_counter() - start}
     result = summary(arguments, plan, expected, seconds)
     result["resident_bytes_after_loading"], result["resident_bytes_peak"] = loaded_bytes, peak.take()
-    out = Path(__file__).parent / "results" / "large-model.json"
+    out = Path(__file__).parent / "results" / f"{arguments.name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(json.dumps(result, indent=1) + "\n")

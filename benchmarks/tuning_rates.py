@@ -68,7 +68,7 @@ def main() -> None:
         settings = replace(TrainingSettings(epochs=arguments.epochs), **rates)
         kept = tuple(name for name, plan in outcome.layers.items() if plan.parts[0].weight.format.bits == 8)
         tuned = tune(train, outcome, Tuning(settings, 1, 32, False, kept, by_timestep))
-        results[name] = {
+        result = {
             "held_out_error_over_untrained": error(model, tuned, held_out) / before,
             "losses": tuned.measured["losses"],
             "seconds": tuned.measured["seconds"]["fine-tune"],
@@ -76,8 +76,9 @@ def main() -> None:
             "machine": report.machine(),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
-        out.write_text(json.dumps(results, indent=1) + "\n")
-        sys.stderr.write(f"{name}: {results[name]['held_out_error_over_untrained']:.4f}\n")
+        there = json.loads(out.read_text()) if out.exists() else {}  # another process may run other rates
+        out.write_text(json.dumps({**there, name: result}, indent=1) + "\n")
+        sys.stderr.write(f"{name}: {result['held_out_error_over_untrained']:.4f}\n")
 
 
 def split(arguments: argparse.Namespace) -> tuple[Task, Task]:
