@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +126,13 @@ def test_what_is_stored_is_searched_and_loaded_whatever_the_dtype(floats, name, 
     assert same_plans(half, model) == (name == "transformer")
     directory = io.save(model, tmp_path / "a")
     assert same_plans(CLASSES[name].from_pretrained(directory, dtype=dtype), model)
+
+
+@pytest.mark.parametrize("name", ["unet", "t5"])
+def test_quantized_while_loading_it_can_be_pickled_and_copied(floats, name) -> None:
+    model = CLASSES[name].from_pretrained(floats / name, quantization_config=DifloatConfig(**FAST))
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert same_plans(other, model) and torch.equal(result(other), result(model))
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])

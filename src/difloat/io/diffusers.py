@@ -122,7 +122,10 @@ class DifloatQuantizer(DiffusersQuantizer):
                 )
             self.config = DifloatConfig.from_dict(quantization_config(self._decision.plan(self._found)))
             self.quantization_config, self.pre_quantized = self.config, True
-            self._found = {}
+            self._decision, self._found = (
+                None,
+                {},
+            )  # functions made on the spot could not be pickled with the model
         mark(model, self)
         self._model = None
 

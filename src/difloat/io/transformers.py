@@ -89,6 +89,7 @@ class DifloatHfQuantizer(HfQuantizer):
             self.config = DifloatConfig.from_dict(quantization_config(plan))
             self.quantization_config, self.pre_quantized = self.config, True
             self._own, self._found = plan_tensors(plan), {}
+            self._decision = None  # functions made on the spot could not be pickled with the model
         _answer(model)
         for name, value in self._tensors(model):
             if not value.is_meta:
