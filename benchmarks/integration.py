@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,9 @@ def in_child(call: Callable[[], Cell], limit_s: float, log: Path) -> Cell:
         return receiver.recv()
     except EOFError:
         process.join()
-        return {"result": "no", "remark": f"the process died with exit code {process.exitcode}"}
+        code = process.exitcode or 0
+        end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return {"result": "no", "remark": f"the process died of {end}"}
     finally:
         process.kill()
         process.join()
@@ -66,7 +69,7 @@ def in_child(call: Callable[[], Cell], limit_s: float, log: Path) -> Cell:
 
 def sentence(failure: BaseException) -> str:
     """The first sentence of an error, without folders and addresses in memory; where it arose if it says nothing."""
-    kind, text = type(failure).__name__, " ".join(str(failure).split())
+    kind, text = type(failure).__name__, next(iter(str(failure).strip().splitlines()), "")
     if not text:
         place = traceback.extract_tb(failure.__traceback__)[-1]
         return f"{kind} in {place.name} of {'/'.join(Path(place.filename).parts[-2:])}"
@@ -183,6 +186,7 @@ def matrix_table(rows: dict[str, dict[str, str]]) -> str:
     kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
     lines = ["| | " + " | ".join(kinds) + " |", "|" + "---|" * (len(kinds) + 1)]
     for name, row in rows.items():
+        name = name.removeprefix("output is that of the model in memory: ")
         lines.append(f"| {name} | " + " | ".join(row.get(kind, "") for kind in kinds) + " |")
     return "\n".join(lines)
 
@@ -233,6 +237,9 @@ def table(result: dict[str, Any]) -> str:
             texts.append(f"{word} ({marks})" if marks else word)
         lines.append(f"| {step} | " + " | ".join(texts) + " |")
     lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]
+    lines.append(
+        "\nSettings: " + "; ".join(f"{name}: {what}" for name, what in result["settings"].items()) + "."
+    )
     lines.append("\nRound trips: " + "; ".join(round_trips(columns)) + ".")
     libraries = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines.append(

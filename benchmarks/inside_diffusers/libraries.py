@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,7 @@ class Case:
     pipeline: str
     shelf: Path  # float pipelines and LoRAs, from `prepare`
     folder: Path
+    source: str = ""  # a directory of the shelf, if another than the pipeline's own
 
     @property
     def component(self) -> str:
@@ -158,11 +159,7 @@ class Case:
     @property
     def directory(self) -> Path:
         """Of the float pipeline."""
-        return self.shelf / self.pipeline
-
-    def of(self, pipeline: str) -> Case:
-        """The same with another pipeline."""
-        return replace(self, pipeline=pipeline)
+        return self.shelf / (self.source or self.pipeline)
 
     def class_of_model(self) -> Any:
         """Of the denoiser."""

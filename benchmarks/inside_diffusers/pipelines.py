@@ -88,8 +88,8 @@ def unet() -> Any:
     )
 
 
-def pixart(width: int = WIDTH) -> Any:
-    """PixArt: two blocks with cross-attention."""
+def pixart(width: int = WIDTH, blocks: int = 2) -> Any:
+    """PixArt: blocks with cross-attention."""
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
     tokenizer = tiny_tokenizer()
@@ -98,7 +98,7 @@ def pixart(width: int = WIDTH) -> Any:
         attention_head_dim=width // 2,
         in_channels=4,
         out_channels=8,
-        num_layers=2,
+        num_layers=blocks,
         cross_attention_dim=width,
         caption_channels=WIDTH,
         sample_size=8,
