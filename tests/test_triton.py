@@ -11,6 +11,7 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,14 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the GPU backend needs Triton, which this platform has no wheel of")
 
+from difloat import layers
 from difloat.formats import candidates, parse
 from difloat.kernels import reference, triton_operands, triton_tiles
 from difloat.kernels import triton as backend
+from difloat.kernels.backends import use_backend
 from difloat.packing import pack
 from difloat.quantizer import LayerPlan, dequantize, plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.specs import Part, QuantSpec, Side
 
 ALL = [f for bits in range(2, 9) for signed in (True, False) for f in candidates(bits, signed)]
 ALL += [parse(f"{u}int{n}") for u in ("", "u") for n in range(1 if u else 2, 9)] + [parse("e4m3fn")]
@@ -444,6 +447,23 @@ def test_adapter_sees_the_input_before_it_is_rounded(count, activation, device) 
     result = case.result(device, adapter=(down.to(device), up.to(device)))
     truth = case.truth() + case.x.double() @ down.double().T @ up.double().T
     assert relative(result, truth) < (case.tolerance(device) if activation else 1e-2)
+
+
+def test_a_layer_with_a_pair_beside_reads_its_input_once(device, monkeypatch) -> None:
+    case = Case("e2m1", "e4m3fn", (20, 70), tokens(3, 70))
+    factors = {"side_down": tokens(5, 70, seed=7).half(), "side_up": tokens(20, 5, seed=8).half()}
+    plan = replace(case.plan, tensors={**case.plan.tensors, **factors}, side=Side(5))
+    model = torch.nn.Sequential(torch.nn.Linear(70, 20)).to(device)
+    model[0].bias.data.copy_(case.bias)
+    layers.install(model, "0", plan)
+    seen, product = [], backend.linear
+    monkeypatch.setattr(
+        backend, "linear", lambda *given, **how: seen.append(how["adapter"]) or product(*given, **how)
+    )
+    with use_backend("triton"), torch.no_grad():
+        result = model(case.x.to(device)).cpu()
+    truth = case.truth() + case.x.double() @ factors["side_down"].double().T @ factors["side_up"].double().T
+    assert len(seen) == 1 and relative(result, truth) < case.tolerance(device)
 
 
 # Edges.

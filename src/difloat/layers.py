@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from difloat import attention, parents
-from difloat.kernels import ops, row_ops
+from difloat.kernels import beside, ops, row_ops
 from difloat.parents import PackedWeight
 from difloat.quantizer import VARIED, LayerPlan, Plan, dequantize
 from difloat.side import low_rank, product
@@ -106,8 +106,7 @@ class QuantizedLayer(PackedWeight):
     def plan(self) -> LayerPlan:
         """The layer's state as a plan entry; tensors are shared, not copied."""
         kind: Literal["linear", "conv2d"] = "linear" if len(self.float_shape) == 2 else "conv2d"
-        schedules = (self.schedule, self.input_schedule)
-        fields = (self.smoothed, *schedules, self.bands, self.side)
+        fields = (self.smoothed, self.schedule, self.input_schedule, self.bands, self.side)
         empty = LayerPlan(kind, self.float_shape, self.parts, {}, *fields)
         return with_changes(
             empty, tensors={name: self._tensor(name).detach() for name in empty.tensor_shapes()}
@@ -207,7 +206,11 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., i] to [..., o], in the dtype of `x`."""
-        return self._with_side(self._sum_of_parts(x, -1, _LINEAR), x)
+        if self.side is None or len(self.slots) > 1 or self.bands or self.smoothed:
+            return self._with_side(self._sum_of_parts(x, -1, _LINEAR), x)
+        stored = (*self._stored(self.slots[0]), self.bias)
+        factors = self.current("side_down"), self.current("side_up")
+        return beside.linear(self._cast(x), stored, self.slots[0].text, *factors)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -218,17 +221,16 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return self._with_side(self._convolved(x), x)
 
     def _convolved(self, x: Tensor) -> Tensor:
+        padding = self.padding
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
-            padding: tuple[int, ...] = (0, 0)
+            padding = (0, 0)
         elif isinstance(self.padding, str):
             # "same" with an even kernel pads more behind than before: pad both alike and drop the first lines.
             left, right, top, bottom = self._reversed_padding_repeated_twice
             wide = (max(top, bottom), max(left, right))
             out = self._sum_of_parts(x, 1, _CONV2D, self.stride, wide, self.dilation, self.groups)
             return out[:, :, bottom - top :, right - left :]
-        else:
-            padding = self.padding
         return self._sum_of_parts(x, 1, _CONV2D, self.stride, padding, self.dilation, self.groups)
 
 
@@ -270,9 +272,7 @@ def shadow(model: nn.Module, *, frozen: bool = False) -> nn.Module:
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
     """The weight of the layer `name`."""
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
+    return model.get_parameter(f"{name}.weight")
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -93,7 +93,7 @@ def _linear(
 
 def _run_linear(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
     text = rest[-1]
-    part = _part(text)
+    part = part_of(text)
     module = backends.choose_linear(text, part, packed.shape[0], x)
     return module.linear(x, packed, *rest[:-1], part)
 
@@ -128,7 +128,7 @@ def _conv2d(
     groups: int,
 ) -> Tensor:
     """See `reference.conv2d`; `part` as JSON. Channels last if the input or the packed weight is."""
-    found = _part(part)
+    found = part_of(part)
     module = backends.choose(found, (packed.shape[0], found.channels, *packed.shape[2:]), x)
     tensors = (x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
     result: Tensor = module.conv2d(*tensors, found, stride, padding, dilation, groups)
@@ -171,13 +171,14 @@ def part_text(part: Part) -> str:
 
 
 @cache
-def _part(text: str) -> Part:
+def part_of(text: str) -> Part:
+    """Inverse of `part_text`."""
     return Part.from_json(json.loads(text))
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, part = inputs[:8]
-    ctx.part = _part(part)
+    ctx.part = part_of(part)
     inside = keep_facts(ctx, x, input_scale, input_zero_point, bias, ctx.part, inputs[8:])
     ctx.save_for_backward(packed, weight_scale, weight_zero_point, inside)
 
