@@ -1,10 +1,11 @@
 """Tunes the rates of fine-tuning on a reference model: error on held-out rows after a short run, for every rate.
 
     python benchmarks/tuning_rates.py --model emoji-unet --bits w4a4
+    python benchmarks/tuning_rates.py --model emoji-unet --bits w2a4 --recipe mpqdm
 
-Every run starts from the same post-training plan (MSFP, one adapter, plain loss). The measure is the squared error of the
-denoiser's output on calibration rows that were not trained on, over that before training. Writes
-benchmarks/results/tuning-rates-<model>.json; what is there already is kept.
+Every run starts from the same post-training plan (MSFP's, or MPQ-DM's with input ranges by timestep; one adapter, plain
+loss). The measure is the squared error of the denoiser's output on calibration rows that were not trained on, over that before
+training. Writes benchmarks/results/tuning-rates-<model>.json; what is there already is kept.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from difloat.methods.posttraining import Outcome
 from difloat.methods.task import Bits, Task
 from difloat.methods.tuned import Tuning, tune
 from difloat.quantizer import Plan
-from difloat.recipes import msfp
+from difloat.recipes import mpqdm, msfp
 from difloat.reference_models import NAMES
 
 RUNS: list[dict[str, Any]] = [
@@ -35,6 +37,10 @@ RUNS: list[dict[str, Any]] = [
     *({"scale_rate": rate} for rate in (0.0, 3e-4, 3e-3)),
     *({"by_timestep": True, "range_rate": rate} for rate in (5e-4, 2e-3, 1e-2)),
 ]
+STARTS: dict[str, Callable[[Task], Outcome]] = {
+    "msfp": lambda task: msfp.plan(task, msfp.Options(adapters=0)),
+    "mpqdm": lambda task: mpqdm.plan(task, mpqdm.Options(epochs=0, relation="off")),
+}
 
 
 def main() -> None:
@@ -47,6 +53,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=NAMES, default="emoji-unet")
     parser.add_argument("--bits", default="w4a4")
+    parser.add_argument("--recipe", choices=STARTS, default="msfp", help="whose plan is tuned")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rows", type=int, default=384, help="calibration rows; a third is held out")
     parser.add_argument("--runs", nargs="+", type=int, help="only these runs, counted from 0")
@@ -57,16 +64,18 @@ def main() -> None:
     results = json.loads(out.read_text()) if out.exists() else {}
     train, held_out = split(arguments)
     model = train.model
-    outcome = msfp.plan(train, msfp.Options(adapters=0))
+    outcome = STARTS[arguments.recipe](train)
     before = error(model, outcome, held_out)
     for number, run in enumerate(RUNS):
-        name = json.dumps({"bits": arguments.bits, "epochs": arguments.epochs, **run})
+        start = {} if arguments.recipe == "msfp" else {"recipe": arguments.recipe}
+        name = json.dumps({**start, "bits": arguments.bits, "epochs": arguments.epochs, **run})
         if name in results or (arguments.runs and number not in arguments.runs):
             continue
         rates = dict(run)
-        by_timestep = rates.pop("by_timestep", False)
+        by_timestep = rates.pop("by_timestep", arguments.recipe == "mpqdm")
         settings = replace(TrainingSettings(epochs=arguments.epochs), **rates)
-        kept = tuple(name for name, plan in outcome.layers.items() if plan.parts[0].weight.format.bits == 8)
+        eight = (n for n, plan in outcome.layers.items() if plan.parts[0].weight.format.bits == 8)
+        kept = tuple(outcome.measured.get("kept_8bit", eight))
         tuned = tune(train, outcome, Tuning(settings, 1, 32, False, kept, by_timestep))
         result = {
             "held_out_error_over_untrained": error(model, tuned, held_out) / before,

@@ -350,10 +350,12 @@ def test_adapters_from_the_error_start_at_the_float_weight_as_far_as_their_rank_
         for twin, (name, plan) in zip(student.twins, plans.items(), strict=True):
             weight = task.model.get_submodule(name).weight.detach()
             factor = plan.tensors["input_factor"].reshape(1, -1, *[1] * (weight.dim() - 2))
-            merged = twin.merged(torch.ones(1)).detach() * factor
-            left[rank] += float((merged - weight).square().sum())
-            gone = torch.linalg.svdvals((weight - dequantize(plan)).flatten(1))[rank:]
-            assert float((merged - weight).norm()) == pytest.approx(float(gone.norm()), rel=1e-3, abs=1e-5)
+            merged = twin.merged(torch.ones(1)).detach()
+            left[rank] += float((merged - weight / factor).square().sum())
+            gone = torch.linalg.svdvals(((weight - dequantize(plan)) / factor).flatten(1))[rank:]
+            assert float((merged - weight / factor).norm()) == pytest.approx(
+                float(gone.norm()), rel=1e-3, abs=1e-5
+            )
     assert left[100] < 1e-8 < left[4] < left[1]
     with pytest.raises(ValueError, match="one per layer, got 2"):
         student_of(task, plans, adapters=2, adapter_init="error")

@@ -31,6 +31,7 @@ Carry = Literal[
 Init = Literal["zero", "error"]
 
 _SMALLEST_SCALE = 1e-8
+_LEAST_STEPS = 14  # of e2m1
 _START = 0.02  # size of the adapters' first product, in steps of the weight's grid
 
 
@@ -99,7 +100,8 @@ class Adaptive(nn.Module):
             )
         weight = self._base.float()
         self._base = quantizer.dequantize(self.plan).to(weight)
-        left, sizes, right = torch.linalg.svd((weight - self._base).flatten(1), full_matrices=False)
+        error = self._divided(weight - self._base)
+        left, sizes, right = torch.linalg.svd(error.flatten(1), full_matrices=False)
         self.rank = min(self.rank, len(sizes))
         roots = sizes[: self.rank].sqrt()
         self.up = nn.Parameter((left[:, : self.rank] * roots)[None])
@@ -117,28 +119,36 @@ class Adaptive(nn.Module):
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
 
     def step(self) -> float:
-        """Mean distance of neighbouring values of the weight's grid: what the adapters' learning rate is measured by."""
+        """Mean distance of neighbouring values of the weight's grid: what the adapters' learning rate is measured by.
+
+        Of grids with fewer values than e2m1 what it would be with as many over the same range: the few large steps of 2 and 3
+        bits are no reason to move weights faster.
+        """
         total, scales = 0.0, iter(self.weight_scales)
         for parts, rows in zip(self._bands, self._rows, strict=True):
             for part in parts:
                 format = part.weight.format
-                distance = (format.max - format.min) / (len(format.values) - 1)
+                distance = (format.max - format.min) / max(_LEAST_STEPS, len(format.values) - 1)
                 total += len(rows) * distance * float(next(scales).detach().mean())
         return total / (self.plan.shape[0] * len(self.plan.parts))
 
     def merged(self, choice: Tensor) -> Tensor:
-        """The float weight with the adapters weighted by `choice` [adapters], divided by the factors of a smoothed input.
+        """The float weight, divided by the factors of a smoothed input, plus the adapters weighted by `choice` [adapters].
 
-        Without the adapters if they are carried beside it.
+        Adapters are added last, so that a step of theirs is one of the grid for every channel. Without them if they are
+        carried beside the weight.
         """
-        weight = self._base.float()
+        weight = self._divided(self._base.float())
         if self.rank and self.carry == "merged":
             change = torch.einsum("h,hor,hri->oi", choice, self.up, self.down.flatten(2))
             weight = weight + change.view_as(weight)
-        if self.plan.smoothed:
-            factor = self.plan.tensors["input_factor"]
-            weight = weight / factor.reshape(1, -1, *[1] * (weight.dim() - 2))
         return weight
+
+    def _divided(self, weight: Tensor) -> Tensor:
+        """By the factors of the input, so that both together give the same product."""
+        if not self.plan.smoothed:
+            return weight
+        return weight / self.plan.tensors["input_factor"].reshape(1, -1, *[1] * (weight.dim() - 2))
 
     def quantized(self, weight: Tensor) -> Tensor:
         """A merged weight on the grids of its rows and parts, with straight-through gradients to it and to the scales."""
