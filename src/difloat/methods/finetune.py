@@ -37,8 +37,8 @@ class TrainingSettings:
     Attributes:
         epochs: Passes along the trajectory: one optimiser step per timestep each.
         rows: Rows per step, all processes together.
-        adapter_rate: Of the adapters, in units of a layer's mean weight step (`Adaptive.step`). arXiv:2310.03270 takes 1/2500 for
-            twenty times as many steps; ours is from `benchmarks/tuning_rates.py`.
+        adapter_rate: Of the adapters, in units of a layer's mean weight step (`Adaptive.step`). arXiv:2310.03270 takes 1/2500
+            for twenty times as many steps; ours is from `benchmarks/tuning_rates.py`.
         range_rate: Of static input ranges, in units of a layer's own mean input scale.
         scale_rate: Of weight scales, in units of a layer's own mean weight scale.
         router_rate: Of the router.
