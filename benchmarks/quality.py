@@ -52,9 +52,7 @@ def seeds(label: str, recipe: str, bits: str, options: dict[str, Any], count: in
 
 BASE: dict[str, Any] = {"mixup_sign": False, "adapters": 1, "dfa": False}
 GROUPS: dict[str, Any] = {"weight_granularity": "group", "group_size": 128}
-EPOCHS: dict[str, Any] = {
-    "epochs": 20
-}  # half the default: MPQ-DM's table has many rows, and all have the same budget
+EPOCHS: dict[str, Any] = {"epochs": 20}  # half the default, the same for all rows of MPQ-DM's long table
 OMQ: dict[str, Any] = {**EPOCHS, "relation": "off"}
 
 
