@@ -100,7 +100,7 @@ def ours(
     """The operator with every setting on every fast backend that supports it."""
     found: Contestants = {}
     for label, arguments in settings.items():
-        part = ops._part(arguments[-1])
+        part = ops.part_of(arguments[-1])
         shape = (arguments[0].shape[0], part.channels, *arguments[0].shape[2:])
         for name in backends.available():
             exact = integers.reason_against(part) is None
