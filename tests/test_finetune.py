@@ -324,6 +324,22 @@ def mixed(task: Task) -> dict[str, LayerPlan]:
     return posttraining.run(task, rules, Sequencing()).layers
 
 
+def test_adapters_of_smoothed_layers_move_in_steps_of_the_grid() -> None:
+    task, _ = prepared()
+    plans = mixed(task)
+    student = student_of(task, plans, adapters=1)
+    for twin, (name, plan) in zip(student.twins, plans.items(), strict=True):
+        weight = task.model.get_submodule(name).weight.detach()
+        factor = plan.tensors["input_factor"].reshape(1, -1, *[1] * (weight.dim() - 2))
+        change = (twin.up[0] @ twin.down[0].flatten(1)).detach().view_as(weight)
+        torch.testing.assert_close(twin.merged(torch.ones(1)).detach(), weight / factor + change)
+        bands = [
+            (b.shape[0], b.parts[0].weight.format.bits, b.tensors["weight_scale"]) for b in plan.split_rows()
+        ]
+        reach = sum(rows * (2**bits - 1) * float(scale.mean()) for rows, bits, scale in bands) / len(weight)
+        assert twin.step() == pytest.approx(reach / 14)  # fewer values than e2m1: as if it had as many
+
+
 def test_adapters_from_the_error_are_packed_as_they_were_trained() -> None:
     task, _ = prepared()
     plans = mixed(task)
