@@ -1,9 +1,9 @@
-"""The pictures of the README: the same prompts and seeds in full precision and quantized, as one PNG strip and its numbers.
+"""Strips of pictures: the same prompts and seeds in full precision and quantized, as one PNG and its numbers.
 
-python benchmarks/pictures.py
+    python benchmarks/pictures.py                # the README's: W4A8 on both reference models
+    python benchmarks/pictures.py --strip w2a4   # 2-bit weights on emoji-unet, for docs/papers/mpqdm.md
 
-Rows: full precision, LBFP W4A8 (FP4 weights, FP8 activations), rounding to nearest on INT4 weights and INT8 activations. Half
-of the columns are from `emoji-pixart`, half from `emoji-unet`. Beside the picture goes a JSON with the PSNR of every row.
+The first row is full precision. Beside the picture goes a JSON with the PSNR of every other row.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,52 @@ from difloat import api, evaluate, record, reference_models, report
 from difloat.metrics import mean_interval, psnr
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = ("emoji-pixart", "emoji-unet")
-PROMPTS = ("red apple", "cat face", "house building", "sunflower")
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "LBFP w4a8, FP4": ("lbfp", {"iterations": 80, "rounding_rows": 96}),
-    "rounding to nearest w4a8, INT4": ("rtn", {"grid": "int", "scale": "minmax", "keep_8bit": ()}),
+PROMPTS = (
+    "red apple",
+    "cat face",
+    "house building",
+    "sunflower",
+    "rocket",
+    "soccer ball",
+    "green heart",
+    "umbrella",
+)
+Rows = dict[str, tuple[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """What is drawn: a block of columns per model, a row per recipe."""
+
+    out: str
+    bits: str
+    models: tuple[str, ...]
+    prompts: tuple[str, ...]
+    rows: Rows
+
+
+STRIPS = {
+    "readme": Strip(
+        "docs/pictures.png",
+        "w4a8",
+        ("emoji-pixart", "emoji-unet"),
+        PROMPTS[:4],
+        {
+            "LBFP w4a8, FP4": ("lbfp", {"iterations": 80, "rounding_rows": 96}),
+            "rounding to nearest w4a8, INT4": ("rtn", {"grid": "int", "scale": "minmax", "keep_8bit": ()}),
+        },
+    ),
+    "w2a4": Strip(
+        "docs/papers/mpqdm.png",
+        "w2a4",
+        ("emoji-unet",),
+        PROMPTS,
+        {
+            "MPQ-DM w2a4": ("mpqdm", {"epochs": 20}),
+            "EfficientDM w2a4": ("efficientdm", {"epochs": 20}),
+            "rounding to nearest w2a4, first and last layer at 8 bits": ("rtn", {"grid": "int"}),
+        },
+    ),
 }
 
 
@@ -43,18 +85,19 @@ def drawn(pipeline: Any, name: str, prompts: list[str], steps: int) -> evaluate.
     )
 
 
-def columns(name: str, prompts: list[str], steps: int, samples: int) -> tuple[np.ndarray, dict[str, float]]:
+def columns(name: str, strip: Strip, steps: int, samples: int) -> tuple[np.ndarray, dict[str, float]]:
     """Pictures [rows, n, h, w, 3] of one model and the PSNR of every quantized row in dB."""
     call = reference_models.call_arguments(name)
     guidance = call.pop("guidance_scale")
+    prompts = list(strip.prompts)
     reference = drawn(reference_models.load(name), name, prompts, steps)
     images, numbers = [record.to_uint8(reference.images)], {}
-    for label, (recipe, options) in ROWS.items():
+    for label, (recipe, options) in strip.rows.items():
         pipeline = reference_models.load(name)
         api.quantize(
             pipeline,
             recipe,
-            "w4a8",
+            strip.bits,
             prompts=reference_models.captions(),
             samples=samples,
             steps=steps,
@@ -71,28 +114,32 @@ def columns(name: str, prompts: list[str], steps: int, samples: int) -> tuple[np
 
 def main() -> None:
     """Draw, write the strip and the JSON."""
-    parser = argparse.ArgumentParser(description="Draw the pictures of the README.")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures.png")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--strip", choices=STRIPS, default="readme")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--samples", type=int, default=160, help="calibration rows")
     options = parser.parse_args()
-    prompts = list(PROMPTS)
-    strips, numbers = [], {}
-    for name in MODELS:
-        pictures, numbers[name] = columns(name, prompts, options.steps, options.samples)
-        strips.append(
+    strip = STRIPS[options.strip]
+    out = options.out or ROOT / strip.out
+    blocks, numbers = [], {}
+    for name in strip.models:
+        pictures, numbers[name] = columns(name, strip, options.steps, options.samples)
+        blocks.append(
             np.concatenate(list(np.concatenate(list(pictures.transpose(1, 0, 2, 3, 4)), axis=2)), axis=0)
         )
-    Image.fromarray(np.concatenate(strips, axis=1)).save(options.out, optimize=True)
+    Image.fromarray(np.concatenate(blocks, axis=1)).save(out, optimize=True)
     data = {
-        "command": "python benchmarks/pictures.py",
-        "prompts": prompts,
+        "command": " ".join(["python benchmarks/pictures.py", *sys.argv[1:]]),
+        "prompts": list(strip.prompts),
         "psnr_db": numbers,
         "versions": report.versions(),
         "threads": torch.get_num_threads(),
     }
-    options.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    print(f"{options.out}, {options.out.stat().st_size} bytes")
+    out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print(f"{out.name}, {out.stat().st_size} bytes")
 
 
 if __name__ == "__main__":
