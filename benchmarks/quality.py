@@ -145,6 +145,19 @@ PAPERS: dict[str, list[Row]] = {
         Row("W2A4 MPQ-DM, FP grids", "mpqdm", "w2a4", {**EPOCHS, "grid": "fp"}),
         Row("W3A6 MPQ-DM, FP grids", "mpqdm", "w3a6", {**EPOCHS, "grid": "fp"}),
         Row("W4A4 MPQ-DM, FP grids", "mpqdm", "w4a4", {**EPOCHS, "grid": "fp"}),
+        Row("W2A4 + OMQ, inputs not scaled", "mpqdm", "w2a4", {**OMQ, "scale_inputs": False}),
+        Row(
+            "W2A4 + OMQ, inputs not scaled, rows by error",
+            "mpqdm",
+            "w2a4",
+            {**OMQ, "scale_inputs": False, "criterion": "error"},
+        ),
+        Row(
+            "W2A4 + TRD, inputs not scaled, rows by error",
+            "mpqdm",
+            "w2a4",
+            {**EPOCHS, "scale_inputs": False, "criterion": "error"},
+        ),
     ],
 }
 MODELS = {"lbfp": NAMES, "fp4dit": ("emoji-pixart",), "msfp": NAMES, "mpqdm": NAMES}

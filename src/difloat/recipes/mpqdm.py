@@ -35,10 +35,6 @@ from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.relation import Kind, RelationSettings
 from difloat.methods.tuned import Tuning, tune
 
-SHORT_SIDE = (
-    0.5  # an input is tried unsigned if its shorter side is at most this of the longer one, as in MSFP
-)
-
 
 @dataclass(frozen=True)
 class Options:
@@ -48,7 +44,7 @@ class Options:
         grid: "int" as in the paper, "fp" for floating-point grids of the same widths.
         mixed: Choose widths row by row; false: N bits for all, inputs not scaled (the base of the ablation).
         plus: MPQ-DM+, a tenth of the rows more at N + 1 bits.
-        criterion, candidates: See `AllocationSettings`.
+        criterion, candidates, scale_inputs: See `AllocationSettings`.
         relation, relation_weight, relation_every, features: See `RelationSettings` (`features` is its `module`).
         rank: Of the adapters.
         adapter_init: "zero", or "error": from the largest directions of the rounding error.
@@ -62,6 +58,7 @@ class Options:
     plus: bool = field(default=AllocationSettings.extra_tenth)
     criterion: Criterion = field(default=AllocationSettings.criterion)
     candidates: Literal["range", "release"] = field(default=AllocationSettings.candidates)
+    scale_inputs: bool = field(default=AllocationSettings.scale_inputs)
     relation: Kind = field(default=RelationSettings.kind)
     relation_weight: float = field(default=RelationSettings.weight)
     relation_every: int = field(default=RelationSettings.every)
@@ -79,7 +76,9 @@ class Options:
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by MPQ-DM."""
     kept: list[str] = []
-    choosing = AllocationSettings(options.criterion, options.candidates, options.plus)
+    choosing = AllocationSettings(
+        options.criterion, options.candidates, options.plus, scale_inputs=options.scale_inputs
+    )
     relation = RelationSettings(
         options.relation, options.relation_weight, every=options.relation_every, module=options.features
     )
