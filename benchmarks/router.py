@@ -17,6 +17,8 @@ from pathlib import Path
 from difloat import figures, record
 from difloat.facts import Record
 
+NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+
 
 def described(found: Record) -> str:
     """Shares and counts as Markdown."""
@@ -54,7 +56,8 @@ def main() -> None:
     sys.stdout.write(described(found))
     if found.adapters is not None:
         figure = figures.adapters(found.adapters.timesteps, found.adapters.table, "router")
-        arguments.figure.write_text(str(figure), encoding="utf-8")
+        alone = str(figure).replace("<svg ", f"<svg {NAMESPACES} ", 1)
+        arguments.figure.write_text(alone, encoding="utf-8")
 
 
 if __name__ == "__main__":
