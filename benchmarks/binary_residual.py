@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from quantization_time import commit
 from torch import Tensor
 
 from difloat import api, formats, layers, report, study
@@ -76,7 +77,11 @@ def main() -> None:
                 "residual_with_its_own_range_over_wider": anew / wider_sum,
             }
             print(model, bits, results[f"{model}, {bits} + 1 bits"])
-    facts = {"machine": report.machine(), "command": "python benchmarks/binary_residual.py"}
+    facts = {
+        "commit": commit(),
+        "machine": report.machine(),
+        "command": "python benchmarks/binary_residual.py",
+    }
     OUT.write_text(json.dumps({**facts, "errors": results}, indent=1) + "\n")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantization_time import commit
 from torch import nn
 
 from difloat import formats, layers, report
@@ -87,7 +88,11 @@ def main() -> None:
     results = {name: measured(*shapes) for name, shapes in CASES.items()}
     for name, found in results.items():
         print(f"{name}: {found['ratio']:.3f}")
-    facts = {"machine": report.machine(), "command": "python benchmarks/smoothing_cost.py"}
+    facts = {
+        "commit": commit(),
+        "machine": report.machine(),
+        "command": "python benchmarks/smoothing_cost.py",
+    }
     OUT.write_text(json.dumps({**facts, "layers": results}, indent=1) + "\n")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from difloat.kernels.beside import branch
+
 
 def low_rank(layer: nn.Linear | nn.Conv2d, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """``up (down x)`` in the dtype and with the geometry of a layer: what the product of both would give as its weight.
@@ -18,9 +20,9 @@ def low_rank(layer: nn.Linear | nn.Conv2d, x: Tensor, down: Tensor, up: Tensor) 
     Returns:
         What the layer would return for the weight ``up @ down`` [o, i, *k], without bias.
     """
-    down, up = down.to(x.dtype), up.to(x.dtype)
     if isinstance(layer, nn.Linear):
-        return F.linear(F.linear(x, down), up)
+        return branch(x, down, up)
+    down, up = down.to(x.dtype), up.to(x.dtype)
     low = layer._conv_forward(x, down.repeat(layer.groups, 1, 1, 1), None)
     return F.conv2d(low, up[:, :, None, None], groups=layer.groups)
 

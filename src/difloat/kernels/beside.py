@@ -11,6 +11,11 @@ from torch import Tensor
 from difloat.kernels import backends, ops
 
 
+def branch(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """``x @ down.T @ up.T`` in the dtype of `x` [..., i]; `down` [r, i] and `up` [o, r] in any float dtype."""
+    return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+
 @torch.library.custom_op("difloat::linear_beside", mutates_args=())
 def _linear(
     x: Tensor,
@@ -32,12 +37,11 @@ def _linear(
 def _run(x: Tensor, stored: tuple[Any, ...], text: str, down: Tensor, up: Tensor) -> Tensor:
     part = ops.part_of(text)
     module = backends.choose_linear(text, part, stored[0].shape[0], x)
-    factors = down.to(x.dtype), up.to(x.dtype)
-    if module.__name__ == "difloat.kernels.triton":
-        fused: Tensor = module.linear(x, *stored, part, adapter=factors)
+    if module is backends.BACKENDS["triton"]:  # the one that fuses a branch
+        fused: Tensor = module.linear(x, *stored, part, adapter=(down.to(x.dtype), up.to(x.dtype)))
         return fused
     out: Tensor = module.linear(x, *stored, part)
-    return out + F.linear(F.linear(x, factors[0]), factors[1])
+    return out + branch(x, down, up)
 
 
 @_linear.register_fake
@@ -60,8 +64,7 @@ def linear(x: Tensor, stored: tuple[Any, ...], text: str, down: Tensor, up: Tens
     """
     bias = stored[-1]
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        branch = F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
-        return ops.linear(*(x, *stored, text)) + branch
+        return ops.linear(*(x, *stored, text)) + branch(x, down, up)
     if ops.needs_operator(x, bias):
         return torch.ops.difloat.linear_beside(x, *stored, text, down, up)
     return _run(x, stored, text, down, up)

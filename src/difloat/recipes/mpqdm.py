@@ -16,7 +16,7 @@ Differs from the paper: inputs are scaled at run time, never by the operation be
 Differs from the released code where that differs from the paper: n over the whole range (`candidates=release`: 0 and k only);
   relations attached to the graph (`relation=detached`); dead channels are safe; no constant in the adapters' rate.
 Inferred: the rows that MPQ-DM+ raises (those behind the first n); `adapter_init=error` after MPQ-DMv2 (arXiv:2507.04290). Its
-  binary residual branch is left out: N + 1 bits have a lower error at the same bytes (`benchmarks/binary_residual.py`).
+  binary residual branch is left out: N + 1 bits are as good or better at the same bytes (`benchmarks/binary_residual.py`).
 New here: `grid=fp`, the same on floating-point grids, signed or unsigned with a zero point, chosen per width.
 """
 
