@@ -14,7 +14,7 @@ from torch import nn
 from difloat import layers, recipes, record
 from difloat.calibration import Calibration, CalibrationSettings, collect_from_loop
 from difloat.formats import parse
-from difloat.methods import finetune, posttraining
+from difloat.methods import assign, finetune, posttraining
 from difloat.methods.assign import Rule, asymmetric_integers
 from difloat.methods.finetune import TrainingSettings, train
 from difloat.methods.observe import Trace
@@ -26,6 +26,7 @@ from difloat.quantizer import LayerPlan, Plan, dequantize
 from difloat.specs import QuantSpec
 from mixed_rows import in_bands
 
+WEIGHTS = Rule((parse("e2m1"),), "channel")
 SETTINGS = TrainingSettings(epochs=3, rows=4, adapter_rate=0.05, router_rate=0.05)
 
 
@@ -54,7 +55,7 @@ def prepared(work_dir: Path | None = None) -> tuple[Task, dict[str, LayerPlan]]:
     data: Calibration = collect_from_loop(model, sample_with, CalibrationSettings(samples=24), progress=False)
     task = Task(model, data, Bits.parse("w4a4"), progress=False, work_dir=work_dir)
     rule = Rule((parse("e2m1"), parse("ue2m2")), zero_points=ZERO_POINTS, asymmetry=0.5)
-    rules = LayerRules(Rule((parse("e2m1"),), "channel"), rule)
+    rules = LayerRules(WEIGHTS, rule)
     return task, posttraining.run(task, lambda name, seen: rules, Sequencing()).layers
 
 
@@ -375,3 +376,23 @@ def test_adapters_from_the_error_start_at_the_float_weight_as_far_as_their_rank_
     assert left[100] < 1e-8 < left[4] < left[1]
     with pytest.raises(ValueError, match="one per layer, got 2"):
         student_of(task, plans, adapters=2, adapter_init="error")
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_training_starts_at_what_learned_rounding_left(rank: int) -> None:
+    task, plans = prepared()
+    drafts = {
+        name: assign.draft_layer(layers.weight_of(task.model, name), [plan.shape[1]], WEIGHTS)
+        for name, plan in plans.items()
+    }
+    moved = {}
+    for name, draft in drafts.items():
+        low, high, position = draft.grid_neighbours()
+        other = torch.where(position > 0.5, low, high)  # everywhere the farther neighbour
+        moved[name] = replace(
+            plans[name], tensors={**plans[name].tensors, "weight": draft.plan(other).tensors["weight"]}
+        )
+        assert not torch.equal(moved[name].tensors["weight"], plans[name].tensors["weight"])
+    packed = student_of(task, moved, adapters=1, rank=rank).packed()
+    for name, plan in packed.items():
+        assert torch.equal(plan.tensors["weight"], moved[name].tensors["weight"])

@@ -64,9 +64,9 @@ class Adaptive(nn.Module):
     ) -> None:
         """A twin of `layer` that starts as `plan` says, with one weight and no branch; rank 0 leaves adapters out.
 
-        With `init` "error" the frozen W is the dequantized weight, and the one adapter starts as the largest directions of
-        what rounding took away (after MPQ-DMv2, arXiv:2507.04290; inferred). On the float weight the same start would
-        add the error twice.
+        Where the plan rounds a weight elsewhere than to nearest (learned rounding), W is what it was rounded to. With `init`
+        "error" the frozen W is the dequantized weight, and the one adapter starts as the largest directions of what rounding
+        took away (after MPQ-DMv2, arXiv:2507.04290; inferred). On the float weight the same start would add the error twice.
 
         Raises:
             ValueError: if several adapters should start from the error: they would be equal.
@@ -87,11 +87,19 @@ class Adaptive(nn.Module):
         for name in ("input_scale", "input_zero_point"):
             if name in plan.tensors:
                 setattr(self, name, nn.Parameter(plan.tensors[name].clone().repeat(entries, 1)))
-        self._base = layer.weight.detach()
+        self._base = self._as_planned(layer.weight.detach())
         if rank and init == "error":
             self._start_from_error()
         elif rank:
             self._add_adapters(generator)
+
+    @torch.no_grad()
+    def _as_planned(self, weight: Tensor) -> Tensor:
+        """The float weight, but what the plan says where rounding it to nearest would give another code."""
+        tensors = self._encoded(self._divided(weight.float())).tensors
+        nearest = quantizer.dequantize(replace(self.plan, tensors={**self.plan.tensors, **tensors}))
+        planned = quantizer.dequantize(self.plan)
+        return torch.where(nearest == planned, weight, planned.to(weight))
 
     def _start_from_error(self) -> None:
         if self.adapters != 1:

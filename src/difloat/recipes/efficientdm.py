@@ -32,12 +32,14 @@ class Options:
     Attributes:
         rank: Of the adapters.
         ranges_by_timestep: Learn input ranges apart for every timestep (TALSQ).
+        rounding: Of weights with at most 4 bits: "nearest" as in the paper, or "learned" as in LBFP before fine-tuning.
         keep_8bit: As in LBFP.
         epochs, rows, adapter_rate, precision: Of fine-tuning, see `TrainingSettings`.
     """
 
     rank: int = 32
     ranges_by_timestep: bool = True
+    rounding: Literal["learned", "nearest"] = "nearest"
     keep_8bit: tuple[str, ...] = ("first", "last")
     epochs: int = field(default=TrainingSettings.epochs)
     rows: int = field(default=TrainingSettings.rows)
@@ -52,10 +54,12 @@ def plan(task: Task, options: Options) -> Outcome:
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
         kept.extend([name] if keeps else [])
-        weight = asymmetric_integers(8 if keeps else task.bits.weight, "channel")
+        bits = 8 if keeps else task.bits.weight
+        weight = asymmetric_integers(bits, "channel")
+        learn = options.rounding == "learned" and bits <= 4
         if task.bits.activation is None:
-            return LayerRules(weight, None)
-        return LayerRules(weight, asymmetric_integers(8 if keeps else task.bits.activation, "tensor"))
+            return LayerRules(weight, None, learn)
+        return LayerRules(weight, asymmetric_integers(8 if keeps else task.bits.activation, "tensor"), learn)
 
     outcome = posttraining.run(task, rules, Sequencing())
     settings = TrainingSettings(

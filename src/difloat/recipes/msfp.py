@@ -47,6 +47,7 @@ class Options:
         rank: Of the adapters.
         carry: "merged": a packed weight per adapter that is used; "side": one packed weight and the adapters beside it.
         dfa: Weight the loss of a timestep by its factor in the sampler's update.
+        rounding: Of weights with at most 4 bits: "nearest" as in the paper, or "learned" as in LBFP before fine-tuning.
         keep_8bit: As in LBFP.
         epochs, rows, adapter_rate, precision: Of fine-tuning, see `TrainingSettings`.
     """
@@ -58,6 +59,7 @@ class Options:
     rank: int = 32
     carry: Carry = "merged"
     dfa: bool = True
+    rounding: Literal["learned", "nearest"] = "nearest"
     keep_8bit: tuple[str, ...] = ("first", "last")
     epochs: int = field(default=TrainingSettings.epochs)
     rows: int = field(default=TrainingSettings.rows)
@@ -72,10 +74,11 @@ def plan(task: Task, options: Options) -> Outcome:
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
         kept.extend([name] if keeps else [])
-        weight = Rule(_signed(8 if keeps else task.bits.weight, options), "channel")
+        bits = 8 if keeps else task.bits.weight
+        weight, learn = Rule(_signed(bits, options), "channel"), options.rounding == "learned" and bits <= 4
         if task.bits.activation is None:
-            return LayerRules(weight, None)
-        return LayerRules(weight, _input(8 if keeps else task.bits.activation, options))
+            return LayerRules(weight, None, learn)
+        return LayerRules(weight, _input(8 if keeps else task.bits.activation, options), learn)
 
     outcome = posttraining.run(task, rules, Sequencing())
     if not options.adapters:
