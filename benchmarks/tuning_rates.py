@@ -76,7 +76,7 @@ def main() -> None:
         settings = replace(TrainingSettings(epochs=arguments.epochs), **rates)
         eight = (n for n, plan in outcome.layers.items() if plan.parts[0].weight.format.bits == 8)
         kept = tuple(outcome.measured.get("kept_8bit", eight))
-        tuned = tune(train, outcome, Tuning(settings, 1, 32, False, kept, by_timestep))
+        tuned = tune(train, outcome, Tuning(settings, 1, 32, 0.0, kept, by_timestep))
         result = {
             "held_out_error_over_untrained": error(model, tuned, held_out) / before,
             "losses": tuned.measured["losses"],

@@ -16,7 +16,7 @@ from difloat.calibration import Calibration, CalibrationSettings, collect_from_l
 from difloat.formats import parse
 from difloat.methods import assign, finetune, posttraining
 from difloat.methods.assign import Rule, asymmetric_integers
-from difloat.methods.finetune import TrainingSettings, train
+from difloat.methods.finetune import TrainingSettings, lost_guidance, train
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Sequencing
 from difloat.methods.search import ZERO_POINTS
@@ -396,3 +396,50 @@ def test_training_starts_at_what_learned_rounding_left(rank: int) -> None:
     packed = student_of(task, moved, adapters=1, rank=rank).packed()
     for name, plan in packed.items():
         assert torch.equal(plan.tensors["weight"], moved[name].tensors["weight"])
+
+
+def test_lost_guidance_is_the_squared_slope_of_the_error() -> None:
+    direction = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    power = float(direction.square().mean())
+    for share in (0.0, -0.2, 0.5):
+        assert float(lost_guidance(share * direction, direction)) == pytest.approx(share**2 * power, rel=1e-4)
+    noise = torch.randn(direction.shape, generator=torch.Generator().manual_seed(1))
+    across = noise - (noise * direction).sum() / direction.square().sum() * direction
+    assert float(lost_guidance(across, direction)) < 1e-10  # what does not weaken guidance costs nothing here
+    assert float(lost_guidance(across, torch.zeros_like(direction))) == 0
+
+
+def test_pairs_of_guidance_enter_the_loss_once() -> None:
+    task = replace(prepared()[0], calibration=Guided(prepared()[0].calibration))
+    settings = replace(SETTINGS, guidance_weight=3.0)
+    data = finetune._Rows(task, finetune._accelerator(task, settings))
+    data.check(settings)
+    rows = torch.tensor([0, 1, 5, 0, 1, 8])  # 1 is beside 0; 5 is alone, 8's other half is not drawn
+    output = torch.randn(6, 3, 6, 6, generator=torch.Generator().manual_seed(2))
+    error = output - data.targets[rows]
+    lost = lost_guidance((error[4] - error[3])[None], (data.targets[1] - data.targets[0])[None])
+    plain = error.square().mean()
+    assert float(lost) > 0
+    torch.testing.assert_close(data.loss(output, rows, 3.0), plain + 3 * lost)
+    torch.testing.assert_close(data.loss(output, rows[2:3].repeat(6), 3.0), plain_of(output, data.targets[5]))
+
+
+def plain_of(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output - target).square().mean()
+
+
+class Guided:
+    """Calibration rows of which some stand for two halves of guidance."""
+
+    def __init__(self, data: Calibration) -> None:
+        self.data, self.timesteps, self.batch = data, data.timesteps, data.batch
+        self.beside = [0 if row == 1 else 7 if row == 8 else None for row in range(len(data))]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+def test_a_guidance_weight_without_guidance_is_refused() -> None:
+    task, plans = prepared()
+    with pytest.raises(ValueError, match="both parts of guidance, got none"):
+        trained(task, student_of(task, plans), replace(SETTINGS, guidance_weight=1.0))

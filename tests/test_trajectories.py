@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from difloat.calibration import CalibrationSettings, collect, collect_from_loop
-from difloat.trajectories import Course, rows_before
+from difloat.trajectories import Course, rows_before, rows_beside
 from tiny import PROMPTS, tiny_ddim, tiny_unet
 
 # diffusers hands torch tensors to numpy 2 in its schedulers.
@@ -39,8 +39,43 @@ def test_guidance_in_two_calls_makes_two_trajectories() -> None:
 
 
 def test_rows_before_are_of_the_same_trajectory_or_missing() -> None:
-    rows = [("a", 0), ("b", 1), ("a", 2), ("a", 1), ("", 1), ("b", 3)]
-    assert rows_before(rows) == [0, None, 3, 0, None, None]
+    rows = [
+        ("a", 0, 0),
+        ("b", 0, 1),
+        ("a", 0, 2),
+        ("a", 0, 1),
+        ("", 0, 1),
+        ("b", 0, 3),
+        ("a", 1, 1),
+        ("a", 1, 2),
+    ]
+    assert rows_before(rows) == [0, None, 3, 0, None, None, None, 6]
+
+
+def test_rows_beside_are_the_other_part_of_the_same_point_or_missing() -> None:
+    rows = [
+        ("a", 1, 0),
+        ("a", 0, 0),
+        ("b", 1, 0),
+        ("a", 2, 0),
+        ("", 0, 0),
+        ("", 1, 0),
+        ("a", 1, 3),
+        ("a", 0, 2),
+    ]
+    assert rows_beside(rows) == [1, None, None, 0, None, None, None, None]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_rows_beside_are_of_the_same_sample_without_its_prompt(seed: int) -> None:
+    settings = CalibrationSettings(samples=40, steps=4, prompts_per_batch=3, seed=seed)
+    data = collect(tiny_unet(), PROMPTS, settings, progress=False)
+    pairs = [(row, other) for row, other in enumerate(data.beside) if other is not None]
+    assert len(pairs) > 12  # of 20 at most: the halves of guidance are kept together
+    for row, other in pairs:
+        (mine, mine_too), (its, its_too) = (data.batch([number]) for number in (row, other))
+        assert torch.equal(mine[0], its[0]) and data.timesteps[row] == data.timesteps[other]
+        assert not torch.equal(mine_too["encoder_hidden_states"], its_too["encoder_hidden_states"])
 
 
 @pytest.mark.parametrize("make", [tiny_unet, tiny_ddim])

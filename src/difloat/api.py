@@ -157,7 +157,7 @@ def repair(
         dict(plan.layers), dict(plan.skipped), {"seconds": {}, "blocks": {}}, dict(plan.attention)
     )
     kept = tuple(name for name, layer in plan.layers.items() if layer.parts[0].weight.format.bits == 8)
-    tuned = tune(task, start, Tuning(TrainingSettings(epochs), 1, rank, dfa, kept))
+    tuned = tune(task, start, Tuning(TrainingSettings(epochs), 1, rank, float(dfa), kept))
     options = {**plan.options, "repair": {"epochs": epochs, "rank": rank, "dfa": dfa, "seed": wanted.seed}}
     return replace(plan, layers=tuned.layers, options=options, measured=tuned.measured)
 

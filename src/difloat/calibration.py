@@ -24,7 +24,7 @@ from difloat.calls import Recorder, Row, device_of, first_tensor, merge, recordi
 from difloat.renoising import LastCall, clean_calls
 from difloat.sampling import Sampling, denoiser_of, load_prompts, quiet, weights_summary
 from difloat.shelf import Recorded, Shelf, open_shelf, record_shards
-from difloat.trajectories import rows_before
+from difloat.trajectories import rows_before, rows_beside
 
 __all__ = [
     "Calibration",
@@ -110,7 +110,20 @@ class Calibration:
 
         None where that row was not kept, or the rows are of no trajectory.
         """
-        return rows_before([(row.trajectory, row.step) for row in self._rows])
+        return rows_before([(row.trajectory, row.part, row.step) for row in self._rows])
+
+    @property
+    def beside(self) -> list[int | None]:
+        """For every row of a further guidance part the row of the part before it, at the same point of the same trajectory.
+
+        None for rows of the first part, where that row was not kept, and where both are not of the same sample (the
+        second call of a step may also be a corrector's).
+        """
+        found = rows_beside([(row.trajectory, row.part, row.step) for row in self._rows])
+        return [
+            other if other is not None and self._rows[other].leaves[0] == row.leaves[0] else None
+            for row, other in zip(self._rows, found, strict=True)
+        ]
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +156,7 @@ class Calibration:
             raise ValueError(
                 f"count must be from 1 to the {len(self)} rows there are, got {count}; collect more"
             )
-        chosen = stratified_indices(self.timesteps, [row.part for row in self._rows], count, generator)
+        chosen = stratified_indices(self._rows, count, generator)
         return [chosen[place] for place in torch.randperm(count, generator=generator).tolist()]
 
     def describe(self) -> dict[str, Any]:
@@ -335,12 +348,8 @@ def _finish(
 ) -> Calibration:
     """Cut to the number of rows asked for and prove that rows of different timesteps can be merged."""
     rows = shelf.rows
-    keep = stratified_indices(
-        [row.timestep for row in rows],
-        [row.part for row in rows],
-        min(settings.samples, len(rows)),
-        torch.Generator().manual_seed(settings.seed),
-    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    keep = stratified_indices(rows, min(settings.samples, len(rows)), generator)
     calibration = Calibration([rows[index] for index in keep], shelf, device)
     check_mergeable(module, calibration)
     return calibration

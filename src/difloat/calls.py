@@ -38,7 +38,7 @@ class Row:
         part: Which block of the batch it comes from: with classifier-free guidance 0 and 1, otherwise 0.
         template: JSON of the call's structure with everything in it that is no tensor.
         leaves: Content hash of every tensor, in the template's order.
-        trajectory: Which trajectory the row is a point of, "" if that is not known.
+        trajectory: Which trajectory the row is a point of, the same for all parts; "" if that is not known.
         step: Which step of it.
     """
 
@@ -59,18 +59,20 @@ def content_hash(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def stratified_indices(
-    timesteps: Sequence[float], parts: Sequence[int], count: int, generator: torch.Generator
-) -> list[int]:
+def stratified_indices(rows: Sequence[Row], count: int, generator: torch.Generator) -> list[int]:
     """Choose `count` rows spread evenly over timesteps and, among equals, over parts; ascending, no repeats.
 
     Every timestep gets the same number of rows as far as it has them; a remainder goes to timesteps at equal
-    distances from a random start. Rows of one timestep and part are chosen at random.
+    distances from a random start. Rows of one timestep and part are chosen at random, in all parts those of the same
+    trajectories, so that what guidance computes from them is known.
     """
-    tiebreak = torch.randperm(len(timesteps), generator=generator).tolist()
+    points = [(row.timestep, row.trajectory) if row.trajectory else number for number, row in enumerate(rows)]
+    distinct = list(dict.fromkeys(points))
+    order = dict(zip(distinct, torch.randperm(len(distinct), generator=generator).tolist(), strict=True))
+    tiebreak = [order[point] for point in points]
     groups: dict[float, dict[int, list[int]]] = {}
-    for index in sorted(range(len(timesteps)), key=tiebreak.__getitem__):
-        groups.setdefault(timesteps[index], {}).setdefault(parts[index], []).append(index)
+    for index in sorted(range(len(rows)), key=tiebreak.__getitem__):
+        groups.setdefault(rows[index].timestep, {}).setdefault(rows[index].part, []).append(index)
     open_groups = [groups[timestep] for timestep in sorted(groups)]
     taken_of = {id(group): Counter[int]() for group in open_groups}
     total: Counter[int] = Counter()
@@ -151,8 +153,7 @@ class Recorder:
 
     def thin(self) -> None:
         """Drop rows above the limit, and the tensors that no row needs any more."""
-        timesteps, parts = [row.timestep for row in self.rows], [row.part for row in self.rows]
-        keep = stratified_indices(timesteps, parts, self._capacity(), self._generator)
+        keep = stratified_indices(self.rows, self._capacity(), self._generator)
         self.rows = [self.rows[index] for index in keep]
         needed = {leaf for row in self.rows for leaf in row.leaves}
         self.blobs = {key: blob for key, blob in self.blobs.items() if key in needed}
@@ -192,8 +193,12 @@ class Recorder:
         """Trajectory and step of entry `index` of the current call."""
         if self._trajectories is None:
             return "", 0
-        course = self._course
-        return f"{self._trajectories}/{course.passes}/{course.repeat}/{index}", course.step
+        name, course = f"{self._trajectories}/{self._course.passes}", self._course
+        if (
+            self._images
+        ):  # what is called twice in a step, or has two rows in a batch, is another part of the same picture
+            return f"{name}/{index % self._images}", course.step
+        return f"{name}/{course.repeat}/{index}", course.step
 
     def _check_finite(self, name: str, tensor: Tensor, timestep: float) -> None:
         # An additive attention mask may hold -inf on purpose.

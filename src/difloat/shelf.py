@@ -26,7 +26,7 @@ from torch import Tensor
 from difloat import processes
 from difloat.calls import Row
 
-_VERSION = 2  # 2: rows know their trajectory
+_VERSION = 3  # 2: rows know their trajectory; 3: which all parts share
 
 Recorded = tuple[list[Row], Mapping[str, Tensor]]  # rows of a shard, and their tensors by content hash
 

@@ -42,14 +42,27 @@ class Course:
         self._timestep, self._batch = timestep, batch
 
 
-def rows_before(points: Sequence[tuple[str, int]]) -> list[int | None]:
-    """For every row, given as (trajectory, step), the row one step earlier on the same trajectory.
+Point = tuple[str, int, int]  # trajectory, guidance part, step
+
+
+def rows_before(points: Sequence[Point]) -> list[int | None]:
+    """For every row the row one step earlier on the same trajectory, in the same part.
 
     The first step has nothing before it and stands for itself. None where the row before is not there, or the row's
     trajectory is not known ("").
     """
-    number_of = {point: number for number, point in enumerate(points) if point[0]}
+    number_of = _numbers(points)
     return [
-        None if not trajectory else number if step == 0 else number_of.get((trajectory, step - 1))
-        for number, (trajectory, step) in enumerate(points)
+        None if not trajectory else number if step == 0 else number_of.get((trajectory, part, step - 1))
+        for number, (trajectory, part, step) in enumerate(points)
     ]
+
+
+def rows_beside(points: Sequence[Point]) -> list[int | None]:
+    """For every row the row of the part before its own at the same step of the same trajectory; None if that is not there."""
+    number_of = _numbers(points)
+    return [number_of.get((trajectory, part - 1, step)) for trajectory, part, step in points]
+
+
+def _numbers(points: Sequence[Point]) -> dict[Point, int]:
+    return {point: number for number, point in enumerate(points) if point[0]}

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,7 @@ class TrainingSettings:
         scale_rate: Of weight scales, in units of a layer's own mean weight scale.
         router_rate: Of the router.
         accumulation: Batches per optimiser step.
+        guidance_weight: Of the squared part of the guidance direction that the student loses, see `lost_guidance`.
         precision: Mixed precision of `accelerate`.
         patience: Stop after so many epochs without a lower loss; 0: never.
     """
@@ -54,8 +55,15 @@ class TrainingSettings:
     scale_rate: float = 1e-3
     router_rate: float = 1e-3
     accumulation: int = 1
+    guidance_weight: float = 0.0
     precision: Literal["no", "bf16", "fp16"] = "no"
     patience: int = 0
+
+
+def settings_of(options: Any) -> TrainingSettings:
+    """The settings that a recipe's options name, the others at their defaults."""
+    names = [one.name for one in fields(TrainingSettings) if hasattr(options, one.name)]
+    return TrainingSettings(**{name: getattr(options, name) for name in names})
 
 
 Extra = Callable[[Student, int, float, list[int], Tensor], Tensor]
@@ -77,13 +85,14 @@ def train(
         settings: See there.
         weights: Of the squared error at each timestep of the grid.
         extra: Further loss of a step, from the student, the step, its timestep, its calibration rows and the student's output.
-        note: Says what `extra` is: a kept state of a run with another one is not gone on with.
+        note: Says what `weights` and `extra` are: a kept state of a run with others is not gone on with.
 
     Returns:
         Mean loss of every epoch.
     """
     accelerator = _accelerator(task, settings)
     data = _Rows(task, accelerator)
+    data.check(settings)
     optimizer = torch.optim.AdamW(_groups(student, settings), weight_decay=0.0)
     steps = settings.epochs * len(data.grid)
     model, optimizer = accelerator.prepare(student, optimizer)
@@ -101,7 +110,7 @@ def train(
                 timestep, rows = data.draw(step * settings.accumulation + part, settings.rows, task.seed)
                 with accelerator.accumulate(model):
                     output = first_tensor(model(*data.call(rows)))
-                    part_loss = weights[timestep] * (output.float() - data.targets[rows]).square().mean()
+                    part_loss = weights[timestep] * data.loss(output.float(), rows, settings.guidance_weight)
                     if extra is not None:
                         part_loss = part_loss + extra(student, step, timestep, rows.tolist(), output)
                     accelerator.backward(part_loss)
@@ -143,6 +152,28 @@ class _Rows:
         with torch.no_grad():
             outputs = [first_tensor(task.model(*args, **kwargs)) for args, kwargs in map(self._call, chunks)]
         self.targets = torch.cat(outputs).float()
+        self.beside = task.calibration.beside
+
+    def check(self, settings: TrainingSettings) -> None:
+        """Refuse what these rows cannot give."""
+        if settings.guidance_weight and all(other is None for other in self.beside):
+            raise ValueError(
+                "guidance_weight must come with calibration rows of both parts of guidance, got none; calibrate with "
+                "guidance, or say guidance_weight=0"
+            )
+
+    def loss(self, output: Tensor, rows: Tensor, guidance_weight: float) -> Tensor:
+        """Mean squared error, and what the pairs among the rows say of guidance."""
+        error = output - self.targets[rows]
+        loss = error.square().mean()
+        place = {row: number for number, row in enumerate(rows.tolist())}
+        found = [(self.beside[row], number) for row, number in place.items()]
+        pairs = [(place[other], number) for other, number in found if other is not None and other in place]
+        if not guidance_weight or not pairs:
+            return loss
+        one, two = torch.tensor(pairs).unbind(1)
+        targets = self.targets[rows]
+        return loss + guidance_weight * lost_guidance(error[two] - error[one], targets[two] - targets[one])
 
     def _call(self, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self.calibration.batch(rows.tolist())
@@ -158,6 +189,24 @@ class _Rows:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         picked = rows[torch.randint(len(rows), (count,), generator=generator)]
         return timestep, picked[self.rank :: self.world]
+
+
+def lost_guidance(error: Tensor, direction: Tensor) -> Tensor:
+    """Mean square of what the student's guidance direction lacks along the teacher's, taken over all pairs together.
+
+    The squared error alone is lowest for a student that responds less than it should: what it cannot know from few bits it
+    leaves out. Guidance multiplies what is left by its scale, and all steps lose it alike, so it adds up along the trajectory
+    where other errors cancel.
+
+    Args:
+        error: Of the direction (conditional minus unconditional output), [pairs, ...].
+        direction: The teacher's, of the same shape.
+
+    Returns:
+        A scalar: the squared slope of the error over the direction, times the direction's mean square.
+    """
+    power = direction.square().sum().clamp_min(1e-12)
+    return ((error * direction).sum() / power).square() * direction.square().mean()
 
 
 def _groups(student: Student, settings: TrainingSettings) -> list[dict[str, Any]]:
@@ -208,7 +257,18 @@ class _Kept:
         specs = [twin.plan.to_json() for twin in student.twins if isinstance(twin, Adaptive)]
         bands = [twin.plan.tensors.get("row_band") for twin in student.twins if isinstance(twin, Adaptive)]
         rows = [None if band is None else content_hash(band.cpu()) for band in bands]
-        facts |= {"carry": student.carry, "init": student.adapter_init, "extra": note, "rows": rows}
+        starts = [
+            content_hash(twin.plan.tensors["weight"].cpu())
+            for twin in student.twins
+            if isinstance(twin, Adaptive)
+        ]
+        facts |= {
+            "carry": student.carry,
+            "init": student.adapter_init,
+            "extra": note,
+            "rows": rows,
+            "starts": starts,
+        }
         self.facts = json.dumps(facts | {"parameters": shapes, "layers": specs})
         self.path = None if task.work_dir is None else task.work_dir / "fine-tuning.safetensors"
         self.saved = time.monotonic()

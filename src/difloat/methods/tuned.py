@@ -24,7 +24,8 @@ class Tuning:
         settings: Of the loop.
         adapters: Per layer.
         rank: Of the adapters.
-        by_factor: Weight the loss by the scheduler's denoising factors.
+        factor_power: The loss is weighted by this power of the scheduler's denoising factors: 0 for not at all, 1 for MSFP,
+            2 for what a squared error at a timestep moves in the picture.
         without_adapters: Layers that learn ranges only.
         input_ranges_by_timestep: Learn static input ranges apart for every timestep.
         carry: How adapters are carried out, see `adapters`.
@@ -35,7 +36,7 @@ class Tuning:
     settings: TrainingSettings
     adapters: int
     rank: int
-    by_factor: bool
+    factor_power: float
     without_adapters: tuple[str, ...] = ()
     input_ranges_by_timestep: bool = False
     carry: Carry = "merged"
@@ -70,7 +71,7 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
     if extra is not None:
         measured["relation_features"] = extra.name
     with posttraining.timed(measured, "fine-tune"):
-        weights, note = _weights(task, grid, tuning.by_factor), repr(tuning.relation)
+        weights, note = _weights(task, grid, tuning.factor_power), f"{tuning.relation} {tuning.factor_power}"
         losses = train(task, student, tuning.settings, weights, extra, note)
     measured |= {"losses": losses, "router": student.table().tolist(), "grid": list(grid)}
     plans = student.packed()
@@ -78,15 +79,15 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
     return replace(outcome, layers=plans, measured=measured, timesteps=grid if by_time else ())
 
 
-def _weights(task: Task, grid: tuple[float, ...], by_factor: bool) -> dict[float, float]:
+def _weights(task: Task, grid: tuple[float, ...], power: float) -> dict[float, float]:
     """Weight of the squared error at every timestep of the grid, mean 1."""
-    if not by_factor:
+    if not power:
         return dict.fromkeys(grid, 1.0)
     if task.scheduler is None:
         raise ValueError(
             "the denoising-factor loss must know the sampler, got a plain module; pass the pipeline, or dfa=false"
         )
-    factors = list(denoising_factors(task.scheduler, len(grid)).values())
+    factors = [factor**power for factor in denoising_factors(task.scheduler, len(grid)).values()]
     if len(factors) != len(grid):  # samplers that call the denoiser more than once a step, or skip one
         raise ValueError(
             f"the denoising-factor loss must find one denoiser call per step, got {len(grid)} timesteps for "

@@ -19,7 +19,7 @@ from typing import Literal
 
 from difloat.methods import posttraining
 from difloat.methods.assign import asymmetric_integers
-from difloat.methods.finetune import TrainingSettings
+from difloat.methods.finetune import TrainingSettings, settings_of
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.tuned import Tuning, tune
@@ -34,16 +34,19 @@ class Options:
         ranges_by_timestep: Learn input ranges apart for every timestep (TALSQ).
         rounding: Of weights with at most 4 bits: "nearest" as in the paper, or "learned" as in LBFP before fine-tuning.
         keep_8bit: As in LBFP.
-        epochs, rows, adapter_rate, precision: Of fine-tuning, see `TrainingSettings`.
+        factor_power: Power of the sampler's factors that weighs a timestep's loss, see `Tuning`; 0 is the paper's.
+        epochs, rows, adapter_rate, guidance_weight, precision: Of fine-tuning, see `TrainingSettings`.
     """
 
     rank: int = 32
     ranges_by_timestep: bool = True
     rounding: Literal["learned", "nearest"] = "nearest"
     keep_8bit: tuple[str, ...] = ("first", "last")
+    factor_power: float = 0.0
     epochs: int = field(default=TrainingSettings.epochs)
     rows: int = field(default=TrainingSettings.rows)
     adapter_rate: float = field(default=TrainingSettings.adapter_rate)
+    guidance_weight: float = field(default=TrainingSettings.guidance_weight)
     precision: Literal["no", "bf16", "fp16"] = "no"
 
 
@@ -62,8 +65,6 @@ def plan(task: Task, options: Options) -> Outcome:
         return LayerRules(weight, asymmetric_integers(8 if keeps else task.bits.activation, "tensor"), learn)
 
     outcome = posttraining.run(task, rules, Sequencing())
-    settings = TrainingSettings(
-        options.epochs, options.rows, options.adapter_rate, precision=options.precision
-    )
-    tuning = Tuning(settings, 1, options.rank, False, tuple(kept), options.ranges_by_timestep)
+    settings = settings_of(options)
+    tuning = Tuning(settings, 1, options.rank, options.factor_power, tuple(kept), options.ranges_by_timestep)
     return tune(task, outcome, tuning)

@@ -29,7 +29,7 @@ from difloat.methods import posttraining
 from difloat.methods.adapters import Init
 from difloat.methods.allocate import AllocationSettings, Criterion, allocate, summary
 from difloat.methods.assign import asymmetric_integers, floating_grids
-from difloat.methods.finetune import TrainingSettings
+from difloat.methods.finetune import TrainingSettings, settings_of
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.relation import Kind, RelationSettings
@@ -50,7 +50,7 @@ class Options:
         adapter_init: "zero", or "error": from the largest directions of the rounding error.
         ranges_by_timestep: Learn input ranges apart for every timestep.
         keep_8bit: As in LBFP.
-        epochs, rows, adapter_rate, precision: Of fine-tuning, see `TrainingSettings`.
+        epochs, rows, adapter_rate, guidance_weight, precision: Of fine-tuning, see `TrainingSettings`.
     """
 
     grid: Literal["int", "fp"] = "int"
@@ -70,6 +70,7 @@ class Options:
     epochs: int = field(default=TrainingSettings.epochs)
     rows: int = field(default=TrainingSettings.rows)
     adapter_rate: float = field(default=TrainingSettings.adapter_rate)
+    guidance_weight: float = field(default=TrainingSettings.guidance_weight)
     precision: Literal["no", "bf16", "fp16"] = "no"
 
 
@@ -101,14 +102,12 @@ def plan(task: Task, options: Options) -> Outcome:
     outcome.measured["seconds"] |= timing["seconds"]
     outcome.measured["kept_8bit"] = kept
     outcome.measured["widths"] = summary({name: one for name, one in chosen.items() if name not in kept})
-    training = TrainingSettings(
-        options.epochs, options.rows, options.adapter_rate, precision=options.precision
-    )
+    training = settings_of(options)
     tuning = Tuning(
         training,
         1,
         options.rank,
-        False,
+        0.0,
         tuple(kept),
         options.ranges_by_timestep,
         relation=relation,

@@ -23,7 +23,7 @@ from difloat import formats
 from difloat.methods import posttraining
 from difloat.methods.adapters import Carry
 from difloat.methods.assign import Rule
-from difloat.methods.finetune import TrainingSettings
+from difloat.methods.finetune import TrainingSettings, settings_of
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.search import CLIPS, ZERO_POINTS
@@ -47,9 +47,10 @@ class Options:
         rank: Of the adapters.
         carry: "merged": a packed weight per adapter that is used; "side": one packed weight and the adapters beside it.
         dfa: Weight the loss of a timestep by its factor in the sampler's update.
+        factor_power: That factor to this power; 1 is the paper's.
         rounding: Of weights with at most 4 bits: "nearest" as in the paper, or "learned" as in LBFP before fine-tuning.
         keep_8bit: As in LBFP.
-        epochs, rows, adapter_rate, precision: Of fine-tuning, see `TrainingSettings`.
+        epochs, rows, adapter_rate, guidance_weight, precision: Of fine-tuning, see `TrainingSettings`.
     """
 
     grid: Literal["fp", "int"] = "fp"
@@ -59,11 +60,13 @@ class Options:
     rank: int = 32
     carry: Carry = "merged"
     dfa: bool = True
+    factor_power: float = 1.0
     rounding: Literal["learned", "nearest"] = "nearest"
     keep_8bit: tuple[str, ...] = ("first", "last")
     epochs: int = field(default=TrainingSettings.epochs)
     rows: int = field(default=TrainingSettings.rows)
     adapter_rate: float = field(default=TrainingSettings.adapter_rate)
+    guidance_weight: float = field(default=TrainingSettings.guidance_weight)
     precision: Literal["no", "bf16", "fp16"] = "no"
 
 
@@ -83,10 +86,9 @@ def plan(task: Task, options: Options) -> Outcome:
     outcome = posttraining.run(task, rules, Sequencing())
     if not options.adapters:
         return outcome
-    settings = TrainingSettings(
-        options.epochs, options.rows, options.adapter_rate, precision=options.precision
-    )
-    tuning = Tuning(settings, options.adapters, options.rank, options.dfa, tuple(kept), carry=options.carry)
+    settings = settings_of(options)
+    power = options.factor_power if options.dfa else 0.0
+    tuning = Tuning(settings, options.adapters, options.rank, power, tuple(kept), carry=options.carry)
     return tune(task, outcome, tuning)
 
 
