@@ -53,6 +53,7 @@ def seeds(label: str, recipe: str, bits: str, options: dict[str, Any], count: in
 BASE: dict[str, Any] = {"mixup_sign": False, "adapters": 1, "dfa": False}
 GROUPS: dict[str, Any] = {"weight_granularity": "group", "group_size": 128}
 EPOCHS: dict[str, Any] = {"epochs": 20}  # half the default, the same for all rows of MPQ-DM's long table
+KEPT: dict[str, Any] = {"factor_power": 2.0, "guidance_weight": 9.0}  # our loss, in place of the papers'
 OMQ: dict[str, Any] = {**EPOCHS, "relation": "off"}
 
 
@@ -121,6 +122,21 @@ PAPERS: dict[str, list[Row]] = {
         Row("W4A4 EfficientDM", "efficientdm", "w4a4"),
         Row("W4A4 LBFP", "lbfp", "w4a4"),
         Row("W4A4 Q-Diffusion", "qdiffusion", "w4a4"),
+        Row("W4A4 MSFP, not fine-tuned", "msfp", "w4a4", {"adapters": 0}),
+        Row(
+            "W4A4 MSFP, learned rounding, not fine-tuned",
+            "msfp",
+            "w4a4",
+            {"adapters": 0, "rounding": "learned"},
+        ),
+        Row("W4A4 MSFP, one adapter, guidance kept", "msfp", "w4a4", {"adapters": 1, **KEPT}),
+        Row(
+            "W4A4 MSFP, learned rounding, one adapter, guidance kept",
+            "msfp",
+            "w4a4",
+            {"adapters": 1, "rounding": "learned", **KEPT},
+        ),
+        Row("W4A4 MSFP, two adapters, guidance kept", "msfp", "w4a4", KEPT),
     ],
     "mpqdm": [
         *against("w2a4", 3),
@@ -158,6 +174,14 @@ PAPERS: dict[str, list[Row]] = {
             "w2a4",
             {**EPOCHS, "scale_inputs": False, "criterion": "error"},
         ),
+        Row("W2A4 EfficientDM, guidance kept", "efficientdm", "w2a4", {**EPOCHS, **KEPT}),
+        Row(
+            "W2A4 EfficientDM, learned rounding, guidance kept",
+            "efficientdm",
+            "w2a4",
+            {**EPOCHS, "rounding": "learned", **KEPT},
+        ),
+        Row("W3A6 EfficientDM, guidance kept", "efficientdm", "w3a6", {**EPOCHS, **KEPT}),
     ],
 }
 MODELS = {"lbfp": NAMES, "fp4dit": ("emoji-pixart",), "msfp": NAMES, "mpqdm": NAMES}
