@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quality_tables import seed_table, table
 
 from difloat import api, layers, record, report, study
 from difloat.evaluate import Generated
@@ -210,7 +211,8 @@ def main() -> None:
     path = RESULTS / f"quality-{arguments.paper}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if arguments.table:
-        sys.stdout.write(table(results, [row.label for row in PAPERS[arguments.paper]]))
+        order = [row.label for row in PAPERS[arguments.paper]]
+        sys.stdout.write(table(results, order) + seed_table(results, order))
         return
     torch.set_num_threads(arguments.threads)
     for model in arguments.models or MODELS[arguments.paper]:
@@ -327,65 +329,6 @@ def commit() -> str:
         ["git", "status", "--porcelain", "--", "src"], cwd=here.parent, capture_output=True, text=True
     )
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
-
-
-COLUMNS = {
-    "frechet_to_full_precision": "FD to FP32",
-    "frechet_to_data": "FD to data",
-    "frechet_to_data_ratio": "FD to data / FP32's",
-    "psnr": "PSNR dB",
-    "perceptual": "perceptual",
-    "retrieval": "retrieval",
-}
-
-
-def table(results: dict[str, Any], order: list[str]) -> str:
-    """All results as Markdown, one table per model, rows in the order of the paper's list."""
-    lines: list[str] = []
-    for model in dict.fromkeys(key.split(" | ")[0] for key in results):
-        there = {
-            key.split(" | ")[1]: value for key, value in results.items() if key.startswith(f"{model} | ")
-        }
-        rows = {label: there[label] for label in order if label in there}
-        first = next(iter(rows.values()))
-        lines += [
-            f"\n**{model}**, {first['samples']} pictures, {first['steps']} steps, weights {first['weights']}\n"
-        ]
-        heads = [
-            "weights/activations",
-            *COLUMNS.values(),
-            "MB",
-            "bits",
-            "zeros",
-            "integer grids",
-            "quantize s",
-        ]
-        lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-        full = first["metrics"]
-        cells = ["FP32", "0", interval(full["frechet_to_data_of_full_precision"]), "1", "", "0"]
-        cells += [
-            interval(full["retrieval_of_full_precision"]),
-            f"{first['original_bytes'] / 1e6:.2f} (16 bit)",
-        ]
-        lines.append("| " + " | ".join([*cells, "16", "", "", ""]) + " |")
-        for label, value in rows.items():
-            cells = [label, *(interval(value["metrics"][name]) for name in COLUMNS)]
-            cells += [
-                f"{value['packed_bytes'] / 1e6:.2f}",
-                f"{value['effective_bits']:.2f}",
-                f"{value['zeros']:.1%}",
-            ]
-            cells += [f"{value['integer_grid_share']:.0%}", f"{value['quantize_s']:.0f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-        commits = ", ".join(sorted({value["commit"] for value in rows.values()}))
-        machines = " and ".join(sorted({value["machine"] for value in rows.values()}))
-        lines.append(f"\nCommits {commits}; {machines}; `{first['command']}` and other `--rows`.")
-    return "\n".join(lines) + "\n"
-
-
-def interval(estimate: dict[str, float]) -> str:
-    """A value with its 95 % interval."""
-    return f"{estimate['value']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
 
 
 if __name__ == "__main__":
