@@ -59,25 +59,38 @@ def table(results: dict[str, Any], order: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+STUDENTS = {3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % points for so many seeds
+SHOWN = ("psnr", "frechet_to_full_precision", "frechet_to_data", "perceptual")
+
+
 def seed_table(results: dict[str, Any], order: list[str]) -> str:
-    """Mean over seeds of what was measured with at least three, with 95 % Student intervals, as Markdown."""
-    students = {3: 4.303, 4: 3.182, 5: 2.776}
-    shown = ("psnr", "frechet_to_full_precision", "frechet_to_data", "perceptual")
-    lines = ["", "| mean of seeds | seeds | " + " | ".join(COLUMNS[name] for name in shown) + " |"]
-    lines.append("|---" * (len(shown) + 2) + "|")
+    """Mean over seeds of what was measured with at least three, and the change from such a row to the next one, as Markdown.
+
+    Intervals are Student's, 95 %; changes are paired by seed.
+    """
+    heads = " | ".join(COLUMNS[name] for name in SHOWN)
+    lines = ["", f"| mean of seeds | seeds | {heads} |", "|---" * (len(SHOWN) + 2) + "|"]
     for model in dict.fromkeys(key.split(" | ")[0] for key in results):
+        last: tuple[str, list[dict[str, Any]]] | None = None
         for label in (label for label in order if ", seed " not in label):
             names = [f"{model} | {label}"] + [f"{model} | {label}, seed {n}" for n in range(1, 5)]
             rows = [results[name]["metrics"] for name in names if name in results]
             if len(rows) < 3:
                 continue
-            cells = []
-            for name in shown:
-                values = [row[name]["value"] for row in rows]
-                half = students[len(rows)] * statistics.stdev(values) / len(values) ** 0.5
-                cells.append(f"{statistics.mean(values):.3g} ± {half:.2g}")
-            lines.append(f"| {model}, {label} | {len(rows)} | " + " | ".join(cells) + " |")
+            means = [spread([row[name]["value"] for row in rows]) for name in SHOWN]
+            lines.append(f"| {model}, {label} | {len(rows)} | " + " | ".join(means) + " |")
+            if last is not None and len(last[1]) == len(rows):
+                pairs = list(zip(last[1], rows, strict=True))
+                changes = [spread([b[name]["value"] - a[name]["value"] for a, b in pairs]) for name in SHOWN]
+                lines.append(f"| change from {last[0]} | {len(rows)} | " + " | ".join(changes) + " |")
+            last = label, rows
     return "\n".join(lines) + "\n" if len(lines) > 3 else ""
+
+
+def spread(values: list[float]) -> str:
+    """Mean and half width of its interval."""
+    half = STUDENTS[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.3g} ± {half:.2g}"
 
 
 def interval(estimate: dict[str, float]) -> str:
