@@ -137,7 +137,19 @@ PAPERS: dict[str, list[Row]] = {
             "w4a4",
             {"adapters": 1, "rounding": "learned", **KEPT},
         ),
-        Row("W4A4 MSFP, two adapters, guidance kept", "msfp", "w4a4", KEPT),
+        Row(
+            "W4A4 MSFP, one adapter, guidance kept, 10 epochs",
+            "msfp",
+            "w4a4",
+            {"adapters": 1, "epochs": 10, **KEPT},
+        ),
+        Row(
+            "W4A4 MSFP, learned rounding, one adapter, guidance kept, 10 epochs",
+            "msfp",
+            "w4a4",
+            {"adapters": 1, "epochs": 10, "rounding": "learned", **KEPT},
+        ),
+        Row("W4A4 MSFP, one adapter, 10 epochs", "msfp", "w4a4", {"adapters": 1, "epochs": 10}),
     ],
     "mpqdm": [
         *against("w2a4", 3),
