@@ -166,7 +166,13 @@ def test_repair_fine_tunes_a_checkpoint(run: Run, source: Path, checkpoint: Path
     assert run("verify", out).code == 0
     old, new = (json.loads((d / "transformer/config.json").read_text()) for d in (checkpoint, out))
     old, new = old["quantization_config"], new["quantization_config"]
-    assert new["options"].pop("repair") == {"dfa": True, "epochs": 1, "rank": 32, "seed": 0}
+    assert new["options"].pop("repair") == {
+        "dfa": True,
+        "epochs": 1,
+        "guidance_weight": 9.0,
+        "rank": 32,
+        "seed": 0,
+    }
     assert old == new  # same formats everywhere; only codes and scales moved
     weights = [d / "transformer/diffusion_pytorch_model.safetensors" for d in (checkpoint, out)]
     assert weights[0].read_bytes() != weights[1].read_bytes()

@@ -105,9 +105,10 @@ def repair(
     model: Any,
     plan: Plan,
     *,
-    epochs: int = TrainingSettings.epochs,
+    epochs: int = 10,
     rank: int = 32,
     dfa: bool = True,
+    guidance_weight: float = 9.0,
     prompts: Sequence[str] | None = None,
     forward_loop: Callable[[nn.Module], object] | None = None,
     cache_dir: str | Path | None = None,
@@ -120,9 +121,10 @@ def repair(
     Args:
         model: The full-precision pipeline or module that the plan was made for; it teaches and stays untouched.
         plan: Of a checkpoint (`difloat.io.plan_of`) or a recipe, with one weight per layer.
-        epochs: Passes along the trajectory.
+        epochs: Passes along the trajectory; more than the rows are worth make pictures worse (docs/papers/msfp.md).
         rank: Of the adapters.
-        dfa: Weight the loss of a timestep by its factor in the sampler's update.
+        dfa: Weight the loss of a timestep by the square of its factor in the sampler's update.
+        guidance_weight: As in `TrainingSettings`; nothing without guidance.
         prompts: As for `plan`, like the rest.
         forward_loop: Likewise.
         cache_dir: Likewise.
@@ -133,12 +135,7 @@ def repair(
     Raises:
         ValueError: if a layer has several weights chosen by timestep or adapters beside it, or the plan is of another model.
     """
-    for name, layer in plan.layers.items():
-        if layer.schedules or layer.side is not None:
-            raise ValueError(
-                f"plan must have one weight and one input range per layer and nothing beside, but not so {name!r}; "
-                "repair works on checkpoints of recipes without stretches or adapters by timestep"
-            )
+    _check_repairable(plan)
     data = calibrate(
         model,
         prompts=prompts,
@@ -157,9 +154,21 @@ def repair(
         dict(plan.layers), dict(plan.skipped), {"seconds": {}, "blocks": {}}, dict(plan.attention)
     )
     kept = tuple(name for name, layer in plan.layers.items() if layer.parts[0].weight.format.bits == 8)
-    tuned = tune(task, start, Tuning(TrainingSettings(epochs), 1, rank, float(dfa), kept))
-    options = {**plan.options, "repair": {"epochs": epochs, "rank": rank, "dfa": dfa, "seed": wanted.seed}}
+    weight = guidance_weight if any(other is not None for other in data.beside) else 0.0
+    training = TrainingSettings(epochs, guidance_weight=weight)
+    tuned = tune(task, start, Tuning(training, 1, rank, 2.0 if dfa else 0.0, kept))
+    used = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": weight, "seed": wanted.seed}
+    options = {**plan.options, "repair": used}
     return replace(plan, layers=tuned.layers, options=options, measured=tuned.measured)
+
+
+def _check_repairable(plan: Plan) -> None:
+    for name, layer in plan.layers.items():
+        if layer.schedules or layer.side is not None:
+            raise ValueError(
+                f"plan must have one weight and one input range per layer and nothing beside, but not so {name!r}; "
+                "repair works on checkpoints of recipes without stretches or adapters by timestep"
+            )
 
 
 def task_of(model: Any, data: Calibration, bits: Bits) -> Task:

@@ -122,7 +122,7 @@ def repair(
     source: Source,
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(help="Directory of the repaired checkpoint and its report.")],
-    epochs: Annotated[int, typer.Option(min=1, help="Passes along the trajectory.")] = 40,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes along the trajectory.")] = 10,
     prompts: Prompts = None,
     samples: Rows = 256,
     steps: Steps = None,
