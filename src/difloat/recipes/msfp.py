@@ -11,6 +11,7 @@ Not stated in the paper (its body was not available; our choices, the first thre
   layers; the wider search over clips and zero points (`search="narrow"`: ranges of a third-party re-implementation); an
   input counts as lopsided if its shorter side is at most half of the longer one; factors read off the scheduler's own step,
   mean 1; first and last layer at 8 bits without adapters; 40 epochs over calibration rows, not 160 over fresh trajectories.
+Beyond the paper: `guidance_weight`, `factor_power=2`, `rounding=learned`; why is measured in docs/papers/msfp.md.
 Known trap: adapters whose second factor is zero are equal and give the router no gradient; they start at 2 % of a step.
 """
 
