@@ -60,10 +60,20 @@ class TrainingSettings:
     patience: int = 0
 
 
-def settings_of(options: Any) -> TrainingSettings:
-    """The settings that a recipe's options name, the others at their defaults."""
+def settings_of(options: Any, task: Task) -> TrainingSettings:
+    """The settings that a recipe's options name, the others at their defaults; ValueError if the task cannot be trained so."""
     names = [one.name for one in fields(TrainingSettings) if hasattr(options, one.name)]
-    return TrainingSettings(**{name: getattr(options, name) for name in names})
+    settings = TrainingSettings(**{name: getattr(options, name) for name in names})
+    _check(task, settings)
+    return settings
+
+
+def _check(task: Task, settings: TrainingSettings) -> None:
+    if settings.guidance_weight and all(other is None for other in task.calibration.beside):
+        raise ValueError(
+            "guidance_weight must come with calibration rows of both parts of guidance, got none; calibrate with "
+            "guidance, or say guidance_weight=0"
+        )
 
 
 Extra = Callable[[Student, int, float, list[int], Tensor], Tensor]
@@ -90,9 +100,9 @@ def train(
     Returns:
         Mean loss of every epoch.
     """
+    _check(task, settings)
     accelerator = _accelerator(task, settings)
     data = _Rows(task, accelerator)
-    data.check(settings)
     optimizer = torch.optim.AdamW(_groups(student, settings), weight_decay=0.0)
     steps = settings.epochs * len(data.grid)
     model, optimizer = accelerator.prepare(student, optimizer)
@@ -153,14 +163,6 @@ class _Rows:
             outputs = [first_tensor(task.model(*args, **kwargs)) for args, kwargs in map(self._call, chunks)]
         self.targets = torch.cat(outputs).float()
         self.beside = task.calibration.beside
-
-    def check(self, settings: TrainingSettings) -> None:
-        """Refuse what these rows cannot give."""
-        if settings.guidance_weight and all(other is None for other in self.beside):
-            raise ValueError(
-                "guidance_weight must come with calibration rows of both parts of guidance, got none; calibrate with "
-                "guidance, or say guidance_weight=0"
-            )
 
     def loss(self, output: Tensor, rows: Tensor, guidance_weight: float) -> Tensor:
         """Mean squared error, and what the pairs among the rows say of guidance."""

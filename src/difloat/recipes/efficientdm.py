@@ -53,6 +53,7 @@ class Options:
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by EfficientDM."""
     kept: list[str] = []
+    settings = settings_of(options, task)
 
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
@@ -65,6 +66,5 @@ def plan(task: Task, options: Options) -> Outcome:
         return LayerRules(weight, asymmetric_integers(8 if keeps else task.bits.activation, "tensor"), learn)
 
     outcome = posttraining.run(task, rules, Sequencing())
-    settings = settings_of(options)
     tuning = Tuning(settings, 1, options.rank, options.factor_power, tuple(kept), options.ranges_by_timestep)
     return tune(task, outcome, tuning)

@@ -77,6 +77,7 @@ class Options:
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by MPQ-DM."""
     kept: list[str] = []
+    training = settings_of(options, task)
     choosing = AllocationSettings(
         options.criterion, options.candidates, options.plus, scale_inputs=options.scale_inputs
     )
@@ -102,7 +103,6 @@ def plan(task: Task, options: Options) -> Outcome:
     outcome.measured["seconds"] |= timing["seconds"]
     outcome.measured["kept_8bit"] = kept
     outcome.measured["widths"] = summary({name: one for name, one in chosen.items() if name not in kept})
-    training = settings_of(options)
     tuning = Tuning(
         training,
         1,

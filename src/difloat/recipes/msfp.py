@@ -74,6 +74,7 @@ class Options:
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by MSFP."""
     kept: list[str] = []
+    settings = settings_of(options, task)
 
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
@@ -87,7 +88,6 @@ def plan(task: Task, options: Options) -> Outcome:
     outcome = posttraining.run(task, rules, Sequencing())
     if not options.adapters:
         return outcome
-    settings = settings_of(options)
     power = options.factor_power if options.dfa else 0.0
     tuning = Tuning(settings, options.adapters, options.rank, power, tuple(kept), carry=options.carry)
     return tune(task, outcome, tuning)
