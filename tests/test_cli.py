@@ -157,6 +157,25 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, source: Path, tmp_
     assert not list(tmp_path.iterdir()) and before == sorted(path for path in source.parent.rglob("*"))
 
 
+def test_dry_run_tries_learned_rounding_before_fine_tuning(run: Run, source: Path, tmp_path: Path) -> None:
+    options = ["rounding=learned", "iterations=4", "rounding_rows=4", "guidance_weight=9", "epochs=10"]
+    sets = [word for option in options for word in ("--set", option)]
+    result = run(
+        "quantize",
+        source,
+        tmp_path / "out",
+        "--dry-run",
+        "--recipe",
+        "msfp",
+        "--bits",
+        "w4a4",
+        *sets,
+        *FAST[:4],
+    )
+    assert result.code == 0, result.err
+    assert "learned rounding: about" in result.out and "guidance_weight=9" in result.out
+
+
 def test_repair_fine_tunes_a_checkpoint(run: Run, source: Path, checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "repaired"
     result = run(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from difloat.methods import posttraining
+from difloat.methods.adaround import RoundingSettings
 from difloat.methods.assign import asymmetric_integers
 from difloat.methods.finetune import TrainingSettings, settings_of
 from difloat.methods.observe import Trace
@@ -33,6 +34,7 @@ class Options:
         rank: Of the adapters.
         ranges_by_timestep: Learn input ranges apart for every timestep (TALSQ).
         rounding: Of weights with at most 4 bits: "nearest" as in the paper, or "learned" as in LBFP before fine-tuning.
+        iterations, rounding_rows: Of learned rounding, as in LBFP.
         keep_8bit: As in LBFP.
         factor_power: Power of the sampler's factors that weighs a timestep's loss, see `Tuning`; 0 is the paper's.
         epochs, rows, adapter_rate, guidance_weight, precision: Of fine-tuning, see `TrainingSettings`.
@@ -41,6 +43,8 @@ class Options:
     rank: int = 32
     ranges_by_timestep: bool = True
     rounding: Literal["learned", "nearest"] = "nearest"
+    iterations: int = field(default=RoundingSettings.iterations)
+    rounding_rows: int = field(default=Sequencing.rounding_rows)
     keep_8bit: tuple[str, ...] = ("first", "last")
     factor_power: float = 0.0
     epochs: int = field(default=TrainingSettings.epochs)
@@ -65,6 +69,8 @@ def plan(task: Task, options: Options) -> Outcome:
             return LayerRules(weight, None, learn)
         return LayerRules(weight, asymmetric_integers(8 if keeps else task.bits.activation, "tensor"), learn)
 
-    outcome = posttraining.run(task, rules, Sequencing())
+    rounding = RoundingSettings(iterations=options.iterations)
+    sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
+    outcome = posttraining.run(task, rules, sequencing)
     tuning = Tuning(settings, 1, options.rank, options.factor_power, tuple(kept), options.ranges_by_timestep)
     return tune(task, outcome, tuning)

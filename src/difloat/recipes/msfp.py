@@ -23,6 +23,7 @@ from typing import Literal
 from difloat import formats
 from difloat.methods import posttraining
 from difloat.methods.adapters import Carry
+from difloat.methods.adaround import RoundingSettings
 from difloat.methods.assign import Rule
 from difloat.methods.finetune import TrainingSettings, settings_of
 from difloat.methods.observe import Trace
@@ -50,6 +51,7 @@ class Options:
         dfa: Weight the loss of a timestep by its factor in the sampler's update.
         factor_power: That factor to this power; 1 is the paper's.
         rounding: Of weights with at most 4 bits: "nearest" as in the paper, or "learned" as in LBFP before fine-tuning.
+        iterations, rounding_rows: Of learned rounding, as in LBFP.
         keep_8bit: As in LBFP.
         epochs, rows, adapter_rate, guidance_weight, precision: Of fine-tuning, see `TrainingSettings`.
     """
@@ -63,6 +65,8 @@ class Options:
     dfa: bool = True
     factor_power: float = 1.0
     rounding: Literal["learned", "nearest"] = "nearest"
+    iterations: int = field(default=RoundingSettings.iterations)
+    rounding_rows: int = field(default=Sequencing.rounding_rows)
     keep_8bit: tuple[str, ...] = ("first", "last")
     epochs: int = field(default=TrainingSettings.epochs)
     rows: int = field(default=TrainingSettings.rows)
@@ -85,7 +89,9 @@ def plan(task: Task, options: Options) -> Outcome:
             return LayerRules(weight, None, learn)
         return LayerRules(weight, _input(8 if keeps else task.bits.activation, options), learn)
 
-    outcome = posttraining.run(task, rules, Sequencing())
+    rounding = RoundingSettings(iterations=options.iterations)
+    sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
+    outcome = posttraining.run(task, rules, sequencing)
     if not options.adapters:
         return outcome
     power = options.factor_power if options.dfa else 0.0
