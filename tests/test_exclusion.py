@@ -42,7 +42,7 @@ def test_every_recipe_obeys(recipe: str) -> None:
         recipe,
         "w4a8",
         prompts=["a cat", "a red house"],
-        samples=6,
+        samples=24,
         steps=2,
         progress=False,
         exclude=["transformer_blocks.1", "proj_out"],

@@ -180,13 +180,9 @@ def forecast(
     made = recipes.make_options(recipes.lookup(recipe), options)
     learns = getattr(made, "rounding", "nearest") == "learned" and parsed.weight <= 4
     tunes = hasattr(made, "epochs")
-    short: dict[str, Any] = (
-        {"epochs": 0, "guidance_weight": 0.0} if tunes else {}
-    )  # a few rows have no pairs of guidance
-    lengths: list[dict[str, Any]] = [{**options, **short}]
-    if learns:
-        lengths = [{**options, **short, "iterations": steps} for steps in _TRIAL_STEPS]
-    plans = [recipes.plan(task, recipe, bits, each) for each in lengths]
+    trials: list[dict[str, Any]] = [{"iterations": steps} for steps in _TRIAL_STEPS] if learns else [{}]
+    untuned = {"epochs": 0, "guidance_weight": 0.0} if tunes else {}  # a few rows have no pairs of guidance
+    plans = [recipes.plan(task, recipe, bits, {**options, **untuned, **each}) for each in trials]
     plan = plans[0]
     sizes = {name: layers.weight_of(module, name).numel() for name in plan.layers}
     weights = sum(size * counts[name] for name, size in sizes.items())
