@@ -1,8 +1,10 @@
 """How much of guidance quantized models keep: error and slope of the guidance direction along full-precision trajectories.
 
-    difloat quantize emoji-unet nearest --recipe msfp --bits w4a4 --set adapters=0
-    difloat quantize emoji-unet tuned --recipe msfp --bits w4a4 --set adapters=1
-    python benchmarks/guidance.py emoji-unet nearest tuned
+    TEN="--recipe msfp --bits w4a4 --steps 20 --set adapters=1 --set epochs=10"
+    difloat quantize emoji-unet nearest --recipe msfp --bits w4a4 --steps 20 --set adapters=0
+    difloat quantize emoji-unet tuned-10 $TEN --set dfa=false
+    difloat quantize emoji-unet kept-10 $TEN --set factor_power=2 --set guidance_weight=9
+    python benchmarks/guidance.py emoji-unet nearest tuned-10 kept-10
 
 The guidance direction is the conditional minus the unconditional output for the same sample. What a model keeps of it is the
 slope of its direction over full precision's, 1 if it responds to the prompt as strongly. Errors are mean squares, of the output
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantization_time import commit
 from torch import Tensor, nn
 
 from difloat import api, io, report, study
@@ -62,7 +65,9 @@ def main() -> None:
         quantized = api.denoiser(io.load(folder))
         results[f"{arguments.model} | {folder.name}"] = {
             **compare(api.denoiser(pipeline), quantized, data, float(guidance or 1)),
+            "commit": commit(),
             "machine": report.machine(),
+            "command": f"benchmarks/guidance.py {arguments.model} {folder.name} --rows {arguments.rows}",
         }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     sys.stdout.write(table(results))

@@ -18,6 +18,9 @@ from difloat import figures, record
 from difloat.facts import Record
 
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+COLORS = (
+    'style="--quantized:#2a6f97;--soft:#555;--line:#999"'  # the report's page defines them for its figures
+)
 
 
 def described(found: Record) -> str:
@@ -56,7 +59,7 @@ def main() -> None:
     sys.stdout.write(described(found))
     if found.adapters is not None:
         figure = figures.adapters(found.adapters.timesteps, found.adapters.table, "router")
-        alone = str(figure).replace("<svg ", f"<svg {NAMESPACES} ", 1)
+        alone = str(figure).replace("<svg ", f"<svg {NAMESPACES} {COLORS} ", 1)
         arguments.figure.write_text(alone, encoding="utf-8")
 
 

@@ -420,11 +420,9 @@ def test_pairs_of_guidance_enter_the_loss_once() -> None:
     plain = error.square().mean()
     assert float(lost) > 0
     torch.testing.assert_close(data.loss(output, rows, 3.0), plain + 3 * lost)
-    torch.testing.assert_close(data.loss(output, rows[2:3].repeat(6), 3.0), plain_of(output, data.targets[5]))
-
-
-def plain_of(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return (output - target).square().mean()
+    torch.testing.assert_close(
+        data.loss(output, rows[2:3].repeat(6), 3.0), (output - data.targets[5]).square().mean()
+    )
 
 
 class Guided:
