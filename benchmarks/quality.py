@@ -196,8 +196,18 @@ PAPERS: dict[str, list[Row]] = {
         ),
         Row("W3A6 EfficientDM, guidance kept", "efficientdm", "w3a6", {**EPOCHS, **KEPT}),
     ],
+    "guided": [
+        Row("W4A4 guided", "guided", "w4a4"),
+        Row("W4A4 guided, ranges by timestep", "guided", "w4a4", {"ranges_by_timestep": True}),
+        Row("W3A4 guided", "guided", "w3a4"),
+        Row("W3A6 guided", "guided", "w3a6"),
+        Row("W2A4 guided", "guided", "w2a4"),
+        Row("W2A4 guided, ranges by timestep", "guided", "w2a4", {"ranges_by_timestep": True}),
+        Row("W2A4 guided, 20 epochs", "guided", "w2a4", EPOCHS),
+        Row("W4A8 guided", "guided", "w4a8"),
+    ],
 }
-MODELS = {"lbfp": NAMES, "fp4dit": ("emoji-pixart",), "msfp": NAMES, "mpqdm": NAMES}
+MODELS = {"lbfp": NAMES, "fp4dit": ("emoji-pixart",), "msfp": NAMES, "mpqdm": NAMES, "guided": NAMES}
 
 
 def main() -> None:

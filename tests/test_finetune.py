@@ -440,3 +440,14 @@ def test_a_guidance_weight_without_guidance_is_refused() -> None:
     task, plans = prepared()
     with pytest.raises(ValueError, match="both parts of guidance, got none"):
         trained(task, student_of(task, plans), replace(SETTINGS, guidance_weight=1.0))
+
+
+def test_guided_without_guidance_has_nothing_to_keep() -> None:
+    task, _ = prepared()
+    options = {"epochs": 1, "rows": 4, "rank": 2, "iterations": 4, "rounding_rows": 8, "factor_power": 0}
+    asked, without = (
+        recipes.plan(task, "guided", "w4a4", {**options, "guidance_weight": weight}) for weight in (9, 0)
+    )
+    assert asked.measured["losses"] == without.measured["losses"]
+    with pytest.raises(ValueError, match="must know the sampler, got a plain module"):
+        recipes.plan(task, "guided", "w4a4", {**options, "factor_power": 2})

@@ -17,7 +17,7 @@ from difloat.calibration import Calibration, CalibrationSettings
 from difloat.exclusion import excluded
 from difloat.io import mark_quantized, unmark_quantized
 from difloat.methods import target as targets
-from difloat.methods.finetune import TrainingSettings
+from difloat.methods.finetune import TrainingSettings, guidance_to_keep
 from difloat.methods.posttraining import Outcome
 from difloat.methods.task import Bits, Task
 from difloat.methods.tuned import Tuning, tune
@@ -154,7 +154,7 @@ def repair(
         dict(plan.layers), dict(plan.skipped), {"seconds": {}, "blocks": {}}, dict(plan.attention)
     )
     kept = tuple(name for name, layer in plan.layers.items() if layer.parts[0].weight.format.bits == 8)
-    weight = guidance_weight if any(other is not None for other in data.beside) else 0.0
+    weight = guidance_to_keep(guidance_weight, task)
     training = TrainingSettings(epochs, guidance_weight=weight)
     tuned = tune(task, start, Tuning(training, 1, rank, 2.0 if dfa else 0.0, kept))
     used = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": weight, "seed": wanted.seed}

@@ -41,7 +41,8 @@ def quantize(
     source: Source,
     out: Annotated[Path, typer.Argument(help="Directory of the packed checkpoint and its report.")],
     recipe: Annotated[
-        str, typer.Option(help="lbfp, fp4dit, msfp, mpqdm, efficientdm, qdiffusion, viditq, qdit or rtn.")
+        str,
+        typer.Option(help="lbfp, fp4dit, msfp, mpqdm, guided, efficientdm, qdiffusion, viditq, qdit or rtn."),
     ] = "lbfp",
     bits: Annotated[
         str, typer.Option(help="Weight and activation bits, like w4a8; a16 leaves activations alone.")
@@ -123,6 +124,9 @@ def repair(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(help="Directory of the repaired checkpoint and its report.")],
     epochs: Annotated[int, typer.Option(min=1, help="Passes along the trajectory.")] = 10,
+    dfa: Annotated[
+        bool, typer.Option(help="Weight timesteps by the sampler; not for samplers of several calls a step.")
+    ] = True,
     prompts: Prompts = None,
     samples: Rows = 256,
     steps: Steps = None,
@@ -151,6 +155,7 @@ def repair(
         pipeline,
         difloat.io.plan_of(api.denoiser(quantized)),
         epochs=epochs,
+        dfa=dfa,
         prompts=texts,
         cache_dir=cache,
         call_kwargs=arguments,

@@ -68,8 +68,13 @@ def settings_of(options: Any, task: Task) -> TrainingSettings:
     return settings
 
 
+def guidance_to_keep(weight: float, task: Task) -> float:
+    """`weight`, or 0 where the calibration rows have no pairs of guidance: there is nothing to lose then."""
+    return weight if any(other is not None for other in task.calibration.beside) else 0.0
+
+
 def _check(task: Task, settings: TrainingSettings) -> None:
-    if settings.guidance_weight and all(other is None for other in task.calibration.beside):
+    if settings.guidance_weight and not guidance_to_keep(settings.guidance_weight, task):
         raise ValueError(
             "guidance_weight must come with calibration rows of both parts of guidance, got none; calibrate with "
             "guidance, or say guidance_weight=0"

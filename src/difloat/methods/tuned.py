@@ -85,12 +85,14 @@ def _weights(task: Task, grid: tuple[float, ...], power: float) -> dict[float, f
         return dict.fromkeys(grid, 1.0)
     if task.scheduler is None:
         raise ValueError(
-            "the denoising-factor loss must know the sampler, got a plain module; pass the pipeline, or dfa=false"
+            "the denoising-factor loss must know the sampler, got a plain module; pass the pipeline, or "
+            "say factor_power=0 (repair: no dfa)"
         )
     factors = [factor**power for factor in denoising_factors(task.scheduler, len(grid)).values()]
     if len(factors) != len(grid):  # samplers that call the denoiser more than once a step, or skip one
         raise ValueError(
             f"the denoising-factor loss must find one denoiser call per step, got {len(grid)} timesteps for "
-            f"{len(factors)} steps of {type(task.scheduler).__name__}; say dfa=false"
+            f"{len(factors)} steps of {type(task.scheduler).__name__}; say factor_power=0 "
+            "(repair: no dfa)"
         )
     return normalised(dict(zip(sorted(grid, reverse=True), factors, strict=True)))

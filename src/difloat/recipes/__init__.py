@@ -13,7 +13,17 @@ from typing import Any
 from difloat.methods import options
 from difloat.methods.posttraining import Outcome, Task
 from difloat.quantizer import Plan
-from difloat.recipes import baselines, efficientdm, fp4dit, integer_transformers, lbfp, mpqdm, msfp, nearest
+from difloat.recipes import (
+    baselines,
+    efficientdm,
+    fp4dit,
+    guided,
+    integer_transformers,
+    lbfp,
+    mpqdm,
+    msfp,
+    nearest,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,11 @@ RECIPES: dict[str, Recipe] = {
         mpqdm.plan,
         mpqdm.Options,
         "2 to 4 bits: rows of several widths inside a layer, relation distillation, fine-tuned (arXiv:2412.11549)",
+    ),
+    "guided": Recipe(
+        guided.plan,
+        guided.Options,
+        "2 to 4 bits, our own: formats by search, learned rounding, fine-tuned without losing guidance",
     ),
     "efficientdm": Recipe(
         efficientdm.plan,

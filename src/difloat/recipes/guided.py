@@ -1,0 +1,76 @@
+"""Guided: difloat's own recipe for 2 to 4 bits, made of those parts of the papers that held when they were measured.
+
+Taken from -> here:
+  mixup-sign (MSFP, arXiv:2505.21591), of weights too: signed, or unsigned with a zero point   `assign.floating_grids`
+  learned rounding (LBFP, arXiv:2408.06995), from which fine-tuning starts                     `RoundingSettings`
+  adapters merged before rounding, learned ranges (EfficientDM, arXiv:2310.03270)              `methods.tuned`
+  timesteps weighted by their factor in the sampler's update (MSFP), here by its square        `Tuning.factor_power`
+Its own:
+  the guidance direction, which a plain squared error shrinks, is kept                         `finetune.lost_guidance`
+Left out: adapters by timestep and relations; docs/papers says what they bring. Few epochs, since rows repeat.
+Differs from the papers: no page of theirs describes this; what it measures against them is in docs/papers/guided.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from difloat.methods import posttraining
+from difloat.methods.adaround import RoundingSettings
+from difloat.methods.assign import floating_grids
+from difloat.methods.finetune import TrainingSettings, guidance_to_keep, settings_of
+from difloat.methods.observe import Trace
+from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.tuned import Tuning, tune
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of Guided.
+
+    Attributes:
+        rounding: Of weights with at most 4 bits: "learned" as in LBFP, or "nearest".
+        iterations, rounding_rows: Of learned rounding, as in LBFP.
+        rank: Of the adapters.
+        ranges_by_timestep: Learn input ranges apart for every timestep.
+        factor_power: Power of the sampler's factors that weighs a timestep's loss, see `Tuning`; 0 for plain modules.
+        keep_8bit: As in LBFP.
+        guidance_weight: As in `TrainingSettings`; nothing without guidance.
+        epochs, rows, adapter_rate, precision: Of fine-tuning, see `TrainingSettings`; 0 epochs: none.
+    """
+
+    rounding: Literal["learned", "nearest"] = "learned"
+    iterations: int = field(default=RoundingSettings.iterations)
+    rounding_rows: int = field(default=Sequencing.rounding_rows)
+    rank: int = 32
+    ranges_by_timestep: bool = False
+    factor_power: float = 2.0
+    keep_8bit: tuple[str, ...] = ("first", "last")
+    guidance_weight: float = 9.0
+    epochs: int = 10
+    rows: int = field(default=TrainingSettings.rows)
+    adapter_rate: float = field(default=TrainingSettings.adapter_rate)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+
+
+def plan(task: Task, options: Options) -> Outcome:
+    """Quantize the task's model by Guided."""
+    kept: list[str] = []
+    weight = guidance_to_keep(options.guidance_weight, task)
+    settings = settings_of(replace(options, guidance_weight=weight), task)
+
+    def rules(name: str, seen: Trace) -> LayerRules:
+        keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
+        kept.extend([name] if keeps else [])
+        bits = 8 if keeps else task.bits.weight
+        weight, learn = floating_grids(bits, "channel"), options.rounding == "learned" and bits <= 4
+        if task.bits.activation is None:
+            return LayerRules(weight, None, learn)
+        return LayerRules(weight, floating_grids(8 if keeps else task.bits.activation, "tensor"), learn)
+
+    rounding = RoundingSettings(iterations=options.iterations)
+    sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
+    outcome = posttraining.run(task, rules, sequencing)
+    tuning = Tuning(settings, 1, options.rank, options.factor_power, tuple(kept), options.ranges_by_timestep)
+    return tune(task, outcome, tuning)
