@@ -195,6 +195,12 @@ PAPERS: dict[str, list[Row]] = {
             {**EPOCHS, "rounding": "learned", **KEPT},
         ),
         Row("W3A6 EfficientDM, guidance kept", "efficientdm", "w3a6", {**EPOCHS, **KEPT}),
+        Row(
+            "W4A4 EfficientDM, compared after guidance", "efficientdm", "w4a4", {**EPOCHS, "compare_at": 3.0}
+        ),
+        Row(
+            "W2A4 EfficientDM, compared after guidance", "efficientdm", "w2a4", {**EPOCHS, "compare_at": 3.0}
+        ),
     ],
     "guided": [
         Row("W4A4 guided", "guided", "w4a4"),

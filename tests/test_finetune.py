@@ -419,9 +419,13 @@ def test_pairs_of_guidance_enter_the_loss_once() -> None:
     lost = lost_guidance((error[4] - error[3])[None], (data.targets[1] - data.targets[0])[None])
     plain = error.square().mean()
     assert float(lost) > 0
-    torch.testing.assert_close(data.loss(output, rows, 3.0), plain + 3 * lost)
+    torch.testing.assert_close(data.loss(output, rows, settings), plain + 3 * lost)
     torch.testing.assert_close(
-        data.loss(output, rows[2:3].repeat(6), 3.0), (output - data.targets[5]).square().mean()
+        data.loss(output, rows[2:3].repeat(6), settings), (output - data.targets[5]).square().mean()
+    )
+    guided = error[3] + 7.5 * (error[4] - error[3])  # rows without their other half take no part then
+    torch.testing.assert_close(
+        data.loss(output, rows, replace(SETTINGS, compare_at=7.5)), guided.square().mean()
     )
 
 
@@ -436,10 +440,11 @@ class Guided:
         return len(self.data)
 
 
-def test_a_guidance_weight_without_guidance_is_refused() -> None:
+@pytest.mark.parametrize("name", ["guidance_weight", "compare_at"])
+def test_guidance_in_the_loss_without_guidance_is_refused(name: str) -> None:
     task, plans = prepared()
-    with pytest.raises(ValueError, match="both parts of guidance, got none"):
-        trained(task, student_of(task, plans), replace(SETTINGS, guidance_weight=1.0))
+    with pytest.raises(ValueError, match=f"{name} must come with .* both parts of guidance, got none"):
+        trained(task, student_of(task, plans), replace(SETTINGS, **{name: 1.0}))
 
 
 def test_guided_without_guidance_has_nothing_to_keep() -> None:

@@ -181,7 +181,10 @@ def forecast(
     learns = getattr(made, "rounding", "nearest") == "learned" and parsed.weight <= 4
     tunes = hasattr(made, "epochs")
     trials: list[dict[str, Any]] = [{"iterations": steps} for steps in _TRIAL_STEPS] if learns else [{}]
-    untuned = {"epochs": 0, "guidance_weight": 0.0} if tunes else {}  # a few rows have no pairs of guidance
+    unpaired = [name for name in ("guidance_weight", "compare_at") if hasattr(made, name)]
+    untuned = (
+        {"epochs": 0, **dict.fromkeys(unpaired, 0.0)} if tunes else {}
+    )  # a few rows have no pairs of guidance
     plans = [recipes.plan(task, recipe, bits, {**options, **untuned, **each}) for each in trials]
     plan = plans[0]
     sizes = {name: layers.weight_of(module, name).numel() for name in plan.layers}

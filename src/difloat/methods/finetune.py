@@ -44,6 +44,8 @@ class TrainingSettings:
         router_rate: Of the router.
         accumulation: Batches per optimiser step.
         guidance_weight: Of the squared part of the guidance direction that the student loses, see `lost_guidance`.
+        compare_at: Guidance scale at which pairs of guidance are compared, as the released code of MPQ-DM does; 0: every output
+            by itself.
         precision: Mixed precision of `accelerate`.
         patience: Stop after so many epochs without a lower loss; 0: never.
     """
@@ -56,6 +58,7 @@ class TrainingSettings:
     router_rate: float = 1e-3
     accumulation: int = 1
     guidance_weight: float = 0.0
+    compare_at: float = 0.0
     precision: Literal["no", "bf16", "fp16"] = "no"
     patience: int = 0
 
@@ -74,11 +77,13 @@ def guidance_to_keep(weight: float, task: Task) -> float:
 
 
 def _check(task: Task, settings: TrainingSettings) -> None:
-    if settings.guidance_weight and not guidance_to_keep(settings.guidance_weight, task):
-        raise ValueError(
-            "guidance_weight must come with calibration rows of both parts of guidance, got none; calibrate with "
-            "guidance, or say guidance_weight=0"
-        )
+    for name in ("guidance_weight", "compare_at"):
+        weight = getattr(settings, name)
+        if weight and not guidance_to_keep(weight, task):
+            raise ValueError(
+                f"{name} must come with calibration rows of both parts of guidance, got none; calibrate with "
+                f"guidance, or say {name}=0"
+            )
 
 
 Extra = Callable[[Student, int, float, list[int], Tensor], Tensor]
@@ -125,7 +130,7 @@ def train(
                 timestep, rows = data.draw(step * settings.accumulation + part, settings.rows, task.seed)
                 with accelerator.accumulate(model):
                     output = first_tensor(model(*data.call(rows)))
-                    part_loss = weights[timestep] * data.loss(output.float(), rows, settings.guidance_weight)
+                    part_loss = weights[timestep] * data.loss(output.float(), rows, settings)
                     if extra is not None:
                         part_loss = part_loss + extra(student, step, timestep, rows.tolist(), output)
                     accelerator.backward(part_loss)
@@ -169,18 +174,19 @@ class _Rows:
         self.targets = torch.cat(outputs).float()
         self.beside = task.calibration.beside
 
-    def loss(self, output: Tensor, rows: Tensor, guidance_weight: float) -> Tensor:
+    def loss(self, output: Tensor, rows: Tensor, settings: TrainingSettings) -> Tensor:
         """Mean squared error, and what the pairs among the rows say of guidance."""
         error = output - self.targets[rows]
-        loss = error.square().mean()
         place = {row: number for number, row in enumerate(rows.tolist())}
         found = [(self.beside[row], number) for row, number in place.items()]
         pairs = [(place[other], number) for other, number in found if other is not None and other in place]
-        if not guidance_weight or not pairs:
-            return loss
+        if not pairs or not (settings.compare_at or settings.guidance_weight):
+            return error.square().mean()
         one, two = torch.tensor(pairs).unbind(1)
-        targets = self.targets[rows]
-        return loss + guidance_weight * lost_guidance(error[two] - error[one], targets[two] - targets[one])
+        lost, targets = error[two] - error[one], self.targets[rows]
+        compared = error[one] + settings.compare_at * lost if settings.compare_at else error
+        kept = lost_guidance(lost, targets[two] - targets[one])
+        return compared.square().mean() + settings.guidance_weight * kept
 
     def _call(self, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self.calibration.batch(rows.tolist())

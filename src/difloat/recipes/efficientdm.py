@@ -37,7 +37,7 @@ class Options:
         iterations, rounding_rows: Of learned rounding, as in LBFP.
         keep_8bit: As in LBFP.
         factor_power: Power of the sampler's factors that weighs a timestep's loss, see `Tuning`; 0 is the paper's.
-        epochs, rows, adapter_rate, guidance_weight, precision: Of fine-tuning, see `TrainingSettings`.
+        epochs, rows, adapter_rate, guidance_weight, compare_at, precision: Of fine-tuning, see `TrainingSettings`.
     """
 
     rank: int = 32
@@ -51,6 +51,7 @@ class Options:
     rows: int = field(default=TrainingSettings.rows)
     adapter_rate: float = field(default=TrainingSettings.adapter_rate)
     guidance_weight: float = field(default=TrainingSettings.guidance_weight)
+    compare_at: float = field(default=TrainingSettings.compare_at)
     precision: Literal["no", "bf16", "fp16"] = "no"
 
 

@@ -11,8 +11,8 @@ Paper -> here:
 Differs from the paper: inputs are scaled at run time, never by the operation before (a plan holds planned layers and leaves the
   user's norms alone); ranges are searched by squared error (the code: min-max for choosing n, then L2.4); zero points are real
   numbers; a convolution's second adapter is 1 x 1; skip and down-sampling convolutions are quantized too; 40 epochs over
-  calibration rows, not 800 over fresh trajectories; no guidance in the loss; the student's step before is seen by the student
-  as it is now.
+  calibration rows, not 800 over fresh trajectories; outputs compared after guidance with `compare_at` only; the student's
+  step before is seen by the student as it is now.
 Differs from the released code where that differs from the paper: n over the whole range (`candidates=release`: 0 and k only);
   relations attached to the graph (`relation=detached`); dead channels are safe; no constant in the adapters' rate.
 Inferred: the rows that MPQ-DM+ raises (those behind the first n); `adapter_init=error` after MPQ-DMv2 (arXiv:2507.04290). Its
@@ -50,7 +50,7 @@ class Options:
         adapter_init: "zero", or "error": from the largest directions of the rounding error.
         ranges_by_timestep: Learn input ranges apart for every timestep.
         keep_8bit: As in LBFP.
-        epochs, rows, adapter_rate, guidance_weight, precision: Of fine-tuning, see `TrainingSettings`.
+        epochs, rows, adapter_rate, guidance_weight, compare_at, precision: Of fine-tuning, see `TrainingSettings`.
     """
 
     grid: Literal["int", "fp"] = "int"
@@ -71,6 +71,7 @@ class Options:
     rows: int = field(default=TrainingSettings.rows)
     adapter_rate: float = field(default=TrainingSettings.adapter_rate)
     guidance_weight: float = field(default=TrainingSettings.guidance_weight)
+    compare_at: float = field(default=TrainingSettings.compare_at)
     precision: Literal["no", "bf16", "fp16"] = "no"
 
 

@@ -51,9 +51,8 @@ class Options:
         dfa: Weight the loss of a timestep by its factor in the sampler's update.
         factor_power: That factor to this power; 1 is the paper's.
         rounding: Of weights with at most 4 bits: "nearest" as in the paper, or "learned" as in LBFP before fine-tuning.
-        iterations, rounding_rows: Of learned rounding, as in LBFP.
-        keep_8bit: As in LBFP.
-        epochs, rows, adapter_rate, guidance_weight, precision: Of fine-tuning, see `TrainingSettings`.
+        iterations, rounding_rows, keep_8bit: As in LBFP, the first two of learned rounding.
+        epochs, rows, adapter_rate, guidance_weight, compare_at, precision: Of fine-tuning, see `TrainingSettings`.
     """
 
     grid: Literal["fp", "int"] = "fp"
@@ -72,6 +71,7 @@ class Options:
     rows: int = field(default=TrainingSettings.rows)
     adapter_rate: float = field(default=TrainingSettings.adapter_rate)
     guidance_weight: float = field(default=TrainingSettings.guidance_weight)
+    compare_at: float = field(default=TrainingSettings.compare_at)
     precision: Literal["no", "bf16", "fp16"] = "no"
 
 
