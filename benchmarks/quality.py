@@ -150,6 +150,19 @@ PAPERS: dict[str, list[Row]] = {
             {"adapters": 1, "epochs": 10, "rounding": "learned", **KEPT},
         ),
         Row("W4A4 MSFP, one adapter, 10 epochs", "msfp", "w4a4", {"adapters": 1, "epochs": 10}),
+        Row("W4A4 MSFP, one adapter", "msfp", "w4a4", {"adapters": 1}),
+        Row(
+            "W4A4 MSFP, one adapter, 10 epochs, guidance weighted",
+            "msfp",
+            "w4a4",
+            {"adapters": 1, "epochs": 10, "guidance_weight": 9.0},
+        ),
+        Row(
+            "W4A4 MSFP, one adapter, 10 epochs, squared factors",
+            "msfp",
+            "w4a4",
+            {"adapters": 1, "epochs": 10, "factor_power": 2.0},
+        ),
     ],
     "mpqdm": [
         *against("w2a4", 3),
@@ -211,6 +224,7 @@ PAPERS: dict[str, list[Row]] = {
         Row("W2A4 guided, ranges by timestep", "guided", "w2a4", {"ranges_by_timestep": True}),
         Row("W2A4 guided, 20 epochs", "guided", "w2a4", EPOCHS),
         Row("W4A8 guided", "guided", "w4a8"),
+        Row("W4A4 guided, all timesteps alike", "guided", "w4a4", {"factor_power": 0.0}),
     ],
 }
 MODELS = {"lbfp": NAMES, "fp4dit": ("emoji-pixart",), "msfp": NAMES, "mpqdm": NAMES, "guided": NAMES}

@@ -25,7 +25,8 @@ from difloat.methods.allocate import (
     kurtosis,
     row_errors,
 )
-from difloat.methods.assign import asymmetric_integers, draft_layer
+from difloat.methods.assign import asymmetric_integers, draft_layer, floating_grids
+from difloat.methods.target import fits
 from difloat.methods.task import Bits, Task
 from difloat.quantizer import LayerPlan
 from difloat.specs import Band
@@ -290,6 +291,23 @@ def test_mixed_layers_compute_with_their_dequantized_weight() -> None:
     linear = plan.layers["linear"]
     torch.testing.assert_close(plain.linear.weight, quantizer.dequantize(linear))
     assert set((linear.tensors["row_band"].bincount()).tolist()) == {band.rows for band in linear.bands}
+
+
+def test_excluded_layers_take_no_part_and_formats_are_those_of_the_target() -> None:
+    task = prepared("w4a8", exclude=("linear",), target="cpu")
+    found = allocate.allocate(task, lambda bits: floating_grids(bits, "channel"), AllocationSettings())
+    assert set(found) == {"conv", "grouped"}
+    chosen = [
+        one for each in found.values() if each.mixed for rule in each.mixed.rules for one in rule.formats
+    ]
+    assert chosen and all(fits(one, "cpu") for one in chosen)
+
+
+def test_options_that_would_do_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="plus must come with rows of several widths, got mixed=false"):
+        recipes.plan(prepared("w2a8"), "mpqdm", "w2a8", {"epochs": 0, "plus": True, "mixed": False})
+    with pytest.raises(ValueError, match="layers that the model calls, got 'idle'"):
+        recipes.plan(prepared("w2a8"), "rtn", "w2a8", {"keep_8bit": ["last", "idle"]})
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "efficientdm", "msfp", "mpqdm"])

@@ -199,6 +199,13 @@ def test_repair_fine_tunes_a_checkpoint(run: Run, source: Path, checkpoint: Path
     assert wrong.code == 2 and "must be quantized by difloat" in wrong.err
 
 
+def test_repair_says_what_it_takes(run: Run) -> None:
+    page = run("repair", "--help").out
+    for word in ("any recipe", "import --into", "DifloatConfig", "--set adapters=1", "--set stretches=1"):
+        assert word in page
+    assert all(name in page for name in ("--rank", "--guidance-weight", "--memory-mb", "--no-dfa"))
+
+
 def test_quantize_writes_a_checkpoint_and_a_report(source: Path, checkpoint: Path) -> None:
     names = {path.name for path in checkpoint.iterdir()}
     assert {"model_index.json", "difloat.json", "report.html", "report.json", "report-pictures.npz"} <= names

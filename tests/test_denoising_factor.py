@@ -12,9 +12,14 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
 )
 
-from difloat.methods.denoising_factor import denoising_factors, normalised
+from difloat.calibration import CalibrationSettings, collect
+from difloat.methods.denoising_factor import denoising_factors, loss_weights, normalised
+from difloat.methods.task import Bits, Task
+from family_table import FAMILIES
+from tiny import PROMPTS, tiny_ddim, tiny_pixart
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = 10
@@ -103,7 +108,68 @@ def test_normalised_factors_have_mean_one() -> None:
     assert factors == {1.0: 0.5, 2.0: 1.5}
 
 
-def test_thresholding_is_refused() -> None:
-    scheduler = DDIMScheduler(**BETAS, clip_sample=True, clip_sample_range=0.1)
-    with pytest.raises(ValueError, match="must be affine"):
-        denoising_factors(scheduler, STEPS)
+@pytest.mark.parametrize("make", [DDIMScheduler, DDPMScheduler])
+def test_clipping_of_samples_is_left_out(make: type) -> None:
+    clipped = make(**BETAS, clip_sample=True, clip_sample_range=0.1)
+    assert denoising_factors(clipped, STEPS) == denoising_factors(make(**BETAS, clip_sample=False), STEPS)
+    assert clipped.config.clip_sample
+
+
+def test_a_learned_variance_is_no_part_of_the_prediction() -> None:
+    fixed, learned = (
+        denoising_factors(DDPMScheduler(**BETAS, variance_type=kind), STEPS)
+        for kind in ("fixed_small", "learned_range")
+    )
+    assert learned == pytest.approx(fixed, rel=1e-6)
+
+
+def test_several_calls_at_a_timestep_are_refused() -> None:
+    with pytest.raises(ValueError, match="one denoiser call per timestep, but HeunDiscreteScheduler"):
+        denoising_factors(HeunDiscreteScheduler(**BETAS), STEPS)
+
+
+def test_a_step_that_bends_is_refused() -> None:
+    class Bent(DDIMScheduler):
+        def step(self, output, timestep, sample, **arguments):
+            return super().step(output.square(), timestep, sample, **arguments)
+
+    with pytest.raises(ValueError, match=r"must be affine in .*; train without it \(factor_power=0"):
+        denoising_factors(Bent(**BETAS), STEPS)
+
+
+@pytest.mark.parametrize("kept", [10, 40])
+def test_weights_belong_to_the_steps_of_the_sampler(kept: int) -> None:
+    """Also where fewer rows than steps were kept."""
+    pipeline = tiny_ddim()
+    data = collect(pipeline, None, CalibrationSettings(samples=kept, steps=20), progress=False)
+    pipeline.scheduler.set_timesteps(3)  # whatever else the pipeline did meanwhile
+    task = Task(pipeline.unet, data, Bits.parse("w4a4"), scheduler=data.scheduler)
+    weights = loss_weights(task, 2.0)
+    factors = denoising_factors(pipeline.scheduler, 20)
+    assert set(weights) == set(data.timesteps) and len(weights) == min(kept, 20)
+    ratios = [weights[timestep] / factors[timestep] ** 2 for timestep in weights]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=1e-4)
+    assert sum(weights.values()) / len(weights) == pytest.approx(1)
+
+
+def test_a_shift_that_the_pipeline_chooses_is_that_of_its_run() -> None:
+    pipeline = FAMILIES["flux"].build()
+    assert pipeline.scheduler.config.use_dynamic_shifting
+    settings = CalibrationSettings(samples=12, steps=3, prompts_per_batch=2)
+    call = FAMILIES["flux"].call
+    data = collect(pipeline, PROMPTS, settings, progress=False, call_kwargs=call)
+    task = Task(pipeline.transformer, data, Bits.parse("w4a4"), scheduler=data.scheduler)
+    weights = loss_weights(task, 1.0)
+    sigmas = data.scheduler().sigmas
+    expected = (sigmas[:-1] - sigmas[1:]).tolist()
+    found = [weights[timestep] for timestep in sorted(weights, reverse=True)]
+    assert [a / found[0] for a in found] == pytest.approx([a / expected[0] for a in expected], rel=1e-3)
+
+
+def test_rows_of_no_trajectory_are_refused() -> None:
+    pipeline = tiny_pixart()
+    settings = CalibrationSettings(samples=8, steps=3, timesteps="clean")
+    data = collect(pipeline, PROMPTS, settings, progress=False)
+    task = Task(pipeline.transformer, data, Bits.parse("w4a4"), scheduler=data.scheduler)
+    with pytest.raises(ValueError, match="must be of the sampler's 3 steps"):
+        loss_weights(task, 1.0)

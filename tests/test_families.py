@@ -134,8 +134,9 @@ def test_conditional_and_unconditional_rows_are_told_apart(name: str) -> None:
     for row, value in zip(rows._rows, condition, strict=True):
         seen.setdefault(row.part, set()).add(content(value))
     if family.unconditional is None:
-        assert set(seen) == {0}
+        assert set(seen) == {0} and rows.conditional_part is None
         return
+    assert rows.conditional_part == 1 - family.unconditional
     assert rows.describe()["parts"] == {0: 6, 1: 6}
     without, with_ = seen[family.unconditional], seen[1 - family.unconditional]
     assert len(without) == 1 < len(with_) and not without & with_

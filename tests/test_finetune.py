@@ -6,19 +6,23 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from difloat import layers, recipes, record
 from difloat.calibration import Calibration, CalibrationSettings, collect_from_loop
 from difloat.formats import parse
-from difloat.methods import assign, finetune, posttraining
+from difloat.methods import assign, finetune, posttraining, resume
 from difloat.methods.assign import Rule, asymmetric_integers
-from difloat.methods.finetune import TrainingSettings, lost_guidance, train
+from difloat.methods.finetune import Batch, TrainingSettings, lost_guidance, train
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Sequencing
+from difloat.methods.relation import RelationLoss, RelationSettings
 from difloat.methods.search import ZERO_POINTS
 from difloat.methods.student import Router, Student
 from difloat.methods.task import Bits, MixedRows, Smoothing, Task
@@ -212,7 +216,7 @@ def test_a_cut_run_goes_on_to_the_same_weights(tmp_path, monkeypatch) -> None:
     whole = student_of(task, plans)
     expected = trained(task, whole)
     kept = replace(task, work_dir=tmp_path)
-    monkeypatch.setattr(finetune, "_SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(resume, "_SAVE_EVERY_S", 0.0)
     cut = student_of(kept, plans)
     calls = []
 
@@ -229,17 +233,26 @@ def test_a_cut_run_goes_on_to_the_same_weights(tmp_path, monkeypatch) -> None:
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(dict(again.named_parameters())[name], parameter)
     # Another run does not take it for its own.
-    for other in (replace(kept, seed=5), kept):
-        beside = student_of(kept, plans, carry="merged" if other is not kept else "side")
-        state = finetune._Kept(other, beside, torch.optim.AdamW(beside.parameters()), SETTINGS)
-        assert state.read() is None
+    weights = dict.fromkeys(again.grid, 1.0)
+
+    def state_of(task: Task, student: Student, **changes: object) -> object:
+        made_of = {"settings": repr(SETTINGS), "weights": sorted(weights.items()), "extra": "", **changes}
+        return resume.Kept(task, student, torch.optim.AdamW(student.parameters()), made_of).read()
+
+    assert state_of(kept, again) is not None
+    assert state_of(replace(kept, seed=5), again) is None
+    assert state_of(kept, student_of(kept, plans, carry="side")) is None
+    assert state_of(kept, again, weights=[(100.0, 2.0)]) is None
     weight = QuantSpec(parse("e1m2"), "channel")
     coarser = {n: replace(p, parts=(replace(p.parts[0], weight=weight),)) for n, p in plans.items()}
-    other = student_of(kept, coarser)
-    state = finetune._Kept(kept, other, torch.optim.AdamW(other.parameters()), SETTINGS)
-    assert state.read() is None
-    state = finetune._Kept(kept, again, torch.optim.AdamW(again.parameters()), SETTINGS)
-    assert state.read() is not None
+    assert state_of(kept, student_of(kept, coarser)) is None
+    wider = {
+        n: replace(p, tensors={**p.tensors, "input_scale": 2 * p.tensors["input_scale"]})
+        for n, p in plans.items()
+    }
+    assert state_of(kept, student_of(kept, wider)) is None
+    fewer = collect_from_loop(task.model, sample_with, CalibrationSettings(samples=20), progress=False)
+    assert state_of(replace(kept, calibration=fewer), again) is None
 
 
 def test_training_stops_when_nothing_gets_better() -> None:
@@ -248,10 +261,21 @@ def test_training_stops_when_nothing_gets_better() -> None:
     assert len(trained(task, student_of(task, plans), replace(settings, patience=2))) < 50
 
 
-def test_two_processes_train_what_one_does(tmp_path) -> None:
+def in_two_ways() -> dict[str, Student]:
+    """Trained plainly, and with all that the loss can hold of guidance and relations."""
     task, plans = prepared()
-    student = student_of(task, plans)
-    trained(task, student)
+    plain = student_of(task, plans)
+    trained(task, plain)
+    task = replace(task, calibration=Guided(task.calibration))
+    student = student_of(task, plans, adapters=1)
+    relations = RelationLoss(task, student, RelationSettings(every=1, module="conv_in"))
+    settings = replace(SETTINGS, guidance_weight=20.0, rows=6)
+    train(task, student, settings, dict.fromkeys(student.grid, 1.0), relations)
+    return {"plain": plain, "all": student}
+
+
+def test_two_processes_train_what_one_does(tmp_path) -> None:
+    alone = in_two_ways()
     script = Path(__file__).with_name("train_two_processes.py")
     # accelerate's own launcher starts several processes on CPUs by MPI only; torch's starts them anywhere.
     command = [
@@ -265,9 +289,10 @@ def test_two_processes_train_what_one_does(tmp_path) -> None:
     ]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    both = torch.load(tmp_path / "student.pt", weights_only=True)
-    for name, parameter in student.named_parameters():
-        torch.testing.assert_close(both[name], parameter.detach(), rtol=1e-3, atol=1e-5)
+    both = torch.load(tmp_path / "students.pt", weights_only=True)
+    for way, student in alone.items():
+        for name, parameter in student.named_parameters():
+            torch.testing.assert_close(both[way][name], parameter.detach(), rtol=1e-3, atol=1e-5)
 
 
 def test_report_shows_what_the_recipe_found_and_learned() -> None:
@@ -398,43 +423,58 @@ def test_training_starts_at_what_learned_rounding_left(rank: int) -> None:
         assert torch.equal(plan.tensors["weight"], moved[name].tensors["weight"])
 
 
+def lost(error: torch.Tensor, direction: torch.Tensor) -> float:
+    along, power = (error * direction).sum(), direction.square().sum()
+    return float(lost_guidance(along, power, direction.numel()))
+
+
 def test_lost_guidance_is_the_squared_slope_of_the_error() -> None:
     direction = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
     power = float(direction.square().mean())
     for share in (0.0, -0.2, 0.5):
-        assert float(lost_guidance(share * direction, direction)) == pytest.approx(share**2 * power, rel=1e-4)
+        assert lost(share * direction, direction) == pytest.approx(share**2 * power, rel=1e-4)
     noise = torch.randn(direction.shape, generator=torch.Generator().manual_seed(1))
     across = noise - (noise * direction).sum() / direction.square().sum() * direction
-    assert float(lost_guidance(across, direction)) < 1e-10  # what does not weaken guidance costs nothing here
-    assert float(lost_guidance(across, torch.zeros_like(direction))) == 0
+    assert lost(across, direction) < 1e-10  # what does not weaken guidance costs nothing here
+    assert lost(across, torch.zeros_like(direction)) == 0
 
 
-def test_pairs_of_guidance_enter_the_loss_once() -> None:
-    task = replace(prepared()[0], calibration=Guided(prepared()[0].calibration))
+@pytest.mark.parametrize("conditional", [0, 1])
+def test_pairs_of_guidance_enter_the_loss_once(conditional: int) -> None:
+    task = prepared()[0]
+    task = replace(task, calibration=Guided(task.calibration, conditional))
     settings = replace(SETTINGS, guidance_weight=3.0)
-    data = finetune._Rows(task, finetune._accelerator(task, settings))
-    rows = torch.tensor([0, 1, 5, 0, 1, 8])  # 1 is beside 0; 5 is alone, 8's other half is not drawn
-    output = torch.randn(6, 3, 6, 6, generator=torch.Generator().manual_seed(2))
+    accelerator = SimpleNamespace(process_index=0, num_processes=1)
+    data = finetune._Rows(task, accelerator)
+    (first, second), (other, _), *_ = [(a, b) for b, a in enumerate(task.calibration.beside) if a is not None]
+    rows = [first, second, other, first, second]  # drawn twice; `other` without its half
+    batch = Batch(500.0, rows)
+    output = torch.randn(len(rows), 3, 6, 6, generator=torch.Generator().manual_seed(2))
     error = output - data.targets[rows]
-    lost = lost_guidance((error[4] - error[3])[None], (data.targets[1] - data.targets[0])[None])
+    missing = lost(error[4] - error[3], data.targets[second] - data.targets[first])
     plain = error.square().mean()
-    assert float(lost) > 0
-    torch.testing.assert_close(data.loss(output, rows, settings), plain + 3 * lost)
+    assert missing > 0
+    torch.testing.assert_close(data.loss(output, batch, settings), plain + 3 * missing)
+    lonely = data.loss(output, Batch(500.0, [other] * len(rows)), settings)
+    torch.testing.assert_close(lonely, (output - data.targets[other]).square().mean())
+    without, having = (error[4], error[3]) if conditional == 0 else (error[3], error[4])
+    guided = without + 7.5 * (having - without)  # rows without their other half take no part then
     torch.testing.assert_close(
-        data.loss(output, rows[2:3].repeat(6), settings), (output - data.targets[5]).square().mean()
-    )
-    guided = error[3] + 7.5 * (error[4] - error[3])  # rows without their other half take no part then
-    torch.testing.assert_close(
-        data.loss(output, rows, replace(SETTINGS, compare_at=7.5)), guided.square().mean()
+        data.loss(output, batch, replace(SETTINGS, compare_at=7.5)), guided.square().mean()
     )
 
 
 class Guided:
-    """Calibration rows of which some stand for two halves of guidance."""
+    """Calibration rows that stand for halves of guidance, two by two at every timestep."""
 
-    def __init__(self, data: Calibration) -> None:
-        self.data, self.timesteps, self.batch = data, data.timesteps, data.batch
-        self.beside = [0 if row == 1 else 7 if row == 8 else None for row in range(len(data))]
+    def __init__(self, data: Calibration, conditional: int | None = 1) -> None:
+        self.data, self.timesteps, self.batch, self.before = data, data.timesteps, data.batch, data.before
+        self.fingerprint, self.steps, self.conditional_part = data.fingerprint, data.steps, conditional
+        self.beside: list[int | None] = [None] * len(data)
+        for timestep in set(data.timesteps):
+            rows = [row for row, other in enumerate(data.timesteps) if other == timestep]
+            for first, second in zip(rows[::2], rows[1::2], strict=False):
+                self.beside[second] = first
 
     def __len__(self) -> int:
         return len(self.data)
@@ -447,6 +487,21 @@ def test_guidance_in_the_loss_without_guidance_is_refused(name: str) -> None:
         trained(task, student_of(task, plans), replace(SETTINGS, **{name: 1.0}))
 
 
+def test_comparing_after_guidance_must_know_which_half_is_the_conditional_one() -> None:
+    task, plans = prepared()
+    task = replace(task, calibration=Guided(task.calibration, None))
+    with pytest.raises(ValueError, match="which part of guidance has no condition"):
+        trained(task, student_of(task, plans), replace(SETTINGS, compare_at=3.0))
+    trained(task, student_of(task, plans), replace(SETTINGS, guidance_weight=3.0))
+
+
+@pytest.mark.parametrize("name", ["rows", "accumulation"])
+def test_a_step_must_have_rows(name: str) -> None:
+    task, plans = prepared()
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        trained(task, student_of(task, plans), replace(SETTINGS, **{name: 0}))
+
+
 def test_guided_without_guidance_has_nothing_to_keep() -> None:
     task, _ = prepared()
     options = {"epochs": 1, "rows": 4, "rank": 2, "iterations": 4, "rounding_rows": 8, "factor_power": 0}
@@ -456,3 +511,34 @@ def test_guided_without_guidance_has_nothing_to_keep() -> None:
     assert asked.measured["losses"] == without.measured["losses"]
     with pytest.raises(ValueError, match="must know the sampler, got a plain module"):
         recipes.plan(task, "guided", "w4a4", {**options, "factor_power": 2})
+
+
+def test_accumulated_batches_make_one_step() -> None:
+    task, plans = prepared()
+    seen: list[int] = []
+
+    def count(student: Student, step: int, batch: Batch, output: torch.Tensor) -> torch.Tensor:
+        seen.append(step)
+        return output.new_zeros(())
+
+    student = student_of(task, plans)
+    settings = replace(SETTINGS, epochs=2, accumulation=3)
+    losses = train(task, student, settings, dict.fromkeys(student.grid, 1.0), count)
+    assert seen == [step for step in range(6) for _ in range(3)] and len(losses) == 2
+    once = student_of(task, plans)
+    trained(task, once, replace(settings, accumulation=1))
+    assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), once.parameters(), strict=True))
+
+
+def test_mixed_precision_trains_about_the_same() -> None:
+    task, plans = prepared()
+    full, half = (
+        trained(task, student_of(task, plans), replace(SETTINGS, precision=p)) for p in ("no", "bf16")
+    )
+    assert half != full and half == pytest.approx(full, rel=0.1)
+    Accelerator(cpu=True, mixed_precision="bf16")  # the user's own
+    try:
+        with pytest.raises(ValueError, match="must be that of the process's Accelerator, 'bf16', got 'no'"):
+            trained(task, student_of(task, plans))
+    finally:
+        AcceleratorState._reset_state()

@@ -13,7 +13,7 @@ from difloat.calibration import CalibrationSettings, collect_from_loop
 from difloat.formats import parse
 from difloat.methods import posttraining, relation
 from difloat.methods.assign import Rule
-from difloat.methods.finetune import TrainingSettings, train
+from difloat.methods.finetune import Batch, TrainingSettings, train
 from difloat.methods.posttraining import LayerRules, Sequencing
 from difloat.methods.relation import RelationLoss, RelationSettings, divergence, feature_block, positions
 from difloat.methods.student import Student
@@ -75,7 +75,7 @@ def loss_of(
     extra = RelationLoss(task, student, RelationSettings(**changes))
     rows = [row for row, t in enumerate(task.calibration.timesteps) if t == timestep]
     output = student(*task.calibration.batch(rows))
-    return extra(student, step, timestep, rows, output)
+    return extra(student, step, Batch(timestep, rows), output)
 
 
 def by_hand(student: Tensor, teacher: Tensor) -> float:
@@ -184,6 +184,26 @@ def test_it_is_taken_in_every_second_step_or_as_told() -> None:
         RelationSettings(every=0)
 
 
+def test_the_first_step_stands_alone_with_its_whole_gradient() -> None:
+    task = prepared()
+    student = student_of(task)
+    loss_of(task, student, timestep=900.0).backward()
+    found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    rows = [row for row, t in enumerate(task.calibration.timesteps) if t == 900.0]
+    caught: list[Tensor] = []
+    for module in (student.module("blocks.1"), task.model.get_submodule("blocks.1")):
+        module.register_forward_hook(lambda m, i, out: caught.append(positions(out)))
+    output = student(*task.calibration.batch(rows))
+    args, kwargs = task.calibration.batch(rows)
+    task.model(*args, **kwargs)
+    (100 / output.numel() * divergence(caught[0], caught[1].detach())).backward()
+    for name, parameter in student.named_parameters():
+        if name in found:
+            torch.testing.assert_close(found[name], parameter.grad)
+    assert any(bool(grad.any()) for grad in found.values())
+
+
 def test_features_that_do_not_fit_the_memory_are_computed_again() -> None:
     task, small = prepared(), prepared(memory_bytes=0)
     held, again = (loss_of(one, student_of(one)) for one in (task, small))
@@ -207,8 +227,10 @@ def test_the_block_is_found_named_or_refused() -> None:
     call = task.calibration.batch([0])
     assert feature_block(task.model, call) == "blocks.1"
     assert RelationLoss(task, student_of(task), RelationSettings(module="blocks.0")).name == "blocks.0"
-    with pytest.raises(ValueError, match="module of the denoiser, got 'nope'"):
+    with pytest.raises(ValueError, match="module of the denoiser, got features='nope'"):
         RelationLoss(task, student_of(task), RelationSettings(module="nope"))
+    with pytest.raises(ValueError, match="called once, got features='blocks', called 0 times"):
+        recipes.plan(task, "mpqdm", "w3a8", {"features": "blocks"})
     with pytest.raises(ValueError, match="must find a block"):
         feature_block(nn.Linear(3, 3), ((torch.zeros(1, 3),), {}))
     with pytest.raises(ValueError, match="output without"):

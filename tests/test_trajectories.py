@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from difloat.calibration import CalibrationSettings, collect, collect_from_loop
-from difloat.trajectories import Course, rows_before, rows_beside
+from difloat.trajectories import Course, conditional_part, rows_before, rows_beside
 from tiny import PROMPTS, tiny_ddim, tiny_unet
 
 # diffusers hands torch tensors to numpy 2 in its schedulers.
@@ -63,7 +63,15 @@ def test_rows_beside_are_the_other_part_of_the_same_point_or_missing() -> None:
         ("a", 1, 3),
         ("a", 0, 2),
     ]
-    assert rows_beside(rows) == [1, None, None, 0, None, None, None, None]
+    assert rows_beside(rows, "xxxxxxxx") == [1, None, None, 0, None, None, None, None]
+    assert rows_beside(rows, "xyxyxyxy") == [None] * 8  # a corrector's call, of another sample
+
+
+def test_the_conditional_part_shows_more_different_conditions() -> None:
+    assert conditional_part([0, 1, 0, 1], ["", "cat", "", "dog"]) == 1
+    assert conditional_part([0, 1, 0, 1], ["cat", "", "dog", ""]) == 0
+    assert conditional_part([0, 1, 0, 1], ["", "cat", "", "cat"]) is None
+    assert conditional_part([0, 0], ["a", "b"]) is None
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -76,6 +84,7 @@ def test_the_rows_beside_are_of_the_same_sample_without_its_prompt(seed: int) ->
         (mine, mine_too), (its, its_too) = (data.batch([number]) for number in (row, other))
         assert torch.equal(mine[0], its[0]) and data.timesteps[row] == data.timesteps[other]
         assert not torch.equal(mine_too["encoder_hidden_states"], its_too["encoder_hidden_states"])
+    assert data.conditional_part == 1
 
 
 @pytest.mark.parametrize("make", [tiny_unet, tiny_ddim])

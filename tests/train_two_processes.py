@@ -1,4 +1,4 @@
-"""Run by test_finetune under `accelerate launch`: trains the student of that test and saves it from the first process."""
+"""Run by test_finetune under a launcher: trains the students of that test and saves them from the first process."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_finetune import prepared, student_of, trained
+from test_finetune import in_two_ways
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    task, plans = prepared()
-    student = student_of(task, plans)
-    trained(task, student)
+    students = in_two_ways()
     if os.environ["RANK"] == "0":
-        torch.save(student.state_dict(), Path(sys.argv[1]) / "student.pt")
+        torch.save(
+            {name: one.state_dict() for name, one in students.items()}, Path(sys.argv[1]) / "students.pt"
+        )

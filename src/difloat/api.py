@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import calibration, layers, lora, recipes
+from difloat import calibration, io, layers, lora, recipes
 from difloat import components as parts
 from difloat.calibration import Calibration, CalibrationSettings
 from difloat.exclusion import excluded
 from difloat.io import mark_quantized, unmark_quantized
 from difloat.methods import target as targets
+from difloat.methods.denoising_factor import loss_weights
 from difloat.methods.finetune import TrainingSettings, guidance_to_keep
-from difloat.methods.posttraining import Outcome
+from difloat.methods.posttraining import Outcome, timestep_grid
 from difloat.methods.task import Bits, Task
 from difloat.methods.tuned import Tuning, tune
-from difloat.quantizer import Plan
+from difloat.quantizer import LayerPlan, Plan
 
 
 def denoiser(model: Any) -> nn.Module:
@@ -120,9 +121,10 @@ def repair(
 
     Args:
         model: The full-precision pipeline or module that the plan was made for; it teaches and stays untouched.
-        plan: Of a checkpoint (`difloat.io.plan_of`) or a recipe, with one weight per layer.
+        plan: Of a recipe, or of a checkpoint: `plan_of`, also where it was quantized while loading or imported. With one
+            weight per layer. Input ranges by timestep start, at each timestep of the calibration, at the plan's nearest.
         epochs: Passes along the trajectory; more than the rows are worth make pictures worse (docs/papers/msfp.md).
-        rank: Of the adapters.
+        rank: Of the adapters; 0 trains ranges and scales only.
         dfa: Weight the loss of a timestep by the square of its factor in the sampler's update.
         guidance_weight: As in `TrainingSettings`; nothing without guidance.
         prompts: As for `plan`, like the rest.
@@ -132,10 +134,13 @@ def repair(
         call_kwargs: Likewise.
         **settings: Fields of `CalibrationSettings`.
 
+    Returns:
+        The plan with the denoiser's layers as trained. Other components are not trained, their plans stay what they are.
+
     Raises:
         ValueError: if a layer has several weights chosen by timestep or adapters beside it, or the plan is of another model.
     """
-    _check_repairable(plan)
+    _check_repairable(model, plan)
     data = calibrate(
         model,
         prompts=prompts,
@@ -146,29 +151,86 @@ def repair(
         **settings,
     )
     wanted, work_dir = CalibrationSettings(**settings), None if cache_dir is None else Path(cache_dir)
-    task = replace(
-        task_of(model, data, Bits.parse(plan.bits)), seed=wanted.seed, progress=progress, work_dir=work_dir
-    )
-    layers.apply(layers.shadow(task.model), plan)  # refuses a plan of another model
-    start = Outcome(
-        dict(plan.layers), dict(plan.skipped), {"seconds": {}, "blocks": {}}, dict(plan.attention)
-    )
-    kept = tuple(name for name, layer in plan.layers.items() if layer.parts[0].weight.format.bits == 8)
+    task = task_of(model, data, Bits.parse(plan.bits))
+    task = replace(task, seed=wanted.seed, progress=progress, work_dir=work_dir)
+    task = replace(task, memory_bytes=wanted.memory_bytes)
     weight = guidance_to_keep(guidance_weight, task)
     training = TrainingSettings(epochs, guidance_weight=weight)
-    tuned = tune(task, start, Tuning(training, 1, rank, 2.0 if dfa else 0.0, kept))
+    weights = loss_weights(task, 2.0 if dfa else 0.0)
+    tuned = tune(task, _start(plan, task), Tuning(training, 1, rank, weights, _of_8_bits(plan)))
     used = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": weight, "seed": wanted.seed}
-    options = {**plan.options, "repair": used}
-    return replace(plan, layers=tuned.layers, options=options, measured=tuned.measured)
+    trained = replace(plan, layers=tuned.layers, timesteps=tuned.timesteps, measured=tuned.measured)
+    return replace(trained, options={**plan.options, "repair": used})
 
 
-def _check_repairable(plan: Plan) -> None:
+def plan_of(model: Any) -> Plan:
+    """The plan that a quantized module or pipeline carries out, with those of a pipeline's other quantized components.
+
+    Raises:
+        ValueError: if the denoiser is not quantized, and else as from `difloat.io.plan_of`.
+    """
+    module = denoiser(model)
+    found = {} if model is module else model.components
+    others = {
+        name: io.plan_of(part)
+        for name, part in found.items()
+        if isinstance(part, nn.Module) and part is not module and _quantized(part)
+    }
+    return replace(io.plan_of(module), components=others)
+
+
+def _quantized(module: nn.Module) -> bool:
+    return any(isinstance(part, layers.QuantizedLayer) for part in module.modules())
+
+
+def _check_repairable(model: Any, plan: Plan) -> None:
     for name, layer in plan.layers.items():
-        if layer.schedules or layer.side is not None:
+        if layer.side is not None:
             raise ValueError(
-                f"plan must have one weight and one input range per layer and nothing beside, but not so {name!r}; "
-                "repair works on checkpoints of recipes without stretches or adapters by timestep"
+                f"plan must have nothing beside its weights to be repaired, got low-rank pairs beside {name!r}; "
+                "quantize with --set carry=merged --set adapters=1 (msfp)"
             )
+        if layer.schedule:
+            raise ValueError(
+                f"plan must have one weight per layer to be repaired, got {layer.variants} by timestep of {name!r}; "
+                "quantize with --set adapters=1 (msfp) or --set stretches=1 (viditq)"
+            )
+    for module, own in parts.models(model, denoiser(model), plan):
+        lora.refuse(module, "quantized")
+        layers.check(module, own)
+
+
+def _start(plan: Plan, task: Task) -> Outcome:
+    """Where training starts: the plan, its input ranges by timestep taken over to the timesteps of the calibration."""
+    grid = timestep_grid(task)
+    taken = {name: _on_grid(layer, plan.timesteps, grid) for name, layer in plan.layers.items()}
+    measured: dict[str, Any] = {"seconds": {}, "blocks": {}}
+    timesteps = grid if plan.timesteps else ()
+    return Outcome(taken, dict(plan.skipped), measured, dict(plan.attention), timesteps)
+
+
+def _on_grid(layer: LayerPlan, timesteps: Sequence[float], grid: Sequence[float]) -> LayerPlan:
+    """The layer with an input range for every entry of `grid`: the one at the nearest of the plan's `timesteps`."""
+    if not layer.input_schedule:
+        return layer
+    nearest = [min(range(len(timesteps)), key=lambda n: abs(timesteps[n] - one)) for one in grid]
+    rows, ranges = [layer.input_schedule[n] for n in nearest], max(layer.input_schedule) + 1
+    tensors = {
+        name: tensor.unflatten(0, (ranges, -1))[rows].flatten()
+        if name in ("input_scale", "input_zero_point")
+        else tensor
+        for name, tensor in layer.tensors.items()
+    }
+    return replace(layer, tensors=tensors, input_schedule=tuple(range(len(grid))))
+
+
+def _of_8_bits(plan: Plan) -> tuple[str, ...]:
+    """Layers whose whole weight has 8 bits: as in the recipes, they learn ranges only."""
+    return tuple(
+        name
+        for name, layer in plan.layers.items()
+        if not layer.bands and all(part.weight.format.bits == 8 for part in layer.parts)
+    )
 
 
 def task_of(model: Any, data: Calibration, bits: Bits) -> Task:
@@ -176,8 +238,7 @@ def task_of(model: Any, data: Calibration, bits: Bits) -> Task:
     module = denoiser(model)
     if model is module:
         return Task(module, data, bits)
-    scheduler = getattr(model, "scheduler", None)
-    return Task(module, data, bits, pipeline=type(model).__name__, scheduler=scheduler)
+    return Task(module, data, bits, pipeline=type(model).__name__, scheduler=data.scheduler)
 
 
 def calibrate(

@@ -8,6 +8,7 @@ disk it stays done, and because every seed is explicit a resumed run gives the r
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,16 @@ from pathlib import Path
 from typing import Any, Literal, final, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from difloat import processes
-from difloat.calls import Recorder, Row, device_of, first_tensor, merge, recording, stratified_indices
+from difloat.calls import Recorder, Row, device_of, merge, recording, stratified_indices
+from difloat.mergeable import check_mergeable
 from difloat.renoising import LastCall, clean_calls
 from difloat.sampling import Sampling, denoiser_of, load_prompts, quiet, weights_summary
 from difloat.shelf import Recorded, Shelf, open_shelf, record_shards
-from difloat.trajectories import rows_before, rows_beside
+from difloat.trajectories import conditional_part, rows_before, rows_beside
 
 __all__ = [
     "Calibration",
@@ -89,11 +91,17 @@ class CalibrationSettings:
 class Calibration:
     """A set of captured denoiser input rows, held in RAM or read from disk on demand."""
 
-    def __init__(self, rows: Sequence[Row], shelf: Shelf, device: torch.device) -> None:
-        """Rows whose tensors are on `shelf`; `batch` puts them on `device`."""
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        shelf: Shelf,
+        device: torch.device,
+        scheduler: Callable[[], Any] | None = None,
+    ) -> None:
+        """Rows whose tensors are on `shelf`; `batch` puts them on `device`; `scheduler` gives the pipeline's, ready to step."""
         self._rows = list(rows)
         self._shelf = shelf
-        self.device = device
+        self.device, self.scheduler = device, scheduler
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -103,6 +111,11 @@ class Calibration:
     def timesteps(self) -> list[float]:
         """Timestep of every row, in the sampler's unit; a call's number if calls have no timestep."""
         return [row.timestep for row in self._rows]
+
+    @property
+    def steps(self) -> list[int | None]:
+        """Sampler step of every row, from 0; None for a row of no trajectory."""
+        return [row.step if row.trajectory else None for row in self._rows]
 
     @property
     def before(self) -> list[int | None]:
@@ -116,14 +129,20 @@ class Calibration:
     def beside(self) -> list[int | None]:
         """For every row of a further guidance part the row of the part before it, at the same point of the same trajectory.
 
-        None for rows of the first part, where that row was not kept, and where both are not of the same sample (the
-        second call of a step may also be a corrector's).
+        None for rows of the first part and where that row was not kept.
         """
-        found = rows_beside([(row.trajectory, row.part, row.step) for row in self._rows])
-        return [
-            other if other is not None and self._rows[other].leaves[0] == row.leaves[0] else None
-            for row, other in zip(self._rows, found, strict=True)
-        ]
+        points = [(row.trajectory, row.part, row.step) for row in self._rows]
+        return rows_beside(points, [row.leaves[0] for row in self._rows])
+
+    @property
+    def conditional_part(self) -> int | None:
+        """Which part of guidance was given a condition; None without guidance, or if all trajectories were given the same."""
+        return conditional_part([row.part for row in self._rows], [row.leaves[1:] for row in self._rows])
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all rows in their order, for caches of what was made of them."""
+        return hashlib.blake2b(repr(self._rows).encode(), digest_size=16).hexdigest()
 
     @property
     def nbytes(self) -> int:
@@ -218,7 +237,7 @@ def collect(
                         shelf.put(_shard(batch), *recorded)
                     batch += 1
             bar.update(max(0, batch * sampling.steps - bar.n))  # of other processes and earlier runs
-    return _finish(sampling.denoiser, shelf, settings, sampling.device)
+    return _finish(sampling.denoiser, shelf, settings, sampling.device, sampling.scheduler)
 
 
 def _shard(batch: int) -> str:
@@ -344,48 +363,16 @@ def finish_recording(recorder: Recorder) -> None:
 
 
 def _finish(
-    module: nn.Module, shelf: Shelf, settings: CalibrationSettings, device: torch.device
+    module: nn.Module,
+    shelf: Shelf,
+    settings: CalibrationSettings,
+    device: torch.device,
+    scheduler: Callable[[], Any] | None = None,
 ) -> Calibration:
     """Cut to the number of rows asked for and prove that rows of different timesteps can be merged."""
     rows = shelf.rows
     generator = torch.Generator().manual_seed(settings.seed)
     keep = stratified_indices(rows, min(settings.samples, len(rows)), generator)
-    calibration = Calibration([rows[index] for index in keep], shelf, device)
-    check_mergeable(module, calibration)
+    calibration = Calibration([rows[index] for index in keep], shelf, device, scheduler)
+    check_mergeable(module, calibration.timesteps, calibration.batch)
     return calibration
-
-
-def check_mergeable(module: nn.Module, calibration: Calibration) -> None:
-    """Prove that two rows of different timesteps give in one call what they give in two.
-
-    Does nothing if all rows have the same timestep.
-
-    Raises:
-        ValueError: The module takes only a scalar timestep, or mixes the rows of a batch.
-    """
-    timesteps = calibration.timesteps
-    other = max(range(len(timesteps)), key=lambda row: abs(timesteps[row] - timesteps[0]))
-    if timesteps[other] == timesteps[0]:
-        return
-    with torch.no_grad():
-        apart = torch.cat([_output(module, calibration, [row]) for row in (0, other)])
-        try:
-            merged = _output(module, calibration, [0, other])
-        except (RuntimeError, TypeError, IndexError) as error:
-            raise ValueError(f"{_SCALAR_TIMESTEP} in one call, got: {str(error).splitlines()[0]}") from error
-    # Half precision sums in another order for another batch size; a wrong timestep is far outside of this.
-    tolerance = 1e-3 if merged.dtype in (torch.float32, torch.float64) else 5e-2
-    difference = float((merged.double() - apart.double()).norm() / apart.double().norm().clamp_min(1e-12))
-    if merged.shape != apart.shape or difference > tolerance:
-        raise ValueError(f"{_SCALAR_TIMESTEP} in one call, got outputs that differ by {difference:.2g}")
-
-
-_SCALAR_TIMESTEP = (
-    "a denoiser must take the timestep as a [batch] tensor (one entry per row), so that rows of different "
-    "timesteps can be merged"
-)
-
-
-def _output(module: nn.Module, calibration: Calibration, rows: list[int]) -> Tensor:
-    args, kwargs = calibration.batch(rows)
-    return first_tensor(module(*args, **kwargs))

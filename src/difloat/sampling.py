@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -104,6 +106,10 @@ def quiet(pipeline: Any) -> Iterator[None]:
             del pipeline._progress_bar_config
 
 
+class _Stopped(Exception):
+    """Ends a run at the denoiser's first call."""
+
+
 @final
 class Sampling:
     """Batches of one pipeline: which prompts, how many, with which arguments and seeds.
@@ -166,6 +172,32 @@ class Sampling:
                 torch.Generator().manual_seed(start + image) for image in range(self.images)
             ]
         self._pipeline(**kwargs)
+
+    def scheduler(self) -> Any:
+        """A copy of the pipeline's scheduler as the first denoiser call finds it: timesteps, shifts and all are set.
+
+        Runs the pipeline up to that call.
+
+        Raises:
+            ValueError: if the pipeline has no scheduler.
+        """
+        if not hasattr(getattr(self._pipeline, "scheduler", None), "step"):
+            raise ValueError(
+                f"pipeline must have a scheduler with steps, got {type(self._pipeline).__name__} without"
+            )
+        found: list[Any] = []
+
+        def stop(*_: Any) -> None:
+            found.append(copy.deepcopy(self._pipeline.scheduler))
+            raise _Stopped
+
+        handle = self.denoiser.register_forward_pre_hook(stop)
+        try:
+            with quiet(self._pipeline), contextlib.suppress(_Stopped):
+                self.run(0)
+        finally:
+            handle.remove()
+        return found[0]
 
     def request(self) -> dict[str, Any]:
         """All that decides the rows, as plain data: the cache is valid for exactly this."""

@@ -205,6 +205,11 @@ def finish(
 
 
 def notes_of(recipe: str) -> list[str]:
-    """What the recipe's page says about the paper: its docstring after the first line, by paragraph."""
+    """What the recipe's page says about the paper: its docstring after the first line, by paragraph.
+
+    Nothing for plans that no recipe made: quantized while loading, or imported.
+    """
+    if recipe not in recipes.RECIPES:
+        return []
     page = sys.modules[recipes.lookup(recipe).plan.__module__].__doc__ or ""
     return [" ".join(paragraph.split()) for paragraph in page.split("\n\n")[1:]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import final
 
 
@@ -58,10 +58,30 @@ def rows_before(points: Sequence[Point]) -> list[int | None]:
     ]
 
 
-def rows_beside(points: Sequence[Point]) -> list[int | None]:
-    """For every row the row of the part before its own at the same step of the same trajectory; None if that is not there."""
+def rows_beside(points: Sequence[Point], samples: Sequence[str]) -> list[int | None]:
+    """For every row the row of the part before its own at the same step of the same trajectory; None if that is not there.
+
+    None as well where both are not of the same one of `samples`: the second call of a step may be a corrector's.
+    """
     number_of = _numbers(points)
-    return [number_of.get((trajectory, part - 1, step)) for trajectory, part, step in points]
+    found = [number_of.get((trajectory, part - 1, step)) for trajectory, part, step in points]
+    return [
+        other if other is not None and samples[other] == sample else None
+        for sample, other in zip(samples, found, strict=True)
+    ]
+
+
+def conditional_part(parts: Sequence[int], conditions: Sequence[Hashable]) -> int | None:
+    """Which part of guidance was given a condition, 0 or 1: the one whose rows show more different ones; None if neither does.
+
+    Most pipelines put the empty condition first, some of those for classes last.
+
+    Args:
+        parts: Of every row.
+        conditions: What every row shows besides the sample.
+    """
+    shown = [len({c for part, c in zip(parts, conditions, strict=True) if part == own}) for own in (0, 1)]
+    return None if 0 in shown or shown[0] == shown[1] else shown.index(max(shown))
 
 
 def _numbers(points: Sequence[Point]) -> dict[Point, int]:

@@ -12,7 +12,6 @@ from difloat import tables
 from difloat.cli.application import app
 from difloat.cli.arguments import (
     Call,
-    Checkpoint,
     Components,
     DryRun,
     Exclude,
@@ -121,17 +120,27 @@ def _carry_out(
 @app.command()
 def repair(
     source: Source,
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="Directory of the source quantized by difloat, with one weight per layer."),
+    ],
     out: Annotated[Path, typer.Argument(help="Directory of the repaired checkpoint and its report.")],
     epochs: Annotated[int, typer.Option(min=1, help="Passes along the trajectory.")] = 10,
+    rank: Annotated[int, typer.Option(min=0, help="Rank of the adapters; 0: ranges and scales only.")] = 32,
     dfa: Annotated[
         bool, typer.Option(help="Weight timesteps by the sampler; not for samplers of several calls a step.")
     ] = True,
+    guidance_weight: Annotated[
+        float, typer.Option(min=0, help="Weight of the guidance direction that is lost; 0: leave it out.")
+    ] = 9.0,
     prompts: Prompts = None,
     samples: Rows = 256,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
+    memory_mb: Annotated[
+        int, typer.Option(min=1, help="Calibration data held in RAM, in MB; the rest goes to disk.")
+    ] = 2048,
     cache: Annotated[
         Path | None, typer.Option(help="Keeps the run: a killed one goes on from there.")
     ] = None,
@@ -139,33 +148,31 @@ def repair(
     images: Images = 16,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fine-tune a quantized checkpoint of any recipe against the full-precision model it was made from."""
-    import difloat
-    from difloat import api, study
+    """Fine-tune the denoiser of a quantized pipeline against the full-precision one it was made from.
+
+    Takes pipelines made by quantize (any recipe), import --into or DifloatConfig.
+    Layers must have one weight and nothing beside: of msfp those made with
+    --set adapters=1, of viditq those with --set stretches=1.
+    Input ranges by timestep stay apart; other quantized components stay as they are.
+    """
+    from difloat import api, calibration, study
 
     meet()
     if images == 1:
         raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
     check_out(out, overwrite)
-    pipeline, quantized = pipeline_of(source), pipeline_of(str(checkpoint))
+    pipeline, plan = pipeline_of(source), api.plan_of(pipeline_of(str(checkpoint)))
     texts = study.prompts_of(pipeline, source, prompts)
     guidance, arguments = call_of(pipeline, source, guidance, call)
-    start = time.perf_counter()
-    plan = api.repair(
-        pipeline,
-        difloat.io.plan_of(api.denoiser(quantized)),
-        epochs=epochs,
-        dfa=dfa,
-        prompts=texts,
-        cache_dir=cache,
-        call_kwargs=arguments,
-        samples=samples,
-        steps=steps,
-        guidance_scale=guidance,
-        seed=seed,
+    training = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": guidance_weight}
+    settings = calibration.CalibrationSettings(
+        samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
     )
-    seconds = {"repair, all of it": time.perf_counter() - start}
     sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=arguments)
+    everything = {"cache_dir": cache, "call_kwargs": arguments, **training, **vars(settings)}
+    start = time.perf_counter()
+    plan = api.repair(pipeline, plan, prompts=texts, **everything)
+    seconds = {"repair, all of it": time.perf_counter() - start}
     made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
     if made is not None:
         tables.print_made(made, out)

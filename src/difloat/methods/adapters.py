@@ -46,6 +46,7 @@ class Adaptive(nn.Module):
         input_scale: [entries, parts], one row per entry of the timestep grid or one in all; absent where inputs are online or
             not quantized.
         input_zero_point: Likewise, of the parts that have one.
+        base: [o, i, *k], the frozen weight that adapters are added to.
         choice: [adapters], one-hot, of the current call.
         entry: Of the timestep grid, in the current call.
     """
@@ -68,10 +69,15 @@ class Adaptive(nn.Module):
         "error" the frozen W is the dequantized weight, and the one adapter starts as the largest directions of what rounding
         took away (after MPQ-DMv2, arXiv:2507.04290; inferred). On the float weight the same start would add the error twice.
 
+        Input ranges by timestep that the plan has already stay apart, whatever `entries` says; the grid must then be the
+        plan's. Tensors of the plan may be on any device, the twin is on the layer's.
+
         Raises:
             ValueError: if several adapters should start from the error: they would be equal.
         """
         super().__init__()
+        device = layer.weight.device
+        plan = replace(plan, tensors={name: tensor.to(device) for name, tensor in plan.tensors.items()})
         self.plan, self.adapters, self.rank, self.carry = plan, adapters, rank, carry
         self.choice: Tensor | None = None
         self.entry = 0
@@ -86,8 +92,8 @@ class Adaptive(nn.Module):
         self._zero_points = [v for band in bands for v in _of_parts(band, "weight_zero_point")]
         for name in ("input_scale", "input_zero_point"):
             if name in plan.tensors:
-                setattr(self, name, nn.Parameter(plan.tensors[name].clone().repeat(entries, 1)))
-        self._base = self._as_planned(layer.weight.detach())
+                setattr(self, name, nn.Parameter(_by_entry(plan, name, entries)))
+        self.base = self._as_planned(layer.weight.detach())
         if rank and init == "error":
             self._start_from_error()
         elif rank:
@@ -106,9 +112,9 @@ class Adaptive(nn.Module):
             raise ValueError(
                 f"adapters that start from the rounding error must be one per layer, got {self.adapters}; say adapters=1"
             )
-        weight = self._base.float()
-        self._base = quantizer.dequantize(self.plan).to(weight)
-        error = self._divided(weight - self._base)
+        weight = self.base.float()
+        self.base = quantizer.dequantize(self.plan).to(weight)
+        error = self._divided(weight - self.base)
         left, sizes, right = torch.linalg.svd(error.flatten(1), full_matrices=False)
         self.rank = min(self.rank, len(sizes))
         roots = sizes[: self.rank].sqrt()
@@ -124,7 +130,8 @@ class Adaptive(nn.Module):
         # All-zero second factors would make the adapters equal and leave the router without gradient.
         size = _START * self.step() / (bound * math.sqrt(self.rank / 3))
         up = size * torch.randn(self.adapters, out_channels, self.rank, generator=generator)
-        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+        device = self.base.device
+        self.down, self.up = nn.Parameter(down.to(device)), nn.Parameter(up.to(device))
 
     def step(self) -> float:
         """Mean distance of neighbouring values of the weight's grid: what the adapters' learning rate is measured by.
@@ -146,7 +153,7 @@ class Adaptive(nn.Module):
         Adapters are added last, so that a step of theirs is one of the grid for every channel. Without them if they are
         carried beside the weight.
         """
-        weight = self._divided(self._base.float())
+        weight = self._divided(self.base.float())
         if self.rank and self.carry == "merged":
             change = torch.einsum("h,hor,hri->oi", choice, self.up, self.down.flatten(2))
             weight = weight + change.view_as(weight)
@@ -226,7 +233,7 @@ class Adaptive(nn.Module):
         used = sorted(set(schedule)) if self.rank else [0]
         places = [used.index(adapter) for adapter in schedule] if len(used) > 1 else []
         beside = bool(self.rank) and self.carry == "side"
-        every = torch.eye(max(1, self.adapters))
+        every = torch.eye(max(1, self.adapters), device=self.base.device)
         inputs = {
             n: getattr(self, n).detach() for n in ("input_scale", "input_zero_point") if hasattr(self, n)
         }
@@ -238,8 +245,8 @@ class Adaptive(nn.Module):
             bare = self._encoded(self.merged(every[adapter]))
             tensors = {**self.plan.tensors, **bare.tensors, **{n: v.reshape(-1) for n, v in inputs.items()}}
             plans.append(replace(self.plan, tensors=tensors))
-        if entries > 1:
-            plans[0] = replace(plans[0], input_schedule=tuple(range(entries)))
+        schedule_of_inputs = tuple(range(entries)) if entries > 1 else ()
+        plans[0] = replace(plans[0], input_schedule=schedule_of_inputs)
         joined = quantizer.join_variants(plans, [] if beside else places)
         joined = replace(joined, smoothed=self.plan.smoothed)
         return self._with_side(joined, used, places) if beside else joined
@@ -294,6 +301,14 @@ def _of_parts(plan: LayerPlan, name: str) -> list[Tensor]:
     ]
     vector = plan.tensors.get(name, torch.zeros(0))
     return [piece.clone() for piece in vector.split(counts)]
+
+
+def _by_entry(plan: LayerPlan, name: str, entries: int) -> Tensor:
+    """Stored input scales or zero points as rows for the entries of the timestep grid, [entries, parts]; a copy."""
+    if not plan.input_schedule:
+        return plan.tensors[name].repeat(entries, 1)
+    ranges = plan.tensors[name].unflatten(0, (max(plan.input_schedule) + 1, -1))
+    return ranges[list(plan.input_schedule)]
 
 
 def _row(rows: Tensor | nn.Module, entry: int) -> Tensor:

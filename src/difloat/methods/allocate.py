@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from difloat import layers, quantizer
+from difloat import layers, processes, quantizer
+from difloat.exclusion import excluded
 from difloat.methods import observe
 from difloat.methods.assign import Rule, draft_layer
 from difloat.methods.observe import Call, removed
+from difloat.methods.target import restrict
 from difloat.methods.task import MixedRows, Smoothing, Task
 
 Criterion = Literal["kurtosis", "magnitude", "error", "random"]
@@ -151,17 +153,28 @@ def choose(
 def allocate(
     task: Task, rule_of: Callable[[int], Rule], settings: AllocationSettings
 ) -> dict[str, Allocation]:
-    """Decide the widths of the rows of every layer that the model calls.
+    """Decide the widths of the rows of every layer that the model calls and the user does not exclude.
+
+    In a launch of several processes the main one decides, and the others wait for it.
 
     Args:
         task: Model, data, N.
-        rule_of: What is asked of a weight of so many bits, rows apart.
+        rule_of: What is asked of a weight of so many bits, rows apart; of its formats those that fit the task's target.
         settings: See there.
     """
+    return processes.on_main(
+        lambda: _allocate(task, lambda bits: restrict(rule_of(bits), task.target), settings)
+    )
+
+
+def _allocate(
+    task: Task, rule_of: Callable[[int], Rule], settings: AllocationSettings
+) -> dict[str, Allocation]:
     generator = torch.Generator().manual_seed(task.seed)
     rows = task.calibration.stratified(min(settings.rows, len(task.calibration)), generator)
     seen = observe.trace(task.model, task.calibration.batch(rows[:2]))
-    names = [name for name in seen.order if task.only is None or name in task.only]
+    left_out = excluded(layers.quantizable(task.model), task.exclude)
+    names = [name for name in seen.order if (task.only is None or name in task.only) and name not in left_out]
     calls = task.calls(rows, seen.row_bytes)
     largest = observe.channel_maxima(task.model, names, calls) if settings.scale_inputs else {}
     bits, found = task.bits.weight, {}

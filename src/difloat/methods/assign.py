@@ -299,5 +299,5 @@ def _shape(x: Tensor, rule: Rule) -> dict[str, Any]:
 def _smoothed(x: Tensor, plan: LayerPlan) -> Tensor:
     if not plan.smoothed:
         return x
-    factor = plan.tensors["input_factor"]
+    factor = plan.tensors["input_factor"].to(x.device)
     return x * (factor if plan.kind == "linear" else factor.reshape(-1, 1, 1))

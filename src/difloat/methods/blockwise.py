@@ -122,7 +122,7 @@ def _store(task: Task, drafts: Mapping[str, Draft], settings: Sequencing, rows: 
     """The folder for finished blocks of exactly this task, or None."""
     if task.work_dir is None:
         return None
-    facts = [repr(settings), repr(task.bits), task.seed, list(rows), task.calibration.timesteps]
+    facts = [repr(settings), repr(task.bits), task.seed, list(rows), task.calibration.fingerprint]
     facts += [[name, draft.error, repr(draft.parts)] for name, draft in drafts.items()]
     name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     folder = task.work_dir / f"rounding-{name}"

@@ -15,39 +15,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PROBES = 64  # values of the sample that a step is tried on
+from difloat.methods.task import Task
+
+_PROBES = 64  # values of a channel of the sample that a step is tried on
+_WAY_OUT = "train without it (factor_power=0, repair --no-dfa)"
 
 
-def denoising_factors(scheduler: Any, steps: int, **timestep_arguments: Any) -> dict[float, float]:
+def denoising_factors(
+    scheduler: Any, steps: int | None = None, **timestep_arguments: Any
+) -> dict[float, float]:
     """The factor of the denoiser's output in every step, by timestep as the scheduler names it, in the sampler's order.
 
-    Multistep schedulers use an output again in later steps; what counts is the step that is taken with it.
+    Multistep schedulers use an output again in later steps; what counts is the step that is taken with it. Clipping and
+    thresholding of samples are left out: as far as they let through, the step is that without them.
 
     Args:
         scheduler: Of diffusers; stays untouched.
-        steps: Sampler steps.
+        steps: Sampler steps to set first; None: as it is set already.
         timestep_arguments: Further arguments of `set_timesteps`, such as `mu`.
 
     Raises:
-        ValueError: if a step is no affine function of the output (a scheduler that thresholds samples, say).
+        ValueError: if a step is no affine function of the output, or a sampler calls the denoiser several times at a timestep.
     """
-    probe = copy.deepcopy(scheduler)
-    probe.set_timesteps(steps, **timestep_arguments)
+    probe = _without_clipping(copy.deepcopy(scheduler))
+    if steps is not None:
+        probe.set_timesteps(steps, **timestep_arguments)
+    if len({float(timestep) for timestep in probe.timesteps}) < len(probe.timesteps):
+        raise ValueError(
+            f"the denoising-factor loss must find one denoiser call per timestep, but {type(scheduler).__name__} makes "
+            f"several; {_WAY_OUT}"
+        )
+    learned = str(getattr(probe.config, "variance_type", "")).startswith("learned")
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(1, 1, 1, _PROBES, generator=generator, dtype=torch.float64)
-    output = torch.zeros_like(sample)
+    sample = torch.randn(1, 3, 1, _PROBES, generator=generator, dtype=torch.float64)
+    output = torch.zeros(1, 6 if learned else 3, 1, _PROBES, dtype=torch.float64)
     factors: dict[float, float] = {}
     for timestep in probe.timesteps:
-        moved = [_step(copy.deepcopy(probe), output + size, timestep, sample) for size in (0.0, 0.5, 1.0)]
+        nudges = [torch.zeros_like(output), *(_nudge(output, size) for size in (0.5, 1.0))]
+        moved = [_step(copy.deepcopy(probe), nudge, timestep, sample) for nudge in nudges]
         half, whole = (float((other - moved[0]).mean()) for other in moved[1:])
         if abs(whole - 2 * half) > 1e-3 * max(abs(whole), 1e-6):
             raise ValueError(
                 f"a step of {type(scheduler).__name__} must be affine in the denoiser's output, but is not at timestep "
-                f"{float(timestep):g}; switch off thresholding or clipping of samples"
+                f"{float(timestep):g}; {_WAY_OUT}"
             )
         factors[float(timestep)] = abs(whole)
         sample = _step(probe, output, timestep, sample)
     return factors
+
+
+def _without_clipping(scheduler: Any) -> Any:
+    """The scheduler itself, on the CPU, that clips nothing."""
+    for name, value in vars(scheduler).items():
+        if isinstance(value, Tensor):
+            setattr(scheduler, name, value.cpu())
+    clipping = [name for name in ("clip_sample", "thresholding") if scheduler.config.get(name)]
+    scheduler.register_to_config(**dict.fromkeys(clipping, False))
+    return scheduler
+
+
+def _nudge(output: Tensor, size: float) -> Tensor:
+    """The output moved in the channels of the sample; a learned variance stays."""
+    moved = output.clone()
+    moved[:, :3] += size
+    return moved
 
 
 def _step(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
@@ -59,6 +90,34 @@ def _step(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Tens
         arguments["generator"] = torch.Generator().manual_seed(1)  # the same noise whatever the output
     result: Tensor = scheduler.step(output, timestep, sample, **arguments)[0]
     return result
+
+
+def loss_weights(task: Task, power: float) -> dict[float, float]:
+    """Weight of the squared error at every timestep of the calibration rows: the denoising factor to `power`, mean 1.
+
+    Raises:
+        ValueError: if the sampler is not known, is one that `denoising_factors` refuses, or is not what the rows are of.
+    """
+    data = task.calibration
+    if not power:
+        return dict.fromkeys(data.timesteps, 1.0)
+    if task.scheduler is None:
+        raise ValueError(
+            f"the denoising-factor loss must know the sampler, got a plain module; pass the pipeline, or {_WAY_OUT}"
+        )
+    factors = list(denoising_factors(task.scheduler()).values())
+    steps = data.steps
+    if any(step is None or step >= len(factors) for step in steps):
+        raise ValueError(
+            f"calibration rows must be of the sampler's {len(factors)} steps, one denoiser call each, but are not; "
+            f"calibrate with timesteps='sampler', or {_WAY_OUT}"
+        )
+    found = {
+        timestep: factors[step] ** power
+        for timestep, step in zip(data.timesteps, steps, strict=True)
+        if step is not None
+    }
+    return normalised(found)
 
 
 def normalised(factors: Mapping[float, float]) -> dict[float, float]:

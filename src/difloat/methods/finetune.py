@@ -8,41 +8,38 @@ and AdamW's two moments for what is trained, the activations of one batch, and t
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from difloat import processes
-from difloat.calls import content_hash, first_tensor
+from difloat.calls import first_tensor
 from difloat.methods.adapters import Adaptive
+from difloat.methods.resume import Kept
 from difloat.methods.student import Student
 from difloat.methods.task import Task
 
-_SAVE_EVERY_S = 60.0
+_TEACHER_ROWS = 16  # of a call
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a student is trained.
+    """How a student is trained; a recipe's options are these and its own.
 
     Attributes:
-        epochs: Passes along the trajectory: one optimiser step per timestep each.
+        epochs: Passes along the trajectory: one optimiser step per timestep each, of `accumulation` batches.
         rows: Rows per step, all processes together.
         adapter_rate: Of the adapters, in units of a layer's mean weight step (`Adaptive.step`). arXiv:2310.03270 takes 1/2500
             for twenty times as many steps; ours is from `benchmarks/tuning_rates.py`.
         range_rate: Of static input ranges, in units of a layer's own mean input scale.
         scale_rate: Of weight scales, in units of a layer's own mean weight scale.
         router_rate: Of the router.
-        accumulation: Batches per optimiser step.
+        accumulation: Batches per optimiser step, of one timestep after the other.
         guidance_weight: Of the squared part of the guidance direction that the student loses, see `lost_guidance`.
         compare_at: Guidance scale at which pairs of guidance are compared, as the released code of MPQ-DM does; 0: every output
             by itself.
@@ -77,6 +74,9 @@ def guidance_to_keep(weight: float, task: Task) -> float:
 
 
 def _check(task: Task, settings: TrainingSettings) -> None:
+    for name in ("rows", "accumulation"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
     for name in ("guidance_weight", "compare_at"):
         weight = getattr(settings, name)
         if weight and not guidance_to_keep(weight, task):
@@ -84,9 +84,46 @@ def _check(task: Task, settings: TrainingSettings) -> None:
                 f"{name} must come with calibration rows of both parts of guidance, got none; calibrate with "
                 f"guidance, or say {name}=0"
             )
+    if settings.compare_at and task.calibration.conditional_part is None:
+        raise ValueError(
+            "compare_at must know which part of guidance has no condition, but all trajectories were given the same; "
+            "calibrate with several prompts, or say compare_at=0"
+        )
+    if settings.compare_at and processes.count() > 1:
+        raise ValueError(
+            f"compare_at must be trained in one process, got {processes.count()}; launch one, or say compare_at=0"
+        )
 
 
-Extra = Callable[[Student, int, float, list[int], Tensor], Tensor]
+@dataclass(frozen=True)
+class Batch:
+    """The calibration rows of one step.
+
+    Attributes:
+        timestep: Of all of them.
+        picked: Row numbers, of all processes together.
+        rank: Of this process.
+        world: How many processes there are; every one takes each `world`-th row.
+    """
+
+    timestep: float
+    picked: list[int]
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def rows(self) -> list[int]:
+        """Those of this process."""
+        return self.picked[self.rank :: self.world]
+
+
+def _pairs(task: Task) -> list[tuple[int, int]]:
+    """Rows without and with condition at the same point of the same trajectory, as far as both were kept."""
+    pairs = [(one, two) for two, one in enumerate(task.calibration.beside) if one is not None]
+    return [(two, one) for one, two in pairs] if task.calibration.conditional_part == 0 else pairs
+
+
+Extra = Callable[[Student, int, Batch, Tensor], Tensor]
 
 
 def train(
@@ -104,19 +141,33 @@ def train(
         student: See there; its grid must hold the timesteps of the rows.
         settings: See there.
         weights: Of the squared error at each timestep of the grid.
-        extra: Further loss of a step, from the student, the step, its timestep, its calibration rows and the student's output.
+        extra: Further loss of a step, from the student, the step, its rows and the student's output for this process's rows.
+            Of several processes the mean over them counts.
         note: Says what `weights` and `extra` are: a kept state of a run with others is not gone on with.
 
     Returns:
         Mean loss of every epoch.
     """
     _check(task, settings)
-    accelerator = _accelerator(task, settings)
+    with _accelerator(task, settings) as accelerator:
+        return _train(accelerator, task, student, settings, weights, extra, note)
+
+
+def _train(
+    accelerator: Any,
+    task: Task,
+    student: Student,
+    settings: TrainingSettings,
+    weights: Mapping[float, float],
+    extra: Extra | None,
+    note: str,
+) -> list[float]:
     data = _Rows(task, accelerator)
     optimizer = torch.optim.AdamW(_groups(student, settings), weight_decay=0.0)
     steps = settings.epochs * len(data.grid)
     model, optimizer = accelerator.prepare(student, optimizer)
-    state = _Kept(task, student, optimizer, settings, note)
+    made_of = {"settings": repr(settings), "weights": sorted(weights.items()), "extra": note}
+    state = Kept(task, student, optimizer, made_of)
     losses = state.restore(processes.on_main(state.read))
     base = [group["lr"] for group in _groups(student, settings)]
     bar = tqdm(total=steps, desc="fine-tune", disable=not (task.progress and accelerator.is_main_process))
@@ -127,12 +178,12 @@ def train(
                 group["lr"] = rate * (1 - step / steps)
             loss = torch.zeros(())
             for part in range(settings.accumulation):
-                timestep, rows = data.draw(step * settings.accumulation + part, settings.rows, task.seed)
+                batch = data.draw(step * settings.accumulation + part, settings.rows, task.seed)
                 with accelerator.accumulate(model):
-                    output = first_tensor(model(*data.call(rows)))
-                    part_loss = weights[timestep] * data.loss(output.float(), rows, settings)
+                    output = first_tensor(model(*task.calibration.batch(batch.rows)))
+                    part_loss = weights[batch.timestep] * data.loss(output.float(), batch, settings)
                     if extra is not None:
-                        part_loss = part_loss + extra(student, step, timestep, rows.tolist(), output)
+                        part_loss = part_loss + extra(student, step, batch, output)
                     accelerator.backward(part_loss)
                     optimizer.step()
                     optimizer.zero_grad()
@@ -148,63 +199,90 @@ def train(
     return _by_epoch(losses, len(data.grid))
 
 
-def _accelerator(task: Task, settings: TrainingSettings) -> Any:
-    from accelerate import Accelerator
+@contextmanager
+def _accelerator(task: Task, settings: TrainingSettings) -> Iterator[Any]:
+    """An `Accelerator`; its process-wide state ends with the block if it began there: the next run may want another precision.
 
-    return Accelerator(
-        mixed_precision=settings.precision,
-        gradient_accumulation_steps=settings.accumulation,
-        cpu=next(task.model.parameters()).device.type == "cpu",
-    )
+    Raises:
+        ValueError: if the process has an `Accelerator` of another precision already.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    ours = not AcceleratorState._shared_state
+    if not ours and AcceleratorState().mixed_precision != settings.precision:
+        raise ValueError(
+            f"precision must be that of the process's Accelerator, {AcceleratorState().mixed_precision!r}, got "
+            f"{settings.precision!r}; say precision={AcceleratorState().mixed_precision}"
+        )
+    try:
+        yield Accelerator(
+            mixed_precision=settings.precision,
+            gradient_accumulation_steps=settings.accumulation,
+            cpu=next(task.model.parameters()).device.type == "cpu",
+        )
+    finally:
+        if ours:
+            AcceleratorState._reset_state()
 
 
 class _Rows:
     """Calibration rows by timestep, with the teacher's outputs; every process takes its share of a batch."""
 
     def __init__(self, task: Task, accelerator: Any) -> None:
-        self.calibration = task.calibration
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.accelerator = accelerator
         self.by_timestep: dict[float, list[int]] = {}
         for row, timestep in enumerate(task.calibration.timesteps):
             self.by_timestep.setdefault(timestep, []).append(row)
         self.grid = sorted(self.by_timestep, reverse=True)
-        chunks = torch.arange(len(task.calibration)).split(16)
+        chunks = torch.arange(len(task.calibration)).split(_TEACHER_ROWS)
         with torch.no_grad():
-            outputs = [first_tensor(task.model(*args, **kwargs)) for args, kwargs in map(self._call, chunks)]
+            calls = [task.calibration.batch(chunk.tolist()) for chunk in chunks]
+            outputs = [first_tensor(task.model(*args, **kwargs)) for args, kwargs in calls]
         self.targets = torch.cat(outputs).float()
-        self.beside = task.calibration.beside
+        self.pairs = _pairs(task)
 
-    def loss(self, output: Tensor, rows: Tensor, settings: TrainingSettings) -> Tensor:
-        """Mean squared error, and what the pairs among the rows say of guidance."""
-        error = output - self.targets[rows]
-        place = {row: number for number, row in enumerate(rows.tolist())}
-        found = [(self.beside[row], number) for row, number in place.items()]
-        pairs = [(place[other], number) for other, number in found if other is not None and other in place]
-        if not pairs or not (settings.compare_at or settings.guidance_weight):
-            return error.square().mean()
-        one, two = torch.tensor(pairs).unbind(1)
-        lost, targets = error[two] - error[one], self.targets[rows]
-        compared = error[one] + settings.compare_at * lost if settings.compare_at else error
-        kept = lost_guidance(lost, targets[two] - targets[one])
-        return compared.square().mean() + settings.guidance_weight * kept
-
-    def _call(self, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return self.calibration.batch(rows.tolist())
-
-    def call(self, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The denoiser's arguments for some rows."""
-        return self._call(rows)
-
-    def draw(self, number: int, count: int, seed: int) -> tuple[float, Tensor]:
-        """Timestep and this process's rows of batch `number`: along the trajectory, rows at random with repeats."""
+    def draw(self, number: int, count: int, seed: int) -> Batch:
+        """Batch `number`: along the trajectory, rows of one timestep at random with repeats."""
         timestep = self.grid[number % len(self.grid)]
         rows = torch.tensor(self.by_timestep[timestep])
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         picked = rows[torch.randint(len(rows), (count,), generator=generator)]
-        return timestep, picked[self.rank :: self.world]
+        return Batch(
+            timestep, picked.tolist(), self.accelerator.process_index, self.accelerator.num_processes
+        )
+
+    def loss(self, output: Tensor, batch: Batch, settings: TrainingSettings) -> Tensor:
+        """Mean squared error, and what the pairs among the rows say of guidance; a row drawn twice is in one pair."""
+        error = output - self.targets[batch.rows]
+        place = {row: number for number, row in enumerate(batch.picked)}
+        pairs = [(place[one], place[two]) for one, two in self.pairs if one in place and two in place]
+        if not pairs or not (settings.compare_at or settings.guidance_weight):
+            return error.square().mean()
+        one, two = torch.tensor(pairs).unbind(1)
+        compared = error
+        if settings.compare_at:  # in one process only, see `_check`
+            compared = error[one] + settings.compare_at * (error[two] - error[one])
+        targets = self.targets[batch.picked]
+        direction = torch.zeros_like(targets)
+        direction[two] = targets[two] - targets[one]
+        direction[one] = -direction[two]
+        power = direction[two].square().sum()
+        along = (error * direction[batch.rank :: batch.world]).sum()
+        kept = lost_guidance(self._total(along), power, direction[two].numel())
+        return compared.square().mean() + settings.guidance_weight * kept
+
+    def _total(self, mine: Tensor) -> Tensor:
+        """Sum over processes whose gradient, averaged over them as training does, is that of the sum."""
+        world = self.accelerator.num_processes
+        if world == 1:
+            return mine
+        total = self.accelerator.reduce(mine.detach().clone(), "sum")
+        result: Tensor = total + world * (mine - mine.detach())
+        return result
 
 
-def lost_guidance(error: Tensor, direction: Tensor) -> Tensor:
+def lost_guidance(along: Tensor, power: Tensor, count: int) -> Tensor:
     """Mean square of what the student's guidance direction lacks along the teacher's, taken over all pairs together.
 
     The squared error alone is lowest for a student that responds less than it should: what it cannot know from few bits it
@@ -212,14 +290,15 @@ def lost_guidance(error: Tensor, direction: Tensor) -> Tensor:
     where other errors cancel.
 
     Args:
-        error: Of the direction (conditional minus unconditional output), [pairs, ...].
-        direction: The teacher's, of the same shape.
+        along: Sum over all pairs and values of the error of the direction (conditional minus unconditional output) times the
+            teacher's direction.
+        power: Sum of the squares of the teacher's direction.
+        count: How many values the directions have.
 
     Returns:
         A scalar: the squared slope of the error over the direction, times the direction's mean square.
     """
-    power = direction.square().sum().clamp_min(1e-12)
-    return ((error * direction).sum() / power).square() * direction.square().mean()
+    return along.square() / (power.clamp_min(1e-12) * count)
 
 
 def _groups(student: Student, settings: TrainingSettings) -> list[dict[str, Any]]:
@@ -251,83 +330,3 @@ def _stalled(losses: list[float], length: int, patience: int) -> bool:
         return False
     epochs = _by_epoch(losses, length)
     return len(epochs) > patience and min(epochs[-patience:]) >= min(epochs[:-patience])
-
-
-class _Kept:
-    """The state of a run on disk: trained tensors, the optimiser's moments, losses. Written to a part file, then renamed."""
-
-    def __init__(
-        self, task: Task, student: Student, optimizer: Any, settings: TrainingSettings, note: str = ""
-    ) -> None:
-        self.student, self.optimizer = student, optimizer
-        facts: dict[str, Any] = {
-            "settings": repr(settings),
-            "seed": task.seed,
-            "grid": student.grid,
-            "names": student.names,
-        }
-        shapes = [tuple(parameter.shape) for parameter in student.parameters()]
-        specs = [twin.plan.to_json() for twin in student.twins if isinstance(twin, Adaptive)]
-        bands = [twin.plan.tensors.get("row_band") for twin in student.twins if isinstance(twin, Adaptive)]
-        rows = [None if band is None else content_hash(band.cpu()) for band in bands]
-        starts = [
-            content_hash(twin.plan.tensors["weight"].cpu())
-            for twin in student.twins
-            if isinstance(twin, Adaptive)
-        ]
-        facts |= {
-            "carry": student.carry,
-            "init": student.adapter_init,
-            "extra": note,
-            "rows": rows,
-            "starts": starts,
-        }
-        self.facts = json.dumps(facts | {"parameters": shapes, "layers": specs})
-        self.path = None if task.work_dir is None else task.work_dir / "fine-tuning.safetensors"
-        self.saved = time.monotonic()
-
-    def _tensors(self) -> dict[str, Tensor]:
-        named = dict(self.student.named_parameters())
-        tensors = {f"value.{name}": parameter.detach() for name, parameter in named.items()}
-        for name, parameter in named.items():
-            moments = self.optimizer.state.get(parameter, {})
-            tensors |= {f"moment.{key}.{name}": value for key, value in moments.items()}
-        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-
-    def keep(self, losses: list[float], *, force: bool) -> None:
-        """Write the state if the last time is a minute ago, or now."""
-        if self.path is None or not (force or time.monotonic() - self.saved > _SAVE_EVERY_S):
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        save_file(self._tensors(), part, metadata={"facts": self.facts, "losses": json.dumps(losses)})
-        os.replace(part, self.path)
-        self.saved = time.monotonic()
-
-    def read(self) -> tuple[dict[str, Tensor], list[float]] | None:
-        """A kept state of this very run, if there is one."""
-        if self.path is None or not self.path.exists():
-            return None
-        with safe_open(self.path, "pt") as file:
-            metadata = file.metadata()
-        return (
-            (load_file(self.path), json.loads(metadata["losses"]))
-            if metadata["facts"] == self.facts
-            else None
-        )
-
-    def restore(self, state: tuple[dict[str, Tensor], list[float]] | None) -> list[float]:
-        """Take over what `read` gave; the losses so far."""
-        if state is None:
-            return []
-        tensors, losses = state
-        for name, parameter in self.student.named_parameters():
-            parameter.data.copy_(tensors[f"value.{name}"])
-            moments = {
-                key: tensors[f"moment.{key}.{name}"].to(parameter.device if key != "step" else "cpu")
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"moment.{key}.{name}" in tensors
-            }
-            if moments:
-                self.optimizer.state[parameter] = moments
-        return losses

@@ -55,7 +55,17 @@ class Outcome:
 
 
 def keeps_8bit(name: str, seen: Trace, keep: Sequence[str]) -> bool:
-    """Whether `keep` names this layer: itself, "first" (reads the sample) or "last" (called last)."""
+    """Whether `keep` names this layer: itself, "first" (reads the sample) or "last" (called last).
+
+    Raises:
+        ValueError: if `keep` names a layer that the model does not call.
+    """
+    unknown = set(keep) - {"first", "last"} - set(seen.order)
+    if unknown:
+        raise ValueError(
+            f"keep_8bit must name 'first', 'last' or layers that the model calls, got {min(unknown)!r}; see "
+            "difloat inspect --layers"
+        )
     return name in keep or ("first" in keep and name in seen.first) or ("last" in keep and name == seen.last)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from difloat.layers import quantizable
+from difloat.methods.finetune import Batch
 from difloat.methods.observe import Call, removed, tensors_of
 from difloat.methods.student import Student
 from difloat.methods.task import Task
@@ -94,7 +95,8 @@ def feature_block(model: nn.Module, call: Call) -> str:
         model(*call[0], **call[1])
     if not ended:
         raise ValueError(
-            f"relation distillation must find a block with spatial output in {type(model).__name__}, got none; name a module"
+            f"relation distillation must find a block with spatial output in {type(model).__name__}, got none; name a module "
+            "(features=), or say relation=off"
         )
     return ended[-1]
 
@@ -119,7 +121,7 @@ def positions(output: Any) -> Tensor:
     if not tensors:
         raise ValueError(
             "features for relation distillation must be [b, c, h, w] or [b, positions, c], got an output without; "
-            "name a block whose output is spatial"
+            "name a block whose output is spatial (features=), or say relation=off"
         )
     last = tensors[-1].float()
     return last if last.dim() == 3 else last.flatten(2).transpose(1, 2)
@@ -160,37 +162,59 @@ def feature_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12)
 
 
+def feature_module(task: Task, settings: RelationSettings) -> str:
+    """Name of the module whose output is the feature, tried on one row.
+
+    Raises:
+        ValueError: if the calibration data hold no two consecutive steps of a trajectory, there is no module of that name, no
+            block to find, or no feature in the module's output.
+    """
+    before = task.calibration.before
+    if all(earlier in (None, row) for row, earlier in enumerate(before)):
+        raise ValueError(
+            f"relation distillation must see consecutive steps of one trajectory, got {len(before)} calibration rows "
+            "without any; calibrate along the sampler with more samples, or say relation=off"
+        )
+    call = task.calibration.batch([0])
+    name = settings.module or feature_block(task.model, call)
+    module = dict(task.model.named_modules()).get(name)
+    if module is None:
+        raise ValueError(
+            f"relation features must come from a module of the denoiser, got features={name!r}; see named_modules()"
+        )
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda m, i, output: seen.append(positions(output)))
+    with removed([handle]), torch.no_grad():
+        task.model(*call[0], **call[1])
+    if len(seen) != 1:
+        raise ValueError(
+            f"relation features must come from a module that is called once, got features={name!r}, called {len(seen)} "
+            "times; name a block, or say relation=off"
+        )
+    return name
+
+
 @final
 class RelationLoss:
     """The further loss of a training step (`finetune.Extra`), for the rows of the batch whose row one step earlier is held.
 
     The sampler's first step has none before it: its features count alone. The teacher's features are computed once per row as
     far as a quarter of `memory_bytes` holds them, and again where not. The student's features of the step before come from the
-    student as it is now.
+    student as it is now. Of several processes, errors of features are relative to each one's own rows.
 
     Attributes:
         name: The module whose output is the feature.
+        coverage: How many rows take part, of how many, at how many timesteps.
     """
 
     def __init__(self, task: Task, student: Student, settings: RelationSettings) -> None:
-        """Listen to `student`.
-
-        Raises:
-            ValueError: if the calibration data hold no two consecutive steps of a trajectory, there is no module of that name
-                or no block to find.
-        """
-        self.before = task.calibration.before
-        if all(before in (None, row) for row, before in enumerate(self.before)):
-            raise ValueError(
-                f"relation distillation must see consecutive steps of one trajectory, got {len(self.before)} calibration rows "
-                "without any; calibrate along the sampler with more samples, or say relation=off"
-            )
+        """Listen to `student`; ValueError as `feature_module`."""
         self.settings, self._task = settings, task
-        self.name = settings.module or feature_block(task.model, task.calibration.batch([0]))
-        if self.name not in dict(task.model.named_modules()):
-            raise ValueError(
-                f"relation features must come from a module of the denoiser, got {self.name!r}; see named_modules()"
-            )
+        self.before = task.calibration.before
+        self.name = feature_module(task, settings)
+        usable = [row for row, earlier in enumerate(self.before) if earlier is not None]
+        timesteps = {task.calibration.timesteps[row] for row in usable}
+        self.coverage = {"rows": len(usable), "of": len(self.before), "timesteps": len(timesteps)}
         self._caught: Tensor | None = None
         student.module(self.name).register_forward_hook(self._catch)
         self._cache: dict[int, Tensor] = {}
@@ -199,27 +223,31 @@ class RelationLoss:
     def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._caught = positions(output)
 
-    def __call__(
-        self, student: Student, step: int, timestep: float, rows: Sequence[int], output: Tensor
-    ) -> Tensor:
+    def __call__(self, student: Student, step: int, batch: Batch, output: Tensor) -> Tensor:
         """The loss of one step whose forward pass has just been; 0 in the steps between."""
         now = self._caught
         self._caught = None
+        rows = batch.rows
         places = [place for place, row in enumerate(rows) if self.before[row] is not None]
         if (step + 1) % self.settings.every or not places:
             return output.new_zeros(())
         assert now is not None
         now = now[places]
         chosen = [rows[place] for place in places]
+        first = torch.tensor([self._earlier(row) == row for row in chosen], device=now.device)
         smoothed = (now + self._student_before(student, chosen, now.detach())) / 2
+        smoothed = torch.where(first[:, None, None], now, smoothed)
         target = self._teacher(chosen)
         target = (target + self._teacher([self._earlier(row) for row in chosen])) / 2
+        # The mean over processes shall be that over all usable rows of the step.
+        usable = sum(self.before[row] is not None for row in batch.picked)
         if self.settings.kind == "features":
-            return self.settings.feature_weight * feature_error(smoothed, target)
+            share = self.settings.feature_weight * len(places) * batch.world / usable
+            return share * feature_error(smoothed, target)
         if self.settings.kind == "detached":
             smoothed = smoothed.detach()
         # The paper sums both losses; the loop's is the mean over the output, so this is divided by the same number.
-        share = self.settings.weight / (len(places) * output[0].numel())
+        share = self.settings.weight * batch.world / (usable * output[0].numel())
         return share * divergence(smoothed, target)
 
     def _earlier(self, row: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +55,7 @@ class Task:
         progress: Show progress bars.
         work_dir: Where finished blocks are kept, so that a killed run goes on after them; None keeps nothing.
         pipeline: Class name of the pipeline the model is part of, "" for a plain module.
-        scheduler: Of the pipeline, None for a plain module.
+        scheduler: Gives the pipeline's scheduler as its call sets it for the first step; None for a plain module.
         target: The machine whose fast formats the recipe's candidates are restricted to.
         only: Quantize no other layers than these, to try a recipe on a few; None: all.
         exclude: What the user keeps out of quantization, whatever the recipe; patterns of `exclusion.matches`.
@@ -73,7 +73,7 @@ class Task:
     target: Target = "any"
     only: frozenset[str] | None = None
     exclude: tuple[str, ...] = ()
-    scheduler: Any = None
+    scheduler: Callable[[], Any] | None = None
 
     def calls(self, rows: Sequence[int], row_bytes: int) -> list[Call]:
         """The calibration rows as denoiser calls of few enough rows each, where a layer's data take `row_bytes` a row."""

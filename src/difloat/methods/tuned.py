@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from difloat.methods import posttraining
 from difloat.methods.adapters import Carry, Init
-from difloat.methods.denoising_factor import denoising_factors, normalised
 from difloat.methods.finetune import TrainingSettings, train
 from difloat.methods.posttraining import Outcome
 from difloat.methods.relation import RelationLoss, RelationSettings
@@ -24,8 +24,8 @@ class Tuning:
         settings: Of the loop.
         adapters: Per layer.
         rank: Of the adapters.
-        factor_power: The loss is weighted by this power of the scheduler's denoising factors: 0 for not at all, 1 for MSFP,
-            2 for what a squared error at a timestep moves in the picture.
+        weights: Of the squared error at every timestep (`denoising_factor.loss_weights`): the sampler's factors to the power of
+            0 for all alike, 1 for MSFP, 2 for what a squared error at a timestep moves in the picture.
         without_adapters: Layers that learn ranges only.
         input_ranges_by_timestep: Learn static input ranges apart for every timestep.
         carry: How adapters are carried out, see `adapters`.
@@ -36,7 +36,7 @@ class Tuning:
     settings: TrainingSettings
     adapters: int
     rank: int
-    factor_power: float
+    weights: Mapping[float, float] = field(repr=False)
     without_adapters: tuple[str, ...] = ()
     input_ranges_by_timestep: bool = False
     carry: Carry = "merged"
@@ -69,30 +69,10 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
     measured["seconds"] = dict(measured["seconds"])
     extra = None if tuning.relation.kind == "off" else RelationLoss(task, student, tuning.relation)
     if extra is not None:
-        measured["relation_features"] = extra.name
+        measured |= {"relation_features": extra.name, "relation_rows": extra.coverage}
     with posttraining.timed(measured, "fine-tune"):
-        weights, note = _weights(task, grid, tuning.factor_power), f"{tuning.relation} {tuning.factor_power}"
-        losses = train(task, student, tuning.settings, weights, extra, note)
+        losses = train(task, student, tuning.settings, tuning.weights, extra, str(tuning.relation))
     measured |= {"losses": losses, "router": student.table().tolist(), "grid": list(grid)}
     plans = student.packed()
     by_time = any(plan.schedules for plan in plans.values())
     return replace(outcome, layers=plans, measured=measured, timesteps=grid if by_time else ())
-
-
-def _weights(task: Task, grid: tuple[float, ...], power: float) -> dict[float, float]:
-    """Weight of the squared error at every timestep of the grid, mean 1."""
-    if not power:
-        return dict.fromkeys(grid, 1.0)
-    if task.scheduler is None:
-        raise ValueError(
-            "the denoising-factor loss must know the sampler, got a plain module; pass the pipeline, or "
-            "say factor_power=0 (repair: no dfa)"
-        )
-    factors = [factor**power for factor in denoising_factors(task.scheduler, len(grid)).values()]
-    if len(factors) != len(grid):  # samplers that call the denoiser more than once a step, or skip one
-        raise ValueError(
-            f"the denoising-factor loss must find one denoiser call per step, got {len(grid)} timesteps for "
-            f"{len(factors)} steps of {type(task.scheduler).__name__}; say factor_power=0 "
-            "(repair: no dfa)"
-        )
-    return normalised(dict(zip(sorted(grid, reverse=True), factors, strict=True)))

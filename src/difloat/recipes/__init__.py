@@ -67,9 +67,7 @@ RECIPES: dict[str, Recipe] = {
         "integers, adapters and input ranges by timestep, fine-tuned (arXiv:2310.03270)",
     ),
     "qdiffusion": Recipe(
-        baselines.qdiffusion,
-        baselines.QDiffusionOptions,
-        "integers, AdaRound block by block (arXiv:2302.04304)",
+        baselines.qdiffusion, baselines.QDiffusionOptions, "integers, AdaRound by block (arXiv:2302.04304)"
     ),
     "viditq": Recipe(
         integer_transformers.viditq,

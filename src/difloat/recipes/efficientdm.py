@@ -20,6 +20,7 @@ from typing import Literal
 from difloat.methods import posttraining
 from difloat.methods.adaround import RoundingSettings
 from difloat.methods.assign import asymmetric_integers
+from difloat.methods.denoising_factor import loss_weights
 from difloat.methods.finetune import TrainingSettings, settings_of
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
@@ -27,8 +28,8 @@ from difloat.methods.tuned import Tuning, tune
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of EfficientDM.
+class Options(TrainingSettings):
+    """Options of EfficientDM, and those of fine-tuning: `TrainingSettings`.
 
     Attributes:
         rank: Of the adapters.
@@ -37,7 +38,6 @@ class Options:
         iterations, rounding_rows: Of learned rounding, as in LBFP.
         keep_8bit: As in LBFP.
         factor_power: Power of the sampler's factors that weighs a timestep's loss, see `Tuning`; 0 is the paper's.
-        epochs, rows, adapter_rate, guidance_weight, compare_at, precision: Of fine-tuning, see `TrainingSettings`.
     """
 
     rank: int = 32
@@ -47,18 +47,13 @@ class Options:
     rounding_rows: int = field(default=Sequencing.rounding_rows)
     keep_8bit: tuple[str, ...] = ("first", "last")
     factor_power: float = 0.0
-    epochs: int = field(default=TrainingSettings.epochs)
-    rows: int = field(default=TrainingSettings.rows)
-    adapter_rate: float = field(default=TrainingSettings.adapter_rate)
-    guidance_weight: float = field(default=TrainingSettings.guidance_weight)
-    compare_at: float = field(default=TrainingSettings.compare_at)
-    precision: Literal["no", "bf16", "fp16"] = "no"
 
 
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by EfficientDM."""
     kept: list[str] = []
     settings = settings_of(options, task)
+    weights = loss_weights(task, options.factor_power if options.epochs else 0.0)
 
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
@@ -73,5 +68,5 @@ def plan(task: Task, options: Options) -> Outcome:
     rounding = RoundingSettings(iterations=options.iterations)
     sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
     outcome = posttraining.run(task, rules, sequencing)
-    tuning = Tuning(settings, 1, options.rank, options.factor_power, tuple(kept), options.ranges_by_timestep)
+    tuning = Tuning(settings, 1, options.rank, weights, tuple(kept), options.ranges_by_timestep)
     return tune(task, outcome, tuning)

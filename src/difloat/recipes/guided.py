@@ -19,6 +19,7 @@ from typing import Literal
 from difloat.methods import posttraining
 from difloat.methods.adaround import RoundingSettings
 from difloat.methods.assign import floating_grids
+from difloat.methods.denoising_factor import loss_weights
 from difloat.methods.finetune import TrainingSettings, guidance_to_keep, settings_of
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
@@ -26,8 +27,8 @@ from difloat.methods.tuned import Tuning, tune
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of Guided.
+class Options(TrainingSettings):
+    """Options of Guided, and those of fine-tuning: `TrainingSettings`.
 
     Attributes:
         rounding: Of weights with at most 4 bits: "learned" as in LBFP, or "nearest".
@@ -36,8 +37,7 @@ class Options:
         ranges_by_timestep: Learn input ranges apart for every timestep.
         factor_power: Power of the sampler's factors that weighs a timestep's loss, see `Tuning`; 0 for plain modules.
         keep_8bit: As in LBFP.
-        guidance_weight: As in `TrainingSettings`; nothing without guidance.
-        epochs, rows, adapter_rate, precision: Of fine-tuning, see `TrainingSettings`; 0 epochs: none.
+        guidance_weight, epochs: As in `TrainingSettings`; without guidance in the sampler 0, 0 epochs: no fine-tuning.
     """
 
     rounding: Literal["learned", "nearest"] = "learned"
@@ -49,16 +49,14 @@ class Options:
     keep_8bit: tuple[str, ...] = ("first", "last")
     guidance_weight: float = 9.0
     epochs: int = 10
-    rows: int = field(default=TrainingSettings.rows)
-    adapter_rate: float = field(default=TrainingSettings.adapter_rate)
-    precision: Literal["no", "bf16", "fp16"] = "no"
 
 
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by Guided."""
     kept: list[str] = []
-    weight = guidance_to_keep(options.guidance_weight, task)
-    settings = settings_of(replace(options, guidance_weight=weight), task)
+    guidance = guidance_to_keep(options.guidance_weight, task)
+    settings = settings_of(replace(options, guidance_weight=guidance), task)
+    weights = loss_weights(task, options.factor_power if options.epochs else 0.0)
 
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
@@ -72,5 +70,5 @@ def plan(task: Task, options: Options) -> Outcome:
     rounding = RoundingSettings(iterations=options.iterations)
     sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
     outcome = posttraining.run(task, rules, sequencing)
-    tuning = Tuning(settings, 1, options.rank, options.factor_power, tuple(kept), options.ranges_by_timestep)
+    tuning = Tuning(settings, 1, options.rank, weights, tuple(kept), options.ranges_by_timestep)
     return tune(task, outcome, tuning)

@@ -12,45 +12,45 @@ Differs from the paper: inputs are scaled at run time, never by the operation be
   user's norms alone); ranges are searched by squared error (the code: min-max for choosing n, then L2.4); zero points are real
   numbers; a convolution's second adapter is 1 x 1; skip and down-sampling convolutions are quantized too; 40 epochs over
   calibration rows, not 800 over fresh trajectories; outputs compared after guidance with `compare_at` only; the student's
-  step before is seen by the student as it is now.
+  step before is seen by the student as it is now; layers of the time embedding are not kept at 8 bits.
 Differs from the released code where that differs from the paper: n over the whole range (`candidates=release`: 0 and k only);
   relations attached to the graph (`relation=detached`); dead channels are safe; no constant in the adapters' rate.
 Inferred: the rows that MPQ-DM+ raises (those behind the first n); `adapter_init=error` after MPQ-DMv2 (arXiv:2507.04290). Its
-  binary residual branch is left out: N + 1 bits are as good or better at the same bytes (`benchmarks/binary_residual.py`).
+  binary residual branch is left out: rows of N + 1 bits are about as good at the same bytes (`benchmarks/binary_residual.py`).
 New here: `grid=fp`, the same on floating-point grids, signed or unsigned with a zero point, chosen per width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from difloat.methods import posttraining
 from difloat.methods.adapters import Init
 from difloat.methods.allocate import AllocationSettings, Criterion, allocate, summary
 from difloat.methods.assign import asymmetric_integers, floating_grids
+from difloat.methods.denoising_factor import loss_weights
 from difloat.methods.finetune import TrainingSettings, settings_of
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
-from difloat.methods.relation import Kind, RelationSettings
+from difloat.methods.relation import Kind, RelationSettings, feature_module
 from difloat.methods.tuned import Tuning, tune
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of MPQ-DM.
+class Options(TrainingSettings):
+    """Options of MPQ-DM, and those of fine-tuning: `TrainingSettings`.
 
     Attributes:
         grid: "int" as in the paper, "fp" for floating-point grids of the same widths.
         mixed: Choose widths row by row; false: N bits for all, inputs not scaled (the base of the ablation).
         plus: MPQ-DM+, a tenth of the rows more at N + 1 bits.
         criterion, candidates, scale_inputs: See `AllocationSettings`.
-        relation, relation_weight, relation_every, features: See `RelationSettings` (`features` is its `module`).
+        relation, relation_weight, feature_weight, relation_every, features: See `RelationSettings` (`features`: its `module`).
         rank: Of the adapters.
         adapter_init: "zero", or "error": from the largest directions of the rounding error.
         ranges_by_timestep: Learn input ranges apart for every timestep.
         keep_8bit: As in LBFP.
-        epochs, rows, adapter_rate, guidance_weight, compare_at, precision: Of fine-tuning, see `TrainingSettings`.
     """
 
     grid: Literal["int", "fp"] = "int"
@@ -61,30 +61,28 @@ class Options:
     scale_inputs: bool = field(default=AllocationSettings.scale_inputs)
     relation: Kind = field(default=RelationSettings.kind)
     relation_weight: float = field(default=RelationSettings.weight)
+    feature_weight: float = field(default=RelationSettings.feature_weight)
     relation_every: int = field(default=RelationSettings.every)
     features: str = field(default=RelationSettings.module)
     rank: int = 32
     adapter_init: Init = field(default=Tuning.adapter_init)
     ranges_by_timestep: bool = True
     keep_8bit: tuple[str, ...] = ("first", "last")
-    epochs: int = field(default=TrainingSettings.epochs)
-    rows: int = field(default=TrainingSettings.rows)
-    adapter_rate: float = field(default=TrainingSettings.adapter_rate)
-    guidance_weight: float = field(default=TrainingSettings.guidance_weight)
-    compare_at: float = field(default=TrainingSettings.compare_at)
-    precision: Literal["no", "bf16", "fp16"] = "no"
 
 
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by MPQ-DM."""
     kept: list[str] = []
-    training = settings_of(options, task)
+    training, weights = settings_of(options, task), loss_weights(task, 0.0)
     choosing = AllocationSettings(
         options.criterion, options.candidates, options.plus, scale_inputs=options.scale_inputs
     )
-    relation = RelationSettings(
-        options.relation, options.relation_weight, every=options.relation_every, module=options.features
-    )
+    weighed = (options.relation_weight, options.feature_weight)
+    relation = RelationSettings(options.relation, *weighed, options.relation_every, options.features)
+    if options.plus and not options.mixed:
+        raise ValueError("plus must come with rows of several widths, got mixed=false; leave one of them out")
+    if options.epochs and relation.kind != "off":
+        feature_module(task, relation)  # refused before the search, not after it
     rule = {"int": asymmetric_integers, "fp": floating_grids}[options.grid]
     timing: dict[str, Any] = {"seconds": {}}
     with posttraining.timed(timing, "choose widths"):
@@ -104,14 +102,5 @@ def plan(task: Task, options: Options) -> Outcome:
     outcome.measured["seconds"] |= timing["seconds"]
     outcome.measured["kept_8bit"] = kept
     outcome.measured["widths"] = summary({name: one for name, one in chosen.items() if name not in kept})
-    tuning = Tuning(
-        training,
-        1,
-        options.rank,
-        0.0,
-        tuple(kept),
-        options.ranges_by_timestep,
-        relation=relation,
-        adapter_init=options.adapter_init,
-    )
-    return tune(task, outcome, tuning)
+    tuning = Tuning(training, 1, options.rank, weights, tuple(kept), options.ranges_by_timestep)
+    return tune(task, outcome, replace(tuning, relation=relation, adapter_init=options.adapter_init))

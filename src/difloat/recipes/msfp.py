@@ -25,6 +25,7 @@ from difloat.methods import posttraining
 from difloat.methods.adapters import Carry
 from difloat.methods.adaround import RoundingSettings
 from difloat.methods.assign import Rule
+from difloat.methods.denoising_factor import loss_weights
 from difloat.methods.finetune import TrainingSettings, settings_of
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
@@ -38,21 +39,19 @@ NARROW_ZEROS = tuple(n / 6 for n in range(7))
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of MSFP.
+class Options(TrainingSettings):
+    """Options of MSFP, and those of fine-tuning: `TrainingSettings`.
 
     Attributes:
         grid: "fp" as in the paper, or "int" for its integer twin (same everything, uniform grids).
         mixup_sign: Let lopsided inputs choose unsigned formats with a zero point.
         search: "wide", or "narrow" as in the third-party re-implementation.
         adapters: Low-rank adapters per layer; 0: no fine-tuning at all, 1: one for all timesteps.
-        rank: Of the adapters.
-        carry: "merged": a packed weight per adapter that is used; "side": one packed weight and the adapters beside it.
+        rank, carry: Of the adapters; "merged": a packed weight for each one used; "side": one, and the adapters beside it.
         dfa: Weight the loss of a timestep by its factor in the sampler's update.
         factor_power: That factor to this power; 1 is the paper's.
         rounding: Of weights with at most 4 bits: "nearest" as in the paper, or "learned" as in LBFP before fine-tuning.
         iterations, rounding_rows, keep_8bit: As in LBFP, the first two of learned rounding.
-        epochs, rows, adapter_rate, guidance_weight, compare_at, precision: Of fine-tuning, see `TrainingSettings`.
     """
 
     grid: Literal["fp", "int"] = "fp"
@@ -67,24 +66,20 @@ class Options:
     iterations: int = field(default=RoundingSettings.iterations)
     rounding_rows: int = field(default=Sequencing.rounding_rows)
     keep_8bit: tuple[str, ...] = ("first", "last")
-    epochs: int = field(default=TrainingSettings.epochs)
-    rows: int = field(default=TrainingSettings.rows)
-    adapter_rate: float = field(default=TrainingSettings.adapter_rate)
-    guidance_weight: float = field(default=TrainingSettings.guidance_weight)
-    compare_at: float = field(default=TrainingSettings.compare_at)
-    precision: Literal["no", "bf16", "fp16"] = "no"
 
 
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by MSFP."""
     kept: list[str] = []
     settings = settings_of(options, task)
+    trains = options.adapters and options.epochs
+    weights = loss_weights(task, options.factor_power if options.dfa and trains else 0.0)
 
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
         kept.extend([name] if keeps else [])
         bits = 8 if keeps else task.bits.weight
-        weight, learn = Rule(_signed(bits, options), "channel"), options.rounding == "learned" and bits <= 4
+        weight, learn = Rule(_grids(bits, options), "channel"), options.rounding == "learned" and bits <= 4
         if task.bits.activation is None:
             return LayerRules(weight, None, learn)
         return LayerRules(weight, _input(8 if keeps else task.bits.activation, options), learn)
@@ -94,26 +89,24 @@ def plan(task: Task, options: Options) -> Outcome:
     outcome = posttraining.run(task, rules, sequencing)
     if not options.adapters:
         return outcome
-    power = options.factor_power if options.dfa else 0.0
-    tuning = Tuning(settings, options.adapters, options.rank, power, tuple(kept), carry=options.carry)
+    tuning = Tuning(settings, options.adapters, options.rank, weights, tuple(kept), carry=options.carry)
     return tune(task, outcome, tuning)
 
 
-def _signed(bits: int, options: Options) -> tuple[formats.Format, ...]:
-    return (formats.parse(f"int{bits}"),) if options.grid == "int" else formats.candidates(bits)
+def _grids(bits: int, options: Options, *, signed: bool = True) -> tuple[formats.Format, ...]:
+    if options.grid == "int":
+        return (formats.parse(f"int{bits}" if signed else f"uint{bits}"),)
+    return formats.candidates(bits, signed=signed)
 
 
 def _input(bits: int, options: Options) -> Rule:
     narrow = options.search == "narrow"
-    rule = Rule(_signed(bits, options), clips=NARROW_SIGNED if narrow else CLIPS)
+    rule = Rule(_grids(bits, options), clips=NARROW_SIGNED if narrow else CLIPS)
     if not options.mixup_sign:
         return rule
-    unsigned = (
-        (formats.parse(f"uint{bits}"),) if options.grid == "int" else formats.candidates(bits, signed=False)
-    )
     return replace(
         rule,
-        formats=(*rule.formats, *unsigned),
+        formats=(*rule.formats, *_grids(bits, options, signed=False)),
         zero_points=NARROW_ZEROS if narrow else ZERO_POINTS,
         unsigned_clips=NARROW_UNSIGNED if narrow else None,
         asymmetry=HALF,

@@ -1,0 +1,52 @@
+"""Whether rows of different timesteps may share one call of a denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from difloat.calls import first_tensor
+
+Batch = Callable[[Sequence[int]], tuple[tuple[Any, ...], Mapping[str, Any]]]
+
+_SCALAR_TIMESTEP = (
+    "a denoiser must take the timestep as a [batch] tensor (one entry per row), so that rows of different "
+    "timesteps can be merged"
+)
+
+
+def check_mergeable(module: nn.Module, timesteps: Sequence[float], batch: Batch) -> None:
+    """Prove that two rows of different timesteps give in one call what they give in two.
+
+    Does nothing if all rows have the same timestep.
+
+    Args:
+        module: The denoiser.
+        timesteps: Of every calibration row.
+        batch: Gives the arguments of some rows.
+
+    Raises:
+        ValueError: The module takes only a scalar timestep, or mixes the rows of a batch.
+    """
+    other = max(range(len(timesteps)), key=lambda row: abs(timesteps[row] - timesteps[0]))
+    if timesteps[other] == timesteps[0]:
+        return
+
+    def output(rows: list[int]) -> Tensor:
+        args, kwargs = batch(rows)
+        return first_tensor(module(*args, **kwargs))
+
+    with torch.no_grad():
+        apart = torch.cat([output([row]) for row in (0, other)])
+        try:
+            merged = output([0, other])
+        except (RuntimeError, TypeError, IndexError) as error:
+            raise ValueError(f"{_SCALAR_TIMESTEP} in one call, got: {str(error).splitlines()[0]}") from error
+    # Half precision sums in another order for another batch size; a wrong timestep is far outside of this.
+    tolerance = 1e-3 if merged.dtype in (torch.float32, torch.float64) else 5e-2
+    difference = float((merged.double() - apart.double()).norm() / apart.double().norm().clamp_min(1e-12))
+    if merged.shape != apart.shape or difference > tolerance:
+        raise ValueError(f"{_SCALAR_TIMESTEP} in one call, got outputs that differ by {difference:.2g}")

@@ -1,0 +1,99 @@
+"""The state of a fine-tuning run on disk, so that a killed run goes on where it was, and no other run takes it for its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from difloat.calls import content_hash
+from difloat.methods.adapters import Adaptive
+from difloat.methods.student import Student
+from difloat.methods.task import Task
+
+_SAVE_EVERY_S = 60.0
+
+
+@final
+class Kept:
+    """Trained tensors, the optimiser's moments and losses so far; written to a part file, then renamed.
+
+    The file's name says what the run was made of: rows, seed, layers with their weights and first values, the timesteps, how
+    adapters start and are carried, and what `train` was told.
+    """
+
+    def __init__(self, task: Task, student: Student, optimizer: Any, made_of: Mapping[str, Any]) -> None:
+        """For a run that trains `student`; nothing is kept without a `work_dir`."""
+        twins = [twin for twin in student.twins if isinstance(twin, Adaptive)]
+        facts = {
+            **made_of,
+            "rows": task.calibration.fingerprint,
+            "seed": task.seed,
+            "grid": student.grid,
+            "names": student.names,
+            "carry": student.carry,
+            "init": student.adapter_init,
+            "parameters": [tuple(parameter.shape) for parameter in student.parameters()],
+            "layers": [twin.plan.to_json() for twin in twins],
+            "starts": [_hashes({**twin.plan.tensors, "base": twin.base}) for twin in twins],
+        }
+        self.student, self.optimizer = student, optimizer
+        name = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+        folder = task.work_dir
+        self.path = None if folder is None else folder / f"fine-tuning-{name}.safetensors"
+        self.saved = time.monotonic()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = dict(self.student.named_parameters())
+        tensors = {f"value.{name}": parameter.detach() for name, parameter in named.items()}
+        for name, parameter in named.items():
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"moment.{key}.{name}": value for key, value in moments.items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+    def keep(self, losses: list[float], *, force: bool) -> None:
+        """Write the state if the last time is a minute ago, or now."""
+        if self.path is None or not (force or time.monotonic() - self.saved > _SAVE_EVERY_S):
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        save_file(self._tensors(), part, metadata={"losses": json.dumps(losses)})
+        os.replace(part, self.path)
+        self.saved = time.monotonic()
+
+    def read(self) -> tuple[dict[str, Tensor], list[float]] | None:
+        """A kept state of this very run, if there is one."""
+        if self.path is None or not self.path.exists():
+            return None
+        with safe_open(self.path, "pt") as file:
+            metadata = file.metadata()
+        return load_file(self.path), json.loads(metadata["losses"])
+
+    def restore(self, state: tuple[dict[str, Tensor], list[float]] | None) -> list[float]:
+        """Take over what `read` gave; the losses so far."""
+        if state is None:
+            return []
+        tensors, losses = state
+        for name, parameter in self.student.named_parameters():
+            parameter.data.copy_(tensors[f"value.{name}"])
+            moments = {
+                key: tensors[f"moment.{key}.{name}"].to(parameter.device if key != "step" else "cpu")
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"moment.{key}.{name}" in tensors
+            }
+            if moments:
+                self.optimizer.state[parameter] = moments
+        return losses
+
+
+def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    with torch.no_grad():
+        return {name: content_hash(tensor.cpu()) for name, tensor in tensors.items()}
