@@ -27,6 +27,7 @@ from difloat.methods.search import ZERO_POINTS
 from difloat.methods.student import Router, Student
 from difloat.methods.task import Bits, MixedRows, Smoothing, Task
 from difloat.quantizer import LayerPlan, Plan, dequantize
+from difloat.recipes import msfp
 from difloat.specs import QuantSpec
 from mixed_rows import in_bands
 
@@ -322,6 +323,15 @@ def test_msfp_keeps_one_weight_with_its_adapters_beside() -> None:
     assert (merged.options["carry"], beside.options["carry"]) == ("merged", "side")
     shown = {row.name: row for row in record.build(task.model, beside, name="tiny").layers}
     assert "rank 2 beside" in shown["conv_in"].note and not shown["time"].note
+
+
+def test_the_narrow_search_stays_in_the_ranges_of_the_re_implementation() -> None:
+    heavy = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0)) ** 3
+    reach = {}
+    for search in ("narrow", "wide"):
+        found = msfp._input(4, msfp.Options(grid="int", search=search, mixup_sign=False)).search(heavy)
+        reach[search] = float(found.scale) * found.format.max / float(heavy.abs().max())
+    assert reach["wide"] < 0.6 and reach["narrow"] == pytest.approx(0.8)
 
 
 def inputs_of(task: Task, name: str) -> torch.Tensor:
