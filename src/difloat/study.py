@@ -97,8 +97,8 @@ def call_of(source: str, guidance_scale: float | None) -> tuple[float | None, di
 def describe(forecast: Forecast, settings: CalibrationSettings) -> str:
     """What a run will take, in lines for people."""
     need = forecast.calibration
-    ram = forecast.float_bytes + forecast.packed_bytes + forecast.learning_bytes
-    ram += settings.memory_bytes + need["ram_bytes"]
+    held = forecast.float_bytes + forecast.packed_bytes + need["ram_bytes"]
+    before, tuning = held + forecast.learning_bytes + settings.memory_bytes, held + forecast.tuning_bytes
     taken = [(name, n) for name, n in forecast.counts.items() if name in forecast.trial.layers]
     lines = [
         f"{sum(n for _, n in taken)} layers, {forecast.weights:,} weights: about {forecast.packed_bytes / 1e6:.2f} MB "
@@ -108,9 +108,14 @@ def describe(forecast: Forecast, settings: CalibrationSettings) -> str:
         f"search: about {forecast.search_s:.0f} s; learned rounding: about {forecast.rounding_s:.0f} s; "
         f"fine-tuning: roughly {forecast.training_s:.0f} s; "
         f"in all about {forecast.seconds:.0f} s",
-        f"RAM: at most {ram / 1e6:.0f} MB for both denoisers, a block in training, and the activations of rows and "
+        f"RAM: at most {before / 1e6:.0f} MB for both denoisers, a block in training, and the activations of rows and "
         f"blocks (--memory-mb), beside the libraries' own",
     ]
+    if forecast.tuning_bytes:
+        lines.append(
+            f"RAM of fine-tuning: about {tuning / 1e6:.0f} MB for both denoisers, rows, adapters, and what a step over the "
+            f"whole denoiser keeps (--set rows=, not --memory-mb), beside the libraries' own"
+        )
     return "\n".join(lines)
 
 

@@ -46,6 +46,7 @@ class Adaptive(nn.Module):
         input_scale: [entries, parts], one row per entry of the timestep grid or one in all; absent where inputs are online or
             not quantized.
         input_zero_point: Likewise, of the parts that have one.
+        wrapped: The layer it stands for, in a list.
         base: [o, i, *k], the frozen weight that adapters are added to.
         choice: [adapters], one-hot, of the current call.
         entry: Of the timestep grid, in the current call.
@@ -81,7 +82,7 @@ class Adaptive(nn.Module):
         self.plan, self.adapters, self.rank, self.carry = plan, adapters, rank, carry
         self.choice: Tensor | None = None
         self.entry = 0
-        self._layer = [layer]  # in a list: the user's own layer is neither a submodule nor saved
+        self.wrapped = [layer]  # in a list: the user's own layer is neither a submodule nor saved
         bands = plan.split_rows()
         order = torch.arange(plan.shape[0])
         if plan.bands:
@@ -206,7 +207,7 @@ class Adaptive(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer it stands for, quantized."""
-        layer = self._layer[0]
+        layer = self.wrapped[0]
         choice = torch.ones(1, device=x.device) if self.choice is None else self.choice
         weight = self.quantized(self.merged(choice)).to(x.dtype)
         bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)
@@ -221,7 +222,7 @@ class Adaptive(nn.Module):
     def branch(self, x: Tensor, choice: Tensor) -> Tensor:
         """The pairs in float16 on the input as it comes, weighted by `choice` [adapters]: one product of all ranks together."""
         up = _as_stored(self.up) * choice[:, None, None]
-        return low_rank(self._layer[0], x, _as_stored(self.down).flatten(0, 1), torch.cat(list(up), dim=1))
+        return low_rank(self.wrapped[0], x, _as_stored(self.down).flatten(0, 1), torch.cat(list(up), dim=1))
 
     @torch.no_grad()
     def packed(self, schedule: Sequence[int]) -> LayerPlan:

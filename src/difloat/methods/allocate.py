@@ -35,7 +35,7 @@ _MOST_BITS = 8
 _REACH = 1e3  # factors stay within this of their median: half precision must hold them, and unseen inputs must not explode
 _VECTORS = 2048  # of a layer's input that output errors are measured on
 _LAYER_BYTES = 1 << 26  # of one layer's input vectors
-_HELD_SHARE = 2  # the vectors of the layers of one pass take half of the memory for activations
+HELD_SHARE = 2  # the vectors of the layers of one pass take half of the memory for activations
 
 
 @dataclass(frozen=True)
@@ -259,10 +259,10 @@ def _held_inputs(
     rows = sum(observe.rows_of_call(call) for call in calls)
     waiting = list(names)
     while waiting:
-        free, taken = task.memory_bytes // _HELD_SHARE, dict[str, list[Tensor]]()
+        free, taken = task.memory_bytes // HELD_SHARE, dict[str, list[Tensor]]()
         wanted: dict[str, int] = {}
-        while waiting and (not taken or free >= _vectors_of(task.model, waiting[0])[1]):
-            wanted[waiting[0]], size = _vectors_of(task.model, waiting[0])
+        while waiting and (not taken or free >= vectors_of(task.model, waiting[0])[1]):
+            wanted[waiting[0]], size = vectors_of(task.model, waiting[0])
             taken[waiting.pop(0)] = []
             free -= size
         for call in calls:
@@ -273,7 +273,7 @@ def _held_inputs(
             yield name, torch.cat(taken.pop(name), dim=1)
 
 
-def _vectors_of(model: nn.Module, name: str) -> tuple[int, int]:
+def vectors_of(model: nn.Module, name: str) -> tuple[int, int]:
     """How many input vectors of a layer are held, and their bytes."""
     layer = model.get_submodule(name)
     weight = layers.weight_of(model, name)

@@ -30,7 +30,7 @@ Kind = Literal["attached", "detached", "features", "off"]
 _MAP_BYTES = 1 << 26  # of one lot of rows of the relations
 _MAPS = 4  # of such a lot that are held at once: logits and probabilities of student and teacher
 _TEACHER_ROWS = 16  # rows of a teacher's call
-_CACHE_SHARE = 4  # the teacher's features may take a quarter of the memory for activations
+CACHE_SHARE = 4  # the teacher's features may take a quarter of the memory for activations
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class RelationLoss:
         self._caught: Tensor | None = None
         student.module(self.name).register_forward_hook(self._catch)
         self._cache: dict[int, Tensor] = {}
-        self._free_bytes = task.memory_bytes // _CACHE_SHARE
+        self._free_bytes = task.memory_bytes // CACHE_SHARE
 
     def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._caught = positions(output)
