@@ -54,16 +54,17 @@ def seeds(label: str, recipe: str, bits: str, options: dict[str, Any], count: in
 BASE: dict[str, Any] = {"mixup_sign": False, "adapters": 1, "dfa": False}
 GROUPS: dict[str, Any] = {"weight_granularity": "group", "group_size": 128}
 EPOCHS: dict[str, Any] = {"epochs": 20}  # half the default, the same for all rows of MPQ-DM's long table
+SHORT: dict[str, Any] = {"epochs": 10}  # of the table that has all settings and both models
 KEPT: dict[str, Any] = {"factor_power": 2.0, "guidance_weight": 9.0}  # our loss, in place of the papers'
 OMQ: dict[str, Any] = {**EPOCHS, "relation": "off"}
 
 
-def against(bits: str, count: int = 1) -> list[Row]:
+def against(bits: str, count: int = 1, budget: dict[str, Any] = EPOCHS) -> list[Row]:
     """MPQ-DM and what it is compared with at one setting; all train the same number of steps and have one weight per layer."""
     return [
-        *seeds(f"{bits.upper()} MPQ-DM", "mpqdm", bits, EPOCHS, count),
-        *seeds(f"{bits.upper()} EfficientDM", "efficientdm", bits, EPOCHS, count),
-        *seeds(f"{bits.upper()} MSFP, one adapter", "msfp", bits, {**EPOCHS, "adapters": 1}, count),
+        *seeds(f"{bits.upper()} MPQ-DM", "mpqdm", bits, budget, count),
+        *seeds(f"{bits.upper()} EfficientDM", "efficientdm", bits, budget, count),
+        *seeds(f"{bits.upper()} MSFP, one adapter", "msfp", bits, {**budget, "adapters": 1}, count),
         Row(f"{bits.upper()} nearest", "rtn", bits, {"grid": "int"}),
     ]
 
@@ -215,6 +216,20 @@ PAPERS: dict[str, list[Row]] = {
             "W2A4 EfficientDM, compared after guidance", "efficientdm", "w2a4", {**EPOCHS, "compare_at": 3.0}
         ),
     ],
+    "mpqdm-short": [  # with --samples 400
+        *(row for bits in ("w4a4", "w3a6", "w3a4", "w2a6", "w2a4") for row in against(bits, budget=SHORT)),
+        Row("W2A4 MPQ-DM, rows by error", "mpqdm", "w2a4", {**SHORT, "criterion": "error"}),
+        Row("W2A4 MPQ-DM, rows by magnitude", "mpqdm", "w2a4", {**SHORT, "criterion": "magnitude"}),
+        Row("W2A4 MPQ-DM, rows at random", "mpqdm", "w2a4", {**SHORT, "criterion": "random"}),
+        Row("W2A4 + OMQ, no relations", "mpqdm", "w2a4", {**SHORT, "relation": "off"}),
+        Row("W2A4 MPQ-DM, features", "mpqdm", "w2a4", {**SHORT, "relation": "features"}),
+        Row(
+            "W2A4 MPQ-DM, features, a tenth of the weight",
+            "mpqdm",
+            "w2a4",
+            {**SHORT, "relation": "features", "feature_weight": 0.1},
+        ),
+    ],
     "guided": [
         Row("W4A4 guided", "guided", "w4a4"),
         Row("W4A4 guided, ranges by timestep", "guided", "w4a4", {"ranges_by_timestep": True}),
@@ -227,7 +242,14 @@ PAPERS: dict[str, list[Row]] = {
         Row("W4A4 guided, all timesteps alike", "guided", "w4a4", {"factor_power": 0.0}),
     ],
 }
-MODELS = {"lbfp": NAMES, "fp4dit": ("emoji-pixart",), "msfp": NAMES, "mpqdm": NAMES, "guided": NAMES}
+MODELS = {
+    "lbfp": NAMES,
+    "fp4dit": ("emoji-pixart",),
+    "msfp": NAMES,
+    "mpqdm": NAMES,
+    "mpqdm-short": NAMES,
+    "guided": NAMES,
+}
 
 
 def main() -> None:
