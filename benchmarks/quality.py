@@ -240,6 +240,7 @@ PAPERS: dict[str, list[Row]] = {
         Row("W2A4 guided, 20 epochs", "guided", "w2a4", EPOCHS),
         Row("W4A8 guided", "guided", "w4a8"),
         Row("W4A4 guided, all timesteps alike", "guided", "w4a4", {"factor_power": 0.0}),
+        Row("W4A4 guided, not fine-tuned", "guided", "w4a4", {"epochs": 0}),
     ],
 }
 MODELS = {
