@@ -2,7 +2,6 @@
 
     python benchmarks/pictures.py                # the README's: W4A8 on both reference models
     python benchmarks/pictures.py --strip w2a4   # 2-bit weights on emoji-unet, for docs/papers/mpqdm.md
-    python benchmarks/pictures.py --strip w4a4   # our recipe at 4 bits, for docs/papers/guided.md
 
 The first row is full precision. Beside the picture goes a JSON with the PSNR of every other row.
 """
@@ -60,16 +59,6 @@ STRIPS = {
         {
             "LBFP w4a8, FP4": ("lbfp", {"iterations": 80, "rounding_rows": 96}),
             "rounding to nearest w4a8, INT4": ("rtn", {"grid": "int", "scale": "minmax", "keep_8bit": ()}),
-        },
-    ),
-    "w4a4": Strip(
-        "docs/papers/guided.png",
-        "w4a4",
-        ("emoji-pixart", "emoji-unet"),
-        PROMPTS[:4],
-        {
-            "guided w4a4": ("guided", {}),
-            "rounding to nearest w4a4, INT4, first and last layer at 8 bits": ("rtn", {"grid": "int"}),
         },
     ),
     "w2a4": Strip(
