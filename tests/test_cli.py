@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -219,10 +220,15 @@ def test_quantize_writes_a_checkpoint_and_a_report(source: Path, checkpoint: Pat
 
 def test_quantize_prints_the_table_and_where_things_are(run: Run, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    result = run("quantize", source, out, "--recipe", "rtn", "--bits", "w8a16", "--images", 2, *FAST[:4])
+    start = time.perf_counter()
+    result = run("quantize", source, out, "--recipe", "rtn", "--bits", "w8a8", "--images", 2, *FAST[:4])
+    wall_s = time.perf_counter() - start
     assert result.code == 0, result
+    timings = dict(record.read(out)[0].timings)  # no step is counted twice
+    assert {"calibration and the rest", "search weights", "search activations"} <= set(timings)
+    assert min(timings.values()) > 0 and sum(timings.values()) < wall_s
     for expected in (
-        "rtn w8a16",
+        "rtn w8a8",
         "PSNR",
         "bits a weight",
         f"checkpoint {out}",

@@ -59,6 +59,16 @@ def test_there_are_commands_for_every_verb() -> None:
     assert verbs == set(typer.main.get_command(cli.app).commands)
 
 
+def test_pages_show_what_was_measured() -> None:
+    """The tables between the marks are those of benchmarks/results, and no mark is missing."""
+    script = ROOT / "benchmarks" / "quality_pages.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    texts = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for result in (ROOT / "benchmarks" / "results").glob("quality-*.json"):
+        assert f"<!-- {result.stem.replace('-', ' ', 1)} -->" in texts
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "training" / "README.md"], ids=lambda page: page.name)
 def test_other_commands_name_what_exists(page: Path) -> None:
     """What is not run below: targets of make, scripts of this repository with their options, installers."""

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import families
-from difloat import api, forecast, layers, recipes, study
+from difloat import api, forecast, forecast_tuning, layers, recipes, study
 from difloat.calibration import CalibrationSettings
 from difloat.calls import first_tensor
 from difloat.forecast import Forecast
@@ -70,7 +70,7 @@ def held_bytes(student: Student, call: Any) -> int:
 def test_memory_of_fine_tuning_is_what_a_real_student_holds(
     monkeypatch: pytest.MonkeyPatch, carry: str
 ) -> None:
-    monkeypatch.setattr(forecast, "_HEAP", 1.0)  # what is in use, not what the C library keeps beside
+    monkeypatch.setattr(forecast_tuning, "_HEAP", 1.0)  # what is in use, not what the C library keeps beside
     pipeline, rows, rank = tiny_unet(), 5, 4
     options = {"rows": rows, "rank": rank, "adapters": 2, "carry": carry}
     said = expected("msfp", pipeline, **options)
@@ -131,7 +131,7 @@ def test_guidance_in_two_calls_takes_no_more_steps() -> None:
     once, twice = (expected("efficientdm", pipeline, settings, call, **options) for call in (size, guided))
     assert twice.calibration["calls"] / twice.calibration["batches"] == 4
     forwards = (
-        12 + 2 * 3 * 4 * forecast._TRAINING_FORWARDS
+        12 + 2 * 3 * 4 * forecast_tuning._TRAINING_FORWARDS
     )  # the teacher's, and two timesteps in three epochs
     assert once.training_s == twice.training_s == forwards * ROW_S
 
@@ -159,13 +159,13 @@ def test_choosing_widths_is_part_of_the_search(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_relations_are_part_of_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "_relation_s", lambda features, kind: 7.0)
+    monkeypatch.setattr(forecast_tuning, "_relation_s", lambda features, kind: 7.0)
     options = {"epochs": 4, "rows": 3, "rank": 2, "mixed": False}
     off, second, every, features = (
         expected("mpqdm", relation=kind, relation_every=n, **options)
         for kind, n in (("off", 2), ("attached", 2), ("attached", 1), ("features", 2))
     )
-    before = forecast._STUDENT_FORWARDS * ROW_S
+    before = forecast_tuning._STUDENT_FORWARDS * ROW_S
     assert second.training_s - off.training_s == 12 * ROW_S + 4 * 3 * (before + 7.0)
     assert every.training_s - off.training_s == 12 * ROW_S + 8 * 3 * (before + 7.0)
     assert features.training_s - off.training_s == 12 * ROW_S + 4 * 3 * before
@@ -174,10 +174,10 @@ def test_relations_are_part_of_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> N
     short = CalibrationSettings(samples=12, steps=2, prompts_per_batch=2, memory_bytes=2 * held)
     again = expected("mpqdm", settings=short, **options)  # a quarter of that holds half of them
     assert again.training_s - second.training_s == pytest.approx(4 * 3 * 2 * 0.5 * ROW_S)
-    with pytest.raises(ValueError, match="features must name a module .*'nowhere'"):
+    with pytest.raises(ValueError, match="relation features must come from a module .*'nowhere'"):
         expected("mpqdm", features="nowhere", **options)
 
 
 def test_relations_are_timed() -> None:
     features = torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))
-    assert all(0 < forecast._relation_s(features, kind) < 30 for kind in ("attached", "detached"))
+    assert all(0 < forecast_tuning._relation_s(features, kind) < 30 for kind in ("attached", "detached"))

@@ -39,6 +39,7 @@ TOP = {
     "study",
     "tables",
     "forecast",
+    "forecast_tuning",
     "__init__",
     "__main__",
     "cli",

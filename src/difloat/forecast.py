@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -10,16 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import nn
 
-from difloat import api, layers, recipes
+from difloat import api, forecast_tuning, layers, recipes
 from difloat.calibration import Calibration, CalibrationSettings, finish_recording, sampling_of
-from difloat.calls import Recorder, first_tensor, recording
+from difloat.calls import Recorder, recording
 from difloat.exclusion import excluded
-from difloat.methods import allocate, observe, posttraining, relation
-from difloat.methods.adapters import stored_bytes
-from difloat.methods.student import Student
+from difloat.methods import allocate
 from difloat.methods.task import Bits, Sequencing, Task
 from difloat.quantizer import Plan
 from difloat.sampling import quiet
@@ -27,14 +23,9 @@ from difloat.shelf import Shelf
 from difloat.specs import weight_formats
 
 _TRIAL_STEPS = (2, 6)  # two lengths tell the cost of a step from the cost of a block
-_TRAINING_FORWARDS = 5  # forward passes of the float denoiser that a training step takes as long as
-_STUDENT_FORWARDS = 2.5  # the same of a forward pass of the student, without gradient
 _LEARNING_BYTES = (
     40  # per weight of a block in training: neighbours, variable, its gradient and moments, the soft weight
 )
-_TRAINED_COPIES = 4  # of what is trained: itself, its gradient and AdamW's two moments
-_HEAP = 1.8  # resident for what a training step keeps, where it lies in the C library's heap: measured on the embedded models
-_HEAP_BYTES = 1 << 25  # larger tensors get pages of their own (glibc's largest mmap threshold)
 _PASSES = 4  # over all rows: full precision, quantized, and the block errors before and after
 
 
@@ -50,7 +41,7 @@ class Forecast:
         float_bytes: Of the denoiser as it is.
         packed_bytes: Of the denoiser as it will be, if every adapter is used.
         learning_bytes: Of the largest block whose rounding is learned, in training; 0 without.
-        tuning_bytes: Of fine-tuning beside both denoisers and the rows, roughly (`_tuning`); 0 without.
+        tuning_bytes: Of fine-tuning beside both denoisers and the rows, roughly (`forecast_tuning`); 0 without.
         search_s: Choice of widths, search over weights, and over activations where they are static.
         rounding_s: Learned rounding of all blocks, its forward passes included; 0 without.
         training_s: Fine-tuning of the whole denoiser, roughly; 0 without.
@@ -200,19 +191,19 @@ def forecast(
     of_layers = sum(layers.weight_of(module, name).nbytes * counts[name] for name in plan.layers)
     packed_bytes = sum(layer.nbytes * counts[name] for name, layer in plan.layers.items())
     used = min(getattr(made, "rounding_rows", 0), settings.samples)
-    of_adapters, tuning_bytes, training_s = _tuning(task, made, plan, alike, need)
+    tuned = forecast_tuning.tuning(task, made, plan, alike, need)
     return Forecast(
         need,
         plan,
         counts,
         weights,
         float_bytes,
-        float_bytes - of_layers + packed_bytes + of_adapters,
+        float_bytes - of_layers + packed_bytes + tuned.adapter_bytes,
         _LEARNING_BYTES * max(_learned(plan, sizes).values()) if learns else 0,
-        tuning_bytes,
+        tuned.ram_bytes,
         _search_s(task, made, plan, counts, need, weights / sum(sizes.values())),
         _learning_s(plans, counts, made.iterations) + _PASSES * used * need["row_seconds"] if learns else 0.0,
-        training_s,
+        tuned.seconds,
     )
 
 
@@ -242,124 +233,6 @@ def _search_s(
     passed_s = tried * (1 + made.scale_inputs) * row_s  # the few inputs of a trial are held in one pass
     searched_s = max(0.0, plan.measured["seconds"]["choose widths"] - passed_s)
     return seconds + searched_s * times + rows * (passes + made.scale_inputs) * row_s
-
-
-def _tuning(
-    task: Task, made: Any, plan: Plan, alike: Mapping[str, list[str]], need: Mapping[str, float]
-) -> tuple[int, int, float]:
-    """Of fine-tuning: bytes that adapters add to the packed denoiser, bytes of RAM beside both denoisers and the rows, seconds.
-
-    RAM: the student's frozen weights, what is trained with gradients and moments, what a step keeps for its backward pass, the
-    teacher's outputs of all rows, and its features as far as they are held.
-    """
-    adapters: int = getattr(made, "adapters", 1) if getattr(made, "epochs", 0) else 0
-    if not adapters:
-        return 0, 0, 0.0
-    seen = observe.trace(task.model, task.calibration.batch([0]))
-    names = [name for like in plan.layers for name in alike[like]]
-    bare = [name for name in names if posttraining.keeps_8bit(name, seen, made.keep_8bit)]
-    student = _student(task, made, plan, alike, bare)
-    stored, trained = 0, 0
-    for name, layer in plan.layers.items():
-        added = stored_bytes(layer, adapters, made.rank, student.carry)
-        stored += added * sum(other not in bare for other in alike[name])
-        trained += len(alike[name]) * sum(tensor.nbytes for tensor in student.module(name).parameters())
-    step_bytes, output_bytes = _step_bytes(task, student, made.rows, made.precision)
-    ram_bytes = sum(layers.weight_of(task.model, name).nbytes for name in names) + _TRAINED_COPIES * trained
-    ram_bytes += step_bytes + int(need["rows"]) * output_bytes
-    steps = min(need["steps"], need["rows"]) * made.epochs
-    forwards = need["rows"] + steps * made.rows * _TRAINING_FORWARDS  # of a row; the teacher's first
-    if getattr(made, "relation", "off") == "off":
-        return stored, ram_bytes, forwards * need["row_seconds"]
-    features = _features(task, made.features)
-    wanted, free = features.nbytes * need["rows"], task.memory_bytes // relation.CACHE_SHARE
-    related = steps // made.relation_every * made.rows
-    again = 2 * max(0.0, 1 - free / wanted)  # of a row and the one before it, what is not held
-    forwards += need["rows"] + related * (_STUDENT_FORWARDS + again)
-    seconds = forwards * need["row_seconds"]
-    if made.relation != "features":
-        seconds += related * min(_relation_s(features, made.relation) for _ in range(2))  # the first warms up
-    return stored, ram_bytes + int(min(free, wanted)), seconds
-
-
-def _student(task: Task, made: Any, plan: Plan, alike: Mapping[str, list[str]], bare: list[str]) -> Student:
-    """A student of the layers that were tried; those like them get copies of their twins, which share all tensors."""
-    adapters = getattr(made, "adapters", 1)
-    student = Student(
-        task.model,
-        plan.layers,
-        plan.attention,
-        posttraining.timestep_grid(task),
-        adapters=adapters,
-        rank=made.rank,
-        input_ranges_by_timestep=getattr(made, "ranges_by_timestep", False),
-        carry=getattr(made, "carry", "merged"),
-        without_adapters=bare,
-        generator=torch.Generator().manual_seed(task.seed),
-    )
-    for name in plan.layers:
-        for other in alike[name][1:]:
-            twin: Any = copy.copy(student.module(name))
-            twin.wrapped = [task.model.get_submodule(other)]
-            twin.choice = torch.ones(adapters, device=task.calibration.device)
-            layers.replace(student.module(""), other, twin)
-    return student
-
-
-def _step_bytes(task: Task, student: Student, rows: int, precision: str) -> tuple[int, int]:
-    """RAM that a step of so many rows keeps for its backward pass, from those of one and two; and bytes of a row's output."""
-    (one, output), (two, _) = (_kept(student, task.calibration.batch([0] * n), precision) for n in (1, 2))
-    kept = 2 * sum(one) - sum(two) + rows * (sum(two) - sum(one))
-    on_heap = sum(size for size in two if size * rows < 2 * _HEAP_BYTES) / sum(two)
-    on_heap *= task.calibration.device.type == "cpu"
-    return int(kept * (1 + (_HEAP - 1) * on_heap)), 4 * output.numel()
-
-
-def _kept(student: Student, call: observe.Call, precision: str) -> tuple[list[int], Tensor]:
-    """Bytes of all storages that a forward pass keeps for the backward pass, but for the model's state; and its output.
-
-    None is kept here: weak references tell new storages from those gone, whatever their addresses.
-    """
-    sizes: dict[int, int] = {}
-    held: list[StorageWeakRef] = []
-
-    def note(tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        held.append(StorageWeakRef(storage))
-        sizes.setdefault(held[-1].cdata, storage.nbytes())
-
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    cast = torch.autocast(next(student.parameters()).device.type, half, enabled=half is not None)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda _: torch.empty(0)), cast:
-        output = first_tensor(student(*call))
-    own = {StorageWeakRef(t.untyped_storage()).cdata for t in student.module("").state_dict().values()}
-    return [size for key, size in sizes.items() if key not in own], output.detach()
-
-
-def _features(task: Task, name: str) -> Tensor:
-    """The teacher's features of a row, from the module `name`; "" finds it.
-
-    Raises:
-        ValueError: if there is no such module, or no block to find.
-    """
-    (args, kwargs), caught = task.calibration.batch([0]), list[Tensor]()
-    module = dict(task.model.named_modules()).get(name or relation.feature_block(task.model, (args, kwargs)))
-    if module is None:
-        raise ValueError(f"features must name a module of the denoiser, got {name!r}; see named_modules()")
-    handle = module.register_forward_hook(lambda m, i, output: caught.append(relation.positions(output)))
-    with observe.removed([handle]), torch.no_grad():
-        task.model(*args, **kwargs)
-    return caught[-1]
-
-
-def _relation_s(features: Tensor, kind: relation.Kind) -> float:
-    """Seconds of a row's relations, with their gradient where it is taken."""
-    start = time.perf_counter()
-    total = relation.divergence(features.clone().requires_grad_(kind == "attached"), features)
-    if kind == "attached":
-        total.backward()
-    float(total.detach())  # waits for a GPU
-    return time.perf_counter() - start
 
 
 def _alike(module: nn.Module, left_out: set[str]) -> dict[str, list[str]]:

@@ -166,8 +166,7 @@ def feature_module(task: Task, settings: RelationSettings) -> str:
     """Name of the module whose output is the feature, tried on one row.
 
     Raises:
-        ValueError: if the calibration data hold no two consecutive steps of a trajectory, there is no module of that name, no
-            block to find, or no feature in the module's output.
+        ValueError: if the calibration data hold no two consecutive steps of a trajectory; and see `features_of`.
     """
     before = task.calibration.before
     if all(earlier in (None, row) for row, earlier in enumerate(before)):
@@ -175,8 +174,22 @@ def feature_module(task: Task, settings: RelationSettings) -> str:
             f"relation distillation must see consecutive steps of one trajectory, got {len(before)} calibration rows "
             "without any; calibrate along the sampler with more samples, or say relation=off"
         )
+    return features_of(task, settings.module)[0]
+
+
+def features_of(task: Task, wanted: str) -> tuple[str, Tensor]:
+    """Name of the module whose output is the feature, and the teacher's features of the first row.
+
+    Args:
+        task: Its model is the teacher.
+        wanted: Name of the module; "" finds it.
+
+    Raises:
+        ValueError: there is no module of that name, no block to find, no feature in the module's output, or it is not
+            called once.
+    """
     call = task.calibration.batch([0])
-    name = settings.module or feature_block(task.model, call)
+    name = wanted or feature_block(task.model, call)
     module = dict(task.model.named_modules()).get(name)
     if module is None:
         raise ValueError(
@@ -191,7 +204,7 @@ def feature_module(task: Task, settings: RelationSettings) -> str:
             f"relation features must come from a module that is called once, got features={name!r}, called {len(seen)} "
             "times; name a block, or say relation=off"
         )
-    return name
+    return name, seen[0]
 
 
 @final

@@ -1,0 +1,230 @@
+"""What `quality.py` measures: the rows of every table in docs/papers, and the models they are measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from difloat.reference_models import NAMES
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration of a table; `timesteps` as in the calibration settings, `seed` of calibration and recipe."""
+
+    label: str
+    recipe: str
+    bits: str
+    options: dict[str, Any] = field(default_factory=dict)
+    timesteps: str = "sampler"
+    seed: int = 0
+
+
+def seeds(label: str, recipe: str, bits: str, options: dict[str, Any], count: int = 3) -> list[Row]:
+    """The same configuration with several seeds."""
+    return [
+        Row(label if seed == 0 else f"{label}, seed {seed}", recipe, bits, options, seed=seed)
+        for seed in range(count)
+    ]
+
+
+BASE: dict[str, Any] = {"mixup_sign": False, "adapters": 1, "dfa": False}
+GROUPS: dict[str, Any] = {"weight_granularity": "group", "group_size": 128}
+EPOCHS: dict[str, Any] = {"epochs": 20}  # half the default, the same for all rows of MPQ-DM's long table
+SHORT: dict[str, Any] = {"epochs": 10}  # of the table that has all settings and both models
+KEPT: dict[str, Any] = {"factor_power": 2.0, "guidance_weight": 9.0}  # our loss, in place of the papers'
+OMQ: dict[str, Any] = {**EPOCHS, "relation": "off"}
+
+
+def against(bits: str, count: int = 1, budget: dict[str, Any] = EPOCHS) -> list[Row]:
+    """MPQ-DM and what it is compared with at one setting; all train the same number of steps and have one weight per layer."""
+    return [
+        *seeds(f"{bits.upper()} MPQ-DM", "mpqdm", bits, budget, count),
+        *seeds(f"{bits.upper()} EfficientDM", "efficientdm", bits, budget, count),
+        *seeds(f"{bits.upper()} MSFP, one adapter", "msfp", bits, {**budget, "adapters": 1}, count),
+        Row(f"{bits.upper()} nearest", "rtn", bits, {"grid": "int"}),
+    ]
+
+
+PAPERS: dict[str, list[Row]] = {
+    "lbfp": [
+        Row("FP8/FP8 (LBFP)", "lbfp", "w8a8"),
+        Row("INT8/INT8 (Q-Diffusion)", "qdiffusion", "w8a8"),
+        Row("FP4/FP8 nearest (LBFP)", "lbfp", "w4a8", {"rounding": "nearest"}),
+        Row("FP4/FP8 learned rounding (LBFP)", "lbfp", "w4a8"),
+        Row("INT4/INT8 nearest (Q-Diffusion)", "qdiffusion", "w4a8", {"rounding": "nearest"}),
+        Row("INT4/INT8 AdaRound (Q-Diffusion)", "qdiffusion", "w4a8"),
+        Row("FP4/FP8 learned, per channel", "lbfp", "w4a8", {"weight_granularity": "channel"}),
+        Row("INT4/INT8 AdaRound, per tensor", "qdiffusion", "w4a8", {"weight_granularity": "tensor"}),
+    ],
+    "fp4dit": [
+        Row("W4A8 FP4DiT", "fp4dit", "w4a8"),
+        Row("W4A6 FP4DiT", "fp4dit", "w4a6"),
+        Row("W4A8 Q-Diffusion", "qdiffusion", "w4a8", GROUPS),
+        Row("W4A6 Q-Diffusion", "qdiffusion", "w4a6", GROUPS),
+        Row("W4A8 ViDiT-Q", "viditq", "w4a8"),
+        Row("W4A6 ViDiT-Q", "viditq", "w4a6"),
+        Row("W4A8 Q-DiT", "qdit", "w4a8"),
+        Row("W4A6 Q-DiT", "qdit", "w4a6"),
+        Row("W4A6 FP4DiT, nearest", "fp4dit", "w4a6", {"rounding": "nearest"}),
+        Row("W4A6 FP4DiT, E2M1 before GELU", "fp4dit", "w4a6", {"before_gelu": "same"}),
+        Row("W4A6 FP4DiT, plain AdaRound", "fp4dit", "w4a6", {"scale_aware": False}),
+        Row("W4A6 FP4DiT, static activations", "fp4dit", "w4a6", {"activation": "static"}),
+        Row("W4A6 FP4DiT, groups of 64", "fp4dit", "w4a6", {"group_size": 64}),
+        Row("W4A6 FP4DiT, per channel", "fp4dit", "w4a6", {"group_size": 0}),
+        Row("W4A6 FP4DiT, calibrated on clean latents", "fp4dit", "w4a6", timesteps="clean"),
+        Row("W4A6 FP4DiT, inputs of full precision", "fp4dit", "w4a6", {"inputs": "full"}),
+        Row("W4A6 FP4DiT, attention in high precision", "fp4dit", "w4a6", {"attention": False}),
+        Row("W4A6 FP4DiT, formats and clips searched", "fp4dit", "w4a6", {"weight_format": "search"}),
+        Row(
+            "W4A6 integer twin: INT4 groups, INT6 tokens",
+            "qdiffusion",
+            "w4a6",
+            {**GROUPS, "activation": "online"},
+        ),
+        Row("W4A6 ViDiT-Q, one weight per layer", "viditq", "w4a6", {"stretches": 1}),
+        Row(
+            "W4A6 FP4DiT, all that helped: E2M1 before GELU, searched, inputs of full precision",
+            "fp4dit",
+            "w4a6",
+            {"before_gelu": "same", "weight_format": "search", "inputs": "full"},
+        ),
+    ],
+    "msfp": [
+        Row("W6A6 MSFP", "msfp", "w6a6"),
+        *seeds("W4A4 base", "msfp", "w4a4", BASE),
+        *seeds("W4A4 + mixup-sign", "msfp", "w4a4", {**BASE, "mixup_sign": True}),
+        *seeds("W4A4 + TALoRA", "msfp", "w4a4", {"dfa": False}),
+        *seeds("W4A4 + DFA (MSFP)", "msfp", "w4a4", {}),
+        Row("W4A4 integer twin", "msfp", "w4a4", {"grid": "int"}),
+        Row("W4A4 MSFP, narrow search", "msfp", "w4a4", {"search": "narrow"}),
+        Row("W4A4 EfficientDM", "efficientdm", "w4a4"),
+        Row("W4A4 LBFP", "lbfp", "w4a4"),
+        Row("W4A4 Q-Diffusion", "qdiffusion", "w4a4"),
+        Row("W4A4 MSFP, not fine-tuned", "msfp", "w4a4", {"adapters": 0}),
+        Row(
+            "W4A4 MSFP, learned rounding, not fine-tuned",
+            "msfp",
+            "w4a4",
+            {"adapters": 0, "rounding": "learned"},
+        ),
+        Row("W4A4 MSFP, one adapter, guidance kept", "msfp", "w4a4", {"adapters": 1, **KEPT}),
+        Row(
+            "W4A4 MSFP, learned rounding, one adapter, guidance kept",
+            "msfp",
+            "w4a4",
+            {"adapters": 1, "rounding": "learned", **KEPT},
+        ),
+        Row(
+            "W4A4 MSFP, one adapter, guidance kept, 10 epochs",
+            "msfp",
+            "w4a4",
+            {"adapters": 1, "epochs": 10, **KEPT},
+        ),
+        Row(
+            "W4A4 MSFP, learned rounding, one adapter, guidance kept, 10 epochs",
+            "msfp",
+            "w4a4",
+            {"adapters": 1, "epochs": 10, "rounding": "learned", **KEPT},
+        ),
+        Row("W4A4 MSFP, one adapter, 10 epochs", "msfp", "w4a4", {"adapters": 1, "epochs": 10}),
+        Row("W4A4 MSFP, one adapter", "msfp", "w4a4", {"adapters": 1}),
+        Row(
+            "W4A4 MSFP, one adapter, 10 epochs, guidance weighted",
+            "msfp",
+            "w4a4",
+            {"adapters": 1, "epochs": 10, "guidance_weight": 9.0},
+        ),
+        Row(
+            "W4A4 MSFP, one adapter, 10 epochs, squared factors",
+            "msfp",
+            "w4a4",
+            {"adapters": 1, "epochs": 10, "factor_power": 2.0},
+        ),
+    ],
+    "mpqdm": [
+        *against("w2a4", 3),
+        *against("w3a6", 3),
+        *against("w4a4"),
+        *against("w3a4"),
+        *against("w2a6"),
+        *seeds("W2A4 base", "mpqdm", "w2a4", {**OMQ, "mixed": False}),
+        *seeds("W2A4 + OMQ", "mpqdm", "w2a4", OMQ),
+        Row("W2A4 MPQ-DM, rows by error", "mpqdm", "w2a4", {**EPOCHS, "criterion": "error"}),
+        Row("W2A4 MPQ-DM, rows by magnitude", "mpqdm", "w2a4", {**EPOCHS, "criterion": "magnitude"}),
+        Row("W2A4 MPQ-DM, rows at random", "mpqdm", "w2a4", {**EPOCHS, "criterion": "random"}),
+        Row("W2A4 MPQ-DM, n of 0 and k as released", "mpqdm", "w2a4", {**EPOCHS, "candidates": "release"}),
+        Row("W2A4 MPQ-DM+", "mpqdm", "w2a4", {**EPOCHS, "plus": True}),
+        Row(
+            "W2A4 MPQ-DM, relations detached as released", "mpqdm", "w2a4", {**EPOCHS, "relation": "detached"}
+        ),
+        Row(
+            "W2A4 MPQ-DM, features instead of relations", "mpqdm", "w2a4", {**EPOCHS, "relation": "features"}
+        ),
+        Row("W2A4 MPQ-DM, adapters from the error", "mpqdm", "w2a4", {**EPOCHS, "adapter_init": "error"}),
+        Row("W2A4 MPQ-DM, FP grids", "mpqdm", "w2a4", {**EPOCHS, "grid": "fp"}),
+        Row("W3A6 MPQ-DM, FP grids", "mpqdm", "w3a6", {**EPOCHS, "grid": "fp"}),
+        Row("W4A4 MPQ-DM, FP grids", "mpqdm", "w4a4", {**EPOCHS, "grid": "fp"}),
+        Row("W2A4 + OMQ, inputs not scaled", "mpqdm", "w2a4", {**OMQ, "scale_inputs": False}),
+        Row(
+            "W2A4 + OMQ, inputs not scaled, rows by error",
+            "mpqdm",
+            "w2a4",
+            {**OMQ, "scale_inputs": False, "criterion": "error"},
+        ),
+        Row(
+            "W2A4 + TRD, inputs not scaled, rows by error",
+            "mpqdm",
+            "w2a4",
+            {**EPOCHS, "scale_inputs": False, "criterion": "error"},
+        ),
+        Row("W2A4 EfficientDM, guidance kept", "efficientdm", "w2a4", {**EPOCHS, **KEPT}),
+        Row(
+            "W2A4 EfficientDM, learned rounding, guidance kept",
+            "efficientdm",
+            "w2a4",
+            {**EPOCHS, "rounding": "learned", **KEPT},
+        ),
+        Row("W3A6 EfficientDM, guidance kept", "efficientdm", "w3a6", {**EPOCHS, **KEPT}),
+        Row(
+            "W4A4 EfficientDM, compared after guidance", "efficientdm", "w4a4", {**EPOCHS, "compare_at": 3.0}
+        ),
+        Row(
+            "W2A4 EfficientDM, compared after guidance", "efficientdm", "w2a4", {**EPOCHS, "compare_at": 3.0}
+        ),
+    ],
+    "mpqdm-short": [  # with --samples 400
+        *(row for bits in ("w4a4", "w3a6", "w3a4", "w2a6", "w2a4") for row in against(bits, budget=SHORT)),
+        Row("W2A4 MPQ-DM, rows by error", "mpqdm", "w2a4", {**SHORT, "criterion": "error"}),
+        Row("W2A4 MPQ-DM, rows by magnitude", "mpqdm", "w2a4", {**SHORT, "criterion": "magnitude"}),
+        Row("W2A4 MPQ-DM, rows at random", "mpqdm", "w2a4", {**SHORT, "criterion": "random"}),
+        Row("W2A4 + OMQ, no relations", "mpqdm", "w2a4", {**SHORT, "relation": "off"}),
+        Row("W2A4 MPQ-DM, features", "mpqdm", "w2a4", {**SHORT, "relation": "features"}),
+        Row(
+            "W2A4 MPQ-DM, features, a tenth of the weight",
+            "mpqdm",
+            "w2a4",
+            {**SHORT, "relation": "features", "feature_weight": 0.1},
+        ),
+    ],
+    "guided": [
+        Row("W4A4 guided", "guided", "w4a4"),
+        Row("W4A4 guided, ranges by timestep", "guided", "w4a4", {"ranges_by_timestep": True}),
+        Row("W3A4 guided", "guided", "w3a4"),
+        Row("W3A6 guided", "guided", "w3a6"),
+        Row("W2A4 guided", "guided", "w2a4"),
+        Row("W2A4 guided, ranges by timestep", "guided", "w2a4", {"ranges_by_timestep": True}),
+        Row("W2A4 guided, 20 epochs", "guided", "w2a4", EPOCHS),
+        Row("W4A8 guided", "guided", "w4a8"),
+        Row("W4A4 guided, all timesteps alike", "guided", "w4a4", {"factor_power": 0.0}),
+        Row("W4A4 guided, not fine-tuned", "guided", "w4a4", {"epochs": 0}),
+    ],
+}
+MODELS = {
+    "lbfp": NAMES,
+    "fp4dit": ("emoji-pixart",),
+    "msfp": NAMES,
+    "mpqdm": NAMES,
+    "mpqdm-short": NAMES,
+    "guided": NAMES,
+}
