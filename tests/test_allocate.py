@@ -242,13 +242,19 @@ def test_criteria_order_rows_by_what_they_say() -> None:
 
 def test_small_memory_means_more_passes_with_the_same_result(monkeypatch) -> None:
     task = prepared()
+    monkeypatch.setattr(allocate, "_VECTORS", 24)  # fewer than there are: they are drawn
     passes = []
     listen = allocate._listen
     monkeypatch.setattr(allocate, "_listen", lambda *a: passes.append(list(a[2])) or listen(*a))
-    decided(task)
+    at_once = decided(task)
     assert passes == [["conv", "grouped", "linear"]]
     passes.clear()
-    decided(replace(task, memory_bytes=1 << 12))
+    monkeypatch.setattr(allocate, "HELD_SHARE", task.memory_bytes >> 10)
+    one_by_one = decided(task)
+    assert {name: one.error for name, one in at_once.items()} == {
+        name: one.error for name, one in one_by_one.items()
+    }
+    assert all(one.error < 1 for one in at_once.values())
     assert {tuple(names) for names in passes} == {("conv",), ("grouped",), ("linear",)}
     assert math.prod(len(names) for names in passes) == 1
 
@@ -304,8 +310,12 @@ def test_excluded_layers_take_no_part_and_formats_are_those_of_the_target() -> N
 
 
 def test_options_that_would_do_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="plus must come with rows of several widths, got mixed=false"):
+    with pytest.raises(ValueError, match="plus, criterion and .* must come with .* widths, got mixed=false"):
         recipes.plan(prepared("w2a8"), "mpqdm", "w2a8", {"epochs": 0, "plus": True, "mixed": False})
+    with pytest.raises(ValueError, match="plus, criterion and .* must come with .* widths, got mixed=false"):
+        recipes.plan(prepared("w2a8"), "mpqdm", "w2a8", {"epochs": 0, "criterion": "error", "mixed": False})
+    with pytest.raises(ValueError, match="factor_power must come with dfa, got 2 and dfa=false"):
+        recipes.plan(prepared("w2a8"), "msfp", "w2a8", {"dfa": False, "factor_power": 2})
     with pytest.raises(ValueError, match="layers that the model calls, got 'idle'"):
         recipes.plan(prepared("w2a8"), "rtn", "w2a8", {"keep_8bit": ["last", "idle"]})
 

@@ -13,13 +13,14 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
 )
 
 from difloat.calibration import CalibrationSettings, collect
 from difloat.methods.denoising_factor import denoising_factors, loss_weights, normalised
 from difloat.methods.task import Bits, Task
 from family_table import FAMILIES
-from tiny import PROMPTS, tiny_ddim, tiny_pixart
+from tiny import PROMPTS, tiny_ddim, tiny_pixart, tiny_unet
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = 10
@@ -150,6 +151,29 @@ def test_weights_belong_to_the_steps_of_the_sampler(kept: int) -> None:
     ratios = [weights[timestep] / factors[timestep] ** 2 for timestep in weights]
     assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=1e-4)
     assert sum(weights.values()) / len(weights) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler],
+    ids=lambda make: make.__name__,
+)
+def test_image_to_image_leaves_out_the_first_steps(make: type) -> None:
+    """The rows are of the last steps of the schedule, whether the scheduler was told so or not."""
+    quiet = {"steps_offset": 1} | ({"clip_sample": False} if make is DDIMScheduler else {})
+    whole = tiny_unet().components
+    whole["scheduler"] = make(**BETAS, **quiet)
+    pipeline = StableDiffusionImg2ImgPipeline(**whole, requires_safety_checker=False)
+    settings = CalibrationSettings(samples=20, steps=STEPS, prompts_per_batch=2)
+    call = {"image": torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), "strength": 0.5}
+    data = collect(pipeline, PROMPTS, settings, progress=False, call_kwargs=call)
+    task = Task(pipeline.unet, data, Bits.parse("w4a4"), scheduler=data.scheduler)
+    weights, factors = loss_weights(task, 1.0), denoising_factors(make(**BETAS, **quiet), STEPS)
+    assert len(weights) == STEPS // 2 and set(weights) == set(list(factors)[STEPS // 2 :])
+    ratios = [weights[timestep] / factors[timestep] for timestep in sorted(weights)]
+    # A solver of several steps begins with one of first order, wherever it begins.
+    several = make is DPMSolverMultistepScheduler
+    assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=0.5 if several else 1e-4)
 
 
 def test_a_shift_that_the_pipeline_chooses_is_that_of_its_run() -> None:

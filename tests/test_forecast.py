@@ -134,6 +134,8 @@ def test_guidance_in_two_calls_takes_no_more_steps() -> None:
         12 + 2 * 3 * 4 * forecast_tuning._TRAINING_FORWARDS
     )  # the teacher's, and two timesteps in three epochs
     assert once.training_s == twice.training_s == forwards * ROW_S
+    more = expected("efficientdm", pipeline, settings, size, **options, accumulation=3)
+    assert more.training_s - 12 * ROW_S == 3 * (once.training_s - 12 * ROW_S)
 
 
 def test_choosing_widths_is_part_of_the_search(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,10 +46,11 @@ def sample_with(module: nn.Module, steps: tuple[int, ...] = STEPS) -> None:
         x = x - 0.1 * module(x, torch.full((4,), timestep))
 
 
-def prepared(**changes: object) -> Task:
+def prepared(steps: tuple[int, ...] = STEPS, **changes: object) -> Task:
     torch.manual_seed(0)
     model = Denoiser()
-    data = collect_from_loop(model, sample_with, CalibrationSettings(samples=12), progress=False)
+    settings = CalibrationSettings(samples=4 * len(steps))
+    data = collect_from_loop(model, lambda module: sample_with(module, steps), settings, progress=False)
     return Task(model, data, Bits.parse("w3a8"), progress=False, **changes)
 
 
@@ -178,10 +179,49 @@ def test_the_step_before_of_the_same_trajectory_is_in_the_mean() -> None:
 def test_it_is_taken_in_every_second_step_or_as_told() -> None:
     task = prepared()
     student = student_of(task)
-    assert [bool(loss_of(task, student, step=step)) for step in range(4)] == [False, True, False, True]
+    taken = [bool(loss_of(task, student, step=step)) for step in range(6)]
+    assert taken == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]  # three timesteps: the next epoch takes the others
+    task = prepared(steps=(900, 500, 300, 100))
+    student = student_of(task)
+    taken = [bool(loss_of(task, student, step=step)) for step in range(8)]
+    assert taken == [False, True, False, True, True, False, True, False]  # so does it where they are even
     assert all(bool(loss_of(task, student, step=step, every=1)) for step in range(2))
     with pytest.raises(ValueError, match="every 1st"):
         RelationSettings(every=0)
+
+
+def test_a_call_for_the_step_before_leaves_the_steps_own_timestep() -> None:
+    """Blocks whose activations are checkpointed are computed again in the backward pass, after that call."""
+    task = prepared()
+    rules = LayerRules(Rule((parse("int3"),), "channel"), Rule((parse("int4"),)))
+    plans = posttraining.run(task, lambda name, seen: rules, Sequencing()).layers
+    grid = posttraining.timestep_grid(task)
+    generator = torch.Generator().manual_seed(1)
+    student = Student(
+        task.model,
+        plans,
+        {},
+        grid,
+        adapters=2,
+        rank=2,
+        input_ranges_by_timestep=True,
+        generator=generator,
+    )
+    extra = RelationLoss(task, student, RelationSettings(every=1))
+    rows = [row for row, timestep in enumerate(task.calibration.timesteps) if timestep == 500.0]
+    output = student(*task.calibration.batch(rows))
+    before = [(twin.entry, twin.choice) for twin in student.twins]
+    assert bool(extra(student, 1, Batch(500.0, rows), output))
+    assert student.clock.entry() == grid.index(500.0)
+    for twin, (entry, choice) in zip(student.twins, before, strict=True):
+        assert twin.entry == entry == grid.index(500.0) and twin.choice is choice
 
 
 def test_the_first_step_stands_alone_with_its_whole_gradient() -> None:

@@ -138,8 +138,14 @@ def repair(
         The plan with the denoiser's layers as trained. Other components are not trained, their plans stay what they are.
 
     Raises:
-        ValueError: if a layer has several weights chosen by timestep or adapters beside it, or the plan is of another model.
+        ValueError: if a layer has several weights chosen by timestep or adapters beside it, the plan is of another model, or a
+            number is out of its range.
     """
+    training = TrainingSettings(epochs, guidance_weight=guidance_weight)
+    if not isinstance(rank, int) or rank < 0 or not epochs:
+        raise ValueError(
+            f"epochs must be at least 1 and rank a whole number of at least 0, got {epochs!r} and {rank!r}"
+        )
     _check_repairable(model, plan)
     data = calibrate(
         model,
@@ -155,7 +161,7 @@ def repair(
     task = replace(task, seed=wanted.seed, progress=progress, work_dir=work_dir)
     task = replace(task, memory_bytes=wanted.memory_bytes)
     weight = guidance_to_keep(guidance_weight, task)
-    training = TrainingSettings(epochs, guidance_weight=weight)
+    training = replace(training, guidance_weight=weight)
     weights = loss_weights(task, 2.0 if dfa else 0.0)
     tuned = tune(task, _start(plan, task), Tuning(training, 1, rank, weights, _of_8_bits(plan)))
     used = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": weight, "seed": wanted.seed}

@@ -72,12 +72,13 @@ def tuning(
     ram_bytes = sum(layers.weight_of(task.model, name).nbytes for name in names) + _TRAINED_COPIES * trained
     ram_bytes += step_bytes + int(need["rows"]) * output_bytes
     steps = min(need["steps"], need["rows"]) * made.epochs
-    forwards = need["rows"] + steps * made.rows * _TRAINING_FORWARDS  # of a row; the teacher's first
+    rows = made.rows * made.accumulation
+    forwards = need["rows"] + steps * rows * _TRAINING_FORWARDS  # of a row; the teacher's first
     if getattr(made, "relation", "off") == "off":
         return Tuning(stored, ram_bytes, forwards * need["row_seconds"])
     features = relation.features_of(task, made.features)[1]
     wanted, free = features.nbytes * need["rows"], task.memory_bytes // relation.CACHE_SHARE
-    related = steps // made.relation_every * made.rows
+    related = steps // made.relation_every * rows
     again = 2 * max(0.0, 1 - free / wanted)  # of a row and the one before it, what is not held
     forwards += need["rows"] + related * (_STUDENT_FORWARDS + again)
     seconds = forwards * need["row_seconds"]

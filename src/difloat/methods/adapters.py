@@ -100,6 +100,16 @@ class Adaptive(nn.Module):
         elif rank:
             self._add_adapters(generator)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the layer it stands for, for models that read its dtype or device."""
+        return self.wrapped[0].weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the layer it stands for."""
+        return self.wrapped[0].bias
+
     @torch.no_grad()
     def _as_planned(self, weight: Tensor) -> Tensor:
         """The float weight, but what the plan says where rounding it to nearest would give another code."""

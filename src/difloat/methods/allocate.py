@@ -178,7 +178,7 @@ def _allocate(
     calls = task.calls(rows, seen.row_bytes)
     largest = observe.channel_maxima(task.model, names, calls) if settings.scale_inputs else {}
     bits, found = task.bits.weight, {}
-    held = _held_inputs(task, names, calls, generator)
+    held = _held_inputs(task, names, calls)
     for name, inputs in tqdm(held, desc="choose widths", total=len(names), disable=not task.progress):
         weight = layers.weight_of(task.model, name).detach().float()
         scale, smoothing = torch.ones(weight.shape[1]), None
@@ -252,10 +252,12 @@ def row_errors(change: Tensor, inputs: Tensor) -> Tensor:
     return (inputs.to(rows) @ rows.transpose(1, 2)).double().square().sum(1).flatten()
 
 
-def _held_inputs(
-    task: Task, names: Sequence[str], calls: Sequence[Call], generator: torch.Generator
-) -> Iterator[tuple[str, Tensor]]:
-    """Input vectors of every layer, float32 [groups, n, d], of as many layers per pass over `calls` as memory allows."""
+def _held_inputs(task: Task, names: Sequence[str], calls: Sequence[Call]) -> Iterator[tuple[str, Tensor]]:
+    """Input vectors of every layer, float32 [groups, n, d], of as many layers per pass over `calls` as memory allows.
+
+    Which ones does not depend on the passes: every layer draws its own, call by call.
+    """
+    draws = {name: torch.Generator().manual_seed(task.seed + number) for number, name in enumerate(names)}
     rows = sum(observe.rows_of_call(call) for call in calls)
     waiting = list(names)
     while waiting:
@@ -268,7 +270,7 @@ def _held_inputs(
         for call in calls:
             share = observe.rows_of_call(call) / rows
             counts = {name: max(1, math.ceil(count * share)) for name, count in wanted.items()}
-            _listen(task.model, call, counts, taken, generator)
+            _listen(task.model, call, counts, taken, draws)
         for name in wanted:
             yield name, torch.cat(taken.pop(name), dim=1)
 
@@ -287,7 +289,7 @@ def _listen(
     call: Call,
     wanted: Mapping[str, int],
     taken: Mapping[str, list[Tensor]],
-    generator: torch.Generator,
+    draws: Mapping[str, torch.Generator],
 ) -> None:
     """Run one call and add so many input vectors of every layer to `taken`."""
 
@@ -295,7 +297,7 @@ def _listen(
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if not called[name]:
                 called[name] = True
-                taken[name].append(input_vectors(module, inputs[0].detach(), wanted[name], generator))
+                taken[name].append(input_vectors(module, inputs[0].detach(), wanted[name], draws[name]))
 
         return hook
 

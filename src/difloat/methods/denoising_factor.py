@@ -26,6 +26,8 @@ def denoising_factors(
 ) -> dict[float, float]:
     """The factor of the denoiser's output in every step, by timestep as the scheduler names it, in the sampler's order.
 
+    From the step on that the pipeline's call begins with, where the scheduler was told (image to image leaves some out).
+
     Multistep schedulers use an output again in later steps; what counts is the step that is taken with it. Clipping and
     thresholding of samples are left out: as far as they let through, the step is that without them.
 
@@ -40,7 +42,9 @@ def denoising_factors(
     probe = _without_clipping(copy.deepcopy(scheduler))
     if steps is not None:
         probe.set_timesteps(steps, **timestep_arguments)
-    if len({float(timestep) for timestep in probe.timesteps}) < len(probe.timesteps):
+    probe._step_index = None  # as before the first step, whatever the pipeline has asked it already
+    timesteps = probe.timesteps[getattr(probe, "begin_index", None) or 0 :]
+    if len({float(timestep) for timestep in timesteps}) < len(timesteps):
         raise ValueError(
             f"the denoising-factor loss must find one denoiser call per timestep, but {type(scheduler).__name__} makes "
             f"several; {_WAY_OUT}"
@@ -50,7 +54,7 @@ def denoising_factors(
     sample = torch.randn(1, 3, 1, _PROBES, generator=generator, dtype=torch.float64)
     output = torch.zeros(1, 6 if learned else 3, 1, _PROBES, dtype=torch.float64)
     factors: dict[float, float] = {}
-    for timestep in probe.timesteps:
+    for timestep in timesteps:
         nudges = [torch.zeros_like(output), *(_nudge(output, size) for size in (0.5, 1.0))]
         moved = [_step(copy.deepcopy(probe), nudge, timestep, sample) for nudge in nudges]
         half, whole = (float((other - moved[0]).mean()) for other in moved[1:])
@@ -95,6 +99,9 @@ def _step(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Tens
 def loss_weights(task: Task, power: float) -> dict[float, float]:
     """Weight of the squared error at every timestep of the calibration rows: the denoising factor to `power`, mean 1.
 
+    A row's factor is that of its timestep where the denoiser is called with the scheduler's own timesteps, else that of its
+    step (pipelines may pass them on scaled).
+
     Raises:
         ValueError: if the sampler is not known, is one that `denoising_factors` refuses, or is not what the rows are of.
     """
@@ -105,19 +112,20 @@ def loss_weights(task: Task, power: float) -> dict[float, float]:
         raise ValueError(
             f"the denoising-factor loss must know the sampler, got a plain module; pass the pipeline, or {_WAY_OUT}"
         )
-    factors = list(denoising_factors(task.scheduler()).values())
-    steps = data.steps
+    by_timestep = denoising_factors(task.scheduler())
+    factors, steps = list(by_timestep.values()), data.steps
     if any(step is None or step >= len(factors) for step in steps):
         raise ValueError(
             f"calibration rows must be of the sampler's {len(factors)} steps, one denoiser call each, but are not; "
             f"calibrate with timesteps='sampler', or {_WAY_OUT}"
         )
-    found = {
-        timestep: factors[step] ** power
-        for timestep, step in zip(data.timesteps, steps, strict=True)
-        if step is not None
-    }
-    return normalised(found)
+    if not set(data.timesteps) <= set(by_timestep):
+        by_timestep = {
+            timestep: factors[step]
+            for timestep, step in zip(data.timesteps, steps, strict=True)
+            if step is not None
+        }
+    return normalised({timestep: by_timestep[timestep] ** power for timestep in data.timesteps})
 
 
 def normalised(factors: Mapping[float, float]) -> dict[float, float]:

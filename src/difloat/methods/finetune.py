@@ -2,12 +2,14 @@
 
 No data: the student sees the inputs that the full-precision sampler gave its denoiser, timestep by timestep, and learns the
 teacher's outputs. Runs under `accelerate` (mixed precision, gradient accumulation, several processes); rows are drawn from
-seed and step alone, so a resumed or parallel run sees those of an uninterrupted single one. Memory: the student, its gradients
-and AdamW's two moments for what is trained, the activations of one batch, and the teacher's outputs of all rows.
+seed and step alone, so a resumed or parallel run sees those of an uninterrupted single one. Gradients that pass a float16
+denoiser are scaled, as they would vanish. Memory: the student, its gradients and AdamW's two moments for what is trained, the
+activations of one batch, and the teacher's outputs of all rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -59,6 +61,22 @@ class TrainingSettings:
     precision: Literal["no", "bf16", "fp16"] = "no"
     patience: int = 0
 
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 0), ("rows", 1), ("accumulation", 1), ("patience", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        for name in (
+            "adapter_rate",
+            "range_rate",
+            "scale_rate",
+            "router_rate",
+            "guidance_weight",
+            "compare_at",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
+
 
 def settings_of(options: Any, task: Task) -> TrainingSettings:
     """The settings that a recipe's options name, the others at their defaults; ValueError if the task cannot be trained so."""
@@ -74,9 +92,10 @@ def guidance_to_keep(weight: float, task: Task) -> float:
 
 
 def _check(task: Task, settings: TrainingSettings) -> None:
-    for name in ("rows", "accumulation"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    if settings.rows < processes.count():
+        raise ValueError(
+            f"rows must be at least 1 for each of {processes.count()} processes, got {settings.rows}"
+        )
     for name in ("guidance_weight", "compare_at"):
         weight = getattr(settings, name)
         if weight and not guidance_to_keep(weight, task):
@@ -89,6 +108,9 @@ def _check(task: Task, settings: TrainingSettings) -> None:
             "compare_at must know which part of guidance has no condition, but all trajectories were given the same; "
             "calibrate with several prompts, or say compare_at=0"
         )
+    beside = task.calibration.beside
+    if settings.compare_at and {row for row, other in enumerate(beside) if other is not None} & set(beside):
+        raise ValueError("compare_at must compare two parts of guidance, got three; say compare_at=0")
     if settings.compare_at and processes.count() > 1:
         raise ValueError(
             f"compare_at must be trained in one process, got {processes.count()}; launch one, or say compare_at=0"
@@ -163,17 +185,21 @@ def _train(
     note: str,
 ) -> list[float]:
     data = _Rows(task, accelerator)
-    optimizer = torch.optim.AdamW(_groups(student, settings), weight_decay=0.0)
+    groups = _groups(student, settings)
+    base = [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps = settings.epochs * len(data.grid)
     model, optimizer = accelerator.prepare(student, optimizer)
+    scaler = _scaler(task, accelerator)
     made_of = {"settings": repr(settings), "weights": sorted(weights.items()), "extra": note}
-    state = Kept(task, student, optimizer, made_of)
+    state = Kept(task, student, optimizer, scaler, made_of)
     losses = state.restore(processes.on_main(state.read))
-    base = [group["lr"] for group in _groups(student, settings)]
     bar = tqdm(total=steps, desc="fine-tune", disable=not (task.progress and accelerator.is_main_process))
     bar.update(len(losses))
+    done = _done(losses, len(data.grid), settings)
     with bar, processes.apart():
-        for step in range(len(losses), steps):
+        while not done:
+            step = len(losses)
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * (1 - step / steps)
             loss = torch.zeros(())
@@ -184,46 +210,66 @@ def _train(
                     part_loss = weights[batch.timestep] * data.loss(output.float(), batch, settings)
                     if extra is not None:
                         part_loss = part_loss + extra(student, step, batch, output)
-                    accelerator.backward(part_loss)
-                    optimizer.step()
+                    accelerator.backward(scaler.scale(part_loss))
+                    if accelerator.sync_gradients:
+                        scaler.step(optimizer)
+                        scaler.update()
                     optimizer.zero_grad()
                 loss = loss + part_loss.detach().cpu() / settings.accumulation
             losses.append(float(accelerator.reduce(loss.to(accelerator.device), "mean")))
+            _check_loss(losses)
+            done = _done(losses, len(data.grid), settings)
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
             if accelerator.is_main_process:
-                state.keep(losses, force=step + 1 == steps)
-            if _stalled(losses, len(data.grid), settings.patience):
-                break
+                state.keep(losses, force=done)
     accelerator.wait_for_everyone()
     return _by_epoch(losses, len(data.grid))
 
 
+def _scaler(task: Task, accelerator: Any) -> Any:
+    """Scales losses where gradients pass a float16 denoiser that no mixed precision of `accelerate` scales them for."""
+    device = accelerator.device.type
+    halves = any(parameter.dtype == torch.float16 for parameter in task.model.parameters())
+    return torch.amp.GradScaler(device, enabled=halves and accelerator.scaler is None)
+
+
+def _check_loss(losses: list[float]) -> None:
+    if not math.isfinite(losses[-1]):
+        raise ValueError(
+            f"the loss of fine-tuning must be finite, got {losses[-1]} in step {len(losses)}; lower adapter_rate and "
+            "range_rate, or load the model in bfloat16 or float32"
+        )
+
+
 @contextmanager
 def _accelerator(task: Task, settings: TrainingSettings) -> Iterator[Any]:
-    """An `Accelerator`; its process-wide state ends with the block if it began there: the next run may want another precision.
+    """An `Accelerator`; its process-wide state is afterwards what it was: the next run may want another precision or device.
 
     Raises:
         ValueError: if the process has an `Accelerator` of another precision already.
     """
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    ours = not AcceleratorState._shared_state
-    if not ours and AcceleratorState().mixed_precision != settings.precision:
+    states: list[Any] = [AcceleratorState, GradientState, PartialState]
+    before = [dict(state._shared_state) for state in states]
+    if before[0] and AcceleratorState().mixed_precision != settings.precision:
         raise ValueError(
             f"precision must be that of the process's Accelerator, {AcceleratorState().mixed_precision!r}, got "
             f"{settings.precision!r}; say precision={AcceleratorState().mixed_precision}"
         )
     try:
         yield Accelerator(
+            device_placement=False,  # everything is where the denoiser is
             mixed_precision=settings.precision,
             gradient_accumulation_steps=settings.accumulation,
             cpu=next(task.model.parameters()).device.type == "cpu",
         )
     finally:
-        if ours:
-            AcceleratorState._reset_state()
+        for state, shared in zip(states, before, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(shared)
 
 
 class _Rows:
@@ -237,7 +283,7 @@ class _Rows:
         self.grid = sorted(self.by_timestep, reverse=True)
         chunks = torch.arange(len(task.calibration)).split(_TEACHER_ROWS)
         with torch.no_grad():
-            calls = [task.calibration.batch(chunk.tolist()) for chunk in chunks]
+            calls = (task.calibration.batch(chunk.tolist()) for chunk in chunks)  # one at a time
             outputs = [first_tensor(task.model(*args, **kwargs)) for args, kwargs in calls]
         self.targets = torch.cat(outputs).float()
         self.pairs = _pairs(task)
@@ -253,24 +299,27 @@ class _Rows:
         )
 
     def loss(self, output: Tensor, batch: Batch, settings: TrainingSettings) -> Tensor:
-        """Mean squared error, and what the pairs among the rows say of guidance; a row drawn twice is in one pair."""
+        """Mean squared error, and what the pairs among the rows say of guidance; a row drawn twice is in one pair.
+
+        The mean over processes is that over all rows, however unevenly they are shared.
+        """
         error = output - self.targets[batch.rows]
+        share = len(batch.rows) * batch.world / len(batch.picked)
         place = {row: number for number, row in enumerate(batch.picked)}
         pairs = [(place[one], place[two]) for one, two in self.pairs if one in place and two in place]
         if not pairs or not (settings.compare_at or settings.guidance_weight):
-            return error.square().mean()
-        one, two = torch.tensor(pairs).unbind(1)
+            return share * error.square().mean()
+        one, two = torch.tensor(pairs, device=error.device).unbind(1)
         compared = error
         if settings.compare_at:  # in one process only, see `_check`
             compared = error[one] + settings.compare_at * (error[two] - error[one])
         targets = self.targets[batch.picked]
-        direction = torch.zeros_like(targets)
-        direction[two] = targets[two] - targets[one]
-        direction[one] = -direction[two]
-        power = direction[two].square().sum()
+        each = targets[two] - targets[one]
+        # A row between two others (guidance with three parts) is in two pairs.
+        direction = torch.zeros_like(targets).index_add_(0, two, each).index_add_(0, one, -each)
         along = (error * direction[batch.rank :: batch.world]).sum()
-        kept = lost_guidance(self._total(along), power, direction[two].numel())
-        return compared.square().mean() + settings.guidance_weight * kept
+        kept = lost_guidance(self._total(along), each.square().sum(), each.numel())
+        return share * compared.square().mean() + settings.guidance_weight * kept
 
     def _total(self, mine: Tensor) -> Tensor:
         """Sum over processes whose gradient, averaged over them as training does, is that of the sum."""
@@ -324,8 +373,11 @@ def _by_epoch(losses: list[float], length: int) -> list[float]:
     return [sum(epoch) / len(epoch) for epoch in epochs]
 
 
-def _stalled(losses: list[float], length: int, patience: int) -> bool:
-    """Whether the last `patience` whole epochs brought no lower loss."""
+def _done(losses: list[float], length: int, settings: TrainingSettings) -> bool:
+    """Whether that was the last step, or the last `patience` whole epochs brought no lower loss."""
+    patience = settings.patience
+    if len(losses) >= settings.epochs * length:
+        return True
     if not patience or len(losses) % length:
         return False
     epochs = _by_epoch(losses, length)

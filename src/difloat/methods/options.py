@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
@@ -28,6 +29,8 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
             raise ValueError(f"option {name} must be one of {', '.join(map(str, choices))}, got {value!r}")
         return value
     if str(hint).startswith("tuple"):
+        if not isinstance(value, str | list | tuple):
+            raise ValueError(f"option {name} must be names with commas between them, got {value!r}")
         items = [item.strip() for item in value.split(",")] if isinstance(value, str) else list(value)
         return tuple(item for item in items if item)
     if hint is bool and isinstance(value, str):
@@ -37,8 +40,13 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         return words[value.lower()]
     try:
         converted = hint(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"option {name} must be a {hint.__name__}, got {value!r}") from None
+        exact = hint is not int or isinstance(value, str) or converted == value
+    except (TypeError, ValueError, OverflowError):
+        exact = False
+    if not exact:
+        raise ValueError(f"option {name} must be a {hint.__name__}, got {value!r}")
+    if hint is float and not math.isfinite(converted):
+        raise ValueError(f"option {name} must be finite, got {value!r}")
     if hint in (int, float) and converted < 0:
         raise ValueError(f"option {name} must not be negative, got {value!r}")
     return converted

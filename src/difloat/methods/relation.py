@@ -42,7 +42,7 @@ class RelationSettings:
             the same smoothed features relative to the teacher's mean square, "off" for nothing.
         weight: Of the relations' divergence against the summed squared error of the output.
         feature_weight: Of the squared error of the features ("features" only) against the mean squared error of the output.
-        every: Taken in every so many-th step.
+        every: Taken in every so many-th step of an epoch, from one step later on in the next epoch.
         module: Name of the module whose output is the feature; "" finds it (`feature_block`).
     """
 
@@ -228,6 +228,7 @@ class RelationLoss:
         usable = [row for row, earlier in enumerate(self.before) if earlier is not None]
         timesteps = {task.calibration.timesteps[row] for row in usable}
         self.coverage = {"rows": len(usable), "of": len(self.before), "timesteps": len(timesteps)}
+        self._length = len(set(task.calibration.timesteps))
         self._caught: Tensor | None = None
         student.module(self.name).register_forward_hook(self._catch)
         self._cache: dict[int, Tensor] = {}
@@ -242,7 +243,7 @@ class RelationLoss:
         self._caught = None
         rows = batch.rows
         places = [place for place, row in enumerate(rows) if self.before[row] is not None]
-        if (step + 1) % self.settings.every or not places:
+        if not self._taken(step) or not places:
             return output.new_zeros(())
         assert now is not None
         now = now[places]
@@ -259,9 +260,14 @@ class RelationLoss:
             return share * feature_error(smoothed, target)
         if self.settings.kind == "detached":
             smoothed = smoothed.detach()
-        # The paper sums both losses; the loop's is the mean over the output, so this is divided by the same number.
+        # The paper sums both losses over pictures; the loop's is a mean over the output's values, this over usable rows.
         share = self.settings.weight * batch.world / (usable * output[0].numel())
         return share * divergence(smoothed, target)
+
+    def _taken(self, step: int) -> bool:
+        """Every so many-th timestep of an epoch; which of them moves on with the epoch, so that none is always left out."""
+        epoch, place = divmod(step, self._length)
+        return (place + 1 + epoch) % self.settings.every == 0
 
     def _earlier(self, row: int) -> int:
         before = self.before[row]
@@ -276,7 +282,8 @@ class RelationLoss:
         moved = [place for place, row in enumerate(rows) if self._earlier(row) != row]
         for timestep in sorted({timesteps[self._earlier(rows[place])] for place in moved}):
             some = [place for place in moved if timesteps[self._earlier(rows[place])] == timestep]
-            student(*self._task.calibration.batch([self._earlier(rows[place]) for place in some]))
+            with student.aside():
+                student(*self._task.calibration.batch([self._earlier(rows[place]) for place in some]))
             assert self._caught is not None
             result[some] = self._caught
         self._caught = None

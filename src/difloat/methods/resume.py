@@ -30,11 +30,14 @@ class Kept:
     adapters start and are carried, and what `train` was told.
     """
 
-    def __init__(self, task: Task, student: Student, optimizer: Any, made_of: Mapping[str, Any]) -> None:
-        """For a run that trains `student`; nothing is kept without a `work_dir`."""
+    def __init__(
+        self, task: Task, student: Student, optimizer: Any, scaler: Any, made_of: Mapping[str, Any]
+    ) -> None:
+        """For a run that trains `student` with `optimizer` and `scaler` of losses; nothing is kept without a `work_dir`."""
         twins = [twin for twin in student.twins if isinstance(twin, Adaptive)]
         facts = {
             **made_of,
+            "layout": 2,
             "rows": task.calibration.fingerprint,
             "seed": task.seed,
             "grid": student.grid,
@@ -45,7 +48,7 @@ class Kept:
             "layers": [twin.plan.to_json() for twin in twins],
             "starts": [_hashes({**twin.plan.tensors, "base": twin.base}) for twin in twins],
         }
-        self.student, self.optimizer = student, optimizer
+        self.student, self.optimizer, self.scaler = student, optimizer, scaler
         name = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
         folder = task.work_dir
         self.path = None if folder is None else folder / f"fine-tuning-{name}.safetensors"
@@ -65,23 +68,28 @@ class Kept:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        save_file(self._tensors(), part, metadata={"losses": json.dumps(losses)})
+        numbers = {"losses": losses, "scaler": self.scaler.state_dict()}
+        save_file(
+            self._tensors(), part, metadata={name: json.dumps(value) for name, value in numbers.items()}
+        )
         os.replace(part, self.path)
         self.saved = time.monotonic()
 
-    def read(self) -> tuple[dict[str, Tensor], list[float]] | None:
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """A kept state of this very run, if there is one."""
         if self.path is None or not self.path.exists():
             return None
         with safe_open(self.path, "pt") as file:
             metadata = file.metadata()
-        return load_file(self.path), json.loads(metadata["losses"])
+        return load_file(self.path), {name: json.loads(value) for name, value in metadata.items()}
 
-    def restore(self, state: tuple[dict[str, Tensor], list[float]] | None) -> list[float]:
+    def restore(self, state: tuple[dict[str, Tensor], dict[str, Any]] | None) -> list[float]:
         """Take over what `read` gave; the losses so far."""
         if state is None:
             return []
-        tensors, losses = state
+        tensors, numbers = state
+        losses: list[float] = numbers["losses"]
+        self.scaler.load_state_dict(numbers["scaler"])
         for name, parameter in self.student.named_parameters():
             parameter.data.copy_(tensors[f"value.{name}"])
             moments = {

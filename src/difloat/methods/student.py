@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -114,7 +115,10 @@ class Student(nn.Module):
         for name, twin in zip(self.names, self.twins, strict=True):
             layers.replace(shadow, name, twin)
         attention.install(shadow, attention_plans)
-        self.router = Router(len(plans), adapters, generator) if adapters > 1 else None
+        self.router = None
+        if adapters > 1:
+            device = next(model.parameters()).device
+            self.router = Router(len(plans), adapters, generator).to(device)
         self._model = [shadow]  # in a list: its frozen tensors are neither trained nor saved
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -127,6 +131,19 @@ class Student(nn.Module):
             twin.entry = entry
             twin.choice = None if choices is None else choices[number]
         return self._model[0](*args, **kwargs)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """For a call between a step's forward and backward pass: timestep, ranges and adapters are afterwards what they were.
+
+        Where activations are checkpointed the backward pass computes blocks of the step again.
+        """
+        index = self.clock.index
+        before = [(twin.entry, twin.choice) for twin in self.twins]
+        yield
+        self.clock.index = index
+        for twin, (entry, choice) in zip(self.twins, before, strict=True):
+            twin.entry, twin.choice = entry, choice
 
     def module(self, name: str) -> nn.Module:
         """A module of the denoiser, as it stands in the student."""

@@ -72,6 +72,10 @@ def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by MSFP."""
     kept: list[str] = []
     settings = settings_of(options, task)
+    if not options.dfa and options.factor_power != 1:
+        raise ValueError(
+            f"factor_power must come with dfa, got {options.factor_power:g} and dfa=false; leave one out"
+        )
     trains = options.adapters and options.epochs
     weights = loss_weights(task, options.factor_power if options.dfa and trains else 0.0)
 
