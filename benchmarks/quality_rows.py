@@ -206,6 +206,7 @@ PAPERS: dict[str, list[Row]] = {
             "w2a4",
             {**SHORT, "relation": "features", "feature_weight": 0.1},
         ),
+        Row("W2A4 MPQ-DM, relations in every step", "mpqdm", "w2a4", {**SHORT, "relation_every": 1}),
     ],
     "guided": [
         Row("W4A4 guided", "guided", "w4a4"),

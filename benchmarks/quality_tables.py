@@ -79,7 +79,8 @@ def seed_table(results: dict[str, Any], order: list[str]) -> str:
                 continue
             means = [spread([row[name]["value"] for row in rows]) for name in SHOWN]
             lines.append(f"| {model}, {label} | {len(rows)} | " + " | ".join(means) + " |")
-            if last is not None and len(last[1]) == len(rows):
+            same_bits = last is not None and last[0].split()[0] == label.split()[0]
+            if last is not None and same_bits and len(last[1]) == len(rows):
                 pairs = list(zip(last[1], rows, strict=True))
                 changes = [spread([b[name]["value"] - a[name]["value"] for a, b in pairs]) for name in SHOWN]
                 lines.append(f"| change from {last[0]} | {len(rows)} | " + " | ".join(changes) + " |")
