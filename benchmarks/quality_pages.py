@@ -75,6 +75,15 @@ COMPARISONS = {
             ("Q-Diffusion", "msfp", "W4A4 Q-Diffusion"),
         ),
     ),
+    "guided-pixart-w2a4": Comparison(
+        "`emoji-pixart`, W2A4",
+        "emoji-pixart",
+        (
+            ("**guided**", "guided", "W2A4 guided"),
+            ("MPQ-DM, 20 epochs", "mpqdm", "W2A4 MPQ-DM"),
+            ("EfficientDM, 20 epochs", "mpqdm", "W2A4 EfficientDM"),
+        ),
+    ),
     "msfp-guidance": Comparison(
         "`emoji-unet`, one packed weight of 4.1 bits",
         "emoji-unet",

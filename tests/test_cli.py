@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from difloat import cli, record, study
 from difloat.kernels.backends import use_backend
-from tiny import PROMPTS, tiny_pixart
+from tiny import PROMPTS, tiny_pixart, tiny_unet
 
 # diffusers' DPM solver hands torch tensors to numpy in a way numpy 2 deprecates; nothing here can change that.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -151,7 +152,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, source: Path, tmp_
         "MB as it is",
         "in all about",
         "e1m2 per tensor",
-        "RAM: at most",
+        "RAM: about",
         "calls",
     ):
         assert expected in result.out
@@ -236,6 +237,84 @@ def test_quantize_prints_the_table_and_where_things_are(run: Run, source: Path, 
     ):
         assert expected in result.out
     assert "nan" not in result.out
+
+
+def test_bits_are_read_as_people_write_them(run: Run, source: Path, tmp_path: Path) -> None:
+    result = run(
+        "quantize", source, tmp_path / "out", "--recipe", "rtn", "--bits", " W4A8", "--images", 0, *FAST[:4]
+    )
+    assert result.code == 0, result
+    made, _, _ = record.read(tmp_path / "out")
+    assert made.bits == "w4a8" and made.weight_bits_nominal == 4
+    assert "kept at more bits: none" in result.out or "proj_out" in result.out
+
+
+def test_layers_with_two_weights_are_not_kept_at_more_bits(run: Run, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("quantize", source, out, "--recipe", "viditq", "--bits", "w4a8", "--images", 0, *FAST[:4])
+    assert result.code == 0, result
+    made, _, _ = record.read(out)
+    assert {row.weight_format for row in made.layers} == {"uint4"} and "kept at more bits: none" in result.out
+    for histogram in made.histograms:  # the grid is that of the weight that is drawn
+        assert min(histogram.grid) < 0 < max(histogram.grid)
+        assert max(histogram.grid) - min(histogram.grid) < 1.3 * (histogram.edges[-1] - histogram.edges[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_checkpoints_in_half_precision(run: Run, tmp_path: Path, dtype: torch.dtype) -> None:
+    """As fine-tuned models are shipped; transformers and diffusers each load them in another dtype."""
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    tiny_unet().to(dtype).save_pretrained(plain)
+    assert run("generate", plain, tmp_path / "pictures", "--count", 2, "--steps", 2).code == 0
+    result = run("quantize", plain, out, "--recipe", "rtn", "--bits", "w4a8", "--images", 2, *FAST[:4])
+    assert result.code == 0, result
+    assert run("generate", out, tmp_path / "quantized", "--count", 2, "--steps", 2).code == 0
+    expected = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    pipeline = study.load_pipeline(str(out))
+    assert {pipeline.text_encoder.dtype, pipeline.vae.dtype, pipeline.unet.conv_norm_out.weight.dtype} == {
+        expected
+    }
+
+
+def test_what_nobody_foresaw_is_neither_a_gate_nor_bad_input(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object, **named: object) -> None:
+        raise RuntimeError("a library broke")
+
+    monkeypatch.setattr(study, "load_pipeline", broken)
+    result = run("generate", source, tmp_path / "pictures")
+    assert result.code == 3 and "Traceback" in result.err and "a library broke" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--call", "height=32"], "must set height and width together, got one of them"),
+        (["--call", "output_type=latent"], "must not set output_type, which difloat sets itself"),
+        (["--guidance", "nan"], "guidance must be finite, got nan"),
+        (["--target", "gpu", "--dry-run"], "target must be one of any, cpu, got 'gpu'"),
+        (["--components", "vea", "--dry-run"], "components must name the denoiser"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_forecast(
+    run: Run, source: Path, tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    result = run("quantize", source, tmp_path / "out", *FAST, *arguments)
+    assert result.code == 2 and sentence in result.err and not result.out
+
+
+def test_the_command_of_a_report_can_be_run_again(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "my prompts.txt"
+    file.write_text("a\nb\n", encoding="utf-8")
+    out = tmp_path / "out"
+    words = ["quantize", source, out, "--recipe", "rtn", "--images", 0, *FAST[:4]]
+    words += ["--exclude", "*.to_q", "--prompts", file]
+    assert run(*words).code == 0
+    command = record.read(out)[0].command
+    assert shlex.split(command) == ["difloat", *map(str, words)]
 
 
 def test_overwrite_is_refused_until_allowed_and_never_hits_foreign_files(

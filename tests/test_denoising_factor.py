@@ -13,10 +13,12 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
 )
 
 from difloat.calibration import CalibrationSettings, collect
+from difloat.methods import denoising_factor
 from difloat.methods.denoising_factor import denoising_factors, loss_weights, normalised
 from difloat.methods.task import Bits, Task
 from family_table import FAMILIES
@@ -124,9 +126,32 @@ def test_a_learned_variance_is_no_part_of_the_prediction() -> None:
     assert learned == pytest.approx(fixed, rel=1e-6)
 
 
-def test_several_calls_at_a_timestep_are_refused() -> None:
-    with pytest.raises(ValueError, match="one denoiser call per timestep, but HeunDiscreteScheduler"):
-        denoising_factors(HeunDiscreteScheduler(**BETAS), STEPS)
+@pytest.mark.parametrize(
+    ("make", "calls", "more"),
+    [(HeunDiscreteScheduler, 2 * STEPS - 1, {}), (PNDMScheduler, STEPS + 1, {"skip_prk_steps": True, "steps_offset": 1})],
+)
+def test_several_calls_at_a_timestep_count_with_their_mean(make: type, calls: int, more: dict) -> None:
+    """As Stable Diffusion 1.5 is shipped: its sampler asks twice at the second timestep."""
+    scheduler = make(**BETAS, **more)
+    found = denoising_factor._factors_of_calls(scheduler, STEPS, {})
+    factors = denoising_factors(scheduler, STEPS)
+    assert len(found) == calls and len(factors) == STEPS and min(factors.values()) > 0
+    for timestep, factor in factors.items():
+        own = [each for other, each in found if other == timestep]
+        assert factor == pytest.approx(sum(own) / len(own))
+
+
+def test_weights_where_a_sampler_asks_twice() -> None:
+    parts = tiny_unet().components
+    parts["scheduler"] = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
+    pipeline = type(tiny_unet())(**parts, requires_safety_checker=False)
+    settings = CalibrationSettings(samples=24, steps=5, prompts_per_batch=2)
+    data = collect(pipeline, PROMPTS, settings, progress=False)
+    task = Task(pipeline.unet, data, Bits.parse("w4a4"), scheduler=data.scheduler)
+    weights, factors = loss_weights(task, 1.0), denoising_factors(data.scheduler())
+    assert set(weights) == set(data.timesteps) == set(factors) and len(weights) == 5
+    ratios = [weights[timestep] / factors[timestep] for timestep in weights]
+    assert ratios == pytest.approx([ratios[0]] * 5)
 
 
 def test_a_step_that_bends_is_refused() -> None:

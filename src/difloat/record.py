@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,9 @@ def worst_histograms(
             weight = weight[layer.tensors["row_band"] == 0]
         if part.weight.granularity != "tensor":
             weight = weight[:1]
+        if layer.smoothed:  # the grid is that of the weight as the scaled input sees it
+            factor = layer.tensors["input_factor"][: weight.shape[1]]
+            weight = weight / factor.reshape(1, -1, *[1] * (weight.dim() - 2))
         scale = float(layer.tensors["weight_scale"][0])
         zero = float(layer.tensors["weight_zero_point"][0]) if part.weight.zero_point else 0.0
         grid = [value * scale + zero for value in part.weight.format.values]
@@ -173,7 +177,7 @@ def build(
         bits=plan.bits,
         model=name,
         model_class=type(model).__name__,
-        command=" ".join(["difloat", *sys.argv[1:]]),
+        command=shlex.join(["difloat", *sys.argv[1:]]),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=report.versions(),
         machine=report.machine(),

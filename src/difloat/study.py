@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import difloat
 from difloat import (
@@ -23,6 +26,8 @@ from difloat import (
 from difloat.calibration import CalibrationSettings
 from difloat.evaluate import Evaluation, Generated
 from difloat.forecast import Forecast
+from difloat.io.checkpoint import dtype_argument
+from difloat.io.layout import stored_dtypes
 from difloat.quantizer import Plan
 from difloat.report import Record
 
@@ -68,12 +73,23 @@ def load_pipeline(source: str) -> Any:
     from safetensors import SafetensorError
 
     try:
-        return DiffusionPipeline.from_pretrained(path)
+        return DiffusionPipeline.from_pretrained(path, **{dtype_argument(): _dtype_of(path)})
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0][:300]
         raise ValueError(
             f"source must be a complete pipeline, but {source!r} does not load ({reason}); download it again"
         ) from error
+
+
+def _dtype_of(path: Path) -> torch.dtype:
+    """What all components of a pipeline compute in: bfloat16 where most values are stored so, else float32.
+
+    One for all, for components of several do not fit together everywhere. CPUs take up to a hundred times as long for float16.
+    """
+    counts: Counter[torch.dtype] = Counter()
+    for config in path.glob("*/config.json"):
+        counts.update(stored_dtypes(config.parent))
+    return torch.bfloat16 if counts[torch.bfloat16] > counts.total() / 2 else torch.float32
 
 
 def prompts_of(pipeline: Any, source: str, path: Path | None) -> list[str] | None:
@@ -107,9 +123,9 @@ def describe(forecast: Forecast, settings: CalibrationSettings) -> str:
         f"{need['disk_bytes'] / 1e6:.0f} MB on disk if a cache is kept",
         f"search: about {forecast.search_s:.0f} s; learned rounding: about {forecast.rounding_s:.0f} s; "
         f"fine-tuning: roughly {forecast.training_s:.0f} s; "
-        f"in all about {forecast.seconds:.0f} s",
-        f"RAM: at most {before / 1e6:.0f} MB for both denoisers, a block in training, and the activations of rows and "
-        f"blocks (--memory-mb), beside the libraries' own",
+        f"in all about {forecast.seconds:.0f} s, without pictures",
+        f"RAM: about {before / 1e6:.0f} MB for both denoisers, a block in training, and the activations of rows and "
+        f"blocks (--memory-mb), beside the libraries and a call of the pipeline",
     ]
     if forecast.tuning_bytes:
         lines.append(

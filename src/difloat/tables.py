@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Column, Table
+
+from difloat import formats
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,6 +60,11 @@ def print_made(made: Record, out: Path) -> None:
     console.print(f"checkpoint {out}\nreport     {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
+def _code_bits(weight_format: str) -> int:
+    """Bits of the widest format that a layer's weight is in."""
+    return max(formats.parse(name).bits for name in re.findall(r"u?e\d+m\d+\w*|u?int\d+", weight_format))
+
+
 def print_summary(made: Record) -> None:
     """Print quality, size, zeros and what was kept at more bits."""
     table = Table("measure", "value", "95 % interval", "full precision", title=made.title)
@@ -76,7 +84,7 @@ def print_summary(made: Record) -> None:
         row.bytes_before for row in made.layers
     )
     integers = sum(row.integer_grid for row in made.layers)
-    wider = [row.name for row in made.layers if row.effective_bits > made.weight_bits_nominal + 2]
+    wider = [row.name for row in made.layers if _code_bits(row.weight_format) > made.weight_bits_nominal + 1]
     console.print(
         f"{len(made.layers)} layers quantized, {integers} of them on integer grids; {zeros:.1%} of the weights are 0\n"
         f"kept at more bits: {', '.join(wider) or 'none'}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -16,10 +18,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _INTERRUPTED = 130  # typer's exit code for Ctrl-C
+_UNEXPECTED = 3  # an error that no check foresaw: neither a broken gate (1) nor bad input (2)
 
 
 def main() -> None:
-    """Run the command line; bad input gives one sentence and exit code 2, also where one process of several meets it."""
+    """Run the command line; bad input gives one sentence and exit code 2, also where one process of several meets it.
+
+    What nobody foresaw shows its traceback, with an exit code of its own.
+    """
     errors = Console(stderr=True)
     try:
         with processes.together():
@@ -29,6 +35,9 @@ def main() -> None:
             sentence = escape(processes.sentence(error))
             errors.print(f"[red]error:[/red] {sentence}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(_UNEXPECTED) from None
     raise SystemExit(code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,9 @@ Rows = Annotated[int, typer.Option(min=1, help="Calibration rows: denoiser input
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")]
 Call = Annotated[
     list[str] | None,
-    typer.Option(help="Argument of the pipeline's call, like --call height=512; repeatable."),
+    typer.Option(
+        help="Argument of the pipeline's call, like --call height=512 --call width=512; repeatable."
+    ),
 ]
 Setting = Annotated[
     list[str] | None,
@@ -58,6 +61,7 @@ _OPTIONS_OF_THEIR_OWN = {
     "generator": "--seed",
     "batch_size": "--batch",
 }
+_FIXED = ("output_type", "return_dict", "latents", "num_images_per_prompt", "callback_on_step_end")
 
 Loras = Annotated[
     list[str] | None,
@@ -132,7 +136,15 @@ def call_of(
 
     guidance, call = study.call_of(source, guidance)
     given = options_of(pairs or [], "--call", "height=512")
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"guidance must be finite, got {guidance}")
+    if ("height" in given) != ("width" in given):  # many pipelines ignore one of them
+        raise ValueError("--call must set height and width together, got one of them; give both")
     for name, text in given.items():
+        if name in _FIXED:
+            raise ValueError(
+                f"--call must not set {name}, which difloat sets itself, got {text!r}; leave it out"
+            )
         if name in _OPTIONS_OF_THEIR_OWN:
             raise ValueError(
                 f"--call must not set {name}, which has an option of its own, got {text!r}; use {_OPTIONS_OF_THEIR_OWN[name]}"

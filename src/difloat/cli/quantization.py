@@ -34,6 +34,8 @@ from difloat.cli.arguments import (
 from difloat.cli.checkpoints import verify
 from difloat.tables import console
 
+_PICTURES = 4  # of a report drawn at once: more would take more memory than quantizing
+
 
 @app.command()
 def quantize(
@@ -69,13 +71,16 @@ def quantize(
 ) -> None:
     """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
     from difloat import api, calibration, layers, recipes, study
+    from difloat import components as parts
     from difloat.exclusion import excluded
+    from difloat.methods import target as targets
     from difloat.methods.task import Bits
 
     meet()
     chosen = options_of(option or [])
     recipes.make_options(recipes.lookup(recipe), chosen)
     Bits.parse(bits)
+    targets.check(target)
     if images == 1:
         raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
     check_out(out, overwrite)
@@ -84,16 +89,18 @@ def quantize(
     texts = study.prompts_of(pipeline, source, prompts)
     guidance, arguments = call_of(pipeline, source, guidance, call)
     excluded(layers.quantizable(api.denoiser(pipeline)), exclude or [])
+    others = components.split(",") if components is not None else None
+    parts.parse(pipeline, others, bits, target)
     settings = calibration.CalibrationSettings(
         samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
     )
     tables.announce(pipeline, texts, settings, recipe, bits, chosen, arguments, exclude or [], table=dry_run)
     if dry_run:
         return
-    sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=arguments)
+    sampling = study.Sampling(texts, images, steps, guidance, _PICTURES, arguments)
     everything = {"cache_dir": cache, "call_kwargs": arguments, "target": target, "exclude": exclude or ()}
     everything |= {**vars(settings), **chosen}
-    everything["components"] = components.split(",") if components else None
+    everything["components"] = others
     _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
 
 
@@ -173,7 +180,7 @@ def repair(
     settings = calibration.CalibrationSettings(
         samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
     )
-    sampling = study.Sampling(texts, images, steps, guidance, call_kwargs=arguments)
+    sampling = study.Sampling(texts, images, steps, guidance, _PICTURES, arguments)
     everything = {"cache_dir": cache, "call_kwargs": arguments, **training, **vars(settings)}
     start = time.perf_counter()
     plan = api.repair(pipeline, plan, prompts=texts, **everything)

@@ -298,7 +298,7 @@ def _load_model(root: Path, plan: Plan, stored: Mapping[str, StoredTensor], dtyp
             f"class of the model must be one of {library} {module.__version__}, got {names[0]!r:.80}; update {library}"
         )
     loader: Any = model_class
-    argument = "dtype" if library == "transformers" else _dtype_argument()
+    argument = "dtype" if library == "transformers" else dtype_argument()
     return loader.from_pretrained(str(root), **{argument: dtype or common_dtype(plan, stored)})
 
 
@@ -313,10 +313,10 @@ def _load_pipeline(
         for path in root.glob(f"*/{CONFIG}"):
             if path.parent.name not in loaded:
                 dtypes[path.parent.name] = common_dtype(None, read_headers(path.parent))
-    return diffusers.DiffusionPipeline.from_pretrained(str(root), **{_dtype_argument(): dtypes})
+    return diffusers.DiffusionPipeline.from_pretrained(str(root), **{dtype_argument(): dtypes})
 
 
-def _dtype_argument() -> str:
+def dtype_argument() -> str:
     """What diffusers calls it: older ones ignore the new name, newer ones warn of the old one."""
     from diffusers.pipelines import pipeline_utils
 

@@ -362,3 +362,16 @@ def common_dtype(plan: Plan | None, stored: Mapping[str, StoredTensor]) -> torch
         if name not in planned and tensor.dtype in _TORCH_DTYPES:
             counts[tensor.dtype] += math.prod(tensor.shape)
     return _TORCH_DTYPES[max(counts, key=lambda dtype: (counts[dtype], dtype))] if counts else torch.float32
+
+
+def stored_dtypes(directory: Path) -> Counter[torch.dtype]:
+    """How many floating values of a model directory are stored in which dtype; none where there are no safetensors."""
+    counts: Counter[torch.dtype] = Counter()
+    try:
+        stored = read_headers(directory)
+    except FileNotFoundError:
+        return counts
+    for tensor in stored.values():
+        if tensor.dtype in _TORCH_DTYPES:
+            counts[_TORCH_DTYPES[tensor.dtype]] += math.prod(tensor.shape)
+    return counts

@@ -18,13 +18,15 @@ from torch import Tensor
 from difloat.methods.task import Task
 
 _PROBES = 64  # values of a channel of the sample that a step is tried on
-_WAY_OUT = "train without it (factor_power=0, repair --no-dfa)"
+_WAY_OUT = "train without it (--set factor_power=0, repair --no-dfa)"
 
 
 def denoising_factors(
     scheduler: Any, steps: int | None = None, **timestep_arguments: Any
 ) -> dict[float, float]:
     """The factor of the denoiser's output in every step, by timestep as the scheduler names it, in the sampler's order.
+
+    Samplers that call the denoiser several times at a timestep (PNDM, Heun) count with the mean of these calls.
 
     From the step on that the pipeline's call begins with, where the scheduler was told (image to image leaves some out).
 
@@ -37,23 +39,28 @@ def denoising_factors(
         timestep_arguments: Further arguments of `set_timesteps`, such as `mu`.
 
     Raises:
-        ValueError: if a step is no affine function of the output, or a sampler calls the denoiser several times at a timestep.
+        ValueError: if a step is no affine function of the output.
     """
+    calls: dict[float, list[float]] = {}
+    for timestep, factor in _factors_of_calls(scheduler, steps, timestep_arguments):
+        calls.setdefault(timestep, []).append(factor)
+    return {timestep: sum(found) / len(found) for timestep, found in calls.items()}
+
+
+def _factors_of_calls(
+    scheduler: Any, steps: int | None, timestep_arguments: Mapping[str, Any]
+) -> list[tuple[float, float]]:
+    """Timestep and factor of every call of the denoiser."""
     probe = _without_clipping(copy.deepcopy(scheduler))
     if steps is not None:
         probe.set_timesteps(steps, **timestep_arguments)
     probe._step_index = None  # as before the first step, whatever the pipeline has asked it already
     timesteps = probe.timesteps[getattr(probe, "begin_index", None) or 0 :]
-    if len({float(timestep) for timestep in timesteps}) < len(timesteps):
-        raise ValueError(
-            f"the denoising-factor loss must find one denoiser call per timestep, but {type(scheduler).__name__} makes "
-            f"several; {_WAY_OUT}"
-        )
     learned = str(getattr(probe.config, "variance_type", "")).startswith("learned")
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(1, 3, 1, _PROBES, generator=generator, dtype=torch.float64)
     output = torch.zeros(1, 6 if learned else 3, 1, _PROBES, dtype=torch.float64)
-    factors: dict[float, float] = {}
+    factors: list[tuple[float, float]] = []
     for timestep in timesteps:
         nudges = [torch.zeros_like(output), *(_nudge(output, size) for size in (0.5, 1.0))]
         moved = [_step(copy.deepcopy(probe), nudge, timestep, sample) for nudge in nudges]
@@ -63,7 +70,7 @@ def denoising_factors(
                 f"a step of {type(scheduler).__name__} must be affine in the denoiser's output, but is not at timestep "
                 f"{float(timestep):g}; {_WAY_OUT}"
             )
-        factors[float(timestep)] = abs(whole)
+        factors.append((float(timestep), abs(whole)))
         sample = _step(probe, output, timestep, sample)
     return factors
 
@@ -112,8 +119,9 @@ def loss_weights(task: Task, power: float) -> dict[float, float]:
         raise ValueError(
             f"the denoising-factor loss must know the sampler, got a plain module; pass the pipeline, or {_WAY_OUT}"
         )
-    by_timestep = denoising_factors(task.scheduler())
-    factors, steps = list(by_timestep.values()), data.steps
+    scheduler, steps = task.scheduler(), data.steps
+    by_timestep = denoising_factors(scheduler)
+    factors = [factor for _, factor in _factors_of_calls(scheduler, None, {})]
     if any(step is None or step >= len(factors) for step in steps):
         raise ValueError(
             f"calibration rows must be of the sampler's {len(factors)} steps, one denoiser call each, but are not; "

@@ -42,6 +42,10 @@ class Bits:
             )
         return Bits(weight, activation if activation <= 8 else None)
 
+    def __str__(self) -> str:
+        """As `parse` reads it: "w4a8", "w4a16" where activations stay."""
+        return f"w{self.weight}a{self.activation or 16}"
+
 
 @dataclass(frozen=True)
 class Task:

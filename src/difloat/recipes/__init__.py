@@ -109,7 +109,7 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
         stored["exclude"] = list(task.exclude)
     return Plan(
         recipe,
-        bits,
+        bits.strip().lower(),
         outcome.layers,
         outcome.skipped,
         stored,
