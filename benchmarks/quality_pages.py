@@ -75,6 +75,17 @@ COMPARISONS = {
             ("Q-Diffusion", "msfp", "W4A4 Q-Diffusion"),
         ),
     ),
+    "guided-unet-w3a6": Comparison(
+        "`emoji-unet`, W3A6",
+        "emoji-unet",
+        (
+            ("**guided**", "guided", "W3A6 guided"),
+            ("MPQ-DM, 20 epochs", "mpqdm", "W3A6 MPQ-DM"),
+            ("EfficientDM, 20 epochs", "mpqdm", "W3A6 EfficientDM"),
+            ("MSFP, one adapter, 20 epochs", "mpqdm", "W3A6 MSFP, one adapter"),
+            ("nearest, integers", "mpqdm", "W3A6 nearest"),
+        ),
+    ),
     "guided-pixart-w2a4": Comparison(
         "`emoji-pixart`, W2A4",
         "emoji-pixart",

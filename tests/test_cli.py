@@ -290,7 +290,6 @@ def test_what_nobody_foresaw_is_neither_a_gate_nor_bad_input(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--call", "height=32"], "must set height and width together, got one of them"),
         (["--call", "output_type=latent"], "must not set output_type, which difloat sets itself"),
         (["--guidance", "nan"], "guidance must be finite, got nan"),
         (["--target", "gpu", "--dry-run"], "target must be one of any, cpu, got 'gpu'"),

@@ -128,7 +128,10 @@ def test_a_learned_variance_is_no_part_of_the_prediction() -> None:
 
 @pytest.mark.parametrize(
     ("make", "calls", "more"),
-    [(HeunDiscreteScheduler, 2 * STEPS - 1, {}), (PNDMScheduler, STEPS + 1, {"skip_prk_steps": True, "steps_offset": 1})],
+    [
+        (HeunDiscreteScheduler, 2 * STEPS - 1, {}),
+        (PNDMScheduler, STEPS + 1, {"skip_prk_steps": True, "steps_offset": 1}),
+    ],
 )
 def test_several_calls_at_a_timestep_count_with_their_mean(make: type, calls: int, more: dict) -> None:
     """As Stable Diffusion 1.5 is shipped: its sampler asks twice at the second timestep."""
@@ -159,7 +162,7 @@ def test_a_step_that_bends_is_refused() -> None:
         def step(self, output, timestep, sample, **arguments):
             return super().step(output.square(), timestep, sample, **arguments)
 
-    with pytest.raises(ValueError, match=r"must be affine in .*; train without it \(factor_power=0"):
+    with pytest.raises(ValueError, match=r"must be affine in .*; train without it \(--set factor_power=0"):
         denoising_factors(Bent(**BETAS), STEPS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -191,6 +192,15 @@ def test_what_cannot_be_trained_on_says_what_to_do(carry: str) -> None:
         found = "one weight per layer .*got 2 by timestep of 'conv_in'; .*--set adapters=1"
     with pytest.raises(ValueError, match=found):
         api.repair(task.model, plan, forward_loop=lambda module: pytest.fail("calibrated first"))
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"rank": -1}, {"rank": 1.5}, {"epochs": 0}, {"epochs": 1.5}, {"guidance_weight": math.nan}]
+)
+def test_numbers_out_of_range_are_refused_before_calibration(numbers: dict[str, float]) -> None:
+    name = next(iter(numbers))
+    with pytest.raises(ValueError, match=f"{name} must be|epochs must be at least 1 and rank"):
+        api.repair(prepared()[0].model, Plan("test", "w4a8", {}), **numbers)
 
 
 def test_plans_of_other_models_are_refused_before_calibration() -> None:

@@ -138,15 +138,10 @@ def repair(
         The plan with the denoiser's layers as trained. Other components are not trained, their plans stay what they are.
 
     Raises:
-        ValueError: if a layer has several weights chosen by timestep or adapters beside it, the plan is of another model, or a
-            number is out of its range.
+        ValueError: if a layer has several weights by timestep or adapters beside it, on a plan of another model, bad numbers.
     """
     training = TrainingSettings(epochs, guidance_weight=guidance_weight)
-    if not isinstance(rank, int) or rank < 0 or not epochs:
-        raise ValueError(
-            f"epochs must be at least 1 and rank a whole number of at least 0, got {epochs!r} and {rank!r}"
-        )
-    _check_repairable(model, plan)
+    _check_repairable(model, plan, epochs, rank)
     data = calibrate(
         model,
         prompts=prompts,
@@ -157,9 +152,8 @@ def repair(
         **settings,
     )
     wanted, work_dir = CalibrationSettings(**settings), None if cache_dir is None else Path(cache_dir)
-    task = task_of(model, data, Bits.parse(plan.bits))
-    task = replace(task, seed=wanted.seed, progress=progress, work_dir=work_dir)
-    task = replace(task, memory_bytes=wanted.memory_bytes)
+    task = replace(task_of(model, data, Bits.parse(plan.bits)), seed=wanted.seed, progress=progress)
+    task = replace(task, work_dir=work_dir, memory_bytes=wanted.memory_bytes)
     weight = guidance_to_keep(guidance_weight, task)
     training = replace(training, guidance_weight=weight)
     weights = loss_weights(task, 2.0 if dfa else 0.0)
@@ -189,7 +183,11 @@ def _quantized(module: nn.Module) -> bool:
     return any(isinstance(part, layers.QuantizedLayer) for part in module.modules())
 
 
-def _check_repairable(model: Any, plan: Plan) -> None:
+def _check_repairable(model: Any, plan: Plan, epochs: int, rank: int) -> None:
+    if not isinstance(rank, int) or rank < 0 or not epochs:
+        raise ValueError(
+            f"epochs must be at least 1 and rank a whole number of at least 0, got {epochs!r} and {rank!r}"
+        )
     for name, layer in plan.layers.items():
         if layer.side is not None:
             raise ValueError(

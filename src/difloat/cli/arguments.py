@@ -138,8 +138,6 @@ def call_of(
     given = options_of(pairs or [], "--call", "height=512")
     if guidance is not None and not math.isfinite(guidance):
         raise ValueError(f"guidance must be finite, got {guidance}")
-    if ("height" in given) != ("width" in given):  # many pipelines ignore one of them
-        raise ValueError("--call must set height and width together, got one of them; give both")
     for name, text in given.items():
         if name in _FIXED:
             raise ValueError(

@@ -70,9 +70,7 @@ def quantize(
     overwrite: Overwrite = False,
 ) -> None:
     """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
-    from difloat import api, calibration, layers, recipes, study
-    from difloat import components as parts
-    from difloat.exclusion import excluded
+    from difloat import api, calibration, recipes, study
     from difloat.methods import target as targets
     from difloat.methods.task import Bits
 
@@ -81,16 +79,14 @@ def quantize(
     recipes.make_options(recipes.lookup(recipe), chosen)
     Bits.parse(bits)
     targets.check(target)
-    if images == 1:
-        raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
+    _check_images(images)
     check_out(out, overwrite)
     pipeline = pipeline_of(source)
     api.check_model(api.denoiser(pipeline))
     texts = study.prompts_of(pipeline, source, prompts)
     guidance, arguments = call_of(pipeline, source, guidance, call)
-    excluded(layers.quantizable(api.denoiser(pipeline)), exclude or [])
     others = components.split(",") if components is not None else None
-    parts.parse(pipeline, others, bits, target)
+    _check_parts(pipeline, exclude or [], others, bits)
     settings = calibration.CalibrationSettings(
         samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
     )
@@ -99,9 +95,22 @@ def quantize(
         return
     sampling = study.Sampling(texts, images, steps, guidance, _PICTURES, arguments)
     everything = {"cache_dir": cache, "call_kwargs": arguments, "target": target, "exclude": exclude or ()}
-    everything |= {**vars(settings), **chosen}
-    everything["components"] = others
+    everything |= {**vars(settings), **chosen, "components": others}
     _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
+
+
+def _check_images(images: int) -> None:
+    if images == 1:
+        raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
+
+
+def _check_parts(pipeline: Any, exclude: list[str], others: list[str] | None, bits: str) -> None:
+    """Refuse layers and components that are not there before anything is tried."""
+    from difloat import api, components, layers
+    from difloat.exclusion import excluded
+
+    excluded(layers.quantizable(api.denoiser(pipeline)), exclude)
+    components.parse(pipeline, others, bits)
 
 
 def _carry_out(
@@ -170,8 +179,7 @@ def repair(
     from difloat import api, calibration, study
 
     meet()
-    if images == 1:
-        raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
+    _check_images(images)
     check_out(out, overwrite)
     pipeline, plan = pipeline_of(source), api.plan_of(pipeline_of(str(checkpoint)))
     texts = study.prompts_of(pipeline, source, prompts)
