@@ -205,8 +205,8 @@ def settings() -> str:
         for model in MODELS[paper]:
             for bits in ("W4A4", "W3A6", "W3A4", "W2A6", "W2A4"):
                 rows = [there.get(f"{model} | {bits} {label}") for label in RIVALS.values()]
-                if None not in rows:
-                    cells = [pair(row["metrics"]) for row in rows if row is not None]
+                if None not in rows[:2]:
+                    cells = ["" if row is None else pair(row["metrics"]) for row in rows]
                     lines.append(f"| `{model}`, {title}, {bits} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -619,6 +619,7 @@ def test_diagnose_ends_with_a_command_that_leaves_the_broken_layer_out(
 ) -> None:
     out, name = tmp_path / "out", "transformer_blocks.1.ff.net.2"
     arguments = ["--recipe", "rtn", "--bits", "w8a16", "--set", "scale=minmax", "--images", "0", *FAST[:4]]
+    arguments += ["--seed", "3", "--target", "cpu", "--components", "transformer,vae=w8a8"]
     assert run("quantize", source, out, *arguments, "--exclude", "proj_out").code == 0
     state = load_file(out / WEIGHTS)
     state[f"{name}.weight_scale"] *= 12
@@ -627,7 +628,10 @@ def test_diagnose_ends_with_a_command_that_leaves_the_broken_layer_out(
     assert result.code == 0, result
     allowed = int(re.search(r"at most (\d+) sampling runs", result.out)[1])
     assert int(re.search(r"(\d+) sampling runs made", result.out)[1]) <= allowed
-    command = f"difloat quantize {source} OUT --recipe rtn --bits w8a16 --set scale=minmax"
+    command = (
+        f"difloat quantize {source} OUT --recipe rtn --bits w8a16 --set scale=minmax --samples 6 --seed 3"
+    )
+    command += " --target cpu --components transformer,vae=w8a8"
     assert result.out.endswith(f"{command} --exclude proj_out --exclude {name}"), result.out[-300:]
     refused(run("diagnose", source, source), "must be quantized")
 

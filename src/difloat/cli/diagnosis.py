@@ -46,8 +46,8 @@ def diagnose(
     seed: Seed = 0,
 ) -> None:
     """Find the layers that cost a quantized model its quality, and say how to leave them out."""
-    import difloat
     from difloat import api, diagnosis, study
+    from difloat.sampling import denoiser_of
 
     pipeline, quantized = pipeline_of(source), pipeline_of(str(directory))
     texts = study.prompts_of(pipeline, source, prompts)
@@ -67,8 +67,8 @@ def diagnose(
         seed=seed,
     )
     _print_tables(found)
-    plan = difloat.io.plan_of(api.denoiser(quantized))
-    console.print(_verdict(found, source, plan), highlight=False, soft_wrap=True, markup=False)
+    plan, name = api.plan_of(quantized), denoiser_of(quantized)[0]
+    console.print(_verdict(found, source, plan, name), highlight=False, soft_wrap=True, markup=False)
 
 
 def _print_tables(found: Diagnosis) -> None:
@@ -93,8 +93,10 @@ def _remark(layer: Health) -> str:
     return "beyond float16" if layer.overflows_float16 else ""
 
 
-def _verdict(found: Diagnosis, source: str, plan: Plan) -> str:
-    """What to do, in lines; the last one is a command where layers were found."""
+def _verdict(found: Diagnosis, source: str, plan: Plan, denoiser: str) -> str:
+    """What to do, in lines; the last one is a command where layers were found and a recipe made the plan."""
+    from difloat.recipes import RECIPES
+
     lines = [f"relative error of the last latents: {found.before:.4f}; {found.runs} sampling runs made"]
     wide = [layer.name for layer in found.layers if layer.overflows_float16]
     if wide:
@@ -108,19 +110,28 @@ def _verdict(found: Diagnosis, source: str, plan: Plan) -> str:
     count = len(found.exclude)
     lines.append(f"{found.after:.4f} with {count} of {len(found.layers)} layers in full precision:")
     lines += [f"  {name}" for name in found.exclude]
-    return "\n".join([*lines, _command(found, source, plan)])
+    if plan.recipe not in RECIPES:
+        return "\n".join([*lines, f"made by no recipe of quantize ({plan.recipe}): leave them out there"])
+    command = _command(found, source, plan, denoiser)
+    lines.append("with --prompts, --steps, --guidance and --call as the first time:")
+    return "\n".join([*lines, command])
 
 
-def _command(found: Diagnosis, source: str, plan: Plan) -> str:
-    """The call of `difloat quantize` that repeats the plan without the layers."""
+def _command(found: Diagnosis, source: str, plan: Plan, denoiser: str) -> str:
+    """The call of `difloat quantize` that repeats the plan without the layers, as far as the plan knows it."""
     from difloat.recipes import RECIPES
 
     words = ["difloat", "quantize", source, "OUT", "--recipe", plan.recipe, "--bits", plan.bits]
-    if plan.recipe in RECIPES:
-        for option in dataclasses.fields(RECIPES[plan.recipe].options):
-            value = plan.options.get(option.name, option.default)
-            if _plain(value) != _plain(option.default):
-                words += ["--set", f"{option.name}={_plain(value)}"]
+    for option in dataclasses.fields(RECIPES[plan.recipe].options):
+        value = plan.options.get(option.name, option.default)
+        if _plain(value) != _plain(option.default):
+            words += ["--set", f"{option.name}={_plain(value)}"]
+    for flag, name in (("--samples", "calibration_rows"), ("--seed", "seed"), ("--target", "target")):
+        if plan.options.get(name):
+            words += [flag, _plain(plan.options[name])]
+    if plan.components:
+        others = [f"{name}={other.bits}" for name, other in plan.components.items()]
+        words += ["--components", ",".join([denoiser, *others])]
     for name in [*plan.options.get("exclude", []), *found.exclude]:
         words += ["--exclude", name]
     return shlex.join(words)
