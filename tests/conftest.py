@@ -6,8 +6,14 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import of huggingface_hub, so it must come first
 
+import diffusers.utils.logging
 import pytest
 import torch
+import transformers.utils.logging
+
+# Both bind their handler to the stderr of the first call: not to that of a single test, which is closed after it.
+diffusers.utils.logging.get_logger("diffusers")
+transformers.utils.logging.get_logger("transformers")
 
 if not torch.cuda.is_available():
     # Read when Triton is imported, which torch does where it pleases: kernels run in the interpreter on such machines.

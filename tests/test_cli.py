@@ -264,7 +264,8 @@ def test_layers_with_two_weights_are_not_kept_at_more_bits(run: Run, source: Pat
 def test_checkpoints_in_half_precision(run: Run, tmp_path: Path, dtype: torch.dtype) -> None:
     """As fine-tuned models are shipped; transformers and diffusers each load them in another dtype."""
     plain, out = tmp_path / "plain", tmp_path / "out"
-    tiny_unet().to(dtype).save_pretrained(plain)
+    variant = "fp16" if dtype == torch.float16 else None
+    tiny_unet().to(dtype).save_pretrained(plain, variant=variant)
     assert run("generate", plain, tmp_path / "pictures", "--count", 2, "--steps", 2).code == 0
     result = run("quantize", plain, out, "--recipe", "rtn", "--bits", "w4a8", "--images", 2, *FAST[:4])
     assert result.code == 0, result
@@ -383,12 +384,15 @@ def test_verify_proves_a_checkpoint_and_names_what_was_tampered_with(
 # What is refused
 
 
-def test_missing_and_foreign_directories(run: Run, tmp_path: Path) -> None:
+def test_missing_and_foreign_directories(run: Run, source: Path, tmp_path: Path) -> None:
     missing, empty = tmp_path / "missing", tmp_path / "empty"
     empty.mkdir()
     for verb in (["quantize"], ["generate"]):
         refused(run(*verb, missing, tmp_path / "out"), str(missing), "does not exist", "emoji-pixart")
         refused(run(*verb, empty, tmp_path / "out"), "model_index.json", "complete")
+        refused(run(*verb, "owner/model", tmp_path / "out"), "hf download owner/model --local-dir")
+        refused(run(*verb, source / WEIGHTS, tmp_path / "out"), "from_single_file", "generate --lora")
+        refused(run(*verb, source / "transformer", tmp_path / "out"), "it is one component")
     refused(run("inspect", missing), "does not exist")
     refused(run("evaluate", missing, empty), "does not exist")
     refused(run("verify", missing), "does not exist")

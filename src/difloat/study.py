@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -60,25 +61,44 @@ def load_pipeline(source: str) -> Any:
     if source in reference_models.NAMES:
         return reference_models.load(source)
     path = Path(source)
-    if not path.exists():
-        known = ", ".join(reference_models.NAMES)
-        raise FileNotFoundError(
-            f"source must be a pipeline directory or one of {known}, got {source!r}, which does not exist"
-        )
-    if not (path / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"source must hold model_index.json, got {source!r} without; is the download complete?"
-        )
+    _check_directory(path, source)
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
     try:
-        return DiffusionPipeline.from_pretrained(path, **{dtype_argument(): _dtype_of(path)})
+        return DiffusionPipeline.from_pretrained(
+            path, variant=_variant_of(path), **{dtype_argument(): _dtype_of(path)}
+        )
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0][:300]
         raise ValueError(
             f"source must be a complete pipeline, but {source!r} does not load ({reason}); download it again"
         ) from error
+
+
+def _check_directory(path: Path, source: str) -> None:
+    if not path.exists():
+        known = ", ".join(reference_models.NAMES)
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+        way = f"; from a hub: hf download {source} --local-dir DIR" if hub else ""
+        raise FileNotFoundError(
+            f"source must be a pipeline directory or one of {known}, got {source!r}, which does not exist{way}"
+        )
+    if path.is_file():
+        raise NotADirectoryError(
+            f"source must be a pipeline directory, got the file {source!r}; load a checkpoint in one file with diffusers' "
+            "from_single_file and save_pretrained the pipeline (LoRA files go to generate --lora)"
+        )
+    if not (path / "model_index.json").is_file():
+        part = (path / "config.json").is_file()
+        way = "it is one component, give the pipeline's directory" if part else "is the download complete?"
+        raise FileNotFoundError(f"source must hold model_index.json, got {source!r} without; {way}")
+
+
+def _variant_of(path: Path) -> str | None:
+    """The variant "fp16" where a pipeline holds no weights but files of that name, as hubs offer them apart."""
+    names = [file.name for file in path.glob("*/*.safetensors")]
+    return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
 def _dtype_of(path: Path) -> torch.dtype:
