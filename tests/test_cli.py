@@ -585,6 +585,13 @@ def test_a_misspelled_gate_costs_no_pictures(run: Run, source: Path, checkpoint:
     refused(result, "beauty", "psnr")
     assert "images" not in result.err
     refused(run("evaluate", source, checkpoint, "--fail-under", "psnr:3"), "name<=number")
+    for arguments, word in (
+        (["--fail-under", "retrieval=0.5"], "a gate on retrieval must come with captions"),
+        (["--save", source / "nowhere" / "x.json"], "--save must name a file in a directory that is there"),
+    ):
+        result = run("evaluate", source, checkpoint, *arguments)
+        refused(result, word)
+        assert "images" not in result.err
 
 
 NVFP4 = ["--recipe", "rtn", "--bits", "w4a16", "--set", "weight_granularity=group", "--set", "group_size=16"]

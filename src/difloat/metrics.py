@@ -43,16 +43,19 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "psnr": Metric("PSNR to full precision", "dB", "higher"),
     "ssim": Metric("SSIM to full precision", "", "higher"),
-    "perceptual": Metric("Perceptual distance to full precision", "", "lower"),
-    "frechet_to_full_precision": Metric("Fréchet distance to full precision", "", "lower"),
+    "perceptual": Metric("Perceptual distance to full precision, emoji features", "", "lower"),
+    "frechet_to_full_precision": Metric("Fréchet distance to full precision, emoji features", "", "lower"),
     "frechet_to_data": Metric("Fréchet distance to data", "", "lower"),
     "frechet_to_data_of_full_precision": Metric("Fréchet distance to data, full precision", "", "lower"),
     "frechet_to_data_ratio": Metric("Fréchet distance to data / full precision's", "", "lower"),
-    "kernel_distance": Metric("Kernel distance to full precision", "", "lower"),
+    "kernel_distance": Metric("Kernel distance to full precision, emoji features", "", "lower"),
     "retrieval": Metric("Caption retrieval", "", "higher"),
     "retrieval_of_full_precision": Metric("Caption retrieval, full precision", "", "higher"),
 }
-"""Every metric of an evaluation, in the order of its table."""
+"""Every metric of an evaluation, in the order of its table. The network that gives features was trained on emoji."""
+
+NEED_CAPTIONS = tuple(name for name in METRICS if name.startswith(("frechet_to_data", "retrieval")))
+"""Those that are measured with the captions of the embedded models only."""
 
 
 def psnr(reference: Tensor, images: Tensor) -> Tensor:

@@ -50,6 +50,16 @@ class Sampling:
         """The prompt of picture `index`, "" without text."""
         return "" if self.prompts is None else self.prompts[index % len(self.prompts)]
 
+    @property
+    def captions(self) -> list[str]:
+        """The prompt of every picture."""
+        return [self.prompt_of(index) for index in range(self.count)]
+
+    @property
+    def has_known_captions(self) -> bool:
+        """Whether all of them are captions that the embedded models were trained with."""
+        return self.prompts is not None and set(self.captions) <= set(reference_models.captions())
+
 
 def load_pipeline(source: str) -> Any:
     """The pipeline behind the name of an embedded model or a directory.
@@ -174,8 +184,7 @@ def judge(reference: Generated, quantized: Generated, sampling: Sampling) -> Eva
     """Compare two sets; distance to data and retrieval where the prompts are the embedded models' own captions."""
     from difloat import features
 
-    captions = [sampling.prompt_of(index) for index in range(sampling.count)]
-    known = sampling.prompts is not None and set(captions) <= set(reference_models.captions())
+    captions, known = sampling.captions, sampling.has_known_captions
     return evaluate.compare(
         reference,
         quantized,

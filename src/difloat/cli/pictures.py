@@ -92,15 +92,22 @@ def evaluate(
     save: Annotated[Path | None, typer.Option(help="Write the evaluation as JSON.")] = None,
 ) -> None:
     """Compare a quantized pipeline with the full-precision one; processes of a launch share the pictures."""
-    from difloat import gates, processes, study
+    from difloat import gates, metrics, processes, study
 
-    for rule in fail_under or []:
-        gates.parse(rule)  # a misspelled gate must not cost the pictures
+    rules = [gates.parse(rule) for rule in fail_under or []]  # a misspelled gate must not cost the pictures
+    if save is not None and not save.parent.is_dir():
+        raise FileNotFoundError(f"--save must name a file in a directory that is there, got {str(save)!r}")
     meet()
     first, second = pipeline_of(reference), pipeline_of(quantized)
     texts = study.prompts_of(first, reference, prompts)
     guidance, arguments = call_of(first, reference, guidance, call)
     sampling = study.Sampling(texts, samples, steps, guidance, batch, arguments)
+    unknown = [rule.metric for rule in rules if rule.metric in metrics.NEED_CAPTIONS]
+    if unknown and not sampling.has_known_captions:
+        raise ValueError(
+            f"a gate on {unknown[0]} must come with captions of the embedded models as prompts, got others; "
+            "gate on psnr, ssim or perceptual"
+        )
     full, packed = study.draw(first, sampling), study.draw(second, sampling)
     if not processes.is_main():
         return
