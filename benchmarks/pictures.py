@@ -2,6 +2,7 @@
 
     python benchmarks/pictures.py                # the README's: W4A8 on both reference models
     python benchmarks/pictures.py --strip w2a4   # 2-bit weights on emoji-unet, for docs/papers/mpqdm.md
+    python benchmarks/pictures.py --strip w2a4-pixart   # the same on emoji-pixart, with our own recipe
 
 The first row is full precision. Beside the picture goes a JSON with the PSNR of every other row.
 """
@@ -67,6 +68,18 @@ STRIPS = {
         ("emoji-unet",),
         PROMPTS,
         {
+            "MPQ-DM w2a4": ("mpqdm", {"epochs": 20}),
+            "EfficientDM w2a4": ("efficientdm", {"epochs": 20}),
+            "rounding to nearest w2a4, first and last layer at 8 bits": ("rtn", {"grid": "int"}),
+        },
+    ),
+    "w2a4-pixart": Strip(
+        "docs/papers/mpqdm-pixart.png",
+        "w2a4",
+        ("emoji-pixart",),
+        PROMPTS,
+        {
+            "guided w2a4": ("guided", {}),
             "MPQ-DM w2a4": ("mpqdm", {"epochs": 20}),
             "EfficientDM w2a4": ("efficientdm", {"epochs": 20}),
             "rounding to nearest w2a4, first and last layer at 8 bits": ("rtn", {"grid": "int"}),
