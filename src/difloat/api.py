@@ -138,7 +138,8 @@ def repair(
         The plan with the denoiser's layers as trained. Other components are not trained, their plans stay what they are.
 
     Raises:
-        ValueError: if a layer has several weights by timestep or adapters beside it, on a plan of another model, bad numbers.
+        ValueError: a layer has several weights by timestep or adapters beside it, the plan is of another model, or `epochs`,
+            `rank` or `guidance_weight` is out of its range.
     """
     training = TrainingSettings(epochs, guidance_weight=guidance_weight)
     _check_repairable(model, plan, epochs, rank)

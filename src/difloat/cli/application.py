@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 _INTERRUPTED = 130  # typer's exit code for Ctrl-C
 _UNEXPECTED = 3  # an error that no check foresaw: neither a broken gate (1) nor bad input (2)
+_OF_CODE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
             sentence = escape(processes.sentence(error))
             errors.print(f"[red]error:[/red] {sentence}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
-    except Exception:
+    except _OF_CODE:
         traceback.print_exc()
         raise SystemExit(_UNEXPECTED) from None
     raise SystemExit(code)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,10 +41,15 @@ def denoising_factors(
     Raises:
         ValueError: if a step is no affine function of the output.
     """
-    calls: dict[float, list[float]] = {}
-    for timestep, factor in _factors_of_calls(scheduler, steps, timestep_arguments):
-        calls.setdefault(timestep, []).append(factor)
-    return {timestep: sum(found) / len(found) for timestep, found in calls.items()}
+    return _by_timestep(_factors_of_calls(scheduler, steps, timestep_arguments))
+
+
+def _by_timestep(calls: Sequence[tuple[float, float]]) -> dict[float, float]:
+    """Mean factor of the calls at every timestep."""
+    found: dict[float, list[float]] = {}
+    for timestep, factor in calls:
+        found.setdefault(timestep, []).append(factor)
+    return {timestep: sum(factors) / len(factors) for timestep, factors in found.items()}
 
 
 def _factors_of_calls(
@@ -119,9 +124,8 @@ def loss_weights(task: Task, power: float) -> dict[float, float]:
         raise ValueError(
             f"the denoising-factor loss must know the sampler, got a plain module; pass the pipeline, or {_WAY_OUT}"
         )
-    scheduler, steps = task.scheduler(), data.steps
-    by_timestep = denoising_factors(scheduler)
-    factors = [factor for _, factor in _factors_of_calls(scheduler, None, {})]
+    calls, steps = _factors_of_calls(task.scheduler(), None, {}), data.steps
+    by_timestep, factors = _by_timestep(calls), [factor for _, factor in calls]
     if any(step is None or step >= len(factors) for step in steps):
         raise ValueError(
             f"calibration rows must be of the sampler's {len(factors)} steps, one denoiser call each, but are not; "
