@@ -550,11 +550,7 @@ def test_damage_is_one_sentence_and_leaves_the_module_alone(tmp_path, case):
 def test_verify_notices_the_damage(tmp_path, case):
     directory = saved(tmp_path)
     DAMAGES[case][0](directory)
-    try:
-        findings = io.verify(directory)
-    except (CheckpointError, FileNotFoundError) as error:
-        assert "\n" not in str(error)
-        return
+    findings = io.verify(directory)  # reports, never raises
     assert not all(finding.passed for finding in findings)
     assert not any("\n" in finding.message for finding in findings)
 

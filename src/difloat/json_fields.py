@@ -23,9 +23,10 @@ def json_object(
     names = set(value) if isinstance(value, Mapping) else set()
     if not isinstance(value, Mapping) or not set(needed) <= names <= {*needed, *optional}:
         got = sorted(map(str, value)) if isinstance(value, Mapping) else value
-        perhaps = f" and perhaps {', '.join(sorted(optional))}" if optional else ""
+        wanted = [", ".join(sorted(needed))] if needed else []
+        wanted += ["perhaps " + ", ".join(sorted(optional))] if optional else []
         raise ValueError(
-            f"{what} must have the fields {', '.join(sorted(needed))}{perhaps}, got {shown(got)}"
+            f"{what} must have the fields {' and '.join(wanted)} and no others, got {shown(got)}"
         )
     return value
 

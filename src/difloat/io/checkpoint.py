@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from difloat import attention
+from difloat.io import integrity
 from difloat.io.layout import (
     CONFIG,
     QUANT_METHOD,
@@ -246,6 +247,7 @@ def load(
     into: nn.Module | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    verify: bool | None = None,
 ) -> Any:
     """Read a checkpoint: a diffusers pipeline, a diffusers model, or the layers and tensors of a plain module.
 
@@ -254,15 +256,30 @@ def load(
         into: A plain module of the same architecture, float or quantized, also on the meta device; changed in place.
         dtype: Of all that is not quantized; None keeps what is stored. Codes and float32 vectors never change.
         device: Where to put it; None is the CPU, for `into` the device that it is on.
+        verify: Compare every file with its hash in the manifest right before it is read, which reads all files once more;
+            None does what the environment variable ``DIFLOAT_VERIFY`` says (1 or 0), which `from_pretrained` obeys as well.
 
     Raises:
-        FileNotFoundError: if something is missing.
+        FileNotFoundError: if something is missing, with `verify` also the manifest.
         CheckpointError: if something is damaged, of another version, or not of this model; `into` is then unchanged.
     """
-    root = Path(directory)
+    root, proven = Path(directory), integrity.wanted(verify)
     found = components(root)
-    if (root / MANIFEST).is_file():
+    if proven:
+        integrity.check_directory(root)
+    elif (root / MANIFEST).is_file():
         read_manifest(root)
+    with integrity.settled():
+        return _load(root, found, into, dtype, device)
+
+
+def _load(
+    root: Path,
+    found: Mapping[str, Path],
+    into: nn.Module | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Any:
     loaded = {name: read_plan(path) for name, path in found.items()}
     if (root / PIPELINE_INDEX).is_file():
         if into is not None:

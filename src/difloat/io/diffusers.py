@@ -15,7 +15,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from difloat import layers
-from difloat.io import planner, skeleton
+from difloat.io import integrity, planner, skeleton
 from difloat.io.config import DifloatConfig
 from difloat.io.layout import (
     INPUT_BUNDLE,
@@ -96,6 +96,9 @@ class DifloatQuantizer(DiffusersQuantizer):
         """Replace the name of the bundled input vectors by the names of the vectors."""
         if self.plan is None:
             return loaded_keys
+        integrity.check_loading(checkpoint_files)
+        if all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            integrity.stored_names(checkpoint_files)
         names = [name for name in loaded_keys if name != INPUT_BUNDLE]
         if len(names) < len(loaded_keys):
             names += bundled_names(self.plan)
@@ -266,9 +269,8 @@ def mark(model: Any, quantizer: DifloatQuantizer) -> None:
     if hasattr(model, "load_lora_adapter"):
         teach_shapes()
     config = quantizer.config
-    model.register_to_config(
-        quantization_config=config
-    )  # the object, as diffusers itself does: PEFT asks it for a dict
+    # The object, as diffusers itself does: PEFT asks it for a dict.
+    _set_entries(model, {**model._internal_dict, "quantization_config": config})
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method
@@ -277,14 +279,29 @@ def mark(model: Any, quantizer: DifloatQuantizer) -> None:
 
 def unmark(model: Any) -> None:
     """Undo `mark`."""
-    # The config is frozen and a None in it cannot be saved, so it is made anew without the entry.
-    model._internal_dict = FrozenDict(
-        {k: v for k, v in model._internal_dict.items() if k != "quantization_config"}
-    )
+    # A None in the config cannot be saved, so the entry goes altogether.
+    _set_entries(model, {k: v for k, v in model._internal_dict.items() if k != "quantization_config"})
     model.is_quantized = False
     for name in ("hf_quantizer", "quantization_method", "difloat_plan"):
         if name in vars(model):
             delattr(model, name)
+
+
+def _set_entries(model: Any, entries: Mapping[str, Any]) -> None:
+    """Make the frozen config anew with other entries; attributes that were set beside the entries stay.
+
+    diffusers keeps there what is no argument of the model: loading an IP-Adapter sets `encoder_hid_dim_type` on the config,
+    and the forward pass asks for the attribute.
+    """
+    old = model._internal_dict
+    beside = {
+        name: value
+        for name, value in vars(old).items()
+        if not name.startswith("_FrozenDict__") and (name not in old or value is not old[name])
+    }
+    model._internal_dict = FrozenDict(entries)
+    for name, value in beside.items():
+        setattr(model._internal_dict, name, value)
 
 
 _register()
