@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from difloat import attention
-from difloat.io import integrity
+from difloat.io import integrity, rebuild
 from difloat.io.layout import (
     CONFIG,
     QUANT_METHOD,
@@ -140,7 +140,8 @@ def save(
 
     Raises:
         ValueError: if nothing in it is quantized, or remote code is asked for a plain module.
-        CheckpointError: if the directory is in use for something else or the disk is full; nothing is left behind.
+        CheckpointError: if a model is not what its config builds (fused projections, adapters, modules added later), the
+            directory is in use for something else or the disk is full; nothing is left behind.
     """
     target = Path(directory).resolve()
     quantized = _quantized(pipeline_or_module)
@@ -163,7 +164,11 @@ def save(
 
 
 def _quantized(pipeline_or_module: Any) -> dict[str, nn.Module]:
-    """The models that hold quantized layers by their sub-directory, "" for a model on its own; their marks renewed."""
+    """The models that hold quantized layers by their sub-directory, "" for a model on its own; their marks renewed.
+
+    Raises:
+        CheckpointError: if a library could not build one of them again from its config.
+    """
     models = {"": pipeline_or_module}
     if _is_of(pipeline_or_module, "diffusers", "DiffusionPipeline"):
         models = {
@@ -184,6 +189,8 @@ def _quantized(pipeline_or_module: Any) -> dict[str, nn.Module]:
         )
     for model in models.values():
         mark_quantized(model, plan_of(model))
+        if (library := _library_of(model)) is not None:
+            rebuild.check(model, library.built_again(model))
     return models
 
 

@@ -28,6 +28,7 @@ from difloat.io.layout import (
     unbundle,
 )
 from difloat.io.lora_loader import teach_shapes
+from difloat.io.packed_models import guard, unguard
 from difloat.quantizer import LayerPlan
 
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16}
@@ -264,6 +265,17 @@ def quantizer(fields: Mapping[str, Any]) -> DifloatQuantizer:
     return DifloatQuantizer(DifloatConfig.from_dict(fields))
 
 
+def built_again(model: Any) -> nn.Module:
+    """A model built from the config of `model` as diffusers does it before loading: parameters on the meta device."""
+    import accelerate
+    from diffusers.models.modeling_utils import no_init_weights
+
+    config = {name: value for name, value in model.config.items() if name != "quantization_config"}
+    with torch.random.fork_rng(devices=[]), no_init_weights(), accelerate.init_empty_weights():
+        built: nn.Module = type(model).from_config(config)
+    return built
+
+
 def mark(model: Any, quantizer: DifloatQuantizer) -> None:
     """Let diffusers see that `model` is quantized, so that `save_pretrained` stores it as such."""
     if hasattr(model, "load_lora_adapter"):
@@ -271,6 +283,7 @@ def mark(model: Any, quantizer: DifloatQuantizer) -> None:
     config = quantizer.config
     # The object, as diffusers itself does: PEFT asks it for a dict.
     _set_entries(model, {**model._internal_dict, "quantization_config": config})
+    guard(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method
@@ -279,6 +292,7 @@ def mark(model: Any, quantizer: DifloatQuantizer) -> None:
 
 def unmark(model: Any) -> None:
     """Undo `mark`."""
+    unguard(model)
     # A None in the config cannot be saved, so the entry goes altogether.
     _set_entries(model, {k: v for k, v in model._internal_dict.items() if k != "quantization_config"})
     model.is_quantized = False

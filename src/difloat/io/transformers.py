@@ -5,6 +5,7 @@ Importing this module imports transformers; `difloat.io.register` does so only o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -177,6 +178,13 @@ def _register() -> None:
 def quantizer(fields: Mapping[str, Any]) -> DifloatHfQuantizer:
     """The quantizer of a model that is quantized already, from the JSON object of its plan."""
     return DifloatHfQuantizer(DifloatConfig.from_dict(fields))
+
+
+def built_again(model: Any) -> nn.Module:
+    """A model built from the config of `model`, on the meta device as transformers does it before loading."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        built: nn.Module = type(model)(copy.deepcopy(model.config))
+    return built
 
 
 def mark(model: Any, quantizer: DifloatHfQuantizer) -> None:
