@@ -114,7 +114,12 @@ class DifloatQuantizer(DiffusersQuantizer):
             return
         skeleton.allocate(model, self.plan)
         if self._loaded_names is not None:
-            skeleton.check_names(model, self._loaded_names)
+            skeleton.check_names(model, self._loaded_names, skeleton.other_names(model, self.plan))
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        """Without further names of layers that are registered twice: they were loaded under their first."""
+        again = set() if self.plan is None else skeleton.other_names(model, self.plan)
+        return [name for name in missing_keys if name not in again]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.plan is None:
