@@ -323,7 +323,8 @@ def _load_model(root: Path, plan: Plan, stored: Mapping[str, StoredTensor], dtyp
         )
     loader: Any = model_class
     argument = "dtype" if library == "transformers" else dtype_argument()
-    return loader.from_pretrained(str(root), **{argument: dtype or common_dtype(plan, stored)})
+    with integrity.said_in_one_sentence(root, library):
+        return loader.from_pretrained(str(root), **{argument: dtype or common_dtype(plan, stored)})
 
 
 def _load_pipeline(
@@ -337,7 +338,8 @@ def _load_pipeline(
         for path in root.glob(f"*/{CONFIG}"):
             if path.parent.name not in loaded:
                 dtypes[path.parent.name] = common_dtype(None, read_headers(path.parent))
-    return diffusers.DiffusionPipeline.from_pretrained(str(root), **{dtype_argument(): dtypes})
+    with integrity.said_in_one_sentence(root, "diffusers"):
+        return diffusers.DiffusionPipeline.from_pretrained(str(root), **{dtype_argument(): dtypes})
 
 
 def dtype_argument() -> str:

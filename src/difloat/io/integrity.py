@@ -108,6 +108,35 @@ def settled() -> Iterator[None]:
         _settled.reset(token)
 
 
+@contextlib.contextmanager
+def said_in_one_sentence(root: Path, library: str) -> Iterator[None]:
+    """Turn what a library raises over a damaged config or file of its own into a CheckpointError of one line.
+
+    A changed number in a config ends anywhere inside the model's constructor, with any of the usual errors or one of
+    huggingface_hub's.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    usual = (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        AssertionError,
+    )
+    try:
+        yield
+    except (*usual, OSError, SafetensorError, StrictDataclassError) as error:
+        if isinstance(error, CheckpointError | OSError) and "\n" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{root} must be a checkpoint that {library} can build, but {' '.join(str(error).split()) or error!r:.300} "
+            f"({type(error).__name__}); download or save it again"
+        ) from error
+
+
 def unprovable(directory: Path) -> str:
     """The sentence for a directory without a manifest."""
     return (
