@@ -521,6 +521,14 @@ DAMAGES = {
         set_tensor("norm.bias", lambda b: b[:3].clone()),
         r"'norm.bias' .* but has the shape \[3\]",
     ),
+    "float stored as integers": (
+        set_tensor("norm.bias", lambda b: b.to(torch.int8)),
+        "'norm.bias' .* but is I8 instead of torch.float32",
+    ),
+    "integers stored as floats": (
+        set_tensor("steps", lambda b: b.float()),
+        "'steps' .* but is F32 instead of",
+    ),
     "NaN scale": (
         set_tensor("first.weight_scale", lambda s: s * math.nan),
         "must be finite and positive, got nan",

@@ -26,6 +26,7 @@ from difloat.io.layout import (
     StoredTensor,
     check_headers,
     common_dtype,
+    is_file_name,
     parse_config,
     quantization_config,
     read_headers,
@@ -224,7 +225,7 @@ def components(directory: str | os.PathLike[str]) -> dict[str, Path]:
         read_json(root / CONFIG)
         return {"": root}
     names = [name for name, entry in read_json(root / PIPELINE_INDEX).items() if isinstance(entry, list)]
-    paths = {name: root / name / CONFIG for name in names if name == Path(name).name}
+    paths = {name: root / name / CONFIG for name in names if is_file_name(name)}
     configs = {
         name: read_json(path).get("quantization_config") for name, path in paths.items() if path.is_file()
     }

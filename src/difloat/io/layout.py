@@ -46,6 +46,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     file: Path
 
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether its numbers are floating-point ones (`F32`, `BF16`, `F8_E4M3`)."""
+        return self.dtype.startswith(("F", "BF"))
+
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """The `quantization_config` of `config.json`; ValueError if the plan's options are no JSON."""
@@ -229,6 +234,13 @@ def weight_files(directory: Path) -> tuple[list[Path], Path | None]:
     raise FileNotFoundError(f"{directory} must hold {names}, but neither exists; download it again")
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a name from a file is that of a file in the same directory: no path, and not too long for a file system."""
+    return (
+        name == Path(name).name and len(name.encode(errors="replace")) <= 255 and not set(name) & {"\\", "\0"}
+    )
+
+
 def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if (
@@ -240,7 +252,7 @@ def _shards(index: Path) -> list[Path]:
             f"{index} must have a weight_map of tensor names to file names; download it again"
         )
     for name in sorted(set(weight_map.values())):
-        if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
+        if not is_file_name(name) or not name.endswith(".safetensors"):
             raise CheckpointError(
                 f"shards must be safetensors files beside their index, got {name!r:.200}; do not load this checkpoint"
             )

@@ -19,12 +19,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from difloat import json_fields
-from difloat.io.layout import CheckpointError, read_json
+from difloat.io.layout import CheckpointError, is_file_name, read_json
 
 MANIFEST = "difloat.json"
 MANIFEST_VERSION = 1
 _READ_BYTES = 1 << 20
-_LONGEST_NAME = 255  # characters, on every usual file system
 
 
 @contextlib.contextmanager
@@ -134,15 +133,11 @@ def manifest_entries(root: Path) -> dict[str, dict[str, Any]]:
         )
     for name, entry in files.items():
         parts = Path(name).parts
-        inside = parts and not Path(name).is_absolute() and ".." not in parts and "\0" not in name
+        inside = (
+            parts and not Path(name).is_absolute() and ".." not in parts and all(map(is_file_name, parts))
+        )
         whole = isinstance(entry, dict) and set(entry) == {"bytes", "sha256"}
-        if (
-            not inside
-            or max(map(len, parts)) > _LONGEST_NAME
-            or not whole
-            or type(entry["bytes"]) is not int
-            or type(entry["sha256"]) is not str
-        ):
+        if not inside or not whole or type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
             raise CheckpointError(
                 f"{MANIFEST} must list files of the checkpoint with bytes and sha256, got {name!r:.200}; download it again"
             )

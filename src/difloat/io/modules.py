@@ -177,13 +177,16 @@ def _check_fits(module: nn.Module, plan: Plan, stored: Mapping[str, StoredTensor
             f"plan must name layers of the module, but {unknown[0]!r:.200} is none; pass the architecture that was saved"
         )
     attention.check(module, plan.attention)
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    expected = {name: shape for name, shape in shapes.items() if name not in own | again}
+    state = module.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in own | again}
     got = {name: tensor.shape for name, tensor in stored.items() if name not in own}
     for name in sorted(expected.keys() | got.keys()):
-        if expected.get(name) != got.get(name):
-            found = f"has the shape {list(got[name])}" if name in got else "is missing"
-            wrong = found if name in expected else "is one too many"
+        wrong = "is one too many" if name not in expected else "is missing" if name not in got else ""
+        if not wrong and expected[name] != got[name]:
+            wrong = f"has the shape {list(got[name])}"
+        elif not wrong and state[name].is_floating_point() != stored[name].is_floating_point:
+            wrong = f"is {stored[name].dtype} instead of {state[name].dtype}"
+        if wrong:
             raise CheckpointError(
                 f"tensor {name!r:.200} must be stored as the module has it, but {wrong}; "
                 "pass the architecture that was saved"
