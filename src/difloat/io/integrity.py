@@ -131,10 +131,19 @@ def said_in_one_sentence(root: Path, library: str) -> Iterator[None]:
     except (*usual, OSError, SafetensorError, StrictDataclassError) as error:
         if isinstance(error, CheckpointError | OSError) and "\n" not in str(error):
             raise
-        raise CheckpointError(
-            f"{root} must be a checkpoint that {library} can build, but {' '.join(str(error).split()) or error!r:.300} "
-            f"({type(error).__name__}); download or save it again"
-        ) from error
+        raise CheckpointError(_not_built(root, library, error)) from error
+    except Exception as error:
+        if type(error) is Exception:  # all that the tokenizers library raises
+            raise CheckpointError(_not_built(root, library, error)) from error
+        raise
+
+
+def _not_built(root: Path, library: str, error: Exception) -> str:
+    found = " ".join(str(error).split()) or "it gives no reason"
+    return (
+        f"{root} must be a checkpoint that {library} can build, but {found:.300} ({type(error).__name__}); "
+        "download or save it again"
+    )
 
 
 def unprovable(directory: Path) -> str:
