@@ -113,7 +113,7 @@ def test_bad_plans_are_refused() -> None:
         AttentionPlan()
     with pytest.raises(ValueError, match="must be unsigned, got e2m1"):
         AttentionPlan(None, parse("e2m1"))
-    with pytest.raises(ValueError, match="only, got"):
+    with pytest.raises(ValueError, match="and no others, got"):
         AttentionPlan.from_json({"operands": "e2m3"})
     with pytest.raises(ValueError, match="'proj_out' is no attention"):
         attention.install(tiny_pixart().transformer, {"proj_out": OPERANDS})

@@ -19,6 +19,7 @@ LINE = (
     "formats",
     "rounding",
     "packing",
+    "json_fields",
     "specs",
     "scales",
     "quantizer",

@@ -264,8 +264,8 @@ REFUSALS = [
     (lambda: QuantSpec(E2M1, "tensor", 8), "group_size must be given exactly"),
     (lambda: QuantSpec(E2M1, "group", 0), "group_size must be at least 1, got 0"),
     (lambda: QuantSpec(E2M1, "token"), "'token' must be online"),
-    (lambda: QuantSpec.from_json({"format": "e2m1", "scale": 1}), "known fields only"),
-    (lambda: QuantSpec.from_json({"granularity": "tensor"}), "must have 'format'"),
+    (lambda: QuantSpec.from_json({"format": "e2m1", "scale": 1}), "and no others, got"),
+    (lambda: QuantSpec.from_json({"granularity": "tensor"}), "must have the fields format"),
     (lambda: QuantSpec.from_json({"format": "fp4"}), "format must be eXmY"),
     (lambda: Part(0, QuantSpec(E2M1)), "at least 1, got 0"),
     (lambda: Part(4, QuantSpec(E2M1, "token", online=True)), "weight scales must be stored"),
@@ -274,14 +274,14 @@ REFUSALS = [
         "must be 'tensor', 'token' or 'group', got 'channel'",
     ),
     (lambda: Part(4, QuantSpec(E2M1), QuantSpec(E2M1, "group", 2)), "'group' must be online"),
-    (lambda: Part.from_json({"channels": 4}), "must have 'channels', 'weight'"),
+    (lambda: Part.from_json({"channels": 4}), "must have the fields channels, weight"),
     (
         lambda: Part.from_json({"channels": 4, "weight": {"format": "e2m1"}, "x": 1}),
-        "must have 'channels', 'weight'",
+        "must have the fields channels, weight",
     ),
     (
         lambda: LayerPlan.from_json({"kind": "conv1d", "shape": [1, 1], "parts": []}, {}),
-        "'kind' linear or conv2d",
+        "kind of a layer must be linear or conv2d",
     ),
     (
         lambda: layer_tensor_shapes((4, 9), [Part(4, QuantSpec(E2M1))]),

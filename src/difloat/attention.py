@@ -31,7 +31,36 @@ def has_processor(module: nn.Module) -> bool:
 
 def plan_of(module: nn.Module) -> AttentionPlan | None:
     """The plan that a module's attention carries out, None for one that is not quantized."""
-    return getattr(getattr(module, "processor", None), "difloat_attention", None)
+    return next((hook.plan for hook in module._forward_pre_hooks.values() if isinstance(hook, _Kept)), None)
+
+
+class _Kept:
+    """Keeps a module's attention quantized, whatever processor it is given.
+
+    diffusers sets processors freely: `set_default_attn_processor`, IP-Adapters, and whoever unloads them. Being quantized is
+    a fact of the module, so the processor that is there at a call gets the plan before it runs.
+    """
+
+    def __init__(self, plan: AttentionPlan) -> None:
+        self.plan = plan
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        processor = module.processor
+        inner = getattr(processor, "original", processor)  # fast attention wraps the processor
+        if getattr(inner, "difloat_attention", None) is not self.plan:
+            module.processor = _wrapped(processor, _quantized(inner, self.plan))
+
+
+def _quantized(processor: Any, plan: AttentionPlan) -> Any:
+    processor = copy.copy(_plain(processor))
+    processor.__class__ = _quantized_class(type(processor))
+    processor.difloat_attention = plan
+    return processor
+
+
+def _wrapped(old: Any, inner: Any) -> Any:
+    """The processor in whatever wrapped the old one."""
+    return type(old)(inner) if hasattr(old, "original") else inner
 
 
 def check(model: nn.Module, plans: Mapping[str, AttentionPlan]) -> None:
@@ -54,25 +83,33 @@ def install(model: nn.Module, plans: Mapping[str, AttentionPlan]) -> None:
     check(model, plans)
     for name, plan in plans.items():
         module = model.get_submodule(name)
-        processor = copy.copy(_plain(module.processor))
-        processor.__class__ = _quantized_class(type(processor))
-        processor.difloat_attention = plan
-        module.processor = processor
+        _forget(module)
+        module.processor = _quantized(module.processor, plan)
+        module.register_forward_pre_hook(_Kept(plan))
 
 
 def restore(model: nn.Module) -> None:
     """Give every attention its own processor back, in place."""
     for module in model.modules():
         if plan_of(module) is not None:
-            module.processor = _plain(module.processor)
+            _forget(module)
+            processor = module.processor
+            module.processor = _wrapped(processor, _plain(getattr(processor, "original", processor)))
+
+
+def _forget(module: nn.Module) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, _Kept):
+            del module._forward_pre_hooks[key]
 
 
 def _plain(processor: Any) -> Any:
-    if getattr(processor, "difloat_attention", None) is None:
+    # By its class: diffusers makes new ones of a class that it has seen, without what `install` gave the old one.
+    if type(processor) not in _CLASSES.values():
         return processor
     plain = copy.copy(processor)
     plain.__class__ = type(processor).__mro__[1]
-    del plain.difloat_attention
+    vars(plain).pop("difloat_attention", None)
     return plain
 
 
@@ -93,7 +130,7 @@ def _quantized_class(processor_class: type[Any]) -> type[Any]:
         if not answered:
             raise RuntimeError(
                 "quantized attention must compute by torch's scaled_dot_product_attention, but the processor did not call it; "
-                "set the attention backend 'native'"
+                "set the attention backend 'native', or a processor that does, such as AttnProcessor2_0()"
             )
         return result
 

@@ -22,7 +22,7 @@ from difloat.side import low_rank, product
 from difloat.slots import VECTORS, RowSlot, Slot, row_slots_of, slots_of
 from difloat.specs import SIDE, Band, Part, Side, weight_formats
 from difloat.timesteps import Clock
-from difloat.units import blocks, inside_blocks, quantizable
+from difloat.units import blocks, inside_blocks, places, quantizable
 
 __all__ = [
     "QuantConv2d",
@@ -276,9 +276,9 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at `name` (dotted) inside `model`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    """Put `module` at `name` (dotted) inside `model`, and wherever else the module of that name is registered."""
+    for parent, child in places(model, name):
+        setattr(parent, child, module)
 
 
 def install(model: nn.Module, name: str, plan: LayerPlan, device: torch.device | str | None = None) -> None:
@@ -306,9 +306,8 @@ def install(model: nn.Module, name: str, plan: LayerPlan, device: torch.device |
 
 def swap(model: nn.Module, name: str, layer: QuantLinear | QuantConv2d) -> None:
     """Put a quantized layer in the place of the layer `name`; it answers as that one did if the parent asks for a dtype."""
-    parent, _, child = name.rpartition(".")
     old = model.get_submodule(name)
-    if parents.asks(model.get_submodule(parent), child):
+    if any(parents.asks(parent, child) for parent, child in places(model, name)):
         layer.answer_as(old.input_dtype if isinstance(old, QuantizedLayer) else weight_of(model, name).dtype)
     replace(model, name, layer)
 

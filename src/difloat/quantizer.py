@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from difloat import rounding
+from difloat import json_fields, rounding
 from difloat.packing import pack, packed_channels, unpack
 from difloat.scales import expand_scale, reorder_scale, row_places
-from difloat.specs import SIDE, AttentionPlan, Band, Part, Side, layer_tensor_shapes
+from difloat.specs import SIDE, AttentionPlan, Band, Part, Side, layer_tensor_shapes, schedule_of
 
 PLAN_VERSION = 1
 VARIED = ("weight", "weight_scale", "weight_zero_point", "input_factor")  # one after the other per variant
@@ -78,26 +78,36 @@ class LayerPlan:
     @staticmethod
     def from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerPlan:
         """Inverse of `to_json`, with the tensors beside it; ValueError where fields or shapes do not fit."""
-        needed = {"kind", "shape", "parts"}
-        known = needed | {"smoothed", "schedule", "input_schedule", "bands", "side"}
-        if not needed <= set(data) <= known or data["kind"] not in ("linear", "conv2d"):
-            raise ValueError(
-                f"a layer plan must have 'kind' linear or conv2d, 'shape' and 'parts', got {dict(data)!r:.200}"
-            )
-        layer = LayerPlan(
-            data["kind"],
-            tuple(int(n) for n in data["shape"]),
-            tuple(Part.from_json(part) for part in data["parts"]),
-            tensors,
-            bool(data.get("smoothed", False)),
-            tuple(data.get("schedule", ())),
-            tuple(data.get("input_schedule", ())),
-            tuple(Band.from_json(band) for band in data.get("bands", ())),
-            Side.from_json(data["side"]) if "side" in data else None,
-        )
+        layer = replace(LayerPlan.without_tensors(data), tensors=tensors)
         got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if got != (expected := layer.tensor_shapes()):
             raise ValueError(f"tensors of a layer must have the shapes {expected}, got {got}")
+        return layer
+
+    @staticmethod
+    def without_tensors(data: Mapping[str, Any]) -> LayerPlan:
+        """Inverse of `to_json` before any tensor is at hand; ValueError on fields of a wrong name, type or range."""
+        optional = ("smoothed", "schedule", "input_schedule", "bands", "side")
+        json_fields.json_object(data, "plan of a layer", ["kind", "shape", "parts"], optional)
+        if (kind := data["kind"]) not in ("linear", "conv2d"):
+            raise ValueError(f"kind of a layer must be linear or conv2d, got {json_fields.shown(kind)}")
+        sizes = json_fields.entries(data["shape"], "shape")
+        layer = LayerPlan(
+            kind,
+            tuple(json_fields.whole_number(size, "size in a shape") for size in sizes),
+            tuple(map(Part.from_json, json_fields.entries(data["parts"], "parts of a layer"))),
+            {},
+            json_fields.flag(data.get("smoothed", False), "smoothed"),
+            schedule_of(data.get("schedule", ()), "schedule"),
+            schedule_of(data.get("input_schedule", ()), "input_schedule"),
+            tuple(map(Band.from_json, json_fields.entries(data.get("bands", ()), "bands of a layer"))),
+            Side.from_json(data["side"]) if "side" in data else None,
+        )
+        if len(layer.shape) != {"linear": 2, "conv2d": 4}[kind]:
+            raise ValueError(f"a {kind} weight cannot have the shape {json_fields.shown(layer.shape)}")
+        pairs = 0 if layer.side is None else layer.side.rank * layer.side.pairs
+        if math.prod(layer.shape) * max(1, pairs) > json_fields.LARGEST:
+            raise ValueError(f"a layer must be of a possible size, got {layer.shape} and {pairs} pairs")
         return layer
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:

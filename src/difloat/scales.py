@@ -21,7 +21,8 @@ def expand_scale(scale: Tensor, spec: QuantSpec, shape: Sequence[int]) -> Tensor
     if spec.granularity == "channel":
         return scale.reshape(out_channels, 1, *ones)
     assert spec.group_size is not None
-    groups = scale.reshape(out_channels, -1).repeat_interleave(spec.group_size, dim=1)[:, :in_channels]
+    size = min(spec.group_size, in_channels)  # a group may be larger than the row, by far in a hostile file
+    groups = scale.reshape(out_channels, -1).repeat_interleave(size, dim=1)[:, :in_channels]
     return groups.reshape(out_channels, in_channels, *ones)
 
 

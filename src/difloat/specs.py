@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from difloat import formats
+from difloat import formats, json_fields
 from difloat.formats import Format
 from difloat.packing import packed_channels
 
 MOST_BANDS = 256  # a byte names the band of a row
+MOST_IN_A_GROUP = 1 << 16  # input channels; a row is filled up to its groups when scales are laid over it
+MOST_VARIANTS = 1024  # weights, input ranges or low-rank pairs of one layer
 Granularity = Literal["tensor", "channel", "group", "token"]
 
 
@@ -60,12 +62,17 @@ class QuantSpec:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> QuantSpec:
         """Inverse of `to_json`; ValueError on an unknown field, format or value."""
-        unknown = set(data) - {"format", "granularity", "group_size", "online", "zero_point"}
-        if unknown or "format" not in data:
-            raise ValueError(
-                f"quantization spec must have 'format' and known fields only, got {sorted(data)}"
-            )
-        return QuantSpec(**{**data, "format": formats.parse(data["format"])})
+        optional = ("granularity", "group_size", "online", "zero_point")
+        given = json_fields.json_object(data, "quantization spec", ["format"], optional)
+        size = given.get("group_size")
+        granularity = json_fields.text(given.get("granularity", "tensor"), "granularity")
+        return QuantSpec(
+            formats.parse(json_fields.text(given["format"], "format")),
+            granularity,  # type: ignore[arg-type]  # checked there
+            None if size is None else json_fields.whole_number(size, "group_size", 1, MOST_IN_A_GROUP),
+            json_fields.flag(given.get("online", False), "online"),
+            json_fields.flag(given.get("zero_point", False), "zero_point"),
+        )
 
     def scale_count(self, out_channels: int, in_channels: int) -> int:
         """How many scales a weight of this shape stores."""
@@ -107,13 +114,10 @@ class Part:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Part:
         """Inverse of `to_json`; ValueError on missing or unknown fields."""
-        if not {"channels", "weight"} <= set(data) <= {"channels", "weight", "activation"}:
-            raise ValueError(
-                f"a part must have 'channels', 'weight' and perhaps 'activation', got {sorted(data)}"
-            )
+        json_fields.json_object(data, "part of a layer", ["channels", "weight"], ["activation"])
         activation = data.get("activation")
         return Part(
-            int(data["channels"]),
+            json_fields.whole_number(data["channels"], "channels of a part"),
             QuantSpec.from_json(data["weight"]),
             None if activation is None else QuantSpec.from_json(activation),
         )
@@ -147,9 +151,19 @@ class Band:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Band:
         """Inverse of `to_json`; ValueError on missing or unknown fields."""
-        if set(data) != {"rows", "weights"}:
-            raise ValueError(f"a band must have 'rows' and 'weights', got {sorted(data)}")
-        return Band(int(data["rows"]), tuple(QuantSpec.from_json(spec) for spec in data["weights"]))
+        json_fields.json_object(data, "band of rows", ["rows", "weights"])
+        weights = json_fields.entries(data["weights"], "weights of a band")
+        return Band(
+            json_fields.whole_number(data["rows"], "rows of a band"), tuple(map(QuantSpec.from_json, weights))
+        )
+
+
+def schedule_of(value: Any, what: str) -> tuple[int, ...]:
+    """Which variant belongs to each entry of a plan's timesteps, from JSON; ValueError unless a list of small whole numbers."""
+    return tuple(
+        json_fields.whole_number(entry, f"entry of the {what}", 0, MOST_VARIANTS - 1)
+        for entry in json_fields.entries(value, what)
+    )
 
 
 SIDE = ("side_down", "side_up")  # what a side branch stores, one pair after the other
@@ -193,9 +207,11 @@ class Side:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Side:
         """Inverse of `to_json`; ValueError on missing or unknown fields."""
-        if not {"rank"} <= set(data) <= {"rank", "schedule"}:
-            raise ValueError(f"a side branch must have 'rank' and perhaps 'schedule', got {sorted(data)}")
-        return Side(data["rank"], tuple(data.get("schedule", ())))
+        json_fields.json_object(data, "side branch", ["rank"], ["schedule"])
+        return Side(
+            json_fields.whole_number(data["rank"], "rank of a side branch"),
+            schedule_of(data.get("schedule", ()), "schedule of a side branch"),
+        )
 
 
 def rows_of_parts(out_channels: int, parts: Sequence[Part], bands: Sequence[Band] = ()) -> list[Band]:
@@ -296,8 +312,7 @@ class AttentionPlan:
     @staticmethod
     def from_json(data: Mapping[str, str]) -> AttentionPlan:
         """Inverse of `to_json`; ValueError on an unknown field or format."""
-        if unknown := set(data) - {"operand", "softmax"}:
-            raise ValueError(
-                f"an attention plan must have 'operand' and 'softmax' only, got {sorted(unknown)}"
-            )
-        return AttentionPlan(**{name: formats.parse(grid) for name, grid in data.items()})
+        json_fields.json_object(data, "attention plan", [], ["operand", "softmax"])
+        return AttentionPlan(
+            **{name: formats.parse(json_fields.text(grid, name)) for name, grid in data.items()}
+        )

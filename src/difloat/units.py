@@ -24,6 +24,17 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return found
 
 
+def places(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
+    """Every parent and child name under which the module called `name` is registered in `model`; mostly one."""
+    module = model.get_submodule(name)
+    return [
+        (parent, child)
+        for parent in model.modules()
+        for child, registered in parent._modules.items()
+        if registered is module
+    ]
+
+
 def blocks(model: nn.Module) -> dict[str, list[str]]:
     """Layers by the block they belong to, in module order: the units of block-wise reconstruction.
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from difloat import attention
+from difloat.io import integrity, rebuild
 from difloat.io.layout import (
     CONFIG,
     QUANT_METHOD,
@@ -25,6 +26,7 @@ from difloat.io.layout import (
     StoredTensor,
     check_headers,
     common_dtype,
+    is_file_name,
     parse_config,
     quantization_config,
     read_headers,
@@ -139,7 +141,8 @@ def save(
 
     Raises:
         ValueError: if nothing in it is quantized, or remote code is asked for a plain module.
-        CheckpointError: if the directory is in use for something else or the disk is full; nothing is left behind.
+        CheckpointError: if a model is not what its config builds (fused projections, adapters, modules added later), the
+            directory is in use for something else or the disk is full; nothing is left behind.
     """
     target = Path(directory).resolve()
     quantized = _quantized(pipeline_or_module)
@@ -162,7 +165,11 @@ def save(
 
 
 def _quantized(pipeline_or_module: Any) -> dict[str, nn.Module]:
-    """The models that hold quantized layers by their sub-directory, "" for a model on its own; their marks renewed."""
+    """The models that hold quantized layers by their sub-directory, "" for a model on its own; their marks renewed.
+
+    Raises:
+        CheckpointError: if a library could not build one of them again from its config.
+    """
     models = {"": pipeline_or_module}
     if _is_of(pipeline_or_module, "diffusers", "DiffusionPipeline"):
         models = {
@@ -183,6 +190,8 @@ def _quantized(pipeline_or_module: Any) -> dict[str, nn.Module]:
         )
     for model in models.values():
         mark_quantized(model, plan_of(model))
+        if (library := _library_of(model)) is not None:
+            rebuild.check(model, library.built_again(model))
     return models
 
 
@@ -216,7 +225,7 @@ def components(directory: str | os.PathLike[str]) -> dict[str, Path]:
         read_json(root / CONFIG)
         return {"": root}
     names = [name for name, entry in read_json(root / PIPELINE_INDEX).items() if isinstance(entry, list)]
-    paths = {name: root / name / CONFIG for name in names if name == Path(name).name}
+    paths = {name: root / name / CONFIG for name in names if is_file_name(name)}
     configs = {
         name: read_json(path).get("quantization_config") for name, path in paths.items() if path.is_file()
     }
@@ -246,6 +255,7 @@ def load(
     into: nn.Module | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    verify: bool | None = None,
 ) -> Any:
     """Read a checkpoint: a diffusers pipeline, a diffusers model, or the layers and tensors of a plain module.
 
@@ -254,15 +264,30 @@ def load(
         into: A plain module of the same architecture, float or quantized, also on the meta device; changed in place.
         dtype: Of all that is not quantized; None keeps what is stored. Codes and float32 vectors never change.
         device: Where to put it; None is the CPU, for `into` the device that it is on.
+        verify: Compare every file with its hash in the manifest right before it is read, which reads all files once more;
+            None does what the environment variable ``DIFLOAT_VERIFY`` says (1 or 0), which `from_pretrained` obeys as well.
 
     Raises:
-        FileNotFoundError: if something is missing.
+        FileNotFoundError: if something is missing, with `verify` also the manifest.
         CheckpointError: if something is damaged, of another version, or not of this model; `into` is then unchanged.
     """
-    root = Path(directory)
+    root, proven = Path(directory), integrity.wanted(verify)
     found = components(root)
-    if (root / MANIFEST).is_file():
+    if proven:
+        integrity.check_directory(root)
+    elif (root / MANIFEST).is_file():
         read_manifest(root)
+    with integrity.settled():
+        return _load(root, found, into, dtype, device)
+
+
+def _load(
+    root: Path,
+    found: Mapping[str, Path],
+    into: nn.Module | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Any:
     loaded = {name: read_plan(path) for name, path in found.items()}
     if (root / PIPELINE_INDEX).is_file():
         if into is not None:
@@ -299,7 +324,8 @@ def _load_model(root: Path, plan: Plan, stored: Mapping[str, StoredTensor], dtyp
         )
     loader: Any = model_class
     argument = "dtype" if library == "transformers" else dtype_argument()
-    return loader.from_pretrained(str(root), **{argument: dtype or common_dtype(plan, stored)})
+    with integrity.said_in_one_sentence(root, library):
+        return loader.from_pretrained(str(root), **{argument: dtype or common_dtype(plan, stored)})
 
 
 def _load_pipeline(
@@ -313,7 +339,8 @@ def _load_pipeline(
         for path in root.glob(f"*/{CONFIG}"):
             if path.parent.name not in loaded:
                 dtypes[path.parent.name] = common_dtype(None, read_headers(path.parent))
-    return diffusers.DiffusionPipeline.from_pretrained(str(root), **{dtype_argument(): dtypes})
+    with integrity.said_in_one_sentence(root, "diffusers"):
+        return diffusers.DiffusionPipeline.from_pretrained(str(root), **{dtype_argument(): dtypes})
 
 
 def dtype_argument() -> str:

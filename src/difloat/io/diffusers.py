@@ -15,7 +15,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from difloat import layers
-from difloat.io import planner, skeleton
+from difloat.io import integrity, planner, skeleton
 from difloat.io.config import DifloatConfig
 from difloat.io.layout import (
     INPUT_BUNDLE,
@@ -28,6 +28,7 @@ from difloat.io.layout import (
     unbundle,
 )
 from difloat.io.lora_loader import teach_shapes
+from difloat.io.packed_models import guard, unguard
 from difloat.quantizer import LayerPlan
 
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16}
@@ -96,6 +97,9 @@ class DifloatQuantizer(DiffusersQuantizer):
         """Replace the name of the bundled input vectors by the names of the vectors."""
         if self.plan is None:
             return loaded_keys
+        integrity.check_loading(checkpoint_files)
+        if all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            integrity.stored_names(checkpoint_files)
         names = [name for name in loaded_keys if name != INPUT_BUNDLE]
         if len(names) < len(loaded_keys):
             names += bundled_names(self.plan)
@@ -110,7 +114,12 @@ class DifloatQuantizer(DiffusersQuantizer):
             return
         skeleton.allocate(model, self.plan)
         if self._loaded_names is not None:
-            skeleton.check_names(model, self._loaded_names)
+            skeleton.check_names(model, self._loaded_names, skeleton.other_names(model, self.plan))
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        """Without further names of layers that are registered twice: they were loaded under their first."""
+        again = set() if self.plan is None else skeleton.other_names(model, self.plan)
+        return [name for name in missing_keys if name not in again]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.plan is None:
@@ -261,14 +270,25 @@ def quantizer(fields: Mapping[str, Any]) -> DifloatQuantizer:
     return DifloatQuantizer(DifloatConfig.from_dict(fields))
 
 
+def built_again(model: Any) -> nn.Module:
+    """A model built from the config of `model` as diffusers does it before loading: parameters on the meta device."""
+    import accelerate
+    from diffusers.models.modeling_utils import no_init_weights
+
+    config = {name: value for name, value in model.config.items() if name != "quantization_config"}
+    with torch.random.fork_rng(devices=[]), no_init_weights(), accelerate.init_empty_weights():
+        built: nn.Module = type(model).from_config(config)
+    return built
+
+
 def mark(model: Any, quantizer: DifloatQuantizer) -> None:
     """Let diffusers see that `model` is quantized, so that `save_pretrained` stores it as such."""
     if hasattr(model, "load_lora_adapter"):
         teach_shapes()
     config = quantizer.config
-    model.register_to_config(
-        quantization_config=config
-    )  # the object, as diffusers itself does: PEFT asks it for a dict
+    # The object, as diffusers itself does: PEFT asks it for a dict.
+    _set_entries(model, {**model._internal_dict, "quantization_config": config})
+    guard(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method
@@ -277,14 +297,30 @@ def mark(model: Any, quantizer: DifloatQuantizer) -> None:
 
 def unmark(model: Any) -> None:
     """Undo `mark`."""
-    # The config is frozen and a None in it cannot be saved, so it is made anew without the entry.
-    model._internal_dict = FrozenDict(
-        {k: v for k, v in model._internal_dict.items() if k != "quantization_config"}
-    )
+    unguard(model)
+    # A None in the config cannot be saved, so the entry goes altogether.
+    _set_entries(model, {k: v for k, v in model._internal_dict.items() if k != "quantization_config"})
     model.is_quantized = False
     for name in ("hf_quantizer", "quantization_method", "difloat_plan"):
         if name in vars(model):
             delattr(model, name)
+
+
+def _set_entries(model: Any, entries: Mapping[str, Any]) -> None:
+    """Make the frozen config anew with other entries; attributes that were set beside the entries stay.
+
+    diffusers keeps there what is no argument of the model: loading an IP-Adapter sets `encoder_hid_dim_type` on the config,
+    and the forward pass asks for the attribute.
+    """
+    old = model._internal_dict
+    beside = {
+        name: value
+        for name, value in vars(old).items()
+        if not name.startswith("_FrozenDict__") and (name not in old or value is not old[name])
+    }
+    model._internal_dict = FrozenDict(entries)
+    for name, value in beside.items():
+        setattr(model._internal_dict, name, value)
 
 
 _register()

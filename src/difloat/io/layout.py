@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from difloat import json_fields
 from difloat.quantizer import PLAN_VERSION, LayerPlan, Plan
-from difloat.specs import SIDE, AttentionPlan, Band, Part, Side, layer_tensor_shapes
+from difloat.specs import SIDE, AttentionPlan, Band
 
 QUANT_METHOD = "difloat"
 INPUT_BUNDLE = "difloat.input"
@@ -29,8 +30,6 @@ WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 
 _BUNDLED = ("input_scale", "input_zero_point")
 _PLAN_FIELDS = {"version", "recipe", "bits", "options", "layers", "skipped"}
-_MAX_VARIANTS = 1024
-_MAX_WEIGHT_VALUES = 2**40  # no layer has more; a larger product is damage and would overflow further on
 _SPELLED = {torch.uint8: "U8", torch.float32: "F32", torch.float16: "F16"}  # what a plan stores
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -46,6 +45,11 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     file: Path
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether its numbers are floating-point ones (`F32`, `BF16`, `F8_E4M3`)."""
+        return self.dtype.startswith(("F", "BF"))
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
@@ -73,84 +77,62 @@ def parse_config(config: object) -> Plan:
     method = getattr(config["quant_method"], "value", config["quant_method"])
     if method != QUANT_METHOD:
         raise CheckpointError(
-            f"quant_method must be {QUANT_METHOD!r}, got {method!r:.80}; load it with its own library"
+            f"quant_method must be {QUANT_METHOD!r}, got {json_fields.shown(method)}; load it with its own library"
         )
     version = fields.get("version")
-    if version != PLAN_VERSION or isinstance(version, bool):
+    if type(version) is not int or version != PLAN_VERSION:
         raise CheckpointError(
-            f"checkpoint must be of version {PLAN_VERSION}, got {version!r:.80}; "
+            f"checkpoint must be of version {PLAN_VERSION}, got {json_fields.shown(version)}; "
             "load it with the difloat that wrote it, or update"
         )
-    kinds = {"recipe": str, "bits": str, "options": Mapping, "layers": Mapping, "skipped": Mapping}
-    if set(fields) - {"attention", "timesteps"} != _PLAN_FIELDS or not all(
-        isinstance(fields[name], kind) for name, kind in kinds.items()
-    ):
-        raise CheckpointError(
-            f"quantization_config must have the fields {sorted(_PLAN_FIELDS)}, got {sorted(fields)!r:.200}; the file is damaged"
-        )
-    layers = {name: _parse_layer(name, data) for name, data in fields["layers"].items()}
     try:
-        attention = {
-            name: AttentionPlan.from_json(entry) for name, entry in fields.get("attention", {}).items()
+        json_fields.json_object(fields, "quantization_config", _PLAN_FIELDS, ("attention", "timesteps"))
+        recipe, bits = (json_fields.text(fields[name], name) for name in ("recipe", "bits"))
+        skipped, options = (_object(fields, name) for name in ("skipped", "options"))
+        planned, attended = _object(fields, "layers"), _object(fields, "attention")
+        skipped = {
+            name: json_fields.text(reason, "reason of a skipped layer") for name, reason in skipped.items()
         }
-        timesteps = tuple(float(timestep) for timestep in fields.get("timesteps", ()))
-        return Plan(
-            fields["recipe"],
-            fields["bits"],
-            layers,
-            dict(fields["skipped"]),
-            dict(fields["options"]),
-            attention=attention,
-            timesteps=timesteps,
-        )
-    except (AttributeError, TypeError, ValueError) as error:
+        layers = {name: _parse_layer(name, data) for name, data in planned.items()}
+        attention = {name: AttentionPlan.from_json(entry) for name, entry in attended.items()}
+        timesteps = _timesteps(fields.get("timesteps", ()))
+        return Plan(recipe, bits, layers, skipped, dict(options), attention=attention, timesteps=timesteps)
+    except CheckpointError:
+        raise
+    except ValueError as error:
         raise CheckpointError(
-            f"attention and timesteps of a plan must be valid, but {error!s:.300}; the file is damaged"
+            f"quantization_config must be a whole plan, but {error!s:.300}; the file is damaged, download or save it again"
         ) from error
+
+
+def _object(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = fields.get(name, {})
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be an object, got {json_fields.shown(value)}")
+    return value
+
+
+def _timesteps(value: Any) -> tuple[float, ...]:
+    found = [json_fields.finite_number(one, "timestep") for one in json_fields.entries(value, "timesteps")]
+    if found != sorted(found):
+        raise ValueError(f"timesteps must be ascending, got {json_fields.shown(value)}")
+    return tuple(found)
 
 
 def _parse_layer(name: str, data: Any) -> LayerPlan:
     try:
-        shape, parts = tuple(data["shape"]), tuple(Part.from_json(part) for part in data["parts"])
-        numbers = [*shape, *(part["channels"] for part in data["parts"])]
-        bands = tuple(Band.from_json(band) for band in data.get("bands", ()))
-        numbers += [band["rows"] for band in data.get("bands", ())]
-        specs = [part.weight for part in parts] + [spec for band in bands for spec in band.weights]
-        numbers += [spec.group_size for spec in specs if spec.group_size is not None]
-        if (
-            any(type(number) is not int or number < 1 for number in numbers)
-            or math.prod(shape) > _MAX_WEIGHT_VALUES
-        ):
-            raise ValueError(f"sizes must be whole numbers of a possible layer, got {numbers!r:.80}")
-        if len(shape) != {"linear": 2, "conv2d": 4}[data["kind"]]:
-            raise ValueError(f"a {data['kind']} weight cannot have the shape {shape!r:.80}")
-        if any(spec.online for spec in specs):
+        plan = LayerPlan.without_tensors(data)
+        if any(spec.online for band in plan.bands for spec in band.weights):
             raise ValueError("a weight cannot have online scales")
-        schedules = [data.get("schedule", []), data.get("input_schedule", [])]
-        if any(type(n) is not int or not 0 <= n < _MAX_VARIANTS for schedule in schedules for n in schedule):
-            raise ValueError(f"a schedule must hold whole numbers of variants, got {schedules!r:.80}")
-        weights, entries = (max(schedule, default=0) + 1 for schedule in schedules)
-        smoothed = data.get("smoothed", False) is True
-        side = _side(data.get("side"), shape)
-        shapes = layer_tensor_shapes(shape, parts, weights, smoothed, entries, bands, side)
         tensors = {
             key: torch.empty(size, dtype=LayerPlan.dtype_of(key), device="meta")
-            for key, size in shapes.items()
+            for key, size in plan.tensor_shapes().items()
         }
-        return LayerPlan.from_json(data, tensors)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return replace(plan, tensors=tensors)
+    except ValueError as error:
         raise CheckpointError(
             f"plan of layer {name!r:.200} must be valid, but {error!s:.300}; the file is damaged"
         ) from error
-
-
-def _side(data: Any, shape: Sequence[int]) -> Side | None:
-    if data is None:
-        return None
-    side = Side.from_json(data)
-    if side.pairs > _MAX_VARIANTS or side.rank * side.pairs * math.prod(shape) > _MAX_WEIGHT_VALUES:
-        raise ValueError(f"a side branch must be of a possible size, got {dict(data)!r:.80}")
-    return side
 
 
 def plan_tensors(plan: Plan) -> dict[str, Tensor]:
@@ -209,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.name} must be in the checkpoint directory, but {path} does not exist; download it again"
         )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} must be JSON, but {error!s:.200}; download or save it again"
@@ -219,6 +201,15 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} must be a JSON object, got {type(data).__name__}; download or save it again"
         )
     return data
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different; which of two entries counts is up to the reader otherwise."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r:.80} is in it twice")
+    return found
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -243,6 +234,13 @@ def weight_files(directory: Path) -> tuple[list[Path], Path | None]:
     raise FileNotFoundError(f"{directory} must hold {names}, but neither exists; download it again")
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a name from a file is that of a file in the same directory: no path, and not too long for a file system."""
+    return (
+        name == Path(name).name and len(name.encode(errors="replace")) <= 255 and not set(name) & {"\\", "\0"}
+    )
+
+
 def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if (
@@ -254,7 +252,7 @@ def _shards(index: Path) -> list[Path]:
             f"{index} must have a weight_map of tensor names to file names; download it again"
         )
     for name in sorted(set(weight_map.values())):
-        if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
+        if not is_file_name(name) or not name.endswith(".safetensors"):
             raise CheckpointError(
                 f"shards must be safetensors files beside their index, got {name!r:.200}; do not load this checkpoint"
             )

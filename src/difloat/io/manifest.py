@@ -18,7 +18,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from difloat.io.layout import CheckpointError, read_json
+from difloat import json_fields
+from difloat.io.layout import CheckpointError, is_file_name, read_json
 
 MANIFEST = "difloat.json"
 MANIFEST_VERSION = 1
@@ -117,6 +118,32 @@ def write_manifest(directory: Path) -> None:
             os.fsync(opened.fileno())
 
 
+def manifest_entries(root: Path) -> dict[str, dict[str, Any]]:
+    """The entries of the manifest by file name; no file is looked at.
+
+    Raises:
+        FileNotFoundError: if the manifest is missing.
+        CheckpointError: if it is damaged.
+    """
+    manifest = read_json(root / MANIFEST)
+    version, files = manifest.get("version"), manifest.get("files")
+    if type(version) is not int or version != MANIFEST_VERSION or not isinstance(files, dict):
+        raise CheckpointError(
+            f"{MANIFEST} must be of version {MANIFEST_VERSION} and list files; download it again"
+        )
+    for name, entry in files.items():
+        parts = Path(name).parts
+        inside = (
+            parts and not Path(name).is_absolute() and ".." not in parts and all(map(is_file_name, parts))
+        )
+        whole = isinstance(entry, dict) and set(entry) == {"bytes", "sha256"}
+        if not inside or not whole or type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
+            raise CheckpointError(
+                f"{MANIFEST} must list files of the checkpoint with bytes and sha256, got {name!r:.200}; download it again"
+            )
+    return files
+
+
 def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
     """The entries of the manifest by file name, after a look that every file is there with its size.
 
@@ -124,25 +151,15 @@ def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
         FileNotFoundError: if the manifest or a file is missing.
         CheckpointError: if the manifest is damaged or a file is not whole.
     """
-    manifest = read_json(root / MANIFEST)
-    files = manifest.get("files")
-    if manifest.get("version") != MANIFEST_VERSION or not isinstance(files, dict):
-        raise CheckpointError(
-            f"{MANIFEST} must be of version {MANIFEST_VERSION} and list files; download it again"
-        )
+    files = manifest_entries(root)
     for name, entry in files.items():
-        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-        if not inside or not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
-            raise CheckpointError(
-                f"{MANIFEST} must list files of the checkpoint with bytes and sha256, got {name!r:.200}; download it again"
-            )
         path = root / name
         if not path.is_file():
             raise FileNotFoundError(
-                f"{name} must be in the checkpoint, but is missing in {root}; download it again"
+                f"{name:.200} must be in the checkpoint, but is missing in {root}; download it again"
             )
         if path.stat().st_size != entry["bytes"]:
             raise CheckpointError(
-                f"{name} must have {entry['bytes']!r:.20} bytes, got {path.stat().st_size}; download it again"
+                f"{name:.200} must have {json_fields.shown(entry['bytes'])} bytes, got {path.stat().st_size}; download it again"
             )
     return files

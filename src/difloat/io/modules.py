@@ -100,6 +100,7 @@ def load_into(
     for name, tensors in planned.items():
         for key in tensors.keys() - {"weight"}:
             check_stored(f"{name}.{key}", plan.layers[name].bands, tensors[key])
+    tied = _tied(module, state)
 
     def place(name: str) -> torch.device:
         return torch.device(device or ("cpu" if homes[name].type == "meta" else homes[name]))
@@ -117,15 +118,40 @@ def load_into(
         for name, tensor in state.items()
     }
     module.load_state_dict(rest, strict=False, assign=True)
+    for first, *others in tied:  # assigning gave each its own tensor
+        for name in others:
+            owner, _, key = name.rpartition(".")
+            setattr(module.get_submodule(owner), key, module.get_parameter(first))
     attention.install(module, plan.attention)
     if plan.timesteps:
         layers.set_clock(module, Clock(module, plan.timesteps))
     return module
 
 
+def _tied(module: nn.Module, state: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names in `state` of parameters that are one tensor in the module; CheckpointError if their stored values differ."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name in state:
+            names.setdefault(id(parameter), []).append(name)
+    tied = [group for group in names.values() if len(group) > 1]
+    for first, *others in tied:
+        for name in others:
+            # Compared as bytes, since NaN is not equal to itself.
+            if state[name].dtype != state[first].dtype or not torch.equal(
+                state[name].contiguous().view(torch.uint8), state[first].contiguous().view(torch.uint8)
+            ):
+                raise CheckpointError(
+                    f"tensors {first!r:.200} and {name!r:.200} must be equal, since the module has them tied, but are stored "
+                    "with different values; pass the architecture that was saved"
+                )
+    return tied
+
+
 def _check_fits(module: nn.Module, plan: Plan, stored: Mapping[str, StoredTensor]) -> None:
     """CheckpointError unless the checkpoint has all of the module's tensors, in their shapes, and no more."""
     own = set(plan_tensors(plan)) | {INPUT_BUNDLE}
+    again = skeleton.other_names(module, plan)
     for name, module_layer in module.named_modules():
         layer = plan.layers.get(name)
         if isinstance(module_layer, QuantizedLayer):
@@ -151,12 +177,16 @@ def _check_fits(module: nn.Module, plan: Plan, stored: Mapping[str, StoredTensor
             f"plan must name layers of the module, but {unknown[0]!r:.200} is none; pass the architecture that was saved"
         )
     attention.check(module, plan.attention)
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if name not in own}
+    state = module.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in own | again}
     got = {name: tensor.shape for name, tensor in stored.items() if name not in own}
     for name in sorted(expected.keys() | got.keys()):
-        if expected.get(name) != got.get(name):
-            found = f"has the shape {list(got[name])}" if name in got else "is missing"
-            wrong = found if name in expected else "is one too many"
+        wrong = "is one too many" if name not in expected else "is missing" if name not in got else ""
+        if not wrong and expected[name] != got[name]:
+            wrong = f"has the shape {list(got[name])}"
+        elif not wrong and state[name].is_floating_point() != stored[name].is_floating_point:
+            wrong = f"is {stored[name].dtype} instead of {state[name].dtype}"
+        if wrong:
             raise CheckpointError(
                 f"tensor {name!r:.200} must be stored as the module has it, but {wrong}; "
                 "pass the architecture that was saved"

@@ -84,9 +84,27 @@ def without_values(plan: LayerPlan) -> LayerPlan:
 
 
 def as_stored(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the packed weights of the plan as uint8, which some layers hold as int8."""
+    """A state dict as it is written: packed weights of the plan as uint8, which some layers hold as int8, and each layer once.
+
+    A layer that is registered under two names has its tensors in the state dict twice; the plan knows the first name.
+    """
     weights = {f"{name}.weight" for name in plan.layers}
+    planned = {state[name].data_ptr(): name for name in weights if name in state}
+    again = {
+        name.removesuffix("weight")
+        for name, tensor in state.items()
+        if name not in weights and name.endswith(".weight") and tensor.data_ptr() in planned
+    }
     return {
         name: tensor.view(torch.uint8) if name in weights and tensor.dtype == torch.int8 else tensor
         for name, tensor in state.items()
+        if f"{name.rpartition('.')[0]}." not in again
     }
+
+
+def other_names(model: nn.Module, plan: Plan) -> set[str]:
+    """Names in the model's state dict that planned layers have besides those in the plan, being registered twice."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    planned = {id(modules[name]) for name in plan.layers if name in modules}
+    again = {name for name, module in modules.items() if id(module) in planned and name not in plan.layers}
+    return {name for name in model.state_dict() if name.rpartition(".")[0] in again}

@@ -5,18 +5,18 @@ Importing this module imports transformers; `difloat.io.register` does so only o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from difloat import layers
-from difloat.io import planner, skeleton
+from difloat.io import integrity, planner, skeleton
 from difloat.io.config import DifloatConfig
 from difloat.io.layout import (
     QUANT_METHOD,
@@ -77,7 +77,9 @@ class DifloatHfQuantizer(HfQuantizer):
         for name in self.plan.layers:
             _settle(model.get_submodule(name))
         files = kwargs.get("checkpoint_files")
-        found = None if files is None else _names(files)
+        if files:
+            integrity.check_loading(files)
+        found = _names(files) if files else None
         if found is not None and (missing := sorted(self._own.keys() - found)):
             raise CheckpointError(
                 f"checkpoint must hold the tensors of the plan, but {missing[0]!r:.200} is missing; download or save it again"
@@ -178,6 +180,13 @@ def quantizer(fields: Mapping[str, Any]) -> DifloatHfQuantizer:
     return DifloatHfQuantizer(DifloatConfig.from_dict(fields))
 
 
+def built_again(model: Any) -> nn.Module:
+    """A model built from the config of `model`, on the meta device as transformers does it before loading."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        built: nn.Module = type(model)(copy.deepcopy(model.config))
+    return built
+
+
 def mark(model: Any, quantizer: DifloatHfQuantizer) -> None:
     """Let transformers see that `model` is quantized, so that `save_pretrained` stores it as such.
 
@@ -219,11 +228,7 @@ def _names(files: Sequence[str]) -> set[str] | None:
     """Names in the safetensors files of a checkpoint; None for another kind of file."""
     if not all(str(file).endswith(".safetensors") for file in files):
         return None
-    names: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            names.update(opened.keys())
-    return names
+    return integrity.stored_names(files)
 
 
 def _settle(layer: nn.Module) -> None:

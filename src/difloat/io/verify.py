@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from difloat.io.checkpoint import components, read_plan
+from difloat.io.integrity import first_fault, unlisted
 from difloat.io.layout import INPUT_BUNDLE, CheckpointError, StoredTensor, bundled_names, check_stored
-from difloat.io.manifest import MANIFEST, read_manifest, sha256
+from difloat.io.manifest import MANIFEST, read_manifest
 from difloat.packing import pack
 from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
 
@@ -21,7 +22,8 @@ _MAX_OVERHEAD = 1.03
 # A model of a few small layers is mostly header; no header entry needs more than its name and this.
 _HEADER_BYTES_PER_TENSOR = 128
 _HEADER_BYTES = 256
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".py"}
+# What reading damaged files may raise; safetensors and torch have errors of their own.
+_DAMAGE = (ValueError, OSError, RuntimeError, MemoryError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -44,59 +46,50 @@ class Finding:
 def verify(directory: str | os.PathLike[str]) -> list[Finding]:
     """Check everything that can be checked without the original model; every check that was made is in the list.
 
-    The checkpoint is whole exactly if all findings passed. The hashes guard against accidents, not against someone
-    who changes the manifest as well.
-
-    Raises:
-        FileNotFoundError: if the directory or its config is missing.
-        CheckpointError: if there is nothing of difloat in it.
+    The checkpoint is whole exactly if all findings passed. Whatever is wrong is a finding, also a directory that does not
+    exist or has nothing of difloat in it. The hashes guard against accidents, not against someone who changes the manifest
+    as well.
     """
     root = Path(directory)
-    found = components(root)
+    try:
+        found = components(root)
+    except _DAMAGE as error:
+        return [_failure("plan", "", error)]
     findings = [_hashes(root)]
     for name, path in found.items():
         try:
             plan, stored = read_plan(path)
-        except (CheckpointError, FileNotFoundError) as error:
-            findings.append(Finding("plan", name, False, str(error)))
+            message = f"{len(plan.layers)} quantized layers as planned by {plan.recipe} {plan.bits}"
+        except _DAMAGE as error:
+            findings.append(_failure("plan", name, error))
             continue
-        findings.append(
-            Finding(
-                "plan",
-                name,
-                True,
-                f"{len(plan.layers)} quantized layers as planned by {plan.recipe} {plan.bits}",
-            )
-        )
-        findings += _check_layers(name, plan, stored)
-        findings.append(_size(name, stored))
+        findings.append(Finding("plan", name, True, message))
+        try:
+            findings += _check_layers(name, plan, stored)
+            findings.append(_size(name, stored))
+        except _DAMAGE as error:
+            findings.append(_failure("codes", name, error))
     return findings
 
 
+def _failure(check: str, component: str, error: BaseException) -> Finding:
+    return Finding(check, component, False, " ".join(str(error).split()) or type(error).__name__)
+
+
 def _hashes(root: Path) -> Finding:
-    try:
-        entries = read_manifest(root)
-    except FileNotFoundError as error:
+    if not (root / MANIFEST).is_file():
         hint = (
             f"{MANIFEST} must be there to prove the files, but is missing; save the model with difloat.save"
         )
-        return Finding("hashes", "", False, str(error) if (root / MANIFEST).is_file() else hint)
-    except CheckpointError as error:
-        return Finding("hashes", "", False, str(error))
-    for name, entry in entries.items():
-        if sha256(root / name) != entry["sha256"]:
-            message = (
-                f"{name} must have the bytes it was saved with, but its SHA-256 is another; download it again"
-            )
-            return Finding("hashes", "", False, message)
-    present = {
-        path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix in _WEIGHT_SUFFIXES
-    }
-    if extra := sorted(present - set(entries)):
-        return Finding(
-            "hashes", "", False, f"{extra[0]} must not be there, since {MANIFEST} does not list it; remove it"
-        )
-    return Finding("hashes", "", True, f"{len(entries)} files have the bytes they were saved with")
+        return Finding("hashes", "", False, hint)
+    try:
+        entries = read_manifest(root)
+        fault = first_fault(root, entries) or unlisted(root, entries)
+    except _DAMAGE as error:
+        return _failure("hashes", "", error)
+    return Finding(
+        "hashes", "", not fault, fault or f"{len(entries)} files have the bytes they were saved with"
+    )
 
 
 def _check_layers(component: str, plan: Plan, stored: Mapping[str, StoredTensor]) -> Iterator[Finding]:
