@@ -39,7 +39,9 @@ def test_rows_are_what_the_reference_rounds_to(name, zero_point, dtype, generato
     scale = torch.tensor([0.1 if spec.format.max > 20 else 0.4])
     zero = None if zero_point is None else torch.tensor([zero_point])
     rows = integers.quantize_rows(x, spec, scale, zero)
-    values = rows.values.double() * rows.scale + (0.0 if rows.zero_point is None else rows.zero_point)
+    values = (rows.values.double() + rows.shift) * rows.scale + (
+        0.0 if rows.zero_point is None else rows.zero_point
+    )
     expected = reference.fake_quantize_input(x.float(), scale, zero, name, False).double()
     assert torch.allclose(values, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
     assert len(rows.values.unique()) > 2

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from difloat import formats
-from difloat.kernels import backends, integers, native
+from difloat.kernels import backends, checks, integers, native
 from difloat.specs import AttentionPlan
 
 _MAX_WIDTH = 1024  # dimensions of a head
@@ -49,6 +49,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     Returns:
         bfloat16 [b, h, q, d], in memory [b, q, h, d], which is how the next layer wants it.
     """
+    checks.attention(query, key, value, mask)
     bias = _bias(mask, (*query.shape[:3], key.shape[2]))
     if native.attention_unit() and backends.backend() in ("auto", "cpu"):
         return _native(query, key, value, bias, scale, "", "")
@@ -91,6 +92,7 @@ def attend_on_grids(
         operand: Grid of query, key and value, by name, one online scale per token and head; empty leaves them.
         softmax: Unsigned grid of the map, by name, whose largest value stands for 1; empty leaves it.
     """
+    checks.attention(query, key, value, mask)
     bias = _bias(mask, (*query.shape[:3], key.shape[2]))
     return _native(query, key, value, bias, scale, operand, softmax)
 
@@ -156,7 +158,7 @@ def _native(
         *_grid(operand),
         *_grid(softmax),
     )
-    native.check(native.attention_library().difloat_attend(call, torch.get_num_threads()))
+    native.check(native.attention_library().difloat_attend(call, native.threads()))
     return out
 
 

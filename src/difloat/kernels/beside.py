@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from difloat.kernels import backends, ops
+from difloat.kernels import backends, checks, ops
 
 
 def branch(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -36,6 +36,8 @@ def _linear(
 
 def _run(x: Tensor, stored: tuple[Any, ...], text: str, down: Tensor, up: Tensor) -> Tensor:
     part = ops.part_of(text)
+    checks.linear(x, stored[0], stored[1:], part)
+    checks.branch(x, down, up, stored[0].shape[0])
     module = backends.choose_linear(text, part, stored[0].shape[0], x)
     if module is backends.BACKENDS["triton"]:  # the one that fuses a branch
         fused: Tensor = module.linear(x, *stored, part, adapter=(down.to(x.dtype), up.to(x.dtype)))

@@ -19,7 +19,6 @@ from difloat.kernels.rows import Rows, by_band
 from difloat.specs import Part
 
 _GROUP_MULTIPLE = 16  # channels: sums of a group are taken from whole vectors
-_SMALL = 1 << 18  # products; fewer are not worth waking a second thread
 _AVX2_RANGE = 128  # of the weights' integers: beyond it sums of 16 bits would saturate
 
 
@@ -73,7 +72,7 @@ def linear(
     weight = _weight(packed, weight_scale, weight_zero_point, part)
     shift = _shift(bias)
     result = native.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
-    threads = _threads(rows.numel() * packed.shape[0])
+    threads = native.threads(rows.numel() * packed.shape[0])
     native.check(native.library().difloat_linear(source, weight, result, threads))
     return out
 
@@ -107,7 +106,7 @@ def conv2d(
     result = native.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
     pair = ctypes.c_int64 * 2
     pairs = (pair(*numbers) for numbers in (size, kernel, stride, padding, dilation, extent))
-    threads = _threads(out.numel() * channels * math.prod(kernel))
+    threads = native.threads(out.numel() * channels * math.prod(kernel))
     native.check(
         native.library().difloat_conv2d(source, weight, result, native.Geometry(batch, *pairs), threads)
     )
@@ -140,10 +139,6 @@ def conv2d_rows(
 def _shift(bias: Tensor | None) -> Tensor | None:
     """The bias as the library reads it."""
     return None if bias is None else bias.detach().float().contiguous()
-
-
-def _threads(products: int) -> int:
-    return torch.get_num_threads() if products >= _SMALL else 1
 
 
 def _input(

@@ -155,7 +155,7 @@ def _rounded(rows: Tensor, scale: Tensor | None, zero: Tensor | None, part: Part
         0.0 if zero is None else float(zero),
         native.any_grid(spec.format),
     )
-    native.check(native.library().difloat_round(source, out.data_ptr(), torch.get_num_threads()))
+    native.check(native.library().difloat_round(source, out.data_ptr(), native.threads()))
     return out
 
 
@@ -182,7 +182,7 @@ def _decode_into(out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None
     addresses = packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
     source = native.weight(*addresses, packed.shape, packed.stride(), part, None)
     found = native.values(part.weight.format)
-    kind, threads = native.TYPES[out.dtype], torch.get_num_threads()
+    kind, threads = native.TYPES[out.dtype], native.threads()
     if out.numel():
         native.check(native.library().difloat_decode(source, found, out.data_ptr(), kind, threads))
 

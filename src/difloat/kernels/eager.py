@@ -187,7 +187,7 @@ def _conv_picture(
     pixels: integers.Operand, weight: _Weight, taps: _Taps, bias: Tensor | None, out: Tensor
 ) -> None:
     """Fill `out` [h', w', o] from the pixels [h * w, i] of one picture."""
-    patches = taps.patches(pixels.values)
+    patches = taps.patches(pixels.values, -pixels.shift)
     shift = None
     if pixels.zero_point is not None:  # padding is the value 0, not the zero point: only taps inside count
         shift = taps.sums_inside(weight.tap_sums(taps.kernel)).flatten(1).t() * pixels.zero_point
@@ -195,7 +195,7 @@ def _conv_picture(
     lines = max(1, _CHUNK_ROWS // taps.out[1])
     for start in range(0, taps.out[0], lines):
         rows = patches[start : start + lines].reshape(-1, weight.operand.shape[1])
-        result = weight.product(integers.Operand(rows, scale, None), bias)
+        result = weight.product(integers.Operand(rows, scale, None, pixels.shift), bias)
         if shift is not None:
             result += shift[start * taps.out[1] :][: len(rows)]
         target = out[start : start + lines]
@@ -222,11 +222,11 @@ class _Taps:
         """Whether every result sees the one pixel in its place."""
         return math.prod(self.kernel) == 1 and set(self.stride) == {1} and set(self.padding) == {0}
 
-    def patches(self, pixels: Tensor) -> Tensor:
-        """A view [h', w', kh, kw, i] of the padded pixels [h * w, i]: what every output pixel sees."""
+    def patches(self, pixels: Tensor, zero: int) -> Tensor:
+        """A view [h', w', kh, kw, i] of the pixels [h * w, i] padded by `zero`: what every output pixel sees."""
         vertical, horizontal = self.padding
         picture = pixels.view(*self.size, -1)
-        picture = functional.pad(picture, (0, 0, horizontal, horizontal, vertical, vertical))
+        picture = functional.pad(picture, (0, 0, horizontal, horizontal, vertical, vertical), value=zero)
         line, pixel, channel = picture.stride()
         return picture.as_strided(
             (*self.out, *self.kernel, picture.shape[2]),
@@ -266,9 +266,15 @@ class _Weight:
         operands = (rows.values, self.operand)
         if rows.values.shape[1] == 1:  # the products of torch 2.13 are wrong there
             operands = (functional.pad(rows.values, (0, 1)), functional.pad(self.operand, (0, 1)))
-        out = torch._int_mm(operands[0], operands[1].t()).float().mul_(self.scale)
+        sums = torch._int_mm(operands[0], operands[1].t())
+        if rows.shift:  # in integers, where zeros stay exactly zero
+            sums += rows.shift * self.operand.sum(1, dtype=torch.int32)
+        out = sums.float().mul_(self.scale)
         if self.zero is not None:
-            out += rows.values.sum(-1, keepdim=True, dtype=torch.int32) * self.zero
+            row_sums = (
+                rows.values.sum(-1, keepdim=True, dtype=torch.int32) + rows.shift * rows.values.shape[1]
+            )
+            out += row_sums * self.zero
         out *= rows.scale
         if rows.zero_point is not None:
             out += rows.zero_point * self.value_sums()

@@ -4,13 +4,14 @@ A format whose values become small integers after multiplication by a power of t
 product. Activations and weights turn into int8 *operands*, the product is an exact int32 sum, and scales, zero points and
 bias come after it::
 
-    value  = operand * scale + zero_point              (operand int8, the rest float32)
+    value  = (operand + shift) * scale + zero_point    (operand int8, shift 0 or 128, the rest float32)
     out    = scale_t * (scale_o * acc + zero_o * rowsum_t) + zero_t * weight_sum_o + bias_o
 
 with ``acc = sum_k a_tk * w_ok``, ``rowsum_t = sum_k a_tk`` and ``weight_sum_o`` the sum of the weight's values. Every backend
 has the same operands and the same ``acc``, bit for bit; they differ in the order of the float operations after it.
 
-Unsigned formats that reach beyond 127 are shifted by 128, which their zero point takes back.
+Unsigned formats that reach beyond 127 are shifted by 128 to be int8. Of activations the shift is taken back inside the integer
+sums (``acc + shift * sum_k w_ok``, ``rowsum_t + shift * k``): in float32 a row of zeros would leave a remainder.
 """
 
 from __future__ import annotations
@@ -85,12 +86,14 @@ class Operand:
     Attributes:
         values: int8 [t, i].
         scale: float32 [t, 1]; NaN where a row of the input has a NaN, so that its results are NaN.
-        zero_point: float32 [1], the value of the integer 0; None if it is zero.
+        zero_point: float32 [1], the value of the integer 0 before the shift; None if it is zero.
+        shift: What has to be added to `values`.
     """
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    shift: int = 0
 
 
 def quantize_rows(x: Tensor, spec: QuantSpec, scale: Tensor | None, zero_point: Tensor | None) -> Operand:
@@ -112,14 +115,4 @@ def quantize_rows(x: Tensor, spec: QuantSpec, scale: Tensor | None, zero_point: 
     integers = round_(shifted, spec.format).mul_(grid.multiplier).sub_(grid.shift).to(torch.int8)
     step = scale.reshape(-1, 1) / grid.multiplier
     row_scale = torch.where(broken, math.nan, step)
-    return Operand(integers, row_scale, origin(spec, scale, zero_point))
-
-
-def origin(spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor | None:
-    """The value [1] of the integer 0 on a static grid; None if it is zero by construction."""
-    grid = grid_of(spec.format)
-    assert grid is not None
-    if not grid.shift:
-        return zero_point
-    base = scale.reshape(-1)[:1] * (grid.shift / grid.multiplier)
-    return base if zero_point is None else base + zero_point
+    return Operand(integers, row_scale, zero_point, grid.shift)

@@ -22,10 +22,11 @@ from difloat.formats import Format
 from difloat.kernels import integers
 from difloat.specs import Part
 
-ABI = 2
+ABI = 3
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _UNITS = ("avx512", "avx2")
 _VARIABLE = "DIFLOAT_CPU_ISA"
+_SMALL = 1 << 18  # products; fewer are not worth waking a second thread
 _FOLDER = Path(os.environ.get("DIFLOAT_NATIVE", Path(__file__).parent))
 
 
@@ -283,6 +284,26 @@ def attention_library() -> Any:
     loaded = ctypes.CDLL(str(_FOLDER / "libdifloat_attention.so"))
     loaded.difloat_attend.argtypes = [ctypes.POINTER(Attention), ctypes.c_int]
     return loaded
+
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def threads(products: int = _SMALL) -> int:
+    """How many threads a call with so many products uses: torch's number; one for small ones and in a forked process.
+
+    The pool of the parent does not exist in a child made by ``fork``, and waiting for it would never end.
+    """
+    return 1 if _forked or products < _SMALL else torch.get_num_threads()
 
 
 def check(status: int) -> None:

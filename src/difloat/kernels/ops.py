@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from difloat import formats
-from difloat.kernels import backends, reference
+from difloat.kernels import backends, checks, reference
 from difloat.specs import Part
 
 
@@ -21,6 +21,7 @@ def dequantize(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, format_name: str, channels: int, group_size: int
 ) -> Tensor:
     """See `reference.dequantize`."""
+    checks.packed_weight(packed, scale, zero_point, formats.parse(format_name).bits, channels, group_size)
     return reference.dequantize(packed, scale, zero_point, format_name, channels, group_size)
 
 
@@ -94,6 +95,7 @@ def _linear(
 def _run_linear(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
     text = rest[-1]
     part = part_of(text)
+    checks.linear(x, packed, rest[:-1], part)
     module = backends.choose_linear(text, part, packed.shape[0], x)
     return module.linear(x, packed, *rest[:-1], part)
 
@@ -129,6 +131,8 @@ def _conv2d(
 ) -> Tensor:
     """See `reference.conv2d`; `part` as JSON. Channels last if the input or the packed weight is."""
     found = part_of(part)
+    vectors = (weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
+    checks.conv2d(x, packed, vectors, found, (stride, padding, dilation), groups)
     module = backends.choose(found, (packed.shape[0], found.channels, *packed.shape[2:]), x)
     tensors = (x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
     result: Tensor = module.conv2d(*tensors, found, stride, padding, dilation, groups)

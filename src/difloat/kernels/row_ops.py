@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat.kernels import backends, ops, reference
+from difloat.kernels import backends, checks, ops, reference
 from difloat.kernels.rows import Rows
 from difloat.specs import Part
 
@@ -48,6 +48,7 @@ def _linear(
 
 
 def _run_linear(x: Tensor, weight: Rows, *rest: Any) -> Tensor:
+    checks.linear_rows(x, weight, rest)
     return backends.choose_rows(weight.parts, weight.shapes(), x).linear_rows(x, weight, *rest)
 
 
@@ -84,6 +85,7 @@ def _conv2d(
 ) -> Tensor:
     """See `conv2d`. Channels last if the input is."""
     weight = _weight(packed, weight_scale, weight_zero_point, row_band, parts)
+    checks.conv2d_rows(x, weight, (input_scale, input_zero_point, bias), (stride, padding, dilation), groups)
     module = backends.choose_rows(weight.parts, weight.shapes(), x)
     tensors = (x, weight, input_scale, input_zero_point, bias)
     result: Tensor = module.conv2d_rows(*tensors, stride, padding, dilation, groups)

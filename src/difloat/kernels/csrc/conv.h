@@ -1,8 +1,9 @@
 // Convolutions without a matrix of patches: pictures are quantized into a padded buffer, channels last, and every tap of a row
 // of the product is the same buffer a constant distance further.
 //
-// Padding is the value 0. Where the integer 0 stands for another value (a zero point, a shifted grid), pixels whose window leaves
-// the picture get less of the correction: pixels fall into classes by which taps see the picture.
+// Padding is the value 0, which on a shifted grid is the integer minus the shift. With a zero point the integer 0 stands for
+// another value, and pixels whose window leaves the picture get less of the correction: they fall into classes by which taps see
+// the picture.
 #pragma once
 
 namespace difloat {
@@ -50,6 +51,10 @@ static void quantize_pictures(const difloat_input& x, const difloat_geometry& g,
             int32_t* total = sums + (b * buffer.lines + line) * buffer.columns;
             const int64_t y = line - g.padding[0], left = g.padding[1];
             memset(to, 0, buffer.columns * buffer.stride), memset(total, 0, buffer.columns * 4);
+            for (int64_t c = 0; x.grid.shift && c < buffer.columns; c++) {
+                memset(to + c * buffer.stride, -x.grid.shift, x.channels);
+                total[c] = -x.grid.shift * (int32_t)x.channels;
+            }
             if (y < 0 || y >= g.size[0]) continue;
             for (int64_t c = 0; c < g.size[1]; c++) {
                 const float step = quantize_row<TYPE>(row_of(picture, y * g.size[1] + c), x.channels, x, round, scale,
@@ -104,7 +109,7 @@ static int conv_of(const difloat_input& x, const difloat_weight& w, const difloa
             start[row] = pixel * buffer.stride, sums[row] = total, scale[row] = scales[b];
             bias_row[row] = vertical.class_of[y] * (int32_t)horizontal.inside.size() + horizontal.class_of[c];
         }
-        const Operand operand{values, start, sums, scale, bias_row, rows, taps.data(), origin};
+        const Operand operand{values, start, sums, scale, bias_row, rows, taps.data(), x.grid.shift, origin};
         const int64_t size = TYPE == DIFLOAT_F32 ? 4 : 2;
         const difloat_output here{(char*)out.data + first * pixels * w.rows * size, out.bias};
         product<TYPE>(w, operand, classes, here, memory + own, threads);

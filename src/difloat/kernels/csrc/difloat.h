@@ -3,13 +3,16 @@
 // A product is computed in integers: activations become int8 on their grid, weights uint8 through a table of their codes, sums are
 // exact in int32. Scales, zero points and bias come after the sum:
 //
-//   out[t, o] = scale[t] * sum_g(w_scale[o, g] * acc[t, o, g] + w_zero[o, g] * rowsum[t, g]) + bias[o] + origin * weight_sum[o]
+//   out[t, o] = scale[t] * sum_g(w_scale[o, g] * acc[t, o, g] + w_zero[o, g] * rowsum[t, g]) + bias[o] + zero_point * weight_sum[o]
+//
+// acc and rowsum are of the integers before the shift that brings unsigned ones into int8: it is taken back in int32, where
+// nothing rounds, so that inputs of 0 add exactly 0.
 //
 // Every function returns 0, or -1 if there was no memory for its buffers. Arguments are checked by the caller.
 #pragma once
 #include <stdint.h>
 
-#define DIFLOAT_ABI 2
+#define DIFLOAT_ABI 3
 
 enum difloat_type { DIFLOAT_F32 = 0, DIFLOAT_BF16 = 1, DIFLOAT_F16 = 2 };
 

@@ -62,9 +62,9 @@ static void quantize_rows(const difloat_input& x, int64_t first, int64_t rows, f
     }
 }
 
-// The value of the integer 0 on a static grid.
+// The value of the integer 0 on a static grid, before the shift.
 static inline float origin_of(const difloat_input& x) {
-    return x.online ? 0.0f : x.zero_point + x.scale * ((float)x.grid.shift / x.grid.multiplier);
+    return x.online ? 0.0f : x.zero_point;
 }
 
 template <int TYPE>
@@ -80,7 +80,7 @@ static int linear_of(const difloat_input& x, const difloat_weight& w, const difl
         const int64_t rows = std::min(at_once, x.rows - first);
         quantize_rows<TYPE>(x, first, rows, shared, w, block, threads);
         const int64_t taps = 0;
-        const Operand operand{block.values, block.start, block.sums, block.scale, nullptr, rows, &taps, origin};
+        const Operand operand{block.values, block.start, block.sums, block.scale, nullptr, rows, &taps, x.grid.shift, origin};
         const int64_t size = TYPE == DIFLOAT_F32 ? 4 : 2;
         const difloat_output here{(char*)out.data + first * w.rows * size, out.bias};
 #ifdef __AVX512VBMI__

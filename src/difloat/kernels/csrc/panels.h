@@ -203,6 +203,31 @@ static void unpack_scales(const difloat_weight& w, int64_t first, float* scale, 
     }
 }
 
+// Integers of the weight of one tap, summed over the channels from `begin` to `end`, for LANES output channels.
+static INLINE I32 sum_channels(const difloat_weight& w, const uint8_t* column, int64_t begin, int64_t end) {
+    I32 integers = set_int(w.minimum * (int32_t)(end - begin));
+    for (int64_t k = begin; k < end; k += 4) {  // ones for the channels that are there
+        const I32 ones = set_int(end - k >= 4 ? 0x01010101 : (1 << 8 * (end - k)) / 255);
+        integers = dot(integers, load_int(column + k * WIDTH), ones);
+    }
+    return integers;
+}
+
+// `factor` times the sum of the weight's integers over all taps, [group][channel]. Wraps around as the sums do that it goes into.
+static void sum_integers(const difloat_weight& w, const uint8_t* panel, int32_t factor, int32_t* sums) {
+    const int64_t quads = quads_of(w.channels);
+    for (int64_t g = 0; g < w.groups; g++)
+        for (int v = 0; v < VECTORS; v++) {
+            const int64_t begin = g * w.group_channels, end = std::min(begin + w.group_channels, w.channels);
+            int32_t* to = sums + g * WIDTH + v * LANES;
+            I32 total = set_int(0);
+            for (int64_t tap = 0; tap < w.taps; tap++)
+                total = add_int(total, sum_channels(w, panel + (tap * quads * VECTORS + v) * LANES * 4, begin, end));
+            store_int((uint8_t*)to, total);
+            for (int n = 0; n < LANES; n++) to[n] = (int32_t)((uint32_t)to[n] * (uint32_t)factor);
+        }
+}
+
 // Sum of the weight's values per tap, [tap][channel]: what a constant input of 1 gives.
 static void sum_values(const difloat_weight& w, const uint8_t* panel, const float* scale, const float* zero, float* sums) {
     const int64_t quads = quads_of(w.channels);
@@ -212,11 +237,7 @@ static void sum_values(const difloat_weight& w, const uint8_t* panel, const floa
             F32 total = set(0);
             for (int64_t g = 0; g < w.groups; g++) {
                 const int64_t begin = g * w.group_channels, end = std::min(begin + w.group_channels, w.channels);
-                I32 integers = set_int(w.minimum * (int32_t)(end - begin));
-                for (int64_t k = begin; k < end; k += 4) {  // ones for the channels that are there
-                    const I32 ones = set_int(end - k >= 4 ? 0x01010101 : (1 << 8 * (end - k)) / 255);
-                    integers = dot(integers, load_int(column + k * WIDTH), ones);
-                }
+                const I32 integers = sum_channels(w, column, begin, end);
                 const int64_t at = g * WIDTH + v * LANES;
                 total = fma(to_float(integers), load(scale + at), total);
                 if (w.zero) total = fma(set((float)(end - begin)), load(zero + at), total);

@@ -18,7 +18,8 @@ struct Operand {
     const int32_t* bias_row;  // [rows] which row of the bias table; null: the first
     int64_t rows;
     const int64_t* taps;  // [taps of the weight] distance of the taps
-    float origin;         // value of the integer 0
+    int32_t shift;        // integers are this much below what they stand for
+    float origin;         // value of the integer 0 before the shift
 };
 
 // Bias of every class of rows, [classes][WIDTH]; `inside` says which taps see the picture.
@@ -31,6 +32,7 @@ struct Classes {
 struct Panel {
     uint8_t* weights;
     float *scale, *zero, *bias, *tap_sums;
+    int32_t* shifted;  // [groups][WIDTH] the shift times the sum of the weight's integers
     uint8_t* gathered;
 };
 
@@ -95,6 +97,15 @@ static __attribute__((noinline)) void tile(const difloat_weight& w, const Operan
             sums[i] = x.sums[(row + i) * w.groups + g];
             repeat<VECTORS>([&](auto v) UNROLLED { acc[i][v] = set_int(w.minimum * sums[i]); });
         });
+        if (x.shift) {
+            const int64_t there = std::min(w.group_channels, w.channels - g * w.group_channels);
+            repeat<ROWS>([&](auto i) UNROLLED {
+                sums[i] += x.shift * (int32_t)(there * w.taps);
+                repeat<VECTORS>([&](auto v) UNROLLED {
+                    acc[i][v] = add_int(acc[i][v], load_int((const uint8_t*)(p.shifted + g * WIDTH + v * LANES)));
+                });
+            });
+        }
         const int64_t count = w.taps == 1 ? std::min(group_quads, quads - g * group_quads) : quads;
         for (int64_t t = 0; t < w.taps; t++, weights += count * WIDTH * 4)
             accumulate<ROWS>(acc, rows, x.taps[t] + g * group_quads * 4, count, weights);
@@ -132,9 +143,11 @@ static void stripe(const difloat_weight& w, const Operand& x, const Panel& p, in
     }
 }
 
-// Bias table of a panel: the bias, and the origin times the weights of the taps that see the input.
+// Bias table of a panel: the bias, and the origin times the weights of the taps that see the input. And the sums that take back
+// the shift of the activations.
 static void make_bias(const difloat_weight& w, const Operand& x, const Classes& classes, const float* bias, int64_t first,
                       const Panel& p) {
+    if (x.shift) sum_integers(w, p.weights, x.shift, p.shifted);
     if (x.origin != 0) sum_values(w, p.weights, p.scale, p.zero, p.tap_sums);
     for (int64_t c = 0; c < classes.count; c++)
         for (int64_t n = 0; n < WIDTH; n++) {
@@ -160,6 +173,7 @@ static int64_t place(const difloat_weight& w, const Classes& classes, char* base
     p.zero = (float*)take(w.zero ? w.groups * row : 0);
     p.bias = (float*)take(classes.count * row);
     p.tap_sums = (float*)take(w.taps * row);
+    p.shifted = (int32_t*)take(w.groups * row);
     p.gathered = (uint8_t*)take(gather_bytes(w));
     if (panel) *panel = p;
     return round_up(at - base, 4096);

@@ -1,0 +1,250 @@
+"""What every operator asks of its tensors, checked at one place before any backend takes a pointer.
+
+A layer's stored tensors have the same shapes at every call, so what was found right once is remembered by shapes, strides,
+dtypes and devices. The input is looked at in every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difloat.kernels.rows import Rows
+from difloat.packing import packed_channels
+from difloat.specs import Part
+
+_INPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MOST_LAYOUTS = 1 << 14  # remembered at a time
+_right: set[tuple[Any, ...]] = set()
+
+Vectors = tuple[Tensor | None, ...]  # weight scale and zero point, input scale and zero point, bias
+
+
+def linear(x: Tensor, packed: Tensor, vectors: Vectors, part: Part) -> None:
+    """Refuse what a linear layer cannot be computed from.
+
+    Args:
+        x: The input, floating point [..., i].
+        packed: uint8 [o, bytes].
+        vectors: Scale and zero point of the weight, scale and zero point of the input, bias; None where there is none.
+        part: Formats and granularities.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, layout or device than the part asks for.
+    """
+    _input(x, x.dim() - 1, part.channels)
+    _stored(x, packed, vectors, part, 2)
+
+
+def conv2d(
+    x: Tensor, packed: Tensor, vectors: Vectors, part: Part, geometry: tuple[Sequence[int], ...], groups: int
+) -> None:
+    """`linear` for a convolution: `x` [b, i, h, w], `packed` [o, bytes, kh, kw], stride, padding and dilation as pairs."""
+    _picture(x, part.channels, tuple(packed.shape), geometry, groups)
+    _stored(x, packed, vectors, part, 4)
+
+
+def linear_rows(x: Tensor, weight: Rows, inputs: Vectors) -> None:
+    """`linear` with rows of several widths; `inputs` are scale and zero point of the input, and the bias."""
+    _input(x, x.dim() - 1, weight.parts[0].channels)
+    _stored_rows(x, weight, inputs, 2)
+
+
+def conv2d_rows(
+    x: Tensor, weight: Rows, inputs: Vectors, geometry: tuple[Sequence[int], ...], groups: int
+) -> None:
+    """`conv2d` with rows of several widths."""
+    shape = (len(weight.row_band), *weight.packed[0].shape[1:])
+    _picture(x, weight.parts[0].channels, shape, geometry, groups)
+    _stored_rows(x, weight, inputs, 4)
+
+
+def branch(x: Tensor, down: Tensor, up: Tensor, out_channels: int) -> None:
+    """Refuse a low-rank branch that does not fit: `down` is floating point [r, i], `up` [o, r], on the input's device."""
+    shapes = (tuple(down.shape), tuple(up.shape))
+    fits = down.dim() == up.dim() == 2 and shapes == (
+        (up.shape[1], x.shape[-1]),
+        (out_channels, down.shape[0]),
+    )
+    if not fits or not (down.is_floating_point() and up.is_floating_point()):
+        raise ValueError(
+            f"a branch must be floating point [r, {x.shape[-1]}] and [{out_channels}, r], got {shapes[0]} {down.dtype} and "
+            f"{shapes[1]} {up.dtype}"
+        )
+    _same_device(x, (down, up))
+
+
+def packed_weight(
+    packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, channels: int, group_size: int
+) -> None:
+    """Refuse a packed weight that cannot be decoded: codes of `bits` bits for `channels` channels, float32 scales that fit."""
+    _codes(packed, packed_channels(channels, bits), packed.dim() if packed.dim() in (2, 4) else 2)
+    rows = packed.shape[0]
+    counts = (1, rows, rows * -(-channels // group_size) if group_size else 1)
+    for name, vector in (("scale", scale), ("zero point", zero_point)):
+        if vector is not None and vector.numel() not in counts:
+            raise ValueError(f"weight {name} must have one of {counts} entries, got {vector.numel()}")
+        if vector is not None:
+            _vector(f"weight {name}", vector, vector.numel())
+    _same_device(packed, (scale, zero_point))
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    """Refuse what attention cannot be computed from.
+
+    Query is [b, h, q, d], key and value are [b, h, k, d], and a mask broadcasts to [b, h, q, k].
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
+    if query.dim() != 4 or key.shape != value.shape or key.dim() != 4:
+        raise ValueError(f"query, key and value must be [b, h, t, d], key and value alike, got {shapes}")
+    batch, heads, queries, width = query.shape
+    if (batch, heads, width) != (key.shape[0], key.shape[1], key.shape[3]) or not key.numel():
+        raise ValueError(
+            f"query, key and value must agree in batch, heads and width, with one key at least, got {shapes}"
+        )
+    if {key.dtype, value.dtype} != {query.dtype} or not query.is_floating_point():
+        raise ValueError(
+            f"query, key and value must have one floating-point dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    _same_device(query, (key, value, mask))
+    scores = (batch, heads, queries, key.shape[2])
+    if mask is None:
+        return
+    fits = mask.dim() <= 4 and all(
+        have in (1, want) for have, want in zip(mask.shape[::-1], scores[::-1], strict=False)
+    )
+    if not fits or not (mask.is_floating_point() or mask.dtype == torch.bool):
+        raise ValueError(
+            f"mask must be bool or floating point and broadcast to {scores}, got {tuple(mask.shape)} {mask.dtype}"
+        )
+
+
+def _input(x: Tensor, axis: int, channels: int) -> None:
+    if x.dim() < 1 or x.shape[axis] != channels:
+        raise ValueError(
+            f"input of a quantized layer must have {channels} channels in axis {axis}, got shape {tuple(x.shape)}; "
+            "call it as the layer it was made from"
+        )
+    if x.dtype not in _INPUTS or x.layout != torch.strided:
+        raise ValueError(
+            f"input of a quantized layer must be a dense tensor of float32, bfloat16, float16 or float64, got {x.dtype} "
+            f"{x.layout}; cast it"
+        )
+
+
+def _picture(
+    x: Tensor, channels: int, packed: Sequence[int], geometry: tuple[Sequence[int], ...], groups: int
+) -> None:
+    if x.dim() != 4:
+        raise ValueError(
+            f"input of a quantized convolution must be [b, i, h, w], got shape {tuple(x.shape)}; add a batch axis"
+        )
+    if groups < 1 or packed[0] % groups:
+        raise ValueError(f"groups must divide the {packed[0]} output channels, got {groups}")
+    _input(x, 1, channels * groups)
+    stride, padding, dilation = geometry
+    pairs = all(len(pair) == 2 for pair in geometry)
+    if not pairs or min(*stride, *dilation) < 1 or min(padding) < 0:
+        raise ValueError(
+            f"stride, padding and dilation must be pairs from 1, 0 and 1 on, got {[list(pair) for pair in geometry]}"
+        )
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, packed[2:], strict=False)]
+    if any(n + 2 * p < r for n, p, r in zip(x.shape[2:], padding, reach, strict=False)):
+        raise ValueError(
+            f"pictures must be as large as the kernel reaches, {reach}, got {list(x.shape[2:])} with padding {list(padding)}"
+        )
+
+
+def _stored(x: Tensor, packed: Tensor, vectors: Vectors, part: Part, axes: int) -> None:
+    """Check the tensors of a layer, or find that the same were right before."""
+    layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in (packed, *vectors)]
+    key = (part, axes, x.device, *layouts)
+    if key in _right:
+        return
+    _weight(packed, vectors[0], vectors[1], part, axes)
+    _inputs_and_bias(packed.shape[0], vectors[2:], part)
+    _same_device(x, (packed, *vectors))
+    _remember(key)
+
+
+def _stored_rows(x: Tensor, weight: Rows, inputs: Vectors, axes: int) -> None:
+    tensors = (*weight.packed, *weight.weight_scale, *weight.weight_zero_point, weight.row_band, *inputs)
+    layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+    key = (weight.parts, axes, x.device, *layouts)
+    if key in _right:
+        return
+    for packed, scale, zero_point, part in weight.bands():
+        _weight(packed, scale, zero_point, part, axes)
+    rows = sum(len(packed) for packed in weight.packed)
+    if weight.row_band.dtype != torch.uint8 or tuple(weight.row_band.shape) != (rows,):
+        raise ValueError(
+            f"row_band must be uint8 [{rows}], got {weight.row_band.dtype} {tuple(weight.row_band.shape)}"
+        )
+    _inputs_and_bias(rows, inputs, weight.parts[0])
+    _same_device(x, tensors)
+    _remember(key)
+
+
+def _remember(key: tuple[Any, ...]) -> None:
+    if len(_right) >= _MOST_LAYOUTS:
+        _right.clear()
+    _right.add(key)
+
+
+def _weight(packed: Tensor, scale: Tensor | None, zero_point: Tensor | None, part: Part, axes: int) -> None:
+    _codes(packed, packed_channels(part.channels, part.weight.format.bits), axes)
+    count = part.weight.scale_count(packed.shape[0], part.channels)
+    _vector("weight scale", scale, count)
+    _vector("weight zero point", zero_point, count if part.weight.zero_point else 0)
+
+
+def _codes(packed: Tensor, width: int, axes: int) -> None:
+    if packed.dtype != torch.uint8 or packed.layout != torch.strided:
+        raise ValueError(f"packed weight must be a dense uint8 tensor, got {packed.dtype} {packed.layout}")
+    if packed.dim() != axes or packed.shape[1] != width:
+        raise ValueError(
+            f"packed weight must have {axes} axes and {width} bytes a row, got shape {tuple(packed.shape)}"
+        )
+    if axes == 4 and min(packed.shape[2:]) > 1 and packed.stride(2) != packed.shape[3] * packed.stride(3):
+        raise ValueError(
+            f"taps of a packed weight must lie evenly, got strides {packed.stride()}; make it contiguous"
+        )
+
+
+def _inputs_and_bias(rows: int, vectors: Vectors, part: Part) -> None:
+    scale, zero_point, bias = vectors
+    spec = part.activation
+    static = spec is not None and not spec.online
+    _vector("input scale", scale, int(static))
+    _vector("input zero point", zero_point, int(static and spec is not None and spec.zero_point))
+    if bias is not None and (tuple(bias.shape) != (rows,) or not bias.is_floating_point()):
+        raise ValueError(f"bias must be floating point [{rows}], got {bias.dtype} {tuple(bias.shape)}")
+
+
+def _vector(name: str, vector: Tensor | None, count: int) -> None:
+    """Refuse anything but `count` float32 numbers side by side; 0: None."""
+    if vector is None and not count:
+        return
+    if vector is None or not count:
+        got = "none" if vector is None else f"{tuple(vector.shape)}"
+        raise ValueError(f"{name} must {f'have {count} entries' if count else 'be left out'}, got {got}")
+    if vector.dtype != torch.float32 or vector.numel() != count or not vector.is_contiguous():
+        raise ValueError(
+            f"{name} must be {count} float32 numbers side by side, got {vector.dtype} {tuple(vector.shape)} with strides "
+            f"{vector.stride()}"
+        )
+
+
+def _same_device(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
+    for tensor in tensors:
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"all tensors of a layer must be on the device of its input, {x.device}, got one on {tensor.device}; move "
+                "the model or the input"
+            )
