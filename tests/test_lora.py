@@ -498,12 +498,12 @@ def test_weights_on_the_command_line(text: str, expected: tuple[str, float]):
     assert loras_of([text]) == [expected]
 
 
-def test_the_tour_runs(
+def test_the_guide_runs(
     pipeline: Any, saved: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tour = (Path(__file__).parents[1] / "docs/tour.md").read_text(encoding="utf-8").partition("## LoRA")[2]
-    snippet = re.search(r"```python\n(.*?)```", tour, re.S)[1]
-    command = re.search(r"```\n(difloat generate .*?)\n```", tour)[1]
+    guide = (Path(__file__).parents[1] / "docs/guide.md").read_text(encoding="utf-8").partition("## LoRA")[2]
+    snippet = re.search(r"```python\n(.*?)```", guide, re.S)[1]
+    command = re.search(r"```\n(difloat generate .*?)\n```", guide)[1]
     monkeypatch.chdir(tmp_path)
     difloat.save(pipeline, "checkpoint-fp4")
     Path("style.safetensors").write_bytes((saved[0] / lora.LORA_FILE).read_bytes())
