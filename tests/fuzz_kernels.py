@@ -1,4 +1,4 @@
-"""Layers of random shapes and formats through every backend, and inputs that do not fit; run against a build that watches memory.
+"""Layers of random shapes and formats through every backend, and inputs that do not fit; also under a memory sanitizer.
 
 python tests/fuzz_kernels.py --count 2000
 

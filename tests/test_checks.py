@@ -254,3 +254,16 @@ def test_rows_of_several_widths_are_checked(backend: str, generator) -> None:
     for place, value in replaced.items():
         with pytest.raises(ValueError, match="must"):
             row_ops.linear(x, *(value if n == place else one for n, one in enumerate(good)))
+
+
+@pytest.mark.parametrize("size", [(7, 3), (3, 7), (3, 3)])
+def test_results_one_pixel_wide(size, backend, generator) -> None:
+    """Patches of one input channel overlap in memory there."""
+    part = Part(1, QuantSpec(parse("int2"), "channel"), QuantSpec(parse("int4"), "token", online=True))
+    one, x = case((13, 1, 3, 3), part, generator), torch.randn(2, 1, *size, generator=generator)
+    geometry = ((1, 1), (0, 0), (1, 1), 1)
+    with use_backend("reference"):
+        expected = one.call(x, *geometry)
+    assert torch.allclose(
+        one.call(x, *geometry), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+    )

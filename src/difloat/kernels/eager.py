@@ -194,7 +194,8 @@ def _conv_picture(
     scale = pixels.scale.amax().reshape(1, 1)  # NaN if one of them is
     lines = max(1, _CHUNK_ROWS // taps.out[1])
     for start in range(0, taps.out[0], lines):
-        rows = patches[start : start + lines].reshape(-1, weight.operand.shape[1])
+        # Where results are one pixel wide the reshaped view has rows that overlap, which torch's product does not expect.
+        rows = patches[start : start + lines].reshape(-1, weight.operand.shape[1]).contiguous()
         result = weight.product(integers.Operand(rows, scale, None, pixels.shift), bias)
         if shift is not None:
             result += shift[start * taps.out[1] :][: len(rows)]
