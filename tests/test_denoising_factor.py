@@ -36,7 +36,7 @@ from difloat.reference_models import NAMES as REFERENCE_MODELS
 from family_table import FAMILIES
 from tiny import PROMPTS, tiny_ddim, tiny_pixart, tiny_unet
 
-OF_NUMPY_2 = pytest.mark.filterwarnings("ignore:__array_wrap__")  # KDPM2's own
+OF_NUMPY_2 = pytest.mark.filterwarnings("ignore:__array_wrap__")  # diffusers' own
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = 10
 
@@ -176,6 +176,7 @@ def test_the_others_are_refused_in_a_sentence(name: str) -> None:
         denoising_factors(scheduler, 12)
 
 
+@OF_NUMPY_2
 def test_a_stage_of_helios_is_flow_matching_between_its_sigmas() -> None:
     scheduler = HeliosScheduler()
     scheduler.set_timesteps(12, 0)
