@@ -62,7 +62,8 @@ class TokenRanges:
 class InputShape:
     """A static input that may be asymmetric: `quantiles` (smallest, 1 %, median, 99 %, largest), and what was chosen for it.
 
-    `lopsided` is 1 minus the shorter side of the values over the longer one: 0 symmetric, 1 on one side of zero.
+    `lopsided` is 1 minus the shorter side of the values over the longer one, in the extremes or the 1 % and 99 % quantiles,
+    whichever is more: 0 symmetric, 1 on one side of zero.
     """
 
     layer: str

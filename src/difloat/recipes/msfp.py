@@ -8,9 +8,12 @@ Paper -> here:
 
 Not stated in the paper (its body was not available; our choices, the first three after EfficientDM): rates, linear decay,
   learned input ranges; weights per output channel, inputs per tensor; 2 adapters of rank 32; router of width 128, one for all
-  layers; the wider search over clips and zero points (`search="narrow"`: ranges of a third-party re-implementation); an
-  input counts as lopsided if its shorter side is at most half of the longer one; factors read off the scheduler's own step,
-  mean 1; first and last layer at 8 bits without adapters; 40 epochs over calibration rows, not 160 over fresh trajectories.
+  layers; the wider search over clips and zero points (`search="narrow"`: ranges of a third-party re-implementation);
+  factors read off the scheduler's own step, of the sample as the denoiser reads it, mean 1; first and last layer at 8 bits
+  without adapters; 40 epochs over calibration rows, not 160 over fresh trajectories.
+Differs from the paper: it knows lopsided inputs by the layer they come from (behind SiLU). Here any input is one whose
+  shorter side is at most half of the longer one, in its extremes or its 1 % and 99 % quantiles: one outlier changes nothing.
+  Both only try the unsigned formats too; the squared error decides.
 Beyond the paper: `guidance_weight`, `factor_power=2`, `rounding=learned`; why is measured in docs/papers/msfp.md.
 Known trap: adapters whose second factor is zero are equal and give the router no gradient; they start at 2 % of a step.
 """
@@ -32,7 +35,7 @@ from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.search import CLIPS, ZERO_POINTS
 from difloat.methods.tuned import Tuning, tune
 
-HALF = 0.5  # an input is lopsided if its shorter side is at most this of the longer one
+HALF = 0.5  # as lopsided as that, an input may take unsigned formats
 NARROW_SIGNED = tuple(0.8 + 0.05 * n for n in range(25))  # third-party: 0.8 to 2.0
 NARROW_UNSIGNED = tuple(0.05 + 0.95 / 24 * n for n in range(25))  # third-party: 0.05 to 1.0
 NARROW_ZEROS = tuple(n / 6 for n in range(7))
