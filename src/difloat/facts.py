@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from difloat import figures
+from difloat.methods.sparsity import MOSTLY, rounded_away
+
+_SHOWN = 3  # layers that a note names
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,20 @@ class Record:
             f"{q['label']} {figures.number_text(q['value'])} {q['unit']}".strip() for q in self.quality[:3]
         ]
         return f"{self.model}, {self.recipe.upper()} {self.bits}: " + ", ".join([size, *quality]) + "."
+
+
+def zeros_note(rows: Sequence[LayerRow]) -> str:
+    """A sentence about the layers of which little is left (`sparsity.MOSTLY`), the emptiest first; empty if there is none."""
+    lost = {row.name: rounded_away(row.zeros, row.zeros_before) for row in rows}
+    names = sorted((name for name, share in lost.items() if share > MOSTLY), key=lambda name: -lost[name])
+    if not names:
+        return ""
+    shown = ", ".join(f"{name} ({lost[name]:.0%})" for name in names[:_SHOWN])
+    others = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (
+        f"Mostly zeros, more than two thirds of the weights rounded to 0: {len(names)} of {len(rows)} layers, {shown}{others}. "
+        "Give them more bits, smaller groups, or a format and range that are searched."
+    )
 
 
 def record_to_json(record: Record) -> str:

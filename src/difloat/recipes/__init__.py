@@ -12,6 +12,7 @@ from typing import Any
 
 from difloat.methods import options
 from difloat.methods.posttraining import Bits, Outcome, Task
+from difloat.methods.sparsity import mostly_zero
 from difloat.quantizer import Plan
 from difloat.recipes import (
     baselines,
@@ -113,7 +114,7 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
         outcome.layers,
         outcome.skipped,
         stored,
-        outcome.measured,
+        {**outcome.measured, "mostly_zero": mostly_zero(task.model, outcome.layers)},
         outcome.attention,
         outcome.timesteps,
     )
