@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from difloat import recipes, record
-from difloat.facts import LayerRow, zeros_note
+from difloat.facts import MOSTLY, LayerRow, rounded_away, zeros_note
 from difloat.formats import parse
 from difloat.layers import quantizable
 from difloat.methods.assign import MIN_MAX, Rule, draft_layer
-from difloat.methods.sparsity import MOSTLY, mostly_zero, rounded_away
+from difloat.methods.sparsity import mostly_zero
 from difloat.methods.task import Bits, Task
 from difloat.quantizer import LayerPlan
 from test_contracts import plan_with, prepared

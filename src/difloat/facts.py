@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from difloat import figures
-from difloat.methods.sparsity import MOSTLY, rounded_away
 
+MOSTLY = 2 / 3  # of a layer's weights rounded to 0 is worth a word; why, in methods/sparsity.py
 _SHOWN = 3  # layers that a note names
 
 
@@ -144,8 +144,13 @@ class Record:
         return f"{self.model}, {self.recipe.upper()} {self.bits}: " + ", ".join([size, *quality]) + "."
 
 
+def rounded_away(zeros: float, zeros_before: float) -> float:
+    """Share of the weights other than 0 that became 0, from the shares of zeros after and before; 0 where all were 0."""
+    return (zeros - zeros_before) / (1 - zeros_before) if zeros_before < 1 else 0.0
+
+
 def zeros_note(rows: Sequence[LayerRow]) -> str:
-    """A sentence about the layers of which little is left (`sparsity.MOSTLY`), the emptiest first; empty if there is none."""
+    """A sentence about the layers of which little is left (`MOSTLY`), the emptiest first; empty if there is none."""
     lost = {row.name: rounded_away(row.zeros, row.zeros_before) for row in rows}
     names = sorted((name for name, share in lost.items() if share > MOSTLY), key=lambda name: -lost[name])
     if not names:

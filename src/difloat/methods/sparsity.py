@@ -13,14 +13,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from difloat import layers, quantizer
+from difloat.facts import MOSTLY, rounded_away
 from difloat.quantizer import LayerPlan
-
-MOSTLY = 2 / 3
-
-
-def rounded_away(zeros: float, zeros_before: float) -> float:
-    """Share of the weights other than 0 that became 0, from the shares of zeros after and before; 0 where all were 0."""
-    return (zeros - zeros_before) / (1 - zeros_before) if zeros_before < 1 else 0.0
 
 
 def mostly_zero(model: nn.Module, plans: Mapping[str, LayerPlan]) -> dict[str, float]:

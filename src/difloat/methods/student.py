@@ -44,7 +44,7 @@ class Router(nn.Module):
             for parameter in self.parameters():
                 parameter.uniform_(-bound, bound, generator=generator)
             places = [self.logits(float(place)).flatten() for place in torch.linspace(0, 1, 65)]
-            self.outer.bias -= torch.stack(places).mean(0)
+            self.outer.bias.sub_(torch.stack(places).mean(0))
 
     def logits(self, place: float) -> Tensor:
         """[layers, adapters]; `place` from 0, the sampler's last step, to 1, its first."""
