@@ -310,11 +310,11 @@ def test_excluded_layers_take_no_part_and_formats_are_those_of_the_target() -> N
 
 
 def test_options_that_would_do_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="plus, criterion and .* must come with .* widths, got mixed=false"):
+    with pytest.raises(ValueError, match="plus must come with rows of several widths .*, got plus=True"):
         recipes.plan(prepared("w2a8"), "mpqdm", "w2a8", {"epochs": 0, "plus": True, "mixed": False})
-    with pytest.raises(ValueError, match="plus, criterion and .* must come with .* widths, got mixed=false"):
+    with pytest.raises(ValueError, match="criterion must come with rows of several .*, got criterion=error"):
         recipes.plan(prepared("w2a8"), "mpqdm", "w2a8", {"epochs": 0, "criterion": "error", "mixed": False})
-    with pytest.raises(ValueError, match="factor_power must come with dfa, got 2 and dfa=false"):
+    with pytest.raises(ValueError, match="factor_power must come with dfa=true, got factor_power=2"):
         recipes.plan(prepared("w2a8"), "msfp", "w2a8", {"dfa": False, "factor_power": 2})
     with pytest.raises(ValueError, match="layers that the model calls, got 'idle'"):
         recipes.plan(prepared("w2a8"), "rtn", "w2a8", {"keep_8bit": ["last", "idle"]})

@@ -30,6 +30,9 @@ FAST = {
 }
 
 
+LEARNING = ("iterations", "rounding_rows")  # refused where no rounding is learned
+
+
 @functools.cache
 def prepared_pipeline(kind: str) -> tuple[object, Calibration]:
     pipeline = {"unet": tiny_unet, "pixart": tiny_pixart}[kind]()
@@ -44,7 +47,9 @@ def prepared(kind: str) -> tuple[nn.Module, Calibration]:
 def plan_with(kind: str, recipe: str, bits: str = "w4a8", seed: int = 0, **options: object) -> Plan:
     pipeline, data = prepared_pipeline(kind)
     known = recipes.RECIPES[recipe].options.__dataclass_fields__
-    options = {**{name: value for name, value in FAST.items() if name in known}, **options}
+    learns = Bits.parse(bits).weight <= 4
+    fast = {name: value for name, value in FAST.items() if name in known and (learns or name not in LEARNING)}
+    options = {**fast, **options}
     task = replace(api.task_of(pipeline, data, Bits.parse(bits)), seed=seed, progress=False)
     return recipes.plan(task, recipe, bits, options)
 
@@ -271,12 +276,12 @@ def test_bad_recipes_and_options_are_refused() -> None:
         recipes.lookup("nope")
     row = recipes.lookup("lbfp")
     with pytest.raises(ValueError, match="options must be among"):
-        recipes.make_options(row, {"nope": 1})
+        recipes.make_options(row, {"nope": 1}, "w4a8")
     with pytest.raises(ValueError, match="rounding must be one of"):
-        recipes.make_options(row, {"rounding": "up"})
+        recipes.make_options(row, {"rounding": "up"}, "w4a8")
     with pytest.raises(ValueError, match="iterations must be a int"):
-        recipes.make_options(row, {"iterations": "many"})
-    assert recipes.make_options(row, {"keep_8bit": "first, proj", "split": "no"}).keep_8bit == (
+        recipes.make_options(row, {"iterations": "many"}, "w4a8")
+    assert recipes.make_options(row, {"keep_8bit": "first, proj", "split": "no"}, "w4a8").keep_8bit == (
         "first",
         "proj",
     )

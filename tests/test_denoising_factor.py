@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -10,20 +13,30 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeliosScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
+    schedulers,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from difloat import reference
 from difloat.calibration import CalibrationSettings, collect
 from difloat.methods import denoising_factor
 from difloat.methods.denoising_factor import denoising_factors, loss_weights, normalised
 from difloat.methods.task import Bits, Task
+from difloat.reference_models import NAMES as REFERENCE_MODELS
 from family_table import FAMILIES
 from tiny import PROMPTS, tiny_ddim, tiny_pixart, tiny_unet
 
+OF_NUMPY_2 = pytest.mark.filterwarnings("ignore:__array_wrap__")  # diffusers' own
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = 10
 
@@ -69,13 +82,130 @@ def test_dpm_solver_of_first_order() -> None:
         assert factor == pytest.approx(float(alpha_next * (1 - ratio) * sigma / alpha), rel=1e-3)
 
 
-def test_euler_and_flow_matching_are_differences_of_sigmas() -> None:
-    for scheduler in (EulerDiscreteScheduler(**BETAS), FlowMatchEulerDiscreteScheduler(shift=3.0)):
-        factors = denoising_factors(scheduler, STEPS)
-        scheduler.set_timesteps(STEPS)
-        expected = (scheduler.sigmas[1:] - scheduler.sigmas[:-1]).abs()
-        assert list(factors.values()) == pytest.approx(expected.tolist(), rel=1e-3)
-        assert list(factors) == scheduler.timesteps.double().tolist()
+def test_flow_matching_is_the_difference_of_sigmas() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    factors = denoising_factors(scheduler, STEPS)
+    scheduler.set_timesteps(STEPS)
+    expected = (scheduler.sigmas[1:] - scheduler.sigmas[:-1]).abs()
+    assert list(factors.values()) == pytest.approx(expected.tolist(), rel=1e-3)
+    assert list(factors) == scheduler.timesteps.double().tolist()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_euler_is_ddim_in_other_coordinates(prediction: str) -> None:
+    """The same step of the same equation at the same noise levels moves the picture by the same."""
+    more = {"prediction_type": prediction, "timestep_spacing": "leading", "steps_offset": 1}
+    ddim = denoising_factors(DDIMScheduler(**BETAS, **more, clip_sample=False, set_alpha_to_one=True), STEPS)
+    euler = denoising_factors(EulerDiscreteScheduler(**BETAS, **more), STEPS)
+    assert list(euler) == list(ddim) and len(ddim) == STEPS
+    assert list(euler.values()) == pytest.approx(list(ddim.values()), rel=1e-3)
+    heun = denoising_factor._factors_of_calls(HeunDiscreteScheduler(**BETAS, **more), STEPS, {})
+    assert [factor for _, factor in heun[0::2]] == pytest.approx(list(ddim.values()), rel=1e-3)
+
+
+def test_euler_ancestral_is_ddpm_in_other_coordinates() -> None:
+    more = {"timestep_spacing": "leading", "steps_offset": 1}
+    ancestral = denoising_factors(EulerAncestralDiscreteScheduler(**BETAS, **more), STEPS)
+    ddpm = denoising_factors(DDPMScheduler(**BETAS, **more, clip_sample=False), STEPS)
+    assert ancestral == pytest.approx(ddpm, rel=1e-3)
+
+
+def test_edm_is_the_angle_that_a_step_turns() -> None:
+    """What a velocity moves in variance-preserving coordinates, for data as wide as `sigma_data`."""
+    scheduler = EDMEulerScheduler(sigma_data=0.5)
+    factors = list(denoising_factors(scheduler, STEPS).values())
+    scheduler.set_timesteps(STEPS)
+    angles = [math.atan(float(sigma) / 0.5) for sigma in scheduler.sigmas]
+    expected = [0.5 * math.sin(a - b) for a, b in itertools.pairwise(angles)]
+    assert factors == pytest.approx(expected, rel=1e-3)
+
+
+def every_scheduler() -> list[type]:
+    found = (getattr(schedulers, name) for name in dir(schedulers))
+    classes = [one for one in found if inspect.isclass(one) and issubclass(one, SchedulerMixin)]
+    return sorted({one for one in classes if one is not SchedulerMixin}, key=lambda one: one.__name__)
+
+
+SECOND_ORDER = "KDPM2|SDE|Heun"  # read samples between the timesteps, too
+STAGED = ("HeliosScheduler", "HeliosDMDScheduler")  # timesteps of a stage each, below
+REFUSED = {  # of tokens or grids, with further arguments or several calls inside of a step, or unlike any other
+    *("AmusedScheduler", "BlockRefinementScheduler", "CogVideoXDPMScheduler", "ConsistencyDecoderScheduler"),
+    *("DDPMWuerstchenScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"),
+    *("KarrasVeScheduler", "PiflowScheduler", "RFD4ProteinaScheduler", "RePaintScheduler"),
+    *("SCMScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "VQDiffusionScheduler"),
+}
+
+
+@OF_NUMPY_2
+@pytest.mark.parametrize(
+    "make", [one for one in every_scheduler() if one.__name__ not in (*REFUSED, *STAGED)]
+)
+def test_no_schedulers_factor_depends_on_its_coordinates(make: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size of a sample at a timestep is what the scheduler itself makes of a clean one by adding noise."""
+    scheduler = make()
+    calls = denoising_factor._factors_of_calls(scheduler, 12, {})
+    monkeypatch.setattr(denoising_factor, "_spread", lambda *_: 1.0)
+    bare = denoising_factor._factors_of_calls(scheduler, 12, {})
+    assert len(calls) == len(bare) >= 11
+    scheduler.set_timesteps(12)
+    if not hasattr(scheduler, "add_noise") or re.search(SECOND_ORDER, make.__name__):
+        return
+    spreads = [
+        without / factor if factor else 1.0 for (_, without), (_, factor) in zip(bare, calls, strict=True)
+    ]
+    data = scheduler.config.get("sigma_data") or 1.0
+    for spread, timestep in zip(spreads, scheduler.timesteps[1:], strict=False):
+        signal = float(scheduler.add_noise(torch.ones(1), torch.zeros(1), timestep[None]))
+        noise = float(scheduler.add_noise(torch.zeros(1), torch.ones(1), timestep[None]))
+        flow = signal + noise == pytest.approx(1, abs=1e-4)
+        assert spread == pytest.approx(1.0 if flow else math.hypot(data * signal, noise) / data, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_the_others_are_refused_in_a_sentence(name: str) -> None:
+    make = getattr(schedulers, name)
+    needs = {
+        "AmusedScheduler": {"mask_token_id": 7},
+        "VQDiffusionScheduler": {"num_vec_classes": 8},
+        "RFD4ProteinaScheduler": None,
+    }.get(name, {})
+    if needs is None:
+        pytest.skip("is not built without a model's own settings")
+    scheduler = make(**needs)
+    with pytest.raises(ValueError):
+        denoising_factors(scheduler, 12)
+
+
+@OF_NUMPY_2
+def test_a_stage_of_helios_is_flow_matching_between_its_sigmas() -> None:
+    scheduler = HeliosScheduler()
+    scheduler.set_timesteps(12, 0)
+    assert list(denoising_factors(scheduler)) == scheduler.timesteps.tolist()
+    assert denoising_factor._read(scheduler, scheduler.timesteps[0]) == 1.0
+
+
+@OF_NUMPY_2
+@pytest.mark.parametrize(
+    "make", [KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler, HeunDiscreteScheduler]
+)
+def test_samplers_of_second_order_weigh_the_start_like_ddim(make: type) -> None:
+    def first_quarter(scheduler: object) -> float:
+        squares = [factor**2 for factor in denoising_factors(scheduler, 30).values()]
+        return sum(squares[: len(squares) // 4]) / sum(squares)
+
+    ddim = DDIMScheduler(**BETAS, set_alpha_to_one=True, steps_offset=1, clip_sample=False)
+    assert first_quarter(make(**BETAS)) == pytest.approx(first_quarter(ddim), abs=0.15)
+
+
+@pytest.mark.parametrize("name", REFERENCE_MODELS)
+def test_the_reference_models_never_had_samples_in_sigma_space(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So no committed number of docs/papers was measured with the factors that depended on coordinates."""
+    scheduler = reference(name).scheduler
+    factors = denoising_factors(scheduler, 20)
+    monkeypatch.setattr(denoising_factor, "_read", lambda *_: 1.0)
+    assert denoising_factors(scheduler, 20) == factors
 
 
 @pytest.mark.parametrize(
@@ -84,7 +214,6 @@ def test_euler_and_flow_matching_are_differences_of_sigmas() -> None:
         DDPMScheduler(**BETAS, clip_sample=False),
         DDIMScheduler(**BETAS, clip_sample=False),
         DPMSolverMultistepScheduler(**BETAS),
-        EulerDiscreteScheduler(**BETAS),
         FlowMatchEulerDiscreteScheduler(),
     ],
     ids=lambda scheduler: type(scheduler).__name__,

@@ -205,13 +205,13 @@ def test_the_router_has_a_gradient_from_the_first_step_and_one_choice() -> None:
     _, (args, kwargs) = by_timestep(task)[0]
     student(args, kwargs).square().sum().backward()
     assert all(float(p.grad.abs().max()) > 0 for p in student.router.parameters())
-    for timestep in (0.0, 0.3, 1.0):
-        choice = student.router(timestep)
+    for place in (0.0, 0.3, 1.0):
+        choice = student.router(place)
         assert torch.equal(choice.sum(1).round(decimals=5), torch.ones(3))
         assert sorted(choice.detach().round().unique().tolist()) == [0.0, 1.0]
     table = student.table()
     for entry in range(len(student.grid)):
-        assert torch.equal(student.router(student.scaled(entry)).argmax(1), table[entry])
+        assert torch.equal(student.router(student.place(entry)).argmax(1), table[entry])
 
 
 def test_router_shape_and_seed() -> None:

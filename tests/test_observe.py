@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
+from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from difloat.layers import blocks, quantizable
@@ -94,6 +98,63 @@ def test_trace_of_a_transformer_finds_gelu_and_attention() -> None:
     assert seen.attention == [f"{block}.attn{number}" for block in blocks_of_model for number in (1, 2)]
     tokens, wide = (size // model.config.patch_size) ** 2, model.get_submodule(seen.before_gelu[-1])
     assert seen.row_bytes == tokens * (wide.in_features + wide.out_features) * 4
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def gated(x: Tensor) -> Tensor:
+    h, gate = x.chunk(2, dim=-1)
+    return torch.cat([h * (gate * torch.sigmoid(1.702 * gate)), h], -1)
+
+
+GELUS = {
+    "torch": nn.functional.gelu,
+    "torch, tanh": nn.GELU(approximate="tanh"),
+    "sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
+    "sigmoid, the other way round": lambda x: torch.sigmoid(x * 1.702) * x,
+    "tanh": tanh_gelu,
+    "error function": lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))),
+    "of a gate": gated,
+}
+OTHERS = {
+    "silu": nn.functional.silu,
+    "silu written out": lambda x: x * torch.sigmoid(x),
+    "square": lambda x: x * x,
+    "half": lambda x: x * 0.5,
+    "gate of another kind": lambda x: x * torch.tanh(x),
+    "relu": nn.functional.relu,
+}
+
+
+class Feeding(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.two, self.function = nn.Linear(8, 16), nn.Linear(16, 8), function
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.two(self.function(self.one(x)))
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("name", [*GELUS, *OTHERS])
+def test_a_gelu_is_known_by_what_it_computes(name: str, size: float) -> None:
+    torch.manual_seed(0)
+    model = Feeding({**GELUS, **OTHERS}[name])
+    seen = observe.trace(model, ((size * torch.randn(2, 5, 8), torch.tensor([1, 2])), {}))
+    assert seen.before_gelu == (["one"] if name in GELUS else [])
+
+
+@pytest.mark.parametrize(
+    "kind", ["gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"]
+)
+def test_feed_forward_layers_of_diffusers(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Feeding(nn.Identity())
+    model.one, model.two = FeedForward(8, activation_fn=kind), nn.Identity()
+    seen = observe.trace(model, ((torch.randn(2, 5, 8), torch.tensor([1, 2])), {}))
+    assert seen.before_gelu == (["one.net.0.proj"] if "gelu" in kind or "geglu" in kind else [])
 
 
 def test_inputs_and_outputs_of_a_block_reproduce_it() -> None:

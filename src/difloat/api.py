@@ -82,7 +82,7 @@ def plan(
     names = {field.name for field in fields(CalibrationSettings)}
     settings = {name: value for name, value in options.items() if name in names}
     own = {name: value for name, value in options.items() if name not in names}
-    recipes.make_options(row, own)  # refuse bad options before hours of calibration
+    recipes.make_options(row, own, bits)  # refuse bad options before hours of calibration
     excluded(layers.quantizable(denoiser(model)), exclude)
     others = parts.parse(model, components, bits, target)
     data = calibrate(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from difloat import figures
+
+MOSTLY = 2 / 3  # of a layer's weights rounded to 0 is worth a word; why, in methods/sparsity.py
+_SHOWN = 3  # layers that a note names
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class TokenRanges:
 class InputShape:
     """A static input that may be asymmetric: `quantiles` (smallest, 1 %, median, 99 %, largest), and what was chosen for it.
 
-    `lopsided` is 1 minus the shorter side of the values over the longer one: 0 symmetric, 1 on one side of zero.
+    `lopsided` is 1 minus the shorter side of the values over the longer one, in the extremes or the 1 % and 99 % quantiles,
+    whichever is more: 0 symmetric, 1 on one side of zero.
     """
 
     layer: str
@@ -137,6 +142,25 @@ class Record:
             f"{q['label']} {figures.number_text(q['value'])} {q['unit']}".strip() for q in self.quality[:3]
         ]
         return f"{self.model}, {self.recipe.upper()} {self.bits}: " + ", ".join([size, *quality]) + "."
+
+
+def rounded_away(zeros: float, zeros_before: float) -> float:
+    """Share of the weights other than 0 that became 0, from the shares of zeros after and before; 0 where all were 0."""
+    return (zeros - zeros_before) / (1 - zeros_before) if zeros_before < 1 else 0.0
+
+
+def zeros_note(rows: Sequence[LayerRow]) -> str:
+    """A sentence about the layers of which little is left (`MOSTLY`), the emptiest first; empty if there is none."""
+    lost = {row.name: rounded_away(row.zeros, row.zeros_before) for row in rows}
+    names = sorted((name for name, share in lost.items() if share > MOSTLY), key=lambda name: -lost[name])
+    if not names:
+        return ""
+    shown = ", ".join(f"{name} ({lost[name]:.0%})" for name in names[:_SHOWN])
+    others = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (
+        f"Mostly zeros, more than two thirds of the weights rounded to 0: {len(names)} of {len(rows)} layers, {shown}{others}. "
+        "Give them more bits, smaller groups, or a format and range that are searched."
+    )
 
 
 def record_to_json(record: Record) -> str:

@@ -181,7 +181,7 @@ def forecast(
     task = api.task_of(pipeline, rows, parsed)
     task = replace(task, seed=settings.seed, progress=False, memory_bytes=settings.memory_bytes)
     task = replace(task, only=frozenset(counts), exclude=tuple(exclude))
-    made = recipes.make_options(recipes.lookup(recipe), options)
+    made = recipes.make_options(recipes.lookup(recipe), options, bits)
     learns = getattr(made, "rounding", "nearest") == "learned" and parsed.weight <= 4
     plans = _tried(task, recipe, bits, options, learns)
     plan = plans[0]

@@ -27,6 +27,7 @@ from difloat.facts import (
     TokenRanges,
     record_from_json,
     record_to_json,
+    zeros_note,
 )
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ def _page(record: Record, reference: np.ndarray, quantized: np.ndarray) -> str:
         census=_census(record),
         zeros=_mean_zeros(record.layers, "zeros"),
         zeros_before=_mean_zeros(record.layers, "zeros_before"),
+        zeros_note=zeros_note(record.layers),
         histograms=list(zip(record.histograms, curves, strict=True)),
         ranges=[
             (r.layer, figures.ranges(r.timesteps, r.quantiles, f"ranges-{i}"))

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from difloat import formats
+from difloat.facts import zeros_note
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,3 +91,5 @@ def print_summary(made: Record) -> None:
         f"kept at more bits: {', '.join(wider) or 'none'}",
         highlight=False,
     )
+    if note := zeros_note(made.layers):
+        console.print(note, highlight=False)

@@ -72,12 +72,10 @@ def quantize(
     """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
     from difloat import api, calibration, recipes, study
     from difloat.methods import target as targets
-    from difloat.methods.task import Bits
 
     meet()
     chosen = options_of(option or [])
-    recipes.make_options(recipes.lookup(recipe), chosen)
-    Bits.parse(bits)
+    recipes.make_options(recipes.lookup(recipe), chosen, bits)
     targets.check(target)
     _check_images(images)
     check_out(out, overwrite)

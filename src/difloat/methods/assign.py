@@ -48,8 +48,8 @@ class Rule:
             None for grids that start at zero.
         online: Activations only: scales from the data at run time, nothing is searched but the format is the first.
         unsigned_clips: Candidate ranges of unsigned formats, if others than `clips`.
-        asymmetry: Unsigned formats are tried where the shorter side of the values is at most 1 minus this of the longer one;
-            0: everywhere.
+        asymmetry: Unsigned formats are tried beside the signed ones where the values are at least so lopsided
+            (`lopsidedness`); 0: everywhere.
         scales: Grid that the scales are restricted to; only without zero points.
     """
 
@@ -75,25 +75,53 @@ class Rule:
     def search(self, rows: Tensor) -> Found:
         """The best of `formats` for rows that share scales each; see `search.search`.
 
-        Unsigned formats with zero points are left out where the rows reach about as far down as up (`asymmetry`).
+        Unsigned formats with zero points are left out where the values lie about as far below zero as above (`asymmetry`).
         """
         if self.zero_points is None:
             return search(rows, self.formats, clips=self.clips, snap=snapping(rows, self.scales))
         signed = [f for f in self.formats if f.signed]
-        unsigned = [f for f in self.formats if not f.signed and lopsidedness(rows) >= self.asymmetry]
+        unsigned = [f for f in self.formats if not f.signed]
+        if signed and self.asymmetry and lopsidedness(rows) < self.asymmetry:
+            unsigned = []
         found = [search(rows, signed, clips=self.clips)] if signed else []
         if unsigned:
             clips = self.unsigned_clips or self.clips
-            found.append(search(rows, unsigned, clips=clips, zero_points=self.zero_points))
+            offsets = _offsets(rows, self.zero_points) if self.asymmetry else self.zero_points
+            found.append(search(rows, unsigned, clips=clips, zero_points=offsets))
         return min(found, key=lambda one: float(one.error.sum()))
 
 
 def lopsidedness(values: Tensor) -> float:
-    """1 minus the shorter side of the values over the longer one: 0 symmetric around zero, 1 on one side of it."""
+    """1 minus the shorter side of the values over the longer one: 0 symmetric around zero, 1 on one side of it.
+
+    Of the extremes or of the 1 % and 99 % quantiles, whichever is more lopsided: a single outlier on the shorter side does not
+    make values symmetric. It only says whether both signs are worth trying; the squared error decides.
+    """
     low, high = (float(end) for end in values.aminmax())
+    _, inner_low, _, inner_high, _ = quantiles(values)
+    return max(_lopsided(low, high), _lopsided(inner_low, inner_high) if inner_low < inner_high else 0.0)
+
+
+def _offsets(values: Tensor, fractions: Sequence[float]) -> list[float]:
+    """Fractions of the smallest value to try as zero points; also those of the 1 % quantile where outliers lie far below it."""
+    low, inner, *_ = quantiles(values)
+    if low > 2 * inner or inner >= 0:
+        return list(fractions)
+    return sorted({*fractions, *(fraction * inner / low for fraction in fractions)})
+
+
+def _lopsided(low: float, high: float) -> float:
     if low >= 0 or high <= 0:
         return 1.0
     return 1 - min(-low, high) / max(-low, high)
+
+
+def quantiles(values: Tensor) -> list[float]:
+    """The `QUANTILES` of the values: the ends of all of them, the inner ones of evenly thinned values."""
+    flat = values.detach().float().flatten()
+    thinned = flat[:: max(1, flat.numel() >> 16)].sort().values
+    inner = [float(thinned[round(share * (len(thinned) - 1))]) for share in QUANTILES[1:-1]]
+    return [float(flat.min()), *inner, float(flat.max())]
 
 
 def floating_point(bits: int) -> Format:
@@ -289,11 +317,8 @@ def search_inputs(
 
 
 def _shape(x: Tensor, rule: Rule) -> dict[str, Any]:
-    values = x.detach().float().flatten()
-    thinned = values[:: max(1, values.numel() >> 16)].sort().values
-    inner = [float(thinned[round(share * (len(thinned) - 1))]) for share in QUANTILES[1:-1]]
-    quantiles, lopsided = [float(values.min()), *inner, float(values.max())], lopsidedness(values)
-    return {"quantiles": quantiles, "lopsided": lopsided, "asymmetric": lopsided >= rule.asymmetry}
+    lopsided = lopsidedness(x)
+    return {"quantiles": quantiles(x), "lopsided": lopsided, "asymmetric": lopsided >= rule.asymmetry}
 
 
 def _smoothed(x: Tensor, plan: LayerPlan) -> Tensor:

@@ -3,12 +3,18 @@
 For the ancestral step of DDPM the paper's factor is ``(1 - a_t) / (sqrt(a_t) sqrt(1 - abar_t))``. Every sampler's step is an
 affine function of the denoiser's output, so the factor is read off the step of the scheduler in use, whichever it is and
 whatever its output stands for (noise, velocity, sample, flow).
+
+Some schedulers (Euler, Heun, EDM and their kin) keep the sample as ``x + sigma noise``, up to a hundred times as large as the
+picture, and scale it only as the denoiser reads it. How far a step moves such a sample says how large the noise still is, not
+what becomes of the picture. So the factor is that of the sample as the denoiser will read it next, divided by
+``sqrt(1 + sigma_next^2)``: in these coordinates, those of DDPM and DDIM, Euler's factor is DDIM's at the same noise levels.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +23,14 @@ from torch import Tensor
 
 from difloat.methods.task import Task
 
+_CLIPPING = ("clip_sample", "clip_denoised", "thresholding")
+_FAILURES = (
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # of steps that take something else
 _PROBES = 64  # values of a channel of the sample that a step is tried on
 _WAY_OUT = "train without it (--set factor_power=0, repair --no-dfa)"
 
@@ -39,7 +53,7 @@ def denoising_factors(
         timestep_arguments: Further arguments of `set_timesteps`, such as `mu`.
 
     Raises:
-        ValueError: if a step is no affine function of the output.
+        ValueError: if a step is no affine function of the output, or not one from output, timestep and sample to a sample.
     """
     return _by_timestep(_factors_of_calls(scheduler, steps, timestep_arguments))
 
@@ -57,8 +71,11 @@ def _factors_of_calls(
 ) -> list[tuple[float, float]]:
     """Timestep and factor of every call of the denoiser."""
     probe = _without_clipping(copy.deepcopy(scheduler))
+    _check_step(probe)
     if steps is not None:
         probe.set_timesteps(steps, **timestep_arguments)
+    if hasattr(probe, "noise_sampler"):  # Brownian noise, which no generator repeats
+        probe.noise_sampler = _no_noise
     probe._step_index = None  # as before the first step, whatever the pipeline has asked it already
     timesteps = probe.timesteps[getattr(probe, "begin_index", None) or 0 :]
     learned = str(getattr(probe.config, "variance_type", "")).startswith("learned")
@@ -66,7 +83,8 @@ def _factors_of_calls(
     sample = torch.randn(1, 3, 1, _PROBES, generator=generator, dtype=torch.float64)
     output = torch.zeros(1, 6 if learned else 3, 1, _PROBES, dtype=torch.float64)
     factors: list[tuple[float, float]] = []
-    for timestep in timesteps:
+    in_sigma_space = _read(copy.deepcopy(probe), timesteps[0]) != 1.0
+    for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
         nudges = [torch.zeros_like(output), *(_nudge(output, size) for size in (0.5, 1.0))]
         moved = [_step(copy.deepcopy(probe), nudge, timestep, sample) for nudge in nudges]
         half, whole = (float((other - moved[0]).mean()) for other in moved[1:])
@@ -75,9 +93,41 @@ def _factors_of_calls(
                 f"a step of {type(scheduler).__name__} must be affine in the denoiser's output, but is not at timestep "
                 f"{float(timestep):g}; {_WAY_OUT}"
             )
-        factors.append((float(timestep), abs(whole)))
         sample = _step(probe, output, timestep, sample)
+        spread = _spread(probe, following) if in_sigma_space else 1.0
+        factors.append((float(timestep), abs(whole) / spread))
     return factors
+
+
+def _read(scheduler: Any, timestep: Any) -> float:
+    """What the scheduler multiplies a sample by before the denoiser reads it."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return 1.0 if scale is None else float(scale(torch.ones(1, dtype=torch.float64), timestep))
+
+
+def _spread(scheduler: Any, following: Any) -> float:
+    """How many times as wide as a clean sample a sample in sigma space is that the call at `following` will read.
+
+    Schedulers scale such samples to ``1 / sqrt(sigma^2 + sigma_data^2)``. After the last step (`following` None) nothing is
+    read any more, and the last of the sigmas counts.
+    """
+    clean = float(scheduler.config.get("sigma_data") or 1.0)  # of EDM; the others have no such entry
+    if following is None:
+        return math.hypot(float(scheduler.sigmas[-1]), clean) / clean
+    return 1 / (_read(scheduler, following) * clean)
+
+
+def _check_step(scheduler: Any) -> None:
+    """Refuse schedulers whose step is not one from output, timestep and sample to a sample."""
+    step = getattr(scheduler, "step", None)
+    given = {} if step is None else inspect.signature(step).parameters
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [n for n, one in given.items() if one.default is one.empty and one.kind not in several]
+    if [*given][2:3] != ["sample"] or len(needed) > 3:
+        raise ValueError(
+            f"a step of {type(scheduler).__name__} must be made of the denoiser's output, a timestep and a sample, got "
+            f"step({', '.join(needed)}); {_WAY_OUT}"
+        )
 
 
 def _without_clipping(scheduler: Any) -> Any:
@@ -85,9 +135,13 @@ def _without_clipping(scheduler: Any) -> Any:
     for name, value in vars(scheduler).items():
         if isinstance(value, Tensor):
             setattr(scheduler, name, value.cpu())
-    clipping = [name for name in ("clip_sample", "thresholding") if scheduler.config.get(name)]
+    clipping = [name for name in _CLIPPING if scheduler.config.get(name)]
     scheduler.register_to_config(**dict.fromkeys(clipping, False))
     return scheduler
+
+
+def _no_noise(*_: Any) -> Tensor:
+    return torch.zeros(1, dtype=torch.float64)
 
 
 def _nudge(output: Tensor, size: float) -> Tensor:
@@ -98,13 +152,18 @@ def _nudge(output: Tensor, size: float) -> Tensor:
 
 
 def _step(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
-    scale = getattr(scheduler, "scale_model_input", None)
-    if scale is not None:
-        scale(sample, timestep)  # some schedulers insist on having been asked
+    _read(scheduler, timestep)  # some schedulers insist on having been asked
     arguments: dict[str, Any] = {"return_dict": False}
     if "generator" in inspect.signature(scheduler.step).parameters:
         arguments["generator"] = torch.Generator().manual_seed(1)  # the same noise whatever the output
-    result: Tensor = scheduler.step(output, timestep, sample, **arguments)[0]
+    try:
+        result: Tensor = scheduler.step(output, timestep, sample, **arguments)[0]
+        if not result.is_floating_point():
+            raise TypeError(f"a sample must be of floats, got {result.dtype}")
+    except _FAILURES as error:  # of tokens, of a grid of policies, of timesteps by row, ...
+        raise ValueError(
+            f"a step of {type(scheduler).__name__} must be that of a float sample, but fails on one ({error}); {_WAY_OUT}"
+        ) from error
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,6 +60,9 @@ class _Lineage(TorchFunctionMode):
         self.seen = seen
         self.attending: list[str] = []  # modules with a processor that run now, the innermost last
         self.made_by = WeakTensorKeyDictionary()  # the layer whose output, element by element, a tensor is
+        self.before = (
+            WeakTensorKeyDictionary()
+        )  # that output, or the piece of it that a tensor is a function of; weak
         self.from_layer = WeakTensorKeyDictionary()
         self.from_sample = WeakTensorKeyDictionary()
         self.pieces = WeakTensorKeyDictionary()
@@ -80,10 +84,14 @@ class _Lineage(TorchFunctionMode):
         if any(source in self.from_sample for source in sources):
             self.from_sample[target] = True
         makers = [self.made_by[source] for source in sources if source in self.made_by]
-        if name == "gelu":
-            self.seen.before_gelu += [maker for maker in makers if maker not in self.seen.before_gelu]
+        if name == "gelu" or (len(set(makers)) == 1 and self._written_out(name, sources, target)):
+            new = [maker for maker in dict.fromkeys(makers) if maker not in self.seen.before_gelu]
+            self.seen.before_gelu += new
         elif makers and not any(word in name for word in _MIXING):
             self.made_by[target] = makers[0]
+            before = next((self.before[source] for source in sources if source in self.before), lambda: None)
+            alike = getattr(before(), "shape", None) == target.shape
+            self.before[target] = before if alike else weakref.ref(target)
         if name in ("cat", "concat") and len(sources) > 1:
             axis = kwargs.get("dim", args[1] if len(args) > 1 else 0) % target.dim()
             if all(source in self.from_layer for source in sources):
@@ -95,6 +103,24 @@ class _Lineage(TorchFunctionMode):
             alone = all(source in self.pieces or source not in self.from_layer for source in full)
             if kept and alone:
                 self.pieces[target] = kept[0]
+
+    def _written_out(self, name: str, sources: list[Tensor], target: Tensor) -> bool:
+        """Whether a product is the last step of a GELU that is written out, exactly or in one of its approximations."""
+        found = {self.before[source]() if source in self.before else None for source in sources}
+        x = found.pop()
+        if (
+            "mul" not in name
+            or "mat" in name
+            or len(sources) < 2
+            or found
+            or x is None
+            or x.shape != target.shape
+        ):
+            return False
+        x, y = x.detach().float(), target.detach().float()
+        gelu, silu = nn.functional.gelu(x), nn.functional.silu(x)
+        off = (y - gelu).norm()
+        return bool(off < 0.05 * gelu.norm() and off < 0.5 * (y - silu).norm())
 
 
 def trace(model: nn.Module, call: Call) -> Trace:
@@ -130,6 +156,7 @@ def trace(model: nn.Module, call: Call) -> Trace:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             lineage.from_layer[output] = True
             lineage.made_by[output] = name
+            lineage.before[output] = weakref.ref(output)
             seen.row_bytes = max(seen.row_bytes, (inputs[0].nbytes + output.nbytes) // len(sample))
 
         return hook

@@ -37,13 +37,14 @@ class Kept:
         twins = [twin for twin in student.twins if isinstance(twin, Adaptive)]
         facts = {
             **made_of,
-            "layout": 2,
+            "layout": 3,
             "rows": task.calibration.fingerprint,
             "seed": task.seed,
             "grid": student.grid,
             "names": student.names,
             "carry": student.carry,
             "init": student.adapter_init,
+            "allocation": student.allocation,
             "parameters": [tuple(parameter.shape) for parameter in student.parameters()],
             "layers": [twin.plan.to_json() for twin in twins],
             "starts": [_hashes({**twin.plan.tensors, "base": twin.base}) for twin in twins],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,19 @@ from difloat.specs import AttentionPlan
 from difloat.timesteps import Clock
 
 _ROUTER_WIDTH = 128
+_FASTEST = 1.0  # radians over half of the trajectory: an untrained router's table varies slowly
+
+Allocation = Literal["learned", "halves", "random"]  # who says which adapter a layer uses in a step
 
 
 @final
 class Router(nn.Module):
-    """Which adapter every layer uses at a timestep: sinusoidal embedding, two layers, straight-through one-hot.
+    """Which adapter every layer uses in a step: sinusoidal embedding, two layers, straight-through one-hot.
 
-    What arXiv:2505.21591 says of it; width and one router for all layers are our choice.
+    What arXiv:2505.21591 says of it; width and one router for all layers are our choice. So are the low frequencies: with those
+    usual for timesteps (up to 1,000 radians) an untrained router changes its mind between any two steps, and training has to
+    undo that first. Every layer starts with logits of mean zero over the trajectory, so that all layers use several adapters:
+    one that is never used has no gradient.
     """
 
     def __init__(self, layers: int, adapters: int, generator: torch.Generator) -> None:
@@ -37,19 +43,34 @@ class Router(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.uniform_(-bound, bound, generator=generator)
+            places = [self.logits(float(place)).flatten() for place in torch.linspace(0, 1, 65)]
+            self.outer.bias.sub_(torch.stack(places).mean(0))
 
-    def logits(self, timestep: float) -> Tensor:
-        """[layers, adapters]; `timestep` from 0 to 1, the start of the schedule."""
-        frequencies = torch.exp(torch.linspace(0, math.log(1000.0), _ROUTER_WIDTH // 2))
-        angles = timestep * frequencies.to(self.inner.weight)
+    def logits(self, place: float) -> Tensor:
+        """[layers, adapters]; `place` from 0, the sampler's last step, to 1, its first."""
+        angles = (2 * place - 1) * torch.linspace(0, _FASTEST, _ROUTER_WIDTH // 2).to(self.inner.weight)
         hidden = F.silu(self.inner(torch.cat([angles.sin(), angles.cos()])))
         return self.outer(hidden).reshape(self.shape)
 
-    def forward(self, timestep: float) -> Tensor:
+    def forward(self, place: float) -> Tensor:
         """One-hot [layers, adapters], with the gradient of the softmax."""
-        shares = self.logits(timestep).softmax(-1)
+        shares = self.logits(place).softmax(-1)
         hard = F.one_hot(shares.argmax(-1), self.shape[1]).to(shares)
         return hard + shares - shares.detach()
+
+
+def fixed_table(
+    allocation: Allocation, entries: int, layers: int, adapters: int, generator: torch.Generator
+) -> Tensor:
+    """Adapter of every layer at every entry of the grid that nothing learns, [entries, layers], for comparison.
+
+    "halves": adapters one after the other along the trajectory, equally long, all layers alike; "random": drawn apart for every
+    layer and entry.
+    """
+    if allocation == "random":
+        return torch.randint(adapters, (entries, layers), generator=generator)
+    turns = torch.arange(entries - 1, -1, -1) * adapters // entries
+    return turns[:, None].expand(entries, layers).contiguous()
 
 
 @final
@@ -59,7 +80,8 @@ class Student(nn.Module):
     Attributes:
         grid: The timesteps that adapters and input ranges are learned for, ascending.
         twins: The trainable layers by their position in `names`.
-        router: None with one adapter.
+        router: None with one adapter, or where nobody learns which one is used.
+        allocation: Who says which adapter is used.
         carry: How adapters are carried out.
         adapter_init: What they started from.
     """
@@ -77,6 +99,7 @@ class Student(nn.Module):
         carry: Carry = "merged",
         without_adapters: Sequence[str] = (),
         adapter_init: Init = "zero",
+        allocation: Allocation = "learned",
         generator: torch.Generator,
     ) -> None:
         """Build the twins; `model` stays untouched.
@@ -92,12 +115,13 @@ class Student(nn.Module):
             carry: How adapters are carried out, see `adapters`.
             without_adapters: Layers that learn ranges only.
             adapter_init: See `Adaptive`.
+            allocation: Of several adapters to timesteps: by a router that learns it, or by `fixed_table`.
             generator: Draws the first values.
         """
         super().__init__()
         shadow = layers.shadow(model, frozen=True)
         self.grid, self.names, self.carry = tuple(grid), list(plans), carry
-        self.adapter_init = adapter_init
+        self.adapter_init, self.allocation, self.adapters = adapter_init, allocation, adapters
         self.clock = Clock(shadow, self.grid)
         self.twins = nn.ModuleList(
             Adaptive(
@@ -115,22 +139,34 @@ class Student(nn.Module):
         for name, twin in zip(self.names, self.twins, strict=True):
             layers.replace(shadow, name, twin)
         attention.install(shadow, attention_plans)
-        self.router = None
-        if adapters > 1:
+        self.router, self._table = None, torch.zeros(len(grid), len(plans), dtype=torch.long)
+        if adapters > 1 and allocation == "learned":
             device = next(model.parameters()).device
             self.router = Router(len(plans), adapters, generator).to(device)
+        elif adapters > 1:
+            self._table = fixed_table(allocation, len(grid), len(plans), adapters, generator)
         self._model = [shadow]  # in a list: its frozen tensors are neither trained nor saved
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the denoiser; all rows must have one timestep."""
         self.clock(self._model[0], args, kwargs)
         entry = int(self.clock.entry())
-        choices = None if self.router is None else self.router(self.scaled(entry))
+        choices = self._choices(entry)
         for number, twin in enumerate(self.twins):
             assert isinstance(twin, Adaptive)
             twin.entry = entry
             twin.choice = None if choices is None else choices[number]
         return self._model[0](*args, **kwargs)
+
+    def _choices(self, entry: int) -> Tensor | None:
+        """One-hot [layers, adapters] of a grid entry; None with one adapter."""
+        if self.router is not None:
+            choices: Tensor = self.router(self.place(entry))
+            return choices
+        if self.adapters < 2:
+            return None
+        device = next(self._model[0].parameters()).device
+        return F.one_hot(self._table[entry], self.adapters).float().to(device)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -149,16 +185,16 @@ class Student(nn.Module):
         """A module of the denoiser, as it stands in the student."""
         return self._model[0].get_submodule(name)
 
-    def scaled(self, entry: int) -> float:
-        """A grid entry's timestep from 0 to 1."""
-        return self.grid[entry] / max(self.grid[-1], 1e-12)
+    def place(self, entry: int) -> float:
+        """Where a grid entry lies along the sampler's steps: 0 the last one, 1 the first."""
+        return entry / max(1, len(self.grid) - 1)
 
     @torch.no_grad()
     def table(self) -> Tensor:
         """Adapter of every layer at every entry of the grid, [entries, layers]."""
         if self.router is None:
-            return torch.zeros(len(self.grid), len(self.names), dtype=torch.long)
-        return torch.stack([self.router.logits(self.scaled(n)).argmax(-1) for n in range(len(self.grid))])
+            return self._table
+        return torch.stack([self.router.logits(self.place(n)).argmax(-1) for n in range(len(self.grid))])
 
     def packed(self) -> dict[str, LayerPlan]:
         """All layers as trained."""

@@ -12,7 +12,7 @@ from difloat.methods.adapters import Carry, Init
 from difloat.methods.finetune import TrainingSettings, train
 from difloat.methods.posttraining import Outcome
 from difloat.methods.relation import RelationLoss, RelationSettings
-from difloat.methods.student import Student
+from difloat.methods.student import Allocation, Student
 from difloat.methods.task import Task
 
 
@@ -31,6 +31,7 @@ class Tuning:
         carry: How adapters are carried out, see `adapters`.
         relation: Further distillation beside the output's.
         adapter_init: "zero", or "error": from the largest directions of the rounding error (`adapters.Adaptive`).
+        allocation: Of several adapters to timesteps, see `Student`.
     """
 
     settings: TrainingSettings
@@ -42,6 +43,7 @@ class Tuning:
     carry: Carry = "merged"
     relation: RelationSettings = field(default=RelationSettings("off"))
     adapter_init: Init = "zero"
+    allocation: Allocation = "learned"
 
 
 def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
@@ -63,6 +65,7 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
         carry=tuning.carry,
         without_adapters=tuning.without_adapters,
         adapter_init=tuning.adapter_init,
+        allocation=tuning.allocation,
         generator=torch.Generator().manual_seed(task.seed),
     )
     measured = dict(outcome.measured)

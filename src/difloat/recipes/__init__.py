@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from difloat.methods import options
-from difloat.methods.posttraining import Outcome, Task
+from difloat.methods.posttraining import Bits, Outcome, Task
+from difloat.methods.sparsity import mostly_zero
 from difloat.quantizer import Plan
 from difloat.recipes import (
     baselines,
@@ -92,15 +93,15 @@ def lookup(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def make_options(recipe: Recipe, values: Mapping[str, Any]) -> Any:
-    """Options of a recipe from user values; ValueError as from `options.make_options`."""
-    return options.make_options(recipe.options, values)
+def make_options(recipe: Recipe, values: Mapping[str, Any], bits: str) -> Any:
+    """Options of a recipe from user values; ValueError as from `options.make_options` and `options.checked`."""
+    return options.checked(options.make_options(recipe.options, values), Bits.parse(bits))
 
 
 def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
     """Decide everything about the task's model; the model stays untouched."""
     row = lookup(recipe)
-    settings = make_options(row, chosen)
+    settings = make_options(row, chosen, bits)
     outcome = row.plan(task, settings)
     stored = {**dataclasses.asdict(settings), "seed": task.seed, "calibration_rows": len(task.calibration)}
     if task.target != "any":
@@ -113,7 +114,7 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
         outcome.layers,
         outcome.skipped,
         stored,
-        outcome.measured,
+        {**outcome.measured, "mostly_zero": mostly_zero(task.model, outcome.layers)},
         outcome.attention,
         outcome.timesteps,
     )

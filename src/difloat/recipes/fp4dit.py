@@ -7,8 +7,8 @@ Paper -> here:
   the embedders and the final projection stay in high precision               `outside`: what is in no list of blocks
 
 Not stated in the paper, or stated differently by its code (our choices): E2M3 and E3M4 for 6- and 8-bit activations as in the
-  code (a secondary source says E3M2 and E4M3); widths other than 4, 6, 8; 400 steps per block at a rate tuned for them
-  (docs/log.md) instead of 2,500 at 0.0001; the reconstruction error is relative to the size of the block's output.
+  code (a secondary source: E3M2, E4M3); other widths; 400 steps per block at a rate tuned for them (docs/log.md) instead of
+  2,500 at 0.0001; the reconstruction error is relative to the size of the block's output.
 Differs from the released code: calibration follows the sampler's own timesteps, conditional and unconditional (the code takes
   almost clean latents at timesteps 0 to 19: `timesteps="clean"`); block inputs come from the quantized prefix kept up to date
   (the code keeps those cached once: `inputs="full"` is the other end); the input of a convolution has one scale per picture.
@@ -16,7 +16,7 @@ Differs from the released code: calibration follows the sampler's own timesteps,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from difloat import formats, layers
@@ -25,6 +25,7 @@ from difloat.methods import posttraining
 from difloat.methods.adaround import RoundingSettings
 from difloat.methods.assign import MIN_MAX, Rule
 from difloat.methods.observe import Trace
+from difloat.methods.options import format_field
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.scales import ScaleFormat
 from difloat.methods.search import CLIPS
@@ -44,8 +45,8 @@ class Options:
         learning_rate: Of the rounding variables; 0 takes the tuned rate of the form.
         group_size: Input channels per weight scale; 0: one scale per output channel.
         scale_format: Grid of weight scales, as in `rtn`; off "float32" the range is searched, as its ends cannot be met.
-        weight_format: Of 4-bit weights: "paper", a format's name, or "search" among all 4-bit formats by squared error.
-        before_gelu: Format of the 4-bit linear before GELU; "same" as the others.
+        weight_format: "paper", the name of a format of as many bits as weights have, or "search" among all by squared error.
+        before_gelu: Of the linear before GELU: "paper" (E3M0 at 4 bits), the name of a format, or "same" as the others.
         activation: "online" per token, or "static" per tensor from calibration.
         attention, softmax: Quantize q, k, v like activations; bits of the map: 16 leaves it, 8 is an unsigned grid.
         outside: Layers in no list of blocks (embedders, final projection): "keep" in high precision, or "8bit".
@@ -58,8 +59,8 @@ class Options:
     learning_rate: float = 0.0
     group_size: int = 128
     scale_format: ScaleFormat = "float32"
-    weight_format: str = "paper"
-    before_gelu: str = "e3m0"
+    weight_format: str = format_field("paper", "search")
+    before_gelu: str = format_field("paper", "same")
     activation: Literal["online", "static"] = "online"
     attention: bool = True
     softmax: Literal["16", "8"] = "16"
@@ -79,7 +80,8 @@ def plan(task: Task, options: Options) -> Outcome:
             return "outside of the blocks"
         weight_bits = task.bits.weight if name in inside else 8
         fixed = options.weight_format != "search" and options.scale_format == "float32"
-        found = _weight_formats(weight_bits, name in seen.before_gelu, task.pipeline, options)
+        pipeline = task.pipeline if name in inside else None
+        found = _weight_formats(weight_bits, name in seen.before_gelu, pipeline, options)
         activation = None
         if task.bits.activation is not None:
             grid = (default_format(task.bits.activation if name in inside else 8),)
@@ -89,29 +91,26 @@ def plan(task: Task, options: Options) -> Outcome:
         return LayerRules(weight, activation, options.rounding == "learned" and weight_bits <= 4)
 
     default_rate = SCALE_AWARE_RATE if options.scale_aware else RoundingSettings.learning_rate
-    rounding = RoundingSettings(
-        iterations=options.iterations,
-        learning_rate=options.learning_rate or default_rate,
-        scale_aware=options.scale_aware,
-        precision=options.precision,
-    )
+    rounding = RoundingSettings(options.iterations, learning_rate=options.learning_rate or default_rate)
+    rounding = replace(rounding, scale_aware=options.scale_aware, precision=options.precision)
     sequencing = Sequencing(True, rounding, options.inputs, options.rounding_rows)
-    bits = task.bits.activation
-    operand = default_format(bits) if options.attention and bits is not None else None
+    bits = task.bits.activation if options.attention else None
+    operand = default_format(bits) if bits is not None else None
     softmax = formats.parse("ue4m4") if options.softmax == "8" else None
     attention = AttentionPlan(operand, softmax) if operand or softmax else None
     return posttraining.run(task, rules, sequencing, attention)
 
 
-def _weight_formats(bits: int, before_gelu: bool, pipeline: str, options: Options) -> tuple[Format, ...]:
-    if bits != 4:
-        return (default_format(bits),)
-    name = options.weight_format
-    if before_gelu and options.before_gelu != "same":
-        name = options.before_gelu
-    if name == "search":
-        return formats.candidates(4)
-    return (formats.parse(("e1m2" if pipeline == SIGMA else "e2m1") if name == "paper" else name),)
+def _weight_formats(
+    bits: int, before_gelu: bool, pipeline: str | None, options: Options
+) -> tuple[Format, ...]:
+    named = options.before_gelu if before_gelu else "same"
+    if pipeline is not None and named == "paper" and bits == 4:
+        return (formats.parse("e3m0"),)
+    named = options.weight_format if named in ("paper", "same") else named
+    if pipeline is None or named == "paper":  # outside of the blocks, or by default
+        return (formats.parse("e1m2") if bits == 4 and pipeline == SIGMA else default_format(bits),)
+    return formats.candidates(bits) if named == "search" else (formats.parse(named),)
 
 
 def default_format(bits: int) -> Format:

@@ -79,10 +79,6 @@ def plan(task: Task, options: Options) -> Outcome:
     )
     weighed = (options.relation_weight, options.feature_weight)
     relation = RelationSettings(options.relation, *weighed, options.relation_every, options.features)
-    if not options.mixed and choosing != AllocationSettings(scale_inputs=options.scale_inputs):
-        raise ValueError(
-            "plus, criterion and candidates must come with rows of several widths, got mixed=false"
-        )
     if options.epochs and relation.kind != "off":
         feature_module(task, relation)  # refused before the search, not after it
     rule = {"int": asymmetric_integers, "fp": floating_grids}[options.grid]

@@ -12,6 +12,7 @@ from difloat import formats
 from difloat.methods import posttraining
 from difloat.methods.assign import MIN_MAX, Rule, floating_point
 from difloat.methods.observe import Trace
+from difloat.methods.options import format_field
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.scales import ScaleFormat
 from difloat.methods.search import CLIPS
@@ -41,7 +42,7 @@ class NearestOptions:
     split: bool = True
     weight_granularity: Granularity = "channel"
     group_size: int = 128
-    weight_format: str = ""
+    weight_format: str = format_field("")
     scale_format: ScaleFormat = "float32"
     activation: Literal["static", "online"] = "static"
 
@@ -55,10 +56,6 @@ def rtn(task: Task, options: NearestOptions) -> Outcome:
         return (floating_point(bits),)
 
     wanted = formats.parse(options.weight_format) if options.weight_format else grid(task.bits.weight)[0]
-    if wanted.bits != task.bits.weight:
-        raise ValueError(
-            f"weight_format must have the {task.bits.weight} bits asked for, got {wanted.name}; change --bits or the format"
-        )
     group_size = options.group_size if options.weight_granularity == "group" else None
 
     def rules(name: str, seen: Trace) -> LayerRules:

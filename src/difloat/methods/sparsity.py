@@ -1,0 +1,33 @@
+"""Layers of which little is left: most of their weights were rounded to zero.
+
+Few bits round many weights to zero, and may do so rightly. With the three values of a signed 2-bit grid, the scale of the
+lowest squared error rounds 46 % of normally distributed weights to zero and 63 % of Laplace-distributed ones; e2m1 about 10 %.
+A scale taken from the largest magnitude (FP4DiT at 2 bits, groups of 128) rounds 80 % and more: the grid reaches for the few
+largest weights, and the rest is gone. More than two thirds is more than any good scale of a usual weight rounds away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from difloat import layers, quantizer
+from difloat.facts import MOSTLY, rounded_away
+from difloat.quantizer import LayerPlan
+
+
+def mostly_zero(model: nn.Module, plans: Mapping[str, LayerPlan]) -> dict[str, float]:
+    """The layers that lost more than `MOSTLY` of their weights to zero, and how much each.
+
+    Args:
+        model: The float model.
+        plans: Of its layers; of several weights by timestep the first counts.
+    """
+    found = {}
+    for name, plan in plans.items():
+        after = float((quantizer.dequantize(plan) == 0).float().mean())
+        before = float((layers.weight_of(model, name) == 0).float().mean())
+        if (lost := rounded_away(after, before)) > MOSTLY:
+            found[name] = lost
+    return found
