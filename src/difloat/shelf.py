@@ -26,7 +26,7 @@ from torch import Tensor
 from difloat import processes
 from difloat.calls import Row
 
-_VERSION = 3  # 2: rows know their trajectory; 3: which all parts share
+_VERSION = 4  # 2: rows know their trajectory; 3: which all parts share; 4: lists of one tensor per row
 
 Recorded = tuple[list[Row], Mapping[str, Tensor]]  # rows of a shard, and their tensors by content hash
 

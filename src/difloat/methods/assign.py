@@ -186,7 +186,7 @@ def draft_layer(weight: Tensor, splits: Sequence[int], rule: Rule) -> Draft:
         splits: Channels of every part, adding up to i; parts are searched on their own.
         rule: What is asked.
     """
-    weight = weight.detach()
+    weight = weight.detach().contiguous()  # of a channels_last model it is not
     parts, scales, zeros, error = [], [], [], 0.0
     for piece in weight.float().split(list(splits), dim=1):
         rows = rows_of(piece, rule.spec(rule.formats[0]))
