@@ -50,6 +50,7 @@ def plan(
     prompts: Sequence[str] | None = None,
     forward_loop: Callable[[nn.Module], object] | None = None,
     cache_dir: str | Path | None = None,
+    cache_key: str | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
     target: str = "any",
@@ -66,6 +67,9 @@ def plan(
         prompts: Texts to calibrate with; None takes general built-in ones.
         forward_loop: Called with the module, samples with it; for plain modules.
         cache_dir: Keeps calibration data and finished blocks, so that a killed run goes on where it was.
+        cache_key: What `forward_loop` is called in the cache; None tells loops apart by their code and the values in it
+            (`calibration.collect_from_loop`). Under either name, what is cached is used only where the loop's first call of
+            the module is the same.
         progress: Show progress bars.
         call_kwargs: Further arguments of the pipeline's call, such as `height`.
         target: "cpu" restricts every search to formats that CPUs compute in integers; "any" does not.
@@ -82,7 +86,8 @@ def plan(
     names = {field.name for field in fields(CalibrationSettings)}
     settings = {name: value for name, value in options.items() if name in names}
     own = {name: value for name, value in options.items() if name not in names}
-    recipes.make_options(row, own)  # refuse bad options before hours of calibration
+    chosen = recipes.make_options(row, own)  # refuse bad options before hours of calibration
+    _check_sampler(model, getattr(chosen, "sampler_power", 0.0), f"{recipe} must be told factor_power=0")
     excluded(layers.quantizable(denoiser(model)), exclude)
     others = parts.parse(model, components, bits, target)
     data = calibrate(
@@ -90,6 +95,7 @@ def plan(
         prompts=prompts,
         forward_loop=forward_loop,
         cache_dir=cache_dir,
+        cache_key=cache_key,
         progress=progress,
         call_kwargs=call_kwargs,
         **settings,
@@ -113,6 +119,7 @@ def repair(
     prompts: Sequence[str] | None = None,
     forward_loop: Callable[[nn.Module], object] | None = None,
     cache_dir: str | Path | None = None,
+    cache_key: str | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -130,6 +137,7 @@ def repair(
         prompts: As for `plan`, like the rest.
         forward_loop: Likewise.
         cache_dir: Likewise.
+        cache_key: Likewise.
         progress: Likewise.
         call_kwargs: Likewise.
         **settings: Fields of `CalibrationSettings`.
@@ -143,11 +151,13 @@ def repair(
     """
     training = TrainingSettings(epochs, guidance_weight=guidance_weight)
     _check_repairable(model, plan, epochs, rank)
+    _check_sampler(model, float(dfa), "repair must be told dfa=False")
     data = calibrate(
         model,
         prompts=prompts,
         forward_loop=forward_loop,
         cache_dir=cache_dir,
+        cache_key=cache_key,
         progress=progress,
         call_kwargs=call_kwargs,
         **settings,
@@ -184,6 +194,14 @@ def _quantized(module: nn.Module) -> bool:
     return any(isinstance(part, layers.QuantizedLayer) for part in module.modules())
 
 
+def _check_sampler(model: Any, power: float, way_out: str) -> None:
+    """Refuse a loss that is weighted by the sampler where there is none, before anything is calibrated."""
+    if power and isinstance(model, nn.Module):
+        raise ValueError(
+            f"{way_out} for a plain module, got one with a loss weighted by the sampler's steps; pass it, or pass the pipeline"
+        )
+
+
 def _check_repairable(model: Any, plan: Plan, epochs: int, rank: int) -> None:
     if not isinstance(rank, int) or rank < 0 or not epochs:
         raise ValueError(
@@ -193,12 +211,12 @@ def _check_repairable(model: Any, plan: Plan, epochs: int, rank: int) -> None:
         if layer.side is not None:
             raise ValueError(
                 f"plan must have nothing beside its weights to be repaired, got low-rank pairs beside {name!r}; "
-                "quantize with --set carry=merged --set adapters=1 (msfp)"
+                "quantize with carry='merged', adapters=1 (msfp)"
             )
         if layer.schedule:
             raise ValueError(
                 f"plan must have one weight per layer to be repaired, got {layer.variants} by timestep of {name!r}; "
-                "quantize with --set adapters=1 (msfp) or --set stretches=1 (viditq)"
+                "quantize with adapters=1 (msfp) or stretches=1 (viditq)"
             )
     for module, own in parts.models(model, denoiser(model), plan):
         lora.refuse(module, "quantized")
@@ -252,6 +270,7 @@ def calibrate(
     prompts: Sequence[str] | None = None,
     forward_loop: Callable[[nn.Module], object] | None = None,
     cache_dir: str | Path | None = None,
+    cache_key: str | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -261,6 +280,11 @@ def calibrate(
     check_model(module)
     wanted = CalibrationSettings(**settings)
     if model is not module:
+        if forward_loop is not None or cache_key is not None:
+            raise ValueError(
+                f"forward_loop and cache_key must come with a plain module, got {type(model).__name__}, which samples itself; "
+                "leave them out, or pass its denoiser"
+            )
         texts = prompts_for(model, prompts)
         return calibration.collect(
             model, texts, wanted, cache_dir=cache_dir, progress=progress, call_kwargs=call_kwargs
@@ -269,7 +293,9 @@ def calibrate(
         raise ValueError(
             "a plain module must come with forward_loop, got None; give a function that samples with the module"
         )
-    return calibration.collect_from_loop(module, forward_loop, wanted, cache_dir=cache_dir, progress=progress)
+    return calibration.collect_from_loop(
+        module, forward_loop, wanted, cache_dir=cache_dir, cache_key=cache_key, progress=progress
+    )
 
 
 def plan_calibrated(task: Task, recipe: str, bits: str, options: Mapping[str, Any]) -> Plan:

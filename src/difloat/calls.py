@@ -268,7 +268,7 @@ def _check_timestep(name: str, timestep: Tensor, batch: int, in_lists: bool) -> 
 def _encoded(
     named: Mapping[str, object], positional: int, batch: int
 ) -> tuple[str, list[tuple[str, Tensor, bool]], list[bool | str]]:
-    """A call as JSON, its tensors, and for each whether it is cut along its first axis, "listed" in a list of rows, or shared."""
+    """A call as JSON, its tensors, and whether each is cut along its first axis, "listed" in a list of rows, or shared."""
     leaves: list[tuple[str, Tensor, bool]] = []
     nodes = {name: encode(value, name, leaves) for name, value in named.items()}
     per_row: list[bool | str] = [

@@ -64,6 +64,11 @@ class Shelf:
             self._write_index()
         self._keep(rows, {key: blob.nbytes for key, blob in blobs.items()}, None if fits else path, blobs)
 
+    @property
+    def shards(self) -> list[str]:
+        """Names of the shards of earlier runs."""
+        return [Path(name).stem for name in self._shards]
+
     def find(self, shard: str) -> Recorded | None:
         """Rows and tensors of a shard of an earlier run, to be `put`; None if there is no complete one."""
         path = None if self._folder is None else self._folder / f"{shard}.safetensors"

@@ -135,7 +135,7 @@ def decide(model: nn.Module, wanted: Settings, float32: Sequence[str] = ()) -> D
         raise ValueError(
             f"{type(model).__name__} must have a layer to quantize, got none: {reason}; exclude fewer layers"
         )
-    return Decision(rules, skipped, wanted)
+    return Decision(rules, skipped | layers.staying_float(model), wanted)
 
 
 def plan(model: nn.Module, wanted: Settings, *, progress: bool = True) -> Plan:

@@ -61,6 +61,11 @@ class TrainingSettings:
     precision: Literal["no", "bf16", "fp16"] = "no"
     patience: int = 0
 
+    @property
+    def sampler_power(self) -> float:
+        """Power of the sampler's factors that weighs a timestep's loss; 0 without, and for plain modules, see `loss_weights`."""
+        return 0.0
+
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("rows", 1), ("accumulation", 1), ("patience", 0)):
             value = getattr(self, name)

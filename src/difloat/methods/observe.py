@@ -271,16 +271,28 @@ def merge(calls: Sequence[Call], rows: Sequence[int]) -> Call:
     """Concatenate the arguments of several calls of one module along the batch axis.
 
     Tensors whose first axis is the batch (`rows` of the denoiser's call) are concatenated; anything else is shared.
+
+    Raises:
+        ValueError: if tensors to concatenate differ in another axis, as captions or pictures of several sizes make them.
     """
     flat = [pytree.tree_flatten(call) for call in calls]
     flags = [_per_row(call, count) for call, count in zip(calls, rows, strict=True)]
     merged = [
-        torch.cat(leaves) if all(batched) else leaves[0]
+        _joined(leaves) if all(batched) else leaves[0]
         for leaves, batched in zip(
             zip(*(leaves for leaves, _ in flat), strict=True), zip(*flags, strict=True), strict=True
         )
     ]
     return pytree.tree_unflatten(merged, flat[0][1])
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    if len(sizes := {tuple(tensor.shape[1:]) for tensor in tensors}) > 1:
+        raise ValueError(
+            f"blocks must be given tensors of one size in all calls to learn their rounding, got rows of {sorted(sizes)}; "
+            "calibrate with captions of one length and pictures of one size, or say rounding=nearest"
+        )
+    return torch.cat(list(tensors))
 
 
 def select(call: Call, rows: int, index: Tensor) -> Call:

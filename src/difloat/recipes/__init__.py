@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from difloat import layers
 from difloat.methods import options
 from difloat.methods.posttraining import Outcome, Task
 from difloat.quantizer import Plan
@@ -102,7 +103,8 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
     row = lookup(recipe)
     settings = make_options(row, chosen)
     outcome = row.plan(task, settings)
-    stored = {**dataclasses.asdict(settings), "seed": task.seed, "calibration_rows": len(task.calibration)}
+    stored = {**dataclasses.asdict(settings), **outcome.used}
+    stored |= {"seed": task.seed, "calibration_rows": len(task.calibration)}
     if task.target != "any":
         stored["target"] = task.target
     if task.exclude:
@@ -111,7 +113,7 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
         recipe,
         bits.strip().lower(),
         outcome.layers,
-        outcome.skipped,
+        {**outcome.skipped, **layers.staying_float(task.model)},
         stored,
         outcome.measured,
         outcome.attention,

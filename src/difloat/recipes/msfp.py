@@ -67,6 +67,11 @@ class Options(TrainingSettings):
     rounding_rows: int = field(default=Sequencing.rounding_rows)
     keep_8bit: tuple[str, ...] = ("first", "last")
 
+    @property
+    def sampler_power(self) -> float:
+        """Power of the sampler's factors in the loss."""
+        return self.factor_power if self.dfa and self.adapters and self.epochs else 0.0
+
 
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by MSFP."""
@@ -76,8 +81,7 @@ def plan(task: Task, options: Options) -> Outcome:
         raise ValueError(
             f"factor_power must come with dfa, got {options.factor_power:g} and dfa=false; leave one out"
         )
-    trains = options.adapters and options.epochs
-    weights = loss_weights(task, options.factor_power if options.dfa and trains else 0.0)
+    weights = loss_weights(task, options.sampler_power)
 
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
