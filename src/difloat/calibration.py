@@ -303,9 +303,9 @@ def collect_from_loop(
 
     It is one shard of `cache_dir`: a killed run starts again, a finished one is reused if module, settings and loop are the
     same. Loops are told apart by `cache_key`, or without one by their code, defaults and the values they use from outside
-    (`loop_identity.fingerprint`), so two lambdas of one function are two loops. In either case a cached loop is begun once more,
-    as far as its first call of the module, and its rows are used only if that call is fed what they began with. What neither
-    shows, such as a file that the loop reads later, needs another `cache_key`.
+    (`loop_identity.fingerprint`), so two lambdas of one function are two loops. In either case a cached loop is begun once
+    more, as far as its first call of the module, and its rows are used only if that call is fed what they began with. What
+    neither shows, such as a file that the loop reads later, needs another `cache_key`.
 
     Raises:
         ValueError: The loop never called the module, NaN or infinity in the inputs, or rows of different
@@ -328,6 +328,7 @@ def collect_from_loop(
         with tqdm(desc="calibrate", unit="call", disable=not progress) as bar:
             generator = torch.Generator().manual_seed(settings.seed)
             recorder = Recorder(module, settings.samples, generator, on_call=bar.update, trajectories="loop")
+            first.digest = ""
             with recording(module, recorder, settings.seed), recording(module, first, settings.seed):
                 forward_loop(module)
             finish_recording(recorder)

@@ -22,7 +22,7 @@ from difloat.side import low_rank, product
 from difloat.slots import VECTORS, RowSlot, Slot, row_slots_of, slots_of
 from difloat.specs import SIDE, Band, Part, Side, weight_formats
 from difloat.timesteps import Clock
-from difloat.units import blocks, inside_blocks, quantizable, staying_float
+from difloat.units import blocks, inside_blocks, quantizable
 
 __all__ = [
     "QuantConv2d",
@@ -40,7 +40,6 @@ __all__ = [
     "restore",
     "set_clock",
     "shadow",
-    "staying_float",
     "weight_of",
 ]
 

@@ -63,7 +63,7 @@ class TrainingSettings:
 
     @property
     def sampler_power(self) -> float:
-        """Power of the sampler's factors that weighs a timestep's loss; 0 without, and for plain modules, see `loss_weights`."""
+        """Power of the sampler's factors in the loss (`loss_weights`), which plain modules do not have."""
         return 0.0
 
     def __post_init__(self) -> None:

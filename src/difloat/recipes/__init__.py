@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from difloat import layers
+from difloat import units
 from difloat.methods import options
 from difloat.methods.posttraining import Outcome, Task
 from difloat.quantizer import Plan
@@ -113,7 +113,7 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
         recipe,
         bits.strip().lower(),
         outcome.layers,
-        {**outcome.skipped, **layers.staying_float(task.model)},
+        {**outcome.skipped, **units.staying_float(task.model)},
         stored,
         outcome.measured,
         outcome.attention,
