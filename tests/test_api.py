@@ -131,7 +131,7 @@ def test_whatever_stays_float_is_named_with_a_reason() -> None:
     assert set(plan.skipped) == {
         "attention", "attention.out_proj", "narrow", "deep", "up", "table", "experts", "own",
     }  # fmt: skip
-    assert "MultiheadAttention is no linear layer" in plan.skipped["attention"]
+    assert "in_proj_weight of MultiheadAttention, no linear layer" in plan.skipped["attention"]
     assert "forward pass of its own" in plan.skipped["own"]
     assert "without calling" in plan.skipped["attention.out_proj"]
     found = datafree.plan(model, datafree.settings({"bits": "w8a8"}), progress=False)
@@ -151,8 +151,8 @@ def test_losses_weighted_by_the_sampler_are_refused_for_plain_modules_before_cal
     model = Denoiser()
     plan = difloat.plan(model, "rtn", "w4a8", forward_loop=loop, samples=8, progress=False)
     with pytest.raises(ValueError, match="repair must be told dfa=False"):
-        difloat.repair(model, plan, forward_loop=no_loop)
-    repaired = difloat.repair(
+        api.repair(model, plan, forward_loop=no_loop)
+    repaired = api.repair(
         model, plan, forward_loop=loop, dfa=False, epochs=1, rank=0, samples=8, progress=False
     )
     assert repaired.options["repair"]["guidance_weight"] == 0.0

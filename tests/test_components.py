@@ -14,7 +14,8 @@ from torch import nn
 import difloat
 from difloat import components, io
 from difloat.layers import QuantizedLayer
-from tiny import tiny_pixart, tiny_unet
+from difloat.methods import datafree
+from tiny import tiny_pixart, tiny_unet, tiny_vae
 
 SAMPLING = {"samples": 8, "steps": 2, "prompts_per_batch": 2, "progress": False}
 BINNING = {"use_resolution_binning": False}

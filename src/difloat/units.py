@@ -76,7 +76,10 @@ def staying_float(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if name in possible or isinstance(module, parents.PackedWeight):
             continue
-        if not any(p.is_floating_point() and p.dim() >= 2 for p in module.parameters(recurse=False)):
+        own = [
+            key for key, p in module.named_parameters(recurse=False) if p.is_floating_point() and p.dim() >= 2
+        ]
+        if not own:
             continue
         kind = type(module).__name__
         if name in cast:
@@ -86,5 +89,7 @@ def staying_float(model: nn.Module) -> dict[str, str]:
         elif isinstance(module, nn.Linear | nn.Conv2d):
             found[name] = f"stays float: {kind} has a forward pass of its own"
         else:
-            found[name] = f"stays float: {kind} is no linear layer and no two-dimensional convolution"
+            found[name] = (
+                f"stays float: {', '.join(own)} of {kind}, no linear layer and no two-dimensional convolution"
+            )
     return found
