@@ -67,9 +67,8 @@ def plan(
         prompts: Texts to calibrate with; None takes general built-in ones.
         forward_loop: Called with the module, samples with it; for plain modules.
         cache_dir: Keeps calibration data and finished blocks, so that a killed run goes on where it was.
-        cache_key: What `forward_loop` is called in the cache; None tells loops apart by their code and the values in it
-            (`calibration.collect_from_loop`). Under either name, what is cached is used only where the loop's first call of
-            the module is the same.
+        cache_key: What `forward_loop` is called in the cache; None: loops are told apart by their code and the values in it.
+            In either case only rows that begin as the loop does are used (`calibration.collect_from_loop`).
         progress: Show progress bars.
         call_kwargs: Further arguments of the pipeline's call, such as `height`.
         target: "cpu" restricts every search to formats that CPUs compute in integers; "any" does not.
@@ -90,16 +89,13 @@ def plan(
     _check_sampler(model, getattr(chosen, "sampler_power", 0.0), f"{recipe} must be told factor_power=0")
     excluded(layers.quantizable(denoiser(model)), exclude)
     others = parts.parse(model, components, bits, target)
-    data = calibrate(
-        model,
-        prompts=prompts,
-        forward_loop=forward_loop,
-        cache_dir=cache_dir,
-        cache_key=cache_key,
-        progress=progress,
-        call_kwargs=call_kwargs,
-        **settings,
-    )
+    source: dict[str, Any] = {
+        "prompts": prompts,
+        "forward_loop": forward_loop,
+        "cache_dir": cache_dir,
+        "cache_key": cache_key,
+    }
+    data = calibrate(model, **source, progress=progress, call_kwargs=call_kwargs, **settings)
     work_dir = None if cache_dir is None else Path(cache_dir)
     wanted = CalibrationSettings(**settings)
     task = task_of(model, data, parsed)
@@ -152,16 +148,13 @@ def repair(
     training = TrainingSettings(epochs, guidance_weight=guidance_weight)
     _check_repairable(model, plan, epochs, rank)
     _check_sampler(model, float(dfa), "repair must be told dfa=False")
-    data = calibrate(
-        model,
-        prompts=prompts,
-        forward_loop=forward_loop,
-        cache_dir=cache_dir,
-        cache_key=cache_key,
-        progress=progress,
-        call_kwargs=call_kwargs,
-        **settings,
-    )
+    source: dict[str, Any] = {
+        "prompts": prompts,
+        "forward_loop": forward_loop,
+        "cache_dir": cache_dir,
+        "cache_key": cache_key,
+    }
+    data = calibrate(model, **source, progress=progress, call_kwargs=call_kwargs, **settings)
     wanted, work_dir = CalibrationSettings(**settings), None if cache_dir is None else Path(cache_dir)
     task = replace(task_of(model, data, Bits.parse(plan.bits)), seed=wanted.seed, progress=progress)
     task = replace(task, work_dir=work_dir, memory_bytes=wanted.memory_bytes)

@@ -321,7 +321,18 @@ def collect_from_loop(
     }
     processes.join(device_of(module))
     shelf = open_shelf(cache_dir, settings.memory_bytes, request)
+    _collect_loop(module, forward_loop, settings, shelf, progress)
+    return _finish(module, shelf, settings, device_of(module))
 
+
+def _collect_loop(
+    module: nn.Module,
+    forward_loop: Callable[[nn.Module], object],
+    settings: CalibrationSettings,
+    shelf: Shelf,
+    progress: bool,
+) -> None:
+    """Put the rows of a loop on the shelf, those of an earlier run if they began with the same call."""
     first = loop_identity.FirstCall(module)
 
     def record(batch: int) -> Recorded:
@@ -343,7 +354,6 @@ def collect_from_loop(
     (recorded,) = record_shards(shelf, {processes.on_main(begun): 0}, record)
     with processes.together():
         shelf.put(f"loop-{first.digest}", *recorded)
-    return _finish(module, shelf, settings, device_of(module))
 
 
 def sampling_of(

@@ -100,11 +100,10 @@ def make_options(recipe: Recipe, values: Mapping[str, Any]) -> Any:
 
 def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
     """Decide everything about the task's model; the model stays untouched."""
-    row = lookup(recipe)
-    settings = make_options(row, chosen)
-    outcome = row.plan(task, settings)
-    stored = {**dataclasses.asdict(settings), **outcome.used}
-    stored |= {"seed": task.seed, "calibration_rows": len(task.calibration)}
+    settings = make_options(lookup(recipe), chosen)
+    outcome = lookup(recipe).plan(task, settings)
+    rows = len(task.calibration)
+    stored = {**dataclasses.asdict(settings), **outcome.used, "seed": task.seed, "calibration_rows": rows}
     if task.target != "any":
         stored["target"] = task.target
     if task.exclude:

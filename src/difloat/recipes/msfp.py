@@ -68,8 +68,7 @@ class Options(TrainingSettings):
     keep_8bit: tuple[str, ...] = ("first", "last")
 
     @property
-    def sampler_power(self) -> float:
-        """Power of the sampler's factors in the loss."""
+    def sampler_power(self) -> float:  # noqa: D102
         return self.factor_power if self.dfa and self.adapters and self.epochs else 0.0
 
 
