@@ -158,8 +158,7 @@ def repair(
     wanted, work_dir = CalibrationSettings(**settings), None if cache_dir is None else Path(cache_dir)
     task = replace(task_of(model, data, Bits.parse(plan.bits)), seed=wanted.seed, progress=progress)
     task = replace(task, work_dir=work_dir, memory_bytes=wanted.memory_bytes)
-    weight = guidance_to_keep(guidance_weight, task)
-    training = replace(training, guidance_weight=weight)
+    training = replace(training, guidance_weight=(weight := guidance_to_keep(guidance_weight, task)))
     weights = loss_weights(task, 2.0 if dfa else 0.0)
     tuned = tune(task, _start(plan, task), Tuning(training, 1, rank, weights, _of_8_bits(plan)))
     used = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": weight, "seed": wanted.seed}

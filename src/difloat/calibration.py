@@ -294,9 +294,8 @@ def collect_from_loop(
     The sample is the first tensor argument with at least two axes, its first axis the batch. The timestep is
     found by parameter name (`timestep`, `t`, `sigma`, ...), else it is the first scalar or `[batch]` tensor after
     the sample; without one, the number of the call takes its place. `steps`, `guidance_scale` and
-    `prompts_per_batch` are the loop's own business and not used. A loop that gives fewer rows gives fewer.
-
-    Of several processes (`difloat.processes`) the main one runs the loop, and all get the rows.
+    `prompts_per_batch` are the loop's own business and not used. A loop that gives fewer rows gives fewer. Of several
+    processes (`difloat.processes`) the main one runs the loop, and all get the rows.
 
     The loop runs with torch's random state seeded and then restored. Calls whose timesteps go on in one direction at one batch
     size count as the steps of one trajectory (`trajectories.Course`).
@@ -345,13 +344,9 @@ def _collect_loop(
             finish_recording(recorder)
             return recorder.rows, recorder.blobs
 
-    def begun() -> str:
-        if shelf.shards:
-            with recording(module, first, settings.seed):
-                first.only(forward_loop)
-        return f"loop-{first.digest}"
-
-    (recorded,) = record_shards(shelf, {processes.on_main(begun): 0}, record)
+    begun = partial(first.of_loop, forward_loop, settings.seed)
+    digest = processes.on_main(lambda: begun() if shelf.shards else "")
+    (recorded,) = record_shards(shelf, {f"loop-{digest}": 0}, record)
     with processes.together():
         shelf.put(f"loop-{first.digest}", *recorded)
 

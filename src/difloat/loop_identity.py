@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from difloat.calls import content_hash
+from difloat.calls import content_hash, recording
 from difloat.sampling import weights_summary
 
 _DEPTH = 8  # of nested values that are looked into
@@ -125,13 +125,14 @@ class FirstCall:
         if self._ends:
             raise _Begun
 
-    def only(self, loop: Callable[[nn.Module], object]) -> None:
-        """Run a loop as far as its first call; ValueError if it makes none."""
+    def of_loop(self, loop: Callable[[nn.Module], object], seed: int) -> str:
+        """Run a loop, as it is recorded, as far as its first call; the digest. ValueError if it makes none."""
         self._ends = True
         try:
-            loop(self._module)
+            with recording(self._module, self, seed):
+                loop(self._module)
         except _Begun:
-            return
+            return self.digest
         finally:
             self._ends = False
         raise ValueError(

@@ -68,14 +68,14 @@ class Options(TrainingSettings):
     keep_8bit: tuple[str, ...] = ("first", "last")
 
     @property
-    def sampler_power(self) -> float:  # noqa: D102
+    def sampler_power(self) -> float:
+        """Power of the sampler's factors in the loss; 0 without `dfa` or fine-tuning."""
         return self.factor_power if self.dfa and self.adapters and self.epochs else 0.0
 
 
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by MSFP."""
-    kept: list[str] = []
-    settings = settings_of(options, task)
+    kept, settings = list[str](), settings_of(options, task)
     if not options.dfa and options.factor_power != 1:
         raise ValueError(
             f"factor_power must come with dfa, got {options.factor_power:g} and dfa=false; leave one out"
