@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import difloat
 from difloat import layers, quantizer, recipes
 from difloat.calibration import CalibrationSettings, collect_from_loop
 from difloat.formats import parse
@@ -79,6 +80,38 @@ def test_kurtosis_is_its_definition() -> None:
     heavy, light = torch.zeros(1, 100), torch.ones(1, 100)
     heavy[0, 0], light[0, ::2] = 1.0, -1.0
     assert float(kurtosis(heavy)) > 50 > float(kurtosis(light))
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-10, 1e30])
+def test_kurtosis_has_no_unit(size: float) -> None:
+    rows = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)).double()
+    small = (rows * size).float()
+    assert small.abs().max() > 0
+    # What float32 keeps of numbers as small as 1e-40 is five digits.
+    torch.testing.assert_close(kurtosis(small), kurtosis(rows), rtol=1e-3, atol=0)
+
+
+def test_a_layer_of_very_small_weights_is_quantized_by_every_criterion() -> None:
+    for criterion in ("kurtosis", "magnitude", "error"):
+        model = nn.Sequential(nn.Linear(16, 20), nn.SiLU(), nn.Linear(20, 16))
+        with torch.no_grad():
+            model[0].weight.mul_(1e-40 / 0.25)
+
+        def loop(module: nn.Module) -> None:
+            module(torch.randn(8, 16))
+
+        plan = difloat.plan(
+            model,
+            "mpqdm",
+            "w3a8",
+            forward_loop=loop,
+            samples=8,
+            progress=False,
+            epochs=0,
+            criterion=criterion,
+        )
+        for layer in plan.layers.values():
+            assert all(bool(t.isfinite().all()) for t in layer.tensors.values() if t.is_floating_point())
 
 
 def test_the_input_scale_is_that_of_the_paper_and_leaves_the_output() -> None:

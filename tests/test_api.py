@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import difloat
 from difloat import api, layers
+from difloat.methods import datafree
 from tiny import tiny_ddim, tiny_pixart
 
 FAST = {"rounding": "nearest", "weight_granularity": "tensor", "progress": False}
@@ -90,3 +91,113 @@ def test_bad_arguments_are_refused_before_any_work() -> None:
         difloat.plan(model, forward_loop=loop)
     with pytest.raises(AttributeError):
         difloat.nothing  # noqa: B018
+
+
+class Mixed(Denoiser):
+    """A denoiser with weights of every kind that stays float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.narrow, self.deep = nn.Conv1d(2, 2, 1), nn.Conv3d(2, 2, 1)
+        self.up, self.table = nn.ConvTranspose2d(2, 2, 2), nn.Embedding(3, 2)
+        self.experts = Experts()
+        self.norm = nn.LayerNorm(2)
+
+
+class Experts(nn.Module):
+    """A stack of experts in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 3, 4))
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_whatever_stays_float_is_named_with_a_reason() -> None:
+    model = Mixed()
+    model.own = OwnForward(2, 2)
+    plan = difloat.plan(model, "rtn", "w8a8", forward_loop=loop, samples=8, progress=False)
+    heavy = {
+        name
+        for name, module in model.named_modules()
+        if any(p.dim() >= 2 for p in module.parameters(recurse=False))
+    }
+    assert plan.layers.keys() | plan.skipped.keys() == heavy and not plan.layers.keys() & plan.skipped.keys()
+    assert set(plan.skipped) == {
+        "attention", "attention.out_proj", "narrow", "deep", "up", "table", "experts", "own",
+    }  # fmt: skip
+    assert "in_proj_weight of MultiheadAttention, no linear layer" in plan.skipped["attention"]
+    assert "forward pass of its own" in plan.skipped["own"]
+    assert "without calling" in plan.skipped["attention.out_proj"]
+    found = datafree.plan(model, datafree.settings({"bits": "w8a8"}), progress=False)
+    assert found.layers.keys() | found.skipped.keys() == heavy
+
+
+def test_losses_weighted_by_the_sampler_are_refused_for_plain_modules_before_calibration() -> None:
+    def no_loop(module: nn.Module) -> None:
+        raise AssertionError("nothing may be calibrated")
+
+    for recipe in ("msfp", "guided"):
+        with pytest.raises(
+            ValueError, match=f"{recipe} must be told factor_power=0 for a plain module"
+        ) as refused:
+            difloat.plan(Denoiser(), recipe, "w4a4", forward_loop=no_loop, progress=False)
+        assert "--" not in str(refused.value)
+    model = Denoiser()
+    plan = difloat.plan(model, "rtn", "w4a8", forward_loop=loop, samples=8, progress=False)
+    with pytest.raises(ValueError, match="repair must be told dfa=False"):
+        api.repair(model, plan, forward_loop=no_loop)
+    repaired = api.repair(
+        model, plan, forward_loop=loop, dfa=False, epochs=1, rank=0, samples=8, progress=False
+    )
+    assert repaired.options["repair"]["guidance_weight"] == 0.0
+
+
+def test_a_plan_says_what_was_used_not_what_was_asked_for() -> None:
+    plan = difloat.plan(
+        Denoiser(), "guided", "w4a8", forward_loop=loop, samples=8, progress=False,
+        factor_power=0.0, epochs=1, rounding="nearest", guidance_weight=9.0,
+    )  # fmt: skip
+    assert plan.options["guidance_weight"] == 0.0  # the loop has no pairs of guidance
+
+
+def test_a_loop_has_a_name_in_the_cache(tmp_path) -> None:
+    def scaled(factor: float):
+        return lambda m: m(torch.full((8, 2), factor), torch.ones(8))
+
+    def scales(loop, **kwargs) -> Tensor:
+        plan = difloat.plan(
+            Denoiser(),
+            "rtn",
+            "w8a8",
+            forward_loop=loop,
+            samples=8,
+            progress=False,
+            cache_dir=tmp_path,
+            **kwargs,
+        )
+        return plan.layers["inner.0"].tensors["input_scale"]
+
+    for kwargs in ({}, {"cache_key": "mine"}):
+        assert 50 < float(scales(scaled(1000.0), **kwargs) / scales(scaled(2.0), **kwargs))
+    with pytest.raises(ValueError, match="must come with a plain module, got DDIMPipeline"):
+        difloat.plan(tiny_ddim(), "rtn", "w8a8", cache_key="mine")
+
+
+def test_a_channels_last_model_learns_rounding_as_any_other() -> None:
+    plain, last = tiny_ddim(), tiny_ddim()
+    last.unet.to(memory_format=torch.channels_last)
+    settings = {"samples": 4, "steps": 2, "prompts_per_batch": 2, "iterations": 2, "progress": False}
+    one, other = (difloat.plan(p, "lbfp", "w4a8", **settings) for p in (plain, last))
+    assert one.layers.keys() == other.layers.keys()
+    # The layouts sum in another order: a few roundings may turn.
+    same = [
+        (one.layers[n].tensors["weight"] == other.layers[n].tensors["weight"]).float().mean()
+        for n in one.layers
+    ]
+    assert min(same) > 0.8 and any(m.weight.stride(1) == 1 for m in layers.quantizable(last.unet).values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import difloat
 from difloat.calibration import (
     CalibrationSettings,
     collect,
@@ -24,6 +26,7 @@ from difloat.calibration import (
 )
 from difloat.calls import first_tensor, merge
 from difloat.forecast import probe
+from difloat.loop_identity import fingerprint
 from difloat.renoising import LastCall, clean_calls
 from tiny import PROMPTS, tiny_ddim, tiny_pixart, tiny_unet
 
@@ -383,12 +386,195 @@ def test_plain_module_with_a_forward_loop(tmp_path):
     broken = collect_from_loop(module, lambda m: loop(m), settings, progress=False)
     assert contents(broken) == contents(calibration)
 
-    def no_loop(module):
-        raise AssertionError("a finished shard must be reused")
-
-    no_loop.__qualname__, no_loop.__module__ = loop.__qualname__, loop.__module__
-    again = collect_from_loop(module, no_loop, settings, cache_dir=tmp_path, progress=False)
+    calls = []
+    handle = module.register_forward_hook(lambda *_: calls.append(1))
+    again = collect_from_loop(module, loop, settings, cache_dir=tmp_path, progress=False)
+    handle.remove()
+    assert len(calls) == 3  # of the check that rows can be merged; the loop is not run
     assert contents(again) == contents(calibration)
+
+
+def scaled_loop(factor):
+    return lambda module: [module(factor * torch.ones(2, 6), torch.tensor(t), EXTRA) for t in (9, 5)]
+
+
+EXTRA = (torch.ones(2, 6), {"scale": 0.5, "table": torch.arange(6.0), "name": None})
+
+
+def collected(loop, tmp_path, **kwargs):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = Plain()
+    settings = CalibrationSettings(samples=4)
+    return contents(collect_from_loop(module, loop, settings, cache_dir=tmp_path, progress=False, **kwargs))
+
+
+@pytest.mark.parametrize("cache_key", [None, "mine"])
+def test_two_lambdas_of_one_scope_are_two_loops_in_the_cache(cache_key, tmp_path):
+    small, large = scaled_loop(0.001), scaled_loop(1000.0)
+    assert small.__qualname__ == large.__qualname__
+    first = collected(small, tmp_path, cache_key=cache_key)
+    # With a name of its own the second loop shares the folder, and its first call tells it from the first one.
+    second = collected(large, tmp_path, cache_key=cache_key)
+    assert second == collected(large, tmp_path / "other") != first
+    assert collected(scaled_loop(0.001), tmp_path, cache_key=cache_key) == first
+    folders = len([path for path in tmp_path.iterdir() if path.name != "other"])
+    assert folders == (2 if cache_key is None else 1)
+
+
+def test_loops_that_differ_after_their_first_call_are_two(tmp_path):
+    def stepping(steps):
+        return lambda module: [module(torch.ones(2, 6), torch.tensor(9 - n), EXTRA) for n in range(steps)]
+
+    assert len(collected(stepping(1), tmp_path)) == 2
+    assert len(collected(stepping(2), tmp_path)) == 4
+
+
+class Held:
+    """Something a loop closes over."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (lambda m: m(1), lambda m: m(2)),
+        (scaled_loop(1.0), scaled_loop(2.0)),
+        (scaled_loop(torch.zeros(2)), scaled_loop(torch.ones(2))),
+        (scaled_loop({"a": [1]}), scaled_loop({"a": [2]})),
+        (scaled_loop(Held(1)), scaled_loop(Held(2))),
+        (scaled_loop(scaled_loop(1)), scaled_loop(scaled_loop(2))),
+        (functools.partial(loop, batch=1), functools.partial(loop, batch=2)),
+        (scaled_loop(nn.Linear(1, 1)), scaled_loop(nn.Linear(1, 1))),
+        (scaled_loop(torch.Generator().manual_seed(1)), scaled_loop(torch.Generator().manual_seed(2))),
+    ],
+)
+def test_a_fingerprint_tells_values_apart_and_is_the_same_again(one, other):
+    assert fingerprint(one) == fingerprint(one) != fingerprint(other)
+
+
+def test_a_loop_that_cannot_be_begun_again_is_refused(tmp_path):
+    rows = iter([torch.ones(2, 6)])
+
+    def once(module):
+        for x in rows:
+            module(x, torch.tensor(3), EXTRA)
+
+    assert len(collected(once, tmp_path)) == 2
+    with pytest.raises(ValueError, match="can be run again"):
+        collected(once, tmp_path)
+
+
+class ByPicture(nn.Module):
+    """A denoiser that takes a list of one picture per row, of any size, beside captions of any length."""
+
+    def __init__(self, nested=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer, self.nested = nn.Linear(4, 32), nn.Linear(32, 4), nested
+
+    def forward(self, pictures, t, captions, patch=(1, 2)):
+        out = [
+            self.outer(nn.functional.silu(self.inner(p)) + time + c.mean())
+            for p, time, c in zip(pictures, t, captions, strict=True)
+        ]
+        return (out,) if self.nested else out
+
+
+@torch.no_grad()
+def picture_loop(model, sizes=(3, 3), kind=list):
+    g = torch.Generator().manual_seed(1)
+    x = [torch.randn(n, 4, generator=g) for n in sizes]
+    captions = kind(torch.randn(n, generator=g) for n in (5, 7))
+    for t in (0.9, 0.5, 0.1):
+        out = model(kind(x), torch.tensor([t, t]), captions)
+        x = [a - 0.1 * b for a, b in zip(x, out[0] if model.nested else out, strict=True)]
+    return x
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_is_a_batch_axis(kind):
+    model = ByPicture()
+    settings = CalibrationSettings(samples=6)
+    data = collect_from_loop(model, lambda m: picture_loop(m, (3, 2), kind), settings, progress=False)
+    assert len(data) == 6 and data.describe()["timesteps"] == {t: 2 for t in data.describe()["timesteps"]}
+    args, _ = data.batch([0, 5, 1])
+    assert type(args[0]) is type(args[2]) is kind and len(args[0]) == len(args[2]) == 3
+    assert [len(picture) for picture in args[0]] == [3, 2, 2] and [len(c) for c in args[2]] == [5, 7, 7]
+    assert args[1].tolist() == [data.timesteps[row] for row in (0, 5, 1)]
+    assert data.before[2] == 0 and data.before[3] == 1  # pictures keep their trajectories
+
+
+@pytest.mark.parametrize(
+    "recipe, nested", [("rtn", True), ("lbfp", False), ("guided", False), ("mpqdm", True)]
+)
+def test_every_kind_of_recipe_quantizes_a_denoiser_of_lists(recipe, nested):
+    model = ByPicture(nested)
+    want = picture_loop(model)
+    options = {
+        "guided": {"epochs": 1, "factor_power": 0.0, "rounding": "nearest"},
+        "mpqdm": {"epochs": 1, "relation": "off"},
+    }
+    difloat.quantize(
+        model, recipe, "w4a8", forward_loop=picture_loop, samples=6, progress=False, **options.get(recipe, {})
+    )
+    got = picture_loop(model)
+    assert all(float((a - b).norm() / b.norm()) < 0.1 for a, b in zip(got, want, strict=True))
+    sizes = {"forward_loop": lambda m: picture_loop(m, (3, 2)), "samples": 6, "progress": False}
+    if recipe == "rtn":  # calls of one row each: positions of different sizes are searched together
+        assert difloat.plan(ByPicture(nested), recipe, "w4a8", memory_bytes=1, **sizes).layers
+    if recipe == "lbfp":
+        learned = difloat.plan(ByPicture(nested), recipe, "w4a8", iterations=1, **sizes).layers
+        assert learned
+    if recipe in options:
+        with pytest.raises(ValueError, match="one picture size"):
+            difloat.plan(ByPicture(nested), recipe, "w4a8", **options[recipe], **sizes)
+
+
+def test_lists_beside_a_tensor_are_no_batch_axis():
+    class WithResiduals(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x, timestep, residuals):
+            return self.linear(x) + sum(residuals) + timestep[:, None]
+
+    def run(model):
+        for t in (5.0, 1.0):
+            model(torch.randn(2, 6), torch.tensor([t, t]), [torch.ones(2, 6), torch.zeros(2, 6)])
+
+    data = collect_from_loop(WithResiduals(), run, CalibrationSettings(samples=4), progress=False)
+    args, _ = data.batch([0, 1, 2])
+    assert args[0].shape == (3, 6) and [tuple(r.shape) for r in args[2]] == [(3, 6), (3, 6)]
+
+    def several(model):
+        model([torch.ones(3, 6), torch.ones(3, 6)], torch.ones(3), [])
+
+    with pytest.raises(ValueError, match="one tensor per row of the batch, got a list of 2 and 3 entries"):
+        collect_from_loop(ByPicture(), several, CalibrationSettings(), progress=False)
+
+
+def test_a_timestep_that_is_a_python_number_of_another_name_is_named():
+    class Numbered(nn.Module):
+        def forward(self, x, noise_step, scale=2.0):
+            return x * torch.as_tensor(noise_step).reshape(-1, 1) * scale
+
+    def run(model):
+        for step in (900, 600):
+            model(torch.ones(2, 6), step)
+
+    with pytest.raises(ValueError, match=r"Python numbers 900 and 600 in 'noise_step'; pass torch.tensor"):
+        collect_from_loop(Numbered(), run, CalibrationSettings(), progress=False)
+    with pytest.raises(ValueError, match=r"different numbers in \['scale'\]; pass them as \[batch\] tensors"):
+        collect_from_loop(
+            Numbered(),
+            lambda m: [m(torch.ones(2, 6), torch.full((2,), t), scale=t) for t in (1.0, 2.0)],
+            CalibrationSettings(samples=4),
+            progress=False,
+        )
 
 
 def test_inference_mode_loop_gives_tensors_for_autograd():

@@ -14,7 +14,8 @@ from torch import nn
 import difloat
 from difloat import components, io
 from difloat.layers import QuantizedLayer
-from tiny import tiny_pixart, tiny_unet
+from difloat.methods import datafree
+from tiny import tiny_pixart, tiny_unet, tiny_vae
 
 SAMPLING = {"samples": 8, "steps": 2, "prompts_per_batch": 2, "progress": False}
 BINNING = {"use_resolution_binning": False}
@@ -88,3 +89,25 @@ def test_a_plan_for_another_pipeline_changes_nothing() -> None:
     with pytest.raises(ValueError, match="plan must fit the model"):
         difloat.apply(other, plan)
     assert not quantized_layers(other.text_encoder)
+
+
+@pytest.mark.parametrize("outside", ["keep", "8bit"])
+def test_a_packed_model_of_diffusers_changes_its_dtype_as_a_float_one(outside: str) -> None:
+    vae = tiny_vae().half()
+    difloat.apply(
+        vae, datafree.plan(vae, datafree.settings({"bits": "w8a8", "outside": outside}), progress=False)
+    )
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for cast, dtype in (
+        (lambda: vae.to(dtype=torch.float32), torch.float32),  # what StableDiffusionXLPipeline does to decode
+        (lambda: vae.to("cpu", torch.float16), torch.float16),
+        (vae.float, torch.float32),
+        (vae.half, torch.float16),
+    ):
+        assert cast() is vae and vae.dtype == dtype
+        with torch.no_grad():
+            picture = vae.decode(latents.to(dtype)).sample
+        assert picture.dtype == dtype and bool(picture.isfinite().all())
+    after = vae.state_dict()
+    assert all(torch.equal(after[n], t) and after[n].dtype == t.dtype for n, t in before.items())

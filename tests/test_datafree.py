@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from difloat import layers
+from difloat import layers, units
 from difloat.methods import datafree
 from difloat.methods.search import search
 from difloat.quantizer import dequantize
@@ -54,7 +54,9 @@ def test_blocks_are_quantized_and_what_a_model_has_once_is_kept(unet) -> None:
     decision = datafree.decide(unet, settings())
     kinds = {type(unet.get_submodule(name)) for name in decision.layers}
     assert kinds == {nn.Linear, nn.Conv2d}
-    assert decision.layers.keys() | decision.skipped.keys() == layers.quantizable(unet).keys()
+    assert decision.layers.keys() | decision.skipped.keys() == layers.quantizable(
+        unet
+    ).keys() | units.staying_float(unet)
     assert {"conv_in", "conv_out", "time_embedding.linear_1"} <= decision.skipped.keys()
     everything = datafree.decide(unet, settings(outside="8bit"))
     assert everything.layers.keys() == layers.quantizable(unet).keys()

@@ -369,6 +369,43 @@ def test_keys_without_configuration_count_fully(tmp_path: Path):
     torch.testing.assert_close(wrapper.get_delta_weight("x"), expected)
 
 
+@pytest.mark.parametrize(
+    "prefix", ["diffusion_model.", "model.diffusion_model.", "base_model.model.", "unet.", ""]
+)
+@pytest.mark.parametrize("make", [tiny_unet, tiny_pixart])
+def test_any_prefix_before_the_layers_is_understood(make: Any, prefix: str, tmp_path: Path):
+    pipeline = quantized(make())
+    module = lora._denoiser(pipeline)[1]
+    name = next(name for name in packed_layers(module) if name.endswith("attn1.to_q"))
+    width = module.get_submodule(name).in_features
+    state = {
+        f"{prefix}{name}.lora_A.weight": torch.ones(3, width),
+        f"{prefix}{name}.lora_B.weight": torch.ones(width, 3),
+    }
+    save_file(state, tmp_path / "x.safetensors")
+    difloat.load_lora(pipeline, tmp_path / "x.safetensors", "x")
+    assert list(wrappers(module)) == [name]
+    assert bool((wrappers(module)[name].get_delta_weight("x") == 3).all())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("make", [tiny_unet, tiny_pixart])
+def test_a_lora_that_is_not_finite_is_refused(make: Any, value: float, tmp_path: Path):
+    pipeline = quantized(make())
+    component, module = lora._denoiser(pipeline)
+    name = next(name for name in packed_layers(module) if name.endswith("attn1.to_q"))
+    width = module.get_submodule(name).in_features
+    factors = {"A": torch.ones(3, width), "B": torch.full((width, 3), value)}
+    save_file(
+        {f"{component}.{name}.lora_{k}.weight": t for k, t in factors.items()}, tmp_path / lora.LORA_FILE
+    )
+    with pytest.raises(
+        ValueError, match=r"LoRA must hold finite numbers, got NaN or Inf in '.*lora_B.weight'"
+    ):
+        difloat.load_lora(pipeline, tmp_path)
+    assert not lora.adapters(pipeline) and not wrappers(module)
+
+
 BAD_FILES = {
     "other keys": ({"transformer.proj_out.lora_down.weight": torch.zeros(1)}, "must have keys like"),
     "other model": ({"mid_block.lora_A.weight": torch.zeros(1, 1)}, "is no layer of it"),

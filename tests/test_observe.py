@@ -48,6 +48,66 @@ def test_trace_finds_order_edges_and_concatenations_through_norms() -> None:
     assert seen.first == ["head"] and seen.last == "tail"
 
 
+class Edges(nn.Module):
+    """A denoiser whose edges are not the first and the last layer that it calls."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        for name in ("gate", "time", "embed", "middle", "head", "extra"):
+            setattr(self, name, nn.Linear(4, 4))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        waves = torch.stack([timestep.cos(), timestep.sin(), timestep, timestep], dim=-1).to(x)
+        time = self.time(waves)[:, None]
+        if self.how == "concatenated":
+            x = torch.cat([x, time.expand_as(x)], dim=-1)[..., 2:6]
+        elif self.how == "residual":
+            x = x + self.middle(x)
+        h = self.embed((x + time) * 2 if self.how == "added" else x)
+        h = self.middle(nn.functional.silu(h) + x)
+        out = self.head(h)
+        other = self.extra(h)  # called after the head, and no part of the prediction
+        if self.how == "gated":
+            return out * self.gate(waves)[:, None]
+        if self.how == "in place":
+            canvas = torch.zeros_like(x)
+            canvas[..., :4] = out
+            return canvas
+        return out, other
+
+
+@pytest.mark.parametrize(
+    "how, first",
+    [
+        ("added", ["embed"]),
+        ("concatenated", ["embed"]),
+        ("residual", ["middle"]),
+        ("gated", ["embed"]),
+        ("in place", ["embed"]),
+    ],
+)
+def test_first_and_last_are_where_the_sample_comes_in_and_the_prediction_goes_out(
+    how: str, first: list[str]
+) -> None:
+    seen = observe.trace(Edges(how), call())
+    assert seen.first == first and seen.last == "head"
+    assert seen.order[-1] != "head"
+
+
+def test_the_last_layer_may_be_one_that_was_called_before() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.between = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return self.shared(self.between(self.shared(x)))
+
+    seen = observe.trace(Twice(), call())
+    assert (seen.order, seen.first, seen.last) == (["shared", "between"], ["shared"], "shared")
+
+
 def test_a_concatenation_added_to_another_result_is_none() -> None:
     class Summed(LongSkip):
         def forward(self, x: Tensor, timestep: Tensor) -> Tensor:

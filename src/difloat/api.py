@@ -50,6 +50,7 @@ def plan(
     prompts: Sequence[str] | None = None,
     forward_loop: Callable[[nn.Module], object] | None = None,
     cache_dir: str | Path | None = None,
+    cache_key: str | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
     target: str = "any",
@@ -66,6 +67,8 @@ def plan(
         prompts: Texts to calibrate with; None takes general built-in ones.
         forward_loop: Called with the module, samples with it; for plain modules.
         cache_dir: Keeps calibration data and finished blocks, so that a killed run goes on where it was.
+        cache_key: What `forward_loop` is called in the cache; None: loops are told apart by their code and the values in it.
+            In either case only rows that begin as the loop does are used (`calibration.collect_from_loop`).
         progress: Show progress bars.
         call_kwargs: Further arguments of the pipeline's call, such as `height`.
         target: "cpu" restricts every search to formats that CPUs compute in integers; "any" does not.
@@ -82,18 +85,17 @@ def plan(
     names = {field.name for field in fields(CalibrationSettings)}
     settings = {name: value for name, value in options.items() if name in names}
     own = {name: value for name, value in options.items() if name not in names}
-    recipes.make_options(row, own, bits)  # refuse bad options before hours of calibration
+    chosen = recipes.make_options(row, own, bits)  # refuse bad options before hours of calibration
+    _check_sampler(model, getattr(chosen, "sampler_power", 0.0), f"{recipe} must be told factor_power=0")
     excluded(layers.quantizable(denoiser(model)), exclude)
     others = parts.parse(model, components, bits, target)
-    data = calibrate(
-        model,
-        prompts=prompts,
-        forward_loop=forward_loop,
-        cache_dir=cache_dir,
-        progress=progress,
-        call_kwargs=call_kwargs,
-        **settings,
-    )
+    source: dict[str, Any] = {
+        "prompts": prompts,
+        "forward_loop": forward_loop,
+        "cache_dir": cache_dir,
+        "cache_key": cache_key,
+    }
+    data = calibrate(model, **source, progress=progress, call_kwargs=call_kwargs, **settings)
     work_dir = None if cache_dir is None else Path(cache_dir)
     wanted = CalibrationSettings(**settings)
     task = task_of(model, data, parsed)
@@ -113,6 +115,7 @@ def repair(
     prompts: Sequence[str] | None = None,
     forward_loop: Callable[[nn.Module], object] | None = None,
     cache_dir: str | Path | None = None,
+    cache_key: str | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -130,6 +133,7 @@ def repair(
         prompts: As for `plan`, like the rest.
         forward_loop: Likewise.
         cache_dir: Likewise.
+        cache_key: Likewise.
         progress: Likewise.
         call_kwargs: Likewise.
         **settings: Fields of `CalibrationSettings`.
@@ -143,20 +147,18 @@ def repair(
     """
     training = TrainingSettings(epochs, guidance_weight=guidance_weight)
     _check_repairable(model, plan, epochs, rank)
-    data = calibrate(
-        model,
-        prompts=prompts,
-        forward_loop=forward_loop,
-        cache_dir=cache_dir,
-        progress=progress,
-        call_kwargs=call_kwargs,
-        **settings,
-    )
+    _check_sampler(model, float(dfa), "repair must be told dfa=False")
+    source: dict[str, Any] = {
+        "prompts": prompts,
+        "forward_loop": forward_loop,
+        "cache_dir": cache_dir,
+        "cache_key": cache_key,
+    }
+    data = calibrate(model, **source, progress=progress, call_kwargs=call_kwargs, **settings)
     wanted, work_dir = CalibrationSettings(**settings), None if cache_dir is None else Path(cache_dir)
     task = replace(task_of(model, data, Bits.parse(plan.bits)), seed=wanted.seed, progress=progress)
     task = replace(task, work_dir=work_dir, memory_bytes=wanted.memory_bytes)
-    weight = guidance_to_keep(guidance_weight, task)
-    training = replace(training, guidance_weight=weight)
+    training = replace(training, guidance_weight=(weight := guidance_to_keep(guidance_weight, task)))
     weights = loss_weights(task, 2.0 if dfa else 0.0)
     tuned = tune(task, _start(plan, task), Tuning(training, 1, rank, weights, _of_8_bits(plan)))
     used = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": weight, "seed": wanted.seed}
@@ -184,6 +186,14 @@ def _quantized(module: nn.Module) -> bool:
     return any(isinstance(part, layers.QuantizedLayer) for part in module.modules())
 
 
+def _check_sampler(model: Any, power: float, way_out: str) -> None:
+    """Refuse a loss that is weighted by the sampler where there is none, before anything is calibrated."""
+    if power and isinstance(model, nn.Module):
+        raise ValueError(
+            f"{way_out} for a plain module, got one with a loss weighted by the sampler's steps; pass it, or pass the pipeline"
+        )
+
+
 def _check_repairable(model: Any, plan: Plan, epochs: int, rank: int) -> None:
     if not isinstance(rank, int) or rank < 0 or not epochs:
         raise ValueError(
@@ -193,12 +203,12 @@ def _check_repairable(model: Any, plan: Plan, epochs: int, rank: int) -> None:
         if layer.side is not None:
             raise ValueError(
                 f"plan must have nothing beside its weights to be repaired, got low-rank pairs beside {name!r}; "
-                "quantize with --set carry=merged --set adapters=1 (msfp)"
+                "quantize with carry='merged', adapters=1 (msfp)"
             )
         if layer.schedule:
             raise ValueError(
                 f"plan must have one weight per layer to be repaired, got {layer.variants} by timestep of {name!r}; "
-                "quantize with --set adapters=1 (msfp) or --set stretches=1 (viditq)"
+                "quantize with adapters=1 (msfp) or stretches=1 (viditq)"
             )
     for module, own in parts.models(model, denoiser(model), plan):
         lora.refuse(module, "quantized")
@@ -252,6 +262,7 @@ def calibrate(
     prompts: Sequence[str] | None = None,
     forward_loop: Callable[[nn.Module], object] | None = None,
     cache_dir: str | Path | None = None,
+    cache_key: str | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -261,6 +272,11 @@ def calibrate(
     check_model(module)
     wanted = CalibrationSettings(**settings)
     if model is not module:
+        if forward_loop is not None or cache_key is not None:
+            raise ValueError(
+                f"forward_loop and cache_key must come with a plain module, got {type(model).__name__}, which samples itself; "
+                "leave them out, or pass its denoiser"
+            )
         texts = prompts_for(model, prompts)
         return calibration.collect(
             model, texts, wanted, cache_dir=cache_dir, progress=progress, call_kwargs=call_kwargs
@@ -269,7 +285,9 @@ def calibrate(
         raise ValueError(
             "a plain module must come with forward_loop, got None; give a function that samples with the module"
         )
-    return calibration.collect_from_loop(module, forward_loop, wanted, cache_dir=cache_dir, progress=progress)
+    return calibration.collect_from_loop(
+        module, forward_loop, wanted, cache_dir=cache_dir, cache_key=cache_key, progress=progress
+    )
 
 
 def plan_calibrated(task: Task, recipe: str, bits: str, options: Mapping[str, Any]) -> Plan:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from difloat import processes
+from difloat import loop_identity, processes
 from difloat.calls import Recorder, Row, device_of, merge, recording, stratified_indices
 from difloat.mergeable import check_mergeable
 from difloat.renoising import LastCall, clean_calls
@@ -286,7 +286,7 @@ def collect_from_loop(
     settings: CalibrationSettings,
     *,
     cache_dir: str | Path | None = None,
-    cache_key: str = "",
+    cache_key: str | None = None,
     progress: bool = True,
 ) -> Calibration:
     """Run `forward_loop(module)` once and keep up to `settings.samples` rows of the module's inputs.
@@ -294,14 +294,17 @@ def collect_from_loop(
     The sample is the first tensor argument with at least two axes, its first axis the batch. The timestep is
     found by parameter name (`timestep`, `t`, `sigma`, ...), else it is the first scalar or `[batch]` tensor after
     the sample; without one, the number of the call takes its place. `steps`, `guidance_scale` and
-    `prompts_per_batch` are the loop's own business and not used. A loop that gives fewer rows gives fewer.
+    `prompts_per_batch` are the loop's own business and not used. A loop that gives fewer rows gives fewer. Of several
+    processes (`difloat.processes`) the main one runs the loop, and all get the rows.
 
-    Of several processes (`difloat.processes`) the main one runs the loop, and all get the rows.
+    The loop runs with torch's random state seeded and then restored. Calls whose timesteps go on in one direction at one batch
+    size count as the steps of one trajectory (`trajectories.Course`).
 
-    The loop runs with torch's random state seeded and then restored. It is one shard: a killed run
-    starts again, a finished one is reused from `cache_dir` if module, settings, loop name and `cache_key` are
-    the same; change `cache_key` when the loop's data change. Calls whose timesteps go on in one direction at one
-    batch size count as the steps of one trajectory (`trajectories.Course`).
+    It is one shard of `cache_dir`: a killed run starts again, a finished one is reused if module, settings and loop are the
+    same. Loops are told apart by `cache_key`, or without one by their code, defaults and the values they use from outside
+    (`loop_identity.fingerprint`), so two lambdas of one function are two loops. In either case a cached loop is begun once
+    more, as far as its first call of the module, and its rows are used only if that call is fed what they began with. What
+    neither shows, such as a file that the loop reads later, needs another `cache_key`.
 
     Raises:
         ValueError: The loop never called the module, NaN or infinity in the inputs, or rows of different
@@ -310,27 +313,42 @@ def collect_from_loop(
     request = {
         "module": type(module).__qualname__,
         "weights": weights_summary([module]),
-        "loop": f"{getattr(forward_loop, '__module__', '')}.{getattr(forward_loop, '__qualname__', '')}",
+        "loop": loop_identity.fingerprint(forward_loop) if cache_key is None else "",
         "key": cache_key,
         "samples": settings.samples,
         "seed": settings.seed,
     }
     processes.join(device_of(module))
     shelf = open_shelf(cache_dir, settings.memory_bytes, request)
+    _collect_loop(module, forward_loop, settings, shelf, progress)
+    return _finish(module, shelf, settings, device_of(module))
+
+
+def _collect_loop(
+    module: nn.Module,
+    forward_loop: Callable[[nn.Module], object],
+    settings: CalibrationSettings,
+    shelf: Shelf,
+    progress: bool,
+) -> None:
+    """Put the rows of a loop on the shelf, those of an earlier run if they began with the same call."""
+    first = loop_identity.FirstCall(module)
 
     def record(batch: int) -> Recorded:
         with tqdm(desc="calibrate", unit="call", disable=not progress) as bar:
             generator = torch.Generator().manual_seed(settings.seed)
             recorder = Recorder(module, settings.samples, generator, on_call=bar.update, trajectories="loop")
-            with recording(module, recorder, settings.seed):
+            first.digest = ""
+            with recording(module, recorder, settings.seed), recording(module, first, settings.seed):
                 forward_loop(module)
             finish_recording(recorder)
             return recorder.rows, recorder.blobs
 
-    (recorded,) = record_shards(shelf, {"loop": 0}, record)
+    begun = partial(first.of_loop, forward_loop, settings.seed)
+    digest = processes.on_main(lambda: begun() if shelf.shards else "")
+    (recorded,) = record_shards(shelf, {f"loop-{digest}": 0}, record)
     with processes.together():
-        shelf.put("loop", *recorded)
-    return _finish(module, shelf, settings, device_of(module))
+        shelf.put(f"loop-{first.digest}", *recorded)
 
 
 def sampling_of(

@@ -19,11 +19,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difloat.timesteps import TIMESTEP_NAMES
+from difloat.batch_axis import (
+    SHARED_NAMES,
+    cut,
+    decode,
+    encode,
+    first_tensor,
+    numbers_in,
+    per_row_timestep,
+    sample_of,
+    timestep_name,
+    timestep_values,
+)
 from difloat.trajectories import Course
 
-# Position tables have no batch axis, even where their first size happens to equal the batch size.
-SHARED_NAMES = frozenset({"img_ids", "txt_ids", "image_rotary_emb"})
+__all__ = [
+    "MAX_TIMESTEPS",
+    "SHARED_NAMES",
+    "Recorder",
+    "Row",
+    "content_hash",
+    "device_of",
+    "first_tensor",
+    "merge",
+    "recording",
+    "stratified_indices",
+]
+
 # A recording keeps one row of each of up to this many timesteps, whatever its limit, so that thinning it
 # while the sampler still runs cannot empty the early part of a trajectory.
 MAX_TIMESTEPS = 1024
@@ -131,6 +153,7 @@ class Recorder:
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         ]
         self._seen: Counter[float] = Counter()
+        self._numbers: dict[str, float] = {}  # Python numbers of the call before, where no timestep is known
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the rows of one call."""
@@ -161,28 +184,30 @@ class Recorder:
     def _take(self, args: tuple[Any, ...], kwargs: Mapping[str, object]) -> None:
         names = self._names + [f"argument {index}" for index in range(len(self._names), len(args))]
         named = dict(zip(names, args, strict=False)) | dict(kwargs)
-        sample_name, batch = _sample(named)
-        timestep_name = _timestep_name(named, sample_name, batch)
-        if timestep_name is not None:
-            named[timestep_name] = _per_row_timestep(named[timestep_name], batch)
-        values = _timestep_values(named[timestep_name] if timestep_name else None, batch, self.calls)
-        leaves: list[tuple[str, Tensor]] = []
-        nodes = {name: _encode(value, name, leaves) for name, value in named.items()}
-        per_row = [
-            tensor.ndim > 0 and len(tensor) == batch and name not in SHARED_NAMES for name, tensor in leaves
+        sample_name, batch = sample_of(named)
+        in_lists = not isinstance(named[sample_name], Tensor)
+        timestep = timestep_name(named, sample_name, batch)
+        if timestep is None:
+            self._check_numbers(numbers_in(named))
+        else:
+            named[timestep] = per_row_timestep(named[timestep], batch)
+            _check_timestep(timestep, named[timestep], batch, in_lists)
+        values = timestep_values(named[timestep] if timestep else None, batch, self.calls)
+        calls = [
+            {name: cut(value, batch, row) for name, value in named.items()} if in_lists else named
+            for row in range(batch if in_lists else 1)
         ]
-        template = json.dumps({"positional": len(args), "per_row": per_row, "arguments": nodes})
-        for name, tensor in leaves:
+        encoded = [_encoded(call, len(args), batch) for call in calls]
+        for name, tensor, _ in (leaf for _, leaves, _ in encoded for leaf in leaves):
             self._check_finite(name, tensor, values[0])
-        whole = [
-            None if split else self._store(tensor) for (_, tensor), split in zip(leaves, per_row, strict=True)
-        ]
+        stored: dict[int, str] = {}  # of tensors that all rows share
         self._course.advance(values[0], batch)
         parts = batch // self._images if self._images and batch % self._images == 0 else 1
         for index in range(batch):
+            template, leaves, per_row = encoded[index if in_lists else 0]
             keys = tuple(
-                key or self._store(tensor[index : index + 1])
-                for (_, tensor), key in zip(leaves, whole, strict=True)
+                self._store(tensor[index : index + 1]) if split is True else self._store_once(tensor, stored)
+                for (_, tensor, _), split in zip(leaves, per_row, strict=True)
             )
             # Samplers that guide by two calls per step show the same timestep again: that is the other part.
             part = index * parts // batch if parts > 1 else self._seen[values[0]] if self._images else 0
@@ -208,11 +233,49 @@ class Recorder:
                 f"(denoiser call {self.calls}); sample in float32 or bfloat16 and check the model's weights"
             )
 
+    def _check_numbers(self, numbers: dict[str, float]) -> None:
+        """Refuse a call without a timestep one of whose numbers is not that of the call before: it is the timestep."""
+        for name, value in numbers.items():
+            if name in self._numbers and self._numbers[name] != value:
+                raise ValueError(
+                    "a denoiser must be given its timestep as a tensor, or in an argument called timestep, t, sigma or the "
+                    f"like, got the Python numbers {self._numbers[name]!r} and {value!r} in '{name}'; pass "
+                    f"torch.tensor({name}) in the sampling loop, or rename the argument"
+                )
+        self._numbers = numbers
+
+    def _store_once(self, tensor: Tensor, stored: dict[int, str]) -> str:
+        if id(tensor) not in stored:
+            stored[id(tensor)] = self._store(tensor)
+        return stored[id(tensor)]
+
     def _store(self, tensor: Tensor) -> str:
         copy = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         key = content_hash(copy)
         self.blobs.setdefault(key, copy)
         return key
+
+
+def _check_timestep(name: str, timestep: Tensor, batch: int, in_lists: bool) -> None:
+    """Where the batch axis is a list, the timestep says whether it is one at all."""
+    if in_lists and timestep.ndim > 0 and len(timestep) != batch:
+        raise ValueError(
+            "a list of tensors as a denoiser's sample must hold one tensor per row of the batch, got a list of "
+            f"{batch} and {len(timestep)} entries in '{name}'; pass the noisy sample as one tensor [batch, ...] first"
+        )
+
+
+def _encoded(
+    named: Mapping[str, object], positional: int, batch: int
+) -> tuple[str, list[tuple[str, Tensor, bool]], list[bool | str]]:
+    """A call as JSON, its tensors, and whether each is cut along its first axis, "listed" in a list of rows, or shared."""
+    leaves: list[tuple[str, Tensor, bool]] = []
+    nodes = {name: encode(value, name, leaves) for name, value in named.items()}
+    per_row: list[bool | str] = [
+        "listed" if listed else tensor.ndim > 0 and len(tensor) == batch and name not in SHARED_NAMES
+        for name, tensor, listed in leaves
+    ]
+    return json.dumps({"positional": positional, "per_row": per_row, "arguments": nodes}), leaves, per_row
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -238,81 +301,10 @@ def recording(module: nn.Module, hook: Callable[..., None], seed: int) -> Iterat
         handle.remove()
 
 
-def _sample(named: Mapping[str, object]) -> tuple[str, int]:
-    """Name and batch size of the first tensor with a batch axis: the noisy sample."""
-    for least_ndim in (2, 1):
-        for name, value in named.items():
-            if isinstance(value, Tensor) and value.ndim >= least_ndim:
-                return name, len(value)
-    raise ValueError(
-        "a denoiser must be called with a sample tensor of shape [batch, ...] as a direct argument, "
-        f"got the arguments {list(named)}; pass the noisy sample itself"
-    )
-
-
-def _timestep_name(named: Mapping[str, object], sample_name: str, batch: int) -> str | None:
-    """Argument that holds the timestep: by name, else the first scalar or [batch] tensor after the sample."""
-    for name in TIMESTEP_NAMES:
-        value = named.get(name)
-        if name != sample_name and value is not None and isinstance(value, (Tensor, int, float)):
-            return name
-    order = list(named)
-    for name in order[order.index(sample_name) + 1 :]:
-        value = named[name]
-        if isinstance(value, Tensor) and value.dtype != torch.bool and value.ndim <= 1:
-            if value.numel() in (1, batch):
-                return name
-    return None
-
-
-def _per_row_timestep(value: object, batch: int) -> Tensor:
-    """Timestep with a batch axis: a scalar becomes the same value for every row."""
-    if not isinstance(value, Tensor):
-        value = torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
-    return value.reshape(1).expand(batch) if value.numel() == 1 else value
-
-
-def _timestep_values(timestep: object, batch: int, call: int) -> list[float]:
-    """One number per row: the largest of a row's entries, or the call's number where there is no timestep."""
-    if not isinstance(timestep, Tensor):
-        return [float(call)] * batch
-    if len(timestep) != batch:
-        return [float(timestep.max())] * batch
-    return timestep.reshape(batch, -1).amax(1).double().tolist()
-
-
-def _encode(value: object, name: str, leaves: list[tuple[str, Tensor]]) -> dict[str, object]:
-    """JSON form of an argument; tensors go to `leaves` and leave their place in it."""
-    if isinstance(value, Tensor):
-        leaves.append((name, value))
-        return {"tensor": len(leaves) - 1}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return {"value": value}
-    if isinstance(value, (list, tuple)):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_encode(entry, name, leaves) for entry in value]}
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {"dict": {key: _encode(entry, key, leaves) for key, entry in value.items()}}
-    raise ValueError(
-        "a denoiser's arguments must be tensors, numbers, strings, None, or lists, tuples, dicts of them, "
-        f"got {type(value).__name__} in '{name}'; wrap the denoiser in a module that builds it itself"
-    )
-
-
-def _decode(node: Mapping[str, Any], tensors: Sequence[Tensor]) -> object:
-    ((kind, content),) = node.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {key: _decode(entry, tensors) for key, entry in content.items()}
-    if kind in ("list", "tuple"):
-        entries = [_decode(entry, tensors) for entry in content]
-        return entries if kind == "list" else tuple(entries)
-    return content
-
-
 def merge(rows: Sequence[Row], read: Callable[[str], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Join rows into one call `(args, kwargs)`; `read` returns the tensor of a content hash.
+
+    Rows of a denoiser that takes lists, one tensor per picture, may have different sizes.
 
     Raises:
         ValueError: Rows differ in something that has no batch axis, or in the shape of what has one.
@@ -322,10 +314,19 @@ def merge(rows: Sequence[Row], read: Callable[[str], Tensor]) -> tuple[tuple[Any
         if row.template != rows[0].template:
             mine, other = template["arguments"], json.loads(row.template)["arguments"]
             names = [name for name in mine | other if mine.get(name) != other.get(name)]
+            numbers = [name for name in names if isinstance(mine.get(name, {}).get("value"), (int, float))]
+            if numbers:
+                raise ValueError(
+                    "what changes along the trajectory must be a tensor with one entry per row, got different numbers "
+                    f"in {numbers}; pass them as [batch] tensors in the sampling loop"
+                )
             _refuse_merge(f"different values or structure of {names or list(other)}")
-    tensors = []
+    tensors: list[Any] = []
     for leaf, split in enumerate(template["per_row"]):
         keys = [row.leaves[leaf] for row in rows]
+        if split == "listed":
+            tensors.append([read(key).clone() for key in keys])
+            continue
         if not split:
             if len(set(keys)) > 1:
                 _refuse_merge(f"different contents of tensor {leaf} of the call, which has no batch axis")
@@ -336,7 +337,7 @@ def merge(rows: Sequence[Row], read: Callable[[str], Tensor]) -> tuple[tuple[Any
         if len(shapes) > 1:
             _refuse_merge(f"a tensor with {sorted(map(str, shapes))}")
         tensors.append(torch.cat(pieces))
-    values = {name: _decode(node, tensors) for name, node in template["arguments"].items()}
+    values = {name: decode(node, tensors, len(rows)) for name, node in template["arguments"].items()}
     names = list(values)
     count = template["positional"]
     return tuple(values[name] for name in names[:count]), {name: values[name] for name in names[count:]}
@@ -346,18 +347,4 @@ def _refuse_merge(difference: str) -> None:
     raise ValueError(
         f"rows merged into one denoiser call must agree in all that has no batch axis, got {difference}; "
         "merge fewer rows, or calibrate with one picture size and one prompt length"
-    )
-
-
-def first_tensor(output: object) -> Tensor:
-    """First tensor of a denoiser's output: itself, or of a tuple, list, dict or diffusers output."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, (tuple, list)) and output:
-        return first_tensor(output[0])
-    raise ValueError(
-        "a denoiser must return a tensor, or a tuple, list or dict that starts with one, "
-        f"got {type(output).__name__}; wrap it in a module that does"
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from difloat import layers
-from difloat.calls import first_tensor
+from difloat.batch_axis import first_tensor, rows_in_lists
 from difloat.methods import observe, posttraining, relation
 from difloat.methods.adapters import stored_bytes
 from difloat.methods.student import Student
@@ -136,7 +136,7 @@ def _kept(student: Student, call: observe.Call, precision: str) -> tuple[list[in
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     cast = torch.autocast(next(student.parameters()).device.type, half, enabled=half is not None)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda _: torch.empty(0)), cast:
-        output = first_tensor(student(*call))
+        output = first_tensor(student(*call), rows_in_lists(*call))
     own = {StorageWeakRef(t.untyped_storage()).cdata for t in student.module("").state_dict().values()}
     return [size for key, size in sizes.items() if key not in own], output.detach()
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -52,7 +53,9 @@ def load_lora(
     """Load a LoRA and use it beside those that are in use.
 
     A pipeline with `load_lora_weights` does it by that, so every dialect is read that diffusers reads. For other pipelines and
-    for modules the keys must be those of PEFT, `<layer>.lora_A.weight`, with the component's name before them or not.
+    for modules the keys must be those of PEFT, `<layer>.lora_A.weight`, with any one prefix before the names of the denoiser's
+    layers (the component's name, `diffusion_model.`, `base_model.model.`) or none. Keys with another prefix than the
+    component's name are read so in every pipeline.
 
     Args:
         pipeline_or_module: Float or quantized.
@@ -62,17 +65,21 @@ def load_lora(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the name is taken, or the file is no LoRA of this model.
+        ValueError: if the name is taken, the file is no LoRA of this model, or a value in it is not finite; nothing is
+            loaded then.
     """
     if name in (taken := adapters(pipeline_or_module)):
         raise ValueError(f"name of a LoRA must be new, got {name!r} beside {taken}; choose another")
     file = _file_of(Path(source))
+    stored, header = _contents(file)
     in_use = weights(pipeline_or_module)
-    if hasattr(pipeline_or_module, "load_lora_weights") and file.name != _PEFT_FILE:
+    component, module = _denoiser(pipeline_or_module)
+    prefix = _prefix(stored, module)
+    by_diffusers = hasattr(pipeline_or_module, "load_lora_weights") and file.name != _PEFT_FILE
+    if by_diffusers and prefix in (None, f"{component}."):
         pipeline_or_module.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     else:
-        component, module = _denoiser(pipeline_or_module)
-        _inject(module, file, component, name)
+        _inject(module, file, header, stored, prefix or "", name)
     if name not in adapters(pipeline_or_module):
         raise ValueError(
             f"LoRA must be of this model, but {file.name} fits no layer of it; load it into its own"
@@ -267,15 +274,51 @@ def _file_of(source: Path) -> Path:
     )
 
 
-def _inject(module: nn.Module, file: Path, component: str, name: str) -> None:
+def _contents(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a LoRA's file; ValueError if one is not finite, which every picture would be then."""
+    if file.suffix == ".safetensors":
+        with safetensors.safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            stored = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    else:
+        stored, header = torch.load(file, map_location="cpu", weights_only=True), {}
+    for key, tensor in stored.items():
+        if (
+            isinstance(tensor, Tensor)
+            and tensor.is_floating_point()
+            and not bool(tensor.float().isfinite().all())
+        ):
+            raise ValueError(
+                f"LoRA must hold finite numbers, got NaN or Inf in {key!r:.200} of {file.name}; download it again or train "
+                "it with a lower rate"
+            )
+    return stored, header
+
+
+def _prefix(stored: Mapping[str, Tensor], module: nn.Module) -> str | None:
+    """What stands before the layers' names in all keys of a LoRA; None if they are not all PEFT's, of layers of `module`."""
+    inside = {name for name, _ in module.named_modules() if name}
+    targets = {_FACTOR.sub("", key) for key in stored}
+    if not stored or any(_FACTOR.search(key) is None for key in stored):
+        return None
+    words = min(targets, key=len).split(".")
+    prefixes = ["".join(f"{word}." for word in words[:count]) for count in range(len(words))]
+    return next(
+        (p for p in prefixes if all(t.startswith(p) and t[len(p) :] in inside for t in targets)), None
+    )
+
+
+def _inject(
+    module: nn.Module,
+    file: Path,
+    header: Mapping[str, str],
+    stored: Mapping[str, Tensor],
+    prefix: str,
+    name: str,
+) -> None:
     """Put a LoRA of PEFT's keys into a module; ValueError if it is none or does not fit."""
     from peft import inject_adapter_in_model, set_peft_model_state_dict
 
-    with safetensors.safe_open(file, framework="pt") as opened:
-        header = opened.metadata() or {}
-        stored = {key: opened.get_tensor(key) for key in opened.keys()}
-    prefixes = ("base_model.model.", f"{component}." if component else "transformer.", "unet.")
-    prefix = next((p for p in prefixes if stored and all(key.startswith(p) for key in stored)), "")
     state = {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
     inside = dict(module.named_modules())
     for key in state:
@@ -286,7 +329,8 @@ def _inject(module: nn.Module, file: Path, component: str, name: str) -> None:
             )
         if target not in inside:
             raise ValueError(
-                f"LoRA must be of this model, but {target!r:.200} is no layer of it; load it into its own"
+                f"LoRA must be of this model, but {target!r:.200} is no layer of it, whatever of it is taken for a prefix; "
+                "load it into its own"
             )
     if not state:
         raise ValueError(f"LoRA must hold tensors, got none in {str(file)!r}; download it again")

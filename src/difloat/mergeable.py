@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difloat.calls import first_tensor
+from difloat.batch_axis import prediction, rows_in_lists
 
 Batch = Callable[[Sequence[int]], tuple[tuple[Any, ...], Mapping[str, Any]]]
 
@@ -35,18 +35,21 @@ def check_mergeable(module: nn.Module, timesteps: Sequence[float], batch: Batch)
     if timesteps[other] == timesteps[0]:
         return
 
-    def output(rows: list[int]) -> Tensor:
+    def output(rows: list[int]) -> list[Tensor]:
         args, kwargs = batch(rows)
-        return first_tensor(module(*args, **kwargs))
+        return list(prediction(module(*args, **kwargs), rows_in_lists(args, kwargs)))
 
     with torch.no_grad():
-        apart = torch.cat([output([row]) for row in (0, other)])
+        apart = output([0]) + output([other])
         try:
             merged = output([0, other])
         except (RuntimeError, TypeError, IndexError) as error:
             raise ValueError(f"{_SCALAR_TIMESTEP} in one call, got: {str(error).splitlines()[0]}") from error
+    if [row.shape for row in merged] != [row.shape for row in apart]:
+        raise ValueError(f"{_SCALAR_TIMESTEP} in one call, got outputs of other shapes")
     # Half precision sums in another order for another batch size; a wrong timestep is far outside of this.
-    tolerance = 1e-3 if merged.dtype in (torch.float32, torch.float64) else 5e-2
-    difference = float((merged.double() - apart.double()).norm() / apart.double().norm().clamp_min(1e-12))
-    if merged.shape != apart.shape or difference > tolerance:
+    tolerance = 1e-3 if merged[0].dtype in (torch.float32, torch.float64) else 5e-2
+    both, alone = (torch.cat([row.double().flatten() for row in rows]) for rows in (merged, apart))
+    difference = float((both - alone).norm() / alone.norm().clamp_min(1e-12))
+    if difference > tolerance:
         raise ValueError(f"{_SCALAR_TIMESTEP} in one call, got outputs that differ by {difference:.2g}")

@@ -26,7 +26,7 @@ from torch import Tensor
 from difloat import processes
 from difloat.calls import Row
 
-_VERSION = 3  # 2: rows know their trajectory; 3: which all parts share
+_VERSION = 4  # 2: rows know their trajectory; 3: which all parts share; 4: lists of one tensor per row
 
 Recorded = tuple[list[Row], Mapping[str, Tensor]]  # rows of a shard, and their tensors by content hash
 
@@ -63,6 +63,11 @@ class Shelf:
             self._shards[path.name] = write_atomically(path, save(dict(blobs), metadata=header))
             self._write_index()
         self._keep(rows, {key: blob.nbytes for key, blob in blobs.items()}, None if fits else path, blobs)
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the shards of earlier runs."""
+        return [Path(name).stem for name in self._shards]
 
     def find(self, shard: str) -> Recorded | None:
         """Rows and tensors of a shard of an earlier run, to be `put`; None if there is no complete one."""

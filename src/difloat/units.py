@@ -73,3 +73,34 @@ def inside_blocks(model: nn.Module) -> list[str]:
     return [
         name for name in quantizable(model) if any(name.startswith(container) for container in containers)
     ]
+
+
+def staying_float(model: nn.Module) -> dict[str, str]:
+    """Modules of `model` that hold a floating weight with at least two axes and cannot be quantized, with the reason, by name.
+
+    Attention of torch's own, transposed, one- and three-dimensional convolutions, stacks of experts, embeddings, subclasses of
+    linear layers with a forward pass of their own: whatever it is, it stays as large as it was. Layers of `quantizable` and
+    those that are quantized already are not among them. The model itself has the empty name.
+    """
+    possible, cast = quantizable(model), set(parents.casts(model))
+    found = {}
+    for name, module in model.named_modules():
+        if name in possible or isinstance(module, parents.PackedWeight):
+            continue
+        own = [
+            key for key, p in module.named_parameters(recurse=False) if p.is_floating_point() and p.dim() >= 2
+        ]
+        if not own:
+            continue
+        kind = type(module).__name__
+        if name in cast:
+            found[name] = "stays float: the module around it casts the input to the dtype of this weight"
+        elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            found[name] = "stays float: the module around it reads this weight without calling the layer"
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            found[name] = f"stays float: {kind} has a forward pass of its own"
+        else:
+            found[name] = (
+                f"stays float: {', '.join(own)} of {kind}, no linear layer and no two-dimensional convolution"
+            )
+    return found

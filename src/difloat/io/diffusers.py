@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from difloat import layers
 from difloat.io import integrity, planner, skeleton
+from difloat.io.casting import teach_casts
 from difloat.io.config import DifloatConfig
 from difloat.io.layout import (
     INPUT_BUNDLE,
@@ -283,6 +284,7 @@ def built_again(model: Any) -> nn.Module:
 
 def mark(model: Any, quantizer: DifloatQuantizer) -> None:
     """Let diffusers see that `model` is quantized, so that `save_pretrained` stores it as such."""
+    teach_casts()
     if hasattr(model, "load_lora_adapter"):
         teach_shapes()
     config = quantizer.config

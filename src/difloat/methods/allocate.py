@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from difloat import layers, processes, quantizer
+from difloat.batch_axis import rows_of
 from difloat.exclusion import excluded
 from difloat.methods import observe
 from difloat.methods.assign import Rule, draft_layer
@@ -90,18 +91,28 @@ def input_scale(largest_input: Tensor, weight: Tensor) -> Tensor:
     live = (largest_input > 0) & (largest_weight > 0)
     if not live.any():
         return torch.ones_like(largest_weight)
-    factors = (largest_input / largest_weight.where(live, torch.ones_like(largest_weight))).sqrt()
+    factors = (
+        largest_input.double() / largest_weight.where(live, torch.ones_like(largest_weight)).double()
+    ).sqrt()
     median = factors[live].median()
-    return factors.where(live, median).clamp(median / _REACH, median * _REACH)
+    return factors.where(live, median).clamp(median / _REACH, median * _REACH).float()
 
 
 def kurtosis(weight: Tensor) -> Tensor:
     """``mean((w - mean)^4) / std^4`` of every row, float64 [o], with the unbiased std; 0 for a row of equal values."""
     rows = weight.detach().double().flatten(1)
     centred = rows - rows.mean(1, keepdim=True)
+    # Kurtosis has no unit, so rows are scaled first: the fourth power of 1e-100 is no number any more.
+    centred = centred / _largest(centred)
     variance = centred.square().sum(1) / max(1, rows.shape[1] - 1)
     fourth = centred.square().square().mean(1)
     return torch.where(variance > 0, fourth / variance.square().clamp_min(1e-300), 0.0)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """Largest magnitude of every row [o, 1], 1 for a row of zeros."""
+    largest = rows.abs().amax(1, keepdim=True)
+    return largest.where(largest > 0, torch.ones_like(largest))
 
 
 @dataclass(frozen=True)
@@ -208,7 +219,7 @@ def _need(
     if criterion == "kurtosis":
         return kurtosis(weight).cpu()
     if criterion == "magnitude":
-        return weight.flatten(1).square().mean(1).cpu()
+        return weight.flatten(1).double().square().mean(1).cpu()
     if criterion == "error":
         return errors[0] - errors[2]
     return torch.rand(len(weight), generator=generator)
@@ -258,7 +269,7 @@ def _held_inputs(task: Task, names: Sequence[str], calls: Sequence[Call]) -> Ite
     Which ones does not depend on the passes: every layer draws its own, call by call.
     """
     draws = {name: torch.Generator().manual_seed(task.seed + number) for number, name in enumerate(names)}
-    rows = sum(observe.rows_of_call(call) for call in calls)
+    rows = sum(rows_of(*call) for call in calls)
     waiting = list(names)
     while waiting:
         free, taken = task.memory_bytes // HELD_SHARE, dict[str, list[Tensor]]()
@@ -268,7 +279,7 @@ def _held_inputs(task: Task, names: Sequence[str], calls: Sequence[Call]) -> Ite
             taken[waiting.pop(0)] = []
             free -= size
         for call in calls:
-            share = observe.rows_of_call(call) / rows
+            share = rows_of(*call) / rows
             counts = {name: max(1, math.ceil(count * share)) for name, count in wanted.items()}
             _listen(task.model, call, counts, taken, draws)
         for name in wanted:

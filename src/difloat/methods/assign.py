@@ -214,7 +214,7 @@ def draft_layer(weight: Tensor, splits: Sequence[int], rule: Rule) -> Draft:
         splits: Channels of every part, adding up to i; parts are searched on their own.
         rule: What is asked.
     """
-    weight = weight.detach()
+    weight = weight.detach().contiguous()  # of a channels_last model it is not
     parts, scales, zeros, error = [], [], [], 0.0
     for piece in weight.float().split(list(splits), dim=1):
         rows = rows_of(piece, rule.spec(rule.formats[0]))
@@ -305,7 +305,7 @@ def search_inputs(
             take(name, None)
     with Passes(model, calls) as passes:
         for name in (name for name, rule in rules.items() if not rule.online):
-            x = _smoothed(passes.enter(name)[0][0], done[name])
+            x = _smoothed(_inputs(passes.arguments(name), done[name]), done[name])
             if not torch.isfinite(x).all():
                 raise ValueError(
                     f"inputs of layer {name!r} must be finite, got NaN or Inf; calibrate in float32"
@@ -314,6 +314,16 @@ def search_inputs(
             if rule.asymmetry:
                 shapes[name] = [_shape(piece, rule) for piece in _pieces(done[name], x)]
     return done, shapes
+
+
+def _inputs(calls: Sequence[Call], plan: LayerPlan) -> Tensor:
+    """The layer's input in all calls; where pictures or captions differ in size, positions one after the other."""
+    inputs = [args[0] for args, _ in calls]
+    if len({x.shape[1:] for x in inputs}) == 1:
+        return torch.cat(inputs)
+    if plan.kind == "linear":
+        return torch.cat([x.flatten(0, -2) for x in inputs])
+    return torch.cat([x.transpose(0, 1).flatten(1) for x in inputs], dim=1)[None, :, :, None]
 
 
 def _shape(x: Tensor, rule: Rule) -> dict[str, Any]:

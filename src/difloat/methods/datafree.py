@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from difloat import formats, layers
+from difloat import formats, layers, units
 from difloat.methods import options, target
 from difloat.methods.assign import Rule, draft_layer, floating_point, plan_inputs
 from difloat.methods.task import Bits
@@ -135,7 +135,7 @@ def decide(model: nn.Module, wanted: Settings, float32: Sequence[str] = ()) -> D
         raise ValueError(
             f"{type(model).__name__} must have a layer to quantize, got none: {reason}; exclude fewer layers"
         )
-    return Decision(rules, skipped, wanted)
+    return Decision(rules, skipped | units.staying_float(model), wanted)
 
 
 def plan(model: nn.Module, wanted: Settings, *, progress: bool = True) -> Plan:

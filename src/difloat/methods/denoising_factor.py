@@ -32,7 +32,7 @@ _FAILURES = (
     ValueError,
 )  # of steps that take something else
 _PROBES = 64  # values of a channel of the sample that a step is tried on
-_WAY_OUT = "train without it (--set factor_power=0, repair --no-dfa)"
+_WAY_OUT = "train without it: factor_power=0 (on the command line --set factor_power=0), for repair dfa=False (--no-dfa)"
 
 
 def denoising_factors(

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from difloat import processes
-from difloat.calls import first_tensor
+from difloat.batch_axis import first_tensor, predict, rows_in_lists
 from difloat.methods.adapters import Adaptive
 from difloat.methods.resume import Kept
 from difloat.methods.student import Student
@@ -60,6 +60,11 @@ class TrainingSettings:
     compare_at: float = 0.0
     precision: Literal["no", "bf16", "fp16"] = "no"
     patience: int = 0
+
+    @property
+    def sampler_power(self) -> float:
+        """Power of the sampler's factors in the loss (`loss_weights`), which plain modules do not have."""
+        return 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("rows", 1), ("accumulation", 1), ("patience", 0)):
@@ -206,7 +211,8 @@ def _train(
             for part in range(settings.accumulation):
                 batch = data.draw(step * settings.accumulation + part, settings.rows, task.seed)
                 with accelerator.accumulate(model):
-                    output = first_tensor(model(*task.calibration.batch(batch.rows)))
+                    call = task.calibration.batch(batch.rows)
+                    output = first_tensor(model(*call), rows_in_lists(*call))
                     part_loss = weights[batch.timestep] * data.loss(output.float(), batch, settings)
                     if extra is not None:
                         part_loss = part_loss + extra(student, step, batch, output)
@@ -284,7 +290,7 @@ class _Rows:
         chunks = torch.arange(len(task.calibration)).split(_TEACHER_ROWS)
         with torch.no_grad():
             calls = (task.calibration.batch(chunk.tolist()) for chunk in chunks)  # one at a time
-            outputs = [first_tensor(task.model(*args, **kwargs)) for args, kwargs in calls]
+            outputs = [predict(task.model, *call) for call in calls]
         self.targets = torch.cat(outputs).float()
         self.pairs = _pairs(task)
 

@@ -16,13 +16,30 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from difloat.attention import has_processor
-from difloat.calls import SHARED_NAMES
+from difloat.batch_axis import SHARED_NAMES, prediction, rows_in_lists, rows_of, samples_of
 from difloat.layers import quantizable
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Functions that mix channels: what a tensor was concatenated from is no longer true of their result.
 _RANGE_TOKENS = 1 << 16  # of one input that quantiles are taken over
-_MIXING = ("conv", "linear", "matmul", "bmm", "einsum", "attention", "softmax", "mm")
+_MIXING = (
+    "conv",
+    "linear",
+    "matmul",
+    "bmm",
+    "einsum",
+    "attention",
+    "softmax",
+    "mm",
+    "fft",
+    "lstm",
+    "gru",
+    "transformer",
+)
+# Functions whose result has the shape or the dtype of an argument and not its values.
+_FILLS = ("zeros", "ones", "empty", "full", "rand", "randn", "randint", "tensor")
+_NO_VALUES = frozenset({*(f"{fill}_like" for fill in _FILLS), *(f"new_{fill}" for fill in _FILLS)})
+_FIRST_VALUE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 
 
 @dataclass
@@ -32,11 +49,13 @@ class Trace:
     Attributes:
         order: Layers in the order of their first call.
         splits: For layers whose input is a concatenation of features along its channels, the channels of the pieces.
-        first: Layers that read the sample itself.
+        first: Layers that read the sample itself: what they are given is the sample, reshaped, scaled, concatenated with or
+            added to what does not depend on it, such as the timestep's embedding.
         before_gelu: Layers whose output, or a piece of it, goes into a GELU with at most element-wise steps in between.
         attention: Modules with an exchangeable processor that computes `scaled_dot_product_attention`.
         row_bytes: Input and output of the layer where they are largest, per row of the call.
-        last: The layer called last.
+        last: Of the layers whose output reaches the model's prediction, the last one called, but one that depends on the
+            sample before any that does not (a gate computed from the timestep).
     """
 
     order: list[str] = field(default_factory=list)
@@ -45,17 +64,13 @@ class Trace:
     before_gelu: list[str] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
     row_bytes: int = 1
-
-    @property
-    def last(self) -> str:
-        """The layer called last."""
-        return self.order[-1]
+    last: str = ""
 
 
 class _Lineage(TorchFunctionMode):
     """Follows which tensors come from the sample, from a layer, and from a concatenation of layers' results."""
 
-    def __init__(self, sample: Tensor, seen: Trace) -> None:
+    def __init__(self, samples: Sequence[Tensor], seen: Trace) -> None:
         super().__init__()
         self.seen = seen
         self.attending: list[str] = []  # modules with a processor that run now, the innermost last
@@ -64,30 +79,52 @@ class _Lineage(TorchFunctionMode):
             WeakTensorKeyDictionary()
         )  # that output, or the piece of it that a tensor is a function of; weak
         self.from_layer = WeakTensorKeyDictionary()
-        self.from_sample = WeakTensorKeyDictionary()
+        self.from_sample = WeakTensorKeyDictionary()  # whether channels of the sample were mixed on the way
         self.pieces = WeakTensorKeyDictionary()
-        self.from_sample[sample] = True
+        # The last layer before a tensor: whether its output depends on the sample, and the number of its call.
+        self.reached_by = WeakTensorKeyDictionary()
+        self.calls: list[str] = []
+        for sample in samples:
+            self.from_sample[sample] = False
+
+    def called(self, name: str, output: Tensor) -> None:
+        """Note that a layer made `output`."""
+        self.from_layer[output] = True
+        self.made_by[output] = name
+        self.calls.append(name)
+        self.reached_by[output] = (output in self.from_sample, len(self.calls) - 1)
+
+    def last(self, tensors: Sequence[Tensor]) -> str:
+        """The last layer before some tensors; the one called last where none is known."""
+        found = [self.reached_by[tensor] for tensor in tensors if tensor in self.reached_by]
+        return self.calls[max(found)[1] if found else -1]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention and self.attending:
             self.seen.attention += [n for n in self.attending[-1:] if n not in self.seen.attention]
         result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
         sources = [leaf for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
-        for target in pytree.tree_leaves(result):
+        changed = args[:1] if name == "__setitem__" else result
+        for target in pytree.tree_leaves(changed):
             if isinstance(target, Tensor) and sources:
-                self._inherit(getattr(func, "__name__", ""), sources, target, args, kwargs or {})
+                self._inherit(name, sources, target, args, kwargs or {})
         return result
 
     def _inherit(self, name: str, sources: list[Tensor], target: Tensor, args: Any, kwargs: Any) -> None:
-        if any(source in self.from_layer for source in sources):
+        mixing = any(word in name for word in _MIXING)
+        values = [] if name in _NO_VALUES else sources[:1] if name in _FIRST_VALUE else sources
+        if any(source in self.from_layer for source in values):
             self.from_layer[target] = True
-        if any(source in self.from_sample for source in sources):
-            self.from_sample[target] = True
+        if mixed := [self.from_sample[source] for source in values if source in self.from_sample]:
+            self.from_sample[target] = mixing or any(mixed)
+        if reached := [self.reached_by[source] for source in values if source in self.reached_by]:
+            self.reached_by[target] = max(reached)
         makers = [self.made_by[source] for source in sources if source in self.made_by]
         if name == "gelu" or (len(set(makers)) == 1 and self._written_out(name, sources, target)):
             new = [maker for maker in dict.fromkeys(makers) if maker not in self.seen.before_gelu]
             self.seen.before_gelu += new
-        elif makers and not any(word in name for word in _MIXING):
+        elif makers and not mixing:
             self.made_by[target] = makers[0]
             before = next((self.before[source] for source in sources if source in self.before), lambda: None)
             alike = getattr(before(), "shape", None) == target.shape
@@ -96,7 +133,7 @@ class _Lineage(TorchFunctionMode):
             axis = kwargs.get("dim", args[1] if len(args) > 1 else 0) % target.dim()
             if all(source in self.from_layer for source in sources):
                 self.pieces[target] = (axis, tuple(source.shape[axis] for source in sources))
-        elif not any(word in name for word in _MIXING):
+        elif not mixing:
             full = [source for source in sources if source.shape == target.shape]
             kept = [self.pieces[source] for source in full if source in self.pieces]
             # Added to another layer's result it is a concatenation no more (PixArt's size conditions in its time embedding).
@@ -131,12 +168,11 @@ def trace(model: nn.Module, call: Call) -> Trace:
 
     Args:
         model: The denoiser.
-        call: Its arguments; the first tensor is the sample.
+        call: Its arguments, among them the sample (`batch_axis.sample_of`).
     """
     args, kwargs = call
-    sample = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-    seen, handles = Trace(), []
-    lineage = _Lineage(sample, seen)
+    seen, handles, rows = Trace(), [], rows_of(args, kwargs)
+    lineage = _Lineage(samples_of(args, kwargs), seen)
 
     def before(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -147,17 +183,16 @@ def trace(model: nn.Module, call: Call) -> Trace:
             axis, pieces = lineage.pieces.get(x, (None, ()))
             if axis == (1 if isinstance(module, nn.Conv2d) else x.dim() - 1):
                 seen.splits[name] = pieces
-            if x in lineage.from_sample and x not in lineage.from_layer:
+            if not lineage.from_sample.get(x, True):
                 seen.first.append(name)
 
         return hook
 
     def after(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            lineage.from_layer[output] = True
-            lineage.made_by[output] = name
+            lineage.called(name, output)
             lineage.before[output] = weakref.ref(output)
-            seen.row_bytes = max(seen.row_bytes, (inputs[0].nbytes + output.nbytes) // len(sample))
+            seen.row_bytes = max(seen.row_bytes, (inputs[0].nbytes + output.nbytes) // rows)
 
         return hook
 
@@ -169,7 +204,9 @@ def trace(model: nn.Module, call: Call) -> Trace:
             handles += [module.register_forward_pre_hook(enter)]
             handles += [module.register_forward_hook(_calling(lambda _: lineage.attending.pop(), name))]
     with removed(handles), torch.no_grad(), lineage:
-        model(*args, **kwargs)
+        output = prediction(model(*args, **kwargs), rows_in_lists(args, kwargs))
+    if seen.order:
+        seen.last = lineage.last([output] if isinstance(output, Tensor) else output)
     return seen
 
 
@@ -253,7 +290,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def rows_of_call(call: Call) -> int:
-    """Entries along the batch axis of the first tensor, the sample."""
+    """Entries along the first axis of the first tensor that a module is called with."""
     return next(leaf.shape[0] for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor))
 
 
@@ -261,16 +298,28 @@ def merge(calls: Sequence[Call], rows: Sequence[int]) -> Call:
     """Concatenate the arguments of several calls of one module along the batch axis.
 
     Tensors whose first axis is the batch (`rows` of the denoiser's call) are concatenated; anything else is shared.
+
+    Raises:
+        ValueError: if tensors to concatenate differ in another axis, as captions or pictures of several sizes make them.
     """
     flat = [pytree.tree_flatten(call) for call in calls]
     flags = [_per_row(call, count) for call, count in zip(calls, rows, strict=True)]
     merged = [
-        torch.cat(leaves) if all(batched) else leaves[0]
+        _joined(leaves) if all(batched) else leaves[0]
         for leaves, batched in zip(
             zip(*(leaves for leaves, _ in flat), strict=True), zip(*flags, strict=True), strict=True
         )
     ]
     return pytree.tree_unflatten(merged, flat[0][1])
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    if len(sizes := {tuple(tensor.shape[1:]) for tensor in tensors}) > 1:
+        raise ValueError(
+            f"blocks must be given tensors of one size in all calls to learn their rounding, got rows of {sorted(sizes)}; "
+            "calibrate with captions of one length and pictures of one size, or say rounding=nearest"
+        )
+    return torch.cat(list(tensors))
 
 
 def select(call: Call, rows: int, index: Tensor) -> Call:

@@ -100,6 +100,15 @@ class Passes:
         """Run every pass until it is about to call the module `name`; its arguments, merged along the batch axis.
 
         Raises:
+            ValueError: if a pass never gets there, or the arguments have other sizes than those of another pass.
+        """
+        caught = self.arguments(name)
+        return merge(caught, [rows_of_call(call) for call in caught])
+
+    def arguments(self, name: str) -> list[Call]:
+        """Run every pass until it is about to call the module `name`; its arguments in every pass.
+
+        Raises:
             ValueError: if a pass never gets there.
         """
 
@@ -107,8 +116,7 @@ class Passes:
             _current.held.hold(pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs)))
 
         module = self._model.get_submodule(name)
-        caught = self._run(name, lambda: module.register_forward_pre_hook(hook, with_kwargs=True))
-        return merge(caught, [rows_of_call(call) for call in caught])
+        return self._run(name, lambda: module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def leave(self, name: str) -> list[Tensor]:
         """Run every pass until it has called the module `name`; the tensors it returned, each concatenated over the passes.

@@ -45,17 +45,21 @@ _RANGE_TIMESTEPS, _RANGE_LAYERS = 20, 4  # shown in reports
 
 @dataclass(frozen=True)
 class Outcome:
-    """Layers, attention and reasons for a plan, and what was measured on the way."""
+    """Layers, attention and reasons for a plan, and what was measured on the way.
+
+    `used` has the values of options that were used in place of what was asked for.
+    """
 
     layers: dict[str, LayerPlan]
     skipped: dict[str, str]
     measured: dict[str, Any]
     attention: dict[str, AttentionPlan] = field(default_factory=dict)
     timesteps: tuple[float, ...] = ()
+    used: Mapping[str, Any] = field(default_factory=dict)
 
 
 def keeps_8bit(name: str, seen: Trace, keep: Sequence[str]) -> bool:
-    """Whether `keep` names this layer: itself, "first" (reads the sample) or "last" (called last).
+    """Whether `keep` names this layer: itself, "first" (reads the sample) or "last" (gives the prediction).
 
     Raises:
         ValueError: if `keep` names a layer that the model does not call.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from difloat import units
 from difloat.methods import options
 from difloat.methods.posttraining import Bits, Outcome, Task
 from difloat.methods.sparsity import mostly_zero
@@ -100,10 +101,10 @@ def make_options(recipe: Recipe, values: Mapping[str, Any], bits: str) -> Any:
 
 def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
     """Decide everything about the task's model; the model stays untouched."""
-    row = lookup(recipe)
-    settings = make_options(row, chosen, bits)
-    outcome = row.plan(task, settings)
-    stored = {**dataclasses.asdict(settings), "seed": task.seed, "calibration_rows": len(task.calibration)}
+    settings = make_options(lookup(recipe), chosen, bits)
+    outcome = lookup(recipe).plan(task, settings)
+    rows = len(task.calibration)
+    stored = {**dataclasses.asdict(settings), **outcome.used, "seed": task.seed, "calibration_rows": rows}
     if task.target != "any":
         stored["target"] = task.target
     if task.exclude:
@@ -112,7 +113,7 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
         recipe,
         bits.strip().lower(),
         outcome.layers,
-        outcome.skipped,
+        {**outcome.skipped, **units.staying_float(task.model)},
         stored,
         {**outcome.measured, "mostly_zero": mostly_zero(task.model, outcome.layers)},
         outcome.attention,

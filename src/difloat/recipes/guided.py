@@ -50,13 +50,18 @@ class Options(TrainingSettings):
     guidance_weight: float = 9.0
     epochs: int = 10
 
+    @property
+    def sampler_power(self) -> float:
+        """Power of the sampler's factors in the loss; a plain module has no sampler, there it must be 0."""
+        return self.factor_power if self.epochs else 0.0
+
 
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by Guided."""
     kept: list[str] = []
     guidance = guidance_to_keep(options.guidance_weight, task)
     settings = settings_of(replace(options, guidance_weight=guidance), task)
-    weights = loss_weights(task, options.factor_power if options.epochs else 0.0)
+    weights = loss_weights(task, options.sampler_power)
 
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
@@ -71,4 +76,4 @@ def plan(task: Task, options: Options) -> Outcome:
     sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
     outcome = posttraining.run(task, rules, sequencing)
     tuning = Tuning(settings, 1, options.rank, weights, tuple(kept), options.ranges_by_timestep)
-    return tune(task, outcome, tuning)
+    return replace(tune(task, outcome, tuning), used={"guidance_weight": guidance})

@@ -73,13 +73,16 @@ class Options(TrainingSettings):
     rounding_rows: int = field(default=Sequencing.rounding_rows)
     keep_8bit: tuple[str, ...] = ("first", "last")
 
+    @property
+    def sampler_power(self) -> float:
+        """Power of the sampler's factors in the loss; 0 without `dfa` or fine-tuning."""
+        return self.factor_power if self.dfa and self.adapters and self.epochs else 0.0
+
 
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by MSFP."""
-    kept: list[str] = []
-    settings = settings_of(options, task)
-    trains = options.adapters and options.epochs
-    weights = loss_weights(task, options.factor_power if options.dfa and trains else 0.0)
+    kept, settings = list[str](), settings_of(options, task)
+    weights = loss_weights(task, options.sampler_power)
 
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)

@@ -1,0 +1,244 @@
+"""Which arguments of a denoiser's call have a batch axis, and the call's structure as JSON without its tensors.
+
+Most denoisers take tensors whose first axis is the batch. Some (Z-Image) take lists, one tensor per picture: then the list
+is the batch axis, every list of that length is taken apart, and its tensors may have different sizes. A list is the batch only
+where the sample itself is one: lists beside a tensor (residuals of a ControlNet) are as long as the network is deep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from difloat.timesteps import TIMESTEP_NAMES
+
+# Position tables have no batch axis, even where their first size happens to equal the batch size.
+SHARED_NAMES = frozenset({"img_ids", "txt_ids", "image_rotary_emb"})
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A list of a call that is its batch axis, cut to one row.
+
+    Attributes:
+        entry: The list's entry for the row.
+        kind: "list" or "tuple".
+    """
+
+    entry: object
+    kind: str
+
+
+def sample_of(named: Mapping[str, object]) -> tuple[str, int]:
+    """Name and batch size of the noisy sample: the first tensor with a batch axis, or the first list of tensors.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    for name, value in named.items():
+        if isinstance(value, Tensor) and value.ndim >= 2:
+            return name, len(value)
+        if _is_rows(value) and not _split_by(value, named):
+            return name, len(value)  # type: ignore[arg-type]
+    for name, value in named.items():
+        if isinstance(value, Tensor) and value.ndim == 1:
+            return name, len(value)
+    raise ValueError(
+        "a denoiser must be called with a sample of shape [batch, ...], or a list of one tensor per picture, as a direct "
+        f"argument, got the arguments {list(named)}; pass the noisy sample itself"
+    )
+
+
+def _is_rows(value: object) -> bool:
+    """Whether a value is a list of tensors, or of lists of tensors, one per picture."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(entry, Tensor) and entry.ndim > 0 or _is_rows(entry) for entry in value)
+    )
+
+
+def _split_by(rows: object, named: Mapping[str, object]) -> bool:
+    """Whether the entries of a list have the batch axis of a tensor beside it: several embeddings of the same rows."""
+    batch = next((len(v) for v in named.values() if isinstance(v, Tensor) and v.ndim >= 2), None)
+    return all(isinstance(entry, Tensor) and len(entry) == batch for entry in rows)  # type: ignore[attr-defined]
+
+
+def rows_in_lists(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+    """Whether the sample of a denoiser's call is a list of one tensor per picture."""
+    named = _named(args, kwargs)
+    return not isinstance(named[sample_of(named)[0]], Tensor)
+
+
+def rows_of(args: Sequence[object], kwargs: Mapping[str, object]) -> int:
+    """How many rows a denoiser is called with."""
+    return sample_of(_named(args, kwargs))[1]
+
+
+def samples_of(args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
+    """The tensors of the noisy sample: one, or one per picture."""
+    named = _named(args, kwargs)
+    leaves = pytree.tree_leaves(named[sample_of(named)[0]])
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _named(args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
+    return {**{str(number): value for number, value in enumerate(args)}, **kwargs}
+
+
+def cut(value: object, batch: int, row: int) -> object:
+    """`value` of a call whose batch axis is a list: a list of `batch` entries becomes the entry of `row`, in dicts too.
+
+    Lists of numbers and words stay whole: they are settings, such as the sizes of a patch.
+    """
+    if isinstance(value, Mapping):
+        return {key: cut(entry, batch, row) for key, entry in value.items()}
+    plain = (bool, int, float, str)
+    if (
+        isinstance(value, (list, tuple))
+        and len(value) == batch
+        and not any(isinstance(v, plain) for v in value)
+    ):
+        return Rows(value[row], "list" if isinstance(value, list) else "tuple")
+    return value
+
+
+def timestep_name(named: Mapping[str, object], sample_name: str, batch: int) -> str | None:
+    """Argument that holds the timestep: by name, else the first scalar or [batch] tensor after the sample."""
+    for name in TIMESTEP_NAMES:
+        value = named.get(name)
+        if name != sample_name and value is not None and isinstance(value, (Tensor, int, float)):
+            return name
+    order = list(named)
+    for name in order[order.index(sample_name) + 1 :]:
+        value = named[name]
+        if isinstance(value, Tensor) and value.dtype != torch.bool and value.ndim <= 1:
+            if value.numel() in (1, batch):
+                return name
+    return None
+
+
+def numbers_in(named: Mapping[str, object]) -> dict[str, float]:
+    """Arguments that are Python numbers."""
+    return {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def per_row_timestep(value: object, batch: int) -> Tensor:
+    """Timestep with a batch axis: a scalar becomes the same value for every row."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
+    return value.reshape(1).expand(batch) if value.numel() == 1 else value
+
+
+def timestep_values(timestep: object, batch: int, call: int) -> list[float]:
+    """One number per row: the largest of a row's entries, or the call's number where there is no timestep."""
+    if not isinstance(timestep, Tensor):
+        return [float(call)] * batch
+    if len(timestep) != batch:
+        return [float(timestep.max())] * batch
+    return timestep.reshape(batch, -1).amax(1).double().tolist()
+
+
+def encode(value: object, name: str, leaves: list[tuple[str, Tensor, bool]]) -> dict[str, object]:
+    """JSON form of an argument.
+
+    Tensors go to `leaves`, with their name and whether they are one row's in a list, and leave their place in the JSON.
+    """
+    return _encode(value, name, leaves, False)
+
+
+def _encode(
+    value: object, name: str, leaves: list[tuple[str, Tensor, bool]], in_rows: bool
+) -> dict[str, object]:
+    if isinstance(value, Rows):
+        return {"rows": [value.kind, _encode(value.entry, name, leaves, True)]}
+    if isinstance(value, Tensor):
+        leaves.append((name, value, in_rows))
+        return {"tensor": len(leaves) - 1}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_encode(entry, name, leaves, in_rows) for entry in value]}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _encode(entry, key, leaves, in_rows) for key, entry in value.items()}}
+    raise ValueError(
+        "a denoiser's arguments must be tensors, numbers, strings, None, or lists, tuples, dicts of them, "
+        f"got {type(value).__name__} in '{name}'; wrap the denoiser in a module that builds it itself"
+    )
+
+
+def decode(node: Mapping[str, Any], tensors: Sequence[Any], rows: int, row: int | None = None) -> object:
+    """What `encode` made JSON of, for a call of so many rows.
+
+    Args:
+        node: The JSON.
+        tensors: In the order of the leaves: a tensor, or for those in lists of rows one per row.
+        rows: Of the call.
+        row: Inside of a list of rows which of them.
+    """
+    ((kind, content),) = node.items()
+    if kind == "rows":
+        entries = [decode(content[1], tensors, rows, each) for each in range(rows)]
+        return entries if content[0] == "list" else tuple(entries)
+    if kind == "tensor":
+        return tensors[content] if row is None else tensors[content][row]
+    if kind == "dict":
+        return {key: decode(entry, tensors, rows, row) for key, entry in content.items()}
+    if kind in ("list", "tuple"):
+        entries = [decode(entry, tensors, rows, row) for entry in content]
+        return entries if kind == "list" else tuple(entries)
+    return content
+
+
+def prediction(output: object, in_lists: bool) -> Tensor | list[Tensor]:
+    """The denoiser's prediction in its output: a tensor [batch, ...], or a list of one tensor per row.
+
+    It is the output itself or the first entry of a tuple, list, dict or diffusers output. A list inside of these, or the output
+    itself of a denoiser that takes its rows `in_lists`, holds a tensor per row.
+
+    Raises:
+        ValueError: if there is no tensor.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if in_lists and isinstance(output, list) and _is_rows(output):
+        return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, (tuple, list)) and output:
+        return prediction(output[0], isinstance(output[0], list))
+    raise ValueError(
+        "a denoiser must return a tensor, or a tuple, list or dict that starts with one, "
+        f"got {type(output).__name__}; wrap it in a module that does"
+    )
+
+
+def first_tensor(output: object, in_lists: bool = False) -> Tensor:
+    """The denoiser's prediction [batch, ...] in its output, see `prediction`; a list of one tensor per row is stacked.
+
+    Raises:
+        ValueError: if there is no tensor, or the rows of a list have different sizes.
+    """
+    found = prediction(output, in_lists)
+    if isinstance(found, Tensor):
+        return found
+    if len(shapes := {tuple(tensor.shape) for tensor in found}) > 1:
+        raise ValueError(
+            f"rows of one call must have one picture size here, got outputs of {sorted(shapes)}; calibrate with one size"
+        )
+    return torch.stack(found)
+
+
+def predict(module: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a denoiser predicts in one call, [batch, ...]; ValueError as from `first_tensor`."""
+    return first_tensor(module(*args, **kwargs), rows_in_lists(args, kwargs))
