@@ -23,6 +23,7 @@ LINE = (
     "scales",
     "quantizer",
     "kernels",
+    "reading",
     "parents",
     "slots",
     "timesteps",

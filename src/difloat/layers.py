@@ -306,9 +306,8 @@ def install(model: nn.Module, name: str, plan: LayerPlan, device: torch.device |
 
 def swap(model: nn.Module, name: str, layer: QuantLinear | QuantConv2d) -> None:
     """Put a quantized layer in the place of the layer `name`; it answers as that one did if the parent asks for a dtype."""
-    parent, _, child = name.rpartition(".")
     old = model.get_submodule(name)
-    if parents.asks(model.get_submodule(parent), child):
+    if parents.use_of(model, name) is not None:
         layer.answer_as(old.input_dtype if isinstance(old, QuantizedLayer) else weight_of(model, name).dtype)
     replace(model, name, layer)
 

@@ -17,6 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from difloat.attention import has_processor
 from difloat.calls import SHARED_NAMES
 from difloat.layers import quantizable
+from difloat.methods.readers import Watch
+from difloat.reading import Use
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Functions that mix channels: what a tensor was concatenated from is no longer true of their result.
@@ -34,6 +36,7 @@ class Trace:
         first: Layers that read the sample itself.
         before_gelu: Layers whose output, or a piece of it, goes into a GELU with at most element-wise steps in between.
         attention: Modules with an exchangeable processor that computes `scaled_dot_product_attention`.
+        uses: What is done with weights besides calling their layers, by layer.
         row_bytes: Input and output of the layer where they are largest, per row of the call.
         last: The layer called last.
     """
@@ -43,6 +46,7 @@ class Trace:
     first: list[str] = field(default_factory=list)
     before_gelu: list[str] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
+    uses: dict[str, Use] = field(default_factory=dict)
     row_bytes: int = 1
 
     @property
@@ -141,8 +145,10 @@ def trace(model: nn.Module, call: Call) -> Trace:
             enter = _calling(lineage.attending.append, name)
             handles += [module.register_forward_pre_hook(enter)]
             handles += [module.register_forward_hook(_calling(lambda _: lineage.attending.pop(), name))]
-    with removed(handles), torch.no_grad(), lineage:
+    watch = Watch(model)
+    with removed(handles), torch.no_grad(), watch.around(), lineage:
         model(*args, **kwargs)
+    seen.uses = watch.uses
     return seen
 
 
