@@ -46,7 +46,9 @@ def classes() -> dict[str, type]:
             found |= {
                 name: value
                 for name, value in vars(module).items()
-                if inspect.isclass(value) and issubclass(value, ModelMixin) and value.__module__ == module.__name__
+                if inspect.isclass(value)
+                and issubclass(value, ModelMixin)
+                and value.__module__ == module.__name__
             }
     assert diffusers.__version__
     return found
@@ -90,7 +92,9 @@ def test_a_packed_model_computes_what_its_codes_stand_for_and_comes_back(name: s
     model, call = tiny(name)
     before = outputs(model, call)
     assert all(bool(tensor.isfinite().all()) and float(tensor.float().std()) > 0.01 for tensor in before)
-    plan = datafree.plan(model, datafree.settings({"bits": "w8a16", "outside": "8bit"}), progress=False)
+    plan = datafree.plan(
+        model, datafree.settings({"weights": "e4m3", "bits": "w8a16", "outside": "8bit"}), progress=False
+    )
     expected = outputs(with_decoded_weights(model, plan), call)
     difloat.apply(model, plan)
     assert sum(isinstance(module, QuantizedLayer) for module in model.modules()) == len(plan.layers) > 0

@@ -116,10 +116,8 @@ class _Reader:
         for _ in range(3):  # names of names of names
             for node in self.nodes:
                 self._bind(node)
-        for (
-            node
-        ) in self.nodes:  # asked whether they are floating point: the code knows that weights may be packed
-            if isinstance(node, ast.Attribute) and node.attr == "is_floating_point":
+        for node in self.nodes:  # where it asks for floating point, it knows that weights may be packed
+            if isinstance(node, ast.Attribute) and _asks_floating(node):
                 self.guarded |= {
                     path[:-1] if path[-1:] == ("dtype",) else path for path in self.value(node.value)
                 }
@@ -128,6 +126,7 @@ class _Reader:
                 getattr(node, "ctx", ast.Load()), ast.Load
             ):
                 self._note(node)
+                self._note_dtype(node)
             if isinstance(node, ast.Call):
                 self._follow(node)
         return Code(self.mentions, frozenset(self.reads))
@@ -151,9 +150,8 @@ class _Reader:
         if isinstance(node, ast.Name):
             return self.names.get(node.id, set())
         if isinstance(node, ast.Attribute):
-            return {
-                (*path, node.attr) for path in self.value(node.value) if path[-1:] not in ((ANY,), (FIRST,))
-            }
+            base = self.value(node.value)
+            return {(*path, node.attr) for path in base if node.attr == "dtype" or not _is_parameter(path)}
         if isinstance(node, ast.Subscript):
             key = node.slice.value if isinstance(node.slice, ast.Constant) else None
             return {
@@ -206,8 +204,7 @@ class _Reader:
         else:
             use = "values"
         if use is not None:
-            known = self.guarded if use in ("dtype", "dtype unless int8") else set()
-            self.reads |= {Read(path, use) for path in weights - known}
+            self.reads |= {Read(path, use) for path in weights}
 
     def _passes(self, call: ast.Call) -> bool:
         """Whether a call only hands its argument on, or asks what it is."""
@@ -219,11 +216,36 @@ class _Reader:
             return None if isinstance(self.above.get(above), ast.Assign) else "values"
         if not isinstance(above, ast.Attribute):
             return "values"
-        if above.attr in HARMLESS or above.attr == "is_floating_point":
-            return None
-        if above.attr != "dtype":
-            return "values"
-        return "dtype unless int8" if "int8" in self.mentions else "dtype"
+        return None if above.attr in HARMLESS | {"is_floating_point", "dtype"} else "values"
+
+    def _note_dtype(self, node: ast.expr) -> None:
+        """Keep what is done with the dtype of a weight, if this is one; names are looked at wherever they are used."""
+        paths = {path for path in self.value(node) if path[-1:] == ("dtype",) and _is_weight(path[:-1])}
+        paths -= {(*path, "dtype") for path in self.guarded}
+        inner, outer = node, self.above.get(node)
+        if not paths or isinstance(outer, ast.Assign | ast.NamedExpr):
+            return
+        use: Use = "dtype"
+        while outer is not None:
+            if isinstance(outer, ast.Compare) or _asks_floating(outer):
+                return
+            if (
+                isinstance(outer, ast.If | ast.IfExp)
+                and inner is not outer.test
+                and self._excludes_int8(outer.test, paths)
+            ):
+                use = "dtype unless int8"
+            inner, outer = outer, self.above.get(outer)
+        self.reads |= {Read(path[:-1], use) for path in paths}
+
+    def _excludes_int8(self, test: ast.expr, paths: set[Path]) -> bool:
+        """Whether a condition compares these dtypes with int8."""
+        return any(
+            isinstance(node, ast.Compare)
+            and any(getattr(side, "attr", "") == "int8" for side in ast.walk(node))
+            and any(paths & self.value(side) for side in (node.left, *node.comparators))
+            for node in ast.walk(test)
+        )
 
     def _follow(self, node: ast.Call) -> None:
         """Look into a function or method that is handed a module."""
@@ -258,6 +280,10 @@ class _Reader:
 def _entry(path: Path, key: str = ENTRY) -> Path:
     """What an entry of the thing at `path` is called; entries of a list of parameters are parameters."""
     return path if path[-1:] in ((ANY,), (FIRST,), ("**",)) else (*path, key)
+
+
+def _asks_floating(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "is_floating_point"
 
 
 def _is_parameter(path: Path) -> bool:
