@@ -1,7 +1,7 @@
-"""Tiny configurations of every denoiser class that diffusers has, and what each is called with; `test_class_sweep.py` runs them.
+"""Tiny configurations of every denoiser class that diffusers has, and what each is called with, for `test_class_sweep.py`.
 
 Sizes are those of no real model: two heads of 12 channels, one or two blocks, 4 latent channels, 5 tokens of text. What a class
-needs beyond that is in its row. Calls are made of `Noise`, `Steps` and other plain data; `made` turns them into tensors.
+needs beyond that is in its row. Calls are made of `Noise`, `Whole` and other plain data; `made` turns them into tensors.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ class Tiny:
     """One class.
 
     Attributes:
-        call: Arguments of `forward` besides those that `usual` gives it.
+        call: Arguments of `forward` besides those of `USUAL`.
         config: Arguments of the class besides those of `SIZES`.
         without: Names of `SIZES` that the class is not given, so that its own default holds.
-        args: Positional arguments, where `forward` takes no names.
+        leave: Names of `USUAL` that the call is not given.
     """
 
     call: Mapping[str, Any] = field(default_factory=dict)
@@ -117,7 +117,7 @@ def build(cls: type, tiny: Tiny) -> Any:
     model = cls(**{**sizes, **tiny.config}).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and parameter.numel():
                 parameter.normal_(0, parameter[0].numel() ** -0.5)
             else:
                 parameter.normal_(float(name.endswith("weight")), 0.1)
@@ -151,7 +151,44 @@ def control(**more: Any) -> dict[str, Any]:
     return {**UNET, "down_block_types": blocks, "conditioning_embedding_out_channels": (4, 8), **more}
 
 
+COGVIDEO = {
+    "attention_head_dim": 8,
+    "sample_width": 8,
+    "sample_height": 8,
+    "sample_frames": 9,
+    "max_text_seq_length": TOKENS,
+}
+HUNYUAN_CALL = {
+    "text_embedding_mask": Ones((ROWS, TOKENS)), "encoder_hidden_states_t5": WORDS, "style": Whole((ROWS,), 1),
+    "text_embedding_mask_t5": Ones((ROWS, TOKENS)), "image_meta_size": Noise((ROWS, 6)),
+    "image_rotary_emb": Made(lambda: (torch.ones(16, HEAD), torch.zeros(16, HEAD))),
+}  # fmt: skip
+HUNYUAN = {
+    "patch_size": 2, "num_layers": 2, "cross_attention_dim": TEXT, "cross_attention_dim_t5": TEXT, "text_len": TOKENS,
+    "text_len_t5": TOKENS, "pooled_projection_dim": TEXT,
+}  # fmt: skip
 FLAT_TWO = {"original_size": SIZE, "target_size": SIZE, "crop_coords": SIZE}
+
+
+def without(config: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The configuration without what a class does not know."""
+    return {name: value for name, value in config.items() if name not in names}
+
+
+def cameras() -> torch.Tensor:
+    """A camera that moves forward: its matrix, focal lengths and centre for each of three frames."""
+    matrix = torch.eye(4).repeat(ROWS, 3, 1, 1)
+    matrix[..., 2, 3] = torch.arange(3) * 0.1
+    return torch.cat([matrix.flatten(-2), torch.tensor([4.0, 4.0, 2.0, 2.0]).expand(ROWS, 3, 4)], -1)
+
+
+def animate_cache() -> Any:
+    """What Wan-Animate-2 keeps of its reference pass."""
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+
+    return WanAnimate2KVCache(1)
+
+
 SHAPES = [[(1, 4, 4)]] * ROWS
 
 TABLE: dict[str, Tiny] = {
@@ -163,27 +200,17 @@ TABLE: dict[str, Tiny] = {
     "AuraFlowTransformer2DModel": Tiny(
         {"timestep": PART}, {"num_mmdit_layers": 1, "num_single_dit_layers": 1, "pos_embed_max_size": 32}
     ),
-    "CogVideoXTransformer3DModel": Tiny(
-        {"hidden_states": Noise((ROWS, 3, 4, 8, 8))},
-        {"sample_width": 8, "sample_height": 8, "sample_frames": 9, "max_text_seq_length": TOKENS},
-    ),
+    "CogVideoXTransformer3DModel": Tiny({"hidden_states": Noise((ROWS, 3, 4, 8, 8))}, COGVIDEO),
     "ConsisIDTransformer3DModel": Tiny(
-        {"hidden_states": Noise((ROWS, 3, 4, 8, 8)), "id_cond": Noise((ROWS, 16)),
-         "id_vit_hidden": [Noise((ROWS, 8, 8))] * 2},
-        {"sample_width": 8, "sample_height": 8, "sample_frames": 9, "max_text_seq_length": TOKENS, "is_train_face": True,
-         "cross_attn_interval": 1, "cross_attn_dim_head": 8, "cross_attn_num_heads": 2, "LFE_id_dim": 16, "LFE_vit_dim": 8,
-         "LFE_depth": 2, "LFE_dim_head": 8, "LFE_num_heads": 2, "LFE_num_id_token": 1, "LFE_num_querie": 1,
-         "LFE_output_dim": 16, "LFE_ff_mult": 1, "LFE_num_scale": 2},
+        {"hidden_states": Noise((ROWS, 3, 4, 8, 8)), "id_cond": Noise((ROWS, 16)), "id_vit_hidden": [Noise((ROWS, 8, 8))] * 2},
+        {**COGVIDEO, "is_train_face": True, "cross_attn_interval": 1, "cross_attn_dim_head": 8, "cross_attn_num_heads": 2,
+         "LFE_id_dim": 16, "LFE_vit_dim": 8, "LFE_depth": 2, "LFE_dim_head": 8, "LFE_num_heads": 2, "LFE_num_id_token": 1,
+         "LFE_num_querie": 1, "LFE_output_dim": 10, "LFE_ff_mult": 1, "LFE_num_scale": 2},
     ),
-    "DiTTransformer2DModel": Tiny({"class_labels": Whole((ROWS,))}, {"num_embeds_ada_norm": 20}, leave=("encoder_hidden_states",)),
-    "HunyuanDiT2DModel": Tiny(
-        {"text_embedding_mask": Ones((ROWS, TOKENS)), "encoder_hidden_states_t5": WORDS,
-         "text_embedding_mask_t5": Ones((ROWS, TOKENS)), "image_meta_size": Noise((ROWS, 6)), "style": Whole((ROWS,), 1),
-         "image_rotary_emb": Made(lambda: (torch.ones(16, HEAD), torch.zeros(16, HEAD)))},
-        {"patch_size": 2, "num_layers": 2, "cross_attention_dim": TEXT, "cross_attention_dim_t5": TEXT, "text_len": TOKENS,
-         "text_len_t5": TOKENS, "pooled_projection_dim": TEXT},
-        ("out_channels",),
+    "DiTTransformer2DModel": Tiny(
+        {"class_labels": Whole((ROWS,))}, {"num_embeds_ada_norm": 20}, leave=("encoder_hidden_states",)
     ),
+    "HunyuanDiT2DModel": Tiny(HUNYUAN_CALL, HUNYUAN, ("out_channels",)),
     "LatteTransformer3DModel": Tiny(
         {"hidden_states": VIDEO},
         {"patch_size": 2, "norm_type": "ada_norm_single", "norm_elementwise_affine": False, "video_length": 3,
@@ -191,7 +218,7 @@ TABLE: dict[str, Tiny] = {
     ),
     "LuminaNextDiT2DModel": Tiny(
         {"timestep": PART, "encoder_mask": Ones((ROWS, TOKENS)),
-         "image_rotary_emb": Made(lambda: torch.polar(torch.ones(8, 8, 6), torch.rand(8, 8, 6)))},
+         "image_rotary_emb": Made(lambda: torch.polar(torch.ones(8, 8, 6), torch.rand(8, 8, 6))), "cross_attention_kwargs": {}},
         {"cross_attention_dim": TEXT, "multiple_of": 8},
     ),
     "MiniMaxMusic3RVQDepthDecoder": Tiny(
@@ -217,17 +244,22 @@ TABLE: dict[str, Tiny] = {
     ),
     "Transformer2DModel": Tiny({}, {"norm_num_groups": 2, "cross_attention_dim": TEXT}, ("caption_channels",), ("timestep",)),
     "DreamLiteTransformer2DModel": Tiny(
-        {}, {"in_channels": WIDTH, "out_channels": WIDTH, "cross_attention_dim": TEXT, "norm_num_groups": 4},
-        ("caption_channels", "num_kv_heads"), ("timestep",),
+        {"hidden_states": Noise((ROWS, WIDTH, 4, 4))},
+        {"in_channels": WIDTH, "out_channels": WIDTH, "cross_attention_dim": TEXT, "norm_num_groups": 4},
+        ("caption_channels", "num_kv_heads"),
+        ("timestep",),
     ),
     "AllegroTransformer3DModel": Tiny(
         {"hidden_states": VIDEO, "attention_mask": Ones((ROWS, 3, 4, 4)), "encoder_attention_mask": Ones((ROWS, 1, TOKENS)),
-         "image_rotary_emb": Made(lambda: allegro_rotary())},
+         "image_rotary_emb": Made(lambda: (((torch.ones(9, 4), torch.zeros(9, 4)),) * 3, (torch.arange(12)[None] % 3,) * 3))},
         {"sample_height": 4, "sample_width": 4, "sample_frames": 3},
     ),
-    "AnyFlowTransformer3DModel": Tiny({"hidden_states": Noise((ROWS, 3, 4, 4, 4)), "timestep": Noise((ROWS, 3)), "r_timestep": Noise((ROWS, 3))}),
+    "AnyFlowTransformer3DModel": Tiny(
+        {"hidden_states": Noise((ROWS, 3, 4, 4, 4)), "timestep": Noise((ROWS, 3)), "r_timestep": Noise((ROWS, 3))}
+    ),
     "AnyFlowFARTransformer3DModel": Tiny(
-        {"hidden_states": Noise((ROWS, 3, 4, 4, 4)), "timestep": Noise((ROWS, 3)), "r_timestep": Noise((ROWS, 3)), "chunk_partition": (1, 2)},
+        {"hidden_states": Noise((ROWS, 3, 4, 4, 4)), "timestep": Noise((ROWS, 3)), "r_timestep": Noise((ROWS, 3)),
+         "chunk_partition": (1, 2)},
         {"chunk_partition": (1, 2)},
     ),
     "BriaTransformer2DModel": Tiny(FLUX),
@@ -235,9 +267,9 @@ TABLE: dict[str, Tiny] = {
         {**FLUX, "text_encoder_layers": [Noise((ROWS, TOKENS, 12))] * 2}, {"text_encoder_dim": 12}
     ),
     "BriaFibo2Transformer2DModel": Tiny(
-        {"timestep": PART},
+        {"timestep": PART, "encoder_hidden_states": Noise((ROWS, 2, TOKENS, TEXT))},
         {"injection_layer_ids": (0,), "perceiver_num_layers": 1, "min_num_gist_tokens": 4, "max_num_gist_tokens": 8,
-         "gist_step": 2, "gist_min_text_len": 2, "gist_max_text_len": 16},
+         "gist_step": 4, "gist_min_text_len": 4, "gist_max_text_len": 16},
     ),
     "ChromaTransformer2DModel": Tiny(
         FLUX, {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
@@ -246,11 +278,24 @@ TABLE: dict[str, Tiny] = {
     "CogView3PlusTransformer2DModel": Tiny(FLAT_TWO, {"pos_embed_max_size": 8}),
     "CogView4Transformer2DModel": Tiny(FLAT_TWO, {"rope_axes_dim": (8, 8)}),
     "CosmosTransformer3DModel": Tiny(
-        {"hidden_states": VIDEO, "padding_mask": Ones((1, 1, 16, 16)), "fps": 30},
-        {"adaln_lora_dim": 4, "max_size": (4, 8, 8), "text_embed_dim": TEXT},
+        {"hidden_states": VIDEO, "fps": 30},
+        {"adaln_lora_dim": 4, "max_size": (4, 8, 8), "text_embed_dim": TEXT, "concat_padding_mask": False},
     ),
-    "Cosmos3OmniTransformer": Tiny({}, {}),
-    "EasyAnimateTransformer3DModel": Tiny({"hidden_states": VIDEO}, {"attention_head_dim": 16, "patch_size": 2, "time_embed_dim": 8, "sample_width": 4, "sample_height": 4}),
+    "Cosmos3OmniTransformer": Tiny(
+        {"input_ids": Made(lambda: torch.tensor([1, 2])), "text_indexes": Made(lambda: torch.tensor([0, 1])),
+         "position_ids": Made(lambda: torch.arange(6).expand(3, 6)), "und_len": 2, "sequence_length": 6,
+         "vision_tokens": [Noise((1, 4, 1, 2, 2))], "vision_token_shapes": [(1, 2, 2)],
+         "vision_sequence_indexes": Made(lambda: torch.arange(2, 6)),
+         "vision_mse_loss_indexes": Made(lambda: torch.arange(2, 6)),
+         "vision_timesteps": Made(lambda: torch.full((4,), 500.0)),
+         "vision_noisy_frame_indexes": [Made(lambda: torch.tensor([0]))]},
+        {"latent_channel": 4, "latent_patch_size": 1, "patch_latent_dim": 4, "num_key_value_heads": 1, "vocab_size": 16,
+         "rope_axes_dim": [2, 2, 2]},
+    ),
+    "EasyAnimateTransformer3DModel": Tiny(
+        {"hidden_states": VIDEO},
+        {"attention_head_dim": 16, "patch_size": 2, "time_embed_dim": 8, "sample_width": 4, "sample_height": 4},
+    ),
     "ErnieImageTransformer2DModel": Tiny(
         {"text_bth": WORDS, "text_lens": Made(lambda: torch.tensor([5, 3]))}, leave=("encoder_hidden_states",)
     ),
@@ -264,16 +309,16 @@ TABLE: dict[str, Tiny] = {
         {"timestep_channels": 16, "cond_in_channels": 4, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 4, 4)},
     ),
     "GlmImageTransformer2DModel": Tiny(
-        {"prior_token_id": Whole((ROWS, 16), 12), "prior_token_drop": Made(lambda: torch.tensor([False, True])), "target_size": SIZE,
-         "crop_coords": SIZE},
+        {"prior_token_id": Whole((ROWS, 16), 12), "prior_token_drop": Made(lambda: torch.tensor([False, True])),
+         "target_size": SIZE, "crop_coords": SIZE},
         {"prior_vq_quantizer_codebook_size": 12},
     ),
     "HeliosTransformer3DModel": Tiny({"hidden_states": VIDEO}, {"rope_dim": (4, 4, 4)}),
     "HiDreamImageTransformer2DModel": Tiny(
         {"timesteps": TIME, "encoder_hidden_states_t5": WORDS, "encoder_hidden_states_llama3": Noise((2, ROWS, TOKENS, TEXT)),
          "pooled_embeds": POOLED},
-        {"patch_size": 2, "caption_channels": (TEXT, TEXT), "text_emb_dim": 8, "axes_dims_rope": (4, 4, 4), "llama_layers": (0, 1),
-         "max_resolution": (8, 8), "num_routed_experts": 2, "num_activated_experts": 1},
+        {"patch_size": 2, "caption_channels": (TEXT, TEXT), "text_emb_dim": 8, "axes_dims_rope": (4, 4, 4),
+         "llama_layers": (0, 1), "max_resolution": (8, 8), "num_routed_experts": 2, "num_activated_experts": 1},
     ),
     "HunyuanVideoTransformer3DModel": Tiny(
         {"hidden_states": VIDEO, "encoder_attention_mask": TEXT_MASK, "pooled_projections": POOLED, "guidance": TIME}
@@ -285,10 +330,15 @@ TABLE: dict[str, Tiny] = {
     ),
     "HunyuanVideoFramepackTransformer3DModel": Tiny(
         {"hidden_states": VIDEO, "encoder_attention_mask": TEXT_MASK, "pooled_projections": POOLED, "guidance": TIME,
-         "image_embeds": Noise((ROWS, 3, 8)), "indices_latents": Made(lambda: torch.arange(3).expand(ROWS, 3))},
+         "image_embeds": Noise((ROWS, 3, 8)), "indices_latents": Made(lambda: torch.arange(3)),
+         "latents_clean": Noise((ROWS, 4, 2, 4, 4)), "indices_latents_clean": Made(lambda: torch.arange(2)),
+         "latents_history_2x": Noise((ROWS, 4, 2, 4, 4)), "indices_latents_history_2x": Made(lambda: torch.arange(2)),
+         "latents_history_4x": Noise((ROWS, 4, 4, 8, 8)), "indices_latents_history_4x": Made(lambda: torch.arange(4))},
         {"has_image_proj": True, "image_proj_dim": 8, "has_clean_x_embedder": True},
     ),
-    "HunyuanImageTransformer2DModel": Tiny({"encoder_attention_mask": TEXT_MASK}, {"rope_axes_dim": (6, 6), "guidance_embeds": False}),
+    "HunyuanImageTransformer2DModel": Tiny(
+        {"encoder_attention_mask": TEXT_MASK}, {"rope_axes_dim": (6, 6), "guidance_embeds": False}
+    ),
     "Ideogram4Transformer2DModel": Tiny(
         {"hidden_states": Noise((ROWS, 21, 4)), "timestep": PART, "encoder_hidden_states": Noise((ROWS, 21, TEXT)),
          "position_ids": Whole((ROWS, 21, 3)), "segment_ids": Ones((ROWS, 21), torch.long),
@@ -305,8 +355,13 @@ TABLE: dict[str, Tiny] = {
          "visual_rope_pos": Made(lambda: [torch.arange(3), torch.arange(2), torch.arange(2)]),
          "text_rope_pos": Made(lambda: torch.arange(TOKENS))},
     ),
-    "Kandinsky6Transformer3DModel": Tiny({}, {}),
-    "Kandinsky6SRTransformer3DModel": Tiny({}, {}),
+    "Kandinsky6Transformer3DModel": Tiny(
+        {"hidden_states": Noise((ROWS, 2, 4, 4, 9)), "pooled_projections": Noise((ROWS, TEXT))},
+        {"in_audio_dim": 4, "out_audio_dim": 4},
+    ),
+    "Kandinsky6SRTransformer3DModel": Tiny(
+        {"hidden_states": Noise((ROWS, 2, 16, 16, 9))}, {"patch_size": (1, 2, 2)}, leave=("encoder_hidden_states",)
+    ),
     "Krea2Transformer2DModel": Tiny(
         {"hidden_states": TOKEN_SEQUENCE, "encoder_hidden_states": Noise((ROWS, TOKENS, 2, TEXT)), "timestep": PART,
          "position_ids": Made(lambda: torch.zeros(21, 3))},
@@ -323,43 +378,87 @@ TABLE: dict[str, Tiny] = {
         {"hidden_states": Noise((ROWS, 12, 4)), "encoder_attention_mask": TEXT_MASK, "num_frames": 3, "height": 2, "width": 2}
     ),
     "LTX2VideoTransformer3DModel": Tiny(
-        {"hidden_states": Noise((ROWS, 12, 4)), "audio_hidden_states": Noise((ROWS, 6, 4)), "audio_encoder_hidden_states": WORDS,
-         "encoder_attention_mask": TEXT_MASK, "audio_encoder_attention_mask": TEXT_MASK, "num_frames": 3, "height": 2, "width": 2,
-         "audio_num_frames": 6, "timestep": Made(lambda: torch.full((ROWS, 12), 500.0)),
-         "audio_timestep": Made(lambda: torch.full((ROWS, 6), 500.0))},
+        {"hidden_states": Noise((ROWS, 12, 4)), "audio_hidden_states": Noise((ROWS, 6, 4)),
+         "audio_encoder_hidden_states": WORDS, "encoder_attention_mask": TEXT_MASK,
+         "audio_encoder_attention_mask": TEXT_MASK, "num_frames": 3, "height": 2, "width": 2, "audio_num_frames": 6,
+         "timestep": Made(lambda: torch.full((ROWS, 12), 500.0)), "audio_timestep": Made(lambda: torch.full((ROWS, 6), 500.0))},
         {"audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 2, "audio_attention_head_dim": HEAD,
          "audio_cross_attention_dim": WIDTH},
     ),
     "Lumina2Transformer2DModel": Tiny(
         {"encoder_attention_mask": Ones((ROWS, TOKENS), torch.bool), "timestep": PART}, {"multiple_of": 8}
     ),
-    "MiniMaxH3Transformer3DModel": Tiny({}, {}),
+    "MiniMaxH3Transformer3DModel": Tiny(
+        {"hidden_states": Noise((ROWS, 8, 16)), "audio_hidden_states": Noise((ROWS, 6, 3)),
+         "timestep": Made(lambda: torch.tensor([0.7, 0.3])),
+         "timestep_indices": Made(lambda: torch.tensor([0] * TOKENS + [1] * 6 + [0] * 8)),
+         "token_tags": Made(lambda: torch.tensor([1] * TOKENS + [2] * 6 + [0] * 8)), "position_ids": Noise((TOKENS + 14, 3)),
+         "video_indices": Made(lambda: torch.arange(TOKENS + 6, TOKENS + 14)),
+         "audio_indices": Made(lambda: torch.arange(TOKENS, TOKENS + 6)), "text_indices": Made(lambda: torch.arange(TOKENS))},
+        {"audio_in_channels": 3, "time_embed_hidden_dim": 16, "rope_freq_dim": 2},
+    ),
     "MiniMaxMusic3Transformer1DModel": Tiny(
         {"hidden_states": Noise((ROWS, 4, 8)), "encoder_hidden_states": Noise((ROWS, 8, 8)), "timestep": PART},
         {"rotary_dim": 8, "fourier_embedding_dim": 16},
     ),
-    "MochiTransformer3DModel": Tiny({"hidden_states": VIDEO, "encoder_attention_mask": Ones((ROWS, TOKENS), torch.bool)}, {"max_sequence_length": TOKENS}),
-    "MotifVideoTransformer3DModel": Tiny({"hidden_states": VIDEO, "encoder_attention_mask": TEXT_MASK}, {"num_decoder_layers": 1}),
+    "MochiTransformer3DModel": Tiny(
+        {"hidden_states": VIDEO, "encoder_attention_mask": Ones((ROWS, TOKENS), torch.bool)}, {"max_sequence_length": TOKENS}
+    ),
+    "MotifVideoTransformer3DModel": Tiny(
+        {"hidden_states": VIDEO, "encoder_attention_mask": TEXT_MASK}, {"num_decoder_layers": 1}
+    ),
     "NucleusMoEImageTransformer2DModel": Tiny(
         {"hidden_states": TOKEN_SEQUENCE, "img_shapes": SHAPES, "encoder_hidden_states_mask": Ones((ROWS, TOKENS), torch.long)},
         {"num_experts": 4, "moe_intermediate_dim": 16, "capacity_factors": 2.0, "num_layers": 5},
     ),
-    "OmniGenTransformer2DModel": Tiny({}, {}),
+    "OmniGenTransformer2DModel": Tiny(
+        {"timestep": PART, "input_ids": Whole((ROWS, 20)), "input_img_latents": [Noise((1, 4, 8, 8))],
+         "input_image_sizes": {0: [[0, 16]]}, "attention_mask": Ones((ROWS, 37, 37)),
+         "position_ids": Made(lambda: torch.arange(37).expand(ROWS, 37))},
+        {"pad_token_id": 0, "vocab_size": 16, "time_step_dim": 8,
+         "rope_scaling": {"long_factor": [1.0] * 6, "short_factor": [1.0] * 6}},
+    ),
     "OvisImageTransformer2DModel": Tiny(FLUX),
     "PRXTransformer2DModel": Tiny({"timestep": PART}, {"axes_dim": (6, 6)}),
     "QwenImageTransformer2DModel": Tiny(
         {"hidden_states": TOKEN_SEQUENCE, "timestep": PART, "img_shapes": SHAPES,
          "encoder_hidden_states_mask": Ones((ROWS, TOKENS), torch.long)},
     ),
-    "QwenImage21Transformer2DModel": Tiny({}, {}),
-    "RFD4ProteinaTransformer": Tiny({}, {}),
+    "QwenImage21Transformer2DModel": Tiny(
+        {"hidden_states": Noise((ROWS, 16, 4)), "timestep": PART, "img_shapes": SHAPES,
+         "img_mask": Made(lambda: torch.tensor([[False] * TOKENS + [True] * 4] * ROWS)),
+         "encoder_hidden_states_mask": Ones((ROWS, TOKENS), torch.long)},
+        {"attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)},
+    ),
+    "RFD4ProteinaTransformer": Tiny(
+        {"bb_ca": Noise((ROWS, 6, 3)), "local_latents": Noise((ROWS, 6, 4)), "bb_ca_time": PART, "local_latents_time": PART,
+         "padding_mask": Ones((ROWS, 6), torch.bool),
+         "conditioning": {"is_in_context_conditioning": Made(lambda: torch.zeros(ROWS, 6, dtype=torch.bool)),
+                          "supports_local_latent": Ones((ROWS, 6), torch.bool)}},
+        {"dim_cond": 8, "pair_repr_dim": 8, "t_emb_dim": 8, "xt_pair_dist_dim": 6, "tri_mult_c": 8,
+         "feats_seq": ("xt_bb_ca", "xt_local_latents"), "feats_cond_seq": ("time_emb_bb_ca", "time_emb_local_latents"),
+         "feats_pair_repr": ("xt_bb_ca_pair_dists",)},
+    ),
     "SanaVideoTransformer3DModel": Tiny({"hidden_states": VIDEO}, {"sample_size": 4}),
-    "SanaWMTransformer3DModel": Tiny({}, {}),
-    "SanaWMLTX2RefinerTransformer3DModel": Tiny({}, {}),
+    "SanaWMTransformer3DModel": Tiny(
+        {"hidden_states": Noise((ROWS, 4, 3, 4, 4)), "timestep": Made(lambda: torch.full((ROWS, 1, 3), 500.0)),
+         "encoder_hidden_states": Noise((ROWS, 1, TOKENS, TEXT)), "encoder_attention_mask": Ones((ROWS, TOKENS), torch.long),
+         "camera_conditions": Made(lambda: cameras()), "chunk_plucker": Noise((ROWS, 8, 3, 4, 4))},
+        {"hidden_size": 32, "linear_head_dim": 16, "softmax_every_n": 2, "num_layers": 2, "chunk_plucker_channels": 8,
+         "chunk_plucker_post_attn_blocks": 2},
+    ),
+    "SanaWMLTX2RefinerTransformer3DModel": Tiny(
+        {"hidden_states": Noise((ROWS, 12, 4)), "timestep": Made(lambda: torch.full((ROWS, 12), 500.0)),
+         "encoder_attention_mask": TEXT_MASK,
+         "video_rotary_emb": Made(lambda: (torch.ones(1, 12, WIDTH), torch.zeros(1, 12, WIDTH)))},
+        {"audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 2, "audio_attention_head_dim": HEAD,
+         "audio_cross_attention_dim": WIDTH},
+    ),
     "SD3Transformer2DModel": Tiny({"pooled_projections": POOLED}, {"pos_embed_max_size": 8}),
     "SkyReelsV2Transformer3DModel": Tiny({"hidden_states": VIDEO}),
     "StableAudio3DiTModel": Tiny(
-        {"hidden_states": Noise((ROWS, 4, 8)), "timestep": PART, "global_hidden_states": POOLED, "local_add_cond": Noise((ROWS, 5, 8))},
+        {"hidden_states": Noise((ROWS, 4, 8)), "timestep": PART, "global_hidden_states": POOLED,
+         "local_add_cond": Noise((ROWS, 5, 8))},
         {"io_channels": 4, "cond_token_dim": TEXT, "global_cond_dim": 8, "local_add_cond_dim": 5, "timestep_features_dim": 16,
          "num_memory_tokens": 2},
     ),
@@ -368,65 +467,95 @@ TABLE: dict[str, Tiny] = {
         ("encoder_hidden_states", "timestep"),
     ),
     "WanTransformer3DModel": Tiny(WAN),
-    "WanAnimateTransformer3DModel": Tiny({}, {}),
-    "WanAnimate2Transformer3DModel": Tiny({}, {}),
+    "WanAnimateTransformer3DModel": Tiny(
+        {"hidden_states": Noise((1, 12, 3, 4, 4)), "timestep": Noise((1,)), "encoder_hidden_states": Noise((1, TOKENS, TEXT)),
+         "encoder_hidden_states_image": Noise((1, 6, 8)), "pose_hidden_states": Noise((1, 4, 2, 4, 4)),
+         "face_pixel_values": Noise((1, 3, 5, 16, 16))},
+        {"in_channels": 12, "image_dim": 8, "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
+         "motion_encoder_size": 16, "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 8,
+         "face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2, "inject_face_latents_blocks": 1},
+    ),
+    "WanAnimate2Transformer3DModel": Tiny(
+        {"hidden_states": [Noise((4, 2, 4, 4))], "timestep": Made(lambda: torch.tensor([500.0])),
+         "encoder_hidden_states": [Noise((TOKENS, TEXT))], "condition_latents": [Noise((6, 2, 4, 4))],
+         "encoder_hidden_states_image": Noise((1, 4, 1280)), "kv_cache": Made(lambda: animate_cache()),
+         "kv_cache_mode": "extract", "seq_len": 8, "offset_grid_sizes": Made(lambda: torch.tensor([[2, 2, 2]]))},
+        {"text_len": 8, "in_dim": 10, "out_dim": 4},
+    ),
     "WanVACETransformer3DModel": Tiny(
         {**WAN, "control_hidden_states": Noise((ROWS, 6, 3, 4, 4))}, {"vace_layers": [0], "vace_in_channels": 6}
     ),
     "ZImageTransformer2DModel": Tiny(
         {"x": [Noise((4, 1, 8, 8))] * ROWS, "t": PART, "cap_feats": [Noise((TOKENS, TEXT))] * ROWS},
+        {"axes_lens": (64, 64, 64)},
     ),
     "UNet1DModel": Tiny(
-        {"sample": Noise((ROWS, 2, 16))},
-        {"in_channels": 2, "out_channels": 2, "block_out_channels": (8, 8, 16), "extra_in_channels": 16, "sample_size": 16},
+        {"sample": Noise((ROWS, 2, 64))}, {"in_channels": 2, "out_channels": 2, "extra_in_channels": 64, "sample_size": 64},
         ("norm_num_groups",),
     ),
     "UNet2DModel": Tiny(
-        {}, {**UNET, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+        {},
+        {"block_out_channels": (8, 16), "attention_head_dim": 4, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+         "up_block_types": ("AttnUpBlock2D", "UpBlock2D")},
     ),
-    "UNet2DConditionModel": Tiny({}, unet("2D")),
-    "UNet3DConditionModel": Tiny({"sample": VIDEO}, unet("3D")),
-    "DreamLiteUNetModel": Tiny({}, {}),
+    "UNet2DConditionModel": Tiny({}, unet("2D"), ("num_attention_heads",)),
+    "UNet3DConditionModel": Tiny({"sample": VIDEO}, unet("3D"), ("num_attention_heads",)),
+    "DreamLiteUNetModel": Tiny(
+        {},
+        {**UNET, "block_out_channels": (8, 16, 16), "num_kv_heads": 1, "ff_mult": 2},
+        ("num_attention_heads",),
+    ),
     "I2VGenXLUNet": Tiny(
         {"sample": VIDEO, "fps": Whole((ROWS,)), "image_latents": VIDEO, "image_embeddings": Noise((ROWS, TEXT))}, unet("3D")
     ),
     "Kandinsky3UNet": Tiny(
         {"encoder_attention_mask": TEXT_MASK},
-        {"time_embedding_dim": 16, "groups": 4, "attention_head_dim": 4, "block_out_channels": (8, 16, 16, 16),
-         "cross_attention_dim": TEXT, "encoder_hid_dim": TEXT, "layers_per_block": 1},
+        {"time_embedding_dim": 16, "groups": 4, "attention_head_dim": 4, "block_out_channels": (16, 16, 16, 16),
+         "layers_per_block": 2, "encoder_hid_dim": TEXT, "cross_attention_dim": TEXT},
     ),
-    "UNetMotionModel": Tiny({"sample": VIDEO}, unet("Motion", num_attention_heads=2, motion_num_attention_heads=2)),
+    "UNetMotionModel": Tiny(
+        {"sample": VIDEO, "encoder_hidden_states": Noise((3 * ROWS, TOKENS, TEXT))},
+        {**without(unet("Motion"), "attention_head_dim"), "motion_num_attention_heads": 2},
+    ),
     "UNetSpatioTemporalConditionModel": Tiny(
-        {"sample": Noise((ROWS, 3, 8, 8, 8)), "added_time_ids": Noise((ROWS, 3)), "encoder_hidden_states": Noise((ROWS, 1, TEXT))},
-        {**unet("SpatioTemporal"), "in_channels": 8, "block_out_channels": (32, 64), "num_attention_heads": (2, 4),
-         "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24, "num_frames": 3},
+        {"sample": Noise((ROWS, 3, 8, 8, 8)), "added_time_ids": Noise((ROWS, 3)),
+         "encoder_hidden_states": Noise((ROWS, 1, TEXT))},
+        {**without(unet("SpatioTemporal"), "attention_head_dim", "norm_num_groups"), "in_channels": 8,
+         "block_out_channels": (32, 64), "num_attention_heads": (2, 4), "addition_time_embed_dim": 8,
+         "projection_class_embeddings_input_dim": 24, "num_frames": 3},
     ),
     "StableCascadeUNet": Tiny(
         {"timestep_ratio": PART, "clip_text_pooled": Noise((ROWS, 1, 8)), "clip_text": WORDS, "clip_img": Noise((ROWS, 1, 8))},
-        {"timestep_ratio_embedding_dim": 8, "conditioning_dim": 16, "block_out_channels": (16, 16), "num_attention_heads": (2, 2),
-         "down_num_layers_per_block": (1, 1), "up_num_layers_per_block": (1, 1), "clip_text_in_channels": TEXT,
-         "clip_text_pooled_in_channels": 8, "clip_image_in_channels": 8, "switch_level": (False,)},
+        {"timestep_ratio_embedding_dim": 8, "conditioning_dim": 16, "block_out_channels": (16, 16),
+         "num_attention_heads": (2, 2), "down_num_layers_per_block": (1, 1), "up_num_layers_per_block": (1, 1),
+         "clip_text_in_channels": TEXT, "clip_text_pooled_in_channels": 8, "clip_image_in_channels": 8,
+         "switch_level": (False,)},
     ),
     "UVit2DModel": Tiny(
         {"input_ids": Whole((ROWS, 4, 4), 15), "pooled_text_emb": Noise((ROWS, 8)), "micro_conds": Noise((ROWS, 5))},
-        {"hidden_size": 16, "cond_embed_dim": 8, "micro_cond_encode_dim": 2, "micro_cond_embed_dim": 10, "encoder_hidden_size": TEXT,
-         "vocab_size": 16, "codebook_size": 16, "in_channels": 16, "block_out_channels": 16, "num_res_blocks": 1,
-         "block_num_heads": 2, "intermediate_size": 32},
+        {"hidden_size": 16, "cond_embed_dim": 8, "micro_cond_encode_dim": 2, "micro_cond_embed_dim": 10,
+         "encoder_hidden_size": TEXT, "vocab_size": 16, "codebook_size": 16, "in_channels": 16, "block_out_channels": 16,
+         "num_res_blocks": 1, "block_num_heads": 2, "intermediate_size": 32},
     ),
-    "ControlNetModel": Tiny({"controlnet_cond": Noise((ROWS, 3, 16, 16))}, control()),
+    "ControlNetModel": Tiny({"controlnet_cond": Noise((ROWS, 3, 16, 16))}, control(), ("num_attention_heads",)),
     "ControlNetUnionModel": Tiny(
-        {"controlnet_cond": [Noise((ROWS, 3, 16, 16))], "control_type": Made(lambda: torch.tensor([[1.0] + [0.0] * 5] * ROWS)),
-         "control_type_idx": [0]},
-        control(addition_embed_type="text_time"),
+        {"controlnet_cond": [Noise((ROWS, 3, 16, 16))],
+         "control_type": Made(lambda: torch.tensor([[1.0] + [0.0] * 5] * ROWS)), "control_type_idx": [0],
+         "added_cond_kwargs": {"text_embeds": Noise((ROWS, TEXT)), "time_ids": Noise((ROWS, 4))}},
+        control(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=48,
+                num_trans_channel=8, num_trans_head=2, num_proj_channel=8),
+        ("num_attention_heads",),
     ),
     "SparseControlNetModel": Tiny(
-        {"sample": VIDEO, "controlnet_cond": VIDEO, "conditioning_mask": Ones((ROWS, 1, 3, 4, 4))},
-        {**UNET, "down_block_types": ("DownBlockMotion", "CrossAttnDownBlockMotion"), "motion_num_attention_heads": 2,
-         "num_attention_heads": 2},
+        {"sample": VIDEO, "controlnet_cond": Noise((ROWS, 4, 3, 4, 4)), "conditioning_mask": Ones((ROWS, 1, 3, 4, 4)),
+         "encoder_hidden_states": Noise((3 * ROWS, TOKENS, TEXT))},
+        {**UNET, "attention_head_dim": 2, "down_block_types": ("DownBlockMotion", "CrossAttnDownBlockMotion"),
+         "motion_num_attention_heads": 2},
+        ("num_attention_heads",),
     ),
     "UNetControlNetXSModel": Tiny(
         {"controlnet_cond": Noise((ROWS, 3, 16, 16))},
-        {**{k: v for k, v in unet("2D").items() if k not in ("attention_head_dim", "layers_per_block")},
+        {**without(unet("2D"), "attention_head_dim", "layers_per_block"),
          "ctrl_conditioning_embedding_out_channels": (4, 8), "ctrl_block_out_channels": (4, 8), "ctrl_max_norm_num_groups": 4,
          "ctrl_num_attention_heads": 2},
     ),
@@ -439,13 +568,27 @@ TABLE: dict[str, Tiny] = {
     ),
     "SanaControlNetModel": Tiny({"controlnet_cond": PICTURE}),
     "SD3ControlNetModel": Tiny({"pooled_projections": POOLED, "controlnet_cond": PICTURE}, {"pos_embed_max_size": 8}),
-    "HunyuanDiT2DControlNetModel": Tiny({}, {}),
-    "CosmosControlNetModel": Tiny({}, {}),
-    "ZImageControlNetModel": Tiny({}, {}),
-    "AudioLDM2UNet2DConditionModel": Tiny({"encoder_hidden_states_1": WORDS}, unet("2D", cross_attention_dim=((TEXT, TEXT), (TEXT, TEXT)))),
-    "UniDiffuserModel": Tiny({}, {}),
-    "UTransformer2DModel": Tiny({}, {}),
-    "UNetFlatConditionModel": Tiny({}, unet("Flat")),
+    "HunyuanDiT2DControlNetModel": Tiny(
+        {**HUNYUAN_CALL, "controlnet_cond": PICTURE},
+        {**without(HUNYUAN, "num_layers"), "transformer_num_layers": 2},
+    ),
+    "AudioLDM2UNet2DConditionModel": Tiny(
+        {"encoder_hidden_states_1": WORDS},
+        unet("2D", cross_attention_dim=((TEXT, TEXT), (TEXT, TEXT))),
+        ("num_attention_heads",),
+    ),
+    "UniDiffuserModel": Tiny(
+        {"latent_image_embeds": PICTURE, "image_embeds": Noise((ROWS, 1, 8)), "prompt_embeds": WORDS, "timestep_img": TIME,
+         "timestep_text": TIME},
+        {"clip_img_dim": 8, "num_text_tokens": TOKENS, "patch_size": 2, "norm_num_groups": 2, "cross_attention_dim": None},
+        (), ("encoder_hidden_states",),
+    ),
+    "UTransformer2DModel": Tiny(
+        {},
+        {"patch_size": 2, "norm_num_groups": 2, "cross_attention_dim": None},
+        leave=("encoder_hidden_states", "timestep"),
+    ),
+    "UNetFlatConditionModel": Tiny({"sample": Noise((ROWS, 4, 4, 1))}, unet("Flat"), ("num_attention_heads",)),
     "WuerstchenPrior": Tiny(
         {"x": PICTURE, "r": PART, "c": WORDS}, {"c_in": 4, "c": 16, "c_cond": TEXT, "c_r": 8, "depth": 2, "nhead": 2}
     ),
@@ -457,13 +600,18 @@ TABLE: dict[str, Tiny] = {
 }  # fmt: skip
 
 
-def allegro_rotary() -> Any:
-    """Rotary positions of Allegro: frequencies, and the grid of latent patches."""
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
-
-    freqs, grid = get_3d_rotary_pos_embed_allegro(HEAD, ((0, 0), (2, 2)), (2, 2), 3)[:2], None
-    del grid
-    return freqs
-
-
-NOT_TINY: dict[str, str] = {}
+_LIST = "holds control networks of a class that is in the sweep"
+_ENCODER = "no denoiser: encodes or projects conditions"
+_DECODER = "no denoiser: an autoencoder, tokenizer or upsampler"
+NOT_TINY: dict[str, str] = {
+    "MultiControlNetModel": _LIST, "MultiControlNetUnionModel": _LIST, "FluxMultiControlNetModel": _LIST,
+    "HunyuanDiT2DMultiControlNetModel": _LIST, "QwenImageMultiControlNetModel": _LIST, "SD3MultiControlNetModel": _LIST,
+    "ControlNetXSAdapter": "parts of a UNetControlNetXSModel, cannot be called",
+    "MotionAdapter": "parts of a UNetMotionModel, cannot be called",
+    "CosmosControlNetModel": "resizes a mask with torchvision, which difloat does not need",
+    "ZImageControlNetModel": "has no embedders but those of the transformer it is made from",
+    "AceStepConditionEncoder": _ENCODER, "AceStepLyricEncoder": _ENCODER, "AceStepTimbreEncoder": _ENCODER,
+    "AudioLDM2ProjectionModel": _ENCODER, "ReduxImageEncoder": _ENCODER, "StableAudioProjectionModel": _ENCODER,
+    "StableAudio3DurationEmbedder": _ENCODER, "UniDiffuserTextDecoder": _DECODER, "PaellaVQModel": _DECODER,
+    "AceStepAudioTokenizer": _DECODER, "AceStepAudioTokenDetokenizer": _DECODER, "LTXLatentUpsamplerModel": _DECODER,
+}  # fmt: skip

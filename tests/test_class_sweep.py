@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from class_table import NOT_TINY, TABLE, arguments, build
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import difloat
+from class_table import NOT_TINY, TABLE, arguments, build
 from difloat import layers
 from difloat.layers import QuantizedLayer
 from difloat.methods import datafree

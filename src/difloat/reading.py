@@ -138,12 +138,18 @@ class _Reader:
         elif isinstance(node, ast.NamedExpr | ast.AnnAssign) and node.value is not None:
             self._give(node.target, self.value(node.value))
         elif isinstance(node, ast.For | ast.comprehension):
-            self._give(node.target, {_entry(path) for path in self.value(node.iter)})
+            self._give(node.target, self._entries(node.iter))
 
     def _give(self, target: ast.expr, paths: set[Path]) -> None:
         for node in ast.walk(target):
             if isinstance(node, ast.Name) and paths:
                 self.names.setdefault(node.id, set()).update(paths)
+
+    def _entries(self, node: ast.expr, key: str = ENTRY) -> set[Path]:
+        """What an entry of this may be: of a container of the model, or, where the code made a list, what it put there."""
+        paths = self.value(node)
+        listed = isinstance(node, ast.Name | ast.Tuple | ast.List | ast.Call)
+        return {_entry(path, key) for path in paths} | (paths if listed else set())
 
     def value(self, node: ast.expr) -> set[Path]:
         """Paths of the modules or parameters that an expression may be."""
@@ -153,11 +159,8 @@ class _Reader:
             base = self.value(node.value)
             return {(*path, node.attr) for path in base if node.attr == "dtype" or not _is_parameter(path)}
         if isinstance(node, ast.Subscript):
-            key = node.slice.value if isinstance(node.slice, ast.Constant) else None
-            return {
-                _entry(path, ENTRY if key is None or key == -1 else str(key))
-                for path in self.value(node.value)
-            }
+            key = node.slice.value if isinstance(node.slice, ast.Constant) else ENTRY
+            return self._entries(node.value, str(key))
         if isinstance(node, ast.Call):
             return self._called(node)
         children = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
