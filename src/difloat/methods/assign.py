@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from difloat import formats, quantizer, rounding
 from difloat.formats import Format
 from difloat.layers import QuantizedLayer
-from difloat.methods.observe import Call
+from difloat.methods.observe import Call, input_of
 from difloat.methods.passes import Passes
 from difloat.methods.scales import ScaleFormat, snapping
 from difloat.methods.search import (
@@ -277,7 +277,7 @@ def search_inputs(
             take(name, None)
     with Passes(model, calls) as passes:
         for name in (name for name, rule in rules.items() if not rule.online):
-            x = _smoothed(passes.enter(name)[0][0], done[name])
+            x = _smoothed(input_of(*passes.enter(name)), done[name])
             if not torch.isfinite(x).all():
                 raise ValueError(
                     f"inputs of layer {name!r} must be finite, got NaN or Inf; calibrate in float32"

@@ -116,12 +116,11 @@ def trace(model: nn.Module, call: Call) -> Trace:
     seen, handles = Trace(), []
     lineage = _Lineage(sample, seen)
 
-    def before(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def before(name: str) -> Callable[[nn.Module, Tensor], None]:
+        def hook(module: nn.Module, x: Tensor) -> None:
             if name in seen.order:
                 return
             seen.order.append(name)
-            x = inputs[0]
             axis, pieces = lineage.pieces.get(x, (None, ()))
             if axis == (1 if isinstance(module, nn.Conv2d) else x.dim() - 1):
                 seen.splits[name] = pieces
@@ -130,16 +129,20 @@ def trace(model: nn.Module, call: Call) -> Trace:
 
         return hook
 
-    def after(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def after(name: str) -> Callable[[nn.Module, Any, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, kwargs: Any, output: Tensor) -> None:
+            x = input_of(inputs, kwargs)
             lineage.from_layer[output] = True
             lineage.made_by[output] = name
-            seen.row_bytes = max(seen.row_bytes, (inputs[0].nbytes + output.nbytes) // len(sample))
+            seen.row_bytes = max(seen.row_bytes, (x.nbytes + output.nbytes) // len(sample))
 
         return hook
 
     for name, module in quantizable(model).items():
-        handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
+        handles += [
+            before_call(module, before(name)),
+            module.register_forward_hook(after(name), with_kwargs=True),
+        ]
     for name, module in model.named_modules():
         if has_processor(module):
             enter = _calling(lineage.attending.append, name)
@@ -150,6 +153,19 @@ def trace(model: nn.Module, call: Call) -> Trace:
         model(*args, **kwargs)
     seen.uses = watch.uses
     return seen
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer is called with, whether by position or, as the motion modules of AnimateDiff do, by its name."""
+    found: Tensor = args[0] if args else kwargs["input"]
+    return found
+
+
+def before_call(layer: nn.Module, hook: Callable[[nn.Module, Tensor], None]) -> RemovableHandle:
+    """Let `hook` see the input of a layer just before every call."""
+    return layer.register_forward_pre_hook(
+        lambda module, args, kwargs: hook(module, input_of(args, kwargs)), with_kwargs=True
+    )
 
 
 def _calling(act: Callable[[str], object], name: str) -> Callable[..., None]:
@@ -165,15 +181,15 @@ def channel_maxima(model: nn.Module, names: Sequence[str], calls: Sequence[Call]
     """Largest magnitude of every input channel, float32 [i], of each named layer over all calls."""
     found: dict[str, Tensor] = {}
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def hook_for(name: str) -> Callable[[nn.Module, Tensor], None]:
+        def hook(module: nn.Module, x: Tensor) -> None:
             axis = 1 if isinstance(module, nn.Conv2d) else -1
-            largest = inputs[0].detach().abs().movedim(axis, -1).flatten(0, -2).amax(0).float()
+            largest = x.detach().abs().movedim(axis, -1).flatten(0, -2).amax(0).float()
             found[name] = torch.maximum(found[name], largest) if name in found else largest
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    handles = [before_call(model.get_submodule(name), hook_for(name)) for name in names]
     with removed(handles), torch.no_grad():
         for args, kwargs in calls:
             model(*args, **kwargs)
@@ -199,15 +215,15 @@ def token_ranges(
     found: dict[str, dict[float, list[float]]] = {name: {} for name in names}
     now = 0.0
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            largest = inputs[0].abs().amax(1 if isinstance(module, nn.Conv2d) else -1).float().flatten()
+    def hook_for(name: str) -> Callable[[nn.Module, Tensor], None]:
+        def hook(module: nn.Module, x: Tensor) -> None:
+            largest = x.abs().amax(1 if isinstance(module, nn.Conv2d) else -1).float().flatten()
             some = largest[:: len(largest) // _RANGE_TOKENS + 1]
             found[name][now] = some.quantile(torch.tensor(SHARES, device=some.device)).tolist()
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    handles = [before_call(model.get_submodule(name), hook_for(name)) for name in names]
     with removed(handles), torch.no_grad():
         for timestep, (args, kwargs) in calls.items():
             now = timestep

@@ -58,20 +58,19 @@ class Watch(TorchFunctionMode):
         """Watch whatever runs inside."""
         with ExitStack() as stack:
             for name, layer in self.layers.items():
-                stack.callback(layer.register_forward_pre_hook(self._enter(name)).remove)
+                stack.callback(layer.register_forward_pre_hook(self._enter(name), with_kwargs=True).remove)
                 stack.callback(layer.register_forward_hook(self._leave, always_call=True).remove)
             stack.enter_context(self)
             yield self
 
     def _enter(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self.running.append(name)
-            if not self.packed or not inputs:
+            if not self.packed:
                 return None
-            self.damaged |= not inputs[0].is_floating_point()
-            return (
-                (inputs[0].to(module.weight.dtype), *inputs[1:]) if self.answers[name] == torch.int8 else None
-            )
+            x = args[0] if args else kwargs["input"]
+            self.damaged |= not x.is_floating_point()
+            return ((x.to(module.weight.dtype),), {}) if self.answers[name] == torch.int8 else None
 
         return hook
 
