@@ -24,6 +24,7 @@ LINE = (
     "scales",
     "quantizer",
     "kernels",
+    "reading",
     "parents",
     "slots",
     "timesteps",

@@ -47,9 +47,9 @@ def encoder() -> nn.Module:
 
 def test_a_layer_whose_input_is_always_cast_stays_float() -> None:
     model = Casting()
-    assert list(parents.casts(model)) == ["inner"]
+    assert parents.kept(model) == {"inner": "the model casts to the dtype of its weight"}
     assert list(layers.quantizable(model)) == ["free"]
-    assert parents.asks(model, "inner") == "always" and parents.asks(model, "free") == ""
+    assert parents.use_of(model, "inner") == "dtype" and parents.use_of(model, "free") is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

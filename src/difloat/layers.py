@@ -204,8 +204,9 @@ class QuantizedLayer(PackedWeight):
 class QuantLinear(QuantizedLayer, nn.Linear):
     """A linear layer with packed weights; constructed as `nn.Linear`, quantized by `load`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., i] to [..., o], in the dtype of `x`."""
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., i] to [..., o], in the dtype of `input`; that name, too, is the one of the float layer."""
+        x = input
         if self.side is None or len(self.slots) > 1 or self.bands or self.smoothed:
             return self._with_side(self._sum_of_parts(x, -1, _LINEAR), x)
         stored = (*self._stored(self.slots[0]), self.bias)
@@ -216,9 +217,9 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """A convolution with packed weights; constructed as `nn.Conv2d`, quantized by `load`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[b, i, h, w] to [b, o, h', w'], in the dtype of `x`."""
-        return self._with_side(self._convolved(x), x)
+    def forward(self, input: Tensor) -> Tensor:
+        """[b, i, h, w] to [b, o, h', w'], in the dtype of `input`."""
+        return self._with_side(self._convolved(input), input)
 
     def _convolved(self, x: Tensor) -> Tensor:
         padding = self.padding
@@ -307,7 +308,8 @@ def install(model: nn.Module, name: str, plan: LayerPlan, device: torch.device |
 def swap(model: nn.Module, name: str, layer: QuantLinear | QuantConv2d) -> None:
     """Put a quantized layer in the place of the layer `name`; it answers as that one did if the parent asks for a dtype."""
     old = model.get_submodule(name)
-    if any(parents.asks(parent, child) for parent, child in places(model, name)):
+    names = [other for other, module in model.named_modules(remove_duplicate=False) if module is old]
+    if any(parents.use_of(model, other) is not None for other in names):
         layer.answer_as(old.input_dtype if isinstance(old, QuantizedLayer) else weight_of(model, name).dtype)
     replace(model, name, layer)
 

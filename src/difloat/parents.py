@@ -1,21 +1,26 @@
 """What modules do with the weights of their children besides calling them: some ask for the dtype and cast the input to it.
 
-With packed bytes as the weight such a cast destroys the input. T5's feed-forward and its relatives cast unless the dtype is
-int8, which they take for "quantized"; so their layers hold the packed bytes as int8. Layers of parents that always cast stay
-float.
+With packed bytes as the weight such a cast destroys the input, and a product with such a weight is noise. T5's feed-forward,
+Wan's time embedder and their relatives cast unless the dtype is int8, which they take for "quantized"; so their layers hold the
+packed bytes as int8. Layers whose dtype or weight is used in any other way stay float, with the reason.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
-from types import FunctionType
-from typing import Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from difloat import reading
+from difloat.reading import ANY, ENTRY, FIRST, Path, Read, Use
+
+REASONS: dict[Use, str] = {
+    "dtype": "the model casts to the dtype of its weight",
+    "values": "the model reads its weight without calling it",
+}
 
 
 class PackedWeight(nn.Module):
@@ -45,28 +50,79 @@ class PackedWeight(nn.Module):
         return x if self.input_dtype is None else x.to(self.input_dtype)
 
 
-Asking = Literal["", "unless int8", "always"]
-_READS = re.compile(r"self\.(\w+)\.weight\.dtype(?!\.is_floating_point)")
+def use_of(model: nn.Module, name: str) -> Use | None:
+    """What the modules around the layer `name` of `model` do with its weight besides calling it, as far as their code shows."""
+    *within, _ = parts = tuple(name.split("."))
+    modules: list[nn.Module] = [model]
+    for part in within:
+        modules.append(modules[-1].get_submodule(part))
+    uses = set()
+    for at, found in enumerate(_reads(tuple(_classes(module) for module in modules))):
+        uses |= {read.use for read in found if _names(read.path, parts[at:], modules[at])}
+    return next((use for use in ("values", "dtype", "dtype unless int8") if use in uses), None)  # type: ignore[misc]
+
+
+def kept(model: nn.Module) -> dict[str, str]:
+    """Float layers of `model` that must stay float since their weight is read besides calling them: reasons by name."""
+    found = {}
+    for name, module in model.named_modules():
+        if name and isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, PackedWeight):
+            use = use_of(model, name)
+            if use in REASONS:
+                found[name] = REASONS[use]
+    return found
+
+
+_Classes = tuple[type, tuple[type, ...]]
+
+
+def _classes(module: nn.Module) -> _Classes:
+    """The class of a module, and those of what it may hand itself to: attention processors, whether modules or not."""
+    others: list[Any] = [*vars(module).values(), *module._modules.values()]
+    return type(module), tuple(
+        {type(other): None for other in others if "__call__" in reading.functions(type(other))}
+    )
 
 
 @cache
-def _asked(forward: Hashable) -> dict[str, Asking]:
-    """Children whose weight's dtype a forward pass reads, given its function."""
-    try:
-        source = inspect.getsource(cast(FunctionType, forward))
-    except (OSError, TypeError):  # no source: built in, or typed into an interpreter
-        return {}
-    how: Asking = "unless int8" if "torch.int8" in source else "always"
-    return dict.fromkeys(_READS.findall(source), how)
+def _reads(chain: tuple[_Classes, ...]) -> tuple[frozenset[Read], ...]:
+    """What modules, each the child of the one before, read of weights below them; of every one by itself."""
+    owners = [[(own, False), *((other, True) for other in others)] for own, others in chain]
+    names = reading.reachable([owner for of_one in owners for owner in of_one])
+    return tuple(
+        frozenset().union(
+            *(reading.code_of(cls, name, helper).reads for cls, helper in of_one for name in names)
+        )
+        for of_one in owners
+    )
 
 
-def asks(parent: nn.Module, child: str) -> Asking:
-    """Whether `parent` casts the input of its layer `child` to the dtype of that layer's weight."""
-    return _asked(type(parent).forward).get(child, "")
+def _names(path: Path, parts: Path, owner: nn.Module) -> bool:
+    """Whether a path of `owner` stands for the weight of its layer `parts`."""
+    *steps, last = path
+    if last == "weight":
+        return _fits(steps, parts)
+    assert last in (ANY, FIRST)
+    for end in range(len(parts) + 1):
+        if _fits(steps, parts[:end]) and (
+            last == ANY or _is_first(owner.get_submodule(".".join(parts[:end])), ".".join(parts[end:]))
+        ):
+            return True
+    return False
 
 
-def casts(model: nn.Module) -> Iterator[str]:
-    """Names of the layers of `model` whose input is always cast to the dtype of their weight."""
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        yield from (prefix + child for child, how in _asked(type(module).forward).items() if how == "always")
+def _fits(steps: Sequence[str], parts: Sequence[str]) -> bool:
+    if not steps:
+        return not parts
+    if steps[0] == "**":
+        return any(_fits(steps[1:], parts[at:]) for at in range(len(parts) + 1))
+    return bool(parts) and steps[0] in (ENTRY, parts[0]) and _fits(steps[1:], parts[1:])
+
+
+def _is_first(module: nn.Module, name: str) -> bool:
+    first = next(_parameter_names(module), "")
+    return first == (f"{name}.weight" if name else "weight")
+
+
+def _parameter_names(module: nn.Module) -> Iterator[str]:
+    return (name for name, _ in module.named_parameters())

@@ -11,15 +11,15 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """Layers of `model` that can be quantized, by name in module order.
 
     Subclasses that compute something else in `forward` are not among them, nor layers whose weight the parent reads
-    without calling them (`nn.MultiheadAttention`) or whose input it casts to the weight's dtype (`parents.casts`).
+    without calling them (`nn.MultiheadAttention`) or whose input it casts to the weight's dtype (`parents.kept`).
     """
     found = {}
-    cast = set(parents.casts(model))
+    read = parents.kept(model)
     for name, module in model.named_modules():
         plain_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
         plain_conv = isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
         hidden = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        if (plain_linear or plain_conv) and not hidden and name not in cast:
+        if (plain_linear or plain_conv) and not hidden and name not in read:
             found[name] = module
     return found
 

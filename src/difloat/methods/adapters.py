@@ -215,9 +215,9 @@ class Adaptive(nn.Module):
             rounded.append(fake_quantize(piece.float(), spec.format, scale, zero).to(x.dtype))
         return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=axis)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the layer it stands for, quantized."""
-        layer = self.wrapped[0]
+        x, layer = input, self.wrapped[0]
         choice = torch.ones(1, device=x.device) if self.choice is None else self.choice
         weight = self.quantized(self.merged(choice)).to(x.dtype)
         bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)

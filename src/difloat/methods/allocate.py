@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -304,16 +304,16 @@ def _listen(
 ) -> None:
     """Run one call and add so many input vectors of every layer to `taken`."""
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def hook_for(name: str) -> Callable[[nn.Module, Tensor], None]:
+        def hook(module: nn.Module, x: Tensor) -> None:
             if not called[name]:
                 called[name] = True
-                taken[name].append(input_vectors(module, inputs[0].detach(), wanted[name], draws[name]))
+                taken[name].append(input_vectors(module, x.detach(), wanted[name], draws[name]))
 
         return hook
 
     called = dict.fromkeys(wanted, False)
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in wanted]
+    handles = [observe.before_call(model.get_submodule(name), hook_for(name)) for name in wanted]
     with removed(handles), torch.no_grad():
         model(*call[0], **call[1])
 

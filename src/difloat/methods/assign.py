@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from difloat import formats, quantizer, rounding
 from difloat.formats import Format
 from difloat.layers import QuantizedLayer
-from difloat.methods.observe import Call
+from difloat.methods.observe import Call, input_of
 from difloat.methods.passes import Passes
 from difloat.methods.scales import ScaleFormat, snapping
 from difloat.methods.search import (
@@ -318,7 +318,7 @@ def search_inputs(
 
 def _inputs(calls: Sequence[Call], plan: LayerPlan) -> Tensor:
     """The layer's input in all calls; where pictures or captions differ in size, positions one after the other."""
-    inputs = [args[0] for args, _ in calls]
+    inputs = [input_of(*call) for call in calls]
     if len({x.shape[1:] for x in inputs}) == 1:
         return torch.cat(inputs)
     if plan.kind == "linear":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from difloat import formats, layers, units
+from difloat import formats, layers, parents, units
 from difloat.methods import options, target
 from difloat.methods.assign import Rule, draft_layer, floating_point, plan_inputs
 from difloat.methods.task import Bits
@@ -118,7 +118,7 @@ def decide(model: nn.Module, wanted: Settings, float32: Sequence[str] = ()) -> D
     inside = set(layers.inside_blocks(model)) or set(layers.quantizable(model))
     tied = _tied(model)
     rules: dict[str, Callable[[Tensor], LayerPlan]] = {}
-    skipped: dict[str, str] = {}
+    skipped: dict[str, str] = parents.kept(model)
     for name in layers.quantizable(model):
         if name in tied:
             skipped[name] = "weight is shared with another module"

@@ -18,6 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from difloat.attention import has_processor
 from difloat.batch_axis import SHARED_NAMES, prediction, rows_in_lists, rows_of, samples_of
 from difloat.layers import quantizable
+from difloat.methods.readers import Watch
+from difloat.reading import Use
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Functions that mix channels: what a tensor was concatenated from is no longer true of their result.
@@ -53,6 +55,7 @@ class Trace:
             added to what does not depend on it, such as the timestep's embedding.
         before_gelu: Layers whose output, or a piece of it, goes into a GELU with at most element-wise steps in between.
         attention: Modules with an exchangeable processor that computes `scaled_dot_product_attention`.
+        uses: What is done with weights besides calling their layers, by layer.
         row_bytes: Input and output of the layer where they are largest, per row of the call.
         last: Of the layers whose output reaches the model's prediction, the last one called, but one that depends on the
             sample before any that does not (a gate computed from the timestep).
@@ -63,6 +66,7 @@ class Trace:
     first: list[str] = field(default_factory=list)
     before_gelu: list[str] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
+    uses: dict[str, Use] = field(default_factory=dict)
     row_bytes: int = 1
     last: str = ""
 
@@ -174,12 +178,11 @@ def trace(model: nn.Module, call: Call) -> Trace:
     seen, handles, rows = Trace(), [], rows_of(args, kwargs)
     lineage = _Lineage(samples_of(args, kwargs), seen)
 
-    def before(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def before(name: str) -> Callable[[nn.Module, Tensor], None]:
+        def hook(module: nn.Module, x: Tensor) -> None:
             if name in seen.order:
                 return
             seen.order.append(name)
-            x = inputs[0]
             axis, pieces = lineage.pieces.get(x, (None, ()))
             if axis == (1 if isinstance(module, nn.Conv2d) else x.dim() - 1):
                 seen.splits[name] = pieces
@@ -188,26 +191,45 @@ def trace(model: nn.Module, call: Call) -> Trace:
 
         return hook
 
-    def after(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def after(name: str) -> Callable[[nn.Module, Any, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, kwargs: Any, output: Tensor) -> None:
+            x = input_of(inputs, kwargs)
             lineage.called(name, output)
             lineage.before[output] = weakref.ref(output)
-            seen.row_bytes = max(seen.row_bytes, (inputs[0].nbytes + output.nbytes) // rows)
+            seen.row_bytes = max(seen.row_bytes, (x.nbytes + output.nbytes) // rows)
 
         return hook
 
     for name, module in quantizable(model).items():
-        handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
+        handles += [
+            before_call(module, before(name)),
+            module.register_forward_hook(after(name), with_kwargs=True),
+        ]
     for name, module in model.named_modules():
         if has_processor(module):
             enter = _calling(lineage.attending.append, name)
             handles += [module.register_forward_pre_hook(enter)]
             handles += [module.register_forward_hook(_calling(lambda _: lineage.attending.pop(), name))]
-    with removed(handles), torch.no_grad(), lineage:
+    watch = Watch(model)
+    with removed(handles), torch.no_grad(), watch.around(), lineage:
         output = prediction(model(*args, **kwargs), rows_in_lists(args, kwargs))
+    seen.uses = watch.uses
     if seen.order:
         seen.last = lineage.last([output] if isinstance(output, Tensor) else output)
     return seen
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer is called with, whether by position or, as the motion modules of AnimateDiff do, by its name."""
+    found: Tensor = args[0] if args else kwargs["input"]
+    return found
+
+
+def before_call(layer: nn.Module, hook: Callable[[nn.Module, Tensor], None]) -> RemovableHandle:
+    """Let `hook` see the input of a layer just before every call."""
+    return layer.register_forward_pre_hook(
+        lambda module, args, kwargs: hook(module, input_of(args, kwargs)), with_kwargs=True
+    )
 
 
 def _calling(act: Callable[[str], object], name: str) -> Callable[..., None]:
@@ -223,15 +245,15 @@ def channel_maxima(model: nn.Module, names: Sequence[str], calls: Sequence[Call]
     """Largest magnitude of every input channel, float32 [i], of each named layer over all calls."""
     found: dict[str, Tensor] = {}
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def hook_for(name: str) -> Callable[[nn.Module, Tensor], None]:
+        def hook(module: nn.Module, x: Tensor) -> None:
             axis = 1 if isinstance(module, nn.Conv2d) else -1
-            largest = inputs[0].detach().abs().movedim(axis, -1).flatten(0, -2).amax(0).float()
+            largest = x.detach().abs().movedim(axis, -1).flatten(0, -2).amax(0).float()
             found[name] = torch.maximum(found[name], largest) if name in found else largest
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    handles = [before_call(model.get_submodule(name), hook_for(name)) for name in names]
     with removed(handles), torch.no_grad():
         for args, kwargs in calls:
             model(*args, **kwargs)
@@ -257,15 +279,15 @@ def token_ranges(
     found: dict[str, dict[float, list[float]]] = {name: {} for name in names}
     now = 0.0
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            largest = inputs[0].abs().amax(1 if isinstance(module, nn.Conv2d) else -1).float().flatten()
+    def hook_for(name: str) -> Callable[[nn.Module, Tensor], None]:
+        def hook(module: nn.Module, x: Tensor) -> None:
+            largest = x.abs().amax(1 if isinstance(module, nn.Conv2d) else -1).float().flatten()
             some = largest[:: len(largest) // _RANGE_TOKENS + 1]
             found[name][now] = some.quantile(torch.tensor(SHARES, device=some.device)).tolist()
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    handles = [before_call(model.get_submodule(name), hook_for(name)) for name in names]
     with removed(handles), torch.no_grad():
         for timestep, (args, kwargs) in calls.items():
             now = timestep

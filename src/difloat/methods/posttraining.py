@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from difloat import attention, layers, processes
+from difloat import attention, layers, parents, processes
 from difloat.exclusion import EXCLUDED, excluded, matches
-from difloat.methods import memory, observe
+from difloat.methods import memory, observe, readers
 from difloat.methods.assign import Draft, draft_layer, search_inputs
 from difloat.methods.blockwise import learn_blocks
 from difloat.methods.observe import Trace
@@ -99,15 +99,17 @@ def run(
         raise ValueError(
             "model must have linear or convolution layers to quantize, got none; is it quantized already?"
         )
-    seen = observe.trace(task.model, task.calibration.batch(task.calibration.stratified(2, generator)))
-    wished = [name for name in seen.order if task.only is None or name in task.only]
+    args, kwargs = call = task.calibration.batch(task.calibration.stratified(2, generator))
+    seen = observe.trace(task.model, call)
+    read = parents.kept(task.model) | readers.kept(task.model, lambda: task.model(*args, **kwargs), seen.uses)
+    wished = [name for name in seen.order if (task.only is None or name in task.only) and name not in read]
     left_out = excluded(candidates, task.exclude)
     decided = {name: EXCLUDED if name in left_out else rules_for(name, seen) for name in wished}
     rules = {
         name: _on_target(rule, task.target) for name, rule in decided.items() if not isinstance(rule, str)
     }
     skipped = {name: "not called by the forward pass" for name in candidates if name not in seen.order}
-    skipped |= {name: reason for name, reason in decided.items() if isinstance(reason, str)}
+    skipped |= {name: reason for name, reason in decided.items() if isinstance(reason, str)} | read
     if not rules:
         raise ValueError(
             f"recipe must quantize at least one layer, but keeps all: {next(iter(skipped.values()))}"
