@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from difloat.cached import CacheWarning
 from difloat.calibration import (
     CalibrationSettings,
     collect,
@@ -187,8 +188,9 @@ def test_cache_is_reused_and_another_request_starts_over(pixart, tmp_path):
     # A shard cut short by a broken disk is drawn again.
     shard = sorted(tmp_path.glob("*/batch-00001.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:100])
-    for settings in (SMALL, other):
-        collect_pixart(pixart, settings, cache_dir=tmp_path)
+    with pytest.warns(CacheWarning, match="batch-00001.* it is made again"):
+        for settings in (SMALL, other):
+            collect_pixart(pixart, settings, cache_dir=tmp_path)
     assert shard.stat().st_size > 100
 
 
