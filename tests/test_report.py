@@ -308,11 +308,11 @@ def test_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")
 
-    def full_disk(self, text, **_):
+    def full_disk(self, content):
         self.touch()
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="no space left"):
         report.render(_record(), _pictures(2), _pictures(2), path)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"] and path.read_text() == "old"

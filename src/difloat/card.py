@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from difloat import record
+from difloat.io.directories import CARD, CARD_MARK, replace_file
 from difloat.report import Record
-
-CARD = "README.md"
-_MARK = "<!-- written by difloat card -->"
 
 
 def write(
@@ -42,7 +40,7 @@ def write(
     validate_repo_id(base_model)
     target = Path(directory) / CARD
     made = record.read(Path(directory))[0]
-    if target.exists() and _MARK not in target.read_text(encoding="utf-8") and not overwrite:
+    if target.exists() and CARD_MARK not in target.read_text(encoding="utf-8") and not overwrite:
         raise FileExistsError(
             f"{CARD} must be one that difloat wrote, got another; say --overwrite to replace it"
         )
@@ -53,11 +51,8 @@ def write(
         license=license,
         tags=[*_tags(made), *tags],
     )
-    text = f"---\n{data.to_yaml()}\n---\n{_MARK}\n\n{body(made, base_model)}"
-    partial = target.with_name(f".{CARD}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
-    return target
+    text = f"---\n{data.to_yaml()}\n---\n{CARD_MARK}\n\n{body(made, base_model)}"
+    return replace_file(target, text.encode())
 
 
 def _tags(made: Record) -> list[str]:

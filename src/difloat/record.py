@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import resource
 import shlex
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 
 from difloat import report
 from difloat.evaluate import Evaluation
+from difloat.io.directories import REPORT_FILES, replace_file
 from difloat.layers import weight_of
 from difloat.quantizer import LayerPlan, Plan, dequantize
 from difloat.report import Histogram, LayerRow, Record
 from difloat.specs import SIDE, QuantSpec, rows_of_parts, weight_formats
 
-RECORD, PICTURES, PAGE = "report.json", "report-pictures.npz", "report.html"
+RECORD, PICTURES, PAGE = REPORT_FILES
 _HISTOGRAM_BINS = 96
 
 
@@ -271,8 +273,10 @@ def _bytes(model: nn.Module, name: str) -> int:
 def write(record: Record, reference: np.ndarray, quantized: np.ndarray, directory: Path) -> Path:
     """Write page, data and pictures into `directory`, so that `read` can make the page again; returns the page."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / RECORD).write_text(report.record_to_json(record), encoding="utf-8")
-    np.savez_compressed(directory / PICTURES, reference=reference, quantized=quantized)
+    pictures = io.BytesIO()
+    np.savez_compressed(pictures, reference=reference, quantized=quantized)
+    replace_file(directory / RECORD, report.record_to_json(record).encode())
+    replace_file(directory / PICTURES, pictures.getvalue())
     return report.render(record, reference, quantized, directory / PAGE)
 
 

@@ -28,6 +28,7 @@ from difloat.facts import (
     record_from_json,
     record_to_json,
 )
+from difloat.io.directories import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -97,13 +98,7 @@ def render(
     reference_images, quantized_images = np.asarray(reference_images), np.asarray(quantized_images)
     _check(record, reference_images, quantized_images)
     page = _page(record, reference_images, quantized_images)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return replace_file(path, page.encode())
 
 
 def _check(record: Record, reference: np.ndarray, quantized: np.ndarray) -> None:
