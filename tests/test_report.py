@@ -28,7 +28,6 @@ def _layer(index: int, **changes) -> report.LayerRow:
         activation_mode="static per tensor",
         parts=1,
         weight_error_db=-20.0 - index,
-        output_error_db=-18.0 - index,
         zeros=0.25,
         zeros_before=0.0,
         integer_grid=False,
@@ -49,7 +48,6 @@ def _record(**changes) -> report.Record:
             shape=(8, 16, 3, 3),
             activation_format=None,
             activation_mode="-",
-            output_error_db=None,
         ),
         _layer(9, weight_format="int1+int3", weight_error_db=-math.inf, parts=2, note="split skip"),
     ]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from difloat import report
 from difloat.evaluate import Evaluation
+from difloat.facts import NO_LAYER
 from difloat.io.directories import REPORT_FILES, replace_file
 from difloat.layers import weight_of
 from difloat.quantizer import LayerPlan, Plan, dequantize
@@ -68,7 +69,6 @@ def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
         activation_mode=_mode(activations),
         parts=len(layer.parts),
         weight_error_db=10 * math.log10(max(relative, 1e-12)),
-        output_error_db=None,
         zeros=float((quantized == 0).float().mean()),
         zeros_before=float((weight == 0).float().mean()),
         integer_grid=all(spec.format.uniform for spec in specs),
@@ -253,7 +253,7 @@ def _skipped(model: nn.Module, plan: Plan) -> list[tuple[str, str, int]]:
             and name not in plan.skipped
             and any(True for _ in module.parameters(False))
         ):
-            skipped.append((name, f"{type(module).__name__}, no layer to quantize", _bytes(model, name)))
+            skipped.append((name, f"{type(module).__name__}, {NO_LAYER}", _bytes(model, name)))
     return skipped
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from difloat import processes
+from difloat.sampling import MOST_SEED
 from difloat.tables import console
 
 Source = Annotated[
@@ -36,7 +37,7 @@ Components = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of everything random.")]
 Rows = Annotated[int, typer.Option(min=1, help="Calibration rows: denoiser inputs kept.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")]
 Call = Annotated[
