@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -351,3 +352,42 @@ def test_numbers_read_well(function, value, text):
 def test_machine_and_versions_name_the_essentials():
     assert "cores" in report.machine()
     assert {"python", "torch", "numpy"} <= report.versions().keys()
+
+
+def test_reports_of_earlier_versions_are_read():
+    """They had a column of errors of outputs, which was never filled."""
+    data = json.loads(report.record_to_json(_record()))
+    for row in data["layers"]:
+        row["output_error_db"] = None
+    assert report.record_from_json(json.dumps(data)) == _record()
+
+
+@pytest.mark.parametrize(
+    ("original", "packed", "digits", "text"),
+    [
+        (390, 100, 1, "3.9x smaller"),
+        (100, 116, 2, "1.16x larger"),
+        (100, 116, 1, "1.2x larger"),
+        (102, 100, 1, "1.02x smaller"),
+        (100, 100, 2, "the same size"),
+        (100_001, 100_000, 2, "the same size"),
+        (100, 0, 1, "100.0x smaller"),
+    ],
+)
+def test_sizes_say_in_which_direction(original, packed, digits, text):
+    assert figures.size_text(original, packed, digits) == text
+
+
+def test_bytes_beyond_the_bits_are_explained_where_they_are():
+    plain = replace(_record().layers[0], shape=(64, 32), bytes=1100, note="")
+    packed_twice = replace(plain, bytes=2200, note="2 packed weights, one per stretch of timesteps")
+    little_beside = replace(plain, bytes=1400, note="1 x rank 4 beside, 300 bytes in float16")
+    assert _record(layers=[plain, little_beside], weight_bits_nominal=4.0).size_remark == ""
+    remark = _record(layers=[plain, packed_twice, little_beside], weight_bits_nominal=4.0).size_remark
+    assert remark.startswith("2 layers take 3.60 kB, 1.8 times what one weight of 4 bits takes")
+    assert "2 packed weights" in remark and "--set adapters=1" in remark
+
+
+def test_layers_left_float_are_told_from_modules_without_a_layer():
+    skipped = [("a", "excluded by the user", 8), ("norm", "LayerNorm, no layer to quantize", 4)]
+    assert _record(skipped=skipped).left_float == [skipped[0]]
