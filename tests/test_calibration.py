@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import difloat
+from difloat.cached import CacheWarning
 from difloat.calibration import (
     CalibrationSettings,
     collect,
@@ -190,8 +191,9 @@ def test_cache_is_reused_and_another_request_starts_over(pixart, tmp_path):
     # A shard cut short by a broken disk is drawn again.
     shard = sorted(tmp_path.glob("*/batch-00001.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:100])
-    for settings in (SMALL, other):
-        collect_pixart(pixart, settings, cache_dir=tmp_path)
+    with pytest.warns(CacheWarning, match="batch-00001.* it is made again"):
+        for settings in (SMALL, other):
+            collect_pixart(pixart, settings, cache_dir=tmp_path)
     assert shard.stat().st_size > 100
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 import yaml
 
 from difloat import card, record
+from difloat.io import directories
 from difloat.report import LayerRow, Record
 
 
 def made(**changes: object) -> Record:
     row = LayerRow(
-        "proj", "linear", (4, 4), "e2m1 + e1m2", "tensor", None, "-", 1, -20.0, None, 0.1, 0.0, False, 9, 32, 4.5
+        "proj", "linear", (4, 4), "e2m1 + e1m2", "tensor", None, "-", 1, -20.0, 0.1, 0.0, False, 9, 32, 4.5
     )  # fmt: skip
     quality = [
         {"name": "psnr", "label": "PSNR to full precision", "value": 23.456, "low": 22.0, "high": 25.0, "unit": "dB",
@@ -92,3 +94,42 @@ def test_names_and_records_are_checked(checkpoint: Path, tmp_path: Path) -> None
         card.write(checkpoint, "a b/c")
     with pytest.raises(FileNotFoundError, match=r"report\.json"):
         card.write(tmp_path / "nowhere", "someone/emoji")
+
+
+def test_what_a_record_quotes_is_text(checkpoint: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    nasty = "x`|[a](http://b) <script>alert(1)</script>\n---\n# *big* _under_"
+    quality = [{**row, "label": nasty, "unit": nasty} for row in made().quality]
+    empty = np.zeros((0, 1, 1, 3), np.uint8)
+    changes = dict(
+        recipe=nasty, bits=nasty, attention=nasty, quality=quality, versions={"difloat": nasty}, created=nasty
+    )
+    record.write(made(**changes), empty, empty, checkpoint)
+    loaded = ModelCard.load(card.write(checkpoint, "some_one/emoji", license=nasty, tags=[nasty]))
+    assert loaded.data.license == nasty and nasty in loaded.data.tags
+    text = loaded.text.lstrip()
+    assert text.startswith(f"{directories.CARD_MARK}\n\n# some\\_one/emoji, x\\`\\|\\[a\\]\\(http")
+    assert "<script" not in text and "\n---\n" not in text and "&lt;script&gt;" in text
+    assert [line for line in text.splitlines() if line.startswith("#")][1:] == [
+        "## Use",
+        "## Measured",
+        "## What is quantized",
+    ]
+    for line in text.splitlines():
+        if line.startswith("|"):  # four columns, whatever a label says
+            assert len(re.findall(r"(?<!\\)\|", line)) == 5
+
+
+@pytest.mark.parametrize(
+    ("packed", "words"),
+    [(1_000_000, "(4.00x smaller)"), (4_640_000, "(1.16x larger)"), (4_000_000, "(the same size)")],
+)
+def test_larger_is_not_called_smaller(tmp_path: Path, packed: int, words: str) -> None:
+    empty = np.zeros((0, 1, 1, 3), np.uint8)
+    record.write(made(packed_bytes=packed), empty, empty, tmp_path)
+    text = parts(card.write(tmp_path, "someone/emoji"))[1]
+    assert words in text and "0.86x" not in text
+    page = (tmp_path / record.PAGE).read_text(encoding="utf-8")
+    assert f"<small>{words.strip('()').split()[-1]}</small>" in page
+    assert words.split()[-1].strip(")") in record.read(tmp_path)[0].summary

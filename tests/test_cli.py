@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import re
 import shlex
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from difloat import cli, record, study
+from difloat.io import CheckpointError, directories
 from difloat.kernels.backends import use_backend
+from difloat.recipes import RECIPES
 from tiny import PROMPTS, tiny_pixart, tiny_unet
 
 # diffusers' DPM solver hands torch tensors to numpy in a way numpy 2 deprecates; nothing here can change that.
@@ -328,6 +332,10 @@ def test_overwrite_is_refused_until_allowed_and_never_hits_foreign_files(
     assert run("quantize", source, there, "--overwrite", *rtn).code == 0
     made, left, _ = record.read(there)
     assert made.recipe == "rtn" and len(left) == 0 and made.quality == []
+    (there / "notes.txt").write_text("mine")
+    result = run("quantize", source, there, "--overwrite", *rtn)
+    refused(result, "nothing but a difloat checkpoint", "'notes.txt'", "move that away")
+    assert "calibrate" not in result.err and (there / "notes.txt").read_text() == "mine"
     foreign = tmp_path / "thesis"
     foreign.mkdir()
     (foreign / "chapter.txt").write_text("years of work")
@@ -335,6 +343,140 @@ def test_overwrite_is_refused_until_allowed_and_never_hits_foreign_files(
     refused(result, "thesis")
     assert "calibrate" not in result.err, "refuse before the work, not after it"
     assert [path.name for path in foreign.iterdir()] == ["chapter.txt"]
+
+
+def test_an_output_directory_belongs_to_one_run(run: Run, source: Path, tmp_path: Path) -> None:
+    out, fast = tmp_path / "out", ["--recipe", "rtn", "--images", "0", *FAST[:4]]
+    refused_by = []
+
+    def second() -> None:
+        try:
+            with directories.reserved(out):
+                started.set()
+                done.wait(60)
+        except CheckpointError as error:
+            refused_by.append(error)
+
+    started, done = threading.Event(), threading.Event()
+    other = threading.Thread(target=second)
+    other.start()
+    started.wait(60)
+    for command in (["quantize", source, out, *fast], ["repair", source, source, out]):
+        result = run(*command)
+        refused(result, "one run at a time", "another one is at work on it")
+        assert "calibrate" not in result.err
+    assert run("quantize", source, out, *fast, "--dry-run").code == 0, "writes nothing, hinders nobody"
+    done.set()
+    other.join()
+    assert not refused_by and run("quantize", source, out, *fast).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("place", ["out", "out/cache", "link", "out/../out/x"])
+@pytest.mark.parametrize("command", ["quantize", "repair"])
+def test_a_cache_inside_the_output_is_refused_at_the_start(
+    run: Run, source: Path, tmp_path: Path, place: str, command: str
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "out/deep")
+    words = (
+        [command, source] + [source] * (command == "repair") + [tmp_path / "out", "--cache", tmp_path / place]
+    )
+    result = run(*words)
+    refused(result, "--cache must lie outside of the output directory")
+    assert "calibrate" not in result.err and [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--call", "height=-8"], "'height' must be a whole number of at least 1, got -8"),
+        (["--call", "width=0"], "'width' must be a whole number of at least 1, got 0"),
+        (["--call", "max_sequence_length=1.5"], "must be a whole number of at least 1, got 1.5"),
+        (
+            ["--call", "negative_prompt=3"],
+            "with the call arguments negative_prompt=3, but raised AttributeError",
+        ),
+        (["--steps", "99999999"], "steps must be at most the 1000 timesteps of DPMSolver"),
+        (["--seed", "99999999999999999999"], "Invalid value for '--seed'"),
+    ],
+)
+def test_values_that_break_a_pipeline_are_bad_input(
+    run: Run, source: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    steps = [] if "--steps" in arguments else ["--steps", "2"]
+    assert words in (result := run("generate", source, tmp_path / "out", *steps, *arguments)).err
+    assert result.code == 2 and "Traceback" not in result.err
+    result = run("quantize", source, tmp_path / "out", "--samples", "6", *steps, *arguments)
+    assert result.code == 2 and words in result.err and not list(tmp_path.iterdir())
+
+
+def test_paths_that_are_links_to_themselves(run: Run, source: Path, tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    fast, saying = ["--samples", "6", "--steps", "2"], "a link to itself"
+    refused(run("quantize", source, loop, *fast), saying)
+    refused(run("quantize", source, loop / "out", *fast), saying)
+    refused(run("quantize", source, tmp_path / "out", *fast, "--cache", loop), "--cache", saying)
+    refused(run("generate", source, loop, "--steps", "2"), saying)
+    refused(run("evaluate", source, source, "--steps", "2", "--save", loop), "--save", saying)
+    refused(run("inspect", loop), "does not exist")
+
+
+def test_full_memory_is_one_sentence(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 3 TB")):
+
+        def fill(*_: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(study, "load_pipeline", fill)
+        result = run("generate", source, tmp_path / "pictures")
+        assert result.code == 2 and "must fit the memory" in result.err and "Traceback" not in result.err
+
+
+def test_a_damaged_cache_is_said_in_one_line(run: Run, source: Path, tmp_path: Path) -> None:
+    words = ["--recipe", "rtn", "--images", "0", *FAST[:4], "--cache", tmp_path / "cache"]
+    assert run("quantize", source, tmp_path / "one", *words).code == 0
+    (shard,) = (tmp_path / "cache").glob("*/batch-*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-9])
+    result = run("quantize", source, tmp_path / "two", *words)
+    assert result.code == 0
+    assert f"warning: cache entry {shard} must hold what was written to it" in result.err
+    assert "CacheWarning" not in result.err and result.err.count("warning:") == 1
+    assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "two" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("recipe", ["fp4dit", "mpqdm"])
+def test_what_stays_float_is_named_and_times_add_up(
+    run: Run, source: Path, tmp_path: Path, recipe: str
+) -> None:
+    fast = {"iterations": 2, "rounding_rows": 4, "epochs": 1, "relation": "off"}
+    known = {field.name for field in dataclasses.fields(RECIPES[recipe].options)}
+    chosen = [word for name, value in fast.items() if name in known for word in ("--set", f"{name}={value}")]
+    out, start = tmp_path / "out", time.perf_counter()
+    words = ["--recipe", recipe, "--exclude", "*.to_q", "--images", 0, *FAST[:4], *chosen]
+    result = run("quantize", source, out, *words)
+    assert result.code == 0, result
+    assert sum(seconds for _, seconds in record.read(out)[0].timings) <= time.perf_counter() - start
+    line = result.out[result.out.index("left in float:") :]
+    left = [name for name, _, _ in record.read(out)[0].left_float]
+    assert {name for name in left if name.endswith(".to_q")} and "left in float: no layer" not in line
+    assert all(name in line for name in left) and f"({len(left)} layers, " in line
+    assert "modules without a layer" in line
+
+
+def test_bytes_that_double_are_said(run: Run, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["--recipe", "viditq", "--bits", "w8a8", "--images", 0, *FAST[:4]]
+    result = run("quantize", source, out, *words)
+    assert result.code == 0, result
+    made, page = record.read(out)[0], (out / "report.html").read_text(encoding="utf-8")
+    assert (
+        made.packed_bytes > made.original_bytes and "x larger" in result.out and "smaller" not in result.out
+    )
+    assert "times what one weight of 8 bits takes" in result.out and "2 packed weights" in result.out
+    assert "--set stretches=1" in result.out and "times what one weight of 8 bits takes" in page
 
 
 def test_generate_writes_the_pictures_of_the_seeds(run: Run, checkpoint: Path, tmp_path: Path) -> None:

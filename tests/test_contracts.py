@@ -266,7 +266,7 @@ def test_bad_weights_and_models_are_named() -> None:
         recipes.plan(Task(nn.Identity(), data, Bits.parse("w4a8"), progress=False), "rtn", "w4a8", {})
 
 
-@pytest.mark.parametrize("bits", ["w4", "4/8", "w9a8", "w4a1", "w4a12", ""])
+@pytest.mark.parametrize("bits", ["w4", "4/8", "w9a8", "w4a1", "w4a12", "", "w\uff14a\uff18"])
 def test_bad_bits_are_refused(bits: str) -> None:
     with pytest.raises(ValueError, match="bits must"):
         Bits.parse(bits)

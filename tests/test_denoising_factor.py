@@ -291,7 +291,10 @@ def test_a_step_that_bends_is_refused() -> None:
         def step(self, output, timestep, sample, **arguments):
             return super().step(output.square(), timestep, sample, **arguments)
 
-    with pytest.raises(ValueError, match=r"must be affine in .*; train without it: factor_power=0 \(on the command line --set"):
+    with pytest.raises(
+        ValueError,
+        match=r"must be affine in .*; train without it: factor_power=0 \(on the command line --set",
+    ):
         denoising_factors(Bent(**BETAS), STEPS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -81,6 +82,17 @@ def test_parse_reads_back_the_name() -> None:
     assert len({parse(name) for name in ALL}) == len(ALL)
 
 
+def test_every_format_has_values_besides_zero() -> None:
+    for sign, exponent, mantissa, specials in itertools.product(
+        ("", "u"), range(10), range(10), ("", "fn", "ieee")
+    ):
+        try:
+            found = parse(f"{sign}e{exponent}m{mantissa}{specials}")
+        except ValueError:
+            continue
+        assert len(found.values) > 1 and math.isfinite(found.max) and found.max > 0
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -99,7 +111,8 @@ def test_parse_reads_back_the_name() -> None:
         "ue0m0",
         "e1m1fn",
     ]
-    + ["m1e2", "e2", "e4m3fnuz", "e10m1", "-e2m1", "e2m1 e3m0", "uuint4"],
+    + ["m1e2", "e2", "e4m3fnuz", "e10m1", "-e2m1", "e2m1 e3m0", "uuint4"]
+    + ["e0m3ieee", "ue0m8ieee", "e\uff12m1", "int\uff14"],
 )
 def test_no_such_format(name: str) -> None:
     with pytest.raises(ValueError, match="^format .*got " + repr(name)):

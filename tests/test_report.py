@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -28,7 +29,6 @@ def _layer(index: int, **changes) -> report.LayerRow:
         activation_mode="static per tensor",
         parts=1,
         weight_error_db=-20.0 - index,
-        output_error_db=-18.0 - index,
         zeros=0.25,
         zeros_before=0.0,
         integer_grid=False,
@@ -49,7 +49,6 @@ def _record(**changes) -> report.Record:
             shape=(8, 16, 3, 3),
             activation_format=None,
             activation_mode="-",
-            output_error_db=None,
         ),
         _layer(9, weight_format="int1+int3", weight_error_db=-math.inf, parts=2, note="split skip"),
     ]
@@ -308,11 +307,11 @@ def test_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")
 
-    def full_disk(self, text, **_):
+    def full_disk(self, content):
         self.touch()
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="no space left"):
         report.render(_record(), _pictures(2), _pictures(2), path)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"] and path.read_text() == "old"
@@ -353,3 +352,42 @@ def test_numbers_read_well(function, value, text):
 def test_machine_and_versions_name_the_essentials():
     assert "cores" in report.machine()
     assert {"python", "torch", "numpy"} <= report.versions().keys()
+
+
+def test_reports_of_earlier_versions_are_read():
+    """They had a column of errors of outputs, which was never filled."""
+    data = json.loads(report.record_to_json(_record()))
+    for row in data["layers"]:
+        row["output_error_db"] = None
+    assert report.record_from_json(json.dumps(data)) == _record()
+
+
+@pytest.mark.parametrize(
+    ("original", "packed", "digits", "text"),
+    [
+        (390, 100, 1, "3.9x smaller"),
+        (100, 116, 2, "1.16x larger"),
+        (100, 116, 1, "1.2x larger"),
+        (102, 100, 1, "1.02x smaller"),
+        (100, 100, 2, "the same size"),
+        (100_001, 100_000, 2, "the same size"),
+        (100, 0, 1, "100.0x smaller"),
+    ],
+)
+def test_sizes_say_in_which_direction(original, packed, digits, text):
+    assert figures.size_text(original, packed, digits) == text
+
+
+def test_bytes_beyond_the_bits_are_explained_where_they_are():
+    plain = replace(_record().layers[0], shape=(64, 32), bytes=1100, note="")
+    packed_twice = replace(plain, bytes=2200, note="2 packed weights, one per stretch of timesteps")
+    little_beside = replace(plain, bytes=1400, note="1 x rank 4 beside, 300 bytes in float16")
+    assert _record(layers=[plain, little_beside], weight_bits_nominal=4.0).size_remark == ""
+    remark = _record(layers=[plain, packed_twice, little_beside], weight_bits_nominal=4.0).size_remark
+    assert remark.startswith("2 layers take 3.60 kB, 1.8 times what one weight of 4 bits takes")
+    assert "2 packed weights" in remark and "--set adapters=1" in remark
+
+
+def test_layers_left_float_are_told_from_modules_without_a_layer():
+    skipped = [("a", "excluded by the user", 8), ("norm", "LayerNorm, no layer to quantize", 4)]
+    assert _record(skipped=skipped).left_float == [skipped[0]]

@@ -15,6 +15,27 @@ from torch import nn
 # How configs of class-conditional denoisers, transformers and U-Nets, call the number of their classes.
 _CLASS_COUNTS = ("num_embeds_ada_norm", "num_class_embeds")
 
+# Arguments that count something, as the pipelines of diffusers call them.
+_COUNTS = (
+    "height",
+    "width",
+    "num_frames",
+    "video_length",
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "max_sequence_length",
+)
+# What libraries raise of their own on values that they did not foresee.
+_UNFORESEEN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+)
+
 Condition = Literal["prompt", "class_labels"]
 
 
@@ -77,6 +98,49 @@ def completed(pipeline: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     if "use_resolution_binning" in parameters and own_size and not {"height", "width"} & set(given):
         arguments.setdefault("use_resolution_binning", False)
     return arguments
+
+
+def check_call(pipeline: Any, steps: int | None, given: Mapping[str, Any]) -> None:
+    """Refuse what no pipeline can do with, before it is called.
+
+    Args:
+        pipeline: A diffusers pipeline.
+        steps: Of the sampler; None: its default.
+        given: Further arguments of the call.
+
+    Raises:
+        ValueError: if there are more steps than the scheduler has timesteps, or a size or count is no whole number from 1 on.
+    """
+    most = getattr(getattr(pipeline, "scheduler", None), "config", {}).get("num_train_timesteps")
+    if steps is not None and isinstance(most, int) and steps > most:
+        raise ValueError(
+            f"steps must be at most the {most} timesteps of {type(pipeline.scheduler).__name__}, got {steps}; give fewer"
+        )
+    for name in _COUNTS:
+        value = given.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(
+                f"call argument {name!r} must be a whole number of at least 1, got {value!r}; give another"
+            )
+
+
+def call(pipeline: Any, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """What a pipeline gives for `arguments`; where it fails on what the user has `given` of them, that is said.
+
+    Raises:
+        ValueError: if the call fails with an error of its code, and there are `given` arguments.
+    """
+    try:
+        return pipeline(**arguments)
+    except _UNFORESEEN as error:
+        if not given:
+            raise
+        shown = ", ".join(f"{name}={value!r:.40}" for name, value in given.items())
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{type(pipeline).__name__} must be able to run with the call arguments {shown}, but raised "
+            f"{type(error).__name__} ({reason}); leave one out or give another value"
+        ) from error
 
 
 def for_pictures(arguments: Mapping[str, Any], pictures: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from difloat import loop_identity, processes
 from difloat.calls import Recorder, Row, device_of, merge, recording, stratified_indices
 from difloat.mergeable import check_mergeable
 from difloat.renoising import LastCall, clean_calls
-from difloat.sampling import Sampling, denoiser_of, load_prompts, quiet, weights_summary
+from difloat.sampling import MOST_SEED, Sampling, denoiser_of, load_prompts, quiet, weights_summary
 from difloat.shelf import Recorded, Shelf, open_shelf, record_shards
 from difloat.trajectories import conditional_part, rows_before, rows_beside
 
@@ -85,6 +85,10 @@ class CalibrationSettings:
                     f"calibration setting '{name}' must be a whole number of at least {least}, got {value!r}; "
                     "give another value"
                 )
+        if self.seed > MOST_SEED:
+            raise ValueError(
+                f"calibration setting 'seed' must be at most {MOST_SEED}, got {self.seed}; give another value"
+            )
 
 
 @final

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from difloat import record
+from difloat import figures, record
+from difloat.io.directories import CARD, CARD_MARK, replace_file
 from difloat.report import Record
-
-CARD = "README.md"
-_MARK = "<!-- written by difloat card -->"
 
 
 def write(
@@ -42,7 +42,7 @@ def write(
     validate_repo_id(base_model)
     target = Path(directory) / CARD
     made = record.read(Path(directory))[0]
-    if target.exists() and _MARK not in target.read_text(encoding="utf-8") and not overwrite:
+    if target.exists() and CARD_MARK not in target.read_text(encoding="utf-8") and not overwrite:
         raise FileExistsError(
             f"{CARD} must be one that difloat wrote, got another; say --overwrite to replace it"
         )
@@ -53,11 +53,8 @@ def write(
         license=license,
         tags=[*_tags(made), *tags],
     )
-    text = f"---\n{data.to_yaml()}\n---\n{_MARK}\n\n{body(made, base_model)}"
-    partial = target.with_name(f".{CARD}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
-    return target
+    text = f"---\n{data.to_yaml()}\n---\n{CARD_MARK}\n\n{body(made, base_model)}"
+    return replace_file(target, text.encode())
 
 
 def _tags(made: Record) -> list[str]:
@@ -68,9 +65,15 @@ def _tags(made: Record) -> list[str]:
     return list(dict.fromkeys(["difloat", "quantized", made.recipe, made.bits, kind, *grids]))
 
 
+def _text(value: str) -> str:
+    """Words of a record as Markdown shows them: on one line, and no mark, tag, link or table column of their own."""
+    line = html.escape(" ".join(value.split()), quote=False)
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", line)
+
+
 def body(made: Record, base_model: str) -> str:
     """Everything below the front matter."""
-    ratio = made.original_bytes / made.packed_bytes
+    change = figures.size_text(made.original_bytes, made.packed_bytes, 2)
     measured = (
         f"The same {made.samples} prompts and seeds through both models; intervals are 95 % bootstrap intervals over pictures."
         if made.quality
@@ -78,11 +81,12 @@ def body(made: Record, base_model: str) -> str:
     )
     return "\n".join(
         [
-            f"# {base_model}, {made.recipe} {made.bits}",
+            f"# {_text(base_model)}, {_text(made.recipe)} {_text(made.bits)}",
             "",
-            f"The denoiser of [{base_model}](https://huggingface.co/{base_model}), quantized by difloat with the recipe "
-            f"`{made.recipe}` at {made.bits}: {made.packed_bytes / 1e6:.2f} MB instead of {made.original_bytes / 1e6:.2f} MB "
-            f"in 16 bits ({ratio:.2f}x smaller), {made.effective_bits:.2f} bits per quantized weight with scales.",
+            f"The denoiser of [{_text(base_model)}](https://huggingface.co/{base_model}), quantized by difloat with the recipe "
+            f"{_text(made.recipe)} at {_text(made.bits)}: {made.packed_bytes / 1e6:.2f} MB instead of "
+            f"{made.original_bytes / 1e6:.2f} MB in 16 bits ({change}), {made.effective_bits:.2f} bits per quantized weight "
+            "with scales.",
             "",
             "## Use",
             "",
@@ -100,8 +104,10 @@ def body(made: Record, base_model: str) -> str:
             *_table(made),
             "## What is quantized",
             "",
-            f"{len(made.layers)} layers; {len(made.skipped)} modules stay in high precision. {made.attention}".strip(),
-            f"Made with difloat {made.versions.get('difloat', '')}".strip() + f" on {made.created[:10]}.",
+            f"{len(made.layers)} layers; {len(made.left_float)} layers and {len(made.skipped) - len(made.left_float)} "
+            f"other modules stay in high precision. {_text(made.attention)}".strip(),
+            f"Made with difloat {_text(made.versions.get('difloat', ''))}".strip()
+            + f" on {_text(made.created[:10])}.",
             "",
         ]
     )
@@ -112,9 +118,9 @@ def _table(made: Record) -> list[str]:
         return []
     lines = ["| measure | value | 95 % interval | full precision |", "|---|---|---|---|"]
     for row in made.quality:
-        value = f"{row['value']:.4g} {row['unit']}".strip()
+        value = f"{row['value']:.4g} {_text(row['unit'])}".strip()
         finite = math.isfinite(row["low"] + row["high"])
         interval = f"{row['low']:.4g} to {row['high']:.4g}" if finite else "-"
         reference = "-" if row["reference"] is None else f"{row['reference']:.4g}"
-        lines.append(f"| {row['label']} | {value} | {interval} | {reference} |")
+        lines.append(f"| {_text(row['label'])} | {value} | {interval} | {reference} |")
     return [*lines, ""]

@@ -11,7 +11,11 @@ from typing import Any
 from difloat import figures
 
 MOSTLY = 2 / 3  # of a layer's weights rounded to 0 is worth a word; why, in methods/sparsity.py
+NO_LAYER = (
+    "no layer to quantize"  # how reasons of modules end that no recipe could quantize: norms, embeddings
+)
 _SHOWN = 3  # layers that a note names
+_FAR_MORE = 1.5
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,6 @@ class LayerRow:
     activation_mode: str
     parts: int
     weight_error_db: float
-    output_error_db: float | None
     zeros: float
     zeros_before: float
     integer_grid: bool
@@ -133,11 +136,33 @@ class Record:
     peak_memory_bytes: int | None = None
 
     @property
+    def left_float(self) -> list[tuple[str, str, int]]:
+        """The layers among `skipped`: what could have been quantized, by kind, and was not."""
+        return [entry for entry in self.skipped if not entry[1].endswith(NO_LAYER)]
+
+    @property
+    def size_remark(self) -> str:
+        """Why the quantized layers take far more than their bits say, in a sentence; empty if they do not.
+
+        That is so where layers hold a packed weight for each of several adapters or stretches of timesteps, or adapters beside.
+        """
+        several = [row for row in self.layers if row.note]
+        nominal = sum(math.prod(row.shape) for row in several) * self.weight_bits_nominal / 8
+        taken = sum(row.bytes for row in several)
+        if not several or taken < _FAR_MORE * nominal:
+            return ""
+        return (
+            f"{len(several)} layers take {figures.bytes_text(taken)}, {taken / nominal:.1f} times what one weight of "
+            f"{self.weight_bits_nominal:g} bits takes ({several[0].name}: "
+            f"{several[0].note}); msfp --set adapters=1 and viditq --set stretches=1 keep one weight"
+        )
+
+    @property
     def summary(self) -> str:
         """One sentence: model, recipe, size and the first metrics."""
-        ratio = self.original_bytes / max(self.packed_bytes, 1)
         packed, original = figures.bytes_text(self.packed_bytes), figures.bytes_text(self.original_bytes)
-        size = f"{ratio:.1f}x smaller ({packed} instead of {original})"
+        change = figures.size_text(self.original_bytes, self.packed_bytes)
+        size = f"{change} ({packed} instead of {original})"
         quality = [
             f"{q['label']} {figures.number_text(q['value'])} {q['unit']}".strip() for q in self.quality[:3]
         ]
@@ -176,6 +201,8 @@ def record_from_json(text: str) -> Record:
     """
     try:
         data = json.loads(text, object_hook=lambda d: float(d["float"]) if d.keys() == {"float"} else d)
+        for row in data["layers"]:
+            row.pop("output_error_db", None)  # of earlier versions, which never knew it
         data["layers"] = [LayerRow(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
         data["histograms"] = [Histogram(**histogram) for histogram in data["histograms"]]
         data["ranges"] = [TokenRanges(**ranges) for ranges in data["ranges"]]

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Literal
 
-_FLOAT = re.compile(r"(u?)e(\d)m(\d)(fn|ieee)?")
-_INTEGER = re.compile(r"(u?)int(\d)")
+_FLOAT = re.compile(r"(u?)e([0-9])m([0-9])(fn|ieee)?")
+_INTEGER = re.compile(r"(u?)int([0-9])")
 _MAX_BITS = 8
 _MAX_EXPONENT_BITS = 7  # with 8 the largest value, 2**128, is no float32
 
@@ -165,6 +165,10 @@ def _check(format: Format, name: str) -> None:
         )
     if format.specials and format.exponent_bits + format.mantissa_bits < 3:
         raise ValueError(f"format with specials must have at least 3 bits besides the sign, got {name!r}")
+    if len(format.values) < 2:
+        raise ValueError(
+            f"format must have finite values besides zero, got {name!r}, all Inf or NaN; give it an exponent bit"
+        )
 
 
 @cache

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from difloat import processes
-from difloat.arguments import completed, condition_of, draw_classes, for_pictures, parameters_of, takes
+from difloat.arguments import (
+    call,
+    check_call,
+    completed,
+    condition_of,
+    draw_classes,
+    for_pictures,
+    parameters_of,
+    takes,
+)
 from difloat.calls import device_of
 from difloat.metrics import NotFiniteError
 from difloat.sampling import denoiser_of, quiet
@@ -89,7 +98,9 @@ def generate(
     with quiet(pipeline), tqdm(total=len(seeds), disable=not shown, desc="images", unit="img") as bar:
         for first in range(0, len(batches), processes.count()):
             mine = batches[first + processes.number() : first + processes.number() + 1]
-            draw = functools.partial(_draw, pipeline, inputs, arguments, seeds, mine, trajectory)
+            draw = functools.partial(
+                _draw, pipeline, inputs, arguments, seeds, mine, trajectory, call_kwargs or {}
+            )
             done = [batch for batch in processes.collected(draw) if batch is not None]
             drawn += done
             bar.update(sum(len(batch.images) for batch in done))
@@ -112,6 +123,7 @@ def _draw(
     seeds: Sequence[int],
     batches: Sequence[range],
     trajectory: bool,
+    given: Mapping[str, Any],
 ) -> Generated | None:
     """The pictures of the first of `batches`; None if there is none left for this process."""
     if not batches:
@@ -123,7 +135,8 @@ def _draw(
     if "batch_size" in parameters_of(pipeline):
         own["batch_size"] = len(batch)
     with _recorded_steps(pipeline.scheduler, keep_states=trajectory) as (timesteps, states):
-        output = pipeline(generator=generators, output_type="np", **own)
+        own |= {"generator": generators, "output_type": "np"}
+        output = call(pipeline, own, given)
     images = _as_tensor(output.images, [seeds[i] for i in batch])
     latents = torch.stack([_state_of(state, len(batch)) for state in states]) if trajectory else None
     return Generated(images, latents, timesteps, 0.0)
@@ -146,6 +159,7 @@ def _call_arguments(
     if empty or (prompts is None) != (condition is None):
         rule = "None" if condition is None else "a list with at least one entry"
         raise ValueError(f"prompts of {name} must be {rule}, got {prompts!r:.80}; change the prompts.")
+    check_call(pipeline, steps, call_kwargs)
     given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     arguments = {key: value for key, value in given.items() if value is not None}
     arguments |= completed(pipeline, call_kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import resource
 import shlex
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 
 from difloat import report
 from difloat.evaluate import Evaluation
+from difloat.facts import NO_LAYER
+from difloat.io.directories import REPORT_FILES, replace_file
 from difloat.layers import weight_of
 from difloat.quantizer import LayerPlan, Plan, dequantize
 from difloat.report import Histogram, LayerRow, Record
 from difloat.specs import SIDE, QuantSpec, rows_of_parts, weight_formats
 
-RECORD, PICTURES, PAGE = "report.json", "report-pictures.npz", "report.html"
+RECORD, PICTURES, PAGE = REPORT_FILES
 _HISTOGRAM_BINS = 96
 
 
@@ -66,7 +69,6 @@ def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
         activation_mode=_mode(activations),
         parts=len(layer.parts),
         weight_error_db=10 * math.log10(max(relative, 1e-12)),
-        output_error_db=None,
         zeros=float((quantized == 0).float().mean()),
         zeros_before=float((weight == 0).float().mean()),
         integer_grid=all(spec.format.uniform for spec in specs),
@@ -251,7 +253,7 @@ def _skipped(model: nn.Module, plan: Plan) -> list[tuple[str, str, int]]:
             and name not in plan.skipped
             and any(True for _ in module.parameters(False))
         ):
-            skipped.append((name, f"{type(module).__name__}, no layer to quantize", _bytes(model, name)))
+            skipped.append((name, f"{type(module).__name__}, {NO_LAYER}", _bytes(model, name)))
     return skipped
 
 
@@ -271,8 +273,10 @@ def _bytes(model: nn.Module, name: str) -> int:
 def write(record: Record, reference: np.ndarray, quantized: np.ndarray, directory: Path) -> Path:
     """Write page, data and pictures into `directory`, so that `read` can make the page again; returns the page."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / RECORD).write_text(report.record_to_json(record), encoding="utf-8")
-    np.savez_compressed(directory / PICTURES, reference=reference, quantized=quantized)
+    pictures = io.BytesIO()
+    np.savez_compressed(pictures, reference=reference, quantized=quantized)
+    replace_file(directory / RECORD, report.record_to_json(record).encode())
+    replace_file(directory / PICTURES, pictures.getvalue())
     return report.render(record, reference, quantized, directory / PAGE)
 
 

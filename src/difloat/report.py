@@ -29,6 +29,7 @@ from difloat.facts import (
     record_to_json,
     zeros_note,
 )
+from difloat.io.directories import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -98,13 +99,7 @@ def render(
     reference_images, quantized_images = np.asarray(reference_images), np.asarray(quantized_images)
     _check(record, reference_images, quantized_images)
     page = _page(record, reference_images, quantized_images)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return replace_file(path, page.encode())
 
 
 def _check(record: Record, reference: np.ndarray, quantized: np.ndarray) -> None:
@@ -151,6 +146,7 @@ def _page(record: Record, reference: np.ndarray, quantized: np.ndarray) -> str:
     return environment.from_string(template).render(
         r=record,
         inf=math.inf,
+        size=figures.size_text(record.original_bytes, record.packed_bytes).rpartition(" "),
         pairs=pairs,
         storage=storage,
         pixelated=bool(len(reference)) and max(reference.shape[1:3]) <= 160,
@@ -225,28 +221,25 @@ def _code_bits(format_name: str) -> int | None:
 def _layer_rows(record: Record) -> list[dict[str, Any]]:
     """Layers with the widths of their error bars in percent, and whether they are among the worst."""
 
-    def widths(errors_db: list[float | None]) -> list[float]:
-        finite = [e for e in errors_db if e is not None and math.isfinite(e)]
+    def widths(errors_db: list[float]) -> list[float]:
+        finite = [e for e in errors_db if math.isfinite(e)]
         low, span = min(finite, default=0.0), max(finite, default=0.0) - min(finite, default=0.0)
-        scaled = [None if e is None or not math.isfinite(e) else (e - low) / (span or 1.0) for e in errors_db]
+        scaled = [None if not math.isfinite(e) else (e - low) / (span or 1.0) for e in errors_db]
         return [0.0 if s is None else round(6 + 94 * s, 1) for s in scaled]
 
     def badness(layer: LayerRow) -> float:
-        error_db = layer.weight_error_db if layer.output_error_db is None else layer.output_error_db
-        return -math.inf if math.isnan(error_db) else error_db
+        return -math.inf if math.isnan(layer.weight_error_db) else layer.weight_error_db
 
     worst = {layer.name for layer in sorted(record.layers, key=badness, reverse=True)[:_WORST_LAYERS]}
     weight = widths([layer.weight_error_db for layer in record.layers])
-    output = widths([layer.output_error_db for layer in record.layers])
     return [
         {
             "layer": layer,
             "weights": math.prod(layer.shape),
             "weight_bar": w,
-            "output_bar": o,
             "worst": layer.name in worst,
         }
-        for layer, w, o in zip(record.layers, weight, output, strict=True)
+        for layer, w in zip(record.layers, weight, strict=True)
     ]
 
 

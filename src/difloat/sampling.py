@@ -13,12 +13,22 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from difloat.arguments import completed, condition_of, draw_classes, for_pictures, parameters_of, takes
+from difloat.arguments import (
+    call,
+    check_call,
+    completed,
+    condition_of,
+    draw_classes,
+    for_pictures,
+    parameters_of,
+    takes,
+)
 from difloat.calls import content_hash, device_of
 
 DENOISER_NAMES = ("transformer", "unet", "prior", "denoiser", "dit")
 # Seeds of pictures are seed * stride + number, so two runs with different seeds share no picture.
 _SEED_STRIDE = 1_000_003
+MOST_SEED = 2**40  # what becomes of it must fit torch's 64 bits
 
 
 def denoiser_of(pipeline: Any) -> tuple[str, nn.Module]:
@@ -143,6 +153,8 @@ class Sampling:
         self._parameters = parameters_of(pipeline)
         self._condition = condition_of(pipeline, self.denoiser)
         self._check_names(call_kwargs)
+        self._given = dict(call_kwargs)
+        check_call(pipeline, steps, call_kwargs)
         self._prompts = self._checked_prompts(prompts, call_kwargs)
         self._kwargs = self._fixed_kwargs(steps, guidance_scale, call_kwargs)
         self.steps: int = self._kwargs["num_inference_steps"]
@@ -171,7 +183,7 @@ class Sampling:
             kwargs["generator"] = [
                 torch.Generator().manual_seed(start + image) for image in range(self.images)
             ]
-        self._pipeline(**kwargs)
+        call(self._pipeline, kwargs, self._given)
 
     def scheduler(self) -> Any:
         """A copy of the pipeline's scheduler as the first denoiser call finds it: timesteps, shifts and all are set.

@@ -1,16 +1,14 @@
 """Shards of calibration rows: in memory up to a budget, on disk above it or where a cache is wanted.
 
 A cache folder has one subfolder per request, named by the hash of all that decides the rows. In it, `index.json`
-says the request and which shards are complete; a shard is a safetensors file with its rows in the header. Files
-appear by renaming, so a killed process leaves complete shards and ignored leftovers.
+says the request, for people; a shard is an entry (`cached`), a safetensors file with its rows in the header. Files
+appear by renaming, so a killed process leaves complete shards and ignored leftovers; damaged shards are drawn again.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import weakref
@@ -20,13 +18,13 @@ from pathlib import Path
 from typing import Any, final
 
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from difloat import processes
-from difloat.calls import Row
+from difloat.cached import read_entry, write_atomically, write_entry
+from difloat.calls import Row, content_hash
 
-_VERSION = 4  # 2: rows know their trajectory; 3: which all parts share; 4: lists of one tensor per row
+_VERSION = 4  # 2: rows know their trajectory; 3: which all parts share; 4: lists of one tensor per row, shards know their hash
 
 Recorded = tuple[list[Row], Mapping[str, Tensor]]  # rows of a shard, and their tensors by content hash
 
@@ -45,7 +43,8 @@ class Shelf:
         self._disk: dict[str, Path] = {}
         self._sizes: dict[str, int] = {}
         self._open_files: dict[Path, Any] = {}
-        self._shards: dict[str, int] = {}
+        self._complete: set[Path] = set()  # shards that this process wrote or has proven
+        self._proven: set[str] = set()  # tensors read from the disk before
         self._folder: Path | None = None
         if cache_dir is not None:
             self._open_folder(Path(cache_dir))
@@ -58,39 +57,52 @@ class Shelf:
             self._folder = Path(tempfile.mkdtemp(prefix="difloat-calibration-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         path = None if self._folder is None else self._folder / f"{shard}.safetensors"
-        if path is not None and not self._is_complete(path):
-            header = {"rows": json.dumps([asdict(row) for row in rows])}
-            self._shards[path.name] = write_atomically(path, save(dict(blobs), metadata=header))
+        if path is not None and path not in self._complete:
+            write_entry(path, self._key(path), blobs, {"rows": json.dumps([asdict(row) for row in rows])})
+            self._complete.add(path)
             self._write_index()
         self._keep(rows, {key: blob.nbytes for key, blob in blobs.items()}, None if fits else path, blobs)
 
     @property
     def shards(self) -> list[str]:
-        """Names of the shards of earlier runs."""
-        return [Path(name).stem for name in self._shards]
+        """Names of the shards of earlier runs, damaged ones among them."""
+        return (
+            [] if self._folder is None else sorted(path.stem for path in self._folder.glob("*.safetensors"))
+        )
 
     def find(self, shard: str) -> Recorded | None:
-        """Rows and tensors of a shard of an earlier run, to be `put`; None if there is no complete one."""
+        """Rows and tensors of a shard of an earlier run, to be `put`; None if there is no undamaged one."""
         path = None if self._folder is None else self._folder / f"{shard}.safetensors"
-        if path is None or not self._is_complete(path):
+        entry = None if path is None else read_entry(path, self._key(path))
+        if path is None or entry is None:
             return None
-        with safe_open(path, framework="pt") as file:
-            rows = [
-                Row(**{**row, "leaves": tuple(row["leaves"])}) for row in json.loads(file.metadata()["rows"])
-            ]
-            return rows, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        self._complete.add(path)
+        blobs, facts = entry
+        rows = [Row(**{**row, "leaves": tuple(row["leaves"])}) for row in json.loads(facts["rows"])]
+        return rows, blobs
 
-    def _is_complete(self, path: Path) -> bool:
-        return path.is_file() and self._shards.get(path.name) == path.stat().st_size
+    @staticmethod
+    def _key(path: Path) -> str:
+        return f"{path.parent.name}/{path.name}"
 
     def read(self, key: str) -> Tensor:
-        """The tensor of a content hash; treat it as read-only."""
+        """The tensor of a content hash; treat it as read-only.
+
+        Raises:
+            OSError: The file it lies in was changed while this process is at work.
+        """
         if key in self._memory:
             return self._memory[key]
         path = self._disk[key]
         if path not in self._open_files:
             self._open_files[path] = safe_open(path, framework="pt")
         tensor: Tensor = self._open_files[path].get_tensor(key)
+        if key not in self._proven:
+            if content_hash(tensor) != key:
+                raise OSError(
+                    f"calibration data must stay as they are during a run, but '{path}' was changed; run again"
+                )
+            self._proven.add(key)
         return tensor
 
     def nbytes(self, keys: Iterable[str]) -> int:
@@ -119,13 +131,10 @@ class Shelf:
             )
         self._folder = cache_dir / fingerprint(self._request)
         self._folder.mkdir(parents=True, exist_ok=True)
-        index = self._folder / "index.json"
-        if index.is_file():
-            self._shards = dict(json.loads(index.read_text(encoding="utf-8"))["shards"])
 
     def _write_index(self) -> None:
         assert self._folder is not None
-        content = {"request": self._request, "shards": self._shards}
+        content = {"request": self._request, "shards": sorted(path.name for path in self._complete)}
         write_atomically(self._folder / "index.json", json.dumps(content, indent=1).encode())
 
 
@@ -159,27 +168,3 @@ def record_shards(
 def fingerprint(request: Mapping[str, Any]) -> str:
     """Hash of plain data, short enough for a folder name."""
     return hashlib.blake2b(json.dumps(request, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> int:
-    """Write a file under a temporary name, then rename it; returns its bytes.
-
-    Raises:
-        OSError: The disk is full; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        full = OSError(
-            f"the disk must have {len(content) / 2**20:.1f} MiB free for '{path}', got a full one; free some "
-            "space and run again, finished shards are kept"
-        )
-        full.errno = error.errno
-        raise full from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return len(content)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from difloat import formats
+from difloat import figures, formats
 from difloat.facts import zeros_note
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from difloat.report import Record
 
 console = Console()
+_NAMES = 20  # of layers in one line
 
 
 def announce(
@@ -73,11 +74,11 @@ def print_summary(made: Record) -> None:
         reference = "" if row["reference"] is None else f"{row['reference']:.4g}"
         value = f"{row['value']:.4g} {row['unit']}".strip()
         table.add_row(row["label"], value, interval(row["low"], row["high"]), reference)
-    ratio = made.original_bytes / made.packed_bytes
+    change = figures.size_text(made.original_bytes, made.packed_bytes, 2)
     table.add_row(
         "denoiser on disk",
         f"{made.packed_bytes / 1e6:.2f} MB",
-        f"{ratio:.2f}x smaller, {made.effective_bits:.2f} bits a weight",
+        f"{change}, {made.effective_bits:.2f} bits a weight",
         f"{made.original_bytes / 1e6:.2f} MB",
     )
     console.print(table)
@@ -88,8 +89,25 @@ def print_summary(made: Record) -> None:
     wider = [row.name for row in made.layers if _code_bits(row.weight_format) > made.weight_bits_nominal + 1]
     console.print(
         f"{len(made.layers)} layers quantized, {integers} of them on integer grids; {zeros:.1%} of the weights are 0\n"
-        f"kept at more bits: {', '.join(wider) or 'none'}",
+        f"kept at more bits: {', '.join(wider) or 'none'}\n" + _left(made),
         highlight=False,
+        soft_wrap=True,
+    )
+    if made.size_remark:
+        console.print(f"note       {made.size_remark}", highlight=False, soft_wrap=True)
+
+
+def _left(made: Record) -> str:
+    """What stays in float: layers by name, as far as a console holds them, and how much else there is."""
+    layers = made.left_float
+    rest = len(made.skipped) - len(layers)
+    named = ", ".join(name for name, _, _ in layers[:_NAMES]) + ", ..." * (len(layers) > _NAMES)
+    told = f"left in float: {named or 'no layer'}"
+    size = figures.bytes_text(sum(size for _, _, size in layers))
+    return (
+        told
+        + f" ({len(layers)} layers, {size})" * bool(layers)
+        + f"; {rest} modules without a layer" * bool(rest)
     )
     if note := zeros_note(made.layers):
         console.print(note, highlight=False)

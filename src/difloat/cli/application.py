@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from difloat import processes
+from difloat.cached import CacheWarning
 
 app = typer.Typer(
     help="Low-bit floating-point quantization of diffusion models: one command makes a packed checkpoint and shows its cost.",
@@ -29,17 +35,47 @@ def main() -> None:
     """
     errors = Console(stderr=True)
     try:
-        with processes.together():
+        with processes.together(), _warnings_in_one_line(errors):
             code = _run(errors)
     except (ValueError, OSError, ImportError) as error:
         if processes.speaks():
-            sentence = escape(processes.sentence(error))
-            errors.print(f"[red]error:[/red] {sentence}", highlight=False, soft_wrap=True)
+            _say(errors, "[red]error:[/red]", processes.sentence(error))
         raise SystemExit(2) from None
-    except _OF_CODE:
+    except (MemoryError, *_OF_CODE) as error:
+        if _is_full_memory(error):
+            reason = " ".join(str(error).split())[:200]
+            told = f"the run must fit the memory of this machine, but does not ({reason}); see --dry-run and ask for less"
+            _say(errors, "[red]error:[/red]", told)
+            raise SystemExit(2) from None
         traceback.print_exc()
         raise SystemExit(_UNEXPECTED) from None
     raise SystemExit(code)
+
+
+def _is_full_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, which torch's allocator on the CPU says in words only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _say(errors: Console, mark: str, text: str) -> None:
+    errors.print(mark, escape(text), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _warnings_in_one_line(errors: Console) -> Iterator[None]:
+    """Warnings of a damaged cache as a sentence, not with the line of code that found it; others as ever."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if issubclass(category, CacheWarning):
+                _say(errors, "[yellow]warning:[/yellow]", str(message))
+            else:
+                others(message, category, *place)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", CacheWarning)
+        yield
 
 
 def _run(errors: Console) -> str | int | None:

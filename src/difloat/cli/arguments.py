@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from difloat import processes
+from difloat.sampling import MOST_SEED
 from difloat.tables import console
 
 Source = Annotated[
@@ -35,7 +37,7 @@ Components = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of everything random.")]
 Rows = Annotated[int, typer.Option(min=1, help="Calibration rows: denoiser inputs kept.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")]
 Call = Annotated[
@@ -88,18 +90,52 @@ def pipeline_of(source: str) -> Any:
     return study.load_pipeline(source)
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse an output directory that is taken, or that is no checkpoint and would be replaced."""
+def check_out(out: Path, overwrite: bool, cache: Path | None = None) -> None:
+    """Refuse an output directory that is taken, whose replacement would cost the user a file, or that holds the cache.
+
+    Raises:
+        FileExistsError: if there is something and `--overwrite` is not given, or is no checkpoint.
+        ValueError: if a file in it is not difloat's, a path is a link to itself, or `cache` lies in it.
+    """
+    from difloat.io.directories import check_target, resolved
     from difloat.io.manifest import MANIFEST
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+    target = resolved(out)
+    if cache is not None:
+        kept = resolved(cache, "--cache")
+        if kept == target or target in kept.parents:
+            raise ValueError(
+                f"--cache must lie outside of the output directory, which appears whole at the end, got {str(cache)!r} in "
+                f"{str(out)!r}; choose another directory"
+            )
+    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if taken and not overwrite:
         raise FileExistsError(
             f"output directory must be new or empty, got {str(out)!r}; choose another or say --overwrite"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / MANIFEST).is_file():
+    if taken and not (target / MANIFEST).is_file():
         raise FileExistsError(
             f"--overwrite replaces only difloat checkpoints, got {str(out)!r}, which is none; choose another directory"
         )
+    check_target(target, overwrite)
+
+
+@contextmanager
+def claimed(out: Path, overwrite: bool, cache: Path | None = None, dry_run: bool = False) -> Iterator[None]:
+    """`check_out`, and no other run may write into `out` during the block, unless nothing is written.
+
+    Of several processes the main one sees to it.
+    """
+    from difloat.io.directories import reserved, resolved
+
+    with ExitStack() as held:
+        with processes.together():
+            if processes.is_main():
+                check_out(out, overwrite, cache)
+            if processes.is_main() and not dry_run:
+                held.enter_context(reserved(resolved(out)))
+                check_out(out, overwrite, cache)  # what a killed run had moved away is back
+        yield
 
 
 def options_of(

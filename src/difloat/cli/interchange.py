@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from difloat.cli.application import app
-from difloat.cli.arguments import Checkpoint, Overwrite, check_out, pipeline_of
+from difloat.cli.arguments import Checkpoint, Overwrite, claimed, pipeline_of
 from difloat.tables import console
 
 Kind = Annotated[
@@ -50,12 +50,14 @@ def import_(
     import difloat
     from difloat import api, interchange
 
-    check_out(out, overwrite)
-    model = (
-        interchange.model_of(path if path.is_dir() else path.parent) if into is None else pipeline_of(into)
-    )
-    plan = interchange.import_into(api.denoiser(model), path, source)
-    difloat.save(model, out, overwrite=overwrite)
+    with claimed(out, overwrite):
+        model = (
+            interchange.model_of(path if path.is_dir() else path.parent)
+            if into is None
+            else pipeline_of(into)
+        )
+        plan = interchange.import_into(api.denoiser(model), path, source)
+        difloat.save(model, out, overwrite=overwrite)
     console.print(f"{len(plan.layers)} quantized layers in {out}", highlight=False, soft_wrap=True)
 
 

@@ -23,6 +23,7 @@ from difloat.cli.arguments import (
     meet,
     pipeline_of,
 )
+from difloat.sampling import MOST_SEED
 from difloat.tables import console
 
 
@@ -35,7 +36,9 @@ def generate(
     count: Annotated[int, typer.Option(min=1, help="Pictures; prompts are used again from the start.")] = 4,
     steps: Steps = None,
     guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Seed of the first picture; the next ones count up.")
+    ] = 0,
     batch: Batch = 8,
     lora: Loras = None,
     call: Call = None,
@@ -44,9 +47,10 @@ def generate(
     from PIL import Image
 
     from difloat import evaluate, load_lora, processes, record, study
+    from difloat.io.directories import resolved
 
     meet()
-    if out.exists() and not out.is_dir():
+    if resolved(out).exists() and not out.is_dir():
         raise NotADirectoryError(f"output must be a directory, got the file {str(out)!r}; choose another")
     pipeline = pipeline_of(source)
     for number, (file, weight) in enumerate(loras_of(lora or [])):
@@ -93,9 +97,10 @@ def evaluate(
 ) -> None:
     """Compare a quantized pipeline with the full-precision one; processes of a launch share the pictures."""
     from difloat import gates, metrics, processes, study
+    from difloat.io.directories import resolved
 
     rules = [gates.parse(rule) for rule in fail_under or []]  # a misspelled gate must not cost the pictures
-    if save is not None and not save.parent.is_dir():
+    if save is not None and not resolved(save, "--save").parent.is_dir():
         raise FileNotFoundError(f"--save must name a file in a directory that is there, got {str(save)!r}")
     meet()
     first, second = pipeline_of(reference), pipeline_of(quantized)

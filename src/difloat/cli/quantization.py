@@ -26,7 +26,7 @@ from difloat.cli.arguments import (
     Steps,
     Target,
     call_of,
-    check_out,
+    claimed,
     meet,
     options_of,
     pipeline_of,
@@ -78,23 +78,24 @@ def quantize(
     recipes.make_options(recipes.lookup(recipe), chosen, bits)
     targets.check(target)
     _check_images(images)
-    check_out(out, overwrite)
-    pipeline = pipeline_of(source)
-    api.check_model(api.denoiser(pipeline))
-    texts = study.prompts_of(pipeline, source, prompts)
-    guidance, arguments = call_of(pipeline, source, guidance, call)
-    others = components.split(",") if components is not None else None
-    _check_parts(pipeline, exclude or [], others, bits)
-    settings = calibration.CalibrationSettings(
-        samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
-    )
-    tables.announce(pipeline, texts, settings, recipe, bits, chosen, arguments, exclude or [], table=dry_run)
-    if dry_run:
-        return
-    sampling = study.Sampling(texts, images, steps, guidance, _PICTURES, arguments)
-    everything = {"cache_dir": cache, "call_kwargs": arguments, "target": target, "exclude": exclude or ()}
-    everything |= {**vars(settings), **chosen, "components": others}
-    _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
+    with claimed(out, overwrite, cache, dry_run):
+        pipeline = pipeline_of(source)
+        api.check_model(api.denoiser(pipeline))
+        texts = study.prompts_of(pipeline, source, prompts)
+        guidance, arguments = call_of(pipeline, source, guidance, call)
+        others = components.split(",") if components is not None else None
+        _check_parts(pipeline, exclude or [], others, bits)
+        settings = calibration.CalibrationSettings(
+            samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
+        )
+        left_out = exclude or []
+        tables.announce(pipeline, texts, settings, recipe, bits, chosen, arguments, left_out, table=dry_run)
+        if dry_run:
+            return
+        sampling = study.Sampling(texts, images, steps, guidance, _PICTURES, arguments)
+        everything = {"cache_dir": cache, "call_kwargs": arguments, "target": target, "exclude": left_out}
+        everything |= {**vars(settings), **chosen, "components": others}
+        _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
 
 
 def _check_images(images: int) -> None:
@@ -178,22 +179,22 @@ def repair(
 
     meet()
     _check_images(images)
-    check_out(out, overwrite)
-    pipeline, plan = pipeline_of(source), api.plan_of(pipeline_of(str(checkpoint)))
-    texts = study.prompts_of(pipeline, source, prompts)
-    guidance, arguments = call_of(pipeline, source, guidance, call)
-    training = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": guidance_weight}
-    settings = calibration.CalibrationSettings(
-        samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
-    )
-    sampling = study.Sampling(texts, images, steps, guidance, _PICTURES, arguments)
-    everything = {"cache_dir": cache, "call_kwargs": arguments, **training, **vars(settings)}
-    start = time.perf_counter()
-    plan = api.repair(pipeline, plan, prompts=texts, **everything)
-    seconds = _beside(plan, time.perf_counter() - start)
-    made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
-    if made is not None:
-        tables.print_made(made, out)
+    with claimed(out, overwrite, cache):
+        pipeline, plan = pipeline_of(source), api.plan_of(pipeline_of(str(checkpoint)))
+        texts = study.prompts_of(pipeline, source, prompts)
+        guidance, arguments = call_of(pipeline, source, guidance, call)
+        training = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": guidance_weight}
+        settings = calibration.CalibrationSettings(
+            samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
+        )
+        sampling = study.Sampling(texts, images, steps, guidance, _PICTURES, arguments)
+        everything = {"cache_dir": cache, "call_kwargs": arguments, **training, **vars(settings)}
+        start = time.perf_counter()
+        plan = api.repair(pipeline, plan, prompts=texts, **everything)
+        seconds = _beside(plan, time.perf_counter() - start)
+        made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
+        if made is not None:
+            tables.print_made(made, out)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from torch import nn
 
 from difloat import attention
 from difloat.io import integrity, rebuild
+from difloat.io.directories import resolved, whole_directory
 from difloat.io.layout import (
     CONFIG,
     QUANT_METHOD,
@@ -33,7 +34,7 @@ from difloat.io.layout import (
     read_json,
     write_json,
 )
-from difloat.io.manifest import MANIFEST, read_manifest, whole_directory, write_manifest
+from difloat.io.manifest import MANIFEST, read_manifest, write_manifest
 from difloat.io.modules import load_into, write_module
 from difloat.io.remote import INDEX as PIPELINE_INDEX
 from difloat.io.remote import write_loaders
@@ -134,7 +135,8 @@ def save(
     Args:
         pipeline_or_module: Quantized by `difloat.apply`; of a pipeline every component is written.
         directory: Made if it does not exist, parents too.
-        overwrite: Replace a directory that `save` has written; any other one that is not empty is always refused.
+        overwrite: Replace a directory that `save` has written, with its report and card; any other one that is not empty is
+            refused, and one that holds a file of the user's too.
         max_shard_bytes: Split the tensors into files of at most this size; None for one file (diffusers: 10 GB).
         remote_code: Add a loader of a few lines, so that `AutoModel.from_pretrained(..., trust_remote_code=True)` loads a
             component where difloat is installed but not imported.
@@ -142,9 +144,9 @@ def save(
     Raises:
         ValueError: if nothing in it is quantized, or remote code is asked for a plain module.
         CheckpointError: if a model is not what its config builds (fused projections, adapters, modules added later), the
-            directory is in use for something else or the disk is full; nothing is left behind.
+            directory is in use for something else, another run is at work on it, or the disk is full; nothing is left behind.
     """
-    target = Path(directory).resolve()
+    target = resolved(directory)
     quantized = _quantized(pipeline_or_module)
     if remote_code and not hasattr(pipeline_or_module, "save_pretrained"):
         raise ValueError("remote_code must be False for a plain module, got True; no library builds it")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
 from difloat import layers
+from difloat.cached import read_entry, write_entry
 from difloat.layers import QuantizedLayer
 from difloat.methods import memory
 from difloat.methods.adaround import Learned, learn_rounding
@@ -71,8 +69,9 @@ def learn_blocks(
             start = time.perf_counter()
             inside = {name.removeprefix(unit).removeprefix("."): drafts[name] for name in names}
             path = None if store is None else store / f"{number:04d}.safetensors"
-            if path is not None and path.exists():
-                codes, errors = _read(path)
+            kept = None if path is None else _read(path)
+            if kept is not None:
+                codes, errors = kept
                 bar.update(steps)
             else:
                 block = task.model.get_submodule(unit)
@@ -122,7 +121,7 @@ def _store(task: Task, drafts: Mapping[str, Draft], settings: Sequencing, rows: 
     """The folder for finished blocks of exactly this task, or None."""
     if task.work_dir is None:
         return None
-    facts = [repr(settings), repr(task.bits), task.seed, list(rows), task.calibration.fingerprint]
+    facts = ["layout 2", repr(settings), repr(task.bits), task.seed, list(rows), task.calibration.fingerprint]
     facts += [[name, draft.error, repr(draft.parts)] for name, draft in drafts.items()]
     name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     folder = task.work_dir / f"rounding-{name}"
@@ -132,13 +131,18 @@ def _store(task: Task, drafts: Mapping[str, Draft], settings: Sequencing, rows: 
 
 def _write(path: Path, codes: Mapping[str, torch.Tensor], errors: Mapping[str, float]) -> None:
     tensors = {f".{name}": value.cpu().contiguous() for name, value in codes.items()}
-    save_file(
-        tensors, path.with_suffix(".part"), metadata={name: repr(value) for name, value in errors.items()}
-    )
-    os.replace(path.with_suffix(".part"), path)
+    write_entry(path, _key(path), tensors, {name: repr(value) for name, value in errors.items()})
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    with safe_open(path, "pt") as file:
-        errors = {name: float(value) for name, value in file.metadata().items()}
-    return {name.removeprefix("."): value for name, value in load_file(path).items()}, errors
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
+    entry = read_entry(path, _key(path))
+    if entry is None:
+        return None
+    tensors, errors = entry
+    codes = {name.removeprefix("."): value for name, value in tensors.items()}
+    return codes, {name: float(value) for name, value in errors.items()}
+
+
+def _key(path: Path) -> str:
+    """A block is one of its run: the folder's name says which."""
+    return f"{path.parent.name}/{path.name}"

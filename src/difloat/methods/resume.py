@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from typing import Any, final
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from difloat.cached import read_entry, write_entry
 from difloat.calls import content_hash
 from difloat.methods.adapters import Adaptive
 from difloat.methods.student import Student
@@ -24,7 +22,7 @@ _SAVE_EVERY_S = 60.0
 
 @final
 class Kept:
-    """Trained tensors, the optimiser's moments and losses so far; written to a part file, then renamed.
+    """Trained tensors, the optimiser's moments and losses so far; an entry of the cache (`cached`).
 
     The file's name says what the run was made of: rows, seed, layers with their weights and first values, the timesteps, how
     adapters start and are carried, and what `train` was told.
@@ -68,21 +66,18 @@ class Kept:
         if self.path is None or not (force or time.monotonic() - self.saved > _SAVE_EVERY_S):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
         numbers = {"losses": losses, "scaler": self.scaler.state_dict()}
-        save_file(
-            self._tensors(), part, metadata={name: json.dumps(value) for name, value in numbers.items()}
-        )
-        os.replace(part, self.path)
+        texts = {name: json.dumps(value) for name, value in numbers.items()}
+        write_entry(self.path, self.path.name, self._tensors(), texts)
         self.saved = time.monotonic()
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """A kept state of this very run, if there is one."""
-        if self.path is None or not self.path.exists():
+        """A kept state of this very run, if there is an undamaged one."""
+        entry = None if self.path is None else read_entry(self.path, self.path.name)
+        if entry is None:
             return None
-        with safe_open(self.path, "pt") as file:
-            metadata = file.metadata()
-        return load_file(self.path), {name: json.loads(value) for name, value in metadata.items()}
+        tensors, numbers = entry
+        return tensors, {name: json.loads(value) for name, value in numbers.items()}
 
     def restore(self, state: tuple[dict[str, Tensor], dict[str, Any]] | None) -> list[float]:
         """Take over what `read` gave; the losses so far."""

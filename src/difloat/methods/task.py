@@ -30,7 +30,7 @@ class Bits:
     @staticmethod
     def parse(text: str) -> Bits:
         """Read "w4a8"; 16 or 32 activation bits mean unquantized. ValueError on anything else."""
-        match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
+        match = re.fullmatch(r"w([0-9]+)a([0-9]+)", text.strip().lower())
         if not match:
             raise ValueError(
                 f"bits must look like 'w4a8', got {text!r}; write weight bits and activation bits"

@@ -1,0 +1,112 @@
+"""Entries of a cache: files of tensors that know what they are and the hash of all their bytes.
+
+Whatever happened to an entry since it was written (cut short, a byte flipped, another file in its place) counts as if it
+were missing, with a warning in one sentence, so a run makes it again and ends as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+_HASH = "blake2b"
+_HEX = 64
+_PLACE = re.compile(rb'"blake2b":"([0-9a-f]{64})"')  # quotes inside other metadata are escaped
+_LEFTOVER_S = 3600.0  # no entry takes that long to write: what is older was left by a killed process
+
+
+class CacheWarning(UserWarning):
+    """An entry of a cache is damaged or foreign, and is made again."""
+
+
+def write_entry(path: Path, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+    """Write tensors (on the CPU) and texts as an entry that `read_entry` proves later; it appears whole or not at all.
+
+    Args:
+        path: Of the file; its folder must exist.
+        key: What the entry is of: an entry of another key is not taken for it, wherever it lies.
+        tensors: By name.
+        facts: By name, other than "blake2b".
+
+    Raises:
+        OSError: The disk is full; nothing is left behind.
+    """
+    blank = "0" * _HEX
+    content = save(dict(tensors), metadata={**facts, _HASH: blank})
+    start, end = _place(content)
+    write_atomically(path, content[:start] + _digest(key, content).encode() + content[end:])
+
+
+def read_entry(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """What `write_entry` wrote under this key; None if nothing is there, or, with a `CacheWarning`, anything else."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    found = _PLACE.search(content)
+    if found is None or found.group(1).decode() != _digest(key, content):
+        warnings.warn(
+            f"cache entry {path} must hold what was written to it, but is damaged or of another run; it is made again",
+            CacheWarning,
+            stacklevel=2,
+        )
+        return None
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    facts = {name: text for name, text in header["__metadata__"].items() if name != _HASH}
+    return load(content), facts
+
+
+def _place(content: bytes) -> tuple[int, int]:
+    """Where the hash stands in an entry."""
+    found = _PLACE.search(content)
+    assert found is not None
+    return found.span(1)
+
+
+def _digest(key: str, content: bytes) -> str:
+    """Hash of an entry's key and of all its bytes, those of the hash taken as zeros."""
+    start, end = _place(content)
+    digest = hashlib.blake2b(f"{key}\n".encode(), digest_size=_HEX // 2)
+    whole = memoryview(content)
+    for piece in (whole[:start], b"0" * (end - start), whole[end:]):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it; removes what killed processes left of the same file.
+
+    Raises:
+        OSError: The disk is full; nothing is left behind.
+    """
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        with contextlib.suppress(FileNotFoundError):  # another run may have removed it
+            if leftover.stat().st_mtime < time.time() - _LEFTOVER_S:
+                leftover.unlink()
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = OSError(
+            f"the disk must have {len(content) / 2**20:.1f} MiB free for '{path}', got a full one; free some "
+            "space and run again, finished shards are kept"
+        )
+        full.errno = error.errno
+        raise full from error
+    finally:
+        temporary.unlink(missing_ok=True)
