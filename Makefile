@@ -50,7 +50,7 @@ $(TORCH_STAMP): constraints-cpu.txt | $(BIN)/pip
 	rm -f .venv/.torch-*
 	touch $@
 
-$(RUN_STAMP): $(TORCH_STAMP) pyproject.toml
+$(RUN_STAMP): $(TORCH_STAMP) pyproject.toml CMakeLists.txt $(wildcard src/difloat/kernels/csrc/*)
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 

@@ -308,8 +308,8 @@ def install(model: nn.Module, name: str, plan: LayerPlan, device: torch.device |
 def swap(model: nn.Module, name: str, layer: QuantLinear | QuantConv2d) -> None:
     """Put a quantized layer in the place of the layer `name`; it answers as that one did if the parent asks for a dtype."""
     old = model.get_submodule(name)
-    names = [other for other, module in model.named_modules(remove_duplicate=False) if module is old]
-    if any(parents.use_of(model, other) is not None for other in names):
+    names = (other for other, module in model.named_modules(remove_duplicate=False) if module is old)
+    if any(parents.use_of(model, other) for other in names):
         layer.answer_as(old.input_dtype if isinstance(old, QuantizedLayer) else weight_of(model, name).dtype)
     replace(model, name, layer)
 

@@ -82,7 +82,7 @@ def staying_float(model: nn.Module) -> dict[str, str]:
     linear layers with a forward pass of their own: whatever it is, it stays as large as it was. Layers of `quantizable` and
     those that are quantized already are not among them. The model itself has the empty name.
     """
-    possible, cast = quantizable(model), set(parents.casts(model))
+    possible, read = quantizable(model), parents.kept(model)
     found = {}
     for name, module in model.named_modules():
         if name in possible or isinstance(module, parents.PackedWeight):
@@ -93,8 +93,8 @@ def staying_float(model: nn.Module) -> dict[str, str]:
         if not own:
             continue
         kind = type(module).__name__
-        if name in cast:
-            found[name] = "stays float: the module around it casts the input to the dtype of this weight"
+        if name in read:
+            found[name] = read[name]
         elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             found[name] = "stays float: the module around it reads this weight without calling the layer"
         elif isinstance(module, nn.Linear | nn.Conv2d):
