@@ -30,6 +30,7 @@ LINE = (
     "units",
     "side",
     "layers",
+    "install",
     "<side>",
     "methods",
     "recipes",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import difloat
-from difloat import layers
+from difloat import install, layers
 from difloat.formats import parse
 from difloat.quantizer import LayerPlan, Plan, dequantize, join_variants, plan_layer
 from difloat.specs import Part, QuantSpec
@@ -103,7 +103,7 @@ def test_save_verify_load_give_the_same_bits(tmp_path, generator) -> None:
 
 def test_a_shadow_has_a_clock_of_its_own(generator) -> None:
     model, plan, _ = quantized()
-    twin = layers.shadow(model)
+    twin = install.shadow(model)
     x = torch.randn(5, 6, generator=generator)
     model(x, 0.0)
     twin(x, 900.0)

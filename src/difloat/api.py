@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import calibration, io, layers, lora, recipes
+from difloat import calibration, install, io, layers, lora, recipes
 from difloat import components as parts
 from difloat.calibration import Calibration, CalibrationSettings
 from difloat.exclusion import excluded
@@ -202,7 +202,7 @@ def _check_repairable(model: Any, plan: Plan, epochs: int, rank: int) -> None:
             )
     for module, own in parts.models(model, denoiser(model), plan):
         lora.refuse(module, "quantized")
-        layers.check(module, own)
+        install.check(module, own)
 
 
 def _start(plan: Plan, task: Task) -> Outcome:
@@ -301,9 +301,9 @@ def apply(model: Any, plan: Plan) -> Any:
     work = parts.models(model, denoiser(model), plan)
     for module, own in work:
         lora.refuse(module, "quantized")
-        layers.check(module, own)
+        install.check(module, own)
     for module, own in work:
-        layers.apply(module, own)
+        install.apply(module, own)
         mark_quantized(module, own)
     return model
 
@@ -325,6 +325,6 @@ def restore(model: Any, dtype: torch.dtype = torch.float32) -> Any:
         if isinstance(module, nn.Module) and any(
             isinstance(m, layers.QuantizedLayer) for m in module.modules()
         ):
-            layers.restore(module, dtype)
+            install.restore(module, dtype)
             unmark_quantized(module)
     return model

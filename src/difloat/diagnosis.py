@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from difloat import api, evaluate, layers
+from difloat import api, evaluate, install, layers
 from difloat.evaluate import Generated
 from difloat.layers import QuantizedLayer
 from difloat.methods.observe import Call, removed, tensors_of
@@ -296,11 +296,11 @@ def _as_float(quantized: nn.Module, original: nn.Module, names: Sequence[str]) -
     kept = {name: quantized.get_submodule(name) for name in names}
     try:
         for name in names:
-            layers.replace(quantized, name, original.get_submodule(name))
+            install.replace(quantized, name, original.get_submodule(name))
         yield
     finally:
         for name, module in kept.items():
-            layers.replace(quantized, name, module)
+            install.replace(quantized, name, module)
 
 
 def _fewest(

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from difloat import attention
+from difloat.install import clock_of
 from difloat.io.layout import (
     CONFIG,
     QUANT_METHOD,
@@ -35,7 +36,7 @@ from difloat.io.manifest import MANIFEST, read_manifest, whole_directory, write_
 from difloat.io.modules import load_into, write_module
 from difloat.io.remote import INDEX as PIPELINE_INDEX
 from difloat.io.remote import write_loaders
-from difloat.layers import QuantizedLayer, clock_of
+from difloat.layers import QuantizedLayer
 from difloat.quantizer import LayerPlan, Plan
 
 # Where a model was loaded from, as diffusers and transformers note it in their configs.

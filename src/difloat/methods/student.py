@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difloat import attention, layers
+from difloat import attention, install
 from difloat.methods.adapters import Adaptive, Carry, Init
 from difloat.quantizer import LayerPlan
 from difloat.specs import AttentionPlan
@@ -95,7 +95,7 @@ class Student(nn.Module):
             generator: Draws the first values.
         """
         super().__init__()
-        shadow = layers.shadow(model, frozen=True)
+        shadow = install.shadow(model, frozen=True)
         self.grid, self.names, self.carry = tuple(grid), list(plans), carry
         self.adapter_init = adapter_init
         self.clock = Clock(shadow, self.grid)
@@ -113,7 +113,7 @@ class Student(nn.Module):
             for name, plan in plans.items()
         )
         for name, twin in zip(self.names, self.twins, strict=True):
-            layers.replace(shadow, name, twin)
+            install.replace(shadow, name, twin)
         attention.install(shadow, attention_plans)
         self.router = None
         if adapters > 1:
