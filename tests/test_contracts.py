@@ -112,7 +112,7 @@ def test_eight_bits_cost_every_layer_little(recipe: str) -> None:
     clock = install.clock_of(twin)
     if clock is not None:
         model = install.shadow(model)
-        model.register_forward_pre_hook(clock, with_kwargs=True)
+        install.set_clock(model, clock)
 
     def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], expected: Tensor) -> None:

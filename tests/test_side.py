@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,9 +63,9 @@ def planned(model: nn.Module, places: list[int] = PLACES) -> Plan:
     return Plan("msfp", "w4a8", packed, timesteps=GRID if by_time else ())
 
 
-def at(model: nn.Module, timestep: float) -> None:
-    """Let the layers of `model` compute as in a call with this timestep."""
-    install.clock_of(model)(model, (None, torch.tensor([timestep])), {})
+def at(model: nn.Module, timestep: float) -> AbstractContextManager[None]:
+    """Layers of `model` compute as in a call with this timestep."""
+    return install.as_in_call(model, (None, torch.tensor([timestep])), {})
 
 
 @pytest.mark.parametrize(
@@ -110,11 +111,11 @@ def test_a_packed_layer_adds_the_pair_of_the_timestep(model: Denoiser, dtype: to
     x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(5)).to(dtype)
     with torch.no_grad():
         for timestep, pair in zip(GRID, PLACES, strict=True):
-            at(quantized, timestep + 1)
             stored = plan.layers["conv_in"].tensors
             down, up = (stored[name].chunk(2)[pair] for name in SIDE)
             branch = low_rank(model.conv_in, x, down, up)
-            assert torch.equal(quantized.conv_in(x), without.conv_in(x) + branch)
+            with at(quantized, timestep + 1):
+                assert torch.equal(quantized.conv_in(x), without.conv_in(x) + branch)
     assert all(getattr(quantized.conv_in, name).dtype == torch.float16 for name in SIDE)
 
 
@@ -128,9 +129,9 @@ def test_the_twin_computes_what_its_plan_does_for_every_choice(model: Denoiser) 
     with torch.no_grad():
         seen = []
         for timestep, pair in zip(GRID, PLACES, strict=True):
-            at(quantized, timestep)
             twin.choice = torch.eye(2)[pair]
-            torch.testing.assert_close(quantized.conv_in(x), twin(x), rtol=1e-5, atol=1e-6)
+            with at(quantized, timestep):
+                torch.testing.assert_close(quantized.conv_in(x), twin(x), rtol=1e-5, atol=1e-6)
             seen.append(twin(x))
     assert torch.equal(seen[0], seen[2]) and not torch.allclose(seen[0], seen[1], atol=1e-3)
 

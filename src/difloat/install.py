@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +99,7 @@ def set_clock(model: nn.Module, clock: Clock) -> None:
     """Let every layer of `model` that depends on the timestep read it off `clock`, and the clock off the model's calls."""
     remove_clock(model)
     model.register_forward_pre_hook(clock, with_kwargs=True)
+    model.register_forward_hook(clock.leave, always_call=True)
     for module in model.modules():
         if isinstance(module, QuantizedLayer) and module.plan().schedules:
             module.clock = clock
@@ -112,6 +116,18 @@ def remove_clock(model: nn.Module) -> None:
         if isinstance(hook, Clock):
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key, after in list(model._forward_hooks.items()):
+        if isinstance(getattr(after, "__self__", None), Clock):
+            del model._forward_hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
+
+
+@contextmanager
+def as_in_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Inside, layers of `model` that depend on the timestep can be called alone, as in a call with these arguments."""
+    clock = clock_of(model)
+    with nullcontext() if clock is None else clock.during(args, kwargs):
+        yield
 
 
 def restore(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -98,7 +98,7 @@ class Student(nn.Module):
         shadow = install.shadow(model, frozen=True)
         self.grid, self.names, self.carry = tuple(grid), list(plans), carry
         self.adapter_init = adapter_init
-        self.clock = Clock(shadow, self.grid)
+        self._clock = Clock(shadow, self.grid)
         self.twins = nn.ModuleList(
             Adaptive(
                 model.get_submodule(name),  # type: ignore[arg-type]
@@ -123,8 +123,7 @@ class Student(nn.Module):
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the denoiser; all rows must have one timestep."""
-        self.clock(self._model[0], args, kwargs)
-        entry = int(self.clock.entry())
+        entry = int(self._clock.nearest(args, kwargs))
         choices = None if self.router is None else self.router(self.scaled(entry))
         for number, twin in enumerate(self.twins):
             assert isinstance(twin, Adaptive)
@@ -134,14 +133,12 @@ class Student(nn.Module):
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """For a call between a step's forward and backward pass: timestep, ranges and adapters are afterwards what they were.
+        """For a call between a step's forward and backward pass: ranges and adapters are afterwards what they were.
 
         Where activations are checkpointed the backward pass computes blocks of the step again.
         """
-        index = self.clock.index
         before = [(twin.entry, twin.choice) for twin in self.twins]
         yield
-        self.clock.index = index
         for twin, (entry, choice) in zip(self.twins, before, strict=True):
             twin.entry, twin.choice = entry, choice
 
