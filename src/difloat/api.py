@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import calibration, install, io, layers, lora, recipes
+from difloat import calibration, hooks, install, io, layers, lora, modes, recipes
 from difloat import components as parts
 from difloat.calibration import Calibration, CalibrationSettings
 from difloat.exclusion import excluded
@@ -241,9 +241,10 @@ def _of_8_bits(plan: Plan) -> tuple[str, ...]:
 def task_of(model: Any, data: Calibration, bits: Bits) -> Task:
     """What a recipe works on, for a pipeline or a module with its calibration data."""
     module = denoiser(model)
+    workable = install.workable(module)
     if model is module:
-        return Task(module, data, bits)
-    return Task(module, data, bits, pipeline=type(model).__name__, scheduler=data.scheduler)
+        return Task(workable, data, bits)
+    return Task(workable, data, bits, pipeline=type(model).__name__, scheduler=data.scheduler)
 
 
 def calibrate(
@@ -278,8 +279,10 @@ def plan_calibrated(task: Task, recipe: str, bits: str, options: Mapping[str, An
 
 
 def check_model(module: nn.Module) -> None:
-    """Refuse models that cannot be quantized before any work is done."""
+    """Refuse models, and modes of torch, that cannot be quantized (in) before any work is done."""
+    modes.check_defaults()
     lora.refuse(module, "quantized")
+    hooks.check(module)
     found = layers.quantizable(module)
     if not found:
         raise ValueError(

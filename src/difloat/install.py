@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difloat import attention, parents
+from difloat import attention, hooks, modes, parents
 from difloat.layers import QuantConv2d, QuantizedLayer, QuantLinear, empty_like, quantizable, weight_of
 from difloat.quantizer import LayerPlan, Plan, dequantize
 from difloat.side import product
@@ -20,13 +20,41 @@ from difloat.timesteps import Clock
 def shadow(model: nn.Module, *, frozen: bool = False) -> nn.Module:
     """A copy of the module tree that shares every parameter and buffer: layers can be swapped without touching `model`.
 
-    With `frozen` its parameters are views that need no gradient; those of `model` stay as they are.
+    Hooks of torch act on it too. With `frozen` its parameters are views that need no gradient; those of `model` stay as they
+    are. What was made in inference mode is copied, as autograd refuses it.
+
+    Raises:
+        ValueError: if `model` has hooks whose copies would compute with `model` itself, see `hooks.check`.
     """
+    hooks.check(model)
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    memo = {id(tensor): tensor for tensor in tensors}
-    if frozen:
-        memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
+    memo = hooks.shared(model) | {id(tensor): tensor for tensor in tensors}
+    memo |= {id(t): modes.normal(t) for t in model.buffers() if t.is_inference()}
+    for parameter in model.parameters():
+        if frozen or parameter.is_inference():
+            wanted = parameter.requires_grad and not frozen
+            memo[id(parameter)] = nn.Parameter(modes.normal(parameter).detach(), requires_grad=wanted)
+    twin = copy.deepcopy(model, memo)
+    hooks.strip(twin)
+    return twin
+
+
+def workable(model: nn.Module) -> nn.Module:
+    """`model` itself, or its `shadow` where it has hooks about devices, or tensors made in inference mode."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return shadow(model) if hooks.carried(model) or any(t.is_inference() for t in tensors) else model
+
+
+def leave_inference_mode(model: nn.Module) -> None:
+    """Make the tensors of quantized layers that were made in inference mode ones that autograd accepts, in place."""
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLayer):
+            for name, parameter in layer.named_parameters(recurse=False):
+                if parameter.is_inference():
+                    wanted = parameter.requires_grad
+                    setattr(layer, name, nn.Parameter(modes.normal(parameter), requires_grad=wanted))
+            for name, buffer in layer.named_buffers(recurse=False):
+                setattr(layer, name, modes.normal(buffer))
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -62,11 +90,13 @@ def swap(model: nn.Module, name: str, layer: QuantLinear | QuantConv2d) -> None:
     """Put a quantized layer in the place of the layer `name`; it answers as that one did if the parent asks for a dtype."""
     parent, _, child = name.rpartition(".")
     old = model.get_submodule(name)
+    hooks.hand_over(old, layer)
     if parents.asks(model.get_submodule(parent), child):
         layer.answer_as(old.input_dtype if isinstance(old, QuantizedLayer) else weight_of(model, name).dtype)
     replace(model, name, layer)
 
 
+@modes.plain()
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """Carry out a plan in place: swap every planned layer, quantize every planned attention; returns `model`.
 
@@ -80,11 +110,13 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     attention.install(model, plan.attention)
     if clock is not None:
         set_clock(model, clock)
+    leave_inference_mode(model)
     return model
 
 
 def check(model: nn.Module, plan: Plan) -> None:
-    """Refuse a plan of another model; ValueError."""
+    """Refuse a plan of another model, and a model with hooks that would lose or keep its layers; ValueError."""
+    hooks.check(model)
     float_layers = quantizable(model)
     for name, layer in plan.layers.items():
         if name not in float_layers or tuple(float_layers[name].weight.shape) != tuple(layer.shape):
@@ -130,6 +162,7 @@ def as_in_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         yield
 
 
+@modes.plain()
 def restore(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Turn every quantized layer back into a plain float layer with the dequantized weight, in place; returns `model`.
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from difloat import modes
 from difloat.kernels import beside, ops, row_ops
 from difloat.parents import PackedWeight
 from difloat.quantizer import VARIED, LayerPlan
@@ -79,7 +80,7 @@ class QuantizedLayer(PackedWeight):
             if name == "weight":
                 self.hold(tensor.to(device))
             else:
-                setattr(self, name, tensor.to(device))
+                setattr(self, name, modes.normal(tensor.to(device)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move like any module, but a change of the model's dtype leaves scales and zero points in float32."""

@@ -17,6 +17,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from difloat import modes
+
 
 class PackedWeight(nn.Module):
     """A layer's packed weight, and what it tells a parent that asks for its dtype."""
@@ -27,7 +29,7 @@ class PackedWeight(nn.Module):
 
     def hold(self, packed: Tensor) -> None:
         """Take over packed bytes as the weight."""
-        self.weight = nn.Parameter(packed.view(self.stored_dtype), requires_grad=False)
+        self.weight = nn.Parameter(modes.normal(packed).view(self.stored_dtype), requires_grad=False)
 
     @property
     def packed(self) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import attention
+from difloat import attention, modes
 from difloat.install import clock_of
 from difloat.io.layout import (
     CONFIG,
@@ -242,6 +242,7 @@ def read_plan(directory: Path) -> tuple[Plan, dict[str, StoredTensor]]:
     return plan, stored
 
 
+@modes.plain()
 def load(
     directory: str | os.PathLike[str],
     into: nn.Module | None = None,

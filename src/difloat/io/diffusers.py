@@ -126,6 +126,7 @@ class DifloatQuantizer(DiffusersQuantizer):
                 None,
                 {},
             )  # functions made on the spot could not be pickled with the model
+        install.leave_inference_mode(model)
         mark(model, self)
         self._model = None
 

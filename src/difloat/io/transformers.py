@@ -94,6 +94,7 @@ class DifloatHfQuantizer(HfQuantizer):
         for name, value in self._tensors(model):
             if not value.is_meta:
                 check_stored(name, self.plan.layers[name.rpartition(".")[0]].bands, value)
+        install.leave_inference_mode(model)
         mark(model, self)
 
     def _tensors(self, model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from difloat import modes
 from difloat.methods import options
 from difloat.methods.posttraining import Outcome, Task
 from difloat.quantizer import Plan
@@ -97,11 +98,11 @@ def make_options(recipe: Recipe, values: Mapping[str, Any]) -> Any:
     return options.make_options(recipe.options, values)
 
 
+@modes.plain()
 def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
     """Decide everything about the task's model; the model stays untouched."""
-    row = lookup(recipe)
-    settings = make_options(row, chosen)
-    outcome = row.plan(task, settings)
+    settings = make_options(lookup(recipe), chosen)
+    outcome = lookup(recipe).plan(task, settings)
     stored = {**dataclasses.asdict(settings), "seed": task.seed, "calibration_rows": len(task.calibration)}
     if task.target != "any":
         stored["target"] = task.target
