@@ -24,7 +24,7 @@ import torch
 from quality_rows import MODELS, PAPERS, Row
 from quality_tables import seed_table, table
 
-from difloat import api, layers, record, report, study
+from difloat import api, install, layers, record, report, study
 from difloat.evaluate import Generated
 from difloat.methods.task import Bits
 from difloat.reference_models import NAMES
@@ -115,7 +115,7 @@ def measure_row(
     task = replace(api.task_of(pipeline, data, Bits.parse(row.bits)), seed=row.seed)
     plan = api.plan_calibrated(task, row.recipe, row.bits, row.options)
     seconds = time.perf_counter() - start
-    twin = layers.apply(layers.shadow(module), plan)
+    twin = install.apply(install.shadow(module), plan)
     name = next(key for key, value in pipeline.components.items() if value is module)
     setattr(pipeline, name, twin)
     try:

@@ -20,7 +20,7 @@ import torch
 from quantization_time import commit
 from torch import nn
 
-from difloat import formats, layers, report
+from difloat import formats, install, report
 from difloat.quantizer import plan_layer
 from difloat.specs import Part, QuantSpec
 
@@ -59,7 +59,7 @@ def layer_of(shape: tuple[int, ...], smoothed: bool) -> nn.Module:
     if smoothed:
         factors = {"input_factor": torch.rand(shape[1]) + 0.5}
         plan = replace(plan, smoothed=True, tensors={**plan.tensors, **factors})
-    layers.install(model, "0", plan)
+    install.install(model, "0", plan)
     return model
 
 

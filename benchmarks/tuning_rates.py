@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from difloat import api, layers, report, study
+from difloat import api, install, report, study
 from difloat.calls import first_tensor
 from difloat.methods.finetune import TrainingSettings
 from difloat.methods.posttraining import Outcome
@@ -114,7 +114,7 @@ def split(arguments: argparse.Namespace) -> tuple[Task, Task]:
 def error(model: Any, outcome: Outcome, task: Task) -> float:
     """Squared error of the quantized denoiser's outputs over that of the full-precision ones."""
     plan = Plan("msfp", "", outcome.layers, outcome.skipped, {}, {}, outcome.attention, outcome.timesteps)
-    twin = layers.apply(layers.shadow(model), plan)
+    twin = install.apply(install.shadow(model), plan)
     wrong = power = 0.0
     by_timestep: dict[float, list[int]] = {}
     for row, timestep in enumerate(task.calibration.timesteps):

@@ -31,7 +31,7 @@ from quantization_time import ROOT, commit, machine
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from difloat import attention, fast_attention, layers
+from difloat import attention, fast_attention, install, layers
 from difloat.formats import parse
 from difloat.kernels import backends
 from difloat.quantizer import LayerPlan, plan_layer
@@ -119,13 +119,13 @@ def filled(model: nn.Module) -> nn.Module:
 
 def quantized(model: nn.Module) -> nn.Module:
     """A copy whose block layers are packed: the codes of the weights that `filled` gave them."""
-    twin = layers.shadow(model)
+    twin = install.shadow(model)
     numbers = {name: number for number, (name, _) in enumerate(model.named_parameters())}
     for name, module in layers.quantizable(model).items():
         if "block" in name:
             plan, number = random_plan(tuple(module.weight.shape)), numbers[f"{name}.weight"]
             moved = {key: tensor.roll(number, 0) for key, tensor in plan.tensors.items()}
-            layers.install(twin, name, replace(plan, tensors=moved))
+            install.install(twin, name, replace(plan, tensors=moved))
     return twin.to(memory_format=torch.channels_last)  # of convolutions, as the float model's
 
 
@@ -142,7 +142,7 @@ def variants(
     """One forward pass by every way to compute it, and the bytes of block weights."""
     half = copy.deepcopy(model).bfloat16()
     packed = quantized(half)
-    fast_half, fast_packed = layers.shadow(half), layers.shadow(packed)
+    fast_half, fast_packed = install.shadow(half), install.shadow(packed)
     for fast in (fast_half, fast_packed):
         fast_attention.accelerate(fast)
     small = cast(call, torch.bfloat16)
@@ -163,7 +163,7 @@ def variants(
         found[f"{name}: packed layers, fast attention"] = forward(fast_packed, small, name)
     if "cpu" in backends.available():
         names = [name for name, module in packed.named_modules() if attention.has_processor(module)]
-        on_grids = layers.shadow(packed)
+        on_grids = install.shadow(packed)
         attention.install(on_grids, dict.fromkeys(names, OPERANDS))
         found["cpu: packed layers, attention on an int8 grid"] = forward(on_grids, small, "cpu")
     return found, {"bf16": weight_bytes(half), "packed": weight_bytes(packed)}

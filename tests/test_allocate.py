@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import difloat
-from difloat import layers, quantizer, recipes
+from difloat import install, quantizer, recipes
 from difloat.calibration import CalibrationSettings, collect_from_loop
 from difloat.formats import parse
 from difloat.methods import allocate
@@ -322,8 +322,8 @@ def test_mixed_layers_compute_with_their_dequantized_weight() -> None:
     task = prepared("w2a16")
     plan = recipes.plan(task, "mpqdm", "w2a16", {"epochs": 0, "keep_8bit": [], "criterion": "error"})
     assert sum(bool(layer.bands) for layer in plan.layers.values()) == 3
-    packed = layers.apply(layers.shadow(task.model), plan)
-    plain = layers.restore(layers.apply(layers.shadow(task.model), plan))
+    packed = install.apply(install.shadow(task.model), plan)
+    plain = install.restore(install.apply(install.shadow(task.model), plan))
     args, kwargs = task.calibration.batch(range(8))
     with torch.no_grad():
         torch.testing.assert_close(packed(*args, **kwargs), plain(*args, **kwargs), rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difloat import layers
+from difloat import install
 from difloat.formats import parse
 from difloat.kernels import backends, ops, reference
 from difloat.quantizer import dequantize, plan_layer
@@ -296,7 +296,7 @@ def test_paddings_that_have_names(kernel, options, generator) -> None:
     scale = plain.weight.detach().flatten(1).abs().amax(1) / 127
     vectors = {"input_scales": [torch.tensor([0.02])], "input_zero_points": [torch.tensor([-2.0])]}
     model = nn.Sequential(plain)
-    layers.install(model, "0", plan_layer(plain.weight.detach(), [part], [scale], **vectors))
+    install.install(model, "0", plan_layer(plain.weight.detach(), [part], [scale], **vectors))
     x = torch.randn(2, 4, 7, 6, generator=generator)
     truth = nn.Conv2d(4, 6, kernel, **options)
     truth.weight.data, truth.bias = dequantize(model[0].plan()), plain.bias

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from difloat import formats, io, layers
+from difloat import formats, install, io
 from difloat.io import CheckpointError
 from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
 from difloat.specs import Part, QuantSpec
@@ -99,7 +99,7 @@ def tiny_plan(model: Tiny) -> Plan:
 def quantized(seed: int = 0) -> Tiny:
     model = tiny(seed)
     plan = tiny_plan(model)
-    layers.apply(model, plan)
+    install.apply(model, plan)
     io.mark_quantized(model, plan)
     return model
 
@@ -258,7 +258,7 @@ def test_every_width_survives_and_verifies(tmp_path, bits, channels):
     ]
     layer = simple_layer(model[0].weight, parts, 0.37)
     plan = Plan("rtn", f"w{bits}", {"0": layer})
-    layers.apply(model, plan)
+    install.apply(model, plan)
     io.mark_quantized(model, plan)
     directory = io.save(model, tmp_path / "a")
     loaded = io.load(directory, into=nn.Sequential(nn.Linear(sum(channels), 3)))
@@ -277,7 +277,7 @@ def test_save_load_save_gives_the_same_bytes(tmp_path):
 def test_half_precision_comes_back_as_it_was(tmp_path):
     model = tiny()
     plan = tiny_plan(model)
-    layers.apply(model.half(), plan)
+    install.apply(model.half(), plan)
     io.mark_quantized(model, plan)
     loaded = io.load(io.save(model, tmp_path / "a"), into=tiny(1))
     assert loaded.norm.weight.dtype == torch.float16 and same_state(loaded, model)
@@ -298,7 +298,7 @@ def test_a_file_is_little_more_than_its_tensors(tmp_path):
     model = nn.Sequential(*[nn.Linear(160, 160) for _ in range(120)])  # 3 million parameters
     part = [Part(160, spec("e2m1"), STATIC)]
     plan = Plan("rtn", "w4a8", {str(n): simple_layer(model[n].weight, part) for n in range(120)})
-    layers.apply(model, plan)
+    install.apply(model, plan)
     io.mark_quantized(model, plan)
     directory = io.save(model, tmp_path / "a")
     tensors_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -681,7 +681,7 @@ def test_missing_manifest_and_extra_weights_fail_the_hashes(tmp_path):
 def test_illegal_codes_are_found(tmp_path, name, format_name, code, message):
     model = nn.Sequential(nn.Linear(3, 2))
     plan = Plan("rtn", "w", {"0": simple_layer(model[0].weight, [Part(3, spec(format_name))])})
-    layers.apply(model, plan)
+    install.apply(model, plan)
     io.mark_quantized(model, plan)
     model[0].weight.data[1, -1 if name == "padding" else 0] = code
     assert message in failed(io.save(model, tmp_path / "a"))["codes"]
@@ -726,7 +726,7 @@ def banded(seed: int = 0) -> Tiny:
         "blocks.0": in_bands(model.blocks[0].weight, [Part(9, spec("e2m1"), ONLINE)], ["int5", "ue3m1"]),
     }
     plan = Plan("golden", "w2a8", plans, {"norm": "no weight matrix"}, {})
-    layers.apply(model, plan)
+    install.apply(model, plan)
     io.mark_quantized(model, plan)
     return model
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difloat import api, layers, recipes, units
+from difloat import api, install, layers, recipes, units
 from difloat.calibration import Calibration, CalibrationSettings, collect, denoiser_of
 from difloat.methods.observe import removed
 from difloat.methods.posttraining import Bits, Task
@@ -69,7 +69,7 @@ def output(model: nn.Module, data: Calibration) -> Tensor:
 
 
 def error(model: nn.Module, plan: Plan, data: Calibration) -> float:
-    twin = layers.apply(layers.shadow(model), plan)
+    twin = install.apply(install.shadow(model), plan)
     expected = output(model, data)
     return float((output(twin, data) - expected).norm() / expected.norm())
 
@@ -113,12 +113,12 @@ def test_plan_survives_json_with_tensors(recipe: str) -> None:
 def test_eight_bits_cost_every_layer_little(recipe: str) -> None:
     # Layer by layer on full-precision inputs: the whole of a random network amplifies any error without limit.
     model, data = prepared("pixart")
-    twin = layers.apply(layers.shadow(model), plan_with("pixart", recipe, "w8a8"))
+    twin = install.apply(install.shadow(model), plan_with("pixart", recipe, "w8a8"))
     squares: dict[str, list[Tensor]] = {}
-    clock = layers.clock_of(twin)
+    clock = install.clock_of(twin)
     if clock is not None:
-        model = layers.shadow(model)
-        model.register_forward_pre_hook(clock, with_kwargs=True)
+        model = install.shadow(model)
+        install.set_clock(model, clock)
 
     def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], expected: Tensor) -> None:

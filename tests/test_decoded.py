@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difloat import layers, tiers
+from difloat import install, tiers
 from difloat.formats import parse
 from difloat.kernels import backends, decoded, ops
 from difloat.quantizer import plan_layer
@@ -149,7 +149,7 @@ def test_chosen_by_itself_and_named() -> None:
     model = nn.Sequential(nn.Linear(48, 8))
     part = Part(48, WEIGHTS[0], ACTIVATIONS["token"])
     weight = model[0].weight.detach()
-    layers.install(model, "0", plan_layer(weight, [part], [weight.abs().amax(1) / 6]))
+    install.install(model, "0", plan_layer(weight, [part], [weight.abs().amax(1) / 6]))
     with backends.use_backend("auto"):
         assert tiers.layers(model) == [
             "1 x e2m1 x e3m4: decoded to floats, backend decoded (e3m4 activations are no int8 integers)"

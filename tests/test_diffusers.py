@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from difloat import formats, io, layers
+from difloat import formats, install, io, layers
 from difloat.io import CheckpointError
 from difloat.quantizer import LayerPlan, Plan, plan_layer
 from difloat.specs import Part, QuantSpec
@@ -62,7 +62,7 @@ def quantized_pipeline(component: str, dtype: torch.dtype = torch.float32):
         torch.manual_seed(0)
         plan = denoiser_plan(model)
     pipeline.to(dtype)
-    layers.apply(model, plan)
+    install.apply(model, plan)
     io.mark_quantized(model, plan)
     return pipeline
 
@@ -184,7 +184,7 @@ def test_a_diffusers_model_loads_into_an_instance(component, pipeline, directory
 
 def test_dequantize_gives_a_float_model_that_saves(component, directory, tmp_path):
     model = getattr(DiffusionPipeline.from_pretrained(directory), component)
-    expected = output(layers.restore(copy.deepcopy(model)))
+    expected = output(install.restore(copy.deepcopy(model)))
     model.dequantize()
     assert torch.equal(output(model), expected)
     model.save_pretrained(tmp_path / "a")
@@ -194,7 +194,7 @@ def test_dequantize_gives_a_float_model_that_saves(component, directory, tmp_pat
 
 def test_unmark_makes_a_restored_model_plain(component, tmp_path):
     model = getattr(quantized_pipeline(component), component)
-    io.unmark_quantized(layers.restore(model))
+    io.unmark_quantized(install.restore(model))
     model.save_pretrained(tmp_path / "a")
     assert torch.equal(output(type(model).from_pretrained(tmp_path / "a")), output(model))
     with pytest.raises(ValueError, match="must be quantized"):

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors import safe_open
 from torch import nn
 
-from difloat import layers, processes, recipes, record
+from difloat import install, layers, processes, recipes, record
 from difloat.calibration import Calibration, CalibrationSettings, collect_from_loop
 from difloat.formats import parse
 from difloat.methods import assign, finetune, posttraining, resume
@@ -119,7 +119,7 @@ def test_packed_layers_compute_what_was_trained(changes: dict) -> None:
     trained(task, student)
     packed = student.packed()
     grid = student.grid if any(p.schedules for p in packed.values()) else ()
-    model = layers.apply(layers.shadow(task.model), Plan("test", "w4a4", packed, timesteps=grid))
+    model = install.apply(install.shadow(task.model), Plan("test", "w4a4", packed, timesteps=grid))
     for _, (args, kwargs) in by_timestep(task):
         with torch.no_grad():
             torch.testing.assert_close(model(*args, **kwargs), student(args, kwargs), rtol=1e-4, atol=1e-5)
@@ -170,7 +170,7 @@ def test_rows_of_several_widths_are_packed_as_they_were_trained(smoothed: bool, 
             plain = replace(packed[name].variant(variant), smoothed=False)
             assert torch.equal(dequantize(plain), weight), name
     grid = student.grid if any(p.schedule or p.input_schedule for p in packed.values()) else ()
-    model = layers.apply(layers.shadow(task.model), Plan("test", "w2a4", packed, timesteps=grid))
+    model = install.apply(install.shadow(task.model), Plan("test", "w2a4", packed, timesteps=grid))
     for _, (args, kwargs) in by_timestep(task):
         with torch.no_grad():
             torch.testing.assert_close(model(*args, **kwargs), student(args, kwargs), rtol=1e-4, atol=1e-4)
@@ -396,7 +396,7 @@ def test_adapters_from_the_error_are_packed_as_they_were_trained() -> None:
     assert losses[-1] < 0.9 * losses[0]
     packed = student.packed()
     assert all(layer.bands and layer.smoothed and layer.input_schedule for layer in packed.values())
-    model = layers.apply(layers.shadow(task.model), Plan("test", "w2a4", packed, timesteps=student.grid))
+    model = install.apply(install.shadow(task.model), Plan("test", "w2a4", packed, timesteps=student.grid))
     for _, (args, kwargs) in by_timestep(task):
         with torch.no_grad():
             torch.testing.assert_close(model(*args, **kwargs), student(args, kwargs), rtol=1e-4, atol=1e-5)

@@ -20,7 +20,7 @@ from transformers import CLIPTextModel
 
 import difloat
 import mutate_checkpoints
-from difloat import DifloatConfig, attention, formats, io, layers
+from difloat import DifloatConfig, attention, formats, install, io, layers
 from difloat.io import CheckpointError
 from difloat.layers import QuantizedLayer
 from difloat.quantizer import LayerPlan, Plan
@@ -40,7 +40,7 @@ def packed(model: nn.Module, names: list[str], attended: dict[str, AttentionPlan
         name: simple_layer(layers.weight_of(model, name), entry, 0.02) for name, entry in parts.items()
     }
     plan = Plan("rtn", "w4a16", planned, attention=attended or {})
-    layers.apply(model, plan)
+    install.apply(model, plan)
     io.mark_quantized(model, plan)
     return model
 
@@ -287,7 +287,7 @@ def test_a_module_with_two_names_is_replaced_under_both_and_stays_one_in_files(t
     assert loaded.second is loaded.first and loaded.outs.weight is loaded.ins.weight
     assert torch.equal(loaded(x), model(x))
     assert contents(io.save(loaded, tmp_path / "b")) == contents(directory)
-    float_again = layers.restore(copy.deepcopy(loaded))
+    float_again = install.restore(copy.deepcopy(loaded))
     assert type(float_again.second) is nn.Linear and float_again.second is float_again.first
 
 
@@ -402,7 +402,7 @@ def test_attributes_beside_the_entries_of_a_config_survive_marking():
     )
     io.mark_quantized(model, io.plan_of(model))
     assert model.config.encoder_hid_dim_type == "ip_image_proj"
-    layers.restore(model)
+    install.restore(model)
     io.unmark_quantized(model)
     assert model.config.encoder_hid_dim_type == "ip_image_proj" and "quantization_config" not in model.config
     assert not hasattr(model.config, "quantization_config")
@@ -418,7 +418,7 @@ def test_fusing_packed_projections_is_refused_and_changes_nothing():
     attn = next(m for m in model.modules() if hasattr(m, "fuse_projections"))
     with pytest.raises(ValueError, match="must be fused or unfused before a model is quantized"):
         attn.fuse_projections()
-    layers.restore(model)
+    install.restore(model)
     io.unmark_quantized(model)
     model.fuse_qkv_projections()  # float again
     assert torch.allclose(output(model), expected, atol=1e-5)

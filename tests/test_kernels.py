@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difloat import layers
+from difloat import install, layers
 from difloat.formats import parse
 from difloat.kernels import ops, reference
 from difloat.packing import pack
@@ -169,7 +169,7 @@ def test_compiled_layers_have_no_graph_break_and_the_same_result(activation, gen
             Part(module.weight.shape[1] - cut, QuantSpec(parse("int6")), activation),
         ]
         scales = [torch.tensor([0.1])] * 2
-        layers.install(
+        install.install(
             model,
             name,
             plan_layer(

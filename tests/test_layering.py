@@ -16,6 +16,7 @@ import difloat
 ROOT = Path(difloat.__file__).parent
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 LINE = (
+    "modes",
     "formats",
     "rounding",
     "packing",
@@ -30,8 +31,10 @@ LINE = (
     "timesteps",
     "attention",
     "units",
+    "hooks",
     "side",
     "layers",
+    "install",
     "<side>",
     "methods",
     "recipes",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tiny
-from difloat import layers
+from difloat import install, layers
 from difloat.formats import parse
 from difloat.kernels.backends import use_backend
 from difloat.layers import QuantConv2d, QuantLinear
@@ -131,9 +131,9 @@ def test_blocks_of_known_families() -> None:
 
 def test_shadow_shares_storage_and_leaves_the_original(model, picture) -> None:
     before = model(picture)
-    shadow = layers.shadow(model)
+    shadow = install.shadow(model)
     assert [p.data_ptr() for p in shadow.parameters()] == [p.data_ptr() for p in model.parameters()]
-    layers.apply(shadow, plan_of(shadow))
+    install.apply(shadow, plan_of(shadow))
     assert isinstance(shadow[3], QuantLinear) and type(model[3]) is nn.Linear
     assert shadow[3].bias is model[3].bias
     assert torch.equal(model(picture), before) and not torch.equal(shadow(picture), before)
@@ -141,8 +141,8 @@ def test_shadow_shares_storage_and_leaves_the_original(model, picture) -> None:
 
 def test_apply_then_restore_gives_plain_layers_with_rounded_weights(model, picture) -> None:
     plan = plan_of(model, activation=None)
-    quantized = layers.apply(copy.deepcopy(model), plan)(picture)
-    restored = layers.restore(layers.apply(model, plan))
+    quantized = install.apply(copy.deepcopy(model), plan)(picture)
+    restored = install.restore(install.apply(model, plan))
     assert [type(m) for m in restored] == [nn.Conv2d, nn.SiLU, nn.Flatten, nn.Linear, nn.Linear]
     assert torch.equal(restored[3].weight, dequantize(plan.layers["3"]))
     assert torch.equal(restored(picture), quantized)
@@ -150,7 +150,7 @@ def test_apply_then_restore_gives_plain_layers_with_rounded_weights(model, pictu
 
 
 def test_restore_in_half_precision_runs(model, picture) -> None:
-    restored = layers.restore(layers.apply(model, plan_of(model)), torch.bfloat16)
+    restored = install.restore(install.apply(model, plan_of(model)), torch.bfloat16)
     assert {p.dtype for p in restored.parameters()} == {torch.bfloat16}
     assert restored(picture.bfloat16()).isfinite().all()
 
@@ -161,20 +161,20 @@ def test_plan_of_another_model_is_refused_and_changes_nothing(model, picture) ->
     for name, layer in misfits.items():
         wrong = Plan("test", "w4a8", {"0": good.layers["0"], name: layer})
         with pytest.raises(ValueError, match=f"plan must fit the model, but '{name}'"):
-            layers.apply(model, wrong)
+            install.apply(model, wrong)
         assert not any(isinstance(m, layers.QuantizedLayer) for m in model.modules())
     assert torch.equal(model(picture), before)
-    layers.apply(model, good)
+    install.apply(model, good)
     with pytest.raises(ValueError, match="not yet quantized"):
-        layers.apply(model, good)
+        install.apply(model, good)
 
 
 def test_install_refuses_what_is_no_such_layer(model) -> None:
     plan = plan_of(model)
     with pytest.raises(ValueError, match="got '1'"):
-        layers.install(model, "1", plan.layers["0"])
+        install.install(model, "1", plan.layers["0"])
     with pytest.raises(ValueError, match=r"layer '4' must have the planned shape \(5, 96\), got \(4, 5\)"):
-        layers.install(model, "4", plan.layers["3"])
+        install.install(model, "4", plan.layers["3"])
 
 
 def twin_input(x: Tensor, part: Part) -> Tensor:
@@ -215,7 +215,7 @@ def test_linear_equals_its_fake_quantized_twin(activation, bias, on_reference, g
     plain = nn.Linear(11, 5, bias=bias)
     part = Part(11, E2M1, activation)
     model = nn.Sequential(plain)
-    layers.install(model, "0", rounded(plain.weight, (part,)))
+    install.install(model, "0", rounded(plain.weight, (part,)))
     for shape in [(7, 11), (2, 3, 11), (1, 11)]:
         x = torch.randn(shape, generator=generator)
         assert torch.equal(model(x), F.linear(twin_input(x, part), dequantize(model[0].plan()), plain.bias))
@@ -231,7 +231,7 @@ def test_convolution_equals_its_fake_quantized_twin(options, activation, on_refe
     plain = nn.Conv2d(6, 4, 3, **options)
     part = Part(plain.weight.shape[1], E2M1, activation)
     model = nn.Sequential(plain)
-    layers.install(model, "0", rounded(plain.weight, (part,)))
+    install.install(model, "0", rounded(plain.weight, (part,)))
     twin = copy.deepcopy(plain)
     twin.weight.data = dequantize(model[0].plan())
     x = torch.randn(2, 6, 5, 5, generator=generator)
@@ -253,7 +253,7 @@ def test_parts_are_rounded_each_on_its_own(kernel, generator) -> None:
         else torch.randn(2, 9, 4, 4, generator=generator)
     )
     model = nn.Sequential(plain)
-    layers.install(model, "0", rounded(plain.weight, parts))
+    install.install(model, "0", rounded(plain.weight, parts))
     split = x.split([3, 4, 2], dim=1)
     twin = copy.deepcopy(plain)
     twin.weight.data = dequantize(model[0].plan())
@@ -264,7 +264,7 @@ def test_parts_are_rounded_each_on_its_own(kernel, generator) -> None:
 
 def test_state_survives_deepcopy_state_dict_and_plan(model, picture) -> None:
     plan = plan_of(model, ACTIVATIONS["shifted"])
-    layers.apply(model, plan)
+    install.apply(model, plan)
     expected = model(picture)
     other = copy.deepcopy(model)
     assert torch.equal(other(picture), expected)
@@ -279,7 +279,7 @@ def test_state_survives_deepcopy_state_dict_and_plan(model, picture) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scales_stay_float32_when_the_model_changes_dtype(model, picture, dtype) -> None:
-    layers.apply(model, plan_of(model, ACTIVATIONS["shifted"]))
+    install.apply(model, plan_of(model, ACTIVATIONS["shifted"]))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to(dtype)
     assert model[0].weight.dtype == torch.uint8 and model[0].bias.dtype == dtype
@@ -293,7 +293,7 @@ def test_scales_stay_float32_when_the_model_changes_dtype(model, picture, dtype)
 def test_half_precision_input_is_at_most_twice_as_far_off_as_the_plain_product(dtype, generator) -> None:
     plain = nn.Linear(64, 16)
     model = nn.Sequential(plain)
-    layers.install(model, "0", rounded(plain.weight, (Part(64, E2M1, None),)))
+    install.install(model, "0", rounded(plain.weight, (Part(64, E2M1, None),)))
     x, weight = torch.randn(32, 64, generator=generator).to(dtype), dequantize(model[0].plan())
     exact = F.linear(x.double(), weight.double(), plain.bias.double())
     half = F.linear(x, weight.to(dtype), plain.bias.to(dtype))
@@ -304,7 +304,7 @@ def test_half_precision_input_is_at_most_twice_as_far_off_as_the_plain_product(d
 def test_input_gradient_is_straight_through(generator) -> None:
     plain = nn.Linear(6, 3)
     model = nn.Sequential(plain)
-    layers.install(model, "0", rounded(plain.weight, (Part(6, E2M1, STATIC),)))
+    install.install(model, "0", rounded(plain.weight, (Part(6, E2M1, STATIC),)))
     x = (10 * torch.randn(4, 6, generator=generator)).requires_grad_()  # the input scale clips at 4.8
     model(x).sum().backward()
     inside = (x.detach().abs() / 0.01 <= 480).float()

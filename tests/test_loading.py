@@ -24,7 +24,7 @@ from torch import nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 import difloat
-from difloat import DifloatConfig, io, layers
+from difloat import DifloatConfig, install, io, layers
 from difloat.io import CheckpointError
 from difloat.layers import QuantizedLayer
 from difloat.methods import datafree
@@ -98,7 +98,7 @@ def test_quantized_while_loading_is_quantized_in_memory_and_comes_back_bit_for_b
     reference = CLASSES[name].from_pretrained(floats / name)
     expected = result(reference)
     plan = datafree.plan(reference, datafree.settings(FAST), progress=False)
-    layers.apply(reference, plan)
+    install.apply(reference, plan)
     io.mark_quantized(reference, plan)
     assert same_plans(model, reference)
     assert torch.equal(result(model), result(reference))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import difloat
 import families
-from difloat import cli, formats, io, layers, lora, quantizer
+from difloat import cli, formats, install, io, lora, quantizer
 from difloat.cli.arguments import loras_of
 from difloat.layers import QuantizedLayer
 from difloat.merging import add_to_weight
@@ -255,7 +255,7 @@ def test_layers_that_depend_on_the_timestep_merge_every_variant(generator: torch
     ]
     factors = 0.5 + torch.rand(2, 8, generator=generator)
     joined = quantizer.join_variants(variants, (0, 1), factors)
-    layers.apply(model, difloat.Plan("own", "w8a16", {"inner": joined}, timesteps=(0.0, 1.0)))
+    install.apply(model, difloat.Plan("own", "w8a16", {"inner": joined}, timesteps=(0.0, 1.0)))
     add(model, "a", ["inner"])
     x = torch.randn(4, 8, generator=generator)
     with torch.no_grad():

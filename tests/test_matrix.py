@@ -14,7 +14,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from difloat import attention, formats, io, layers
+from difloat import attention, formats, install, io, layers
 from difloat.quantizer import LayerPlan, Plan, join_variants, plan_layer
 from difloat.specs import AttentionPlan, Part, QuantSpec
 from test_diffusers import PIPELINES, output
@@ -95,7 +95,7 @@ def quantized_denoiser(kind: str) -> nn.Module:
         entries = {name: grids for name, m in model.named_modules() if attention.has_processor(m)}
     timesteps = TIMESTEPS if kind == "timesteps" else ()
     plan = Plan("rtn", "w4a8", plans, {}, {"seed": 0}, attention=entries, timesteps=timesteps)
-    io.mark_quantized(layers.apply(model, plan), plan)
+    io.mark_quantized(install.apply(model, plan), plan)
     return model
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difloat import formats, io, layers, parents
+from difloat import formats, install, io, layers, parents
 from difloat.quantizer import Plan, dequantize, plan_layer
 from difloat.specs import Part, QuantSpec
 from tiny import tiny_t5, tiny_tokenizer
@@ -65,7 +65,7 @@ def test_t5_computes_what_its_dequantized_weights_compute(encoder, dtype) -> Non
             weight = layers.weight_of(encoder, name)
             weight.copy_(dequantize(layer))
         expected = encoder(IDS)[0]
-        layers.apply(encoder, plan)
+        install.apply(encoder, plan)
         found = encoder(IDS)[0]
     wo = encoder.get_submodule(WO)
     assert wo.weight.dtype == torch.int8 and wo.packed.dtype == torch.uint8
@@ -76,7 +76,7 @@ def test_t5_computes_what_its_dequantized_weights_compute(encoder, dtype) -> Non
 
 
 def test_a_change_of_dtype_after_quantizing_is_followed(encoder) -> None:
-    layers.apply(encoder, weight_only(encoder)).to(torch.bfloat16)
+    install.apply(encoder, weight_only(encoder)).to(torch.bfloat16)
     wo = encoder.get_submodule(WO)
     assert wo.input_dtype == torch.bfloat16 and wo.weight_scale.dtype == torch.float32
     with torch.no_grad():
@@ -85,10 +85,10 @@ def test_a_change_of_dtype_after_quantizing_is_followed(encoder) -> None:
 
 def test_the_plan_is_the_same_bytes_and_swapping_again_keeps_the_answer(encoder) -> None:
     plan = weight_only(encoder)
-    layers.apply(encoder, plan)
+    install.apply(encoder, plan)
     wo = encoder.get_submodule(WO)
     assert torch.equal(wo.plan().tensors["weight"], plan.layers[WO].tensors["weight"])
-    layers.install(encoder, WO, plan.layers[WO])
+    install.install(encoder, WO, plan.layers[WO])
     again = encoder.get_submodule(WO)
     assert again is not wo and again.weight.dtype == torch.int8 and again.input_dtype == torch.float32
     assert not io.layout.bundled_names(plan)
@@ -96,7 +96,7 @@ def test_the_plan_is_the_same_bytes_and_swapping_again_keeps_the_answer(encoder)
 
 def test_a_plain_module_around_an_encoder_is_saved_and_loaded(encoder, tmp_path) -> None:
     plan = weight_only(nn.Sequential(encoder))
-    model = layers.apply(nn.Sequential(encoder), plan)
+    model = install.apply(nn.Sequential(encoder), plan)
     io.mark_quantized(model, plan)
     directory = io.save(model, tmp_path / "a")
     assert all(finding.passed for finding in io.verify(directory))

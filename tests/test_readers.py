@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import difloat
-from difloat import layers, parents
+from difloat import install, layers, parents
 from difloat.methods import observe, readers
 from difloat.quantizer import dequantize
 from difloat.reading import Use
@@ -173,7 +173,7 @@ def agrees(model: nn.Module, plan: difloat.Plan) -> bool:
     with torch.no_grad():
         for name, layer in plan.layers.items():
             layers.weight_of(twin, name).copy_(dequantize(layer))
-        layers.apply(model, plan)
+        install.apply(model, plan)
         return bool(torch.allclose(model(x), twin(x), rtol=1e-4, atol=1e-5))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import difloat
-from difloat import api, calibration, cli, layers, record, study
+from difloat import api, calibration, cli, install, record, study
 from difloat.formats import parse
 from difloat.layers import QuantizedLayer
 from difloat.methods import datafree, tuned
@@ -53,7 +53,7 @@ def banded(model: nn.Module, plans: dict[str, LayerPlan]) -> dict[str, LayerPlan
 
 def error_of(model: nn.Module, plan: Plan, calls: Sequence[tuple[float, Any]]) -> float:
     """Mean squared error of the model's output under a plan, all timesteps together."""
-    quantized = layers.apply(layers.shadow(model), plan)
+    quantized = install.apply(install.shadow(model), plan)
     with torch.no_grad():
         return sum(
             float((quantized(*args, **kw) - model(*args, **kw)).square().mean()) for _, (args, kw) in calls
@@ -79,9 +79,9 @@ def test_a_student_starts_with_the_ranges_of_every_timestep(rows_apart: bool) ->
     plans = banded(task.model, plans) if rows_apart else plans
     plans["conv_in"] = by_time(plans["conv_in"], (1.0, 1.7), (1, 0, 1))
     plans["conv_out"] = by_time(plans["conv_out"], (1.0, 1.7, 0.6), (2, 1, 0))  # `time` has one range for all
-    expected = layers.apply(layers.shadow(task.model), Plan("test", "w4a4", plans, timesteps=GRID))
+    expected = install.apply(install.shadow(task.model), Plan("test", "w4a4", plans, timesteps=GRID))
     student = student_of(task, plans, adapters=1, without_adapters=list(plans))
-    packed = layers.apply(layers.shadow(task.model), Plan("test", "w4a4", student.packed(), timesteps=GRID))
+    packed = install.apply(install.shadow(task.model), Plan("test", "w4a4", student.packed(), timesteps=GRID))
     for _, (args, kwargs) in by_timestep(task):
         with torch.no_grad():  # the bounds are those of packed against trained layers in test_finetune
             torch.testing.assert_close(student(args, kwargs), expected(*args, **kwargs), rtol=1e-4, atol=1e-5)
@@ -102,7 +102,7 @@ def test_other_timesteps_start_at_the_nearest_of_the_plan(started: list[Student]
     for name in ("input_scale", "input_zero_point"):
         assert torch.equal(made.tensors[name], before.layers["conv_out"].tensors[name][[0, 3, 4]])
     assert after.options["rank"] == 4 and after.options["repair"]["rank"] == 2
-    saved = api.apply(layers.shadow(task.model), after)
+    saved = api.apply(install.shadow(task.model), after)
     assert api.plan_of(saved).timesteps == GRID
 
 
@@ -131,14 +131,14 @@ def test_checkpoints_with_ranges_by_timestep_are_taken(
     )
     assert all(layer.input_schedule for layer in made.layers.values())
     assert any(layer.smoothed for layer in made.layers.values()) == (recipe == "mpqdm")
-    quantized = api.apply(layers.shadow(task.model), made)
+    quantized = api.apply(install.shadow(task.model), made)
     difloat.save(quantized, tmp_path / "saved")
     loaded = difloat.load(tmp_path / "saved", into=Denoiser())
     before = api.plan_of(loaded)
     started.clear()
     after = api.repair(task.model, before, epochs=1, **{**QUICK, "rank": 0})
     assert after.to_json()["layers"] == before.to_json()["layers"] and after.timesteps == before.timesteps
-    repaired = api.apply(layers.shadow(task.model), after)
+    repaired = api.apply(install.shadow(task.model), after)
     for _, (args, kwargs) in by_timestep(task):  # not trained and without adapters: the checkpoint as it was
         with torch.no_grad():
             assert torch.equal(repaired(*args, **kwargs), loaded(*args, **kwargs))

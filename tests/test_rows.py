@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from difloat import formats, layers, record, tiers
+from difloat import formats, install, record, tiers
 from difloat.formats import parse
 from difloat.kernels import backends, eager, integers, reference, resident
 from difloat.kernels.rows import Rows
@@ -37,7 +37,7 @@ def installed(plan: LayerPlan, bias: Tensor | None = None) -> nn.Module:
     )
     plain.bias = None if bias is None else nn.Parameter(bias)
     model = nn.Sequential(plain)
-    layers.install(model, "0", plan)
+    install.install(model, "0", plan)
     return model[0]
 
 
@@ -336,7 +336,7 @@ def test_convolutions_of_every_layout_and_in_groups(layout, groups, counts, gene
     plain = nn.Conv2d(4, 6, 3, stride=(2, 1), padding=1, groups=groups)
     x = torch.randn(2, 4, 7, 6, generator=generator)
     model = nn.Sequential(plain)
-    layers.install(model, "0", one.joined)
+    install.install(model, "0", one.joined)
     rounded = reference.round_input(x, None, None, one.joined.parts[0])
     expected = F.conv2d(rounded, dequantize(one.joined), plain.bias, (2, 1), 1, 1, groups)
     assert model[0].weight.dim() == 4
@@ -462,7 +462,7 @@ def test_several_weights_and_input_ranges_by_timestep(generator) -> None:
     assert plan.variants == 3 and plan.tensors["weight"].shape[0] == 3
     assert plan.codes()[0].shape == (3 * 2, 7)
     assert LayerPlan.from_json(plan.to_json(), plan.tensors).bands == plan.bands
-    model = layers.apply(Denoiser(plan.shape), Plan("test", "w2a8", {"inner": plan}, timesteps=grid))
+    model = install.apply(Denoiser(plan.shape), Plan("test", "w2a8", {"inner": plan}, timesteps=grid))
     x = torch.randn(3, 7, generator=generator)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for entry, timestep in enumerate(grid):
@@ -482,15 +482,15 @@ def test_several_weights_and_input_ranges_by_timestep(generator) -> None:
             assert torch.equal(model(x, torch.tensor(timestep)), expected)
             assert torch.equal(compiled(x, torch.tensor(timestep)), expected)
     with pytest.raises(ValueError, match="must have one weight each to become float"):
-        layers.restore(model)
+        install.restore(model)
 
 
 def test_restore_gives_the_dequantized_rows_in_order(generator) -> None:
     one = mixed((6, 7), [spec_of("uint1"), spec_of("e2m1")], (2, 4), generator, activation=None)
     model = nn.Sequential(nn.Linear(7, 6))
-    layers.install(model, "0", one.joined)
+    install.install(model, "0", one.joined)
     assert torch.equal(model[0].dequantized_weight(), dequantize(one.joined))
-    layers.restore(model)
+    install.restore(model)
     assert type(model[0]) is nn.Linear and torch.equal(model[0].weight, dequantize(one.joined))
 
 
@@ -520,5 +520,5 @@ def test_reports_name_all_widths(generator) -> None:
     low, high = band[0, :3].min(), band[0, :3].max()
     assert (histogram.edges[0], histogram.edges[-1]) == pytest.approx((float(low), float(high)))
     assert len(histogram.grid) == 2
-    layers.apply(model, plan)
+    install.apply(model, plan)
     assert model[0].weight_formats() == "uint1/e2m0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 
 import difloat
 import tiny
-from difloat import api, layers, record
+from difloat import api, install, layers, record
 from difloat.formats import parse
 from difloat.kernels import beside, ops
 from difloat.merging import add_to_weight
@@ -62,9 +63,9 @@ def planned(model: nn.Module, places: list[int] = PLACES) -> Plan:
     return Plan("msfp", "w4a8", packed, timesteps=GRID if by_time else ())
 
 
-def at(model: nn.Module, timestep: float) -> None:
-    """Let the layers of `model` compute as in a call with this timestep."""
-    layers.clock_of(model)(model, (None, torch.tensor([timestep])), {})
+def at(model: nn.Module, timestep: float) -> AbstractContextManager[None]:
+    """Layers of `model` compute as in a call with this timestep."""
+    return install.as_in_call(model, (None, torch.tensor([timestep])), {})
 
 
 @pytest.mark.parametrize(
@@ -105,16 +106,16 @@ def test_a_packed_layer_adds_the_pair_of_the_timestep(model: Denoiser, dtype: to
         },
         timesteps=(),
     )
-    quantized = layers.apply(layers.shadow(model), plan).to(dtype)
-    without = layers.apply(layers.shadow(model), bare).to(dtype)
+    quantized = install.apply(install.shadow(model), plan).to(dtype)
+    without = install.apply(install.shadow(model), bare).to(dtype)
     x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(5)).to(dtype)
     with torch.no_grad():
         for timestep, pair in zip(GRID, PLACES, strict=True):
-            at(quantized, timestep + 1)
             stored = plan.layers["conv_in"].tensors
             down, up = (stored[name].chunk(2)[pair] for name in SIDE)
             branch = low_rank(model.conv_in, x, down, up)
-            assert torch.equal(quantized.conv_in(x), without.conv_in(x) + branch)
+            with at(quantized, timestep + 1):
+                assert torch.equal(quantized.conv_in(x), without.conv_in(x) + branch)
     assert all(getattr(quantized.conv_in, name).dtype == torch.float16 for name in SIDE)
 
 
@@ -123,14 +124,14 @@ def test_the_twin_computes_what_its_plan_does_for_every_choice(model: Denoiser) 
     with torch.no_grad():
         twin.up.mul_(50)  # far above the rounding of the sums
     plan = Plan("msfp", "w4a8", {"conv_in": twin.packed(PLACES)}, timesteps=GRID)
-    quantized = layers.apply(layers.shadow(model), plan)
+    quantized = install.apply(install.shadow(model), plan)
     x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         seen = []
         for timestep, pair in zip(GRID, PLACES, strict=True):
-            at(quantized, timestep)
             twin.choice = torch.eye(2)[pair]
-            torch.testing.assert_close(quantized.conv_in(x), twin(x), rtol=1e-5, atol=1e-6)
+            with at(quantized, timestep):
+                torch.testing.assert_close(quantized.conv_in(x), twin(x), rtol=1e-5, atol=1e-6)
             seen.append(twin(x))
     assert torch.equal(seen[0], seen[2]) and not torch.allclose(seen[0], seen[1], atol=1e-3)
 
@@ -174,7 +175,7 @@ def test_a_plan_survives_json_and_its_file(model: Denoiser, tmp_path: Path) -> N
         layer = plan.layers["conv_out"]
         again = LayerPlan.from_json(json.loads(json.dumps(layer.to_json())), layer.tensors)
         assert (again.side, again.schedules) == (layer.side, layer.schedules)
-        quantized = api.apply(layers.shadow(model), plan)
+        quantized = api.apply(install.shadow(model), plan)
         out = difloat.save(quantized, tmp_path / f"{places[0]}")
         assert all(finding.passed for finding in difloat.verify(out))
         torch.manual_seed(9)
@@ -200,13 +201,13 @@ def test_diffusers_loads_the_factors_bit_for_bit(tmp_path: Path, dtype: torch.dt
 
 def test_restoring_adds_a_single_pair_and_refuses_several(model: Denoiser) -> None:
     plan = planned(model, [1, 1, 1])
-    restored = layers.restore(layers.apply(layers.shadow(model), plan))
+    restored = install.restore(install.apply(install.shadow(model), plan))
     stored = plan.layers["conv_in"]
     down, up = (stored.tensors[name] for name in SIDE)
     assert torch.equal(restored.conv_in.weight, difloat.quantizer.dequantize(stored) + product(down, up))
     assert type(restored.conv_in) is nn.Conv2d
     with pytest.raises(ValueError, match="one weight each"):
-        layers.restore(layers.apply(layers.shadow(model), planned(model)))
+        install.restore(install.apply(install.shadow(model), planned(model)))
 
 
 def test_merging_a_change_into_the_weight_leaves_the_pairs_beside_it(model: Denoiser) -> None:
@@ -245,7 +246,7 @@ def _damage_config(out: Path, change: object) -> None:
 def test_damaged_branches_in_a_plan_are_refused(
     model: Denoiser, tmp_path: Path, field: str, value: object
 ) -> None:
-    out = difloat.save(api.apply(layers.shadow(model), planned(model)), tmp_path / "saved")
+    out = difloat.save(api.apply(install.shadow(model), planned(model)), tmp_path / "saved")
     (out / "difloat.json").unlink()  # the manifest would speak first
     _damage_config(out, lambda layer: layer["side"].update({field: value}))
     with pytest.raises(difloat.CheckpointError):
@@ -254,7 +255,7 @@ def test_damaged_branches_in_a_plan_are_refused(
 
 @pytest.mark.parametrize("damage", ["nan", "dtype", "missing"])
 def test_damaged_factors_are_refused(model: Denoiser, tmp_path: Path, damage: str) -> None:
-    out = difloat.save(api.apply(layers.shadow(model), planned(model)), tmp_path / "saved")
+    out = difloat.save(api.apply(install.shadow(model), planned(model)), tmp_path / "saved")
     (out / "difloat.json").unlink()
     state = load_file(out / "model.safetensors")
     name = "time.side_up"
@@ -289,7 +290,7 @@ def test_the_operator_with_a_branch_is_legal_and_gives_gradients() -> None:
 
 @pytest.mark.parametrize("places", [PLACES, [1, 1, 1]])
 def test_layers_with_a_branch_compile_without_breaks(model: Denoiser, places: list[int]) -> None:
-    quantized = layers.apply(layers.shadow(model), planned(model, places))
+    quantized = install.apply(install.shadow(model), planned(model, places))
     compiled = torch.compile(quantized, fullgraph=True, backend="eager")
     x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():

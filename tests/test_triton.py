@@ -20,7 +20,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the GPU backend needs Triton, which this platform has no wheel of")
 
-from difloat import layers
+from difloat import install
 from difloat.formats import candidates, parse
 from difloat.kernels import reference, triton_operands, triton_tiles
 from difloat.kernels import triton as backend
@@ -455,7 +455,7 @@ def test_a_layer_with_a_pair_beside_reads_its_input_once(device, monkeypatch) ->
     plan = replace(case.plan, tensors={**case.plan.tensors, **factors}, side=Side(5))
     model = torch.nn.Sequential(torch.nn.Linear(70, 20)).to(device)
     model[0].bias.data.copy_(case.bias)
-    layers.install(model, "0", plan)
+    install.install(model, "0", plan)
     seen, product = [], backend.linear
     monkeypatch.setattr(
         backend, "linear", lambda *given, **how: seen.append(how["adapter"]) or product(*given, **how)

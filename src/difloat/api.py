@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import calibration, io, layers, lora, recipes
+from difloat import calibration, hooks, install, io, layers, lora, modes, recipes
 from difloat import components as parts
 from difloat.calibration import Calibration, CalibrationSettings
 from difloat.exclusion import excluded
@@ -212,7 +212,7 @@ def _check_repairable(model: Any, plan: Plan, epochs: int, rank: int) -> None:
             )
     for module, own in parts.models(model, denoiser(model), plan):
         lora.refuse(module, "quantized")
-        layers.check(module, own)
+        install.check(module, own)
 
 
 def _start(plan: Plan, task: Task) -> Outcome:
@@ -251,9 +251,10 @@ def _of_8_bits(plan: Plan) -> tuple[str, ...]:
 def task_of(model: Any, data: Calibration, bits: Bits) -> Task:
     """What a recipe works on, for a pipeline or a module with its calibration data."""
     module = denoiser(model)
+    workable = install.workable(module)
     if model is module:
-        return Task(module, data, bits)
-    return Task(module, data, bits, pipeline=type(model).__name__, scheduler=data.scheduler)
+        return Task(workable, data, bits)
+    return Task(workable, data, bits, pipeline=type(model).__name__, scheduler=data.scheduler)
 
 
 def calibrate(
@@ -296,8 +297,10 @@ def plan_calibrated(task: Task, recipe: str, bits: str, options: Mapping[str, An
 
 
 def check_model(module: nn.Module) -> None:
-    """Refuse models that cannot be quantized before any work is done."""
+    """Refuse models, and modes of torch, that cannot be quantized (in) before any work is done."""
+    modes.check_defaults()
     lora.refuse(module, "quantized")
+    hooks.check(module)
     found = layers.quantizable(module)
     if not found:
         raise ValueError(
@@ -319,9 +322,9 @@ def apply(model: Any, plan: Plan) -> Any:
     work = parts.models(model, denoiser(model), plan)
     for module, own in work:
         lora.refuse(module, "quantized")
-        layers.check(module, own)
+        install.check(module, own)
     for module, own in work:
-        layers.apply(module, own)
+        install.apply(module, own)
         mark_quantized(module, own)
     return model
 
@@ -343,6 +346,6 @@ def restore(model: Any, dtype: torch.dtype = torch.float32) -> Any:
         if isinstance(module, nn.Module) and any(
             isinstance(m, layers.QuantizedLayer) for m in module.modules()
         ):
-            layers.restore(module, dtype)
+            install.restore(module, dtype)
             unmark_quantized(module)
     return model

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from difloat import loop_identity, processes
+from difloat import loop_identity, modes, processes
 from difloat.calls import Recorder, Row, device_of, merge, recording, stratified_indices
 from difloat.mergeable import check_mergeable
 from difloat.renoising import LastCall, clean_calls
@@ -194,6 +194,7 @@ class Calibration:
         }
 
 
+@modes.without_autocast()
 def collect(
     pipeline: Any,
     prompts: Sequence[str] | None,
@@ -284,6 +285,7 @@ def _record_clean(pipeline: Any, sampling: Sampling, batch: int, recorder: Recor
         recorder(sampling.denoiser, (), call)
 
 
+@modes.without_autocast()
 def collect_from_loop(
     module: nn.Module,
     forward_loop: Callable[[nn.Module], object],

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from difloat import hooks
 from difloat.methods import datafree
 from difloat.methods.datafree import Settings
 from difloat.quantizer import Plan
@@ -43,6 +44,7 @@ def parse(pipeline: Any, wanted: Sequence[str] | None, bits: str, target: str = 
         if name not in models or (name == denoiser and own_bits):
             raise ValueError(f"components must be among {', '.join(models)}, got {entry!r}")
         if name != denoiser:
+            hooks.check(pipeline.components[name])
             found[name] = datafree.settings({"bits": own_bits or bits, "target": target})
     return found
 

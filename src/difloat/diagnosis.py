@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from difloat import api, evaluate, layers
+from difloat import api, evaluate, install, layers
 from difloat.evaluate import Generated
 from difloat.layers import QuantizedLayer
 from difloat.methods.observe import Call, removed, tensors_of
@@ -230,12 +230,13 @@ def _measure(
     found = {name: Health(name) for name in members}
     for timestep, (args, kwargs) in calls.items():
         own: dict[str, list[Tensor]] = {}
-        # The quantized model comes first: layers that depend on the timestep learn it from this call.
         with removed([_watch(quantized, name, own) for name in blocks]), torch.no_grad():
             quantized(*args, **kwargs)
         hooks = [_compare(original, quantized, health, timestep, {}) for health in found.values()]
         hooks += [_compare(original, quantized, health, timestep, own) for health in blocks.values()]
-        with removed([handle for pair in hooks for handle in pair]), torch.no_grad():
+        # Layers of the quantized model are called one by one here.
+        alone = install.as_in_call(quantized, args, kwargs)
+        with removed([handle for pair in hooks for handle in pair]), torch.no_grad(), alone:
             original(*args, **kwargs)
     worst_first = [sorted(each.values(), key=lambda h: h.error, reverse=True) for each in (blocks, found)]
     return worst_first[0], worst_first[1]
@@ -296,11 +297,11 @@ def _as_float(quantized: nn.Module, original: nn.Module, names: Sequence[str]) -
     kept = {name: quantized.get_submodule(name) for name in names}
     try:
         for name in names:
-            layers.replace(quantized, name, original.get_submodule(name))
+            install.replace(quantized, name, original.get_submodule(name))
         yield
     finally:
         for name, module in kept.items():
-            layers.replace(quantized, name, module)
+            install.replace(quantized, name, module)
 
 
 def _fewest(

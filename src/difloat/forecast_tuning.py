@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from difloat import layers
+from difloat import install, layers
 from difloat.batch_axis import first_tensor, rows_in_lists
 from difloat.methods import observe, posttraining, relation
 from difloat.methods.adapters import stored_bytes
@@ -107,7 +107,7 @@ def _student(task: Task, made: Any, plan: Plan, alike: Mapping[str, list[str]], 
             twin: Any = copy.copy(student.module(name))
             twin.wrapped = [task.model.get_submodule(other)]
             twin.choice = torch.ones(adapters, device=task.calibration.device)
-            layers.replace(student.module(""), other, twin)
+            install.replace(student.module(""), other, twin)
     return student
 
 

@@ -1,4 +1,4 @@
-"""Quantized layers, and how a model gets them.
+"""Quantized layers; `install` says how a model gets them.
 
 `QuantLinear` and `QuantConv2d` are plain subclasses of the float layers with a packed uint8 `weight` parameter and plain float
 buffers: no tensor subclass, so offloading, deepcopy, `torch.compile` and PEFT treat them as what they are.
@@ -6,7 +6,6 @@ buffers: no tensor subclass, so offloading, deepcopy, `torch.compile` and PEFT t
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace as with_changes
 from typing import Any, Literal
@@ -14,32 +13,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from difloat import attention, parents
+from difloat import modes
 from difloat.kernels import beside, ops, row_ops
 from difloat.parents import PackedWeight
-from difloat.quantizer import VARIED, LayerPlan, Plan, dequantize
-from difloat.side import low_rank, product
+from difloat.quantizer import VARIED, LayerPlan
+from difloat.side import low_rank
 from difloat.slots import VECTORS, RowSlot, Slot, row_slots_of, slots_of
 from difloat.specs import SIDE, Band, Part, Side, weight_formats
 from difloat.timesteps import Clock
-from difloat.units import blocks, inside_blocks, places, quantizable
+from difloat.units import blocks, inside_blocks, quantizable
 
 __all__ = [
     "QuantConv2d",
     "QuantLinear",
     "QuantizedLayer",
-    "apply",
     "blocks",
-    "clock_of",
     "empty_like",
     "inside_blocks",
-    "install",
     "quantizable",
-    "remove_clock",
-    "replace",
-    "restore",
-    "set_clock",
-    "shadow",
     "weight_of",
 ]
 
@@ -89,7 +80,7 @@ class QuantizedLayer(PackedWeight):
             if name == "weight":
                 self.hold(tensor.to(device))
             else:
-                setattr(self, name, tensor.to(device))
+                setattr(self, name, modes.normal(tensor.to(device)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move like any module, but a change of the model's dtype leaves scales and zero points in float32."""
@@ -259,143 +250,6 @@ def empty_like(module: nn.Linear | nn.Conv2d) -> QuantLinear | QuantConv2d:
     return layer
 
 
-def shadow(model: nn.Module, *, frozen: bool = False) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer: layers can be swapped without touching `model`.
-
-    With `frozen` its parameters are views that need no gradient; those of `model` stay as they are.
-    """
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    memo = {id(tensor): tensor for tensor in tensors}
-    if frozen:
-        memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
-
-
 def weight_of(model: nn.Module, name: str) -> Tensor:
     """The weight of the layer `name`."""
     return model.get_parameter(f"{name}.weight")
-
-
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at `name` (dotted) inside `model`, and wherever else the module of that name is registered."""
-    for parent, child in places(model, name):
-        setattr(parent, child, module)
-
-
-def install(model: nn.Module, name: str, plan: LayerPlan, device: torch.device | str | None = None) -> None:
-    """Swap one float or quantized layer of `model` for a quantized one, in place; None: on the device of the old one.
-
-    Raises:
-        ValueError: if there is no such layer or its shape is another one.
-    """
-    layers = dict(model.named_modules())
-    old = layers.get(name)
-    if not isinstance(old, nn.Linear | nn.Conv2d):
-        raise ValueError(
-            f"plan must name linear or convolution layers of the model, got {name!r}; was it made for another model?"
-        )
-    shape = old.float_shape if isinstance(old, QuantizedLayer) else tuple(old.weight.shape)
-    if shape != plan.shape:
-        raise ValueError(
-            f"layer {name!r} must have the planned shape {plan.shape}, got {shape}; use the model the plan was made for"
-        )
-    home = old.weight.device
-    layer = empty_like(old)
-    swap(model, name, layer)
-    layer.load(plan, home if device is None else device)
-
-
-def swap(model: nn.Module, name: str, layer: QuantLinear | QuantConv2d) -> None:
-    """Put a quantized layer in the place of the layer `name`; it answers as that one did if the parent asks for a dtype."""
-    old = model.get_submodule(name)
-    names = (other for other, module in model.named_modules(remove_duplicate=False) if module is old)
-    if any(parents.use_of(model, other) for other in names):
-        layer.answer_as(old.input_dtype if isinstance(old, QuantizedLayer) else weight_of(model, name).dtype)
-    replace(model, name, layer)
-
-
-def apply(model: nn.Module, plan: Plan) -> nn.Module:
-    """Carry out a plan in place: swap every planned layer, quantize every planned attention; returns `model`.
-
-    Raises:
-        ValueError: if the plan does not fit; the model is then unchanged.
-    """
-    check(model, plan)
-    clock = Clock(model, plan.timesteps) if plan.timesteps else None
-    for name, layer in plan.layers.items():
-        install(model, name, layer)
-    attention.install(model, plan.attention)
-    if clock is not None:
-        set_clock(model, clock)
-    return model
-
-
-def check(model: nn.Module, plan: Plan) -> None:
-    """Refuse a plan of another model; ValueError."""
-    float_layers = quantizable(model)
-    for name, layer in plan.layers.items():
-        if name not in float_layers or tuple(float_layers[name].weight.shape) != tuple(layer.shape):
-            raise ValueError(
-                f"plan must fit the model, but {name!r} of shape {tuple(layer.shape)} is no float layer of it; "
-                "use the model the plan was made for, not yet quantized"
-            )
-    attention.check(model, plan.attention)
-
-
-def set_clock(model: nn.Module, clock: Clock) -> None:
-    """Let every layer of `model` that depends on the timestep read it off `clock`, and the clock off the model's calls."""
-    remove_clock(model)
-    model.register_forward_pre_hook(clock, with_kwargs=True)
-    for module in model.modules():
-        if isinstance(module, QuantizedLayer) and module.plan().schedules:
-            module.clock = clock
-
-
-def clock_of(model: nn.Module) -> Clock | None:
-    """The clock among the forward pre-hooks of a denoiser."""
-    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Clock)), None)
-
-
-def remove_clock(model: nn.Module) -> None:
-    """Undo `set_clock`; does nothing without one."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, Clock):
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def restore(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Turn every quantized layer back into a plain float layer with the dequantized weight, in place; returns `model`.
-
-    A low-rank pair beside a weight is added to it. Attention computes in high precision again.
-
-    Raises:
-        ValueError: if a layer has several weights, chosen by timestep; the model is then unchanged.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer) and (module.schedule or (module.side and module.side.schedule)):
-            raise ValueError(
-                f"layers must have one weight each to become float, but {name!r} has one per stretch of timesteps; "
-                "quantize with one stretch or adapter"
-            )
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantizedLayer):
-            replace(model, name, _plain(module, dtype))
-    attention.restore(model)
-    remove_clock(model)
-    return model
-
-
-def _plain(module: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
-    plain = copy.copy(module)
-    plain.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
-    plain._parameters = dict(module._parameters)
-    plain._buffers = {}
-    weight = dequantize(module.plan())
-    if module.side is not None:
-        weight = weight + product(module.side_down, module.side_up)
-    plain.weight = nn.Parameter(weight.to(dtype))
-    bias = module._parameters["bias"]
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.detach().to(dtype))
-    return plain

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from difloat import layers
+from difloat import install
 from difloat.layers import QuantizedLayer
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
@@ -219,7 +219,7 @@ def unload_lora(pipeline_or_module: Any) -> None:
     for module in _components(pipeline_or_module).values():
         found = [(name, layer) for name, layer in module.named_modules() if _is_wrapper(layer)]
         for name, wrapper in found:
-            layers.replace(module, name, wrapper.get_base_layer())
+            install.replace(module, name, wrapper.get_base_layer())
         if found and hasattr(module, "peft_config"):
             del module.peft_config
         if found and hasattr(module, "_hf_peft_config_loaded"):

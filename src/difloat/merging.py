@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from difloat import quantizer, rounding
+from difloat import modes, quantizer, rounding
 from difloat.methods.search import ZERO_POINTS, search
 from difloat.quantizer import LayerPlan
 from difloat.scales import rows_of
@@ -32,6 +32,7 @@ class Changed:
     share: float
 
 
+@modes.plain()
 @torch.no_grad()
 def add_to_weight(layer: LayerPlan, change: Tensor) -> Changed:
     """Add `change` [o, i, *k] to the weight of a layer and round it again; every variant by timestep gets it.

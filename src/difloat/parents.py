@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difloat import reading
+from difloat import modes, reading
 from difloat.reading import ANY, ENTRY, FIRST, Path, Read, Use
 
 REASONS: dict[Use, str] = {
@@ -32,7 +32,7 @@ class PackedWeight(nn.Module):
 
     def hold(self, packed: Tensor) -> None:
         """Take over packed bytes as the weight."""
-        self.weight = nn.Parameter(packed.view(self.stored_dtype), requires_grad=False)
+        self.weight = nn.Parameter(modes.normal(packed).view(self.stored_dtype), requires_grad=False)
 
     @property
     def packed(self) -> Tensor:

@@ -18,7 +18,7 @@ from difloat import (
     calibration,
     components,
     evaluate,
-    layers,
+    install,
     processes,
     recipes,
     record,
@@ -222,7 +222,7 @@ def finish(
     Returns:
         What the report shows; None on the other processes of a launch.
     """
-    float_model = layers.shadow(api.denoiser(pipeline))
+    float_model = install.shadow(api.denoiser(pipeline))
     timings = dict(seconds)
     reference = draw(pipeline, sampling) if sampling.count else None
     api.apply(pipeline, plan)

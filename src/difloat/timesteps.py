@@ -1,17 +1,22 @@
 """Which timestep the denoiser is called with, for layers whose state depends on it.
 
 The timestep is read off the denoiser's own arguments, never found by counting calls: guidance in two calls, profilers and
-restarted samplers do not disturb it.
+restarted samplers do not disturb it. It belongs to the call: threads, nested calls and a backward pass that computes parts of
+a call again each find their own.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.autograd.graph import saved_tensors_hooks
 
 TIMESTEP_NAMES = (
     "timestep",
@@ -30,7 +35,13 @@ TIMESTEP_NAMES = (
 
 @final
 class Clock:
-    """Forward pre-hook of a denoiser: notes which entry of a timestep grid is nearest to the call's timestep."""
+    """Hooks of a denoiser: which entry of a timestep grid is nearest to the timestep of the call that runs.
+
+    A call begins with the forward pre-hook `__call__` and ends with the forward hook `leave`, also where it fails. What it says
+    is kept per thread, so one model may be called by several at once. Where activations are checkpointed, the backward pass
+    runs parts of a call again, after it ended and perhaps in another thread: what a checkpoint keeps of its call then brings
+    the entry along.
+    """
 
     def __init__(self, module: nn.Module, grid: Sequence[float]) -> None:
         """For calls of `module`.
@@ -47,12 +58,57 @@ class Clock:
             )
         self.position = names.index(self.name)
         self.grid = tuple(grid)
-        self.index: Tensor | None = None
+        # .calls: per running call, the innermost last, its entry and what `_carried` made, or None before the entry is known;
+        # .again: while the backward pass number .backward runs, the entry of the call that it computes again.
+        # A plain `local`, since Dynamo sees through no subclass.
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which are in no call."""
+        return {name: value for name, value in vars(self).items() if name != "_local"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """From what `__getstate__` gave."""
+        vars(self).update(state)
+        self._local = threading.local()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take the timestep of one call; ValueError if its rows are nearest to different entries of the grid."""
+        """Take the timestep of a call that begins; ValueError as from `nearest`."""
+        outer = getattr(self._local, "calls", ())
+        self._local.calls = (*outer, None)  # first of all: `leave` follows on a refusal too
+        entry = self.nearest(args, kwargs)
+        self._local.calls = (*outer, (entry, self._carried(entry)))
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forget the call that ends."""
+        calls = getattr(self._local, "calls", ())
+        if calls:
+            self._local.calls = calls[:-1]
+            if calls[-1] is not None and calls[-1][1] is not None:
+                calls[-1][1].__exit__()
+
+    @contextmanager
+    def during(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Inside, layers compute as in a call of the denoiser with these arguments; ValueError as from `nearest`."""
+        try:
+            self(nn.Module(), args, kwargs)
+            yield
+        finally:
+            self.leave(nn.Module(), args, None)
+
+    def nearest(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """Number of the grid's entry that is nearest to the timestep in a call's arguments, int64 [].
+
+        Raises:
+            ValueError: if there is no timestep among them, or its rows are nearest to different entries.
+        """
         assert self.name is not None
-        value = kwargs[self.name] if self.name in kwargs else args[self.position]
+        given = args[self.position] if len(args) > self.position else None
+        value = kwargs.get(self.name, given)
+        if value is None:
+            raise ValueError(
+                f"a call must give the timestep as {self.name!r}, got none; the quantized model chooses weights or ranges by it"
+            )
         timestep = torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1)
         grid = torch.tensor(self.grid, dtype=torch.float32, device=timestep.device)
         nearest = (timestep - grid).abs().argmin(dim=1)
@@ -61,17 +117,56 @@ class Clock:
                 f"all rows of a call must have one timestep, got {timestep.flatten().tolist()[:4]}...; "
                 "call the quantized model once per timestep"
             )
-        self.index = nearest[0]
+        return nearest[0]
 
     def entry(self) -> Tensor:
-        """Number of the nearest entry in the current call.
+        """Number of the nearest entry in the call that runs in this thread, or that the backward pass computes again.
 
         Raises:
-            RuntimeError: if the denoiser was not called yet.
+            RuntimeError: if there is no such call.
         """
-        if self.index is None:
+        calls = getattr(self._local, "calls", ())
+        if calls and calls[-1] is not None:
+            found: Tensor = calls[-1][0]
+            return found
+        again: Tensor | None = getattr(self._local, "again", None)
+        failed = (
+            not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1
+        )  # a backward pass
+        if again is None or failed:
             raise RuntimeError(
                 "a layer that depends on the timestep must be called by its denoiser, got a call on its own; "
                 "call the whole denoiser"
             )
-        return self.index
+        return again
+
+    def _carried(self, entry: Tensor) -> saved_tensors_hooks | None:
+        """Entered: what autograd keeps of a call tells `entry` when the backward pass asks for it; None without gradients.
+
+        Checkpoints ask for their inputs just before they compute a block again, in the thread that does it. Compiled graphs
+        hold the entry as a value. Where a caller has hooks of its own (`save_on_cpu`), these still see every tensor.
+        """
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+            return None  # transforms of torch.func, under which nothing can be checkpointed
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        pack, unpack = (_same, _same) if outer is None else outer
+
+        def tell(kept: Any) -> Any:
+            backward = torch._C._current_graph_task_id()
+            if backward != -1:  # else somebody just looks at it
+                mine = vars(self._local)
+                if mine.get("backward") != backward:
+                    mine["backward"] = backward
+                    Variable._execution_engine.queue_callback(lambda: mine.pop("again", None))
+                mine["again"] = entry
+            return unpack(kept)
+
+        carried = saved_tensors_hooks(pack, tell)
+        carried.__enter__()
+        return carried
+
+
+def _same(kept: Any) -> Any:
+    return kept

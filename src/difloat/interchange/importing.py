@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import layers
+from difloat import install, layers
 from difloat.interchange import foreign
 from difloat.interchange.export import INPUT_SCALES
 from difloat.interchange.foreign import SUFFIXES, Foreign
@@ -55,7 +55,7 @@ def import_into(module: nn.Module, path: str | os.PathLike[str], source: str) ->
     taken = {f"{name}.{key}" for name in names for key in (*SUFFIXES, foreign.PACKED)}
     _check_rest(module, read, taken, set(planned))
     plan = Plan(RECIPE, _bits(planned), planned, options=_options(read, names, source))
-    layers.apply(module, plan)
+    install.apply(module, plan)
     rest = {name: tensor for name, tensor in read.tensors.items() if name not in taken}
     module.load_state_dict(rest, strict=False)
     mark_quantized(module, plan)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import attention
+from difloat import attention, modes
+from difloat.install import clock_of
 from difloat.io import integrity, rebuild
 from difloat.io.directories import resolved, whole_directory
 from difloat.io.layout import (
@@ -38,7 +39,7 @@ from difloat.io.manifest import MANIFEST, read_manifest, write_manifest
 from difloat.io.modules import load_into, write_module
 from difloat.io.remote import INDEX as PIPELINE_INDEX
 from difloat.io.remote import write_loaders
-from difloat.layers import QuantizedLayer, clock_of
+from difloat.layers import QuantizedLayer
 from difloat.quantizer import LayerPlan, Plan
 
 # Where a model was loaded from, as diffusers and transformers note it in their configs.
@@ -252,6 +253,7 @@ def read_plan(directory: Path) -> tuple[Plan, dict[str, StoredTensor]]:
     return plan, stored
 
 
+@modes.plain()
 def load(
     directory: str | os.PathLike[str],
     into: nn.Module | None = None,

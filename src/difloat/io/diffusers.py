@@ -14,7 +14,7 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from difloat import layers
+from difloat import install
 from difloat.io import integrity, planner, skeleton
 from difloat.io.casting import teach_casts
 from difloat.io.config import DifloatConfig
@@ -136,6 +136,7 @@ class DifloatQuantizer(DiffusersQuantizer):
                 None,
                 {},
             )  # functions made on the spot could not be pickled with the model
+        install.leave_inference_mode(model)
         mark(model, self)
         self._model = None
 
@@ -223,7 +224,7 @@ class DifloatQuantizer(DiffusersQuantizer):
     def _quantize(self, model: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
         dtype = self._float_dtypes.pop(name, value.dtype)
         layer_plan = self._decision.layers[name](value.view(dtype).to(device))
-        layers.install(model, name, layer_plan, device)
+        install.install(model, name, layer_plan, device)
         # The plan of the model is made of shapes: its tensors are in the layers already.
         self._found[name] = skeleton.without_values(layer_plan)
 
@@ -242,7 +243,7 @@ class DifloatQuantizer(DiffusersQuantizer):
         dtype = model.dtype
         unmark(model)
         model.hf_quantizer = self  # the caller deletes it
-        return layers.restore(model, dtype)
+        return install.restore(model, dtype)
 
     @property
     def is_serializable(self) -> bool:

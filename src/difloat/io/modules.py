@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from difloat import attention, layers
+from difloat import attention, install, layers
 from difloat.io import skeleton
 from difloat.io.layout import (
     CONFIG,
@@ -107,7 +107,7 @@ def load_into(
 
     for name, layer in plan.layers.items():
         new = layers.empty_like(module.get_submodule(name))  # type: ignore[arg-type]
-        layers.swap(module, name, new)
+        install.swap(module, name, new)
         if new.input_dtype is not None and dtype is not None:
             new.input_dtype = dtype
         new.load(replace(layer, tensors=planned[name]), place(f"{name}.weight"))
@@ -124,7 +124,7 @@ def load_into(
             setattr(module.get_submodule(owner), key, module.get_parameter(first))
     attention.install(module, plan.attention)
     if plan.timesteps:
-        layers.set_clock(module, Clock(module, plan.timesteps))
+        install.set_clock(module, Clock(module, plan.timesteps))
     return module
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from difloat import attention, layers
+from difloat import attention, install, layers
 from difloat.io.layout import CheckpointError, check_stored
 from difloat.layers import QuantizedLayer
 from difloat.quantizer import LayerPlan, Plan
@@ -30,7 +30,7 @@ def allocate(model: nn.Module, plan: Plan) -> None:
                 "config.json is of another model"
             )
         layer = layers.empty_like(old)
-        layers.swap(model, name, layer)
+        install.swap(model, name, layer)
         layer.allocate(layer_plan, "meta")
     finish(model, plan)
 
@@ -39,7 +39,7 @@ def finish(model: nn.Module, plan: Plan) -> None:
     """What a plan says besides its layers: quantized attention, and the clock that layers read the timestep off."""
     attention.install(model, plan.attention)
     if plan.timesteps:
-        layers.set_clock(model, Clock(model, plan.timesteps))
+        install.set_clock(model, Clock(model, plan.timesteps))
 
 
 def check_names(model: nn.Module, found: Collection[str], optional: Collection[str] = ()) -> None:

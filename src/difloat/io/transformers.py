@@ -15,7 +15,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from difloat import layers
+from difloat import install
 from difloat.io import integrity, planner, skeleton
 from difloat.io.config import DifloatConfig
 from difloat.io.layout import (
@@ -96,6 +96,7 @@ class DifloatHfQuantizer(HfQuantizer):
         for name, value in self._tensors(model):
             if not value.is_meta:
                 check_stored(name, self.plan.layers[name.rpartition(".")[0]].bands, value)
+        install.leave_inference_mode(model)
         mark(model, self)
 
     def _tensors(self, model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -116,7 +117,7 @@ class DifloatHfQuantizer(HfQuantizer):
     def quantize(self, model: nn.Module, name: str, weight: Tensor) -> None:
         """Swap one layer of a model that is being loaded."""
         layer_plan = self._decision.layers[name](weight)
-        layers.install(model, name, layer_plan, weight.device)
+        install.install(model, name, layer_plan, weight.device)
         _settle(model.get_submodule(name))
         self._found[name] = skeleton.without_values(layer_plan)
 
@@ -125,7 +126,7 @@ class DifloatHfQuantizer(HfQuantizer):
         return skeleton.as_stored(self.plan, model.state_dict()), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        return layers.restore(model, model.dtype if dtype is None else dtype)
+        return install.restore(model, model.dtype if dtype is None else dtype)
 
     def remove_quantization_config(self, model: Any) -> None:
         """Undo `mark`."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from difloat import formats, layers, parents, units
+from difloat import formats, layers, modes, parents, units
 from difloat.methods import options, target
 from difloat.methods.assign import Rule, draft_layer, floating_point, plan_inputs
 from difloat.methods.task import Bits
@@ -138,6 +138,7 @@ def decide(model: nn.Module, wanted: Settings, float32: Sequence[str] = ()) -> D
     return Decision(rules, skipped | units.staying_float(model), wanted)
 
 
+@modes.plain()
 def plan(model: nn.Module, wanted: Settings, *, progress: bool = True) -> Plan:
     """The plan of a float model in memory, which stays untouched; ValueError as from `decide`, or if a weight is not finite."""
     decision = decide(model, wanted)

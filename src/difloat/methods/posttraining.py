@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from difloat import attention, layers, parents, processes
+from difloat import attention, install, layers, parents, processes
 from difloat.exclusion import EXCLUDED, excluded, matches
 from difloat.methods import memory, observe, readers
 from difloat.methods.assign import Draft, draft_layer, search_inputs
@@ -135,9 +135,9 @@ def _decide(
     with timed(measured, "search weights"):
         plans, learn = _search_weights(task, rules, seen, settings)
     memory.release()
-    twin = layers.shadow(task.model)
+    twin = install.shadow(task.model)
     for name, plan in plans.items():
-        layers.install(twin, name, plan)
+        install.install(twin, name, plan)
     if learn:
         with timed(measured, "learn rounding"):
             plans |= learn_blocks(task, twin, learn, seen, settings, generator, measured)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difloat import attention, layers
+from difloat import attention, install
 from difloat.methods.adapters import Adaptive, Carry, Init
 from difloat.quantizer import LayerPlan
 from difloat.specs import AttentionPlan
@@ -119,10 +119,10 @@ class Student(nn.Module):
             generator: Draws the first values.
         """
         super().__init__()
-        shadow = layers.shadow(model, frozen=True)
+        shadow = install.shadow(model, frozen=True)
         self.grid, self.names, self.carry = tuple(grid), list(plans), carry
         self.adapter_init, self.allocation, self.adapters = adapter_init, allocation, adapters
-        self.clock = Clock(shadow, self.grid)
+        self._clock = Clock(shadow, self.grid)
         self.twins = nn.ModuleList(
             Adaptive(
                 model.get_submodule(name),  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ class Student(nn.Module):
             for name, plan in plans.items()
         )
         for name, twin in zip(self.names, self.twins, strict=True):
-            layers.replace(shadow, name, twin)
+            install.replace(shadow, name, twin)
         attention.install(shadow, attention_plans)
         self.router, self._table = None, torch.zeros(len(grid), len(plans), dtype=torch.long)
         if adapters > 1 and allocation == "learned":
@@ -149,8 +149,7 @@ class Student(nn.Module):
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the denoiser; all rows must have one timestep."""
-        self.clock(self._model[0], args, kwargs)
-        entry = int(self.clock.entry())
+        entry = int(self._clock.nearest(args, kwargs))
         choices = self._choices(entry)
         for number, twin in enumerate(self.twins):
             assert isinstance(twin, Adaptive)
@@ -170,14 +169,12 @@ class Student(nn.Module):
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """For a call between a step's forward and backward pass: timestep, ranges and adapters are afterwards what they were.
+        """For a call between a step's forward and backward pass: ranges and adapters are afterwards what they were.
 
         Where activations are checkpointed the backward pass computes blocks of the step again.
         """
-        index = self.clock.index
         before = [(twin.entry, twin.choice) for twin in self.twins]
         yield
-        self.clock.index = index
         for twin, (entry, choice) in zip(self.twins, before, strict=True):
             twin.entry, twin.choice = entry, choice
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from difloat import units
+from difloat import modes, units
 from difloat.methods import options
 from difloat.methods.posttraining import Bits, Outcome, Task
 from difloat.methods.sparsity import mostly_zero
@@ -99,6 +99,7 @@ def make_options(recipe: Recipe, values: Mapping[str, Any], bits: str) -> Any:
     return options.checked(options.make_options(recipe.options, values), Bits.parse(bits))
 
 
+@modes.plain()
 def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
     """Decide everything about the task's model; the model stays untouched."""
     settings = make_options(lookup(recipe), chosen, bits)
