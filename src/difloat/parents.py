@@ -7,9 +7,9 @@ packed bytes as int8. Layers whose dtype or weight is used in any other way stay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def use_of(model: nn.Module, name: str) -> Use | None:
     uses = set()
     for at, found in enumerate(_reads(tuple(_classes(module) for module in modules))):
         uses |= {read.use for read in found if _names(read.path, parts[at:], modules[at])}
-    return next((use for use in ("values", "dtype", "dtype unless int8") if use in uses), None)  # type: ignore[misc]
+    return next((use for use in ("values", "dtype", "dtype unless int8") if use in uses), None)
 
 
 def kept(model: nn.Module) -> dict[str, str]:
@@ -80,7 +80,11 @@ def _classes(module: nn.Module) -> _Classes:
     """The class of a module, and those of what it may hand itself to: attention processors, whether modules or not."""
     others: list[Any] = [*vars(module).values(), *module._modules.values()]
     return type(module), tuple(
-        {type(other): None for other in others if "__call__" in reading.functions(type(other))}
+        {
+            type(other): None
+            for other in others
+            if "__call__" in reading.functions(cast(Hashable, type(other)))
+        }
     )
 
 

@@ -67,11 +67,11 @@ def _warnings_in_one_line(errors: Console) -> Iterator[None]:
     with warnings.catch_warnings():
         others = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if issubclass(category, CacheWarning):
                 _say(errors, "[yellow]warning:[/yellow]", str(message))
             else:
-                others(message, category, *place)
+                others(message, category, *place, **more)
 
         warnings.showwarning = show
         warnings.simplefilter("always", CacheWarning)

@@ -106,10 +106,8 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
     outcome = lookup(recipe).plan(task, settings)
     rows = len(task.calibration)
     stored = {**dataclasses.asdict(settings), **outcome.used, "seed": task.seed, "calibration_rows": rows}
-    if task.target != "any":
-        stored["target"] = task.target
-    if task.exclude:
-        stored["exclude"] = list(task.exclude)
+    stored |= {"target": task.target} if task.target != "any" else {}
+    stored |= {"exclude": list(task.exclude)} if task.exclude else {}
     return Plan(
         recipe,
         bits.strip().lower(),

@@ -12,8 +12,7 @@ Not stated in the paper (its body was not available; our choices, the first thre
   re-implementation); factors read off the scheduler's own step, of the sample as the denoiser reads it, mean 1; first and last
   layer at 8 bits without adapters; 40 epochs over calibration rows, not 160 over fresh trajectories.
 Differs from the paper: it knows lopsided inputs by the layer they come from (behind SiLU). Here any input is one whose
-  shorter side is at most half of the longer one, in its extremes or its 1 % and 99 % quantiles: one outlier changes nothing.
-  Both only try the unsigned formats too; the squared error decides.
+  shorter side is at most half of the longer one, in its extremes or its 1 % and 99 % quantiles. Squared error decides in both.
 Beyond the paper: `guidance_weight`, `factor_power=2`, `rounding=learned`; why is measured in docs/papers/msfp.md.
 Known trap: adapters whose second factor is zero are equal and give the router no gradient; they start at 2 % of a step.
 """
@@ -89,9 +88,8 @@ def plan(task: Task, options: Options) -> Outcome:
         kept.extend([name] if keeps else [])
         bits = 8 if keeps else task.bits.weight
         weight, learn = Rule(_grids(bits, options), "channel"), options.rounding == "learned" and bits <= 4
-        if task.bits.activation is None:
-            return LayerRules(weight, None, learn)
-        return LayerRules(weight, _input(8 if keeps else task.bits.activation, options), learn)
+        own = task.bits.activation and (8 if keeps else task.bits.activation)
+        return LayerRules(weight, None if own is None else _input(own, options), learn)
 
     rounding = RoundingSettings(iterations=options.iterations)
     sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
