@@ -291,7 +291,7 @@ def _components(pipeline: Any) -> dict[str, Any]:
 
 
 def _config_of(part: Any) -> dict[str, Any]:
-    """A component's config without diffusers' own notes: they name paths, and sets in an order that changes with the process."""
+    """A component's config without diffusers' own notes: paths, and sets whose order changes with the process."""
     return {name: value for name, value in dict(getattr(part, "config", {})).items() if name[:1] != "_"}
 
 
