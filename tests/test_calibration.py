@@ -24,6 +24,7 @@ from difloat.calibration import (
     collect_from_loop,
     denoiser_of,
     load_prompts,
+    sampling_of,
 )
 from difloat.calls import first_tensor, merge
 from difloat.forecast import probe
@@ -195,6 +196,19 @@ def test_cache_is_reused_and_another_request_starts_over(pixart, tmp_path):
         for settings in (SMALL, other):
             collect_pixart(pixart, settings, cache_dir=tmp_path)
     assert shard.stat().st_size > 100
+
+
+def test_what_diffusers_notes_in_configs_does_not_decide_the_cache():
+    """It lists the arguments left at their defaults in the order of a set, which every process has another of."""
+    pipeline = tiny_pixart()
+    requests = []
+    for names in (["b", "a"], ["a", "b"]):
+        for part in (pipeline.transformer, pipeline.scheduler):
+            part.register_to_config(_use_default_values=names, _name_or_path=names[0])
+        requests.append(sampling_of(pipeline, PROMPTS, SMALL, PIXART_KWARGS).request())
+    assert requests[0] == requests[1]
+    pipeline.scheduler.register_to_config(beta_end=0.5)
+    assert sampling_of(pipeline, PROMPTS, SMALL, PIXART_KWARGS).request() != requests[0]
 
 
 class Dots(nn.Module):

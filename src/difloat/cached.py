@@ -21,9 +21,9 @@ from pathlib import Path
 from safetensors.torch import load, save
 from torch import Tensor
 
-_HASH = "blake2b"
 _HEX = 64
-_PLACE = re.compile(rb'"blake2b":"([0-9a-f]{64})"')  # quotes inside other metadata are escaped
+_ENTRY = "difloat"  # one text, for safetensors writes several in any order, and equal runs give equal bytes
+_PLACE = re.compile(rb'"difloat":"{\\"blake2b\\":\\"([0-9a-f]{64})\\"')
 _LEFTOVER_S = 3600.0  # no entry takes that long to write: what is older was left by a killed process
 
 
@@ -38,13 +38,13 @@ def write_entry(path: Path, key: str, tensors: Mapping[str, Tensor], facts: Mapp
         path: Of the file; its folder must exist.
         key: What the entry is of: an entry of another key is not taken for it, wherever it lies.
         tensors: By name.
-        facts: By name, other than "blake2b".
+        facts: By name.
 
     Raises:
         OSError: The disk is full; nothing is left behind.
     """
-    blank = "0" * _HEX
-    content = save(dict(tensors), metadata={**facts, _HASH: blank})
+    text = json.dumps({"blake2b": "0" * _HEX, "facts": dict(facts)}, separators=(",", ":"))
+    content = save(dict(tensors), metadata={_ENTRY: text})
     start, end = _place(content)
     write_atomically(path, content[:start] + _digest(key, content).encode() + content[end:])
 
@@ -64,8 +64,7 @@ def read_entry(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]]
         )
         return None
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    facts = {name: text for name, text in header["__metadata__"].items() if name != _HASH}
-    return load(content), facts
+    return load(content), json.loads(header["__metadata__"][_ENTRY])["facts"]
 
 
 def _place(content: bytes) -> tuple[int, int]:

@@ -218,9 +218,9 @@ class Sampling:
         return {
             "pipeline": type(self._pipeline).__qualname__,
             "denoiser": type(self.denoiser).__qualname__,
-            "denoiser_config": _described(dict(getattr(self.denoiser, "config", {}))),
+            "denoiser_config": _described(_config_of(self.denoiser)),
             "scheduler": type(scheduler).__qualname__,
-            "scheduler_config": _described(dict(getattr(scheduler, "config", {}))),
+            "scheduler_config": _described(_config_of(scheduler)),
             "weights": weights_summary(modules.values()),
             "prompts": self._prompts,
             "batch": self._batch,
@@ -288,6 +288,11 @@ class Sampling:
 def _components(pipeline: Any) -> dict[str, Any]:
     components = getattr(pipeline, "components", None)
     return dict(components) if isinstance(components, Mapping) else dict(vars(pipeline))
+
+
+def _config_of(part: Any) -> dict[str, Any]:
+    """A component's config without diffusers' own notes: paths, and sets whose order changes with the process."""
+    return {name: value for name, value in dict(getattr(part, "config", {})).items() if name[:1] != "_"}
 
 
 def _described(value: object) -> object:

@@ -6,7 +6,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TextIO
 
 import torch
 import typer
@@ -67,11 +67,18 @@ def _warnings_in_one_line(errors: Console) -> Iterator[None]:
     with warnings.catch_warnings():
         others = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if issubclass(category, CacheWarning):
                 _say(errors, "[yellow]warning:[/yellow]", str(message))
             else:
-                others(message, category, *place, **more)
+                others(message, category, filename, lineno, file, line)
 
         warnings.showwarning = show
         warnings.simplefilter("always", CacheWarning)
