@@ -59,7 +59,7 @@ def use_of(model: nn.Module, name: str) -> Use | None:
     uses = set()
     for at, found in enumerate(_reads(tuple(_classes(module) for module in modules))):
         uses |= {read.use for read in found if _names(read.path, parts[at:], modules[at])}
-    return next((use for use in ("values", "dtype", "dtype unless int8") if use in uses), None)  # type: ignore[misc]
+    return next((use for use in ("values", "dtype", "dtype unless int8") if use in uses), None)
 
 
 def kept(model: nn.Module) -> dict[str, str]:
@@ -79,9 +79,8 @@ _Classes = tuple[type, tuple[type, ...]]
 def _classes(module: nn.Module) -> _Classes:
     """The class of a module, and those of what it may hand itself to: attention processors, whether modules or not."""
     others: list[Any] = [*vars(module).values(), *module._modules.values()]
-    return type(module), tuple(
-        {type(other): None for other in others if "__call__" in reading.functions(type(other))}
-    )
+    kinds: dict[type, None] = dict.fromkeys(map(type, others))
+    return type(module), tuple(kind for kind in kinds if "__call__" in reading.functions(kind))
 
 
 @cache

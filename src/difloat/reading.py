@@ -225,7 +225,8 @@ class _Reader:
         """Keep what is done with the dtype of a weight, if this is one; names are looked at wherever they are used."""
         paths = {path for path in self.value(node) if path[-1:] == ("dtype",) and _is_weight(path[:-1])}
         paths -= {(*path, "dtype") for path in self.guarded}
-        inner, outer = node, self.above.get(node)
+        inner: ast.AST = node
+        outer = self.above.get(node)
         if not paths or isinstance(outer, ast.Assign | ast.NamedExpr):
             return
         use: Use = "dtype"
