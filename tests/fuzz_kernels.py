@@ -4,8 +4,8 @@ python tests/fuzz_kernels.py --count 2000
 
 cmake -S . -B build/asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS="-fsanitize=address -fno-omit-frame-pointer"
 cmake --build build/asan
-LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 DIFLOAT_NATIVE=build/asan \
-    python tests/fuzz_kernels.py --count 2000
+export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
+ASAN_OPTIONS=detect_leaks=0 DIFLOAT_NATIVE=build/asan python tests/fuzz_kernels.py --count 2000
 
 Every good input must give the reference's numbers up to float32's order of sums; every bad one a ValueError. Prints the counts;
 exit code 1 where something else happened, and the sanitizer's own where memory outside of a tensor was touched.

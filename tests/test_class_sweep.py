@@ -118,3 +118,23 @@ def test_a_packed_model_computes_what_its_codes_stand_for_and_comes_back(name: s
     assert all(finding.passed for finding in difloat.verify(tmp_path / "saved"))
     loaded = outputs(difloat.load(tmp_path / "saved"), call)
     assert all(torch.equal(a, b) for a, b in zip(found, loaded, strict=True))
+
+
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "JoyImageEditTransformer3DModel"])
+def test_layers_that_a_half_precision_model_keeps_in_float32_cast_to_it_after_loading(
+    name: str, tmp_path
+) -> None:
+    model, call = tiny(name)
+    model.save_pretrained(tmp_path / "float")
+    model = classes()[name].from_pretrained(tmp_path / "float", torch_dtype=torch.bfloat16)
+    call = pytree.tree_map_only(Tensor, lambda x: x.bfloat16() if x.dim() > 1 else x, call)
+    plan = datafree.plan(
+        model, datafree.settings({"weights": "e4m3", "bits": "w8a16", "outside": "8bit"}), progress=False
+    )
+    difloat.apply(model, plan)
+    layer = model.get_submodule("condition_embedder.time_embedder.linear_1")
+    assert layer.input_dtype == torch.float32 and layer.weight.dtype == torch.int8
+    difloat.save(model, tmp_path / "saved")
+    loaded = difloat.load(tmp_path / "saved", dtype=torch.bfloat16)
+    assert loaded.get_submodule("condition_embedder.time_embedder.linear_1").input_dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model, call), outputs(loaded, call), strict=True))

@@ -7,9 +7,9 @@ packed bytes as int8. Layers whose dtype or weight is used in any other way stay
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,13 +79,8 @@ _Classes = tuple[type, tuple[type, ...]]
 def _classes(module: nn.Module) -> _Classes:
     """The class of a module, and those of what it may hand itself to: attention processors, whether modules or not."""
     others: list[Any] = [*vars(module).values(), *module._modules.values()]
-    return type(module), tuple(
-        {
-            type(other): None
-            for other in others
-            if "__call__" in reading.functions(cast(Hashable, type(other)))
-        }
-    )
+    kinds: dict[type, None] = dict.fromkeys(map(type, others))
+    return type(module), tuple(kind for kind in kinds if "__call__" in reading.functions(kind))
 
 
 @cache

@@ -114,6 +114,7 @@ class DifloatQuantizer(DiffusersQuantizer):
             self._decision = planner.load().decide(model, self.config.settings, float32)
             return
         skeleton.allocate(model, self.plan)
+        skeleton.cast_in_float32(model, kwargs.get("keep_in_fp32_modules") or ())
         if self._loaded_names is not None:
             skeleton.check_names(model, self._loaded_names, skeleton.other_names(model, self.plan))
 

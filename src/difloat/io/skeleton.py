@@ -42,6 +42,17 @@ def finish(model: nn.Module, plan: Plan) -> None:
         install.set_clock(model, Clock(model, plan.timesteps))
 
 
+def cast_in_float32(model: nn.Module, kept: Collection[str]) -> None:
+    """Layers that cast their input do so to float32 where their float weight would be loaded as that: parts of names."""
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, QuantizedLayer)
+            and module.input_dtype is not None
+            and set(kept) & set(name.split("."))
+        ):
+            module.input_dtype = torch.float32
+
+
 def check_names(model: nn.Module, found: Collection[str], optional: Collection[str] = ()) -> None:
     """Refuse a checkpoint with other tensors than the model's, which a loader would leave empty or drop with a warning.
 
