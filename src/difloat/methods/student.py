@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difloat import attention, install
+from difloat import attention, hooks, install
 from difloat.methods.adapters import Adaptive, Carry, Init
 from difloat.quantizer import LayerPlan
 from difloat.specs import AttentionPlan
@@ -113,6 +113,7 @@ class Student(nn.Module):
             for name, plan in plans.items()
         )
         for name, twin in zip(self.names, self.twins, strict=True):
+            hooks.hand_over(shadow.get_submodule(name), twin)
             install.replace(shadow, name, twin)
         attention.install(shadow, attention_plans)
         self.router = None
