@@ -6,19 +6,20 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import of huggingface_hub, so it must come first
 
-import diffusers.utils.logging
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton is imported, which diffusers and torch do where they please: kernels run in the interpreter on such
+    # machines.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import diffusers.utils.logging
 import transformers.utils.logging
 
 # Both bind their handler to the stderr of the first call: not to that of a single test, which is closed after it.
 diffusers.utils.logging.get_logger("diffusers")
 transformers.utils.logging.get_logger("transformers")
-
-if not torch.cuda.is_available():
-    # Read when Triton is imported, which torch does where it pleases: kernels run in the interpreter on such machines.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes of the suite share the cores; the default is a thread per core for each of them.

@@ -49,7 +49,7 @@ def check(model: nn.Module) -> None:
             kind = type(hook).__name__
             raise ValueError(
                 f"model must be free of diffusers' hooks to be quantized, got {kind} at {where}; "
-                f"{_REMEDIES.get(kind, 'call disable_cache() first, and enable it again afterwards')}"
+                f"{_REMEDIES.get(kind, 'call disable_cache(), or remove the hook, and enable it again afterwards')}"
             )
         for hook in _of_accelerate(module):
             if not _harmless(hook, model is module):
@@ -60,7 +60,7 @@ def check(model: nn.Module) -> None:
         if not _own_forward(module, name in layers):
             raise ValueError(
                 f"{where} must compute by the forward of its class to be quantized, got one that was set on the instance; "
-                "delete it, or write a subclass"
+                "quantize before torch.compile, or delete it, or write a subclass"
             )
     for name, layer in layers.items():
         computed = [
@@ -94,8 +94,9 @@ def strip(model: nn.Module) -> None:
     """Take the hooks that `check` lets pass, and that are about where weights are, out of a copy, in place."""
     for module in model.modules():
         own = vars(module)
-        if "_hf_hook" in own or "_diffusers_hook" in own:
-            for name in ("_hf_hook", "_old_forward", "_diffusers_hook", "forward"):
+        own.pop("_diffusers_hook", None)
+        if own.pop("_hf_hook", None) is not None:
+            for name in ("_old_forward", "forward"):
                 own.pop(name, None)
 
 

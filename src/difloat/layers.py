@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from difloat import modes
-from difloat.kernels import beside, ops, row_ops
+from difloat.kernels import beside, checks, ops, row_ops
 from difloat.parents import PackedWeight
 from difloat.quantizer import VARIED, LayerPlan
 from difloat.side import low_rank
@@ -181,6 +181,9 @@ class QuantizedLayer(PackedWeight):
 
         The bias goes with the first part.
         """
+        if self.smoothed or len(self.slots) > 1:  # factors broadcast, and pieces fall short, without a word
+            channels = sum(slot.channels for slot in self.slots) * getattr(self, "groups", 1)
+            checks.width(x, axis if axis >= 0 else x.dim() - 1, channels)
         x, operator = self._smooth(self._cast(x), axis), operators[bool(self.bands)]
         if len(self.slots) == 1:
             return operator(x, *self._stored(self.slots[0]), self.bias, self.slots[0].text, *geometry)

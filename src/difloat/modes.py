@@ -48,6 +48,19 @@ def check_defaults() -> None:
         )
 
 
+def check_gradients(loss: Tensor) -> None:
+    """Refuse a loss without gradients: the model itself then computes without them.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if not loss.requires_grad:
+        raise ValueError(
+            "the model's forward must let gradients pass where rounding is learned or weights are fine-tuned, got none; take "
+            "torch.no_grad and torch.inference_mode out of it, or choose a recipe that does not learn, such as rtn"
+        )
+
+
 def _accelerators() -> list[str]:
     found = torch.accelerator.current_accelerator()
     return [] if found is None else [found.type]

@@ -35,7 +35,7 @@ def linear(x: Tensor, packed: Tensor, vectors: Vectors, part: Part) -> None:
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device than the part asks for.
     """
-    _input(x, x.dim() - 1, part.channels)
+    width(x, x.dim() - 1, part.channels)
     _stored(x, packed, vectors, part, 2)
 
 
@@ -49,7 +49,7 @@ def conv2d(
 
 def linear_rows(x: Tensor, weight: Rows, inputs: Vectors) -> None:
     """`linear` with rows of several widths; `inputs` are scale and zero point of the input, and the bias."""
-    _input(x, x.dim() - 1, weight.parts[0].channels)
+    width(x, x.dim() - 1, weight.parts[0].channels)
     _stored_rows(x, weight, inputs, 2)
 
 
@@ -125,7 +125,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
         )
 
 
-def _input(x: Tensor, axis: int, channels: int) -> None:
+def width(x: Tensor, axis: int, channels: int) -> None:
+    """Refuse an input without `channels` entries along `axis`, or that is no dense tensor of a floating-point dtype."""
     if x.dim() < 1 or x.shape[axis] != channels:
         raise ValueError(
             f"input of a quantized layer must have {channels} channels in axis {axis}, got shape {tuple(x.shape)}; "
@@ -147,7 +148,7 @@ def _picture(
         )
     if groups < 1 or packed[0] % groups:
         raise ValueError(f"groups must divide the {packed[0]} output channels, got {groups}")
-    _input(x, 1, channels * groups)
+    width(x, 1, channels * groups)
     stride, padding, dilation = geometry
     pairs = all(len(pair) == 2 for pair in geometry)
     if not pairs or min(*stride, *dilation) < 1 or min(padding) < 0:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from difloat import modes
 from difloat.methods.assign import Draft
 from difloat.methods.observe import Call, select, tensors_of
 from difloat.methods.soft import SoftWeight
@@ -89,7 +90,9 @@ def learn_rounding(
         for each in soft.values():
             each.pull = None if beta is None else (settings.regularization, beta)
         optimizer.zero_grad(set_to_none=True)
-        loss_of({name: s.soft() for name, s in soft.items()}, index).backward()
+        loss = loss_of({name: s.soft() for name, s in soft.items()}, index)
+        modes.check_gradients(loss)
+        loss.backward()
         optimizer.step()
         on_step()
     hard = {name: s.hard() for name, s in soft.items()}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from difloat import processes
+from difloat import modes, processes
 from difloat.batch_axis import first_tensor, predict, rows_in_lists
 from difloat.methods.adapters import Adaptive
 from difloat.methods.resume import Kept
@@ -216,6 +216,7 @@ def _train(
                     part_loss = weights[batch.timestep] * data.loss(output.float(), batch, settings)
                     if extra is not None:
                         part_loss = part_loss + extra(student, step, batch, output)
+                    modes.check_gradients(part_loss)
                     accelerator.backward(scaler.scale(part_loss))
                     if accelerator.sync_gradients:
                         scaler.step(optimizer)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difloat import attention, install
+from difloat import attention, hooks, install
 from difloat.methods.adapters import Adaptive, Carry, Init
 from difloat.quantizer import LayerPlan
 from difloat.specs import AttentionPlan
@@ -120,9 +120,8 @@ class Student(nn.Module):
         """
         super().__init__()
         shadow = install.shadow(model, frozen=True)
-        self.grid, self.names, self.carry = tuple(grid), list(plans), carry
-        self.adapter_init, self.allocation, self.adapters = adapter_init, allocation, adapters
-        self._clock = Clock(shadow, self.grid)
+        self.grid, self.names, self.carry, self.adapter_init = tuple(grid), list(plans), carry, adapter_init
+        self.allocation, self.adapters, self._clock = allocation, adapters, Clock(shadow, self.grid)
         self.twins = nn.ModuleList(
             Adaptive(
                 model.get_submodule(name),  # type: ignore[arg-type]
@@ -137,6 +136,7 @@ class Student(nn.Module):
             for name, plan in plans.items()
         )
         for name, twin in zip(self.names, self.twins, strict=True):
+            hooks.hand_over(shadow.get_submodule(name), twin)
             install.replace(shadow, name, twin)
         attention.install(shadow, attention_plans)
         self.router, self._table = None, torch.zeros(len(grid), len(plans), dtype=torch.long)
