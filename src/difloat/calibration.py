@@ -37,7 +37,6 @@ __all__ = [
     "load_prompts",
 ]
 
-
 _TIMESTEPS = Literal["sampler", "clean"]
 
 
