@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _TIMESTEPS = Literal["sampler", "clean"]
+_LEAST = {"samples": 1, "steps": 1, "prompts_per_batch": 1, "seed": 0, "memory_bytes": 0}
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,7 @@ class CalibrationSettings:
             raise ValueError(
                 f"calibration setting 'timesteps' must be sampler or clean, got {self.timesteps!r}; give another value"
             )
-        for name, least in (
-            ("samples", 1),
-            ("steps", 1),
-            ("prompts_per_batch", 1),
-            ("seed", 0),
-            ("memory_bytes", 0),
-        ):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if name == "steps" and value is None:
                 continue
