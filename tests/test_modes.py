@@ -25,8 +25,8 @@ RECIPES: dict[str, tuple[str, dict[str, object]]] = {
         {"iterations": 2, "rounding_rows": 4, "epochs": 1, "rank": 2, "rows": 2, "factor_power": 0},
     ),
 }
-# Few layers, so that a plan takes a second: one block's attention and the layers that read the timestep.
-LEFT_OUT = ["transformer_blocks.1", "transformer_blocks.0.ff", "transformer_blocks.0.attn2", "pos_embed"]
+# Few layers, so that a plan takes a second: one block's attention and the last layer.
+LEFT_OUT = ["transformer_blocks.1", "*.ff.*", "*.attn2.*", "pos_embed", "adaln_single", "caption_projection"]
 
 
 @contextmanager
