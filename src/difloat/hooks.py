@@ -64,7 +64,7 @@ def check(model: nn.Module) -> None:
             )
     for name, layer in layers.items():
         computed = [
-            key for key in ("weight", "bias") if getattr(layer, key, None) is not layer._parameters[key]
+            key for key in ("weight", "bias") if getattr(layer, key, None) is not layer._parameters.get(key)
         ]
         if computed:
             raise ValueError(
