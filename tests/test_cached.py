@@ -23,7 +23,7 @@ from test_finetune import Denoiser, sample_with
 
 FAST = {"iterations": 2, "rounding_rows": 8, "epochs": 1, "adapters": 1, "rank": 2, "samples": 24}
 PLAIN = {"dfa": False, "guidance_weight": 0.0, "keep_8bit": (), "rounding": "learned"}
-KINDS = {"shard": "*/loop.safetensors", "block": "rounding-*/0001.safetensors", "state": "fine-tuning-*"}
+KINDS = {"shard": "*/loop-*.safetensors", "block": "rounding-*/0001.safetensors", "state": "fine-tuning-*"}
 
 
 def made(cache: Path) -> Plan:

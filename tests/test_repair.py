@@ -187,9 +187,9 @@ def test_what_cannot_be_trained_on_says_what_to_do(carry: str) -> None:
         for name, plan in plans.items()
     }
     plan = Plan("msfp", "w4a4", packed, timesteps=GRID)
-    found = "nothing beside .*--set carry=merged --set adapters=1"
+    found = "nothing beside .*quantize with carry='merged', adapters=1"
     if carry == "merged":
-        found = "one weight per layer .*got 2 by timestep of 'conv_in'; .*--set adapters=1"
+        found = "one weight per layer .*got 2 by timestep of 'conv_in'; .*quantize with adapters=1"
     with pytest.raises(ValueError, match=found):
         api.repair(task.model, plan, forward_loop=lambda module: pytest.fail("calibrated first"))
 

@@ -79,7 +79,6 @@ def test_the_note_names_the_emptiest_first_and_counts_the_others() -> None:
             "-",
             1,
             -3.0,
-            None,
             zeros,
             0.0,
             True,

@@ -95,6 +95,8 @@ def print_summary(made: Record) -> None:
     )
     if made.size_remark:
         console.print(f"note       {made.size_remark}", highlight=False, soft_wrap=True)
+    if note := zeros_note(made.layers):
+        console.print(note, highlight=False)
 
 
 def _left(made: Record) -> str:
@@ -109,5 +111,3 @@ def _left(made: Record) -> str:
         + f" ({len(layers)} layers, {size})" * bool(layers)
         + f"; {rest} modules without a layer" * bool(rest)
     )
-    if note := zeros_note(made.layers):
-        console.print(note, highlight=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -86,6 +87,11 @@ def verify(directory: Checkpoint) -> None:
     """Prove a checkpoint: hashes, shapes, scales, legal codes, bit-exact re-encoding, size. Exit code 1 if one fails."""
     import difloat
 
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint must be a directory, but {directory} does not exist; check the path")
+    if not any((folder / name).is_file() for name in ("config.json", "model_index.json", "difloat.json")):
+        raise ValueError(f"checkpoint must have a config.json or model_index.json, got none in {directory}")
     findings = difloat.verify(directory)
     for finding in findings:
         mark = "[green]ok  [/green]" if finding.passed else "[red]FAIL[/red]"
