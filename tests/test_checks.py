@@ -173,6 +173,13 @@ def test_attention_is_checked(generator) -> None:
             attention.attend(*call, 0.25)
 
 
+def test_attention_of_other_lengths_is_left_to_torch(generator) -> None:
+    query = torch.randn(2, 2, 4, 16, generator=generator).bfloat16()
+    assert attention.supports(query, query, query, None)
+    assert not attention.supports(query, query[:1], query[:1], None)
+    assert not attention.supports(query, query, query[:, :, :2], None)
+
+
 def test_branches_are_checked(backend: str, generator) -> None:
     one, x = linear_case(generator), torch.randn(5, CHANNELS, generator=generator)
     down, up = torch.randn(2, CHANNELS, generator=generator), torch.randn(ROWS, 2, generator=generator)

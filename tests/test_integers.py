@@ -86,3 +86,9 @@ def test_long_sums_do_not_fit() -> None:
     part = Part(4, QuantSpec(parse("uint8")), QuantSpec(parse("int8")))
     longest = (2**31 - 1) // (255 * 128)
     assert integers.sums_fit(part, longest) and not integers.sums_fit(part, longest + 1)
+
+
+def test_sums_of_two_unsigned_operands_are_counted_in_full() -> None:
+    part = Part(4, QuantSpec(parse("uint8")), QuantSpec(parse("uint8")))
+    longest = (2**31 - 1) // (255 * 255)
+    assert integers.sums_fit(part, longest) and not integers.sums_fit(part, longest + 1)

@@ -25,7 +25,8 @@ def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> 
     tensors = (query, key, value)
     return (
         all(x.dim() == 4 and x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
-        and query.shape[1] == key.shape[1] == value.shape[1]
+        and query.shape[:2] == key.shape[:2] == value.shape[:2]
+        and key.shape[2] == value.shape[2]
         and query.shape[3] == key.shape[3] == value.shape[3] <= _MAX_WIDTH
         and min(query.numel(), key.numel()) > 0
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))

@@ -75,8 +75,13 @@ def _plain(spec: QuantSpec) -> bool:
 
 
 def sums_fit(part: Part, terms: int) -> bool:
-    """Whether int32 holds any sum of `terms` products, also with one operand moved to 0..255 as fast kernels do."""
-    return terms * 255 * 128 <= _INT32_MAX and grid_of(part.weight.format) is not None
+    """Whether int32 holds any sum of `terms` products, also with one operand moved to 0..255 as fast kernels do.
+
+    Where the shift of activations is taken back inside the sum, both may reach 255.
+    """
+    grid = None if part.activation is None else grid_of(part.activation.format)
+    largest = 255 * (255 if grid is not None and grid.shift else 128)
+    return terms * largest <= _INT32_MAX and grid_of(part.weight.format) is not None
 
 
 @dataclass(frozen=True)

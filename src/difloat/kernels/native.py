@@ -292,6 +292,8 @@ _forked = False
 def _note_fork() -> None:
     global _forked
     _forked = True
+    if library.cache_info().currsize:  # the products of torch share the pool
+        torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
