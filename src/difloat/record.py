@@ -246,7 +246,10 @@ def _attention(plan: Plan) -> str:
 
 def _skipped(model: nn.Module, plan: Plan) -> list[tuple[str, str, int]]:
     """Everything that holds parameters and stays in high precision, with the reason and its bytes."""
-    skipped = [(name, reason, _bytes(model, name)) for name, reason in plan.skipped.items()]
+    # Parameters of the model itself, such as PixArt's table of shifts, have no name of their own.
+    skipped = [
+        (name or "the model itself", reason, _bytes(model, name)) for name, reason in plan.skipped.items()
+    ]
     for name, module in model.named_modules():
         if (
             name not in plan.layers
