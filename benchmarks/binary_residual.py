@@ -18,11 +18,12 @@ import torch
 from quantization_time import commit
 from torch import Tensor
 
-from difloat import api, formats, layers, report, study
+from difloat import api, layers, report, study
 from difloat.methods.assign import asymmetric_integers
-from difloat.methods.search import search
+from difloat.numbers import formats
+from difloat.numbers.rounding import round_to
+from difloat.numbers.search import search
 from difloat.reference_models import NAMES
-from difloat.rounding import round_to
 
 OUT = Path(__file__).parent / "results/binary-residual.json"
 

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difloat.formats import parse
 from difloat.kernels import reference, triton_operands, triton_tiles
 from difloat.kernels import triton as backend
-from difloat.packing import packed_channels
+from difloat.numbers.formats import parse
+from difloat.numbers.packing import packed_channels
 from difloat.specs import Part, QuantSpec
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,8 +30,8 @@ from quantization_time import ROOT, commit, machine
 from torch import Tensor
 from torch.nn import functional
 
-from difloat.formats import parse
 from difloat.kernels import attention, backends, integers, ops
+from difloat.numbers.formats import parse
 from difloat.quantizer import plan_layer
 from difloat.specs import AttentionPlan, Granularity, Part, QuantSpec
 

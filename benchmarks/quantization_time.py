@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from difloat.formats import Format, candidates
-from difloat.methods.search import CLIPS, search
-from difloat.rounding import round_to
+from difloat.numbers.formats import Format, candidates
+from difloat.numbers.rounding import round_to
+from difloat.numbers.search import CLIPS, search
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, BLOCKS = 1152, 28

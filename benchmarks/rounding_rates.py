@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from difloat import api, formats, layers, report, study
+from difloat import api, layers, report, study
 from difloat.methods import observe
 from difloat.methods.adaround import RoundingSettings, learn_rounding, relative_error
 from difloat.methods.assign import MIN_MAX, Draft, Rule, asymmetric_integers, draft_layer
 from difloat.methods.passes import Passes
+from difloat.numbers import formats
 from difloat.quantizer import dequantize
 from difloat.recipes import lbfp
 from difloat.reference_models import NAMES

@@ -20,11 +20,12 @@ from typing import Any, get_args
 
 import torch
 
-from difloat import api, formats, report, study
+from difloat import api, report, study
 from difloat.methods.allocate import AllocationSettings, Criterion, allocate
 from difloat.methods.assign import MIN_MAX, Rule, asymmetric_integers
-from difloat.methods.search import OFFSETS, SHRUNK
 from difloat.methods.task import Bits, Task
+from difloat.numbers import formats
+from difloat.numbers.search import OFFSETS, SHRUNK
 from difloat.reference_models import NAMES
 
 ROW_VALUES = 1008

@@ -20,7 +20,8 @@ import torch
 from quantization_time import commit
 from torch import nn
 
-from difloat import formats, install, report
+from difloat import install, report
+from difloat.numbers import formats
 from difloat.quantizer import plan_layer
 from difloat.specs import Part, QuantSpec
 

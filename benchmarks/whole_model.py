@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from difloat import attention, fast_attention, install, layers
-from difloat.formats import parse
 from difloat.kernels import backends
+from difloat.numbers.formats import parse
 from difloat.quantizer import LayerPlan, plan_layer
 from difloat.specs import AttentionPlan, Part, QuantSpec
 

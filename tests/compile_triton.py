@@ -15,9 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from difloat.formats import parse
 from difloat.kernels import triton as backend
 from difloat.kernels import triton_tiles
+from difloat.numbers.formats import parse
 from difloat.specs import Part, QuantSpec, layer_tensor_shapes
 
 COMPILED: list[tuple[str, Any]] = []

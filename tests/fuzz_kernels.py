@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat.formats import parse
 from difloat.kernels import backends, native
 from difloat.kernels.backends import use_backend
+from difloat.numbers.formats import parse
 from difloat.specs import Part, QuantSpec
 from test_backends import case
 

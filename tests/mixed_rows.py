@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from difloat.formats import parse
+from difloat.numbers.formats import parse
 from difloat.quantizer import LayerPlan, join_rows, join_variants, plan_layer
 from difloat.scales import rows_of
 from difloat.specs import Part, QuantSpec

@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import cache
 from itertools import product
 
-from difloat.formats import Format
+from difloat.numbers.formats import Format
 
 
 def all_names() -> list[str]:

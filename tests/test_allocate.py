@@ -15,7 +15,6 @@ from torch.nn import functional as F
 import difloat
 from difloat import install, quantizer, recipes
 from difloat.calibration import CalibrationSettings, collect_from_loop
-from difloat.formats import parse
 from difloat.methods import allocate
 from difloat.methods.allocate import (
     Allocation,
@@ -29,6 +28,7 @@ from difloat.methods.allocate import (
 from difloat.methods.assign import asymmetric_integers, draft_layer, floating_grids
 from difloat.methods.target import fits
 from difloat.methods.task import Bits, Task
+from difloat.numbers.formats import parse
 from difloat.quantizer import LayerPlan
 from difloat.specs import Band
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from difloat import attention
-from difloat.formats import parse
+from difloat.numbers.formats import parse
 from difloat.scales import fake_quantize
 from difloat.specs import AttentionPlan
 from tiny import tiny_pixart

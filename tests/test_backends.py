@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difloat import install
-from difloat.formats import parse
 from difloat.kernels import backends, ops, reference
+from difloat.numbers.formats import parse
 from difloat.quantizer import dequantize, plan_layer
 from difloat.specs import Part, QuantSpec
 

@@ -18,8 +18,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from difloat import formats, install, io
+from difloat import install, io
 from difloat.io import CheckpointError
+from difloat.numbers import formats
 from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
 from difloat.specs import Part, QuantSpec
 from mixed_rows import in_bands

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from difloat.formats import parse
 from difloat.kernels import attention, backends, beside, native, ops, row_ops
 from difloat.kernels.backends import use_backend
+from difloat.numbers.formats import parse
 from difloat.specs import Part, QuantSpec
 from test_backends import case, rounded
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from difloat import layers, units
 from difloat.methods import datafree
-from difloat.methods.search import search
+from difloat.numbers.search import search
 from difloat.quantizer import dequantize
 from difloat.scales import rows_of
 from tiny import tiny_pixart, tiny_unet, tiny_vae

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from difloat import install, tiers
-from difloat.formats import parse
 from difloat.kernels import backends, decoded, ops
+from difloat.numbers.formats import parse
 from difloat.quantizer import plan_layer
 from difloat.specs import Part, QuantSpec
 

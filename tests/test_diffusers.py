@@ -13,8 +13,9 @@ import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from difloat import formats, install, io, layers
+from difloat import install, io, layers
 from difloat.io import CheckpointError
+from difloat.numbers import formats
 from difloat.quantizer import LayerPlan, Plan, plan_layer
 from difloat.specs import Part, QuantSpec
 from mixed_rows import in_bands

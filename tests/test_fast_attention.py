@@ -12,10 +12,10 @@ from torch import Tensor
 
 import tiny
 from difloat import attention, fast_attention
-from difloat.formats import parse
 from difloat.kernels import attention as kernels
 from difloat.kernels import backends, native
-from difloat.rounding import round_
+from difloat.numbers.formats import parse
+from difloat.numbers.rounding import round_
 from difloat.specs import AttentionPlan
 
 NAMES = ["torch", *(["cpu"] if native.attention_unit() else [])]

@@ -20,16 +20,16 @@ from torch import nn
 from difloat import install, layers, processes, recipes, record
 from difloat.cached import read_entry
 from difloat.calibration import Calibration, CalibrationSettings, collect_from_loop
-from difloat.formats import parse
 from difloat.methods import assign, finetune, posttraining, resume
 from difloat.methods.assign import Rule, asymmetric_integers
 from difloat.methods.finetune import Batch, TrainingSettings, lost_guidance, train
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Sequencing
 from difloat.methods.relation import RelationLoss, RelationSettings
-from difloat.methods.search import ZERO_POINTS
 from difloat.methods.student import Router, Student
 from difloat.methods.task import Bits, MixedRows, Smoothing, Task
+from difloat.numbers.formats import parse
+from difloat.numbers.search import ZERO_POINTS
 from difloat.quantizer import LayerPlan, Plan, dequantize
 from difloat.recipes import msfp
 from difloat.specs import QuantSpec

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import oracles
-from difloat import rounding
-from difloat.formats import Format, candidates, parse
+from difloat.numbers import rounding
+from difloat.numbers.formats import Format, candidates, parse
 
 ALL = oracles.all_names()
 FLOATS = [name for name in ALL if "int" not in name]

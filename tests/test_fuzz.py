@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from difloat.formats import parse
 from difloat.kernels import attention, backends, cpu, native, reference
+from difloat.numbers.formats import parse
 from difloat.quantizer import plan_layer
 from difloat.specs import Part, QuantSpec
 

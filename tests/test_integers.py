@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import oracles
-from difloat.formats import parse
 from difloat.kernels import integers, reference
+from difloat.numbers import integer_grids
+from difloat.numbers.formats import parse
 from difloat.specs import Part, QuantSpec
 
 EXACT = ["e2m1", "e1m2", "e3m0", "e2m3", "e1m4", "int4", "int8", "uint4", "uint8", "ue2m2", "ue3m1", "ue1m7"]
@@ -17,7 +18,7 @@ INEXACT = ["e3m2", "e4m3", "e5m2", "e2m5", "e4m3fn", "e5m2ieee"]
 @pytest.mark.parametrize("name", [name for name in oracles.all_names() if parse(name).bits <= 8])
 def test_operands_times_their_step_are_the_values(name: str) -> None:
     format = parse(name)
-    grid = integers.grid_of(format)
+    grid = integer_grids.grid_of(format)
     if grid is None:
         assert format.int8_multiplier() is None
         return
@@ -26,8 +27,8 @@ def test_operands_times_their_step_are_the_values(name: str) -> None:
 
 
 def test_which_formats_are_integers() -> None:
-    assert all(integers.grid_of(parse(name)) for name in EXACT)
-    assert not any(integers.grid_of(parse(name)) for name in INEXACT)
+    assert all(integer_grids.grid_of(parse(name)) for name in EXACT)
+    assert not any(integer_grids.grid_of(parse(name)) for name in INEXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

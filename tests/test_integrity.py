@@ -20,9 +20,10 @@ from transformers import CLIPTextModel
 
 import difloat
 import mutate_checkpoints
-from difloat import DifloatConfig, attention, formats, install, io, layers
+from difloat import DifloatConfig, attention, install, io, layers
 from difloat.io import CheckpointError
 from difloat.layers import QuantizedLayer
+from difloat.numbers import formats
 from difloat.quantizer import LayerPlan, Plan
 from difloat.specs import AttentionPlan, Part, QuantSpec
 from test_checkpoint import contents, quantized, same_state, saved, set_tensor, simple_layer, tiny

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import difloat
 from difloat import api, interchange, layers
 from difloat.calibration import denoiser_of
-from difloat.formats import parse
 from difloat.interchange.layers import decode, encode, obstacle, split_scales
 from difloat.interchange.schemes import COMFY, DIALECTS, FP8_ROWS, MXFP4, NVFP4, from_tiles, to_tiles
+from difloat.numbers.formats import parse
 from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
 from difloat.specs import Part, QuantSpec
 

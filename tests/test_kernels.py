@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from difloat import install, layers
-from difloat.formats import parse
 from difloat.kernels import ops, reference
-from difloat.packing import pack
+from difloat.numbers.formats import parse
+from difloat.numbers.packing import pack
 from difloat.quantizer import dequantize, plan_layer
 from difloat.scales import fake_quantize
 from difloat.specs import Part, QuantSpec

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import tiny
 from difloat import install, layers
-from difloat.formats import parse
 from difloat.kernels.backends import use_backend
 from difloat.layers import QuantConv2d, QuantLinear
+from difloat.numbers.formats import parse
 from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
 from difloat.scales import fake_quantize
 from difloat.specs import Part, QuantSpec

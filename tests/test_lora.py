@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 import difloat
 import families
-from difloat import cli, formats, install, io, lora, quantizer
+from difloat import cli, install, io, lora, quantizer
 from difloat.cli.arguments import loras_of
 from difloat.layers import QuantizedLayer
 from difloat.merging import add_to_weight
+from difloat.numbers import formats
 from difloat.peft_layers import PackedConv2d, PackedLinear
 from difloat.quantizer import LayerPlan
 from difloat.specs import Part, QuantSpec

@@ -14,7 +14,8 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from difloat import attention, formats, install, io, layers
+from difloat import attention, install, io, layers
+from difloat.numbers import formats
 from difloat.quantizer import LayerPlan, Plan, join_variants, plan_layer
 from difloat.specs import AttentionPlan, Part, QuantSpec
 from test_diffusers import PIPELINES, output

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from difloat import formats
 from difloat.merging import add_to_weight
+from difloat.numbers import formats
+from difloat.numbers.rounding import round_to
 from difloat.quantizer import LayerPlan, dequantize, join_variants, plan_layer
-from difloat.rounding import round_to
 from difloat.scales import expand_scale, rows_of
 from difloat.specs import Part, QuantSpec
 from mixed_rows import mixed, spec_of

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import difloat
-from difloat import api, formats, install, layers, modes
+from difloat import api, install, layers, modes
 from difloat.merging import add_to_weight
+from difloat.numbers import formats
 from difloat.quantizer import Plan, plan_layer
 from difloat.specs import Part, QuantSpec
 from tiny import tiny_pixart

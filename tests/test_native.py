@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from difloat.formats import parse
 from difloat.kernels import backends, cpu, native
+from difloat.numbers.formats import parse
 from difloat.specs import Part, QuantSpec
 
 FOLDER = Path(native.__file__).parent

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from difloat.packing import pack, packed_channels, unpack
+from difloat.numbers.packing import pack, packed_channels, unpack
 
 WIDTHS = range(1, 9)
 SHAPES = [(3, 1), (2, 5), (1, 7), (4, 8), (2, 17), (2, 3, 3, 3), (3, 5, 1, 2), (0, 4), (2, 6, 0, 1)]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difloat import formats, install, io, layers, parents
+from difloat import install, io, layers, parents
+from difloat.numbers import formats
 from difloat.quantizer import Plan, dequantize, plan_layer
 from difloat.specs import Part, QuantSpec
 from tiny import tiny_t5, tiny_tokenizer

@@ -9,14 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from difloat import formats, rounding
-from difloat.formats import parse
-from difloat.quantizer import (
-    LayerPlan,
-    Plan,
-    dequantize,
-    plan_layer,
-)
+from difloat.numbers import formats, rounding
+from difloat.numbers.formats import parse
+from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
 from difloat.scales import expand_scale, fake_quantize, rows_of
 from difloat.specs import Part, QuantSpec, layer_tensor_shapes
 

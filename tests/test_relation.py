@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from difloat import recipes
 from difloat.calibration import CalibrationSettings, collect_from_loop
-from difloat.formats import parse
 from difloat.methods import posttraining, relation
 from difloat.methods.assign import Rule
 from difloat.methods.finetune import Batch, TrainingSettings, train
@@ -18,6 +17,7 @@ from difloat.methods.posttraining import LayerRules, Sequencing
 from difloat.methods.relation import RelationLoss, RelationSettings, divergence, feature_block, positions
 from difloat.methods.student import Student
 from difloat.methods.task import Bits, Task
+from difloat.numbers.formats import parse
 from difloat.quantizer import Plan
 
 STEPS = (900, 500, 100)

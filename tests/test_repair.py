@@ -15,11 +15,11 @@ from torch import nn
 
 import difloat
 from difloat import api, calibration, cli, install, record, study
-from difloat.formats import parse
 from difloat.layers import QuantizedLayer
 from difloat.methods import datafree, tuned
 from difloat.methods.adapters import Adaptive
 from difloat.methods.student import Student
+from difloat.numbers.formats import parse
 from difloat.quantizer import LayerPlan, Plan, plan_layer
 from difloat.specs import Part, QuantSpec
 from mixed_rows import in_bands

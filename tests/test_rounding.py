@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracles
-from difloat.formats import Format, parse
-from difloat.rounding import decode, encode, round_straight_through, round_to, step_at
+from difloat.numbers.formats import Format, parse
+from difloat.numbers.rounding import decode, encode, round_straight_through, round_to, step_at
 from test_formats import ML_DTYPES, gfloat_info
 
 FORMATS = [parse(name) for name in oracles.all_names()]

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from difloat import formats, install, record, tiers
-from difloat.formats import parse
-from difloat.kernels import backends, eager, integers, reference, resident
+from difloat import install, record, tiers
+from difloat.kernels import backends, eager, reference, resident
 from difloat.kernels.rows import Rows
-from difloat.packing import packed_channels
+from difloat.numbers import formats, integer_grids
+from difloat.numbers.formats import parse
+from difloat.numbers.packing import packed_channels
 from difloat.quantizer import LayerPlan, Plan, dequantize, join_rows, join_variants
 from difloat.scales import row_places
 from difloat.specs import Band, QuantSpec
@@ -227,7 +228,7 @@ def test_operands_and_sums_are_those_of_the_codes(kernel, generator) -> None:
     weight = eager._weight_of_rows(rows_of_layer(one))
     expected = []
     for codes, name in zip(one.joined.codes(), WIDTHS, strict=True):
-        grid, values = integers.grid_of(parse(name)), torch.tensor(parse(name).decode_table)
+        grid, values = integer_grids.grid_of(parse(name)), torch.tensor(parse(name).decode_table)
         expected.append((values[codes.int()] * grid.multiplier - grid.shift).movedim(1, -1).flatten(1))
     stored = torch.cat(expected)
     assert torch.equal(weight.operand.long(), stored[row_places(one.joined.tensors["row_band"])].long())

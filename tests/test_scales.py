@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from difloat import formats, recipes
-from difloat.formats import parse
+from difloat import recipes
 from difloat.methods.assign import Rule
-from difloat.methods.scales import shared_scale, snapping
-from difloat.methods.search import CLIPS, search
+from difloat.numbers import formats
+from difloat.numbers.formats import parse
+from difloat.numbers.scale_grids import shared_scale, snapping
+from difloat.numbers.search import CLIPS, search
 from difloat.quantizer import dequantize
 from difloat.scales import fake_quantize
 from test_contracts import plan_with

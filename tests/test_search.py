@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import oracles
-from difloat.formats import Format, candidates, parse
-from difloat.methods import search as module
-from difloat.methods.search import CLIPS, ZERO_POINTS, Found, best_per_format, search
-from difloat.rounding import round_to
+from difloat.numbers import search as module
+from difloat.numbers.formats import Format, candidates, parse
+from difloat.numbers.rounding import round_to
+from difloat.numbers.search import CLIPS, ZERO_POINTS, Found, best_per_format, search
 
 SIGNED = ["e2m1", "e3m0", "e1m2", "int4", "int2", "e3m2", "e4m3", "int8"]
 UNSIGNED = ["ue2m2", "ue4m0", "uint4", "uint1"]

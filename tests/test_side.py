@@ -15,10 +15,10 @@ from torch import nn
 import difloat
 import tiny
 from difloat import api, install, layers, record
-from difloat.formats import parse
 from difloat.kernels import beside, ops
 from difloat.merging import add_to_weight
 from difloat.methods.adapters import Adaptive, stored_bytes
+from difloat.numbers.formats import parse
 from difloat.quantizer import SIDE, LayerPlan, Plan, plan_layer
 from difloat.side import low_rank, product
 from difloat.specs import Part, QuantSpec, Side

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import difloat
 from difloat import install, layers
-from difloat.formats import parse
+from difloat.numbers.formats import parse
 from difloat.quantizer import LayerPlan, Plan, dequantize, join_variants, plan_layer
 from difloat.specs import Part, QuantSpec
 from difloat.timesteps import Clock

@@ -21,11 +21,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the GPU backend needs Triton, which this platform has no wheel of")
 
 from difloat import install
-from difloat.formats import candidates, parse
 from difloat.kernels import reference, triton_operands, triton_tiles
 from difloat.kernels import triton as backend
 from difloat.kernels.backends import use_backend
-from difloat.packing import pack
+from difloat.numbers.formats import candidates, parse
+from difloat.numbers.packing import pack
 from difloat.quantizer import LayerPlan, dequantize, plan_layer
 from difloat.specs import Part, QuantSpec, Side
 

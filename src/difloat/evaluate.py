@@ -26,16 +26,7 @@ from difloat.distances import (
 from difloat.external import external
 from difloat.gates import gate
 from difloat.generation import Generated, generate
-from difloat.metrics import (
-    METRICS,
-    Estimate,
-    Metric,
-    in_batches,
-    mean_interval,
-    perceptual,
-    psnr,
-    ssim,
-)
+from difloat.metrics import METRICS, Estimate, Metric, in_batches, mean_interval, perceptual, psnr, ssim
 
 __all__ = [
     "METRICS",

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from difloat import modes, quantizer, rounding
-from difloat.methods.search import ZERO_POINTS, search
+from difloat import modes, quantizer
+from difloat.numbers import rounding
+from difloat.numbers.search import ZERO_POINTS, search
 from difloat.quantizer import LayerPlan
 from difloat.scales import rows_of
 from difloat.specs import SIDE, Part, QuantSpec

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from difloat import json_fields, rounding
-from difloat.packing import pack, packed_channels, unpack
+from difloat import json_fields
+from difloat.numbers import rounding
+from difloat.numbers.packing import pack, packed_channels, unpack
 from difloat.scales import expand_scale, reorder_scale, row_places
 from difloat.specs import SIDE, AttentionPlan, Band, Part, Side, layer_tensor_shapes, schedule_of
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from difloat import figures, formats
+from difloat import figures
 from difloat.facts import (
     AdapterTable,
     Histogram,
@@ -30,6 +30,7 @@ from difloat.facts import (
     zeros_note,
 )
 from difloat.io.directories import replace_file
+from difloat.numbers import formats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from difloat import rounding
-from difloat.formats import Format
+from difloat.numbers import rounding
+from difloat.numbers.formats import Format
 from difloat.specs import QuantSpec
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from difloat.kernels import ops, row_ops
-from difloat.packing import packed_channels
+from difloat.numbers.packing import packed_channels
 from difloat.specs import Band, Part
 
 VECTORS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")

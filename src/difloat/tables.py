@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from difloat import figures, formats
+from difloat import figures
 from difloat.facts import zeros_note
+from difloat.numbers import formats
 
 if TYPE_CHECKING:
     from pathlib import Path

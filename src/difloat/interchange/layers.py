@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from difloat import formats, packing
 from difloat.interchange.schemes import E8M0_BIAS, E8M0_NAN, Scheme, from_tiles, swap_nibbles, to_tiles
+from difloat.numbers import formats, packing
 from difloat.quantizer import LayerPlan
 from difloat.specs import Part, QuantSpec
 

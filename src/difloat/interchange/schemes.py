@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from difloat import formats
-from difloat.formats import Format
+from difloat.numbers import formats
+from difloat.numbers.formats import Format
 
 Scales = Literal["float32", "e4m3", "e8m0"]
 

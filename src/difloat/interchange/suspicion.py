@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from difloat import packing
 from difloat.interchange.layers import decode
 from difloat.interchange.schemes import Scheme, from_tiles, swap_nibbles, tile_shape, to_tiles
+from difloat.numbers import packing
 from difloat.quantizer import dequantize
 
 _SATURATED = 0.5  # share of groups that should reach the upper end of the grid; made by absmax, nearly all do

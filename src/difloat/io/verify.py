@@ -15,7 +15,7 @@ from difloat.io.checkpoint import components, read_plan
 from difloat.io.integrity import first_fault, unlisted
 from difloat.io.layout import INPUT_BUNDLE, CheckpointError, StoredTensor, bundled_names, check_stored
 from difloat.io.manifest import MANIFEST, read_manifest
-from difloat.packing import pack
+from difloat.numbers.packing import pack
 from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
 
 _MAX_OVERHEAD = 1.03

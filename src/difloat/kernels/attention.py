@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from difloat import formats
-from difloat.kernels import backends, checks, integers, native
+from difloat.kernels import backends, checks, native
+from difloat.numbers import formats, integer_grids
 from difloat.specs import AttentionPlan
 
 _MAX_WIDTH = 1024  # dimensions of a head
@@ -124,7 +124,7 @@ def _grid(name: str) -> tuple[int, native.Grid]:
     if not name:
         return 0, native.Grid()
     format = formats.parse(name)
-    grid, small = native.attention_grid(format), integers.grid_of(format)
+    grid, small = native.attention_grid(format), integer_grids.grid_of(format)
     assert grid is not None
     return (1, native.grid(format)) if small is not None and not small.shift else (2, grid)
 

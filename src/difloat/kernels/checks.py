@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from difloat.kernels.rows import Rows
-from difloat.packing import packed_channels
+from difloat.numbers.packing import packed_channels
 from difloat.specs import Part
 
 _INPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from difloat.formats import Format
 from difloat.kernels import integers
 from difloat.kernels.reference import conv_output_size, online_scale
 from difloat.kernels.resident import derived
 from difloat.kernels.rows import Rows
-from difloat.packing import unpack
+from difloat.numbers import integer_grids
+from difloat.numbers.formats import Format
+from difloat.numbers.packing import unpack
 from difloat.scales import expand_scale
 from difloat.specs import Part, QuantSpec
 
@@ -321,7 +322,7 @@ def _steps(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, part: Part
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero of the operands of rows of one width."""
-    grid = integers.grid_of(part.weight.format)
+    grid = integer_grids.grid_of(part.weight.format)
     assert grid is not None
     step = expand_scale(scale, part.weight, packed.shape[:2]).reshape(1, -1) / grid.multiplier
     zero = None if zero_point is None else zero_point.reshape(1, -1)

@@ -23,29 +23,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from difloat.formats import Format
 from difloat.kernels.reference import online_scale
-from difloat.rounding import round_
+from difloat.numbers.formats import Format
+from difloat.numbers.integer_grids import grid_of
+from difloat.numbers.rounding import round_
 from difloat.specs import Part, QuantSpec
 
 _INT32_MAX = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A format as int8: ``operand = value * multiplier - shift``."""
-
-    multiplier: int
-    shift: int
-
-
-@cache
-def grid_of(format: Format) -> Grid | None:
-    """How `format` becomes int8, or None if it does not."""
-    multiplier = format.int8_multiplier()
-    if multiplier is None:
-        return None
-    return Grid(multiplier, 128 if format.max * multiplier > 127 else 0)
 
 
 @cache

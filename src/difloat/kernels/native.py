@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from difloat.formats import Format
-from difloat.kernels import integers
+from difloat.numbers import integer_grids
+from difloat.numbers.formats import Format
 from difloat.specs import Part
 
 ABI = 3
@@ -142,7 +142,7 @@ class Codes:
 @cache
 def grid(format: Format) -> Grid:
     """A format of activations that has an `integers.Grid`."""
-    found = integers.grid_of(format)
+    found = integer_grids.grid_of(format)
     assert found is not None
     return Grid(
         format.min,

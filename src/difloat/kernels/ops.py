@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from difloat import formats
 from difloat.kernels import backends, checks, reference
+from difloat.numbers import formats
 from difloat.specs import Part
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from difloat import formats
-from difloat.formats import Format
 from difloat.kernels.rows import Rows
-from difloat.packing import unpack
-from difloat.rounding import decode, round_
+from difloat.numbers import formats
+from difloat.numbers.formats import Format
+from difloat.numbers.packing import unpack
+from difloat.numbers.rounding import decode, round_
 from difloat.scales import row_places
 from difloat.specs import Part
 

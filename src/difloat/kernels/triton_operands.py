@@ -19,8 +19,8 @@ from typing import Literal
 
 import torch
 
-from difloat.formats import Format
 from difloat.kernels import triton_ptx
+from difloat.numbers.formats import Format
 
 Kind = Literal["e4m3", "int8", "bf16", "fp16"]
 

@@ -7,7 +7,7 @@ unpacking hides behind the product or not. `triton_decode` has the same in Trito
 
 from __future__ import annotations
 
-from difloat.formats import Format
+from difloat.numbers.formats import Format
 
 _FOUR, _TWO = 0x01010101, 0x00010001
 SIXTEEN_BITS = {"bf16": (7, 127), "fp16": (10, 15)}  # fraction bits and exponent bias

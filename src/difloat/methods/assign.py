@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difloat import formats, quantizer, rounding
-from difloat.formats import Format
+from difloat import quantizer
 from difloat.layers import QuantizedLayer
 from difloat.methods.observe import Call, input_of
 from difloat.methods.passes import Passes
-from difloat.methods.scales import ScaleFormat, snapping
-from difloat.methods.search import (
+from difloat.numbers import formats, rounding
+from difloat.numbers.formats import Format
+from difloat.numbers.scale_grids import ScaleFormat, snapping
+from difloat.numbers.search import (
     CLIPS,
     FEW_LEVELS_BITS,
     OFFSETS,

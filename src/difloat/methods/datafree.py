@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from difloat import formats, layers, modes, parents, units
+from difloat import layers, modes, parents, units
 from difloat.methods import options, target
 from difloat.methods.assign import Rule, draft_layer, floating_point, plan_inputs
 from difloat.methods.task import Bits
+from difloat.numbers import formats
 from difloat.quantizer import LayerPlan, Plan
 
 RECIPE = "datafree"

@@ -19,16 +19,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from difloat import formats, layers
-from difloat.formats import Format
+from difloat import layers
 from difloat.methods import posttraining
 from difloat.methods.adaround import RoundingSettings
 from difloat.methods.assign import MIN_MAX, Rule
 from difloat.methods.observe import Trace
 from difloat.methods.options import format_field
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
-from difloat.methods.scales import ScaleFormat
-from difloat.methods.search import CLIPS
+from difloat.numbers import formats
+from difloat.numbers.formats import Format
+from difloat.numbers.scale_grids import ScaleFormat
+from difloat.numbers.search import CLIPS
 from difloat.specs import AttentionPlan
 
 SCALE_AWARE_RATE = 0.003  # of variables in units of the weight; both tuned by benchmarks/rounding_rates.py

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from difloat import formats, layers
+from difloat import layers
 from difloat.methods import observe, posttraining
 from difloat.methods.assign import MIN_MAX, Rule
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Smoothing, Task
+from difloat.numbers import formats
 from difloat.specs import Granularity
 
 KEPT = "outside of the blocks"  # embedders and the final projection

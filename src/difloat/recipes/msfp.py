@@ -22,7 +22,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from difloat import formats
 from difloat.methods import posttraining
 from difloat.methods.adapters import Carry
 from difloat.methods.adaround import RoundingSettings
@@ -31,9 +30,10 @@ from difloat.methods.denoising_factor import loss_weights
 from difloat.methods.finetune import TrainingSettings, settings_of
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
-from difloat.methods.search import CLIPS, ZERO_POINTS
 from difloat.methods.student import Allocation
 from difloat.methods.tuned import Tuning, tune
+from difloat.numbers import formats
+from difloat.numbers.search import CLIPS, ZERO_POINTS
 
 HALF = 0.5  # as lopsided as that, an input may take unsigned formats
 NARROW_SIGNED = tuple(0.8 + 0.05 * n for n in range(25))  # third-party: 0.8 to 2.0

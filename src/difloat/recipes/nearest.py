@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from difloat import formats
 from difloat.methods import posttraining
 from difloat.methods.assign import MIN_MAX, Rule, floating_point
 from difloat.methods.observe import Trace
 from difloat.methods.options import format_field
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
-from difloat.methods.scales import ScaleFormat
-from difloat.methods.search import CLIPS
+from difloat.numbers import formats
+from difloat.numbers.scale_grids import ScaleFormat
+from difloat.numbers.search import CLIPS
 from difloat.specs import Granularity
 
 

@@ -14,8 +14,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from difloat import formats, rounding
-from difloat.formats import Format
+from difloat.numbers import formats, rounding
+from difloat.numbers.formats import Format
 
 ScaleFormat = Literal["float32", "e4m3", "e8m0"]
 Snap = Callable[[Tensor, Format], Tensor]

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from difloat.formats import Format
+from difloat.numbers.formats import Format
 
 _LAYOUT = {  # dtype: integer type of the same width, mask of the exponent field, mantissa bits, exponent bias
     torch.float32: (torch.int32, 0x7F800000, 23, 127),

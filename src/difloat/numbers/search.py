@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difloat.formats import Format
-from difloat.methods.scales import Snap
+from difloat.numbers.formats import Format
+from difloat.numbers.scale_grids import Snap
 
 CLIPS = tuple(percent / 100 for percent in range(20, 121))
 """Fractions of the reach that `search` tries as clip values; at 4 bits the best is usually near 0.6."""
