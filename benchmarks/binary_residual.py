@@ -19,10 +19,10 @@ from quantization_time import commit
 from torch import Tensor
 
 from difloat import api, layers, report, study
-from difloat.methods.assign import asymmetric_integers
 from difloat.numbers import formats
 from difloat.numbers.rounding import round_to
 from difloat.numbers.search import search
+from difloat.plan.rules import asymmetric_integers
 from difloat.reference_models import NAMES
 
 OUT = Path(__file__).parent / "results/binary-residual.json"

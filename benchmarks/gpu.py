@@ -29,11 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difloat.kernels import reference, triton_operands, triton_tiles
-from difloat.kernels import triton as backend
+from difloat.kernels import reference
+from difloat.kernels.triton import backend, tiles
+from difloat.kernels.triton import operands as triton_operands
 from difloat.numbers.formats import parse
 from difloat.numbers.packing import packed_channels
-from difloat.specs import Part, QuantSpec
+from difloat.plan.specs import Part, QuantSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEARS = {  # in, out
@@ -239,7 +240,7 @@ def one_linear(run: Run, name: str, tokens: int, channels: int, rows: int) -> No
             random_weight((rows, channels), part, run.device) for _ in range(copies(rows * channels / 2))
         ]
         calls = [lambda s=s, p=part: backend.linear(x, *s, None, None, None, None, p) for s in stored]
-        with triton_tiles.tuning() if not run.late else nullcontext():
+        with tiles.tuning() if not run.late else nullcontext():
             calls[0]()
         moved = activations + rows * channels / 2
         kind = kind_of(run, part, x)
@@ -325,7 +326,7 @@ def convolutions(run: Run) -> None:
             ) -> Tensor:
                 return backend.conv2d(x, *s, None, None, None, None, *g)
 
-            with triton_tiles.tuning():
+            with tiles.tuning():
                 call()
             ms = milliseconds(run, [call] * len(calls))
             moved = activations + w.numel() / 2
@@ -457,7 +458,7 @@ def models(run: Run) -> None:
                 continue
             model, inputs = build(run)
             model = model if formats is None else pack_linears(model, formats)
-            with torch.no_grad(), nullcontext() if run.rehearse else triton_tiles.tuning():
+            with torch.no_grad(), nullcontext() if run.rehearse else tiles.tuning():
                 out = model(**inputs)[0]
             if not out.isfinite().all():
                 raise RuntimeError(f"output of {name} {label} must be finite, got NaN or Inf")

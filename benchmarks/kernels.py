@@ -30,10 +30,10 @@ from quantization_time import ROOT, commit, machine
 from torch import Tensor
 from torch.nn import functional
 
-from difloat.kernels import attention, backends, integers, ops
+from difloat.kernels import attention, dispatch, integer_operands, operators
 from difloat.numbers.formats import parse
-from difloat.quantizer import plan_layer
-from difloat.specs import AttentionPlan, Granularity, Part, QuantSpec
+from difloat.plan.encode import plan_layer
+from difloat.plan.specs import AttentionPlan, Granularity, Part, QuantSpec
 
 LINEAR = [  # in, out: PixArt's and FLUX's
     (1152, 1152),
@@ -81,14 +81,14 @@ def layer(shape: tuple[int, ...], weight: str, activation: str, group: int | Non
     values = torch.randn(shape) * 0.02
     scale = torch.full((spec.scale_count(*shape[:2]),), 0.06 / spec.format.max)
     stored = plan_layer(values, [part], [scale]).tensors
-    return [stored["weight"], stored["weight_scale"], None, None, None, None, ops.part_text(part)]
+    return [stored["weight"], stored["weight_scale"], None, None, None, None, operators.part_text(part)]
 
 
 def on(backend: str, call: Callable[[], object]) -> Callable[[], object]:
     """The call, on one backend."""
 
     def run() -> object:
-        with backends.use_backend(backend):
+        with dispatch.use_backend(backend):
             return call()
 
     return run
@@ -100,13 +100,13 @@ def ours(
     """The operator with every setting on every fast backend that supports it."""
     found: Contestants = {}
     for label, arguments in settings.items():
-        part = ops.part_of(arguments[-1])
+        part = operators.part_of(arguments[-1])
         shape = (arguments[0].shape[0], part.channels, *arguments[0].shape[2:])
-        for name in backends.available():
-            exact = integers.reason_against(part) is None
+        for name in dispatch.available():
+            exact = integer_operands.reason_against(part) is None
             if name in ("reference", "decoded" if exact else ""):
                 continue
-            if backends.BACKENDS[name].supports(part, shape, x):
+            if dispatch.BACKENDS[name].supports(part, shape, x):
                 call = lambda a=arguments: operator(x, *a, *geometry)  # noqa: E731
                 found[f"difloat {name} {label}"] = on(name, call)
     return found
@@ -134,9 +134,9 @@ def linear(rows: int, channels: int, out: int) -> Contestants:
     found: Contestants = {
         "torch bf16": lambda: functional.linear(x, half),
         "torch fp32": lambda: functional.linear(wide, weight),
-        "difloat reference w4a8": on("reference", lambda: ops.linear(x, *settings["w4a8"])),
+        "difloat reference w4a8": on("reference", lambda: operators.linear(x, *settings["w4a8"])),
     }
-    return found | ours(ops.linear, x, settings)
+    return found | ours(operators.linear, x, settings)
 
 
 def conv(batch: int, channels: int, out: int, side: int, kernel: int) -> Contestants:
@@ -151,8 +151,8 @@ def conv(batch: int, channels: int, out: int, side: int, kernel: int) -> Contest
     return {
         "torch bf16": lambda: functional.conv2d(x, half, None, 1, padding),
         "torch fp32": lambda: functional.conv2d(wide, weight, None, 1, padding),
-        "difloat reference w4a8": on("reference", lambda: ops.conv2d(x, *settings["w4a8"], *geometry)),
-        **ours(ops.conv2d, x, settings, *geometry),
+        "difloat reference w4a8": on("reference", lambda: operators.conv2d(x, *settings["w4a8"], *geometry)),
+        **ours(operators.conv2d, x, settings, *geometry),
     }
 
 
@@ -161,7 +161,7 @@ def attend(batch: int, heads: int, queries: int, keys: int, width: int) -> Conte
     q, k, v = (torch.randn(batch, n, heads, width).bfloat16().transpose(1, 2) for n in (queries, keys, keys))
     found: Contestants = {"torch bf16": lambda: functional.scaled_dot_product_attention(q, k, v)}
     for name in ("torch", "cpu"):
-        if name in backends.available():
+        if name in dispatch.available():
             found[f"difloat {name}"] = on(name, lambda: attention.attend(q, k, v, None, width**-0.5))
     for operand, softmax in (("int8", ""), ("int8", "uint8"), ("e2m3", "ue4m4"), ("e3m4", "")):
         plan = AttentionPlan(parse(operand), parse(softmax) if softmax else None)

@@ -26,8 +26,9 @@ from difloat.calibration import CalibrationSettings
 from difloat.forecast import Forecast, forecast
 from difloat.methods import blockwise
 from difloat.methods.adaround import RoundingSettings
-from difloat.methods.task import Bits, Task
-from difloat.quantizer import Plan
+from difloat.methods.task import Task
+from difloat.plan.plan import Plan
+from difloat.plan.rules import Bits
 
 PROMPTS = ["a red cat", "a blue house", "a bird on a tree", "two boats"]
 

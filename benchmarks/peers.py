@@ -27,7 +27,7 @@ from quantization_time import ROOT, commit, machine
 from torch import Tensor, nn
 from torch.nn import functional
 
-from difloat.kernels import ops
+from difloat.kernels import operators
 
 SHAPES = [  # tokens, in, out
     (120, 1152, 1152),
@@ -62,7 +62,7 @@ def difloat_layer(weight: str, activation: str, group: int | None = None) -> Cal
 
     def build(x: Tensor, values: Tensor) -> Call:
         arguments = OWN.layer(tuple(values.shape), weight, activation, group)
-        return lambda: ops.linear(x, *arguments)
+        return lambda: operators.linear(x, *arguments)
 
     return build
 

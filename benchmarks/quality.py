@@ -26,7 +26,7 @@ from quality_tables import seed_table, table
 
 from difloat import api, install, layers, record, report, study
 from difloat.evaluate import Generated
-from difloat.methods.task import Bits
+from difloat.plan.rules import Bits
 from difloat.reference_models import NAMES
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,10 +22,10 @@ import torch
 from difloat import api, layers, report, study
 from difloat.methods import observe
 from difloat.methods.adaround import RoundingSettings, learn_rounding, relative_error
-from difloat.methods.assign import MIN_MAX, Draft, Rule, asymmetric_integers, draft_layer
 from difloat.methods.passes import Passes
 from difloat.numbers import formats
-from difloat.quantizer import dequantize
+from difloat.plan.encode import dequantize
+from difloat.plan.rules import MIN_MAX, Draft, Rule, asymmetric_integers, draft_layer
 from difloat.recipes import lbfp
 from difloat.reference_models import NAMES
 

@@ -22,10 +22,10 @@ import torch
 
 from difloat import api, report, study
 from difloat.methods.allocate import AllocationSettings, Criterion, allocate
-from difloat.methods.assign import MIN_MAX, Rule, asymmetric_integers
-from difloat.methods.task import Bits, Task
+from difloat.methods.task import Task
 from difloat.numbers import formats
 from difloat.numbers.search import OFFSETS, SHRUNK
+from difloat.plan.rules import MIN_MAX, Bits, Rule, asymmetric_integers
 from difloat.reference_models import NAMES
 
 ROW_VALUES = 1008

@@ -22,8 +22,8 @@ from torch import nn
 
 from difloat import install, report
 from difloat.numbers import formats
-from difloat.quantizer import plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.plan.encode import plan_layer
+from difloat.plan.specs import Part, QuantSpec
 
 OUT = Path(__file__).parent / "results/smoothing-cost.json"
 REPEATS = 30

@@ -25,9 +25,10 @@ from difloat import api, install, report, study
 from difloat.calls import first_tensor
 from difloat.methods.finetune import TrainingSettings
 from difloat.methods.posttraining import Outcome
-from difloat.methods.task import Bits, Task
+from difloat.methods.task import Task
 from difloat.methods.tuned import Tuning, tune
-from difloat.quantizer import Plan
+from difloat.plan.plan import Plan
+from difloat.plan.rules import Bits
 from difloat.recipes import mpqdm, msfp
 from difloat.reference_models import NAMES
 

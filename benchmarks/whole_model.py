@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from difloat import attention, fast_attention, install, layers
-from difloat.kernels import backends
+from difloat.kernels import dispatch
 from difloat.numbers.formats import parse
-from difloat.quantizer import LayerPlan, plan_layer
-from difloat.specs import AttentionPlan, Part, QuantSpec
+from difloat.plan.encode import plan_layer
+from difloat.plan.plan import LayerPlan
+from difloat.plan.specs import AttentionPlan, Part, QuantSpec
 
 WEIGHT = QuantSpec(parse("e2m1"), "channel")
 TOKEN = QuantSpec(parse("int8"), "token", online=True)
@@ -149,7 +150,7 @@ def variants(
 
     def forward(module: nn.Module, arguments: dict[str, Any], backend: str) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            with backends.use_backend(backend):
+            with dispatch.use_backend(backend):
                 return module(**arguments, return_dict=False)[0]  # type: ignore[no-any-return]
 
         return run
@@ -157,11 +158,11 @@ def variants(
     found = {"torch bf16": forward(half, small, "reference")}
     if with_float:
         found["torch fp32"] = forward(model, call, "reference")
-    for name in [name for name in ("torch", "cpu") if name in backends.available()]:
+    for name in [name for name in ("torch", "cpu") if name in dispatch.available()]:
         found[f"{name}: packed layers"] = forward(packed, small, name)
         found[f"{name}: bf16 layers, fast attention"] = forward(fast_half, small, name)
         found[f"{name}: packed layers, fast attention"] = forward(fast_packed, small, name)
-    if "cpu" in backends.available():
+    if "cpu" in dispatch.available():
         names = [name for name, module in packed.named_modules() if attention.has_processor(module)]
         on_grids = install.shadow(packed)
         attention.install(on_grids, dict.fromkeys(names, OPERANDS))

@@ -15,10 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from difloat.kernels import triton as backend
-from difloat.kernels import triton_tiles
+from difloat.kernels.triton import backend, tiles
 from difloat.numbers.formats import parse
-from difloat.specs import Part, QuantSpec, layer_tensor_shapes
+from difloat.plan.specs import Part, QuantSpec, layer_tensor_shapes
 
 COMPILED: list[tuple[str, Any]] = []
 
@@ -51,7 +50,7 @@ def compile_instead_of_launching(target: int) -> None:
 
     JITFunction.run = compile_only
     shared = 227 << 10 if target == 90 else 99 << 10
-    triton_tiles.device_of = lambda index: triton_tiles.Device("absent", 132, shared)
+    tiles.device_of = lambda index: tiles.Device("absent", 132, shared)
     backend.available = lambda device: True
     backend.capability = lambda device: (target // 10, target % 10)
 

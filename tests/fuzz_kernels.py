@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat.kernels import backends, native
-from difloat.kernels.backends import use_backend
+from difloat.kernels import dispatch, native_library
+from difloat.kernels.dispatch import use_backend
 from difloat.numbers.formats import parse
-from difloat.specs import Part, QuantSpec
+from difloat.plan.specs import Part, QuantSpec
 from test_backends import case
 
 _WEIGHTS = (
@@ -108,7 +108,7 @@ def one_round(draw: random.Random, generator: torch.Generator, counts: Counter[s
     x = random_layout(draw, x.to(draw.choice(_DTYPES)))
     with use_backend("reference"):
         expected = layer.call(x, *geometry).double()
-    for name in backends.available():
+    for name in dispatch.available():
         if name in ("reference", "triton"):
             continue
         with use_backend(name):
@@ -140,7 +140,7 @@ def main() -> None:
     with torch.no_grad():
         for _ in range(options.count):
             one_round(draw, generator, counts)
-    unit = f"unit {native.unit()}, {os.environ.get('DIFLOAT_NATIVE', 'the installed library')}"
+    unit = f"unit {native_library.unit()}, {os.environ.get('DIFLOAT_NATIVE', 'the installed library')}"
     print(f"{options.count} layers, {unit}: {dict(counts)}")
     raise SystemExit(counts["wrong numbers"] + counts["not refused"] > 0)
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from difloat.numbers.formats import parse
-from difloat.quantizer import LayerPlan, join_rows, join_variants, plan_layer
-from difloat.scales import rows_of
-from difloat.specs import Part, QuantSpec
+from difloat.plan.encode import join_rows, join_variants, plan_layer
+from difloat.plan.plan import LayerPlan
+from difloat.plan.scales import rows_of
+from difloat.plan.specs import Part, QuantSpec
 
 TOKEN = QuantSpec(parse("int8"), "token", online=True)
 STATIC = QuantSpec(parse("uint8"), zero_point=True)

@@ -8,10 +8,11 @@ from torch import nn
 
 from difloat.methods import soft
 from difloat.methods.adaround import RoundingSettings, learn_rounding, relative_error
-from difloat.methods.assign import Draft, Rule, draft_layer, plan_inputs
+from difloat.methods.assign import plan_inputs
 from difloat.methods.soft import SoftWeight
 from difloat.numbers import formats
-from difloat.quantizer import dequantize
+from difloat.plan.encode import dequantize
+from difloat.plan.rules import Draft, Rule, draft_layer
 
 NAMES = ["e2m1", "e3m0", "e1m2", "int4", "e2m3"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import difloat
-from difloat import install, quantizer, recipes
+from difloat import install, recipes
 from difloat.calibration import CalibrationSettings, collect_from_loop
 from difloat.methods import allocate
 from difloat.methods.allocate import (
@@ -25,12 +25,13 @@ from difloat.methods.allocate import (
     kurtosis,
     row_errors,
 )
-from difloat.methods.assign import asymmetric_integers, draft_layer, floating_grids
-from difloat.methods.target import fits
-from difloat.methods.task import Bits, Task
+from difloat.methods.task import Task
 from difloat.numbers.formats import parse
-from difloat.quantizer import LayerPlan
-from difloat.specs import Band
+from difloat.plan import encode
+from difloat.plan.plan import LayerPlan
+from difloat.plan.rules import Bits, asymmetric_integers, draft_layer, floating_grids
+from difloat.plan.specs import Band
+from difloat.plan.target import fits
 
 
 def rule(bits: int):
@@ -221,7 +222,7 @@ def round_rows(weight: Tensor, scale: Tensor, order: Tensor, moved: int) -> Tens
     for place, row in enumerate(order.tolist()):
         width = 3 if place < moved else 1 if place >= len(order) - moved else 2
         draft = draft_layer((weight * factor)[row : row + 1], [weight.shape[1]], rule(width))
-        result[row] = (quantizer.dequantize(draft.plan()) / factor)[0]
+        result[row] = (encode.dequantize(draft.plan()) / factor)[0]
     return result
 
 
@@ -328,7 +329,7 @@ def test_mixed_layers_compute_with_their_dequantized_weight() -> None:
     with torch.no_grad():
         torch.testing.assert_close(packed(*args, **kwargs), plain(*args, **kwargs), rtol=1e-4, atol=1e-5)
     linear = plan.layers["linear"]
-    torch.testing.assert_close(plain.linear.weight, quantizer.dequantize(linear))
+    torch.testing.assert_close(plain.linear.weight, encode.dequantize(linear))
     assert set((linear.tensors["row_band"].bincount()).tolist()) == {band.rows for band in linear.bands}
 
 

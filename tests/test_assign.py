@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difloat.methods.assign import Rule, floating_grids, lopsidedness
+from difloat.plan.rules import Rule, floating_grids, lopsidedness
 from difloat.recipes import msfp
 
 COUNT = 100_000

@@ -11,8 +11,8 @@ from torch import nn
 
 from difloat import attention
 from difloat.numbers.formats import parse
-from difloat.scales import fake_quantize
-from difloat.specs import AttentionPlan
+from difloat.plan.scales import fake_quantize
+from difloat.plan.specs import AttentionPlan
 from tiny import tiny_pixart
 
 OPERANDS, MAP = AttentionPlan(parse("e2m3")), AttentionPlan(None, parse("ue4m4"))

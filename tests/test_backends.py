@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difloat import install
-from difloat.kernels import backends, ops, reference
+from difloat.kernels import dispatch, operators, reference
 from difloat.numbers.formats import parse
-from difloat.quantizer import dequantize, plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.plan.encode import dequantize, plan_layer
+from difloat.plan.specs import Part, QuantSpec
 
 # Triton has tests of its own, small enough for its interpreter.
-FAST = [name for name in backends.available() if name not in ("reference", "decoded", "triton")]
+FAST = [name for name in dispatch.available() if name not in ("reference", "decoded", "triton")]
 TOKEN = QuantSpec(parse("int8"), "token", online=True)
 
 
@@ -30,8 +30,8 @@ class Case:
     weight: Tensor
 
     def call(self, x: Tensor, *geometry: object) -> Tensor:
-        operator = ops.conv2d if geometry else ops.linear
-        return operator(x, *self.tensors, ops.part_text(self.part), *geometry)
+        operator = operators.conv2d if geometry else operators.linear
+        return operator(x, *self.tensors, operators.part_text(self.part), *geometry)
 
 
 def case(
@@ -95,7 +95,7 @@ def check(result: Tensor, x: Tensor, one: Case, *geometry: object) -> None:
 
 
 def supported(name: str, part: Part, weight: Tensor, x: Tensor) -> bool:
-    return backends.BACKENDS[name].supports(part, tuple(weight.shape), x)
+    return dispatch.BACKENDS[name].supports(part, tuple(weight.shape), x)
 
 
 FORMATS = [
@@ -147,7 +147,7 @@ def test_linear_is_as_close_to_float64_as_float32_sums_are(name, number, generat
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(rows, channels, generator=generator).to(dtype)
             if supported(name, part, one.weight, x):
-                with backends.use_backend(name):
+                with dispatch.use_backend(name):
                     check(one.call(x), x, one)
                 ran += 1
     if ran == 0:
@@ -176,7 +176,7 @@ def test_convolution_is_as_close_to_float64_as_float32_sums_are(name, number, ge
         ):
             x = torch.randn(2, shape[1], *size, generator=generator).to(dtype).to(memory_format=layout)
             if supported(name, part, one.weight, x):
-                with backends.use_backend(name):
+                with dispatch.use_backend(name):
                     result = one.call(x, *geometry, 1)
                 check(result, x, one, *geometry)
                 assert result.is_contiguous(memory_format=layout) or shape[1] == 1
@@ -201,7 +201,7 @@ def test_inputs_of_every_layout_and_size(name, generator) -> None:
         "empty batch": torch.zeros(2, 0, 10),
         "unaligned": torch.randn(31, generator=generator)[1:].view(3, 10),
     }
-    with backends.use_backend(name):
+    with dispatch.use_backend(name):
         for x in layouts.values():
             check(one.call(x), x, one)
 
@@ -209,7 +209,7 @@ def test_inputs_of_every_layout_and_size(name, generator) -> None:
 @pytest.mark.parametrize("name", FAST)
 def test_empty_batch_of_pictures(name, generator) -> None:
     one = case((6, 4, 3, 3), Part(4, QuantSpec(parse("e2m1"), "channel"), TOKEN), generator)
-    with backends.use_backend(name):
+    with dispatch.use_backend(name):
         assert one.call(torch.zeros(0, 4, 8, 8), (1, 1), (1, 1), (1, 1), 1).shape == (0, 6, 8, 8)
 
 
@@ -219,7 +219,7 @@ def test_nan_spoils_its_token_or_picture_only(name, generator) -> None:
         part = Part(4, QuantSpec(parse("e2m1"), "channel"), activation)
         x, picture = torch.randn(3, 4, generator=generator), torch.randn(3, 4, 5, 5, generator=generator)
         x[1, 2] = picture[1, 2, 3, 3] = math.nan
-        with backends.use_backend(name):
+        with dispatch.use_backend(name):
             tokens = case((6, 4), part, generator).call(x)
             pictures = case((6, 4, 1, 1), part, generator).call(picture, (1, 1), (0, 0), (1, 1), 1)
         for result in (tokens, pictures.flatten(1)):
@@ -232,16 +232,16 @@ def test_nan_spoils_its_token_or_picture_only(name, generator) -> None:
 def test_operators_are_legal(activation, name, generator) -> None:
     part = Part(6, QuantSpec(parse("e2m1"), "channel"), activation)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    with backends.use_backend(name):
+    with dispatch.use_backend(name):
         one = case((4, 6), part, generator)
         for x in (torch.randn(2, 3, 6, generator=generator), torch.randn(6).requires_grad_()):
-            arguments = (x, *one.tensors, ops.part_text(part))
+            arguments = (x, *one.tensors, operators.part_text(part))
             torch.library.opcheck(torch.ops.difloat.linear.default, arguments, test_utils=tests)
         one = case((4, 6, 3, 3), part, generator)
         geometry = ([2, 1], [1, 1], [1, 1], 1)
         x = torch.randn(2, 6, 5, 5, generator=generator)
         for picture in (x, x.to(memory_format=torch.channels_last).requires_grad_()):
-            arguments = (picture, *one.tensors, ops.part_text(part), *geometry)
+            arguments = (picture, *one.tensors, operators.part_text(part), *geometry)
             torch.library.opcheck(torch.ops.difloat.conv2d.default, arguments, test_utils=tests)
 
 
@@ -257,7 +257,7 @@ def test_gradients_are_those_of_the_reference(kernel, name, generator) -> None:
     found = []
     for backend in ("reference", name):
         x, bias = inputs.clone().requires_grad_(), one.tensors[5].clone().requires_grad_()
-        with backends.use_backend(backend):
+        with dispatch.use_backend(backend):
             out = Case(part, (*one.tensors[:5], bias), one.weight).call(x, *geometry)
         upstream = torch.randn(out.shape, generator=generator) if upstream is None else upstream
         out.backward(upstream)
@@ -276,7 +276,7 @@ def test_a_weight_that_changes_in_place_is_derived_again(name, generator) -> Non
     part = Part(8, QuantSpec(parse("int4"), "channel", zero_point=True), QuantSpec(parse("uint8")))
     first, second = (case((6, 8), part, generator) for _ in range(2))
     x = torch.rand(3, 8, generator=generator)
-    with backends.use_backend(name):
+    with dispatch.use_backend(name):
         expected = second.call(x)
         assert not torch.equal(first.call(x), expected)
         for mine, other in zip(first.tensors, second.tensors, strict=True):
@@ -302,24 +302,24 @@ def test_paddings_that_have_names(kernel, options, generator) -> None:
     truth.weight.data, truth.bias = dequantize(model[0].plan()), plain.bias
     rounded = reference.fake_quantize_input(x, torch.tensor([0.02]), torch.tensor([-2.0]), "uint8", False)
     for name in ["reference", *FAST]:
-        with backends.use_backend(name), torch.no_grad():
+        with dispatch.use_backend(name), torch.no_grad():
             assert torch.allclose(model(x), truth(rounded), atol=1e-4)
 
 
 def test_names_of_backends(monkeypatch) -> None:
-    assert backends.available()[0] == "reference" and "torch" in FAST
-    with backends.use_backend("torch"):
-        assert backends.backend() == "torch"
-    assert backends.backend() == "auto"
+    assert dispatch.available()[0] == "reference" and "torch" in FAST
+    with dispatch.use_backend("torch"):
+        assert dispatch.backend() == "torch"
+    assert dispatch.backend() == "auto"
     monkeypatch.setenv("DIFLOAT_BACKEND", "reference")
-    assert backends.backend() == "reference"
+    assert dispatch.backend() == "reference"
     monkeypatch.setenv("DIFLOAT_BACKEND", "magic")
     with pytest.raises(
         ValueError, match="DIFLOAT_BACKEND must be one of auto, reference, torch.*got 'magic'"
     ):
-        backends.backend()
+        dispatch.backend()
     with pytest.raises(ValueError, match="backend must be one of .* got 'cuda'"):
-        backends.set_backend("cuda")
+        dispatch.set_backend("cuda")
 
 
 def test_what_no_backend_supports_goes_to_the_reference(generator) -> None:
@@ -327,15 +327,15 @@ def test_what_no_backend_supports_goes_to_the_reference(generator) -> None:
     exact = Part(8, QuantSpec(parse("e2m1")), TOKEN)
     x = torch.randn(2, 8)
     for name in FAST:
-        with backends.use_backend(name):
-            assert backends.choose(float8, (4, 8), x) is reference
-            assert backends.choose(exact, (4, 8), x.double()) is reference
-            assert backends.choose(exact, (4, 8), x) is not reference
+        with dispatch.use_backend(name):
+            assert dispatch.choose(float8, (4, 8), x) is reference
+            assert dispatch.choose(exact, (4, 8), x.double()) is reference
+            assert dispatch.choose(exact, (4, 8), x) is not reference
             assert (
-                backends.choose(exact, (4, 4, 3, 3), x[..., None, None]) is reference
+                dispatch.choose(exact, (4, 4, 3, 3), x[..., None, None]) is reference
             )  # two groups of channels
-    decoded = next((backends.BACKENDS[n] for n in backends.available() if n == "decoded"), reference)
-    with backends.use_backend("auto"):
-        assert backends.choose(float8, (4, 8), x) is decoded
-        assert backends.choose(exact, (4, 8), x.double()) is reference
-        assert backends.choose(exact, (4, 4, 3, 3), x[..., None, None]) is decoded
+    decoded = next((dispatch.BACKENDS[n] for n in dispatch.available() if n == "decoded"), reference)
+    with dispatch.use_backend("auto"):
+        assert dispatch.choose(float8, (4, 8), x) is decoded
+        assert dispatch.choose(exact, (4, 8), x.double()) is reference
+        assert dispatch.choose(exact, (4, 4, 3, 3), x[..., None, None]) is decoded

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import difloat
 from difloat.cached import CacheWarning, read_entry, write_atomically, write_entry
 from difloat.calibration import CalibrationSettings, collect
-from difloat.quantizer import Plan
+from difloat.plan.plan import Plan
 from test_calibration import PROMPTS, DotPipeline
 from test_finetune import Denoiser, sample_with
 

@@ -21,8 +21,9 @@ from torch import nn
 from difloat import install, io
 from difloat.io import CheckpointError
 from difloat.numbers import formats
-from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.plan.encode import dequantize, plan_layer
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.specs import Part, QuantSpec
 from mixed_rows import in_bands
 
 GOLDEN = Path(__file__).parent / "golden" / "v1"

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from difloat.kernels import attention, backends, beside, native, ops, row_ops
-from difloat.kernels.backends import use_backend
+from difloat.kernels import attention, beside, dispatch, native_library, operators, row_operators
+from difloat.kernels.dispatch import use_backend
 from difloat.numbers.formats import parse
-from difloat.specs import Part, QuantSpec
+from difloat.plan.specs import Part, QuantSpec
 from test_backends import case, rounded
 
 CHANNELS, ROWS = 24, 10
 STATIC, TOKEN = QuantSpec(parse("uint8")), QuantSpec(parse("int8"), "token", online=True)
-NAMES = [name for name in backends.available() if name != "triton"]
+NAMES = [name for name in dispatch.available() if name != "triton"]
 VECTORS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "bias")
 
 
@@ -59,7 +59,7 @@ def test_inputs_that_do_not_fit_are_refused(what: str, backend: str, generator: 
         what == "elsewhere"
     ):  # operators have a meaning for tensors without data; with those of a layer in memory they have not
         with pytest.raises(ValueError, match="must be on the device of its input"):
-            ops._run_linear(WRONG_INPUTS[what](x), *one.tensors, ops.part_text(one.part))
+            operators._run_linear(WRONG_INPUTS[what](x), *one.tensors, operators.part_text(one.part))
         return
     with pytest.raises(ValueError, match="input of a quantized layer must"):
         one.call(WRONG_INPUTS[what](x))
@@ -117,14 +117,14 @@ def wrong(tensor: Tensor) -> dict[str, Tensor | None]:
 def test_stored_tensors_that_do_not_fit_are_refused(place: int, backend: str, generator) -> None:
     spec = QuantSpec(parse("uint8"), zero_point=True)
     one, x = linear_case(generator, spec), torch.randn(5, CHANNELS, generator=generator)
-    text, name = ops.part_text(one.part), VECTORS[place - 1]
+    text, name = operators.part_text(one.part), VECTORS[place - 1]
     expected = one.call(x)
     for what, tensor in wrong(one.tensors[place]).items():
         if name == "bias" and what in ("missing", "spread"):
             continue  # a layer may have none, and it is copied
         tensors = [tensor if n == place else one.tensors[n] for n in range(len(one.tensors))]
         with pytest.raises(ValueError, match="must"):
-            ops._run_linear(x, *tensors, text)
+            operators._run_linear(x, *tensors, text)
     assert torch.equal(one.call(x), expected)
 
 
@@ -140,9 +140,9 @@ def test_codes_that_do_not_fit_are_refused(backend: str, generator) -> None:
         packed[:-1],
     ):
         with pytest.raises(ValueError, match="must"):
-            ops._run_linear(x, codes, *rest, ops.part_text(one.part))
+            operators._run_linear(x, codes, *rest, operators.part_text(one.part))
     with pytest.raises(ValueError, match="bytes a row"):
-        ops.dequantize(packed[:, :-1], rest[0], rest[1], "uint4", CHANNELS, 0)
+        operators.dequantize(packed[:, :-1], rest[0], rest[1], "uint4", CHANNELS, 0)
 
 
 def test_layouts_of_inputs_change_nothing(backend: str, generator) -> None:
@@ -183,7 +183,7 @@ def test_attention_of_other_lengths_is_left_to_torch(generator) -> None:
 def test_branches_are_checked(backend: str, generator) -> None:
     one, x = linear_case(generator), torch.randn(5, CHANNELS, generator=generator)
     down, up = torch.randn(2, CHANNELS, generator=generator), torch.randn(ROWS, 2, generator=generator)
-    text = ops.part_text(one.part)
+    text = operators.part_text(one.part)
     assert beside.linear(x, one.tensors, text, down, up).shape == (5, ROWS)
     for pair in ((down[:, :-1], up), (down, up[:-1]), (down[:1], up), (down.int(), up), (down[0], up)):
         with pytest.raises(ValueError, match="a branch must"):
@@ -212,13 +212,13 @@ def test_zeros_add_exactly_nothing(weight, kernel, name, backend, generator) -> 
 
 
 def _in_child(queue: Any, one: Any, x: Tensor) -> None:
-    queue.put((native.threads(), one.call(x).tolist()))
+    queue.put((native_library.threads(), one.call(x).tolist()))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_computes_with_one_thread(generator) -> None:
-    if "cpu" not in backends.available():
+    if "cpu" not in dispatch.available():
         pytest.skip("the native library was not built")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -242,15 +242,15 @@ def test_rows_of_several_widths_are_checked(backend: str, generator) -> None:
     layers = [case((5, CHANNELS), Part(CHANNELS, w, TOKEN), generator, bias=False) for w in weights]
     packed, scales = ([one.tensors[n] for one in layers] for n in (0, 1))
     text, order = (
-        row_ops.parts_text(tuple(one.part for one in layers)),
+        row_operators.parts_text(tuple(one.part for one in layers)),
         torch.tensor([0, 1] * 5, dtype=torch.uint8),
     )
     x = torch.randn(3, CHANNELS, generator=generator)
     good = (packed, scales, [], None, None, order, None, text)
-    assert row_ops.linear(x, *good).shape == (3, ROWS)
+    assert row_operators.linear(x, *good).shape == (3, ROWS)
     for bad in (x[:, 1:], torch.cat([x, x], 1), x.long()):
         with pytest.raises(ValueError, match="input of a quantized layer must"):
-            row_ops.linear(bad, *good)
+            row_operators.linear(bad, *good)
     replaced = {
         0: [packed[0], packed[1][:, :-1]],
         1: [scales[0], scales[1][:-1]],
@@ -260,7 +260,7 @@ def test_rows_of_several_widths_are_checked(backend: str, generator) -> None:
     }
     for place, value in replaced.items():
         with pytest.raises(ValueError, match="must"):
-            row_ops.linear(x, *(value if n == place else one for n, one in enumerate(good)))
+            row_operators.linear(x, *(value if n == place else one for n, one in enumerate(good)))
 
 
 @pytest.mark.parametrize("size", [(7, 3), (3, 7), (3, 3)])

@@ -24,7 +24,7 @@ from class_table import NOT_TINY, TABLE, arguments, build
 from difloat import layers
 from difloat.layers import QuantizedLayer
 from difloat.methods import datafree
-from difloat.quantizer import dequantize
+from difloat.plan.encode import dequantize
 
 # What diffusers deprecates and what attention says of the CPU is not what is tested here.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]

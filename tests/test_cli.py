@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from difloat import cli, record, study
 from difloat.io import CheckpointError, directories
-from difloat.kernels.backends import use_backend
+from difloat.kernels.dispatch import use_backend
 from difloat.recipes import RECIPES
 from tiny import PROMPTS, tiny_pixart, tiny_unet
 

@@ -16,7 +16,8 @@ from difloat import api, install, layers, recipes, units
 from difloat.calibration import Calibration, CalibrationSettings, collect, denoiser_of
 from difloat.methods.observe import removed
 from difloat.methods.posttraining import Bits, Task
-from difloat.quantizer import LayerPlan, Plan, dequantize
+from difloat.plan.encode import dequantize
+from difloat.plan.plan import LayerPlan, Plan
 from tiny import tiny_pixart, tiny_unet
 
 SETTINGS = CalibrationSettings(samples=12, steps=3, prompts_per_batch=2, seed=1)

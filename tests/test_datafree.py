@@ -9,8 +9,8 @@ from torch import nn
 from difloat import layers, units
 from difloat.methods import datafree
 from difloat.numbers.search import search
-from difloat.quantizer import dequantize
-from difloat.scales import rows_of
+from difloat.plan.encode import dequantize
+from difloat.plan.scales import rows_of
 from tiny import tiny_pixart, tiny_unet, tiny_vae
 
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from difloat import install, tiers
-from difloat.kernels import backends, decoded, ops
+from difloat.kernels import dispatch, native_decode, operators
 from difloat.numbers.formats import parse
-from difloat.quantizer import plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.plan.encode import plan_layer
+from difloat.plan.specs import Part, QuantSpec
 
-pytestmark = pytest.mark.skipif("decoded" not in backends.available(), reason="no native unit with AVX-512")
+pytestmark = pytest.mark.skipif("decoded" not in dispatch.available(), reason="no native unit with AVX-512")
 
 ACTIVATIONS = {
     "none": None,
@@ -57,13 +57,13 @@ def arguments(shape: tuple[int, ...], part: Part, generator: torch.Generator) ->
     ).tensors
     names = ("weight", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
     bias = torch.randn(shape[0], generator=generator)
-    return [*(stored.get(name) for name in names), bias, ops.part_text(part)]
+    return [*(stored.get(name) for name in names), bias, operators.part_text(part)]
 
 
 def both(operator, x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     results = []
     for name in ("reference", "decoded"):
-        with backends.use_backend(name):
+        with dispatch.use_backend(name):
             results.append(operator(x, *rest))
     return results[0], results[1]
 
@@ -76,8 +76,8 @@ def test_linear_is_the_reference(activation, dtype, generator) -> None:
         for rows, channels, out in [(3, 48, 70), (1, 80, 5), (33, 145, 64), (2, 7, 1)]:
             part = Part(channels, weight, activation)
             x = torch.randn(2, rows, channels + number, generator=generator).to(dtype)[..., number:]
-            if decoded.supports(part, (out, channels), x):
-                one, other = both(ops.linear, x, *arguments((out, channels), part, generator))
+            if native_decode.supports(part, (out, channels), x):
+                one, other = both(operators.linear, x, *arguments((out, channels), part, generator))
                 assert torch.equal(one, other), (weight, rows, channels)
                 ran += 1
     assert ran >= 10
@@ -101,7 +101,7 @@ def test_convolution_is_the_reference(activation, geometry, last, generator) -> 
         found = arguments(shape, Part(shape[1], weight, ACTIVATIONS[activation]), generator)
         if last:
             x, found[0] = (t.to(memory_format=torch.channels_last) for t in (x, found[0]))
-        one, other = both(ops.conv2d, x, *found, *rest)
+        one, other = both(operators.conv2d, x, *found, *rest)
         assert one.shape == other.shape
         # torch adds in another order for another memory layout of the weight
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(one.abs().max()))
@@ -111,7 +111,7 @@ def test_group_scales_of_a_convolution(generator) -> None:
     part = Part(32, QuantSpec(parse("e2m1"), "group", 16), ACTIVATIONS["integers"])
     x = torch.randn(1, 32, 5, 5, generator=generator)
     found = arguments((6, 32, 3, 3), part, generator)
-    one, other = both(ops.conv2d, x, *found, (1, 1), (1, 1), (1, 1), 1)
+    one, other = both(operators.conv2d, x, *found, (1, 1), (1, 1), (1, 1), 1)
     assert torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(one.abs().max()))
 
 
@@ -120,7 +120,7 @@ def test_nan_and_inf_stay_in_their_tokens(generator) -> None:
         x = torch.randn(5, 48, generator=generator)
         x[1, 7], x[3, 40] = torch.nan, torch.inf
         found = arguments((8, 48), Part(48, WEIGHTS[0], ACTIVATIONS[name]), generator)
-        one, other = both(ops.linear, x, *found)
+        one, other = both(operators.linear, x, *found)
         assert torch.equal(one[[0, 2, 4]], other[[0, 2, 4]]) and other[1].isnan().all()
         assert torch.equal(one[3], other[3]) or not other[3].isfinite().any()
 
@@ -128,21 +128,21 @@ def test_nan_and_inf_stay_in_their_tokens(generator) -> None:
 def test_two_layers_share_the_buffer_but_no_results(generator) -> None:
     found = [arguments((64, 48), Part(48, WEIGHTS[0], None), generator) for _ in range(2)]
     x = torch.randn(4, 48, generator=generator)
-    with backends.use_backend("decoded"):
-        first, second = (ops.linear(x, *f) for f in found)
-        assert torch.equal(first, ops.linear(x, *found[0])) and not torch.equal(first, second)
+    with dispatch.use_backend("decoded"):
+        first, second = (operators.linear(x, *f) for f in found)
+        assert torch.equal(first, operators.linear(x, *found[0])) and not torch.equal(first, second)
 
 
 def test_what_it_leaves_alone() -> None:
     x = torch.zeros(2, 48)
     part = Part(48, WEIGHTS[0], ACTIVATIONS["token"])
-    assert decoded.supports(part, (8, 48), x)
-    assert not decoded.supports(part, (8, 48), x.double())
-    assert not decoded.supports(part, (8, 48), x.to("meta"))
+    assert native_decode.supports(part, (8, 48), x)
+    assert not native_decode.supports(part, (8, 48), x.double())
+    assert not native_decode.supports(part, (8, 48), x.to("meta"))
     odd = QuantSpec(parse("e2m1"), "group", 24)
-    assert not decoded.supports(Part(48, odd, None), (8, 48), x)
+    assert not native_decode.supports(Part(48, odd, None), (8, 48), x)
     ranged = QuantSpec(parse("e3m4"), "token", online=True, zero_point=True)
-    assert not decoded.supports(Part(48, WEIGHTS[0], ranged), (8, 48), x)
+    assert not native_decode.supports(Part(48, WEIGHTS[0], ranged), (8, 48), x)
 
 
 def test_chosen_by_itself_and_named() -> None:
@@ -150,7 +150,7 @@ def test_chosen_by_itself_and_named() -> None:
     part = Part(48, WEIGHTS[0], ACTIVATIONS["token"])
     weight = model[0].weight.detach()
     install.install(model, "0", plan_layer(weight, [part], [weight.abs().amax(1) / 6]))
-    with backends.use_backend("auto"):
+    with dispatch.use_backend("auto"):
         assert tiers.layers(model) == [
             "1 x e2m1 x e3m4: decoded to floats, backend decoded (e3m4 activations are no int8 integers)"
         ]

@@ -31,7 +31,8 @@ from difloat import reference
 from difloat.calibration import CalibrationSettings, collect
 from difloat.methods import denoising_factor
 from difloat.methods.denoising_factor import denoising_factors, loss_weights, normalised
-from difloat.methods.task import Bits, Task
+from difloat.methods.task import Task
+from difloat.plan.rules import Bits
 from difloat.reference_models import NAMES as REFERENCE_MODELS
 from family_table import FAMILIES
 from tiny import PROMPTS, tiny_ddim, tiny_pixart, tiny_unet

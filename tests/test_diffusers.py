@@ -16,8 +16,9 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from difloat import install, io, layers
 from difloat.io import CheckpointError
 from difloat.numbers import formats
-from difloat.quantizer import LayerPlan, Plan, plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.plan.encode import plan_layer
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.specs import Part, QuantSpec
 from mixed_rows import in_bands
 from tiny import tiny_pixart, tiny_unet
 

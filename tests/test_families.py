@@ -27,7 +27,7 @@ from difloat.evaluate import Generated
 from difloat.forecast import probe
 from difloat.layers import QuantConv2d
 from difloat.methods import observe, relation
-from difloat.quantizer import Plan
+from difloat.plan.plan import Plan
 from family_table import FAMILIES, Family
 from tiny import PROMPTS, tiny_unet
 

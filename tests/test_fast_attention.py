@@ -13,12 +13,12 @@ from torch import Tensor
 import tiny
 from difloat import attention, fast_attention
 from difloat.kernels import attention as kernels
-from difloat.kernels import backends, native
+from difloat.kernels import dispatch, native_library
 from difloat.numbers.formats import parse
 from difloat.numbers.rounding import round_
-from difloat.specs import AttentionPlan
+from difloat.plan.specs import AttentionPlan
 
-NAMES = ["torch", *(["cpu"] if native.attention_unit() else [])]
+NAMES = ["torch", *(["cpu"] if native_library.attention_unit() else [])]
 SHAPES = [  # batch, heads, queries, keys, dimensions
     (1, 2, 7, 5, 8),
     (2, 3, 33, 130, 72),
@@ -54,7 +54,7 @@ def test_as_close_to_float64_as_torch_is(name, shape, build, generator) -> None:
         mask[..., 0] = True
     exact_mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), exact_mask)
-    with backends.use_backend(name):
+    with dispatch.use_backend(name):
         result = torch.ops.difloat.attention(query, key, value, mask, shape[-1] ** -0.5)
     plain = (query.float() @ key.float().transpose(2, 3) * shape[-1] ** -0.5).bfloat16().float()
     if exact_mask is not None:
@@ -72,7 +72,7 @@ def test_as_close_to_float64_as_torch_is(name, shape, build, generator) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_large_scores_do_not_overflow(name, generator) -> None:
     query, key, value = heads((1, 1, 5, 70, 16), generator)
-    with backends.use_backend(name):
+    with dispatch.use_backend(name):
         result = torch.ops.difloat.attention(100 * query, 100 * key, value, None, 1.0)
         blind = torch.ops.difloat.attention(query, key, value, torch.zeros(5, 70, dtype=torch.bool), 1.0)
     winners = (query.float() @ key.float().transpose(2, 3)).argmax(-1)
@@ -85,7 +85,7 @@ def test_large_scores_do_not_overflow(name, generator) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_operator_is_legal(name, generator) -> None:
     query, key, value = heads((2, 2, 6, 9, 8), generator)
-    with backends.use_backend(name):
+    with dispatch.use_backend(name):
         for mask in (None, torch.rand(2, 1, 1, 9, generator=generator) > 0.3):
             torch.library.opcheck(torch.ops.difloat.attention.default, (query, key, value, mask, 0.3))
 
@@ -97,7 +97,7 @@ def test_what_is_left_to_torch(generator) -> None:
     assert not kernels.supports(query, key[:, :1], value[:, :1], None)
     assert not kernels.supports(query, key[:, :, :0], value[:, :, :0], None)
     assert not kernels.supports(query.clone().requires_grad_(), key, value, None)
-    with backends.use_backend("reference"):
+    with dispatch.use_backend("reference"):
         assert not kernels.supports(query, key, value, None)
 
 
@@ -136,7 +136,9 @@ def test_a_model_gives_the_same_pictures_through_its_own_processors(build, gener
     assert (after - before).float().pow(2).mean() <= (2.0**-6) ** 2 * before.float().pow(2).mean()
 
 
-needs_unit = pytest.mark.skipif(not native.attention_unit(), reason="no native attention on this machine")
+needs_unit = pytest.mark.skipif(
+    not native_library.attention_unit(), reason="no native attention on this machine"
+)
 
 
 def plan(operand: str, softmax: str) -> AttentionPlan:
@@ -243,7 +245,7 @@ def test_a_planned_model_runs_on_the_unit(generator, monkeypatch) -> None:
     with torch.no_grad():
         fast = model(**call, return_dict=False)[0].float()
         assert calls == [("e2m3", "ue4m4")] * len(names)
-        with backends.use_backend("reference"):
+        with dispatch.use_backend("reference"):
             slow = model(**call, return_dict=False)[0].float()
     assert len(calls) == len(names)
     assert (fast - slow).pow(2).mean() <= (2.0**-5) ** 2 * slow.pow(2).mean()

@@ -20,19 +20,21 @@ from torch import nn
 from difloat import install, layers, processes, recipes, record
 from difloat.cached import read_entry
 from difloat.calibration import Calibration, CalibrationSettings, collect_from_loop
-from difloat.methods import assign, finetune, posttraining, resume
-from difloat.methods.assign import Rule, asymmetric_integers
+from difloat.methods import finetune, posttraining, resume
 from difloat.methods.finetune import Batch, TrainingSettings, lost_guidance, train
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Sequencing
 from difloat.methods.relation import RelationLoss, RelationSettings
 from difloat.methods.student import Router, Student
-from difloat.methods.task import Bits, MixedRows, Smoothing, Task
+from difloat.methods.task import MixedRows, Smoothing, Task
 from difloat.numbers.formats import parse
 from difloat.numbers.search import ZERO_POINTS
-from difloat.quantizer import LayerPlan, Plan, dequantize
+from difloat.plan import rules as rules_module
+from difloat.plan.encode import dequantize
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.rules import Bits, Rule, asymmetric_integers
+from difloat.plan.specs import QuantSpec
 from difloat.recipes import msfp
-from difloat.specs import QuantSpec
 from mixed_rows import in_bands
 
 WEIGHTS = Rule((parse("e2m1"),), "channel")
@@ -428,7 +430,7 @@ def test_adapters_from_the_error_start_at_the_float_weight_as_far_as_their_rank_
 def test_training_starts_at_what_learned_rounding_left(rank: int) -> None:
     task, plans = prepared()
     drafts = {
-        name: assign.draft_layer(layers.weight_of(task.model, name), [plan.shape[1]], WEIGHTS)
+        name: rules_module.draft_layer(layers.weight_of(task.model, name), [plan.shape[1]], WEIGHTS)
         for name, plan in plans.items()
     }
     moved = {}

@@ -15,7 +15,7 @@ from difloat.calls import first_tensor
 from difloat.forecast import Forecast
 from difloat.methods.posttraining import timestep_grid
 from difloat.methods.student import Student
-from difloat.methods.task import Bits
+from difloat.plan.rules import Bits
 from family_table import FAMILIES
 from tiny import PROMPTS, tiny_unet
 

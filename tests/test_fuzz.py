@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from difloat.kernels import attention, backends, cpu, native, reference
+from difloat.kernels import attention, dispatch, native_int8, native_library, reference
 from difloat.numbers.formats import parse
-from difloat.quantizer import plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.plan.encode import plan_layer
+from difloat.plan.specs import Part, QuantSpec
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(native.unit() is None, reason="no unit of the native library here"),
+    pytest.mark.skipif(native_library.unit() is None, reason="no unit of the native library here"),
 ]
 WEIGHTS = [
     "e2m1",
@@ -112,14 +112,14 @@ def test_layers(seed: int) -> None:
             tensors, geometry = random_layer(rng, (out, channels), part), ()
             operator, shape = "linear", (out, channels)
         x = random_strides(rng, x)
-        if not cpu.supports(part, shape, x):
+        if not native_int8.supports(part, shape, x):
             continue
-        result = getattr(cpu, operator)(x, *tensors, part, *geometry)
+        result = getattr(native_int8, operator)(x, *tensors, part, *geometry)
         expected = getattr(reference, operator)(x.float(), *tensors, part, *geometry)
         assert close(result, expected), (part, shape, x.shape, x.stride(), geometry)
 
 
-@pytest.mark.skipif(not native.attention_unit(), reason="no attention unit here")
+@pytest.mark.skipif(not native_library.attention_unit(), reason="no attention unit here")
 def test_attention() -> None:
     rng = random.Random(0)
     for _ in range(100):
@@ -130,7 +130,7 @@ def test_attention() -> None:
         )
         mask = rng.choice([None, torch.randn(queries, keys), torch.rand(batch, 1, 1, keys) > 0.2])
         torch.set_num_threads(rng.choice([1, 2, 3]))
-        with backends.use_backend("cpu"):
+        with dispatch.use_backend("cpu"):
             result = attention.attend(random_strides(rng, q), k, v, mask, 0.2)
         bias = attention._bias(mask, (batch, heads, queries, keys))
         scores = q.float() @ k.float().transpose(2, 3) * 0.2 + (0 if bias is None else bias.clamp_min(-1e30))

@@ -31,7 +31,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import difloat
 from difloat import hooks, install, layers
-from difloat.quantizer import Plan
+from difloat.plan.plan import Plan
 from test_modes import RECIPES, assert_same, denoiser, loop, plain_plan, planned
 from tiny import tiny_pixart
 

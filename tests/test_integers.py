@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import oracles
-from difloat.kernels import integers, reference
+from difloat.kernels import integer_operands, reference
 from difloat.numbers import integer_grids
 from difloat.numbers.formats import parse
-from difloat.specs import Part, QuantSpec
+from difloat.plan.specs import Part, QuantSpec
 
 EXACT = ["e2m1", "e1m2", "e3m0", "e2m3", "e1m4", "int4", "int8", "uint4", "uint8", "ue2m2", "ue3m1", "ue1m7"]
 INEXACT = ["e3m2", "e4m3", "e5m2", "e2m5", "e4m3fn", "e5m2ieee"]
@@ -22,7 +22,7 @@ def test_operands_times_their_step_are_the_values(name: str) -> None:
     if grid is None:
         assert format.int8_multiplier() is None
         return
-    for code, operand in enumerate(integers.operand_table(format).tolist()):
+    for code, operand in enumerate(integer_operands.operand_table(format).tolist()):
         assert oracles.decode(code, format) * grid.multiplier - grid.shift == operand
 
 
@@ -39,7 +39,7 @@ def test_rows_are_what_the_reference_rounds_to(name, zero_point, dtype, generato
     x = (2 * torch.randn(6, 40, generator=generator)).to(dtype)
     scale = torch.tensor([0.1 if spec.format.max > 20 else 0.4])
     zero = None if zero_point is None else torch.tensor([zero_point])
-    rows = integers.quantize_rows(x, spec, scale, zero)
+    rows = integer_operands.quantize_rows(x, spec, scale, zero)
     values = (rows.values.double() + rows.shift) * rows.scale + (
         0.0 if rows.zero_point is None else rows.zero_point
     )
@@ -52,7 +52,7 @@ def test_rows_are_what_the_reference_rounds_to(name, zero_point, dtype, generato
 def test_online_rows_are_what_the_reference_rounds_to(name, generator) -> None:
     x = torch.randn(5, 33, generator=generator) * torch.exp2(torch.arange(5.0)[:, None] * 3)
     x[2] = 0
-    rows = integers.quantize_rows(x, QuantSpec(parse(name), "token", online=True), None, None)
+    rows = integer_operands.quantize_rows(x, QuantSpec(parse(name), "token", online=True), None, None)
     expected = reference.fake_quantize_input(x, None, None, name, True)
     multiplier = parse(name).int8_multiplier()
     scale = reference.online_scale(x, parse(name), per_token=True)
@@ -66,7 +66,7 @@ def test_a_nan_in_a_row_makes_its_scale_nan() -> None:
         (QuantSpec(parse("int8"), "token", online=True), None),
         (QuantSpec(parse("e2m1")), torch.ones(1)),
     ]:
-        rows = integers.quantize_rows(x, spec, scale, None)
+        rows = integer_operands.quantize_rows(x, spec, scale, None)
         assert rows.scale.expand(3, 1).flatten().isnan().tolist() == [False, True, False]
 
 
@@ -80,16 +80,16 @@ def test_reasons_against() -> None:
         "kind of activation scale": Part(4, weight, QuantSpec(parse("ue2m2"), "token", online=True)),
     }
     for reason, part in reasons.items():
-        assert integers.reason_against(part) == reason
+        assert integer_operands.reason_against(part) == reason
 
 
 def test_long_sums_do_not_fit() -> None:
     part = Part(4, QuantSpec(parse("uint8")), QuantSpec(parse("int8")))
     longest = (2**31 - 1) // (255 * 128)
-    assert integers.sums_fit(part, longest) and not integers.sums_fit(part, longest + 1)
+    assert integer_operands.sums_fit(part, longest) and not integer_operands.sums_fit(part, longest + 1)
 
 
 def test_sums_of_two_unsigned_operands_are_counted_in_full() -> None:
     part = Part(4, QuantSpec(parse("uint8")), QuantSpec(parse("uint8")))
     longest = (2**31 - 1) // (255 * 255)
-    assert integers.sums_fit(part, longest) and not integers.sums_fit(part, longest + 1)
+    assert integer_operands.sums_fit(part, longest) and not integer_operands.sums_fit(part, longest + 1)

@@ -24,8 +24,8 @@ from difloat import DifloatConfig, attention, install, io, layers
 from difloat.io import CheckpointError
 from difloat.layers import QuantizedLayer
 from difloat.numbers import formats
-from difloat.quantizer import LayerPlan, Plan
-from difloat.specs import AttentionPlan, Part, QuantSpec
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.specs import AttentionPlan, Part, QuantSpec
 from test_checkpoint import contents, quantized, same_state, saved, set_tensor, simple_layer, tiny
 from test_diffusers import output, quantized_pipeline
 from tiny import tiny_pixart, tiny_unet

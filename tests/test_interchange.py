@@ -21,8 +21,9 @@ from difloat.calibration import denoiser_of
 from difloat.interchange.layers import decode, encode, obstacle, split_scales
 from difloat.interchange.schemes import COMFY, DIALECTS, FP8_ROWS, MXFP4, NVFP4, from_tiles, to_tiles
 from difloat.numbers.formats import parse
-from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.plan.encode import dequantize, plan_layer
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.specs import Part, QuantSpec
 
 COMFY_NVFP4, COMFY_FP8, COMFY_E5M2, COMFY_MXFP8 = COMFY
 SCHEMES = [NVFP4, FP8_ROWS, MXFP4, *COMFY]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from difloat import install, layers
-from difloat.kernels import ops, reference
+from difloat.kernels import operators, reference
 from difloat.numbers.formats import parse
 from difloat.numbers.packing import pack
-from difloat.quantizer import dequantize, plan_layer
-from difloat.scales import fake_quantize
-from difloat.specs import Part, QuantSpec
+from difloat.plan.encode import dequantize, plan_layer
+from difloat.plan.scales import fake_quantize
+from difloat.plan.specs import Part, QuantSpec
 
 
 def packed(shape: tuple[int, ...], bits: int, generator: torch.Generator) -> Tensor:
@@ -27,9 +27,11 @@ def packed(shape: tuple[int, ...], bits: int, generator: torch.Generator) -> Ten
 @pytest.mark.parametrize("name", ["e2m1", "e3m2"])
 def test_dequantize_is_a_legal_operator(name, shape, device, generator) -> None:
     weight = packed(shape, parse(name).bits, generator).to(device)
-    torch.library.opcheck(ops.dequantize, (weight, torch.ones(1, device=device), None, name, shape[1], 0))
+    torch.library.opcheck(
+        operators.dequantize, (weight, torch.ones(1, device=device), None, name, shape[1], 0)
+    )
     groups = torch.rand(shape[0] * -(-shape[1] // 2), generator=generator).to(device)
-    torch.library.opcheck(ops.dequantize, (weight, groups, groups - 0.5, name, shape[1], 2))
+    torch.library.opcheck(operators.dequantize, (weight, groups, groups - 0.5, name, shape[1], 2))
 
 
 INPUTS = {
@@ -49,7 +51,7 @@ def test_fake_quantize_input_is_a_legal_operator(build, device, generator) -> No
     scale, zero_point = torch.tensor([0.3], device=device), torch.tensor([-0.7], device=device)
     shifted, token = (scale, zero_point, "ue2m2", False), (None, None, "int8", True)
     for arguments in (shifted, token):
-        torch.library.opcheck(ops.fake_quantize_input, (x, *arguments))
+        torch.library.opcheck(operators.fake_quantize_input, (x, *arguments))
 
 
 @pytest.mark.parametrize("name", ["e2m1", "e3m0", "e2m3", "e4m3", "int3", "int8", "ue1m3"])
@@ -62,7 +64,7 @@ def test_dequantize_equals_the_plan(granularity, group_size, shape, name, device
     weight = torch.randn(shape, generator=generator)
     layer = plan_layer(weight, [Part(9, spec)], [scale], weight_zero_points=[zero])
     stored = [layer.tensors[key].to(device) for key in ("weight", "weight_scale", "weight_zero_point")]
-    assert torch.equal(ops.dequantize(*stored, name, 9, group_size or 0).cpu(), dequantize(layer))
+    assert torch.equal(operators.dequantize(*stored, name, 9, group_size or 0).cpu(), dequantize(layer))
 
 
 @pytest.mark.parametrize("zero_point", [None, -0.4])
@@ -73,15 +75,15 @@ def test_static_input_equals_fake_quantize(dtype, name, zero_point, device, gene
     scale = torch.tensor([0.23], device=device)
     zero = None if zero_point is None else torch.tensor([zero_point], device=device)
     expected = fake_quantize(x.float(), parse(name), scale, zero).to(dtype)
-    assert torch.equal(ops.fake_quantize_input(x, scale, zero, name, False), expected)
+    assert torch.equal(operators.fake_quantize_input(x, scale, zero, name, False), expected)
     monkeypatch.setattr(reference, "_CHUNK_VALUES", 16)  # 150 values: nine whole chunks and a rest
-    assert torch.equal(ops.fake_quantize_input(x, scale, zero, name, False), expected)
+    assert torch.equal(operators.fake_quantize_input(x, scale, zero, name, False), expected)
 
 
 def test_more_than_one_chunk_of_the_real_size(generator) -> None:
     x, scale = torch.randn(reference._CHUNK_VALUES + 3, generator=generator), torch.tensor([0.1])
     assert torch.equal(
-        ops.fake_quantize_input(x, scale, None, "e4m3", False), fake_quantize(x, parse("e4m3"), scale)
+        operators.fake_quantize_input(x, scale, None, "e4m3", False), fake_quantize(x, parse("e4m3"), scale)
     )
 
 
@@ -90,7 +92,7 @@ def test_every_token_has_its_own_online_scale(shape, generator) -> None:
     x = torch.randn(shape, generator=generator) * torch.exp2(torch.arange(shape[-2])[:, None] * 3.0)
     scale = x.abs().amax(-1, keepdim=True) / 6
     assert torch.equal(
-        ops.fake_quantize_input(x, None, None, "e2m1", True), fake_quantize(x, parse("e2m1"), scale)
+        operators.fake_quantize_input(x, None, None, "e2m1", True), fake_quantize(x, parse("e2m1"), scale)
     )
 
 
@@ -102,13 +104,13 @@ def test_a_picture_is_one_token_of_a_convolution(batch, generator) -> None:
     )
     scale = x.abs().amax((1, 2, 3), keepdim=True) / 127
     assert torch.equal(
-        ops.fake_quantize_input(x, None, None, "int8", True), fake_quantize(x, parse("int8"), scale)
+        operators.fake_quantize_input(x, None, None, "int8", True), fake_quantize(x, parse("int8"), scale)
     )
 
 
 def test_online_scale_of_the_tensor_reaches_its_largest_value(generator) -> None:
     x = torch.randn(5, 6, generator=generator)
-    rounded = ops.fake_quantize_input(x, None, None, "e4m3", False)
+    rounded = operators.fake_quantize_input(x, None, None, "e4m3", False)
     assert rounded.abs().max() == x.abs().max()
 
 
@@ -116,7 +118,7 @@ def test_online_scale_of_the_tensor_reaches_its_largest_value(generator) -> None
 def test_an_asymmetric_online_grid_reaches_both_ends_of_every_token(name, generator) -> None:
     x = 5 + torch.randn(7, 20, generator=generator) * torch.exp2(torch.arange(7)[:, None] * 2.0)
     x[3] = 2.5  # all equal: comes back as it is
-    rounded = ops.fake_quantize_input(x, None, None, name, True, 0, True)
+    rounded = operators.fake_quantize_input(x, None, None, name, True, 0, True)
     torch.testing.assert_close(rounded.amin(1), x.amin(1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(rounded.amax(1), x.amax(1), rtol=1e-5, atol=1e-5)
     assert torch.equal(rounded[3], x[3])
@@ -130,20 +132,20 @@ def test_an_asymmetric_online_grid_reaches_both_ends_of_every_token(name, genera
 
 def test_every_group_of_a_token_has_its_own_online_scale(generator) -> None:
     x = torch.randn(3, 10, generator=generator) * torch.exp2(torch.arange(10.0))
-    rounded = ops.fake_quantize_input(x, None, None, "e2m1", True, 4)
-    pieces = [ops.fake_quantize_input(piece, None, None, "e2m1", True) for piece in x.split(4, 1)]
+    rounded = operators.fake_quantize_input(x, None, None, "e2m1", True, 4)
+    pieces = [operators.fake_quantize_input(piece, None, None, "e2m1", True) for piece in x.split(4, 1)]
     assert torch.equal(rounded, torch.cat(pieces, 1))
-    assert not torch.equal(rounded, ops.fake_quantize_input(x, None, None, "e2m1", True))
+    assert not torch.equal(rounded, operators.fake_quantize_input(x, None, None, "e2m1", True))
 
 
 @pytest.mark.parametrize("per_token", [True, False])
 def test_zeros_stay_zero(per_token) -> None:
     x = torch.zeros(3, 4)
     x[1] = torch.tensor([1.0, -2.0, 0.0, 6.0])
-    rounded = ops.fake_quantize_input(x, None, None, "e2m1", per_token)
+    rounded = operators.fake_quantize_input(x, None, None, "e2m1", per_token)
     assert torch.equal(rounded, x)
     assert torch.equal(
-        ops.fake_quantize_input(torch.zeros(3, 4), None, None, "e2m1", per_token), torch.zeros(3, 4)
+        operators.fake_quantize_input(torch.zeros(3, 4), None, None, "e2m1", per_token), torch.zeros(3, 4)
     )
 
 
@@ -151,7 +153,7 @@ def test_input_is_left_as_it_was(generator) -> None:
     x = torch.randn(4, 6, generator=generator)
     kept = x.clone()
     for scale, per_token in [(torch.tensor([0.5]), False), (None, False), (None, True)]:
-        ops.fake_quantize_input(x, scale, None, "e2m1", per_token)
+        operators.fake_quantize_input(x, scale, None, "e2m1", per_token)
     assert torch.equal(x, kept)
 
 

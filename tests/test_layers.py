@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 import tiny
 from difloat import install, layers
-from difloat.kernels.backends import use_backend
+from difloat.kernels.dispatch import use_backend
 from difloat.layers import QuantConv2d, QuantLinear
 from difloat.numbers.formats import parse
-from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
-from difloat.scales import fake_quantize
-from difloat.specs import Part, QuantSpec
+from difloat.plan.encode import dequantize, plan_layer
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.scales import fake_quantize
+from difloat.plan.specs import Part, QuantSpec
 
 E2M1 = QuantSpec(parse("e2m1"), "channel")
 STATIC = QuantSpec(parse("e4m3"))

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 import difloat
 import families
-from difloat import cli, install, io, lora, quantizer
+from difloat import cli, install, io, lora
 from difloat.cli.arguments import loras_of
 from difloat.layers import QuantizedLayer
-from difloat.merging import add_to_weight
 from difloat.numbers import formats
 from difloat.peft_layers import PackedConv2d, PackedLinear
-from difloat.quantizer import LayerPlan
-from difloat.specs import Part, QuantSpec
+from difloat.plan import encode
+from difloat.plan.add_delta import add_to_weight
+from difloat.plan.plan import LayerPlan
+from difloat.plan.specs import Part, QuantSpec
 from test_diffusers import denoiser_plan, output
 from tiny import tiny_pixart, tiny_unet
 
@@ -251,11 +252,11 @@ def test_layers_that_depend_on_the_timestep_merge_every_variant(generator: torch
 
     model, part = Denoiser(), Part(8, QuantSpec(formats.parse("e4m3"), "channel"))
     variants = [
-        quantizer.plan_layer(torch.randn(8, 8, generator=generator), [part], [torch.full((8,), 0.01)])
+        encode.plan_layer(torch.randn(8, 8, generator=generator), [part], [torch.full((8,), 0.01)])
         for _ in range(2)
     ]
     factors = 0.5 + torch.rand(2, 8, generator=generator)
-    joined = quantizer.join_variants(variants, (0, 1), factors)
+    joined = encode.join_variants(variants, (0, 1), factors)
     install.apply(model, difloat.Plan("own", "w8a16", {"inner": joined}, timesteps=(0.0, 1.0)))
     add(model, "a", ["inner"])
     x = torch.randn(4, 8, generator=generator)
@@ -330,7 +331,7 @@ def test_every_family_loads_merges_unloads(family: str, tmp_path: Path):
 def test_a_control_lora_of_flux_widens_the_float_weight(tmp_path: Path):
     pipeline: FluxPipeline = quantized(families.flux())
     embedder = pipeline.transformer.x_embedder
-    weight = quantizer.dequantize(embedder.plan())
+    weight = encode.dequantize(embedder.plan())
     state = {
         "transformer.x_embedder.lora_A.weight": torch.randn(4, 2 * weight.shape[1]),
         "transformer.x_embedder.lora_B.weight": torch.randn(weight.shape[0], 4),

@@ -16,8 +16,9 @@ from torch import nn
 
 from difloat import attention, install, io, layers
 from difloat.numbers import formats
-from difloat.quantizer import LayerPlan, Plan, join_variants, plan_layer
-from difloat.specs import AttentionPlan, Part, QuantSpec
+from difloat.plan.encode import join_variants, plan_layer
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.specs import AttentionPlan, Part, QuantSpec
 from test_diffusers import PIPELINES, output
 
 FP4, INT6 = formats.parse("e2m1"), formats.parse("int6")

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from difloat.merging import add_to_weight
 from difloat.numbers import formats
 from difloat.numbers.rounding import round_to
-from difloat.quantizer import LayerPlan, dequantize, join_variants, plan_layer
-from difloat.scales import expand_scale, rows_of
-from difloat.specs import Part, QuantSpec
+from difloat.plan.add_delta import add_to_weight
+from difloat.plan.encode import dequantize, join_variants, plan_layer
+from difloat.plan.plan import LayerPlan
+from difloat.plan.scales import expand_scale, rows_of
+from difloat.plan.specs import Part, QuantSpec
 from mixed_rows import mixed, spec_of
 
 SHAPES = [(6, 16), (6, 16, 3, 3)]

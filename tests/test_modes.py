@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import difloat
 from difloat import api, install, layers, modes
-from difloat.merging import add_to_weight
 from difloat.numbers import formats
-from difloat.quantizer import Plan, plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.plan.add_delta import add_to_weight
+from difloat.plan.encode import plan_layer
+from difloat.plan.plan import Plan
+from difloat.plan.specs import Part, QuantSpec
 from tiny import tiny_pixart
 
 RECIPES: dict[str, tuple[str, dict[str, object]]] = {

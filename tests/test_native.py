@@ -13,19 +13,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from difloat.kernels import backends, cpu, native
+from difloat.kernels import dispatch, native_int8, native_library
 from difloat.numbers.formats import parse
-from difloat.specs import Part, QuantSpec
+from difloat.plan.specs import Part, QuantSpec
 
-FOLDER = Path(native.__file__).parent
+FOLDER = Path(native_library.__file__).parent
 TOKEN = QuantSpec(parse("int8"), "token", online=True)
-needs_library = pytest.mark.skipif(not native.built(), reason="the native library was not built")
+needs_library = pytest.mark.skipif(not native_library.built(), reason="the native library was not built")
 
 
 def test_structs_follow_the_header() -> None:
     text = (FOLDER / "csrc/difloat.h").read_text(encoding="utf-8")
-    assert int(re.search(r"DIFLOAT_ABI (\d+)", text).group(1)) == native.ABI
-    for kind in (native.Grid, native.Input, native.Weight, native.Output, native.Geometry, native.Attention):
+    assert int(re.search(r"DIFLOAT_ABI (\d+)", text).group(1)) == native_library.ABI
+    for kind in (
+        native_library.Grid,
+        native_library.Input,
+        native_library.Weight,
+        native_library.Output,
+        native_library.Geometry,
+        native_library.Attention,
+    ):
         body = re.search(rf"typedef struct {{([^{{}}]*)}} difloat_{kind.__name__.lower()};", text).group(1)
         code = re.sub(r"//[^\n]*", "", body)
         fields = []
@@ -40,7 +47,7 @@ def test_structs_follow_the_header() -> None:
             "int32_t": 4,
             "int64_t": 8,
             "pointer": 8,
-            "difloat_grid": ctypes.sizeof(native.Grid),
+            "difloat_grid": ctypes.sizeof(native_library.Grid),
         }
         for (name, c_type), (_, field_type) in zip(fields, kind._fields_, strict=True):
             base = getattr(field_type, "_type_", None)
@@ -51,7 +58,7 @@ def test_structs_follow_the_header() -> None:
 @pytest.mark.parametrize("name", ["e2m1", "int8", "uint8", "e3m0", "e1m6", "int3", "uint1"])
 def test_tables_hold_every_code_again_and_again(name) -> None:
     format = parse(name)
-    found = native.codes(format)
+    found = native_library.codes(format)
     for code in range(256):
         value = format.decode_table[code % 2**format.bits]
         assert (found.table[code] + found.minimum) * found.unit == value
@@ -61,11 +68,11 @@ def test_what_the_library_leaves_alone() -> None:
     part = Part(48, QuantSpec(parse("e2m1"), "group", 16), TOKEN)
     odd = Part(48, QuantSpec(parse("e2m1"), "group", 24), TOKEN)
     x, picture = torch.zeros(2, 48), torch.zeros(1, 48, 4, 4)
-    assert cpu.supports(part, (8, 48), x) and not cpu.supports(odd, (8, 48), x)
-    assert not cpu.supports(part, (8, 48, 3, 3), picture)
-    assert not cpu.supports(part, (8, 48), x.double())
-    assert not cpu.supports(part, (8, 48), x.to("meta"))
-    assert not cpu.supports(Part(48, QuantSpec(parse("e4m3"), "channel"), TOKEN), (8, 48), x)
+    assert native_int8.supports(part, (8, 48), x) and not native_int8.supports(odd, (8, 48), x)
+    assert not native_int8.supports(part, (8, 48, 3, 3), picture)
+    assert not native_int8.supports(part, (8, 48), x.double())
+    assert not native_int8.supports(part, (8, 48), x.to("meta"))
+    assert not native_int8.supports(Part(48, QuantSpec(parse("e4m3"), "channel"), TOKEN), (8, 48), x)
 
 
 def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -76,8 +83,8 @@ def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 @needs_library
 def test_the_instruction_set_can_be_capped(monkeypatch) -> None:
-    choose = native.unit.__wrapped__  # past its cache
-    machine = native.machine()
+    choose = native_library.unit.__wrapped__  # past its cache
+    machine = native_library.machine()
     monkeypatch.setenv("DIFLOAT_CPU_ISA", "avx2")
     assert choose() == ("avx2" if machine["avx2"] else None)
     monkeypatch.setenv("DIFLOAT_CPU_ISA", "none")
@@ -88,16 +95,16 @@ def test_the_instruction_set_can_be_capped(monkeypatch) -> None:
 
 
 def test_a_backend_that_cannot_run_here_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr(native, "unit", lambda: None)
+    monkeypatch.setattr(native_library, "unit", lambda: None)
     message = r"backend must be one of reference, torch(, triton)? here, got 'cpu': the native library"
     with pytest.raises(ValueError, match=message):
-        backends._checked.__wrapped__("cpu", "backend")
+        dispatch._checked.__wrapped__("cpu", "backend")
 
 
 @needs_library
 def test_units_agree_bit_for_bit() -> None:
     """Sums are exact and the float operations after them are the same, whatever the width of a vector."""
-    if not (native.machine()["avx512"] and native.machine()["avx2"]):
+    if not (native_library.machine()["avx512"] and native_library.machine()["avx2"]):
         pytest.skip("this machine has one unit")
     code = """
 import hashlib, torch

@@ -11,7 +11,8 @@ import torch
 
 from difloat import recipes
 from difloat.calibration import Calibration, CalibrationSettings, collect
-from difloat.methods.task import Bits, Task
+from difloat.methods.task import Task
+from difloat.plan.rules import Bits
 from difloat.recipes import RECIPES
 from tiny import PROMPTS, tiny_pixart
 

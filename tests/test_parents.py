@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from difloat import install, io, layers, parents
 from difloat.numbers import formats
-from difloat.quantizer import Plan, dequantize, plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.plan.encode import dequantize, plan_layer
+from difloat.plan.plan import Plan
+from difloat.plan.specs import Part, QuantSpec
 from tiny import tiny_t5, tiny_tokenizer
 
 WO = "encoder.block.0.layer.1.DenseReluDense.wo"

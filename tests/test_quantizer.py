@@ -11,9 +11,10 @@ from torch import Tensor
 
 from difloat.numbers import formats, rounding
 from difloat.numbers.formats import parse
-from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
-from difloat.scales import expand_scale, fake_quantize, rows_of
-from difloat.specs import Part, QuantSpec, layer_tensor_shapes
+from difloat.plan.encode import dequantize, plan_layer
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.scales import expand_scale, fake_quantize, rows_of
+from difloat.plan.specs import Part, QuantSpec, layer_tensor_shapes
 
 FORMATS = [
     "e2m1",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import difloat
 from difloat import install, layers, parents
 from difloat.methods import observe, readers
-from difloat.quantizer import dequantize
+from difloat.plan.encode import dequantize
 from difloat.reading import Use
 
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from difloat import recipes
 from difloat.calibration import CalibrationSettings, collect_from_loop
 from difloat.methods import posttraining, relation
-from difloat.methods.assign import Rule
 from difloat.methods.finetune import Batch, TrainingSettings, train
 from difloat.methods.posttraining import LayerRules, Sequencing
 from difloat.methods.relation import RelationLoss, RelationSettings, divergence, feature_block, positions
 from difloat.methods.student import Student
-from difloat.methods.task import Bits, Task
+from difloat.methods.task import Task
 from difloat.numbers.formats import parse
-from difloat.quantizer import Plan
+from difloat.plan.plan import Plan
+from difloat.plan.rules import Bits, Rule
 
 STEPS = (900, 500, 100)
 

@@ -20,8 +20,9 @@ from difloat.methods import datafree, tuned
 from difloat.methods.adapters import Adaptive
 from difloat.methods.student import Student
 from difloat.numbers.formats import parse
-from difloat.quantizer import LayerPlan, Plan, plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.plan.encode import plan_layer
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.specs import Part, QuantSpec
 from mixed_rows import in_bands
 from test_finetune import Denoiser, by_timestep, prepared, sample_with, student_of
 from tiny import tiny_pixart

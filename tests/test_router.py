@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from difloat import recipes
 from difloat.calibration import CalibrationSettings, collect_from_loop
 from difloat.methods.student import Router, fixed_table
-from difloat.methods.task import Bits, Task
+from difloat.methods.task import Task
+from difloat.plan.rules import Bits
 
 LAYERS = 100
 

@@ -12,17 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from difloat import install, record, tiers
-from difloat.kernels import backends, eager, reference, resident
-from difloat.kernels.rows import Rows
+from difloat.kernels import derived, dispatch, reference, torch_int8
+from difloat.kernels.weight import Rows
 from difloat.numbers import formats, integer_grids
 from difloat.numbers.formats import parse
 from difloat.numbers.packing import packed_channels
-from difloat.quantizer import LayerPlan, Plan, dequantize, join_rows, join_variants
-from difloat.scales import row_places
-from difloat.specs import Band, QuantSpec
+from difloat.plan.encode import dequantize, join_rows, join_variants
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.scales import row_places
+from difloat.plan.specs import Band, QuantSpec
 from mixed_rows import STATIC, TOKEN, Mixed, mixed, spec_of
 
-FAST = [name for name in backends.available() if name not in ("reference", "triton")]
+FAST = [name for name in dispatch.available() if name not in ("reference", "triton")]
 WIDTHS = ("uint1", "uint2", "e2m0", "e2m1", "int5")  # 1 to 5 bits
 COUNTS = (3, 4, 1, 5, 2)
 GEOMETRY = ([1, 1], [1, 1], [1, 1], 1)
@@ -119,13 +120,13 @@ def test_a_layer_computes_what_the_layers_of_its_bands_compute(one: Mixed, with_
     bias = torch.randn(out_channels, generator=generator) if with_bias else None
     with torch.no_grad():
         for name in FAST:
-            with backends.use_backend(name):
+            with dispatch.use_backend(name):
                 got, expected = installed(one.joined, bias)(x), by_rows(one, x, bias)
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-                whole = {_who(band, x) for band in one.bands} == {backends.BACKENDS[name].__name__}
+                whole = {_who(band, x) for band in one.bands} == {dispatch.BACKENDS[name].__name__}
                 if whole and name != "decoded":  # sums in float depend on how many there are
                     assert torch.equal(got, expected), name
-        with backends.use_backend("reference"):
+        with dispatch.use_backend("reference"):
             got = installed(one.joined, bias)(x)
             torch.testing.assert_close(got, by_rows(one, x, bias), rtol=1e-4, atol=1e-4)
 
@@ -135,7 +136,7 @@ def _who(band: LayerPlan, x: Tensor) -> str:
     pieces = x.split([part.channels for part in band.parts], dim=1)
     shapes = [(band.shape[0], part.channels, *band.shape[2:]) for part in band.parts]
     chosen = zip(band.parts, shapes, pieces, strict=True)
-    names = {backends.choose(part, shape, piece).__name__ for part, shape, piece in chosen}
+    names = {dispatch.choose(part, shape, piece).__name__ for part, shape, piece in chosen}
     return names.pop() if len(names) == 1 else "several"
 
 
@@ -225,7 +226,7 @@ def rows_of_layer(one: Mixed) -> Rows:
 def test_operands_and_sums_are_those_of_the_codes(kernel, generator) -> None:
     """The integers that go into the product, and its sums, are exactly those that the formats define."""
     one = mixed(shape_of(kernel), [spec_of(name) for name in WIDTHS], COUNTS, generator)
-    weight = eager._weight_of_rows(rows_of_layer(one))
+    weight = torch_int8._weight_of_rows(rows_of_layer(one))
     expected = []
     for codes, name in zip(one.joined.codes(), WIDTHS, strict=True):
         grid, values = integer_grids.grid_of(parse(name)), torch.tensor(parse(name).decode_table)
@@ -254,7 +255,7 @@ def test_every_backend_is_close_to_float64(name, kernel, activation, generator) 
     magnitude = operator(
         values.abs() + 3, 3 * weight.abs().amax().expand_as(weight), bias.double().abs()
     ).max()
-    with backends.use_backend(name), torch.no_grad():
+    with dispatch.use_backend(name), torch.no_grad():
         for dtype, eps in ((torch.float32, 0.0), (torch.bfloat16, 2.0**-8)):
             if dtype == torch.bfloat16 and (name in ("reference", "decoded") or not integer_path(one, x)):
                 continue
@@ -270,8 +271,8 @@ def test_every_backend_is_close_to_float64(name, kernel, activation, generator) 
 def integer_path(one: Mixed, x: Tensor) -> bool:
     """Whether a backend computes the layer in integers."""
     bands = one.joined.split_rows()
-    chosen = backends.choose_rows([band.parts[0] for band in bands], [band.shape for band in bands], x)
-    return chosen not in (reference, backends.BACKENDS["decoded"])
+    chosen = dispatch.choose_rows([band.parts[0] for band in bands], [band.shape for band in bands], x)
+    return chosen not in (reference, dispatch.BACKENDS["decoded"])
 
 
 @pytest.mark.parametrize("kernel", [None, 3])
@@ -279,13 +280,13 @@ def test_rows_of_several_widths_are_computed_in_integers(kernel, generator) -> N
     one = mixed(shape_of(kernel), [spec_of(n) for n in WIDTHS], COUNTS, generator)
     x = some_input(one.joined, generator)
     for name in ("auto", *(name for name in FAST if name != "decoded")):
-        with backends.use_backend(name):
+        with dispatch.use_backend(name):
             assert integer_path(one, x)
     odd = mixed(shape_of(kernel), [spec_of("e2m1"), spec_of("e4m3")], (3, 12), generator)  # e4m3 is no int8
     assert not integer_path(odd, x)
 
 
-@pytest.mark.skipif("triton" not in backends.available(), reason="Triton is not installed")
+@pytest.mark.skipif("triton" not in dispatch.available(), reason="Triton is not installed")
 @pytest.mark.parametrize(
     ("kernel", "activation"), [(None, TOKEN), (None, None), (3, STATIC), (3, QuantSpec(parse("e4m3fn")))]
 )
@@ -298,9 +299,9 @@ def test_triton_computes_rows_of_several_widths(kernel, activation, device, gene
     x = some_input(one.joined, generator).to(device, dtype)
     layer = installed(one.joined, torch.randn(7, generator=generator)).to(device)
     with torch.no_grad():
-        with backends.use_backend("reference"):
+        with dispatch.use_backend("reference"):
             expected = layer(x.float())
-        with backends.use_backend("triton"):
+        with dispatch.use_backend("triton"):
             assert integer_path(one, x)
             got = layer(x)
     assert got.dtype == dtype and got.shape == expected.shape
@@ -321,10 +322,10 @@ def test_half_precision_and_inputs_of_every_layout(generator) -> None:
         torch.zeros(0, 10),
         torch.zeros(2, 0, 10),
     ):
-        with backends.use_backend("reference"), torch.no_grad():
+        with dispatch.use_backend("reference"), torch.no_grad():
             expected = layer(x.float())
         for name in FAST:
-            with backends.use_backend(name), torch.no_grad():
+            with dispatch.use_backend(name), torch.no_grad():
                 got = layer(x)
             assert got.dtype == x.dtype and got.shape == expected.shape == (*x.shape[:-1], 6)
             torch.testing.assert_close(got.float(), expected, rtol=2e-3, atol=2e-3)
@@ -343,7 +344,7 @@ def test_convolutions_of_every_layout_and_in_groups(layout, groups, counts, gene
     assert model[0].weight.dim() == 4
     model.to(memory_format=layout)
     for name in ("reference", *FAST):
-        with backends.use_backend(name), torch.no_grad():
+        with dispatch.use_backend(name), torch.no_grad():
             got = model(x.to(memory_format=layout))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
         assert got.is_contiguous(memory_format=layout)
@@ -368,7 +369,7 @@ def test_operators_are_legal(name, activation, kernel, generator) -> None:
     operator = torch.ops.difloat.conv2d_rows if kernel else torch.ops.difloat.linear_rows
     for x in (some_input(one.joined, generator), some_input(one.joined, generator).requires_grad_()):
         arguments = (x, *stored, layer.bias.detach(), text, *(GEOMETRY if kernel else ()))
-        with backends.use_backend(name):
+        with dispatch.use_backend(name):
             torch.library.opcheck(operator.default, arguments, test_utils=tests)
 
 
@@ -382,7 +383,7 @@ def test_gradients_are_straight_through(name, kernel, generator) -> None:
     bias = torch.randn(6, generator=generator)
     x = (3 * some_input(one.joined, generator)).requires_grad_()  # the grid ends at -3 and 3
     layer = installed(one.joined, bias)
-    with backends.use_backend(name):
+    with dispatch.use_backend(name):
         out = layer(x)
     upstream = torch.randn(out.shape, generator=generator)
     out.backward(upstream)
@@ -412,7 +413,7 @@ def test_compiled_layers_have_no_graph_break_and_the_same_result(kernel, generat
 def test_a_weight_that_changes_in_place_is_derived_again(name, generator) -> None:
     first, second = (mixed((6, 8), [spec_of("uint1"), spec_of("int4")], (2, 4), generator) for _ in range(2))
     layer, x = installed(first.joined), torch.randn(3, 8, generator=generator)
-    with backends.use_backend(name), torch.no_grad():
+    with dispatch.use_backend(name), torch.no_grad():
         before = layer(x)
         expected = installed(second.joined)(x)
         layer.load_state_dict(installed(second.joined).state_dict())
@@ -422,16 +423,16 @@ def test_a_weight_that_changes_in_place_is_derived_again(name, generator) -> Non
 def test_no_more_than_one_byte_per_weight_is_kept(generator) -> None:
     one = mixed((40, 64), [spec_of("uint1"), spec_of("uint2"), spec_of("uint3")], (4, 32, 4), generator)
     layer, x = installed(one.joined), torch.randn(3, 64, generator=generator)
-    before = resident.resident_bytes()
-    with backends.use_backend("torch"), torch.no_grad():
+    before = derived.resident_bytes()
+    with dispatch.use_backend("torch"), torch.no_grad():
         layer(x)
         layer(x)
     kept = before + 40 * 64 + 40 * 4  # the weights and the places of the rows
-    assert resident.resident_bytes() == kept
+    assert derived.resident_bytes() == kept
     if "cpu" in FAST:
-        with backends.use_backend("cpu"), torch.no_grad():
+        with dispatch.use_backend("cpu"), torch.no_grad():
             layer(x)
-        assert resident.resident_bytes() == kept
+        assert derived.resident_bytes() == kept
 
 
 # Timesteps
@@ -498,12 +499,12 @@ def test_restore_gives_the_dequantized_rows_in_order(generator) -> None:
 def test_what_computes_a_layer_is_said_in_words(generator) -> None:
     one = mixed((6, 7), [spec_of("uint1"), spec_of("uint2"), spec_of("uint3")], (2, 3, 1), generator)
     model = nn.Sequential(installed(one.joined))
-    with backends.use_backend("torch"):
+    with dispatch.use_backend("torch"):
         assert tiers.layers(model) == ["1 x uint1/uint2/uint3 x int8: int8 products, backend torch"]
     model = nn.Sequential(
         installed(replace(one.joined, parts=tuple(replace(p, activation=None) for p in one.joined.parts)))
     )
-    name = "decoded" if "decoded" in backends.available() else "reference"
+    name = "decoded" if "decoded" in dispatch.available() else "reference"
     assert tiers.layers(model) == [
         f"1 x uint1/uint2/uint3 x float: decoded to floats, backend {name} (activations are not quantized)"
     ]

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from difloat import recipes
-from difloat.methods.assign import Rule
 from difloat.numbers import formats
 from difloat.numbers.formats import parse
 from difloat.numbers.scale_grids import shared_scale, snapping
 from difloat.numbers.search import CLIPS, search
-from difloat.quantizer import dequantize
-from difloat.scales import fake_quantize
+from difloat.plan.encode import dequantize
+from difloat.plan.rules import Rule
+from difloat.plan.scales import fake_quantize
 from test_contracts import plan_with
 
 E4M3 = torch.tensor(formats.parse("e4m3fn").values, dtype=torch.float64)

@@ -15,13 +15,14 @@ from torch import nn
 import difloat
 import tiny
 from difloat import api, install, layers, record
-from difloat.kernels import beside, ops
-from difloat.merging import add_to_weight
+from difloat.kernels import beside, operators
 from difloat.methods.adapters import Adaptive, stored_bytes
 from difloat.numbers.formats import parse
-from difloat.quantizer import SIDE, LayerPlan, Plan, plan_layer
+from difloat.plan.add_delta import add_to_weight
+from difloat.plan.encode import plan_layer
+from difloat.plan.plan import SIDE, LayerPlan, Plan
+from difloat.plan.specs import Part, QuantSpec, Side
 from difloat.side import low_rank, product
-from difloat.specs import Part, QuantSpec, Side
 from test_finetune import Denoiser
 
 GRID = (100.0, 500.0, 900.0)
@@ -274,17 +275,17 @@ def test_the_operator_with_a_branch_is_legal_and_gives_gradients() -> None:
     layer = nn.Linear(6, 4)
     stored = plan_of_layer(layer).tensors
     tensors = stored["weight"], stored["weight_scale"], None, stored["input_scale"], None, layer.bias.detach()
-    text, (down, up) = ops.part_text(plan_of_layer(layer).parts[0]), factors_of(layer)
+    text, (down, up) = operators.part_text(plan_of_layer(layer).parts[0]), factors_of(layer)
     arguments = (torch.randn(2, 3, 6), *tensors, text, down, up)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.difloat.linear_beside.default, arguments, test_utils=tests)
     x, other = (torch.full((5, 6), 0.02).requires_grad_() for _ in range(2))
     beside.linear(x, tensors, text, down, up).sum().backward()
-    (ops.linear(other, *tensors, text) + other @ down.T @ up.T).sum().backward()
+    (operators.linear(other, *tensors, text) + other @ down.T @ up.T).sum().backward()
     torch.testing.assert_close(x.grad, other.grad)
     with torch.no_grad():
         torch.testing.assert_close(
-            beside.linear(x, tensors, text, down, up), ops.linear(x, *tensors, text) + x @ down.T @ up.T
+            beside.linear(x, tensors, text, down, up), operators.linear(x, *tensors, text) + x @ down.T @ up.T
         )
 
 

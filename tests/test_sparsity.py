@@ -11,11 +11,11 @@ from torch import Tensor
 from difloat import recipes, record
 from difloat.facts import MOSTLY, LayerRow, rounded_away, zeros_note
 from difloat.layers import quantizable
-from difloat.methods.assign import MIN_MAX, Rule, draft_layer
 from difloat.methods.sparsity import mostly_zero
-from difloat.methods.task import Bits, Task
+from difloat.methods.task import Task
 from difloat.numbers.formats import parse
-from difloat.quantizer import LayerPlan
+from difloat.plan.plan import LayerPlan
+from difloat.plan.rules import MIN_MAX, Bits, Rule, draft_layer
 from test_contracts import plan_with, prepared
 
 

@@ -6,11 +6,11 @@ import pytest
 
 from difloat import recipes
 from difloat.calibration import CalibrationSettings, collect, denoiser_of
-from difloat.methods.assign import Rule
 from difloat.methods.posttraining import Bits, Task
-from difloat.methods.target import check, restrict
 from difloat.numbers.formats import candidates, parse
 from difloat.numbers.integer_grids import grid_of
+from difloat.plan.rules import Rule
+from difloat.plan.target import check, restrict
 from difloat.recipes.lbfp import encodings
 from tiny import tiny_pixart
 

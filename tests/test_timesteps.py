@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import difloat
 from difloat import install, layers
 from difloat.numbers.formats import parse
-from difloat.quantizer import LayerPlan, Plan, dequantize, join_variants, plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.plan.encode import dequantize, join_variants, plan_layer
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.specs import Part, QuantSpec
 from difloat.timesteps import Clock
 
 GRID = (0.0, 100.0, 500.0, 900.0)

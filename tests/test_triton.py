@@ -21,13 +21,16 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the GPU backend needs Triton, which this platform has no wheel of")
 
 from difloat import install
-from difloat.kernels import reference, triton_operands, triton_tiles
-from difloat.kernels import triton as backend
-from difloat.kernels.backends import use_backend
+from difloat.kernels import reference
+from difloat.kernels.dispatch import use_backend
+from difloat.kernels.triton import backend
+from difloat.kernels.triton import operands as triton_operands
+from difloat.kernels.triton import tiles as triton_tiles
 from difloat.numbers.formats import candidates, parse
 from difloat.numbers.packing import pack
-from difloat.quantizer import LayerPlan, dequantize, plan_layer
-from difloat.specs import Part, QuantSpec, Side
+from difloat.plan.encode import dequantize, plan_layer
+from difloat.plan.plan import LayerPlan
+from difloat.plan.specs import Part, QuantSpec, Side
 
 ALL = [f for bits in range(2, 9) for signed in (True, False) for f in candidates(bits, signed)]
 ALL += [parse(f"{u}int{n}") for u in ("", "u") for n in range(1 if u else 2, 9)] + [parse("e4m3fn")]
@@ -273,7 +276,7 @@ def dequantized(given, operands, channels: int) -> Tensor:
 )
 @pytest.mark.parametrize("capability", [(9, 0), (8, 0)], ids=str)
 def test_online_quantizer_equals_the_reference_bit_for_bit(name, capability, device) -> None:
-    from difloat.kernels import triton_launch
+    from difloat.kernels.triton import launch
 
     operands = triton_operands.choose(parse("e2m1"), parse(name), torch.float32, capability)
     if device.type == "cuda" and capability != (9, 0):
@@ -282,9 +285,9 @@ def test_online_quantizer_equals_the_reference_bit_for_bit(name, capability, dev
     x[1] = 0
     x[2, :40] = parse(name).max * torch.arange(40) / 80  # ties
     x[2, 40] = parse(name).max
-    source = triton_launch.rows_source(x.to(device))
+    source = launch.rows_source(x.to(device))
     spec = QuantSpec(parse(name), "token", online=True)
-    given = triton_launch.quantized(source, operands, spec, None, None, 0, None)
+    given = launch.quantized(source, operands, spec, None, None, 0, None)
     assert torch.equal(
         dequantized(given, operands, 83), reference.fake_quantize_input(x, None, None, name, True)
     )
@@ -293,13 +296,13 @@ def test_online_quantizer_equals_the_reference_bit_for_bit(name, capability, dev
 @pytest.mark.parametrize("name", ["ue2m2", "int8", "e4m3fn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_stored_scale_and_zero_point_equal_the_reference(name, dtype, device) -> None:
-    from difloat.kernels import triton_launch
+    from difloat.kernels.triton import launch
 
     x, scale, zero = tokens(5, 40).to(dtype), torch.tensor([0.013]), torch.tensor([-0.4])
     operands = triton_operands.choose(parse("e2m1"), parse(name), dtype, (9, 0))
     spec = QuantSpec(parse(name), zero_point=True)
-    source = triton_launch.rows_source(x.to(device))
-    given = triton_launch.quantized(source, operands, spec, scale.to(device), zero.to(device), 1, None)
+    source = launch.rows_source(x.to(device))
+    given = launch.quantized(source, operands, spec, scale.to(device), zero.to(device), 1, None)
     expected = reference.fake_quantize_input(x.float(), scale, zero, name, False)
     values = dequantized(given, operands, 40)
     assert torch.equal(values + zero, expected)

@@ -15,8 +15,8 @@ from torch import Tensor
 from difloat import interchange
 from difloat.interchange.layers import encode
 from difloat.interchange.schemes import COMFY, FP8_ROWS, MXFP4, NVFP4, Scheme, swap_nibbles, to_tiles
-from difloat.methods.assign import Rule, draft_layer
-from difloat.quantizer import LayerPlan
+from difloat.plan.plan import LayerPlan
+from difloat.plan.rules import Rule, draft_layer
 
 SHAPE = (256, 256)  # 256 rows of 16 groups: whole tiles, so that no shape gives an arrangement away
 

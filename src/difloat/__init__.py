@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from difloat.fast_attention import accelerate as accelerate_attention
 from difloat.io import CheckpointError, load, planner, register, save, verify
-from difloat.kernels.backends import set_backend, use_backend
+from difloat.kernels.dispatch import set_backend, use_backend
 from difloat.lora import load_lora, merge_lora, save_lora, set_lora, unload_lora, unmerge_lora
 from difloat.numbers import formats, rounding
-from difloat.quantizer import LayerPlan, Plan
-from difloat.specs import Part, QuantSpec
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.specs import Part, QuantSpec
 
 if TYPE_CHECKING:
     from difloat.api import apply, plan, quantize, restore

@@ -16,13 +16,14 @@ from difloat import components as parts
 from difloat.calibration import Calibration, CalibrationSettings
 from difloat.exclusion import excluded
 from difloat.io import mark_quantized, unmark_quantized
-from difloat.methods import target as targets
 from difloat.methods.denoising_factor import loss_weights
 from difloat.methods.finetune import TrainingSettings, guidance_to_keep
 from difloat.methods.posttraining import Outcome, timestep_grid
-from difloat.methods.task import Bits, Task
+from difloat.methods.task import Task
 from difloat.methods.tuned import Tuning, tune
-from difloat.quantizer import LayerPlan, Plan
+from difloat.plan import target as targets
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.rules import Bits
 
 
 def denoiser(model: Any) -> nn.Module:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from difloat.kernels import attention as kernels
-from difloat.kernels import ops
-from difloat.specs import AttentionPlan
+from difloat.kernels import operators
+from difloat.plan.specs import AttentionPlan
 
 _MAP_VALUES = 1 << 24  # values of the attention maps held at a time where a map is quantized: 64 MiB
 
@@ -210,13 +210,13 @@ def attend(
         if bias is not None:
             scores = scores + bias[piece]
         top = torch.full((1,), 1 / plan.softmax.max, device=query.device)
-        weights = ops.fake_quantize_input(scores.softmax(-1), top, None, plan.softmax.name, False)
+        weights = operators.fake_quantize_input(scores.softmax(-1), top, None, plan.softmax.name, False)
         pieces.append(weights @ value[piece])
     return torch.cat(pieces).reshape(shape)
 
 
 def _per_token_and_head(x: Tensor, format_name: str) -> Tensor:
-    return ops.fake_quantize_input(x.flatten(0, -2), None, None, format_name, True).reshape(x.shape)
+    return operators.fake_quantize_input(x.flatten(0, -2), None, None, format_name, True).reshape(x.shape)
 
 
 def _additive(mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | None:

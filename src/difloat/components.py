@@ -11,7 +11,7 @@ from torch import nn
 from difloat import hooks
 from difloat.methods import datafree
 from difloat.methods.datafree import Settings
-from difloat.quantizer import Plan
+from difloat.plan.plan import Plan
 from difloat.sampling import denoiser_of
 
 

@@ -16,11 +16,12 @@ from difloat.calibration import Calibration, CalibrationSettings, finish_recordi
 from difloat.calls import Recorder, recording
 from difloat.exclusion import excluded
 from difloat.methods import allocate
-from difloat.methods.task import Bits, Sequencing, Task
-from difloat.quantizer import Plan
+from difloat.methods.task import Sequencing, Task
+from difloat.plan.plan import Plan
+from difloat.plan.rules import Bits
+from difloat.plan.specs import weight_formats
 from difloat.sampling import quiet
 from difloat.shelf import Shelf
-from difloat.specs import weight_formats
 
 _TRIAL_STEPS = (2, 6)  # two lengths tell the cost of a step from the cost of a block
 _LEARNING_BYTES = (

@@ -18,7 +18,7 @@ from difloat.methods import observe, posttraining, relation
 from difloat.methods.adapters import stored_bytes
 from difloat.methods.student import Student
 from difloat.methods.task import Task
-from difloat.quantizer import Plan
+from difloat.plan.plan import Plan
 
 _TRAINING_FORWARDS = 5  # forward passes of the float denoiser that a training step takes as long as
 _STUDENT_FORWARDS = 2.5  # the same of a forward pass of the student, without gradient

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from difloat import attention, hooks, modes, parents
 from difloat.layers import QuantConv2d, QuantizedLayer, QuantLinear, empty_like, quantizable, weight_of
-from difloat.quantizer import LayerPlan, Plan, dequantize
+from difloat.plan.encode import dequantize
+from difloat.plan.plan import LayerPlan, Plan
 from difloat.side import product
 from difloat.timesteps import Clock
 from difloat.units import places

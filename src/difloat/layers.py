@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from difloat import modes
-from difloat.kernels import beside, checks, ops, row_ops
+from difloat.kernels import beside, checks, row_operators
+from difloat.kernels import operators as ops
 from difloat.parents import PackedWeight
-from difloat.quantizer import VARIED, LayerPlan
+from difloat.plan.plan import VARIED, LayerPlan
+from difloat.plan.specs import SIDE, Band, Part, Side, weight_formats
 from difloat.side import low_rank
 from difloat.slots import VECTORS, RowSlot, Slot, row_slots_of, slots_of
-from difloat.specs import SIDE, Band, Part, Side, weight_formats
 from difloat.timesteps import Clock
 from difloat.units import blocks, inside_blocks, quantizable
 
@@ -34,8 +35,8 @@ __all__ = [
     "weight_of",
 ]
 
-_LINEAR = (ops.linear, row_ops.linear)
-_CONV2D = (ops.conv2d, row_ops.conv2d)
+_LINEAR = (ops.linear, row_operators.linear)
+_CONV2D = (ops.conv2d, row_operators.conv2d)
 
 
 class QuantizedLayer(PackedWeight):
@@ -129,7 +130,7 @@ class QuantizedLayer(PackedWeight):
         for part, slot in zip(self.parts, self.slots, strict=True):
             packed, scale, zero_point, *_ = stored = self._stored(slot)
             if isinstance(slot, RowSlot):
-                pieces.append(row_ops.dequantize(packed, scale, zero_point, stored[-1], slot.text))
+                pieces.append(row_operators.dequantize(packed, scale, zero_point, stored[-1], slot.text))
                 continue
             name, group_size = part.weight.format.name, part.weight.group_size or 0
             pieces.append(ops.dequantize(packed, scale, zero_point, name, part.channels, group_size))

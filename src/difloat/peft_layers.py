@@ -18,8 +18,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from difloat.layers import QuantizedLayer
-from difloat.merging import add_to_weight
-from difloat.quantizer import LayerPlan
+from difloat.plan.add_delta import add_to_weight
+from difloat.plan.plan import LayerPlan
 
 # Of `init_lora_weights`: those that never look at the float weight.
 _PLAIN_STARTS = (True, False, "gaussian", "eva")

@@ -22,9 +22,10 @@ from difloat.evaluate import Evaluation
 from difloat.facts import NO_LAYER
 from difloat.io.directories import REPORT_FILES, replace_file
 from difloat.layers import weight_of
-from difloat.quantizer import LayerPlan, Plan, dequantize
+from difloat.plan.encode import dequantize
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.specs import SIDE, QuantSpec, rows_of_parts, weight_formats
 from difloat.report import Histogram, LayerRow, Record
-from difloat.specs import SIDE, QuantSpec, rows_of_parts, weight_formats
 
 RECORD, PICTURES, PAGE = REPORT_FILES
 _HISTOGRAM_BINS = 96

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from difloat.kernels import ops, row_ops
+from difloat.kernels import operators, row_operators
 from difloat.numbers.packing import packed_channels
-from difloat.specs import Band, Part
+from difloat.plan.specs import Band, Part
 
 VECTORS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
 
@@ -77,7 +77,7 @@ def slots_of(
         )
         columns, *vectors = (slice(end, end + n) if n else None for end, n in zip(ends, lengths, strict=True))
         assert columns is not None
-        slots.append(Slot(part.channels, ops.part_text(part), columns, tuple(vectors)))
+        slots.append(Slot(part.channels, operators.part_text(part), columns, tuple(vectors)))
         ends = [end + n for end, n in zip(ends, lengths, strict=True)]
     return tuple(slots)
 
@@ -95,7 +95,7 @@ def row_slots_of(parts: tuple[Part, ...], bands: tuple[Band, ...]) -> tuple[RowS
         counts = [part.weight.scale_count(band.rows, part.channels) for part in own]
         at, scales = stretch.stop, scales + sum(counts)
         zeros += sum(n for n, part in zip(counts, own, strict=True) if part.weight.zero_point)
-    texts = [row_ops.parts_text(tuple(b.parts(parts)[n] for b in bands)) for n in range(len(parts))]
+    texts = [row_operators.parts_text(tuple(b.parts(parts)[n] for b in bands)) for n in range(len(parts))]
     return tuple(
         RowSlot(part.channels, text, tuple(of_part))
         for part, text, of_part in zip(parts, texts, found, strict=True)

@@ -29,7 +29,7 @@ from difloat.evaluate import Evaluation, Generated
 from difloat.forecast import Forecast
 from difloat.io.checkpoint import dtype_argument
 from difloat.io.layout import stored_dtypes
-from difloat.quantizer import Plan
+from difloat.plan.plan import Plan
 from difloat.report import Record
 
 SHOWN = 24  # picture pairs in a report

@@ -8,24 +8,24 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from difloat.kernels import backends, integers, native
+from difloat.kernels import dispatch, integer_operands, native_library
 from difloat.layers import QuantizedLayer
-from difloat.specs import Part, rows_of_parts
+from difloat.plan.specs import Part, rows_of_parts
 
 _TOKENS = 1024
 
 
 def machine() -> str:
     """One line: unit of the native library, attention, backend in force, threads."""
-    unit = native.unit()
+    unit = native_library.unit()
     if unit is not None:
-        attention = "with" if native.attention_unit() else "without"
+        attention = "with" if native_library.attention_unit() else "without"
         tier = f"native library, {unit} unit, {attention} bfloat16 attention"
-    elif native.built():
+    elif native_library.built():
         tier = "native library has no unit for this machine, torch computes"
     else:
         tier = "native library not built, torch computes"
-    return f"kernels: {tier}; backend {backends.backend()}, {torch.get_num_threads()} threads"
+    return f"kernels: {tier}; backend {dispatch.backend()}, {torch.get_num_threads()} threads"
 
 
 def layers(model: nn.Module) -> list[str]:
@@ -45,11 +45,11 @@ def _way(parts: Sequence[Part], rows: Sequence[int], shape: tuple[int, ...]) -> 
     channels, taken = parts[0].channels, parts[0].activation
     size = (_TOKENS, channels) if len(shape) == 2 else (1, channels, 32, 32)
     x = torch.empty(size, dtype=torch.bfloat16)
-    module = backends.choose_rows(parts, [(count, channels, *shape[2:]) for count in rows], x)
-    name = next(name for name, known in backends.BACKENDS.items() if known is module)
+    module = dispatch.choose_rows(parts, [(count, channels, *shape[2:]) for count in rows], x)
+    name = next(name for name, known in dispatch.BACKENDS.items() if known is module)
     weights = "/".join(dict.fromkeys(part.weight.format.name for part in parts))
     formats = f"{weights} x {'float' if taken is None else taken.format.name}"
     if name not in ("reference", "decoded"):
         return f"{formats}: int8 products, backend {name}"
-    reason = next(filter(None, map(integers.reason_against, parts)), "no faster one")
+    reason = next(filter(None, map(integer_operands.reason_against, parts)), "no faster one")
     return f"{formats}: decoded to floats, backend {name} ({reason})"

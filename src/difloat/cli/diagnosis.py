@@ -25,7 +25,7 @@ from difloat.tables import console
 
 if TYPE_CHECKING:
     from difloat.diagnosis import Diagnosis, Health
-    from difloat.quantizer import Plan
+    from difloat.plan.plan import Plan
 
 _ROWS = 12  # of a table
 

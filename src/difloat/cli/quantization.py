@@ -71,7 +71,7 @@ def quantize(
 ) -> None:
     """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
     from difloat import api, calibration, recipes, study
-    from difloat.methods import target as targets
+    from difloat.plan import target as targets
 
     meet()
     chosen = options_of(option or [])

@@ -19,7 +19,7 @@ from difloat.interchange.schemes import Scheme, check_dialect
 from difloat.io.checkpoint import components, read_plan
 from difloat.io.layout import CONFIG, INPUT_BUNDLE, StoredTensor, read_json, write_json
 from difloat.io.verify import read_layers
-from difloat.quantizer import LayerPlan, Plan
+from difloat.plan.plan import LayerPlan, Plan
 
 INPUT_SCALES = "input_scales"  # of imported files, kept in the options of the plan
 _WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -17,7 +17,7 @@ from difloat.interchange.layers import decode
 from difloat.interchange.schemes import Scheme, check_dialect
 from difloat.io.checkpoint import mark_quantized
 from difloat.io.layout import CONFIG, read_json
-from difloat.quantizer import LayerPlan, Plan
+from difloat.plan.plan import LayerPlan, Plan
 
 RECIPE = "import"  # what the plans of foreign files name as their recipe
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from difloat.interchange.schemes import E8M0_BIAS, E8M0_NAN, Scheme, from_tiles, swap_nibbles, to_tiles
 from difloat.numbers import formats, packing
-from difloat.quantizer import LayerPlan
-from difloat.specs import Part, QuantSpec
+from difloat.plan.plan import LayerPlan
+from difloat.plan.specs import Part, QuantSpec
 
 NEUTRAL_INPUT_SCALE = (
     1.0  # inputs up to 448 * 6 = 2688 fit, those below 2**-10 * 6 of a group's largest vanish

@@ -10,7 +10,7 @@ from torch import Tensor
 from difloat.interchange.layers import decode
 from difloat.interchange.schemes import Scheme, from_tiles, swap_nibbles, tile_shape, to_tiles
 from difloat.numbers import packing
-from difloat.quantizer import dequantize
+from difloat.plan.encode import dequantize
 
 _SATURATED = 0.5  # share of groups that should reach the upper end of the grid; made by absmax, nearly all do
 _LARGEST_WEIGHT = 1000.0  # no trained layer has weights beyond it

@@ -40,7 +40,7 @@ from difloat.io.modules import load_into, write_module
 from difloat.io.remote import INDEX as PIPELINE_INDEX
 from difloat.io.remote import write_loaders
 from difloat.layers import QuantizedLayer
-from difloat.quantizer import LayerPlan, Plan
+from difloat.plan.plan import LayerPlan, Plan
 
 # Where a model was loaded from, as diffusers and transformers note it in their configs.
 _ORIGIN = ("_name_or_path", "name_or_path", "is_local", "local_files_only")

@@ -11,7 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 
 from difloat.io import planner, register
 from difloat.io.layout import QUANT_METHOD, parse_config
-from difloat.quantizer import Plan
+from difloat.plan.plan import Plan
 
 
 class DifloatMethod(str, Enum):

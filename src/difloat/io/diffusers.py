@@ -30,7 +30,7 @@ from difloat.io.layout import (
 )
 from difloat.io.lora_loader import teach_shapes
 from difloat.io.packed_models import guard, unguard
-from difloat.quantizer import LayerPlan
+from difloat.plan.plan import LayerPlan
 
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16}
 _BITS[torch.bfloat16] = torch.int16

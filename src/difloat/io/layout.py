@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from difloat import json_fields
-from difloat.quantizer import PLAN_VERSION, LayerPlan, Plan
-from difloat.specs import SIDE, AttentionPlan, Band
+from difloat.plan import json_fields
+from difloat.plan.plan import PLAN_VERSION, LayerPlan, Plan
+from difloat.plan.specs import SIDE, AttentionPlan, Band
 
 QUANT_METHOD = "difloat"
 INPUT_BUNDLE = "difloat.input"

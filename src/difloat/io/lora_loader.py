@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from difloat.layers import QuantizedLayer
-from difloat.quantizer import dequantize
+from difloat.plan.encode import dequantize
 
 
 def teach_shapes() -> None:

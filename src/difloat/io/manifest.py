@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from difloat import json_fields
 from difloat.io.layout import CheckpointError, is_file_name, read_json
+from difloat.plan import json_fields
 
 MANIFEST = "difloat.json"
 MANIFEST_VERSION = 1

@@ -25,7 +25,7 @@ from difloat.io.layout import (
     write_json,
 )
 from difloat.layers import QuantizedLayer
-from difloat.quantizer import Plan
+from difloat.plan.plan import Plan
 from difloat.timesteps import Clock
 
 

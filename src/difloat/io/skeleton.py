@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from difloat import attention, install, layers
 from difloat.io.layout import CheckpointError, check_stored
 from difloat.layers import QuantizedLayer
-from difloat.quantizer import LayerPlan, Plan
+from difloat.plan.plan import LayerPlan, Plan
 from difloat.timesteps import Clock
 
 

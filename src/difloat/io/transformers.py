@@ -27,7 +27,7 @@ from difloat.io.layout import (
     quantization_config,
 )
 from difloat.layers import QuantizedLayer
-from difloat.quantizer import LayerPlan, Plan
+from difloat.plan.plan import LayerPlan, Plan
 
 
 class DifloatHfQuantizer(HfQuantizer):

@@ -16,7 +16,8 @@ from difloat.io.integrity import first_fault, unlisted
 from difloat.io.layout import INPUT_BUNDLE, CheckpointError, StoredTensor, bundled_names, check_stored
 from difloat.io.manifest import MANIFEST, read_manifest
 from difloat.numbers.packing import pack
-from difloat.quantizer import LayerPlan, Plan, dequantize, plan_layer
+from difloat.plan.encode import dequantize, plan_layer
+from difloat.plan.plan import LayerPlan, Plan
 
 _MAX_OVERHEAD = 1.03
 # A model of a few small layers is mostly header; no header entry needs more than its name and this.

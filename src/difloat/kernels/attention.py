@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from difloat.kernels import backends, checks, native
+from difloat.kernels import checks, dispatch, native_library
 from difloat.numbers import formats, integer_grids
-from difloat.specs import AttentionPlan
+from difloat.plan.specs import AttentionPlan
 
 _MAX_WIDTH = 1024  # dimensions of a head
 _SCORES = 1 << 20  # of one head at a time without the native unit: 2 MiB in bfloat16
@@ -31,7 +31,7 @@ def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> 
         and min(query.numel(), key.numel()) > 0
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and (mask is None or not mask.requires_grad)
-        and backends.backend() != "reference"
+        and dispatch.backend() != "reference"
     )
 
 
@@ -52,7 +52,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     """
     checks.attention(query, key, value, mask)
     bias = _bias(mask, (*query.shape[:3], key.shape[2]))
-    if native.attention_unit() and backends.backend() in ("auto", "cpu"):
+    if native_library.attention_unit() and dispatch.backend() in ("auto", "cpu"):
         return _native(query, key, value, bias, scale, "", "")
     return _by_head(query, key, value, bias, scale)
 
@@ -68,9 +68,9 @@ def carries_out(plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, 
     grids = [format for format in (plan.operand, plan.softmax) if format is not None]
     return (
         supports(query, key, value, mask)
-        and native.attention_unit()
-        and backends.backend() in ("auto", "cpu")
-        and all(native.attention_grid(format) is not None for format in grids)
+        and native_library.attention_unit()
+        and dispatch.backend() in ("auto", "cpu")
+        and all(native_library.attention_grid(format) is not None for format in grids)
         and (plan.operand is None or plan.operand.signed)
     )
 
@@ -119,14 +119,14 @@ def _bias(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     return bias.expand(shape)
 
 
-def _grid(name: str) -> tuple[int, native.Grid]:
+def _grid(name: str) -> tuple[int, native_library.Grid]:
     """How the unit rounds its operands (0: not, 1: int8, 2: integers in bfloat16), and the grid."""
     if not name:
-        return 0, native.Grid()
+        return 0, native_library.Grid()
     format = formats.parse(name)
-    grid, small = native.attention_grid(format), integer_grids.grid_of(format)
+    grid, small = native_library.attention_grid(format), integer_grids.grid_of(format)
     assert grid is not None
-    return (1, native.grid(format)) if small is not None and not small.shift else (2, grid)
+    return (1, native_library.grid(format)) if small is not None and not small.shift else (2, grid)
 
 
 def _native(
@@ -143,7 +143,7 @@ def _native(
     out = query.new_empty(batch, queries, heads, width).transpose(1, 2)
     triple = ctypes.c_int64 * 3
     none = torch.zeros(0).expand(1, 1, 1, 0)
-    call = native.Attention(
+    call = native_library.Attention(
         query.data_ptr(),
         key.data_ptr(),
         value.data_ptr(),
@@ -159,7 +159,7 @@ def _native(
         *_grid(operand),
         *_grid(softmax),
     )
-    native.check(native.attention_library().difloat_attend(call, native.threads()))
+    native_library.check(native_library.attention_library().difloat_attend(call, native_library.threads()))
     return out
 
 

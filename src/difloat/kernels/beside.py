@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from difloat.kernels import backends, checks, ops
+from difloat.kernels import checks, dispatch, operators
 
 
 def branch(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -35,11 +35,11 @@ def _linear(
 
 
 def _run(x: Tensor, stored: tuple[Any, ...], text: str, down: Tensor, up: Tensor) -> Tensor:
-    part = ops.part_of(text)
+    part = operators.part_of(text)
     checks.linear(x, stored[0], stored[1:], part)
     checks.branch(x, down, up, stored[0].shape[0])
-    module = backends.choose_linear(text, part, stored[0].shape[0], x)
-    if module is backends.BACKENDS["triton"]:  # the one that fuses a branch
+    module = dispatch.choose_linear(text, part, stored[0].shape[0], x)
+    if module is dispatch.BACKENDS["triton"]:  # the one that fuses a branch
         fused: Tensor = module.linear(x, *stored, part, adapter=(down.to(x.dtype), up.to(x.dtype)))
         return fused
     out: Tensor = module.linear(x, *stored, part)
@@ -66,7 +66,7 @@ def linear(x: Tensor, stored: tuple[Any, ...], text: str, down: Tensor, up: Tens
     """
     bias = stored[-1]
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return ops.linear(*(x, *stored, text)) + branch(x, down, up)
-    if ops.needs_operator(x, bias):
+        return operators.linear(*(x, *stored, text)) + branch(x, down, up)
+    if operators.needs_operator(x, bias):
         return torch.ops.difloat.linear_beside(x, *stored, text, down, up)
     return _run(x, stored, text, down, up)

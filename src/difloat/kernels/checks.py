@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat.kernels.rows import Rows
+from difloat.kernels.weight import Rows
 from difloat.numbers.packing import packed_channels
-from difloat.specs import Part
+from difloat.plan.specs import Part
 
 _INPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST_LAYOUTS = 1 << 14  # remembered at a time

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from difloat.kernels.rows import Rows
+from difloat.kernels.weight import Rows
 from difloat.numbers import formats
 from difloat.numbers.formats import Format
 from difloat.numbers.packing import unpack
 from difloat.numbers.rounding import decode, round_
-from difloat.scales import row_places
-from difloat.specs import Part
+from difloat.plan.scales import row_places
+from difloat.plan.specs import Part
 
 _CHUNK_VALUES = 1 << 17  # half a MiB of float32: the passes of one chunk stay in a core's second-level cache
 

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difloat import quantizer
-from difloat.kernels import ops
-from difloat.quantizer import LayerPlan
-from difloat.scales import expand_scale, fake_quantize
+from difloat.kernels import operators
+from difloat.plan import encode
+from difloat.plan import plan as quantizer
+from difloat.plan.plan import LayerPlan
+from difloat.plan.scales import expand_scale, fake_quantize
+from difloat.plan.specs import Part, Side
 from difloat.side import low_rank
-from difloat.specs import Part, Side
 
 Carry = Literal[
     "merged", "side"
@@ -114,8 +115,8 @@ class Adaptive(nn.Module):
     def _as_planned(self, weight: Tensor) -> Tensor:
         """The float weight, but what the plan says where rounding it to nearest would give another code."""
         tensors = self._encoded(self._divided(weight.float())).tensors
-        nearest = quantizer.dequantize(replace(self.plan, tensors={**self.plan.tensors, **tensors}))
-        planned = quantizer.dequantize(self.plan)
+        nearest = encode.dequantize(replace(self.plan, tensors={**self.plan.tensors, **tensors}))
+        planned = encode.dequantize(self.plan)
         return torch.where(nearest == planned, weight, planned.to(weight))
 
     def _start_from_error(self) -> None:
@@ -124,7 +125,7 @@ class Adaptive(nn.Module):
                 f"adapters that start from the rounding error must be one per layer, got {self.adapters}; say adapters=1"
             )
         weight = self.base.float()
-        self.base = quantizer.dequantize(self.plan).to(weight)
+        self.base = encode.dequantize(self.plan).to(weight)
         error = self._divided(weight - self.base)
         left, sizes, right = torch.linalg.svd(error.flatten(1), full_matrices=False)
         self.rank = min(self.rank, len(sizes))
@@ -258,7 +259,7 @@ class Adaptive(nn.Module):
             plans.append(replace(self.plan, tensors=tensors))
         schedule_of_inputs = tuple(range(entries)) if entries > 1 else ()
         plans[0] = replace(plans[0], input_schedule=schedule_of_inputs)
-        joined = quantizer.join_variants(plans, [] if beside else places)
+        joined = encode.join_variants(plans, [] if beside else places)
         joined = replace(joined, smoothed=self.plan.smoothed)
         return self._with_side(joined, used, places) if beside else joined
 
@@ -281,8 +282,8 @@ class Adaptive(nn.Module):
             scales = [scale.detach().clamp_min(_SMALLEST_SCALE) for scale, _ in pairs]
             weight_only = [Part(part.channels, part.weight) for part in parts]
             zeros = [zero for _, zero in pairs]
-            bands.append(quantizer.plan_layer(weight[rows], weight_only, scales, weight_zero_points=zeros))
-        return quantizer.join_rows(bands, torch.cat(self._rows))
+            bands.append(encode.plan_layer(weight[rows], weight_only, scales, weight_zero_points=zeros))
+        return encode.join_rows(bands, torch.cat(self._rows))
 
 
 def stored_bytes(plan: LayerPlan, adapters: int, rank: int, carry: Carry) -> int:
@@ -332,6 +333,6 @@ def _online(x: Tensor, part: Part) -> Tensor:
     if spec is None:
         return x
     per_token = spec.granularity in ("token", "group")
-    return ops.fake_quantize_input(
+    return operators.fake_quantize_input(
         x, None, None, spec.format.name, per_token, spec.group_size or 0, spec.zero_point
     )

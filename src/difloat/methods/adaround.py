@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from difloat import modes
-from difloat.methods.assign import Draft
 from difloat.methods.observe import Call, select, tensors_of
 from difloat.methods.soft import SoftWeight
+from difloat.plan.rules import Draft
 
 
 @dataclass(frozen=True)

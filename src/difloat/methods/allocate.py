@@ -21,14 +21,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from difloat import layers, processes, quantizer
+from difloat import layers, processes
 from difloat.batch_axis import rows_of
 from difloat.exclusion import excluded
 from difloat.methods import observe
-from difloat.methods.assign import Rule, draft_layer
 from difloat.methods.observe import Call, removed
-from difloat.methods.target import restrict
 from difloat.methods.task import MixedRows, Smoothing, Task
+from difloat.plan import encode
+from difloat.plan.rules import Rule, draft_layer
+from difloat.plan.target import restrict
 
 Criterion = Literal["kurtosis", "magnitude", "error", "random"]
 TENTH = 10  # rows are moved in tenths of a layer
@@ -204,7 +205,7 @@ def _allocate(
         factor = scale.to(weight).reshape(1, -1, *[1] * (weight.dim() - 2))
         errors = []
         for width in (bits - 1, bits, bits + 1):
-            rounded = quantizer.dequantize(draft_layer(weight * factor, splits, rule_of(width)).plan())
+            rounded = encode.dequantize(draft_layer(weight * factor, splits, rule_of(width)).plan())
             errors.append(row_errors(rounded / factor - weight, inputs).cpu())
         need = _need(settings.criterion, weight * factor, errors, generator)
         one_step = settings.candidates == "release"

@@ -23,11 +23,11 @@ from difloat.cached import read_entry, write_entry
 from difloat.layers import QuantizedLayer
 from difloat.methods import memory
 from difloat.methods.adaround import Learned, learn_rounding
-from difloat.methods.assign import Draft
 from difloat.methods.observe import Trace
 from difloat.methods.passes import Passes
 from difloat.methods.task import Sequencing, Task
-from difloat.quantizer import LayerPlan
+from difloat.plan.plan import LayerPlan
+from difloat.plan.rules import Draft
 
 
 def learn_blocks(

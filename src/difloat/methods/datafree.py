@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from difloat import layers, modes, parents, units
-from difloat.methods import options, target
-from difloat.methods.assign import Rule, draft_layer, floating_point, plan_inputs
-from difloat.methods.task import Bits
+from difloat.methods.assign import plan_inputs
 from difloat.numbers import formats
-from difloat.quantizer import LayerPlan, Plan
+from difloat.plan import options, target
+from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.rules import Bits, Rule, draft_layer, floating_point
 
 RECIPE = "datafree"
 

@@ -18,13 +18,15 @@ from tqdm.auto import tqdm
 from difloat import attention, install, layers, parents, processes
 from difloat.exclusion import EXCLUDED, excluded, matches
 from difloat.methods import memory, observe, readers
-from difloat.methods.assign import Draft, draft_layer, search_inputs
+from difloat.methods.assign import search_inputs
 from difloat.methods.blockwise import learn_blocks
 from difloat.methods.observe import Trace
-from difloat.methods.target import Target, restrict
-from difloat.methods.task import Bits, LayerRules, Sequencing, Smoothing, Task
-from difloat.quantizer import LayerPlan, join_rows, join_variants
-from difloat.specs import AttentionPlan
+from difloat.methods.task import LayerRules, Sequencing, Smoothing, Task
+from difloat.plan.encode import join_rows, join_variants
+from difloat.plan.plan import LayerPlan
+from difloat.plan.rules import Bits, Draft, draft_layer
+from difloat.plan.specs import AttentionPlan
+from difloat.plan.target import Target, restrict
 
 __all__ = [
     "Bits",

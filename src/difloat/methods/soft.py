@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from difloat.methods.assign import Draft
+from difloat.plan.rules import Draft
 
 _GAMMA, _ZETA = -0.1, 1.1  # ends of the stretched sigmoid, arXiv:2004.10568 Eq. 23
 _PIECE = 1 << 16  # values worked on at a time: a quarter MiB of float32 per operand

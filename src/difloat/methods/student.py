@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from difloat import attention, hooks, install
 from difloat.methods.adapters import Adaptive, Carry, Init
-from difloat.quantizer import LayerPlan
-from difloat.specs import AttentionPlan
+from difloat.plan.plan import LayerPlan
+from difloat.plan.specs import AttentionPlan
 from difloat.timesteps import Clock
 
 _ROUTER_WIDTH = 128

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,39 +11,12 @@ from torch import Tensor, nn
 
 from difloat.calibration import Calibration
 from difloat.methods.adaround import RoundingSettings
-from difloat.methods.assign import Rule
 from difloat.methods.observe import Call
-from difloat.methods.target import Target
+from difloat.plan.rules import Bits, Rule
+from difloat.plan.target import Target
 
 _ROWS_PER_CALL = 32
 _CALL_SHARE = 8  # a running block holds several times what its largest layer reads and writes
-
-
-@dataclass(frozen=True)
-class Bits:
-    """Widths of weights and activations; `activation` None leaves activations as they are."""
-
-    weight: int
-    activation: int | None
-
-    @staticmethod
-    def parse(text: str) -> Bits:
-        """Read "w4a8"; 16 or 32 activation bits mean unquantized. ValueError on anything else."""
-        match = re.fullmatch(r"w([0-9]+)a([0-9]+)", text.strip().lower())
-        if not match:
-            raise ValueError(
-                f"bits must look like 'w4a8', got {text!r}; write weight bits and activation bits"
-            )
-        weight, activation = int(match.group(1)), int(match.group(2))
-        if not 2 <= weight <= 8 or not (2 <= activation <= 8 or activation in (16, 32)):
-            raise ValueError(
-                f"bits must be 2 to 8 for weights and 2 to 8, 16 or 32 for activations, got {text!r}"
-            )
-        return Bits(weight, activation if activation <= 8 else None)
-
-    def __str__(self) -> str:
-        """As `parse` reads it: "w4a8", "w4a16" where activations stay."""
-        return f"w{self.weight}a{self.activation or 16}"
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from difloat import modes, units
-from difloat.methods import options
 from difloat.methods.posttraining import Bits, Outcome, Task
 from difloat.methods.sparsity import mostly_zero
-from difloat.quantizer import Plan
+from difloat.plan import options
+from difloat.plan.plan import Plan
 from difloat.recipes import (
     baselines,
     efficientdm,

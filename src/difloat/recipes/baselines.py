@@ -13,10 +13,10 @@ from typing import Literal
 
 from difloat.methods import posttraining
 from difloat.methods.adaround import RoundingSettings
-from difloat.methods.assign import asymmetric_integers
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
-from difloat.specs import Granularity
+from difloat.plan.rules import asymmetric_integers
+from difloat.plan.specs import Granularity
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from typing import Literal
 
 from difloat.methods import posttraining
 from difloat.methods.adaround import RoundingSettings
-from difloat.methods.assign import asymmetric_integers
 from difloat.methods.denoising_factor import loss_weights
 from difloat.methods.finetune import TrainingSettings, settings_of
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.tuned import Tuning, tune
+from difloat.plan.rules import asymmetric_integers
 
 
 @dataclass(frozen=True)

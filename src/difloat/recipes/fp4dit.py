@@ -22,15 +22,15 @@ from typing import Literal
 from difloat import layers
 from difloat.methods import posttraining
 from difloat.methods.adaround import RoundingSettings
-from difloat.methods.assign import MIN_MAX, Rule
 from difloat.methods.observe import Trace
-from difloat.methods.options import format_field
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.numbers import formats
 from difloat.numbers.formats import Format
 from difloat.numbers.scale_grids import ScaleFormat
 from difloat.numbers.search import CLIPS
-from difloat.specs import AttentionPlan
+from difloat.plan.options import format_field
+from difloat.plan.rules import MIN_MAX, Rule
+from difloat.plan.specs import AttentionPlan
 
 SCALE_AWARE_RATE = 0.003  # of variables in units of the weight; both tuned by benchmarks/rounding_rates.py
 SIGMA = "PixArtSigmaPipeline"  # the one family whose weights the paper puts on E1M2

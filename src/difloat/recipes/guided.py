@@ -18,12 +18,12 @@ from typing import Literal
 
 from difloat.methods import posttraining
 from difloat.methods.adaround import RoundingSettings
-from difloat.methods.assign import floating_grids
 from difloat.methods.denoising_factor import loss_weights
 from difloat.methods.finetune import TrainingSettings, guidance_to_keep, settings_of
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.tuned import Tuning, tune
+from difloat.plan.rules import floating_grids
 
 
 @dataclass(frozen=True)

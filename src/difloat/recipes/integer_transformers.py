@@ -20,11 +20,11 @@ from torch import Tensor
 
 from difloat import layers
 from difloat.methods import observe, posttraining
-from difloat.methods.assign import MIN_MAX, Rule
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Smoothing, Task
 from difloat.numbers import formats
-from difloat.specs import Granularity
+from difloat.plan.rules import MIN_MAX, Rule
+from difloat.plan.specs import Granularity
 
 KEPT = "outside of the blocks"  # embedders and the final projection
 SMALLEST = 1e-5  # largest magnitudes below this (dead channels) count as this

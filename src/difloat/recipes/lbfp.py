@@ -20,12 +20,12 @@ from typing import Literal
 
 from difloat.methods import posttraining
 from difloat.methods.adaround import RoundingSettings
-from difloat.methods.assign import Rule
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.numbers import formats
 from difloat.numbers.formats import Format
-from difloat.specs import Granularity
+from difloat.plan.rules import Rule
+from difloat.plan.specs import Granularity
 
 LARGEST_EXPONENT = 5  # more exponent bits than E5M2 leave no mantissa at 8 bits worth having
 

@@ -28,13 +28,13 @@ from typing import Any, Literal
 from difloat.methods import posttraining
 from difloat.methods.adapters import Init
 from difloat.methods.allocate import AllocationSettings, Criterion, allocate, summary
-from difloat.methods.assign import asymmetric_integers, floating_grids
 from difloat.methods.denoising_factor import loss_weights
 from difloat.methods.finetune import TrainingSettings, settings_of
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.relation import Kind, RelationSettings, feature_module
 from difloat.methods.tuned import Tuning, tune
+from difloat.plan.rules import asymmetric_integers, floating_grids
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from typing import Literal
 from difloat.methods import posttraining
 from difloat.methods.adapters import Carry
 from difloat.methods.adaround import RoundingSettings
-from difloat.methods.assign import Rule
 from difloat.methods.denoising_factor import loss_weights
 from difloat.methods.finetune import TrainingSettings, settings_of
 from difloat.methods.observe import Trace
@@ -34,6 +33,7 @@ from difloat.methods.student import Allocation
 from difloat.methods.tuned import Tuning, tune
 from difloat.numbers import formats
 from difloat.numbers.search import CLIPS, ZERO_POINTS
+from difloat.plan.rules import Rule
 
 HALF = 0.5  # as lopsided as that, an input may take unsigned formats
 NARROW_SIGNED = tuple(0.8 + 0.05 * n for n in range(25))  # third-party: 0.8 to 2.0

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from difloat.methods import posttraining
-from difloat.methods.assign import MIN_MAX, Rule, floating_point
 from difloat.methods.observe import Trace
-from difloat.methods.options import format_field
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
 from difloat.numbers import formats
 from difloat.numbers.scale_grids import ScaleFormat
 from difloat.numbers.search import CLIPS
-from difloat.specs import Granularity
+from difloat.plan.options import format_field
+from difloat.plan.rules import MIN_MAX, Rule, floating_point
+from difloat.plan.specs import Granularity
 
 
 @dataclass(frozen=True)

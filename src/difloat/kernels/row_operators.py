@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat.kernels import backends, checks, ops, reference
-from difloat.kernels.rows import Rows
-from difloat.specs import Part
+from difloat.kernels import checks, dispatch, operators, reference
+from difloat.kernels.weight import Rows
+from difloat.plan.specs import Part
 
 
 @cache
@@ -49,7 +49,7 @@ def _linear(
 
 def _run_linear(x: Tensor, weight: Rows, *rest: Any) -> Tensor:
     checks.linear_rows(x, weight, rest)
-    return backends.choose_rows(weight.parts, weight.shapes(), x).linear_rows(x, weight, *rest)
+    return dispatch.choose_rows(weight.parts, weight.shapes(), x).linear_rows(x, weight, *rest)
 
 
 @_linear.register_fake
@@ -86,10 +86,10 @@ def _conv2d(
     """See `conv2d`. Channels last if the input is."""
     weight = _weight(packed, weight_scale, weight_zero_point, row_band, parts)
     checks.conv2d_rows(x, weight, (input_scale, input_zero_point, bias), (stride, padding, dilation), groups)
-    module = backends.choose_rows(weight.parts, weight.shapes(), x)
+    module = dispatch.choose_rows(weight.parts, weight.shapes(), x)
     tensors = (x, weight, input_scale, input_zero_point, bias)
     result: Tensor = module.conv2d_rows(*tensors, stride, padding, dilation, groups)
-    return result.contiguous(memory_format=ops.memory_format(x))
+    return result.contiguous(memory_format=operators.memory_format(x))
 
 
 @_conv2d.register_fake
@@ -110,7 +110,7 @@ def _(
 ) -> Tensor:
     size = reference.conv_output_size(x.shape[2:], packed[0].shape[2:], stride, padding, dilation)
     shape = (x.shape[0], row_band.shape[0], *size)
-    return x.new_empty(shape).contiguous(memory_format=ops.memory_format(x))
+    return x.new_empty(shape).contiguous(memory_format=operators.memory_format(x))
 
 
 def _weight(
@@ -139,7 +139,7 @@ def dequantize(
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, scales, zeros, input_scale, input_zero_point, row_band, bias, parts = inputs[:9]
     ctx.parts, ctx.counts = parts, [len(packed), len(scales), len(zeros)]
-    inside = ops.keep_facts(ctx, x, input_scale, input_zero_point, bias, _parts(parts)[0], inputs[9:])
+    inside = operators.keep_facts(ctx, x, input_scale, input_zero_point, bias, _parts(parts)[0], inputs[9:])
     ctx.save_for_backward(row_band, inside, *packed, *scales, *zeros)
 
 
@@ -148,7 +148,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     row_band, inside, *stored = ctx.saved_tensors
     packed, scales, zeros = ctx.counts
     lists = (stored[:packed], stored[packed : packed + scales], stored[packed + scales :])
-    to_x, to_bias = ops.to_input_and_bias(
+    to_x, to_bias = operators.to_input_and_bias(
         ctx, gradient, inside, lambda: reference.decode_rows(_weight(*lists, row_band, ctx.parts)), 7
     )
     none = [[None] * n for n in (packed, scales, zeros)]
@@ -183,7 +183,7 @@ def linear(
         bias: [o] or None, in the order of the output channels.
         parts: A string that `parts_text` made.
     """
-    if ops.needs_operator(x, bias):
+    if operators.needs_operator(x, bias):
         lists = (list(packed), list(weight_scale), list(weight_zero_point))
         return torch.ops.difloat.linear_rows(x, *lists, input_scale, input_zero_point, row_band, bias, parts)
     weight = _weight(packed, weight_scale, weight_zero_point, row_band, parts)

@@ -20,10 +20,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from difloat.kernels import triton_operands
-from difloat.kernels.rows import Rows
-from difloat.kernels.triton_operands import Operands
-from difloat.specs import Part
+from difloat.kernels.triton import operands as triton_operands
+from difloat.kernels.triton.operands import Operands
+from difloat.kernels.weight import Rows
+from difloat.plan.specs import Part
 
 _MOST_PRODUCTS = 2**31 // 128**2  # of int8 numbers whose sum surely fits int32
 
@@ -186,7 +186,7 @@ def linear_groups(
     Returns:
         [..., o] in the dtype of `x`.
     """
-    from difloat.kernels import triton_launch as launch
+    from difloat.kernels.triton import launch
 
     planes = max(triton_operands.least_planes(group.part.weight.format.bits) for group in groups)
     source = launch.rows_source(x.reshape(-1, x.shape[-1]))
@@ -293,7 +293,7 @@ def _conv2d_groups(
     geometry: tuple[Sequence[int], ...],
 ) -> Tensor:
     """[b, h', w', o] in the order of the storage, which `bias` has too."""
-    from difloat.kernels import triton_launch as launch
+    from difloat.kernels.triton import launch
 
     planes = max(triton_operands.least_planes(group.part.weight.format.bits) for group in groups)
     picture = launch.picture_of(x, groups[0].packed, *geometry)

@@ -20,7 +20,7 @@ import torch
 
 from difloat.numbers import integer_grids
 from difloat.numbers.formats import Format
-from difloat.specs import Part
+from difloat.plan.specs import Part
 
 ABI = 3
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

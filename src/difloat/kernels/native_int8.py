@@ -13,10 +13,10 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from difloat.kernels import integers, native
+from difloat.kernels import integer_operands, native_library
 from difloat.kernels.reference import conv_output_size
-from difloat.kernels.rows import Rows, by_band
-from difloat.specs import Part
+from difloat.kernels.weight import Rows, by_band
+from difloat.plan.specs import Part
 
 _GROUP_MULTIPLE = 16  # channels: sums of a group are taken from whole vectors
 _AVX2_RANGE = 128  # of the weights' integers: beyond it sums of 16 bits would saturate
@@ -25,7 +25,7 @@ _AVX2_RANGE = 128  # of the weights' integers: beyond it sums of 16 bits would s
 def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
     """Whether this backend computes a part of a layer whose weight, of this part, has `weight_shape` [o, i, *k]."""
     return (
-        x.dtype in native.TYPES
+        x.dtype in native_library.TYPES
         and x.device.type == "cpu"
         and _computes(part, math.prod(weight_shape[1:]), len(weight_shape))
         and (len(weight_shape) == 2 or x.shape[1] == weight_shape[1])  # no groups of channels
@@ -35,10 +35,10 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
 def _computes(part: Part, terms: int, axes: int) -> bool:
     size = _group(part)
     return (
-        integers.reason_against(part) is None
-        and integers.sums_fit(part, terms)
+        integer_operands.reason_against(part) is None
+        and integer_operands.sums_fit(part, terms)
         and (size >= part.channels or (size % _GROUP_MULTIPLE == 0 and axes == 2))
-        and (native.unit() == "avx512" or _range(part) <= _AVX2_RANGE)
+        and (native_library.unit() == "avx512" or _range(part) <= _AVX2_RANGE)
     )
 
 
@@ -71,9 +71,9 @@ def linear(
     source = _input(rows.data_ptr(), rows.shape[0], rows.stride(0), x, input_scale, input_zero_point, part)
     weight = _weight(packed, weight_scale, weight_zero_point, part)
     shift = _shift(bias)
-    result = native.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
-    threads = native.threads(rows.numel() * packed.shape[0])
-    native.check(native.library().difloat_linear(source, weight, result, threads))
+    result = native_library.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
+    threads = native_library.threads(rows.numel() * packed.shape[0])
+    native_library.check(native_library.library().difloat_linear(source, weight, result, threads))
     return out
 
 
@@ -103,12 +103,14 @@ def conv2d(
     source = _input(pictures.data_ptr(), pixels, channels, x, input_scale, input_zero_point, part)
     weight = _weight(packed, weight_scale, weight_zero_point, part)
     shift = _shift(bias)
-    result = native.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
+    result = native_library.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
     pair = ctypes.c_int64 * 2
     pairs = (pair(*numbers) for numbers in (size, kernel, stride, padding, dilation, extent))
-    threads = native.threads(out.numel() * channels * math.prod(kernel))
-    native.check(
-        native.library().difloat_conv2d(source, weight, result, native.Geometry(batch, *pairs), threads)
+    threads = native_library.threads(out.numel() * channels * math.prod(kernel))
+    native_library.check(
+        native_library.library().difloat_conv2d(
+            source, weight, result, native_library.Geometry(batch, *pairs), threads
+        )
     )
     return out.permute(0, 3, 1, 2)
 
@@ -143,8 +145,8 @@ def _shift(bias: Tensor | None) -> Tensor | None:
 
 def _input(
     address: int, rows: int, stride: int, x: Tensor, scale: Tensor | None, zero: Tensor | None, part: Part
-) -> native.Input:
-    found = native.Input.from_buffer_copy(_input_kind(part, x.dtype))
+) -> native_library.Input:
+    found = native_library.Input.from_buffer_copy(_input_kind(part, x.dtype))
     found.data, found.rows, found.stride = address, rows, stride
     if scale is not None:
         found.scale = float(scale)
@@ -154,17 +156,25 @@ def _input(
 
 
 @cache
-def _input_kind(part: Part, dtype: torch.dtype) -> native.Input:
+def _input_kind(part: Part, dtype: torch.dtype) -> native_library.Input:
     """What all inputs of a part have in common: copying it is faster than filling in every field."""
     spec = part.activation
     assert spec is not None
     online = 0 if not spec.online else 1 if spec.granularity == "token" else 2
-    return native.Input(
-        None, 0, part.channels, 0, native.TYPES[dtype], online, 1.0, 0.0, native.grid(spec.format)
+    return native_library.Input(
+        None,
+        0,
+        part.channels,
+        0,
+        native_library.TYPES[dtype],
+        online,
+        1.0,
+        0.0,
+        native_library.grid(spec.format),
     )
 
 
-def _weight(packed: Tensor, scale: Tensor, zero: Tensor | None, part: Part) -> native.Weight:
+def _weight(packed: Tensor, scale: Tensor, zero: Tensor | None, part: Part) -> native_library.Weight:
     """The struct holds addresses: its tensors must outlive it."""
     addresses = packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
     return _weight_at(*addresses, packed.shape, packed.stride(), part)
@@ -175,5 +185,7 @@ def _weight(packed: Tensor, scale: Tensor, zero: Tensor | None, part: Part) -> n
 )  # layers of a large model; a filled-in struct is a quarter of a small layer's time
 def _weight_at(
     data: int, scale: int, zero: int | None, shape: Sequence[int], stride: Sequence[int], part: Part
-) -> native.Weight:
-    return native.weight(data, scale, zero, shape, stride, part, native.codes(part.weight.format))
+) -> native_library.Weight:
+    return native_library.weight(
+        data, scale, zero, shape, stride, part, native_library.codes(part.weight.format)
+    )

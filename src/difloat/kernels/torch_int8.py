@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from difloat.kernels import integers
+from difloat.kernels import integer_operands
+from difloat.kernels.derived import derived
 from difloat.kernels.reference import conv_output_size, online_scale
-from difloat.kernels.resident import derived
-from difloat.kernels.rows import Rows
+from difloat.kernels.weight import Rows
 from difloat.numbers import integer_grids
 from difloat.numbers.formats import Format
 from difloat.numbers.packing import unpack
-from difloat.scales import expand_scale
-from difloat.specs import Part, QuantSpec
+from difloat.plan.scales import expand_scale
+from difloat.plan.specs import Part, QuantSpec
 
 _CHUNK_ROWS = 256
 _SATURATES_BEYOND = 64  # weights up to here are safe everywhere: 2 * 255 * 64 < 2**15
@@ -37,8 +37,8 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
         and x.is_floating_point()
         and x.dtype != torch.float64
         and part.weight.granularity in ("tensor", "channel")
-        and integers.reason_against(part) is None
-        and integers.sums_fit(part, math.prod(weight_shape[1:]))
+        and integer_operands.reason_against(part) is None
+        and integer_operands.sums_fit(part, math.prod(weight_shape[1:]))
         and (_reach(part.weight.format) <= _SATURATES_BEYOND or _exact_for_all_weights())
     )
 
@@ -46,7 +46,7 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
 @cache
 def _reach(format: Format) -> int:
     """Largest magnitude of a weight's operand."""
-    return int(integers.operand_table(format).int().abs().max())
+    return int(integer_operands.operand_table(format).int().abs().max())
 
 
 @cache
@@ -96,7 +96,9 @@ def _linear(
     for chunk, target in zip(rows.split(_CHUNK_ROWS), out.split(_CHUNK_ROWS), strict=True):
         if chunk.numel():
             target.copy_(
-                weight.product(integers.quantize_rows(chunk, spec, input_scale, input_zero_point), bias)
+                weight.product(
+                    integer_operands.quantize_rows(chunk, spec, input_scale, input_zero_point), bias
+                )
             )
     return out.reshape(*x.shape[:-1], out_channels)
 
@@ -161,7 +163,7 @@ def _conv2d(
         if taps.single:
             _conv_pixels(pixels, own, input_zero_point, spec, weight, bias, target.view(len(pixels), -1))
             continue
-        rows = integers.quantize_rows(pixels, spec, own, input_zero_point)
+        rows = integer_operands.quantize_rows(pixels, spec, own, input_zero_point)
         _conv_picture(rows, weight, taps, bias, target)
     return out.permute(0, 3, 1, 2)
 
@@ -178,14 +180,14 @@ def _conv_pixels(
     """Fill `out` [h * w, o] where the kernel is one pixel: a linear layer on the pixels, in chunks."""
     broken = torch.zeros((), dtype=torch.bool)
     for chunk, target in zip(pixels.split(_CHUNK_ROWS), out.split(_CHUNK_ROWS), strict=True):
-        rows = integers.quantize_rows(chunk, spec, scale, zero_point)
+        rows = integer_operands.quantize_rows(chunk, spec, scale, zero_point)
         target.copy_(weight.product(rows, bias))
         broken |= rows.scale.isnan().any()
     out.masked_fill_(broken, math.nan)  # a NaN spoils its picture, whatever the kernel's size
 
 
 def _conv_picture(
-    pixels: integers.Operand, weight: _Weight, taps: _Taps, bias: Tensor | None, out: Tensor
+    pixels: integer_operands.Operand, weight: _Weight, taps: _Taps, bias: Tensor | None, out: Tensor
 ) -> None:
     """Fill `out` [h', w', o] from the pixels [h * w, i] of one picture."""
     patches = taps.patches(pixels.values, -pixels.shift)
@@ -197,7 +199,7 @@ def _conv_picture(
     for start in range(0, taps.out[0], lines):
         # Where results are one pixel wide the reshaped view has rows that overlap, which torch's product does not expect.
         rows = patches[start : start + lines].reshape(-1, weight.operand.shape[1]).contiguous()
-        result = weight.product(integers.Operand(rows, scale, None, pixels.shift), bias)
+        result = weight.product(integer_operands.Operand(rows, scale, None, pixels.shift), bias)
         if shift is not None:
             result += shift[start * taps.out[1] :][: len(rows)]
         target = out[start : start + lines]
@@ -263,7 +265,7 @@ class _Weight:
     scale: Tensor
     zero: Tensor | None
 
-    def product(self, rows: integers.Operand, bias: Tensor | None) -> Tensor:
+    def product(self, rows: integer_operands.Operand, bias: Tensor | None) -> Tensor:
         """float32 [t, o] of rows [t, i * k]."""
         operands = (rows.values, self.operand)
         if rows.values.shape[1] == 1:  # the products of torch 2.13 are wrong there
@@ -334,5 +336,5 @@ def _steps(
 def _decode(packed: Tensor, part: Part) -> Tensor:
     """int8 [o, i] or [o, kh * kw * i]."""
     codes = unpack(packed, part.weight.format.bits, part.channels).movedim(1, -1)
-    table = integers.operand_table(part.weight.format)
+    table = integer_operands.operand_table(part.weight.format)
     return functional.embedding(codes.int(), table[:, None]).squeeze(-1).flatten(1).contiguous()

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat.kernels.resident import derived
-from difloat.scales import row_places
-from difloat.specs import Part
+from difloat.kernels.derived import derived
+from difloat.plan.scales import row_places
+from difloat.plan.specs import Part
 
 _CHUNK_ROWS = 256
 

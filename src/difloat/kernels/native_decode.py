@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from difloat.kernels import native
-from difloat.kernels.rows import Rows
-from difloat.specs import Part, QuantSpec
+from difloat.kernels import native_library
+from difloat.kernels.weight import Rows
+from difloat.plan.specs import Part, QuantSpec
 
 _GROUP_MULTIPLE = 16  # channels: scales change between whole vectors
 _buffers = threading.local()
@@ -28,9 +28,9 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
     """Whether this backend computes a part of a layer whose weight, of this part, has `weight_shape` [o, i, *k]."""
     size = part.weight.group_size or part.channels
     return (
-        x.dtype in native.TYPES
+        x.dtype in native_library.TYPES
         and x.device.type == "cpu"
-        and native.unit() == "avx512"
+        and native_library.unit() == "avx512"
         and (size >= part.channels or size % _GROUP_MULTIPLE == 0)
         and _rounds(part.activation, x)
     )
@@ -145,17 +145,19 @@ def _rounded(rows: Tensor, scale: Tensor | None, zero: Tensor | None, part: Part
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = rows.new_empty(rows.shape)
     online = 0 if not spec.online else 2 if spec.granularity == "tensor" else 1
-    source = native.Input(
+    source = native_library.Input(
         rows.data_ptr(),
         *rows.shape,
         rows.stride(0),
-        native.TYPES[rows.dtype],
+        native_library.TYPES[rows.dtype],
         online,
         1.0 if scale is None else float(scale),
         0.0 if zero is None else float(zero),
-        native.any_grid(spec.format),
+        native_library.any_grid(spec.format),
     )
-    native.check(native.library().difloat_round(source, out.data_ptr(), native.threads()))
+    native_library.check(
+        native_library.library().difloat_round(source, out.data_ptr(), native_library.threads())
+    )
     return out
 
 
@@ -180,11 +182,13 @@ def _decoded_rows(weight: Rows, dtype: torch.dtype) -> Tensor:
 
 def _decode_into(out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, part: Part) -> None:
     addresses = packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
-    source = native.weight(*addresses, packed.shape, packed.stride(), part, None)
-    found = native.values(part.weight.format)
-    kind, threads = native.TYPES[out.dtype], native.threads()
+    source = native_library.weight(*addresses, packed.shape, packed.stride(), part, None)
+    found = native_library.values(part.weight.format)
+    kind, threads = native_library.TYPES[out.dtype], native_library.threads()
     if out.numel():
-        native.check(native.library().difloat_decode(source, found, out.data_ptr(), kind, threads))
+        native_library.check(
+            native_library.library().difloat_decode(source, found, out.data_ptr(), kind, threads)
+        )
 
 
 def _buffer(count: int, dtype: torch.dtype) -> Tensor:

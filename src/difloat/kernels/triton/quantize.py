@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from difloat.kernels.triton_decode import encode, round_to_grid
-from difloat.kernels.triton_matmul import multiply_floats
+from difloat.kernels.triton.decode import encode, round_to_grid
+from difloat.kernels.triton.matmul import multiply_floats
 
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 

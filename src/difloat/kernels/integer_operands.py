@@ -27,7 +27,7 @@ from difloat.kernels.reference import online_scale
 from difloat.numbers.formats import Format
 from difloat.numbers.integer_grids import grid_of
 from difloat.numbers.rounding import round_
-from difloat.specs import Part, QuantSpec
+from difloat.plan.specs import Part, QuantSpec
 
 _INT32_MAX = 2**31 - 1
 

@@ -10,18 +10,16 @@ Axes of weights: ``o`` output channels, ``i`` input channels, then kernel axes. 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from difloat import json_fields
-from difloat.numbers import rounding
-from difloat.numbers.packing import pack, packed_channels, unpack
-from difloat.scales import expand_scale, reorder_scale, row_places
-from difloat.specs import SIDE, AttentionPlan, Band, Part, Side, layer_tensor_shapes, schedule_of
+from difloat.numbers.packing import packed_channels, unpack
+from difloat.plan import json_fields
+from difloat.plan.specs import SIDE, AttentionPlan, Band, Part, Side, layer_tensor_shapes, schedule_of
 
 PLAN_VERSION = 1
 VARIED = ("weight", "weight_scale", "weight_zero_point", "input_factor")  # one after the other per variant
@@ -227,173 +225,3 @@ class Plan:
         attention = {"attention": {name: entry.to_json() for name, entry in self.attention.items()}}
         optional = attention | {"timesteps": list(self.timesteps)}
         return data | {name: value for name, value in optional.items() if value}
-
-
-def plan_layer(
-    weight: Tensor,
-    parts: Sequence[Part],
-    weight_scales: Sequence[Tensor],
-    *,
-    weight_zero_points: Sequence[Tensor] | None = None,
-    input_scales: Sequence[Tensor | None] = (),
-    input_zero_points: Sequence[Tensor | None] = (),
-) -> LayerPlan:
-    """Encode and pack a weight.
-
-    Args:
-        weight: Float [o, i] or [o, i, kh, kw]; values off the grid are rounded to the nearest.
-        parts: Their channels add up to i.
-        weight_scales: Per part, as many scales as its spec asks for.
-        weight_zero_points: Per part, where a spec has a zero point.
-        input_scales: Per part; None where the activation is online or not quantized.
-        input_zero_points: Likewise.
-
-    Raises:
-        ValueError: if shapes do not fit.
-    """
-    shapes = layer_tensor_shapes(weight.shape, parts)
-    if not weight.isfinite().all() or not all(bool((scale > 0).all()) for scale in weight_scales):
-        raise ValueError(
-            "weights must be finite and their scales positive, got NaN, Inf or a scale of 0; repair the weights"
-        )
-    zero_points = weight_zero_points or [torch.zeros(0)] * len(parts)
-    packed = []
-    pieces = weight.float().split([part.channels for part in parts], dim=1)
-    for piece, part, scale, zero in zip(pieces, parts, weight_scales, zero_points, strict=True):
-        shifted = piece - expand_scale(zero, part.weight, piece.shape) if part.weight.zero_point else piece
-        codes = rounding.encode(shifted / expand_scale(scale, part.weight, piece.shape), part.weight.format)
-        packed.append(pack(codes, part.weight.format.bits))
-    vectors = {
-        "weight_scale": list(weight_scales),
-        "weight_zero_point": [
-            z for z, part in zip(zero_points, parts, strict=True) if part.weight.zero_point
-        ],
-        "input_scale": [s for s in input_scales if s is not None],
-        "input_zero_point": [z for z in input_zero_points if z is not None],
-    }
-    tensors = {"weight": torch.cat(packed, dim=1)}
-    tensors |= {name: torch.cat([v.reshape(-1).float() for v in vs]) for name, vs in vectors.items() if vs}
-    kind: Literal["linear", "conv2d"] = "linear" if weight.dim() == 2 else "conv2d"
-    layer = LayerPlan(kind, tuple(weight.shape), tuple(parts), tensors)
-    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if got != shapes:
-        raise ValueError(f"scales must fit the parts, expected shapes {shapes}, got {got}")
-    return layer
-
-
-def join_variants(
-    plans: Sequence[LayerPlan], schedule: Sequence[int], factors: Tensor | None = None
-) -> LayerPlan:
-    """One layer from its weights for several stretches of the trajectory.
-
-    Args:
-        plans: The same layer with different weights; inputs and specs are those of the first.
-        schedule: Which of them belongs to every entry of the plan's timesteps; empty with one.
-        factors: float [variants, i], positive: what the input is multiplied by, and the weights are divided by already.
-
-    Raises:
-        ValueError: if rows of several widths are not the same rows in all plans.
-    """
-    first = plans[0]
-    if any(
-        plan.bands and not torch.equal(plan.tensors["row_band"], first.tensors["row_band"]) for plan in plans
-    ):
-        raise ValueError("variants must have their rows in the same bands, got others; choose the rows once")
-    tensors = {
-        name: torch.cat([plan.tensors[name] for plan in plans]) if name in VARIED else tensor
-        for name, tensor in first.tensors.items()
-    }
-    if factors is not None:
-        tensors["input_factor"] = factors.reshape(-1).float()
-    return replace(first, tensors=tensors, smoothed=factors is not None, schedule=tuple(schedule))
-
-
-def join_rows(bands: Sequence[LayerPlan], order: Tensor) -> LayerPlan:
-    """One layer from layers of some of its rows (output channels) each, which differ in their weight formats.
-
-    Args:
-        bands: Layers of `plan_layer` (or `join_variants`, for smoothed ones) with the same input channels, activations, input
-            scales and factors, and one weight. With one band the result is an ordinary layer.
-        order: int [o]: row j of the bands, one after the other, is row ``order[j]`` of the joined layer. Within a band the
-            stored rows take the order of the joined layer, so that a byte per row is all there is to keep of it.
-
-    Raises:
-        ValueError: if the bands do not belong together, or the order is no permutation.
-    """
-    first, counts = bands[0], [band.shape[0] for band in bands]
-    for band in bands:
-        _check_belongs(band, first)
-    order = order.long().cpu()
-    if order.shape != (sum(counts),) or not torch.equal(order.sort().values, torch.arange(len(order))):
-        raise ValueError(
-            f"order must be a permutation of the {sum(counts)} rows of the bands, got {order.tolist()!r:.80}"
-        )
-    places = order.split(counts)
-    sorted_bands = [_rows_of(band, place.argsort()) for band, place in zip(bands, places, strict=True)]
-    if len(bands) == 1:
-        return sorted_bands[0]
-    tensors = {name: tensor for name, tensor in first.tensors.items() if name in _INPUT_SIDE}
-    tensors["weight"] = torch.cat([band.tensors["weight"].flatten(0, 1) for band in sorted_bands])[None]
-    for name in _PER_ROW:
-        if vectors := [band.tensors[name] for band in sorted_bands if name in band.tensors]:
-            tensors[name] = torch.cat(vectors)
-    row_band = torch.arange(len(bands)).repeat_interleave(torch.tensor(counts))[order.argsort()]
-    tensors["row_band"] = row_band.to(tensors["weight"].device, torch.uint8)
-    specs = tuple(Band(n, tuple(p.weight for p in band.parts)) for n, band in zip(counts, bands, strict=True))
-    joined = replace(first, shape=(len(order), *first.shape[1:]), tensors=tensors, bands=specs)
-    joined.tensor_shapes()  # refuses too many bands
-    return joined
-
-
-def _check_belongs(band: LayerPlan, first: LayerPlan) -> None:
-    """ValueError unless the rows of `band` can be rows of the layer that those of `first` belong to."""
-
-    def inputs(layer: LayerPlan) -> list[object]:
-        facts = [(part.channels, part.activation) for part in layer.parts]
-        return [layer.kind, layer.shape[1:], facts, layer.smoothed, layer.input_schedule]
-
-    if band.schedule or band.bands:
-        raise ValueError(
-            "bands must have one weight of equal rows each, got a joined layer; join variants last"
-        )
-    shared = [{n: t.tolist() for n, t in b.tensors.items() if n in _INPUT_SIDE} for b in (band, first)]
-    if inputs(band) != inputs(first) or shared[0] != shared[1]:
-        raise ValueError("bands must read the same input with the same specs, scales and factors, got others")
-
-
-def _rows_of(layer: LayerPlan, rows: Tensor) -> LayerPlan:
-    """The layer with its rows in another order, int64 [o]."""
-    tensors = {**layer.tensors, "weight": layer.tensors["weight"][rows]}
-    for name in _PER_ROW:
-        if name in tensors:
-            specs = [part for part in layer.parts if name == "weight_scale" or part.weight.zero_point]
-            counts = [part.weight.scale_count(len(rows), part.channels) for part in specs]
-            tensors[name] = torch.cat([reorder_scale(v, rows) for v in tensors[name].split(counts)])
-    return replace(layer, tensors=tensors)
-
-
-def dequantize(layer: LayerPlan) -> Tensor:
-    """The float32 weight [o, i, *k] that the codes stand for; of the first variant if there are several.
-
-    A smoothed layer's weight comes back as the input sees it, with the factors multiplied in.
-    """
-    if layer.schedule:
-        return dequantize(layer.variant(0))
-    if layer.bands:
-        stored = torch.cat([dequantize(band) for band in layer.split_rows()])
-        return stored[row_places(layer.tensors["row_band"])]
-    pieces, scale_at, zero_at = [], 0, 0
-    for codes, part in zip(layer.codes(), layer.parts, strict=True):
-        count = part.weight.scale_count(codes.shape[0], part.channels)
-        scale = layer.tensors["weight_scale"][scale_at : scale_at + count]
-        scale_at += count
-        piece = rounding.decode(codes, part.weight.format) * expand_scale(scale, part.weight, codes.shape)
-        if part.weight.zero_point:
-            zero = layer.tensors["weight_zero_point"][zero_at : zero_at + count]
-            zero_at += count
-            piece = piece + expand_scale(zero, part.weight, codes.shape)
-        pieces.append(piece)
-    weight = torch.cat(pieces, dim=1)
-    if layer.smoothed:
-        weight = weight * layer.tensors["input_factor"].reshape(1, -1, *[1] * (weight.dim() - 2))
-    return weight

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat.kernels import triton_matmul as kernels
-from difloat.kernels import triton_quantize, triton_tiles
-from difloat.kernels.triton_matmul import Geometry
-from difloat.kernels.triton_operands import DTYPES, Operands
-from difloat.kernels.triton_tiles import Problem, Tile
-from difloat.specs import Part, QuantSpec
+from difloat.kernels.triton import matmul as kernels
+from difloat.kernels.triton import quantize
+from difloat.kernels.triton import tiles as triton_tiles
+from difloat.kernels.triton.matmul import Geometry
+from difloat.kernels.triton.operands import DTYPES, Operands
+from difloat.kernels.triton.tiles import Problem, Tile
+from difloat.plan.specs import Part, QuantSpec
 
 _ALIGNED_WORDS = 16  # rows of operands start at multiples of 16 bytes, so that a thread loads 16 at once
 _FEW_TOKENS = (
@@ -163,7 +164,7 @@ def quantized(
     if sum_groups > 1:
         block = operands.group_words
     tokens = 16 if adapter is not None else max(1, min(16, _STEP_VALUES // (block * planes)))
-    triton_quantize.quantize[(-(-source.tokens // tokens),)](
+    quantize.quantize[(-(-source.tokens // tokens),)](
         x, _bits(values), token_scale, token_sum, found, zero_point,
         None if adapter is None else adapter.down.contiguous(), low,
         source.tokens, source.channels, rank, source.span, source.span_stride, source.token_stride,
@@ -190,7 +191,7 @@ def _scale_source(
     dense = source.x if _dense(source.x) else source.x.contiguous()
     values = dense.numel() // spans
     largest = torch.zeros(spans, dtype=torch.int32, device=dense.device)
-    triton_quantize.largest_magnitude[(-(-values // _SCAN_VALUES), spans)](
+    quantize.largest_magnitude[(-(-values // _SCAN_VALUES), spans)](
         dense, largest, values, dense.stride(0) if per_picture else 0, _SCAN_VALUES, num_warps=8, **_OPTIONS
     )
     return largest, "largest", source.span if per_picture else source.tokens

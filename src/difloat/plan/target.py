@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from difloat.methods.assign import Rule
 from difloat.numbers.formats import Format, candidates
 from difloat.numbers.integer_grids import grid_of
+from difloat.plan.rules import Rule
 
 Target = Literal["any", "cpu"]
 TARGETS: tuple[Target, ...] = ("any", "cpu")

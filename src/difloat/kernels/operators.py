@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from difloat.kernels import backends, checks, reference
+from difloat.kernels import checks, dispatch, reference
 from difloat.numbers import formats
-from difloat.specs import Part
+from difloat.plan.specs import Part
 
 
 @torch.library.custom_op("difloat::dequantize", mutates_args=())
@@ -96,7 +96,7 @@ def _run_linear(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
     text = rest[-1]
     part = part_of(text)
     checks.linear(x, packed, rest[:-1], part)
-    module = backends.choose_linear(text, part, packed.shape[0], x)
+    module = dispatch.choose_linear(text, part, packed.shape[0], x)
     return module.linear(x, packed, *rest[:-1], part)
 
 
@@ -133,7 +133,7 @@ def _conv2d(
     found = part_of(part)
     vectors = (weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
     checks.conv2d(x, packed, vectors, found, (stride, padding, dilation), groups)
-    module = backends.choose(found, (packed.shape[0], found.channels, *packed.shape[2:]), x)
+    module = dispatch.choose(found, (packed.shape[0], found.channels, *packed.shape[2:]), x)
     tensors = (x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
     result: Tensor = module.conv2d(*tensors, found, stride, padding, dilation, groups)
     return result.contiguous(memory_format=memory_format(x, packed))

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from difloat.kernels import triton_ptx
+from difloat.kernels.triton import ptx as triton_ptx
 from difloat.numbers.formats import Format
 
 Kind = Literal["e4m3", "int8", "bf16", "fp16"]

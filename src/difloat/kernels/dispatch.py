@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat.kernels import cpu, decoded, eager, native, reference, triton
-from difloat.specs import Part
+from difloat.kernels import native_decode, native_int8, native_library, reference, torch_int8
+from difloat.kernels.triton import backend as triton
+from difloat.plan.specs import Part
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
-    "torch": eager,
-    "cpu": cpu,
-    "decoded": decoded,
+    "torch": torch_int8,
+    "cpu": native_int8,
+    "decoded": native_decode,
     "triton": triton,
 }
 """By name; new ones need a row here and in `dispatch.json`."""
@@ -46,8 +47,8 @@ def _runs_here(name: str) -> bool:
     if name == "triton":
         return triton.available(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if name == "decoded":
-        return native.unit() == "avx512"
-    return name != "cpu" or native.unit() is not None
+        return native_library.unit() == "avx512"
+    return name != "cpu" or native_library.unit() is not None
 
 
 def backend() -> str:
@@ -86,7 +87,7 @@ def _checked(name: str, what: str) -> str:
         why = "the native library was not built"
         if name == "triton":
             why = "there is no GPU, or Triton is not installed"
-        elif native.built():
+        elif native_library.built():
             why = "the native library has no unit for this machine"
         raise ValueError(f"{what} must be one of {', '.join(available())} here, got {name!r}: {why}")
     return name

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from difloat.kernels.triton_operands import DTYPES, Operands, step_words
+from difloat.kernels.triton.operands import DTYPES, Operands, step_words
 
 _MOST_SPLITS = 32
 _K_PER_STEP = 128  # the k after which FP8 sums must leave the tensor core anyway

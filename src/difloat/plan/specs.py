@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from difloat import json_fields
 from difloat.numbers import formats
 from difloat.numbers.formats import Format
 from difloat.numbers.packing import packed_channels
+from difloat.plan import json_fields
 
 MOST_BANDS = 256  # a byte names the band of a row
 MOST_IN_A_GROUP = 1 << 16  # input channels; a row is filled up to its groups when scales are laid over it

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from difloat.numbers import rounding
 from difloat.numbers.formats import Format
-from difloat.specs import QuantSpec
+from difloat.plan.specs import QuantSpec
 
 
 def expand_scale(scale: Tensor, spec: QuantSpec, shape: Sequence[int]) -> Tensor:

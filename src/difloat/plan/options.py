@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from difloat.methods.task import Bits
 from difloat.numbers import formats
+from difloat.plan.rules import Bits
 
 _AT_LEAST_ONE = ("iterations", "rounding_rows", "rows", "relation_every")
 FEW_BITS = 4  # up to this width rounding is learned

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from difloat import modes, quantizer
+from difloat import modes
 from difloat.numbers import rounding
 from difloat.numbers.search import ZERO_POINTS, search
-from difloat.quantizer import LayerPlan
-from difloat.scales import rows_of
-from difloat.specs import SIDE, Part, QuantSpec
+from difloat.plan import encode
+from difloat.plan.plan import LayerPlan
+from difloat.plan.scales import rows_of
+from difloat.plan.specs import SIDE, Part, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def add_to_weight(layer: LayerPlan, change: Tensor) -> Changed:
         asked += float(added.square().sum())
         lost += float((_stored_weight(changed) - target).square().sum())
         plans.append(changed)
-    joined = quantizer.join_variants(plans, layer.schedule)
+    joined = encode.join_variants(plans, layer.schedule)
     beside = {name: layer.tensors[name] for name in SIDE if name in layer.tensors}
     tensors = {**joined.tensors, **beside}
     joined = replace(joined, tensors=tensors, smoothed=layer.smoothed, side=layer.side)
@@ -71,7 +72,7 @@ def add_to_weight(layer: LayerPlan, change: Tensor) -> Changed:
 
 def _stored_weight(layer: LayerPlan) -> Tensor:
     """What the codes of one variant stand for, smoothing factors left in."""
-    return quantizer.dequantize(replace(layer, smoothed=False))
+    return encode.dequantize(replace(layer, smoothed=False))
 
 
 def _encode(layer: LayerPlan, added: Tensor) -> tuple[LayerPlan, Tensor]:
@@ -80,7 +81,7 @@ def _encode(layer: LayerPlan, added: Tensor) -> tuple[LayerPlan, Tensor]:
         order = layer.tensors["row_band"].argsort(stable=True)
         pieces = added[order].split([band.rows for band in layer.bands])
         bands, targets = zip(*map(_encode, layer.split_rows(), pieces), strict=True)
-        return quantizer.join_rows(bands, order), torch.cat(targets)[order.argsort()]
+        return encode.join_rows(bands, order), torch.cat(targets)[order.argsort()]
     before = _stored_weight(layer)
     after = before + added
     counts = [part.weight.scale_count(layer.shape[0], part.channels) for part in layer.parts]
@@ -94,7 +95,7 @@ def _encode(layer: LayerPlan, added: Tensor) -> tuple[LayerPlan, Tensor]:
         scales.append(scale)
         zeros.append(zero)
     bare = [Part(part.channels, part.weight) for part in layer.parts]
-    encoded = quantizer.plan_layer(after, bare, scales, weight_zero_points=zeros)
+    encoded = encode.plan_layer(after, bare, scales, weight_zero_points=zeros)
     return replace(layer, tensors={**layer.tensors, **encoded.tensors}), after
 
 

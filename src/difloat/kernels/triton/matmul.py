@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from difloat.kernels.triton_decode import INTERPRET, decode, decode_value
+from difloat.kernels.triton.decode import INTERPRET, decode, decode_value
 
 VARYING = ("tokens", "splits", "height", "width", "out_height", "out_width")  # no reason to compile again
 PROMOTE = tl.constexpr(128)  # k that FP8 tensor cores may add up before the sum moves to a float32 register

@@ -1,0 +1,1 @@
+"""The value that recipes end at: per layer, which format, scales and codes."""

@@ -1,0 +1,254 @@
+"""What a recipe asks of a tensor, and the draft of a layer that answers it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from difloat.numbers import formats, rounding
+from difloat.numbers.formats import Format
+from difloat.numbers.scale_grids import ScaleFormat, snapping
+from difloat.numbers.search import (
+    CLIPS,
+    FEW_LEVELS_BITS,
+    OFFSETS,
+    SHRUNK,
+    SHRUNK_FAR,
+    ZERO_POINTS,
+    Found,
+    search,
+)
+from difloat.plan import encode
+from difloat.plan.plan import LayerPlan
+from difloat.plan.scales import expand_scale, rows_of
+from difloat.plan.specs import Granularity, Part, QuantSpec
+
+MIN_MAX: tuple[float, ...] = (1.0,)
+
+
+LOPSIDED = 0.5  # from here on unsigned formats are tried for an input
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a recipe asks of one tensor; the search fills in the rest.
+
+    Attributes:
+        formats: Candidates; the one with the lowest squared error is taken.
+        granularity: What shares a scale.
+        group_size: With granularity "group".
+        clips: Candidate ranges as fractions of the largest magnitude; `MIN_MAX` for no clipping.
+        zero_points: Candidate offsets as fractions of the smallest value (online: any, the smallest value is taken), or
+            None for grids that start at zero.
+        online: Activations only: scales from the data at run time, nothing is searched but the format is the first.
+        unsigned_clips: Candidate ranges of unsigned formats, if others than `clips`.
+        asymmetry: Unsigned formats are tried beside the signed ones where the values are at least so lopsided
+            (`lopsidedness`); 0: everywhere.
+        scales: Grid that the scales are restricted to; only without zero points.
+    """
+
+    formats: tuple[Format, ...]
+    granularity: Granularity = "tensor"
+    group_size: int | None = None
+    clips: Sequence[float] = CLIPS
+    zero_points: Sequence[float] | None = None
+    online: bool = False
+    unsigned_clips: Sequence[float] | None = None
+    asymmetry: float = 0.0
+    scales: ScaleFormat = "float32"
+
+    def __post_init__(self) -> None:
+        if self.scales != "float32" and self.zero_points is not None:
+            raise ValueError(f"scales must be float32 where there are zero points, got {self.scales!r}")
+
+    def spec(self, format: Format) -> QuantSpec:
+        """The specification that results when the search chose `format`."""
+        zero_point = self.zero_points is not None and not format.signed
+        return QuantSpec(format, self.granularity, self.group_size, self.online, zero_point)
+
+    def search(self, rows: Tensor) -> Found:
+        """The best of `formats` for rows that share scales each; see `search.search`.
+
+        Unsigned formats with zero points are left out where the values lie about as far below zero as above (`asymmetry`).
+        """
+        if self.zero_points is None:
+            return search(rows, self.formats, clips=self.clips, snap=snapping(rows, self.scales))
+        signed = [f for f in self.formats if f.signed]
+        unsigned = [f for f in self.formats if not f.signed]
+        if signed and self.asymmetry and lopsidedness(rows) < self.asymmetry:
+            unsigned = []
+        found = [search(rows, signed, clips=self.clips)] if signed else []
+        if unsigned:
+            clips = self.unsigned_clips or self.clips
+            offsets = _offsets(rows, self.zero_points) if self.asymmetry else self.zero_points
+            found.append(search(rows, unsigned, clips=clips, zero_points=offsets))
+        return min(found, key=lambda one: float(one.error.sum()))
+
+
+def lopsidedness(values: Tensor) -> float:
+    """1 minus the shorter side of the values over the longer one: 0 symmetric around zero, 1 on one side of it.
+
+    Of the extremes or of the 1 % and 99 % quantiles, whichever is more lopsided: a single outlier on the shorter side does not
+    make values symmetric. It only says whether both signs are worth trying; the squared error decides.
+    """
+    low, high = (float(end) for end in values.aminmax())
+    _, inner_low, _, inner_high, _ = quantiles(values)
+    return max(_lopsided(low, high), _lopsided(inner_low, inner_high) if inner_low < inner_high else 0.0)
+
+
+def floating_point(bits: int) -> Format:
+    """The usual format of a width: two exponent bits below 8 bits, four at 8 (E2M1, E2M3, E4M3)."""
+    exponent_bits = min(4 if bits == 8 else 2, bits - 1)
+    return Format(True, exponent_bits, bits - 1 - exponent_bits)
+
+
+def asymmetric_integers(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
+    """Unsigned integers with a real zero point, both ends of the range searched by squared error."""
+    grid = (formats.parse(f"uint{bits}"),)
+    far = bits <= FEW_LEVELS_BITS
+    clips, zero_points = (SHRUNK_FAR, ZERO_POINTS) if far else (SHRUNK, OFFSETS)
+    return Rule(grid, granularity, group_size, clips=clips, zero_points=zero_points)
+
+
+def floating_grids(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
+    """Every floating-point format of the width; unsigned ones with a zero point, of whole tensors only where one side is short.
+
+    A tensor counts as lopsided from `LOPSIDED` on; of rows that share a format every one has its own shape.
+    """
+    signed = formats.candidates(bits) if bits > 1 else ()
+    grids = (*signed, *formats.candidates(bits, signed=False))
+    asymmetry = LOPSIDED if granularity == "tensor" else 0.0
+    return Rule(
+        grids,
+        granularity,
+        group_size,
+        zero_points=ZERO_POINTS,
+        unsigned_clips=SHRUNK_FAR,  # with 11 zero points each, refined by the search
+        asymmetry=asymmetry,
+    )
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A layer on its way to a plan: float weight, chosen specs, scales; `plan` encodes it, without inputs.
+
+    Attributes:
+        weight: Float [o, i, *k], the original values.
+        parts: As in `LayerPlan`.
+        scales: Per part, of the weight.
+        zero_points: Per part, of the weight (zeros where the spec has none).
+        error: Sum of squared errors of the weight, all parts.
+    """
+
+    weight: Tensor = field(repr=False)
+    parts: tuple[Part, ...]
+    scales: tuple[Tensor, ...] = field(repr=False)
+    zero_points: tuple[Tensor, ...] = field(repr=False)
+    error: float
+
+    def plan(self, rounded: Tensor | None = None) -> LayerPlan:
+        """Encode and pack the weight, or values on the grid that were learned in place of nearest rounding."""
+        return encode.plan_layer(
+            self.weight if rounded is None else rounded,
+            self.parts,
+            self.scales,
+            weight_zero_points=self.zero_points,
+        )
+
+    def grid_neighbours(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For every weight the grid value below, the one above, and where it lies between them (0 to 1).
+
+        Beyond the ends of the grid both neighbours are the end. The distance of the neighbours is the interval s of
+        AdaRound, on a floating-point grid the local step.
+        """
+        lows, highs, positions = [], [], []
+        pieces = self.weight.float().split([part.channels for part in self.parts], dim=1)
+        for piece, part, scale, zero in zip(pieces, self.parts, self.scales, self.zero_points, strict=True):
+            spec = part.weight
+            factor = expand_scale(scale, spec, piece.shape)
+            shift = zero if spec.zero_point else torch.zeros_like(scale)
+            offset = expand_scale(shift, spec, piece.shape)
+            grid = ((piece - offset) / factor).clamp(spec.format.min, spec.format.max)
+            step = rounding.step_at(grid, spec.format)
+            low = torch.floor(grid / step) * step
+            high = (low + step).clamp(max=spec.format.max)
+            positions.append((grid - low) / step)
+            lows.append(low.clamp(min=spec.format.min) * factor + offset)
+            highs.append(high * factor + offset)
+        return torch.cat(lows, 1), torch.cat(highs, 1), torch.cat(positions, 1)
+
+
+def draft_layer(weight: Tensor, splits: Sequence[int], rule: Rule) -> Draft:
+    """Choose format and scales of a weight.
+
+    Args:
+        weight: Float [o, i, *k].
+        splits: Channels of every part, adding up to i; parts are searched on their own.
+        rule: What is asked.
+    """
+    weight = weight.detach().contiguous()  # of a channels_last model it is not
+    parts, scales, zeros, error = [], [], [], 0.0
+    for piece in weight.float().split(list(splits), dim=1):
+        rows = rows_of(piece, rule.spec(rule.formats[0]))
+        found = rule.search(rows)
+        parts.append(Part(piece.shape[1], rule.spec(found.format)))
+        scales.append(found.scale)
+        zeros.append(found.zero_point)
+        error += float(found.error.sum())
+    return Draft(weight, tuple(parts), tuple(scales), tuple(zeros), error)
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Widths of weights and activations; `activation` None leaves activations as they are."""
+
+    weight: int
+    activation: int | None
+
+    @staticmethod
+    def parse(text: str) -> Bits:
+        """Read "w4a8"; 16 or 32 activation bits mean unquantized. ValueError on anything else."""
+        match = re.fullmatch(r"w([0-9]+)a([0-9]+)", text.strip().lower())
+        if not match:
+            raise ValueError(
+                f"bits must look like 'w4a8', got {text!r}; write weight bits and activation bits"
+            )
+        weight, activation = int(match.group(1)), int(match.group(2))
+        if not 2 <= weight <= 8 or not (2 <= activation <= 8 or activation in (16, 32)):
+            raise ValueError(
+                f"bits must be 2 to 8 for weights and 2 to 8, 16 or 32 for activations, got {text!r}"
+            )
+        return Bits(weight, activation if activation <= 8 else None)
+
+    def __str__(self) -> str:
+        """As `parse` reads it: "w4a8", "w4a16" where activations stay."""
+        return f"w{self.weight}a{self.activation or 16}"
+
+
+QUANTILES = (0.0, 0.01, 0.5, 0.99, 1.0)  # of an input, by which its shape is reported
+
+
+def _offsets(values: Tensor, fractions: Sequence[float]) -> list[float]:
+    """Fractions of the smallest value to try as zero points; also those of the 1 % quantile where outliers lie far below it."""
+    low, inner, *_ = quantiles(values)
+    if low > 2 * inner or inner >= 0:
+        return list(fractions)
+    return sorted({*fractions, *(fraction * inner / low for fraction in fractions)})
+
+
+def _lopsided(low: float, high: float) -> float:
+    if low >= 0 or high <= 0:
+        return 1.0
+    return 1 - min(-low, high) / max(-low, high)
+
+
+def quantiles(values: Tensor) -> list[float]:
+    """The `QUANTILES` of the values: the ends of all of them, the inner ones of evenly thinned values."""
+    flat = values.detach().float().flatten()
+    thinned = flat[:: max(1, flat.numel() >> 16)].sort().values
+    inner = [float(thinned[round(share * (len(thinned) - 1))]) for share in QUANTILES[1:-1]]
+    return [float(flat.min()), *inner, float(flat.max())]
