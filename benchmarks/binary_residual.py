@@ -18,7 +18,8 @@ import torch
 from quantization_time import commit
 from torch import Tensor
 
-from difloat import api, layers, report, study
+from difloat import api, report, study
+from difloat.layers import packed
 from difloat.numbers import formats
 from difloat.numbers.rounding import round_to
 from difloat.numbers.search import search
@@ -64,7 +65,7 @@ def main() -> None:
     results = {}
     for model in NAMES:
         module = api.denoiser(study.load_pipeline(model))
-        weights = [layer.weight.detach().flatten(1) for layer in layers.quantizable(module).values()][1:-1]
+        weights = [layer.weight.detach().flatten(1) for layer in packed.quantizable(module).values()][1:-1]
         for bits in (1, 2, 3):
             sums = torch.zeros(3, dtype=torch.float64)
             for rows in weights:

@@ -24,8 +24,9 @@ import torch
 from quality_rows import MODELS, PAPERS, Row
 from quality_tables import seed_table, table
 
-from difloat import api, install, layers, record, report, study
+from difloat import api, record, report, study
 from difloat.evaluate import Generated
+from difloat.layers import install, packed
 from difloat.plan.rules import Bits
 from difloat.reference_models import NAMES
 
@@ -124,7 +125,7 @@ def measure_row(
         setattr(pipeline, name, module)
     evaluation = study.judge(reference, drawn, sampling)
     size = record.sizes(twin, plan)
-    rows = [record.layer_row(key, layer, layers.weight_of(module, key)) for key, layer in plan.layers.items()]
+    rows = [record.layer_row(key, layer, packed.weight_of(module, key)) for key, layer in plan.layers.items()]
     weights = sum(r.bytes_before for r in rows)
     return {
         "recipe": row.recipe,

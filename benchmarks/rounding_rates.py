@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from difloat import api, layers, report, study
+from difloat import api, report, study
+from difloat.layers import packed
 from difloat.methods import observe
 from difloat.methods.adaround import RoundingSettings, learn_rounding, relative_error
 from difloat.methods.passes import Passes
@@ -74,7 +75,7 @@ def main() -> None:
         pipeline, prompts=prompts, call_kwargs=call, samples=arguments.rows, guidance_scale=guidance
     )
     model = api.denoiser(pipeline)
-    units = {name: members for name, members in layers.blocks(model).items() if len(members) > 1}
+    units = {name: members for name, members in packed.blocks(model).items() if len(members) > 1}
     chosen = list(units)[:: max(1, len(units) // arguments.blocks)][: arguments.blocks]
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     cut = 2 * len(order) // 3

@@ -20,7 +20,8 @@ import torch
 from quantization_time import commit
 from torch import nn
 
-from difloat import install, report
+from difloat import report
+from difloat.layers import install
 from difloat.numbers import formats
 from difloat.plan.encode import plan_layer
 from difloat.plan.specs import Part, QuantSpec

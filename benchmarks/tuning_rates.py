@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from difloat import api, install, report, study
+from difloat import api, report, study
 from difloat.calls import first_tensor
+from difloat.layers import install
 from difloat.methods.finetune import TrainingSettings
 from difloat.methods.posttraining import Outcome
 from difloat.methods.task import Task

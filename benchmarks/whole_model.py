@@ -31,8 +31,9 @@ from quantization_time import ROOT, commit, machine
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from difloat import attention, fast_attention, install, layers
 from difloat.kernels import dispatch
+from difloat.layers import attention, fast_attention, install
+from difloat.layers import packed as layers
 from difloat.numbers.formats import parse
 from difloat.plan.encode import plan_layer
 from difloat.plan.plan import LayerPlan

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import difloat
-from difloat import install, recipes
+from difloat import recipes
 from difloat.calibration import CalibrationSettings, collect_from_loop
+from difloat.layers import install
 from difloat.methods import allocate
 from difloat.methods.allocate import (
     Allocation,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import difloat
-from difloat import api, layers
+from difloat import api
+from difloat.layers import packed
 from difloat.methods import datafree
 from tiny import tiny_ddim, tiny_pixart
 
@@ -53,11 +54,11 @@ def test_a_plain_module_is_quantized_saved_and_loaded_bit_for_bit(tmp_path) -> N
 def test_planning_leaves_the_pipeline_alone_and_applying_changes_it() -> None:
     pipeline = tiny_pixart()
     plan = difloat.plan(pipeline, "lbfp", "w4a8", samples=8, steps=2, prompts_per_batch=2, **FAST)
-    assert len(layers.quantizable(pipeline.transformer)) == len(plan.layers)
+    assert len(packed.quantizable(pipeline.transformer)) == len(plan.layers)
     assert difloat.apply(pipeline, plan) is pipeline
-    assert not layers.quantizable(pipeline.transformer)
+    assert not packed.quantizable(pipeline.transformer)
     float_again = difloat.restore(copy.deepcopy(pipeline.transformer))
-    assert set(layers.quantizable(float_again)) == set(plan.layers) and not getattr(
+    assert set(packed.quantizable(float_again)) == set(plan.layers) and not getattr(
         float_again, "is_quantized", False
     )
     with pytest.raises(ValueError, match="quantized already"):
@@ -200,4 +201,4 @@ def test_a_channels_last_model_learns_rounding_as_any_other() -> None:
         (one.layers[n].tensors["weight"] == other.layers[n].tensors["weight"]).float().mean()
         for n in one.layers
     ]
-    assert min(same) > 0.8 and any(m.weight.stride(1) == 1 for m in layers.quantizable(last.unet).values())
+    assert min(same) > 0.8 and any(m.weight.stride(1) == 1 for m in packed.quantizable(last.unet).values())

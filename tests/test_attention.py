@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from difloat import attention
+from difloat.layers import attention
 from difloat.numbers.formats import parse
 from difloat.plan.scales import fake_quantize
 from difloat.plan.specs import AttentionPlan

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difloat import install
 from difloat.kernels import dispatch, operators, reference
+from difloat.layers import install
 from difloat.numbers.formats import parse
 from difloat.plan.encode import dequantize, plan_layer
 from difloat.plan.specs import Part, QuantSpec

@@ -18,8 +18,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from difloat import install, io
+from difloat import io
 from difloat.io import CheckpointError
+from difloat.layers import install
 from difloat.numbers import formats
 from difloat.plan.encode import dequantize, plan_layer
 from difloat.plan.plan import LayerPlan, Plan

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 import difloat
 from class_table import NOT_TINY, TABLE, arguments, build
-from difloat import layers
-from difloat.layers import QuantizedLayer
+from difloat.layers import packed
+from difloat.layers.packed import QuantizedLayer
 from difloat.methods import datafree
 from difloat.plan.encode import dequantize
 
@@ -81,7 +81,7 @@ def with_decoded_weights(model: nn.Module, plan: difloat.Plan) -> nn.Module:
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for name, layer in plan.layers.items():
-            layers.weight_of(twin, name).copy_(dequantize(layer))
+            packed.weight_of(twin, name).copy_(dequantize(layer))
     return twin
 
 

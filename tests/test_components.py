@@ -13,7 +13,7 @@ from torch import nn
 
 import difloat
 from difloat import components, io
-from difloat.layers import QuantizedLayer
+from difloat.layers.packed import QuantizedLayer
 from difloat.methods import datafree
 from tiny import tiny_pixart, tiny_unet, tiny_vae
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difloat import api, install, layers, recipes, units
+from difloat import api, recipes
 from difloat.calibration import Calibration, CalibrationSettings, collect, denoiser_of
+from difloat.layers import install, packed, quantizable
 from difloat.methods.observe import removed
 from difloat.methods.posttraining import Bits, Task
 from difloat.plan.encode import dequantize
@@ -86,8 +87,8 @@ def test_leaves_the_model_untouched_and_accounts_for_every_layer(recipe: str) ->
     assert hooks == [
         len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()
     ]
-    staying = units.staying_float(model)
-    assert set(plan.layers) | set(plan.skipped) == set(layers.quantizable(model)) | set(staying)
+    staying = quantizable.staying_float(model)
+    assert set(plan.layers) | set(plan.skipped) == set(packed.quantizable(model)) | set(staying)
     assert not set(plan.layers) & set(plan.skipped) and all(plan.skipped.values())
 
 
@@ -131,7 +132,7 @@ def test_eight_bits_cost_every_layer_little(recipe: str) -> None:
         return hook
 
     handles = [
-        layer.register_forward_hook(compare(name)) for name, layer in layers.quantizable(model).items()
+        layer.register_forward_hook(compare(name)) for name, layer in packed.quantizable(model).items()
     ]
     with removed(handles):
         output(model, data)
@@ -179,7 +180,7 @@ def test_first_and_last_layer_keep_eight_bits_unless_told_otherwise() -> None:
 def test_fp4dit_takes_the_formats_of_the_paper() -> None:
     model, data = prepared("pixart")
     plan = plan_with("pixart", "fp4dit", "w4a6", group_size=16)
-    inside = layers.inside_blocks(model)
+    inside = packed.inside_blocks(model)
     assert set(plan.layers) == set(inside) and all(name.startswith("transformer_blocks") for name in inside)
     for name, layer in plan.layers.items():
         (part,) = layer.parts

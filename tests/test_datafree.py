@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from difloat import layers, units
+from difloat.layers import packed, quantizable
 from difloat.methods import datafree
 from difloat.numbers.search import search
 from difloat.plan.encode import dequantize
@@ -54,12 +54,12 @@ def test_blocks_are_quantized_and_what_a_model_has_once_is_kept(unet) -> None:
     decision = datafree.decide(unet, settings())
     kinds = {type(unet.get_submodule(name)) for name in decision.layers}
     assert kinds == {nn.Linear, nn.Conv2d}
-    assert decision.layers.keys() | decision.skipped.keys() == layers.quantizable(
+    assert decision.layers.keys() | decision.skipped.keys() == packed.quantizable(
         unet
-    ).keys() | units.staying_float(unet)
+    ).keys() | quantizable.staying_float(unet)
     assert {"conv_in", "conv_out", "time_embedding.linear_1"} <= decision.skipped.keys()
     everything = datafree.decide(unet, settings(outside="8bit"))
-    assert everything.layers.keys() == layers.quantizable(unet).keys()
+    assert everything.layers.keys() == packed.quantizable(unet).keys()
     plan = everything.layers["conv_in"](unet.conv_in.weight.detach())
     assert plan.parts[0].weight.format.bits == 8 and plan.parts[0].activation.online
 
@@ -70,7 +70,7 @@ def test_exclusion_by_name_part_and_pattern(unet) -> None:
     )
     excluded = {name for name, reason in decision.skipped.items() if reason == "excluded"}
     assert excluded == {
-        name for name in layers.quantizable(unet)
+        name for name in packed.quantizable(unet)
         if "resnets" in name.split(".") or name.endswith(".to_q") or name == "mid_block.attentions.0.proj_in"
     }  # fmt: skip
     with pytest.raises(ValueError, match="must have a layer to quantize"):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difloat import install, tiers
+from difloat import tiers
 from difloat.kernels import dispatch, native_decode, operators
+from difloat.layers import install
 from difloat.numbers.formats import parse
 from difloat.plan.encode import plan_layer
 from difloat.plan.specs import Part, QuantSpec

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import difloat
-from difloat import api, diagnosis, layers
+from difloat import api, diagnosis
 from difloat.diagnosis import _bisect, runs_needed
-from difloat.layers import QuantizedLayer
+from difloat.layers import packed
+from difloat.layers.packed import QuantizedLayer
 from tiny import tiny_pixart, tiny_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -137,6 +138,6 @@ def test_units_cover_every_quantized_layer() -> None:
     units = diagnosis._units(original, model)
     taken = [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
     assert sorted(name for members in units.values() for name in members) == sorted(taken)
-    assert set(layers.quantizable(original)) - set(taken) == {
-        name for name in layers.quantizable(original) if name.startswith("mid_block.")
+    assert set(packed.quantizable(original)) - set(taken) == {
+        name for name in packed.quantizable(original) if name.startswith("mid_block.")
     }

@@ -13,8 +13,9 @@ import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from difloat import install, io, layers
+from difloat import io
 from difloat.io import CheckpointError
+from difloat.layers import install, packed
 from difloat.numbers import formats
 from difloat.plan.encode import plan_layer
 from difloat.plan.plan import LayerPlan, Plan
@@ -38,7 +39,7 @@ def denoiser_plan(model: torch.nn.Module) -> Plan:
         QuantSpec(formats.parse("e4m3"), "token", online=True),
     )
     plans: dict[str, LayerPlan] = {}
-    for number, (name, layer) in enumerate(layers.quantizable(model).items()):
+    for number, (name, layer) in enumerate(packed.quantizable(model).items()):
         channels = layer.weight.shape[1]
         parts = [Part(channels, weight, online if number % 3 == 0 else static)]
         if number % 2 and channels > 8:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from difloat import api, recipes
-from difloat.exclusion import EXCLUDED, excluded, matches
+from difloat.layers.exclude import EXCLUDED, excluded, matches
 from test_contracts import FAST, prepared_pipeline
 
 NAMES = ("blocks.1.to_q", "blocks.1.to_k", "blocks.10.to_q", "proj_out")

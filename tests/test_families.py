@@ -20,12 +20,13 @@ from torch import Tensor
 
 import difloat
 import families
-from difloat import evaluate, layers, parents, units
+from difloat import evaluate
 from difloat.calibration import Calibration, CalibrationSettings, collect, denoiser_of
 from difloat.calls import first_tensor
 from difloat.evaluate import Generated
 from difloat.forecast import probe
-from difloat.layers import QuantConv2d
+from difloat.layers import dtype_readers, packed, quantizable
+from difloat.layers.packed import QuantConv2d
 from difloat.methods import observe, relation
 from difloat.plan.plan import Plan
 from family_table import FAMILIES, Family
@@ -145,11 +146,14 @@ def test_conditional_and_unconditional_rows_are_told_apart(name: str) -> None:
 def test_blocks_edges_and_concatenations_are_found(name: str) -> None:
     family, (pipeline, rows, _) = FAMILIES[name], calibrated(name)
     model = denoiser_of(pipeline)[1]
-    units = layers.blocks(model)
+    units = packed.blocks(model)
     assert {unit for unit, members in units.items() if members != [unit]} == family.blocks
     assert {unit for unit, members in units.items() if members == [unit]} == family.outside - family.uncalled
     seen = observe.trace(model, rows.batch([0, 1]))
-    assert set(layers.quantizable(model)) == set(seen.order) and parents.kept(model).keys() == family.uncalled
+    assert (
+        set(packed.quantizable(model)) == set(seen.order)
+        and dtype_readers.kept(model).keys() == family.uncalled
+    )
     assert (seen.first, seen.last, seen.splits) == ([family.first], family.last, family.splits)
 
 
@@ -175,14 +179,14 @@ def test_the_last_block_and_its_positions_are_found(name: str) -> None:
 def test_quantized_pipelines_sample_the_same_after_loading(name: str, recipe: str, tmp_path) -> None:
     family = FAMILIES[name]
     pipeline = family.build()
-    before, found = draw(pipeline, family), layers.quantizable(denoiser_of(pipeline)[1])
+    before, found = draw(pipeline, family), packed.quantizable(denoiser_of(pipeline)[1])
     plan = quantize(pipeline, family, **RECIPES[recipe])
     # A recipe may leave out what is outside of blocks, but says so; what is read without a call cannot be quantized.
-    never = units.staying_float(denoiser_of(pipeline)[1]).keys() - family.uncalled
+    never = quantizable.staying_float(denoiser_of(pipeline)[1]).keys() - family.uncalled
     skipped = plan.skipped.keys() - never
     assert plan.layers.keys() == found.keys() - skipped
     assert family.uncalled <= skipped <= family.outside
-    assert layers.quantizable(denoiser_of(pipeline)[1]).keys() == skipped - family.uncalled
+    assert packed.quantizable(denoiser_of(pipeline)[1]).keys() == skipped - family.uncalled
     after = draw(pipeline, family)
     difloat.save(pipeline, tmp_path / "saved")
     assert all(finding.passed for finding in difloat.verify(tmp_path / "saved"))

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tiny
-from difloat import attention, fast_attention
 from difloat.kernels import attention as kernels
 from difloat.kernels import dispatch, native_library
+from difloat.layers import attention, fast_attention
 from difloat.numbers.formats import parse
 from difloat.numbers.rounding import round_
 from difloat.plan.specs import AttentionPlan

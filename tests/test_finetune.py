@@ -17,9 +17,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
-from difloat import install, layers, processes, recipes, record
+from difloat import processes, recipes, record
 from difloat.cached import read_entry
 from difloat.calibration import Calibration, CalibrationSettings, collect_from_loop
+from difloat.layers import install
+from difloat.layers import packed as layers
 from difloat.methods import finetune, posttraining, resume
 from difloat.methods.finetune import Batch, TrainingSettings, lost_guidance, train
 from difloat.methods.observe import Trace

@@ -9,10 +9,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import families
-from difloat import api, forecast, forecast_tuning, layers, recipes, study
+from difloat import api, forecast, forecast_tuning, recipes, study
 from difloat.calibration import CalibrationSettings
 from difloat.calls import first_tensor
 from difloat.forecast import Forecast
+from difloat.layers import packed
 from difloat.methods.posttraining import timestep_grid
 from difloat.methods.student import Student
 from difloat.plan.rules import Bits
@@ -92,7 +93,7 @@ def test_memory_of_fine_tuning_is_what_a_real_student_holds(
         **shape,
     )
     call = data.batch([data.timesteps.index(data.timesteps[0])] * rows)
-    weights = sum(layers.weight_of(task.model, name).nbytes for name in plan.layers)
+    weights = sum(packed.weight_of(task.model, name).nbytes for name in plan.layers)
     trained = sum(tensor.nbytes for twin in student.twins for tensor in twin.parameters())
     outputs = len(data) * 4 * first_tensor(task.model(*data.batch([0])[0], **data.batch([0])[1])).numel()
     real = weights + 4 * trained + held_bytes(student, call) + outputs
@@ -117,7 +118,7 @@ def test_layers_kept_at_8_bits_have_no_adapters_in_the_packed_bytes() -> None:
     data = api.calibrate(pipeline, prompts=PROMPTS, progress=False, **vars(SETTINGS))
     plan = recipes.plan(api.task_of(pipeline, data, Bits.parse("w4a4")), "msfp", "w4a4", options)
     assert plan.layers["conv_in"].side is None and plan.layers["conv_out"].side is None
-    saved = sum(layers.weight_of(pipeline.unet, name).nbytes for name in plan.layers)
+    saved = sum(packed.weight_of(pipeline.unet, name).nbytes for name in plan.layers)
     stored = sum(layer.nbytes for layer in plan.layers.values())
     assert said.packed_bytes == said.float_bytes - saved + stored
 
@@ -149,7 +150,7 @@ def test_choosing_widths_is_part_of_the_search(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(recipes, "plan", slow)
     said, alike = expected("mpqdm", epochs=0), expected("mpqdm", epochs=0, mixed=False)
     module = tiny_unet().unet
-    tried = sum(layers.weight_of(module, name).numel() for name in said.trial.layers)
+    tried = sum(packed.weight_of(module, name).numel() for name in said.trial.layers)
     assert alike.search_s == 12 * ROW_S  # the inputs' alone
     # Rows pass for the inputs, the channels' maxima and the held vectors; those of the trial are taken off.
     passed = 2 * 8 * ROW_S  # two prompts, two parts of guidance, two steps: the rows of a trial

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import difloat
-from difloat import hooks, install, layers
+from difloat.layers import hooks, install
+from difloat.layers import packed as layers
 from difloat.plan.plan import Plan
 from test_modes import RECIPES, assert_same, denoiser, loop, plain_plan, planned
 from tiny import tiny_pixart

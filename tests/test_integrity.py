@@ -20,9 +20,11 @@ from transformers import CLIPTextModel
 
 import difloat
 import mutate_checkpoints
-from difloat import DifloatConfig, attention, install, io, layers
+from difloat import DifloatConfig, io
 from difloat.io import CheckpointError
-from difloat.layers import QuantizedLayer
+from difloat.layers import attention, install
+from difloat.layers import packed as layers
+from difloat.layers.packed import QuantizedLayer
 from difloat.numbers import formats
 from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.specs import AttentionPlan, Part, QuantSpec

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import difloat
-from difloat import api, interchange, layers
+from difloat import api, interchange
 from difloat.calibration import denoiser_of
 from difloat.interchange.layers import decode, encode, obstacle, split_scales
 from difloat.interchange.schemes import COMFY, DIALECTS, FP8_ROWS, MXFP4, NVFP4, from_tiles, to_tiles
+from difloat.layers import packed
 from difloat.numbers.formats import parse
 from difloat.plan.encode import dequantize, plan_layer
 from difloat.plan.plan import LayerPlan, Plan
@@ -333,7 +334,7 @@ def test_diffusers_bfl_backend_loads_an_export(kind: str, tmp_path: Path) -> Non
     pipeline = flux()
     model = denoiser_of(pipeline)[1]
     bits, options = OPTIONS[kind]
-    narrow = [n for n, layer in layers.quantizable(model).items() if layer.in_features % 16]
+    narrow = [n for n, layer in packed.quantizable(model).items() if layer.in_features % 16]
     arguments = {
         "prompts": ["a cat"],
         "samples": 2,

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difloat import install, layers
 from difloat.kernels import operators, reference
+from difloat.layers import install
+from difloat.layers import packed as layers
 from difloat.numbers.formats import parse
 from difloat.numbers.packing import pack
 from difloat.plan.encode import dequantize, plan_layer

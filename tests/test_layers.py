@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tiny
-from difloat import install, layers
 from difloat.kernels.dispatch import use_backend
-from difloat.layers import QuantConv2d, QuantLinear
+from difloat.layers import install, packed
+from difloat.layers.packed import QuantConv2d, QuantLinear
 from difloat.numbers.formats import parse
 from difloat.plan.encode import dequantize, plan_layer
 from difloat.plan.plan import LayerPlan, Plan
@@ -45,7 +45,7 @@ def rounded(weight: Tensor, parts: tuple[Part, ...]) -> LayerPlan:
 
 
 def plan_of(model: nn.Module, activation: QuantSpec | None = STATIC) -> Plan:
-    found = layers.quantizable(model)
+    found = packed.quantizable(model)
     return Plan(
         "test",
         "w4a8",
@@ -100,30 +100,30 @@ def test_quantizable_takes_plain_layers_only() -> None:
             "attention": nn.MultiheadAttention(2, 1),
         }
     )
-    assert list(layers.quantizable(model)) == ["linear", "renamed", "conv"]
+    assert list(packed.quantizable(model)) == ["linear", "renamed", "conv"]
 
 
 @pytest.mark.parametrize("build", [tiny.tiny_unet, tiny.tiny_ddim, tiny.tiny_pixart])
 def test_blocks_partition_the_layers_of_a_denoiser(build) -> None:
     pipeline = build()
     denoiser = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
-    units = layers.blocks(denoiser)
+    units = packed.blocks(denoiser)
     assert [name for names in units.values() for name in names] != []
-    assert sorted(name for names in units.values() for name in names) == sorted(layers.quantizable(denoiser))
+    assert sorted(name for names in units.values() for name in names) == sorted(packed.quantizable(denoiser))
     assert any(len(names) >= 4 for names in units.values())
     for unit, names in units.items():
         assert names == [unit] or all(name.startswith(unit + ".") for name in names)
 
 
 def test_blocks_of_known_families() -> None:
-    pixart = layers.blocks(tiny.tiny_pixart().transformer)
+    pixart = packed.blocks(tiny.tiny_pixart().transformer)
     assert {"transformer_blocks.0", "transformer_blocks.1"} <= set(pixart)
     assert {name.removeprefix("transformer_blocks.0.") for name in pixart["transformer_blocks.0"]} >= {
         "attn1.to_q",
         "attn2.to_v",
         "ff.net.2",
     }
-    unet = layers.blocks(tiny.tiny_unet().unet)
+    unet = packed.blocks(tiny.tiny_unet().unet)
     assert set(unet["down_blocks.0.resnets.0"]) == {
         f"down_blocks.0.resnets.0.{n}" for n in ("conv1", "time_emb_proj", "conv2")
     }
@@ -163,7 +163,7 @@ def test_plan_of_another_model_is_refused_and_changes_nothing(model, picture) ->
         wrong = Plan("test", "w4a8", {"0": good.layers["0"], name: layer})
         with pytest.raises(ValueError, match=f"plan must fit the model, but '{name}'"):
             install.apply(model, wrong)
-        assert not any(isinstance(m, layers.QuantizedLayer) for m in model.modules())
+        assert not any(isinstance(m, packed.QuantizedLayer) for m in model.modules())
     assert torch.equal(model(picture), before)
     install.apply(model, good)
     with pytest.raises(ValueError, match="not yet quantized"):

@@ -24,9 +24,10 @@ from torch import nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 import difloat
-from difloat import DifloatConfig, install, io, layers
+from difloat import DifloatConfig, io
 from difloat.io import CheckpointError
-from difloat.layers import QuantizedLayer
+from difloat.layers import install, packed
+from difloat.layers.packed import QuantizedLayer
 from difloat.methods import datafree
 from test_diffusers import contents, output
 from tiny import tiny_pixart, tiny_unet
@@ -295,7 +296,7 @@ def test_static_input_scales_of_text_encoders_are_refused(floats) -> None:
 
     model = T5EncoderModel.from_pretrained(floats / "t5")
     make = whole(STATIC, CHANNEL)
-    plans = {name: make(layer.weight.detach()) for name, layer in layers.quantizable(model).items()}
+    plans = {name: make(layer.weight.detach()) for name, layer in packed.quantizable(model).items()}
     with pytest.raises(ValueError, match="must have online scales"):
         io.mark_quantized(model, difloat.Plan("rtn", "w4a8", plans))
 

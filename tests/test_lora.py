@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import difloat
 import families
-from difloat import cli, install, io, lora
+from difloat import cli, io, lora
 from difloat.cli.arguments import loras_of
-from difloat.layers import QuantizedLayer
+from difloat.layers import install
+from difloat.layers.packed import QuantizedLayer
 from difloat.numbers import formats
 from difloat.peft_layers import PackedConv2d, PackedLinear
 from difloat.plan import encode

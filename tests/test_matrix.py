@@ -14,7 +14,8 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from difloat import attention, install, io, layers
+from difloat import io
+from difloat.layers import attention, install, packed
 from difloat.numbers import formats
 from difloat.plan.encode import join_variants, plan_layer
 from difloat.plan.plan import LayerPlan, Plan
@@ -90,7 +91,7 @@ def quantized_denoiser(kind: str) -> nn.Module:
     model = getattr(PIPELINES[component](), component)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        plans = {name: plan_of(layer.weight.detach()) for name, layer in layers.quantizable(model).items()}
+        plans = {name: plan_of(layer.weight.detach()) for name, layer in packed.quantizable(model).items()}
     entries = {}
     if kind == "attention":
         grids = AttentionPlan(formats.parse("e4m3"), formats.parse("ue4m4"))
@@ -184,7 +185,7 @@ def test_weights_are_really_away_while_offloaded(model, directory, tmp_path) -> 
     away = [
         module
         for module in found.modules()
-        if isinstance(module, layers.QuantizedLayer) and module.weight.is_meta
+        if isinstance(module, packed.QuantizedLayer) and module.weight.is_meta
     ]
     assert away and all(buffer.device.type == "cpu" for module in away for buffer in module.buffers())
 

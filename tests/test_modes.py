@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import difloat
-from difloat import api, install, layers, modes
+from difloat import api, modes
+from difloat.layers import install, packed
 from difloat.numbers import formats
 from difloat.plan.add_delta import add_to_weight
 from difloat.plan.encode import plan_layer
@@ -109,7 +110,7 @@ def test_a_model_made_in_inference_mode_gives_the_same_plan_and_can_be_trained(r
         difloat.apply(model, plan)
     assert_same(plan, plain_plan(recipe))
     for module in model.modules():
-        if isinstance(module, layers.QuantizedLayer):
+        if isinstance(module, packed.QuantizedLayer):
             own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             assert not any(tensor.is_inference() for tensor in own)
 

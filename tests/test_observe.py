@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from difloat.layers import blocks, quantizable
+from difloat.layers.packed import blocks, quantizable
 from difloat.methods import observe
 from difloat.methods.passes import Passes
 from tiny import tiny_pixart, tiny_unet

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difloat import install, io, layers, parents
+from difloat import io
+from difloat.layers import dtype_readers, install, packed
 from difloat.numbers import formats
 from difloat.plan.encode import dequantize, plan_layer
 from difloat.plan.plan import Plan
@@ -33,7 +34,7 @@ class Casting(nn.Module):
 def weight_only(model: nn.Module) -> Plan:
     spec = QuantSpec(formats.parse("e2m1"), "channel")
     plans = {}
-    for name, layer in layers.quantizable(model).items():
+    for name, layer in packed.quantizable(model).items():
         weight = layer.weight.detach().float()
         scale = weight.abs().amax(1) / spec.format.max
         plans[name] = plan_layer(weight, [Part(weight.shape[1], spec)], [scale])
@@ -49,9 +50,9 @@ def encoder() -> nn.Module:
 
 def test_a_layer_whose_input_is_always_cast_stays_float() -> None:
     model = Casting()
-    assert parents.kept(model) == {"inner": "the model casts to the dtype of its weight"}
-    assert list(layers.quantizable(model)) == ["free"]
-    assert parents.use_of(model, "inner") == "dtype" and parents.use_of(model, "free") is None
+    assert dtype_readers.kept(model) == {"inner": "the model casts to the dtype of its weight"}
+    assert list(packed.quantizable(model)) == ["free"]
+    assert dtype_readers.use_of(model, "inner") == "dtype" and dtype_readers.use_of(model, "free") is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -64,7 +65,7 @@ def test_t5_computes_what_its_dequantized_weights_compute(encoder, dtype) -> Non
         encoder.get_submodule(WO).float()
     with torch.no_grad():
         for name, layer in plan.layers.items():
-            weight = layers.weight_of(encoder, name)
+            weight = packed.weight_of(encoder, name)
             weight.copy_(dequantize(layer))
         expected = encoder(IDS)[0]
         install.apply(encoder, plan)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import difloat
-from difloat import install, layers, parents
+from difloat.layers import dtype_readers, install, packed
+from difloat.layers.code_readers import Use
 from difloat.methods import observe, readers
 from difloat.plan.encode import dequantize
-from difloat.reading import Use
 
 
 class Reader(nn.Module):
@@ -172,7 +172,7 @@ def agrees(model: nn.Module, plan: difloat.Plan) -> bool:
     twin, x = copy.deepcopy(model), torch.randn(2, 8)
     with torch.no_grad():
         for name, layer in plan.layers.items():
-            layers.weight_of(twin, name).copy_(dequantize(layer))
+            packed.weight_of(twin, name).copy_(dequantize(layer))
         install.apply(model, plan)
         return bool(torch.allclose(model(x), twin(x), rtol=1e-4, atol=1e-5))
 
@@ -181,10 +181,12 @@ def agrees(model: nn.Module, plan: difloat.Plan) -> bool:
 def test_what_code_does_with_weights_is_found_in_it(name: str, tmp_path) -> None:
     code, expected = READERS[name]
     model = reader(code, tmp_path / "made.py")
-    names = [*layers.quantizable(model), *parents.kept(model)]
-    assert {name: use for name in names if (use := parents.use_of(model, name))} == expected
-    stay = {name: parents.REASONS[use] for name, use in expected.items() if use in parents.REASONS}
-    assert parents.kept(model) == stay and not stay.keys() & layers.quantizable(model).keys()
+    names = [*packed.quantizable(model), *dtype_readers.kept(model)]
+    assert {name: use for name in names if (use := dtype_readers.use_of(model, name))} == expected
+    stay = {
+        name: dtype_readers.REASONS[use] for name, use in expected.items() if use in dtype_readers.REASONS
+    }
+    assert dtype_readers.kept(model) == stay and not stay.keys() & packed.quantizable(model).keys()
     plan = difloat.plan(model, "rtn", "w8a16", forward_loop=loop, samples=4, progress=False)
     assert plan.skipped == stay
     assert agrees(model, plan)
@@ -194,7 +196,7 @@ def test_what_code_does_with_weights_is_found_in_it(name: str, tmp_path) -> None
 def test_a_class_without_source_is_seen_through_by_running_it(name: str) -> None:
     code, expected = READERS[name]
     model = reader(code)
-    assert not parents.kept(model)  # there is no code to look at
+    assert not dtype_readers.kept(model)  # there is no code to look at
     plan = difloat.plan(model, "rtn", "w8a16", forward_loop=loop, samples=4, progress=False)
     assert plan.skipped.keys() <= expected.keys()
     assert {name for name, use in expected.items() if use == "values"} <= plan.skipped.keys()
@@ -205,14 +207,14 @@ def test_a_processor_that_is_handed_its_module_is_looked_into() -> None:
     from diffusers.models.attention_processor import Attention, CustomDiffusionAttnProcessor
 
     model = nn.Sequential(Attention(8, heads=2, dim_head=4))
-    assert not parents.kept(model)
+    assert not dtype_readers.kept(model)
     model[0].set_processor(CustomDiffusionAttnProcessor(False, True, 8, 8))
-    assert parents.kept(model).keys() == {"0.to_q"}
+    assert dtype_readers.kept(model).keys() == {"0.to_q"}
 
 
 def test_layers_of_torch_that_read_weights_stay_float() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    assert parents.kept(model).keys() >= {"linear1", "linear2"} and not layers.quantizable(model)
+    assert dtype_readers.kept(model).keys() >= {"linear1", "linear2"} and not packed.quantizable(model)
 
 
 def test_a_call_is_watched_without_a_trace_of_it(monkeypatch) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import difloat
-from difloat import api, calibration, cli, install, record, study
-from difloat.layers import QuantizedLayer
+from difloat import api, calibration, cli, record, study
+from difloat.layers import install
+from difloat.layers.packed import QuantizedLayer
 from difloat.methods import datafree, tuned
 from difloat.methods.adapters import Adaptive
 from difloat.methods.student import Student

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from difloat import install, record, tiers
+from difloat import record, tiers
 from difloat.kernels import derived, dispatch, reference, torch_int8
 from difloat.kernels.weight import Rows
+from difloat.layers import install
 from difloat.numbers import formats, integer_grids
 from difloat.numbers.formats import parse
 from difloat.numbers.packing import packed_channels

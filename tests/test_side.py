@@ -14,15 +14,17 @@ from torch import nn
 
 import difloat
 import tiny
-from difloat import api, install, layers, record
+from difloat import api, record
 from difloat.kernels import beside, operators
+from difloat.layers import install
+from difloat.layers import packed as layers
+from difloat.layers.low_rank_branch import low_rank, product
 from difloat.methods.adapters import Adaptive, stored_bytes
 from difloat.numbers.formats import parse
 from difloat.plan.add_delta import add_to_weight
 from difloat.plan.encode import plan_layer
 from difloat.plan.plan import SIDE, LayerPlan, Plan
 from difloat.plan.specs import Part, QuantSpec, Side
-from difloat.side import low_rank, product
 from test_finetune import Denoiser
 
 GRID = (100.0, 500.0, 900.0)

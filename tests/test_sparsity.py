@@ -10,7 +10,7 @@ from torch import Tensor
 
 from difloat import recipes, record
 from difloat.facts import MOSTLY, LayerRow, rounded_away, zeros_note
-from difloat.layers import quantizable
+from difloat.layers.packed import quantizable
 from difloat.methods.sparsity import mostly_zero
 from difloat.methods.task import Task
 from difloat.numbers.formats import parse

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import difloat
-from difloat import install, layers
+from difloat.layers import install
+from difloat.layers import packed as layers
+from difloat.layers.timestep_clock import Clock
 from difloat.numbers.formats import parse
 from difloat.plan.encode import dequantize, join_variants, plan_layer
 from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.specs import Part, QuantSpec
-from difloat.timesteps import Clock
 
 GRID = (0.0, 100.0, 500.0, 900.0)
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the GPU backend needs Triton, which this platform has no wheel of")
 
-from difloat import install
 from difloat.kernels import reference
 from difloat.kernels.dispatch import use_backend
 from difloat.kernels.triton import backend
 from difloat.kernels.triton import operands as triton_operands
 from difloat.kernels.triton import tiles as triton_tiles
+from difloat.layers import install
 from difloat.numbers.formats import candidates, parse
 from difloat.numbers.packing import pack
 from difloat.plan.encode import dequantize, plan_layer

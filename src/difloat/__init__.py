@@ -16,9 +16,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from difloat.fast_attention import accelerate as accelerate_attention
 from difloat.io import CheckpointError, load, planner, register, save, verify
 from difloat.kernels.dispatch import set_backend, use_backend
+from difloat.layers.fast_attention import accelerate as accelerate_attention
 from difloat.lora import load_lora, merge_lora, save_lora, set_lora, unload_lora, unmerge_lora
 from difloat.numbers import formats, rounding
 from difloat.plan.plan import LayerPlan, Plan

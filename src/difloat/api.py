@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import calibration, hooks, install, io, layers, lora, modes, recipes
+from difloat import calibration, io, lora, modes, recipes
 from difloat import components as parts
 from difloat.calibration import Calibration, CalibrationSettings
-from difloat.exclusion import excluded
 from difloat.io import mark_quantized, unmark_quantized
+from difloat.layers import hooks, install, packed
+from difloat.layers.exclude import excluded
 from difloat.methods.denoising_factor import loss_weights
 from difloat.methods.finetune import TrainingSettings, guidance_to_keep
 from difloat.methods.posttraining import Outcome, timestep_grid
@@ -88,7 +89,7 @@ def plan(
     own = {name: value for name, value in options.items() if name not in names}
     chosen = recipes.make_options(row, own, bits)  # refuse bad options before hours of calibration
     _check_sampler(model, getattr(chosen, "sampler_power", 0.0), f"{recipe} must be told factor_power=0")
-    excluded(layers.quantizable(denoiser(model)), exclude)
+    excluded(packed.quantizable(denoiser(model)), exclude)
     others = parts.parse(model, components, bits, target)
     source: dict[str, Any] = {
         "prompts": prompts,
@@ -184,7 +185,7 @@ def plan_of(model: Any) -> Plan:
 
 
 def _quantized(module: nn.Module) -> bool:
-    return any(isinstance(part, layers.QuantizedLayer) for part in module.modules())
+    return any(isinstance(part, packed.QuantizedLayer) for part in module.modules())
 
 
 def _check_sampler(model: Any, power: float, way_out: str) -> None:
@@ -302,7 +303,7 @@ def check_model(module: nn.Module) -> None:
     modes.check_defaults()
     lora.refuse(module, "quantized")
     hooks.check(module)
-    found = layers.quantizable(module)
+    found = packed.quantizable(module)
     if not found:
         raise ValueError(
             "model must have linear or convolution layers in float, got none; is it quantized already?"
@@ -345,7 +346,7 @@ def restore(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     modules = [model] if isinstance(model, nn.Module) else list(model.components.values())
     for module in modules:
         if isinstance(module, nn.Module) and any(
-            isinstance(m, layers.QuantizedLayer) for m in module.modules()
+            isinstance(m, packed.QuantizedLayer) for m in module.modules()
         ):
             install.restore(module, dtype)
             unmark_quantized(module)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from difloat.timesteps import TIMESTEP_NAMES
+from difloat.layers.timestep_clock import TIMESTEP_NAMES
 
 # Position tables have no batch axis, even where their first size happens to equal the batch size.
 SHARED_NAMES = frozenset({"img_ids", "txt_ids", "image_rotary_emb"})

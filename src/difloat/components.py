@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from difloat import hooks
+from difloat.layers import hooks
 from difloat.methods import datafree
 from difloat.methods.datafree import Settings
 from difloat.plan.plan import Plan

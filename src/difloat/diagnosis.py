@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from difloat import api, evaluate, install, layers
+from difloat import api, evaluate
 from difloat.evaluate import Generated
-from difloat.layers import QuantizedLayer
+from difloat.layers import install, packed
+from difloat.layers.packed import QuantizedLayer
 from difloat.methods.observe import Call, removed, tensors_of
 from difloat.metrics import NotFiniteError
 
@@ -205,7 +206,7 @@ def _units(original: nn.Module, quantized: nn.Module) -> dict[str, list[str]]:
     taken = {name for name, module in quantized.named_modules() if isinstance(module, QuantizedLayer)}
     units = {
         name: [member for member in members if member in taken]
-        for name, members in layers.blocks(original).items()
+        for name, members in packed.blocks(original).items()
     }
     return {name: members for name, members in units.items() if members}
 

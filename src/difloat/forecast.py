@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import api, forecast_tuning, layers, recipes
+from difloat import api, forecast_tuning, recipes
 from difloat.calibration import Calibration, CalibrationSettings, finish_recording, sampling_of
 from difloat.calls import Recorder, recording
-from difloat.exclusion import excluded
+from difloat.layers import packed
+from difloat.layers.exclude import excluded
 from difloat.methods import allocate
 from difloat.methods.task import Sequencing, Task
 from difloat.plan.plan import Plan
@@ -176,7 +177,7 @@ def forecast(
         exclude: Layers that stay as they are, see `exclusion`.
     """
     need, rows = probe(pipeline, prompts, settings, call_kwargs=call_kwargs)
-    alike = _alike(module, excluded(layers.quantizable(module), exclude))
+    alike = _alike(module, excluded(packed.quantizable(module), exclude))
     counts = {name: len(names) for name, names in alike.items()}
     parsed = Bits.parse(bits)
     task = api.task_of(pipeline, rows, parsed)
@@ -186,10 +187,10 @@ def forecast(
     learns = getattr(made, "rounding", "nearest") == "learned" and parsed.weight <= 4
     plans = _tried(task, recipe, bits, options, learns)
     plan = plans[0]
-    sizes = {name: layers.weight_of(module, name).numel() for name in plan.layers}
+    sizes = {name: packed.weight_of(module, name).numel() for name in plan.layers}
     weights = sum(size * counts[name] for name, size in sizes.items())
     float_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
-    of_layers = sum(layers.weight_of(module, name).nbytes * counts[name] for name in plan.layers)
+    of_layers = sum(packed.weight_of(module, name).nbytes * counts[name] for name in plan.layers)
     packed_bytes = sum(layer.nbytes * counts[name] for name, layer in plan.layers.items())
     used = min(getattr(made, "rounding_rows", 0), settings.samples)
     tuned = forecast_tuning.tuning(task, made, plan, alike, need)
@@ -239,9 +240,9 @@ def _search_s(
 def _alike(module: nn.Module, left_out: set[str]) -> dict[str, list[str]]:
     """By layer of one block of every kind the layers at its place in all blocks of that kind, itself first."""
     kinds: dict[tuple[Any, ...], list[list[str]]] = {}
-    for unit, members in layers.blocks(module).items():
+    for unit, members in packed.blocks(module).items():
         shapes = [
-            (name.removeprefix(unit), tuple(layers.weight_of(module, name).shape), name in left_out)
+            (name.removeprefix(unit), tuple(packed.weight_of(module, name).shape), name in left_out)
             for name in members
         ]
         kinds.setdefault(tuple(shapes), []).append(members)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from difloat import install, layers
 from difloat.batch_axis import first_tensor, rows_in_lists
+from difloat.layers import install, packed
 from difloat.methods import observe, posttraining, relation
 from difloat.methods.adapters import stored_bytes
 from difloat.methods.student import Student
@@ -69,7 +69,7 @@ def tuning(
         stored += added * sum(other not in bare for other in alike[name])
         trained += len(alike[name]) * sum(tensor.nbytes for tensor in student.module(name).parameters())
     step_bytes, output_bytes = _step_bytes(task, student, made.rows, made.precision)
-    ram_bytes = sum(layers.weight_of(task.model, name).nbytes for name in names) + _TRAINED_COPIES * trained
+    ram_bytes = sum(packed.weight_of(task.model, name).nbytes for name in names) + _TRAINED_COPIES * trained
     ram_bytes += step_bytes + int(need["rows"]) * output_bytes
     steps = min(need["steps"], need["rows"]) * made.epochs
     rows = made.rows * made.accumulation

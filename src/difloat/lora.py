@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from difloat import install
-from difloat.layers import QuantizedLayer
+from difloat.layers import install
+from difloat.layers.packed import QuantizedLayer
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"

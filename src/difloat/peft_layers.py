@@ -17,7 +17,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from difloat.layers import QuantizedLayer
+from difloat.layers.packed import QuantizedLayer
 from difloat.plan.add_delta import add_to_weight
 from difloat.plan.plan import LayerPlan
 

@@ -21,7 +21,7 @@ from difloat import report
 from difloat.evaluate import Evaluation
 from difloat.facts import NO_LAYER
 from difloat.io.directories import REPORT_FILES, replace_file
-from difloat.layers import weight_of
+from difloat.layers.packed import weight_of
 from difloat.plan.encode import dequantize
 from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.specs import SIDE, QuantSpec, rows_of_parts, weight_formats

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from difloat.timesteps import TIMESTEP_NAMES
+from difloat.layers.timestep_clock import TIMESTEP_NAMES
 
 RAW_TIMESTEPS = 20  # arXiv:2503.15465, code: `range(20)` for PixArt
 

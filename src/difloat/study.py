@@ -13,22 +13,13 @@ from typing import Any
 import torch
 
 import difloat
-from difloat import (
-    api,
-    calibration,
-    components,
-    evaluate,
-    install,
-    processes,
-    recipes,
-    record,
-    reference_models,
-)
+from difloat import api, calibration, components, evaluate, processes, recipes, record, reference_models
 from difloat.calibration import CalibrationSettings
 from difloat.evaluate import Evaluation, Generated
 from difloat.forecast import Forecast
 from difloat.io.checkpoint import dtype_argument
 from difloat.io.layout import stored_dtypes
+from difloat.layers import install
 from difloat.plan.plan import Plan
 from difloat.report import Record
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from difloat.kernels import dispatch, integer_operands, native_library
-from difloat.layers import QuantizedLayer
+from difloat.layers.packed import QuantizedLayer
 from difloat.plan.specs import Part, rows_of_parts
 
 _TOKENS = 1024

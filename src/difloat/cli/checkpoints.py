@@ -24,7 +24,7 @@ def inspect(
 ) -> None:
     """Show what a model consists of, and what of it can be quantized or is."""
     from difloat import api, tiers
-    from difloat import layers as rooms
+    from difloat.layers import packed as rooms
 
     module = api.denoiser(pipeline_of(source))
     rows: list[tuple[str, str, Sequence[int], str, str]] = []

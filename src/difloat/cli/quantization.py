@@ -105,10 +105,11 @@ def _check_images(images: int) -> None:
 
 def _check_parts(pipeline: Any, exclude: list[str], others: list[str] | None, bits: str) -> None:
     """Refuse layers and components that are not there before anything is tried."""
-    from difloat import api, components, layers
-    from difloat.exclusion import excluded
+    from difloat import api, components
+    from difloat.layers import packed
+    from difloat.layers.exclude import excluded
 
-    excluded(layers.quantizable(api.denoiser(pipeline)), exclude)
+    excluded(packed.quantizable(api.denoiser(pipeline)), exclude)
     components.parse(pipeline, others, bits)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import install, layers
 from difloat.interchange import foreign
 from difloat.interchange.export import INPUT_SCALES
 from difloat.interchange.foreign import SUFFIXES, Foreign
@@ -17,6 +16,7 @@ from difloat.interchange.layers import decode
 from difloat.interchange.schemes import Scheme, check_dialect
 from difloat.io.checkpoint import mark_quantized
 from difloat.io.layout import CONFIG, read_json
+from difloat.layers import install, packed
 from difloat.plan.plan import LayerPlan, Plan
 
 RECIPE = "import"  # what the plans of foreign files name as their recipe
@@ -43,7 +43,7 @@ def import_into(module: nn.Module, path: str | os.PathLike[str], source: str) ->
         raise ValueError(
             f"{source} file must hold quantized layers, got none in {str(path)!r}; is it another file?"
         )
-    float_layers = layers.quantizable(module)
+    float_layers = packed.quantizable(module)
     planned: dict[str, LayerPlan] = {}
     for name in names:
         if name not in float_layers:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat.layers import QuantizedLayer
+from difloat.layers.packed import QuantizedLayer
 
 
 def teach_casts() -> None:

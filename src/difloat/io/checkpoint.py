@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import attention, modes
-from difloat.install import clock_of
+from difloat import modes
 from difloat.io import integrity, rebuild
 from difloat.io.directories import resolved, whole_directory
 from difloat.io.layout import (
@@ -39,7 +38,9 @@ from difloat.io.manifest import MANIFEST, read_manifest, write_manifest
 from difloat.io.modules import load_into, write_module
 from difloat.io.remote import INDEX as PIPELINE_INDEX
 from difloat.io.remote import write_loaders
-from difloat.layers import QuantizedLayer
+from difloat.layers import attention
+from difloat.layers.install import clock_of
+from difloat.layers.packed import QuantizedLayer
 from difloat.plan.plan import LayerPlan, Plan
 
 # Where a model was loaded from, as diffusers and transformers note it in their configs.

@@ -14,7 +14,6 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from difloat import install
 from difloat.io import integrity, planner, skeleton
 from difloat.io.casting import teach_casts
 from difloat.io.config import DifloatConfig
@@ -30,6 +29,7 @@ from difloat.io.layout import (
 )
 from difloat.io.lora_loader import teach_shapes
 from difloat.io.packed_models import guard, unguard
+from difloat.layers import install
 from difloat.plan.plan import LayerPlan
 
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16}

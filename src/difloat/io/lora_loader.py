@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from difloat.layers import QuantizedLayer
+from difloat.layers.packed import QuantizedLayer
 from difloat.plan.encode import dequantize
 
 

@@ -10,7 +10,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from difloat import attention, install, layers
 from difloat.io import skeleton
 from difloat.io.layout import (
     CONFIG,
@@ -24,9 +23,10 @@ from difloat.io.layout import (
     unbundle,
     write_json,
 )
-from difloat.layers import QuantizedLayer
+from difloat.layers import attention, install, packed
+from difloat.layers.packed import QuantizedLayer
+from difloat.layers.timestep_clock import Clock
 from difloat.plan.plan import Plan
-from difloat.timesteps import Clock
 
 
 def write_module(module: nn.Module, plan: Plan, directory: Path, max_shard_bytes: int | None) -> None:
@@ -106,7 +106,7 @@ def load_into(
         return torch.device(device or ("cpu" if homes[name].type == "meta" else homes[name]))
 
     for name, layer in plan.layers.items():
-        new = layers.empty_like(module.get_submodule(name))  # type: ignore[arg-type]
+        new = packed.empty_like(module.get_submodule(name))  # type: ignore[arg-type]
         install.swap(module, name, new)
         if new.input_dtype is not None and dtype is not None:
             new.input_dtype = dtype

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from difloat.layers import QuantizedLayer
+from difloat.layers.packed import QuantizedLayer
 
 _FUSING = ("fuse_qkv_projections", "fuse_projections")
 _UNFUSING = ("unfuse_qkv_projections", "unfuse_projections")

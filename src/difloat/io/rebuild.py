@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from difloat.io.layout import CheckpointError
-from difloat.layers import QuantizedLayer
+from difloat.layers.packed import QuantizedLayer
 
 
 def check(model: nn.Module, built: nn.Module) -> None:

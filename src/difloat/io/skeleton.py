@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from difloat import attention, install, layers
 from difloat.io.layout import CheckpointError, check_stored
-from difloat.layers import QuantizedLayer
+from difloat.layers import attention, install, packed
+from difloat.layers.packed import QuantizedLayer
+from difloat.layers.timestep_clock import Clock
 from difloat.plan.plan import LayerPlan, Plan
-from difloat.timesteps import Clock
 
 
 def allocate(model: nn.Module, plan: Plan) -> None:
@@ -29,7 +29,7 @@ def allocate(model: nn.Module, plan: Plan) -> None:
                 f"plan must fit {type(model).__name__}, but {name!r:.200} of shape {layer_plan.shape} is no layer of it; "
                 "config.json is of another model"
             )
-        layer = layers.empty_like(old)
+        layer = packed.empty_like(old)
         install.swap(model, name, layer)
         layer.allocate(layer_plan, "meta")
     finish(model, plan)

@@ -15,7 +15,6 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from difloat import install
 from difloat.io import integrity, planner, skeleton
 from difloat.io.config import DifloatConfig
 from difloat.io.layout import (
@@ -26,7 +25,8 @@ from difloat.io.layout import (
     plan_tensors,
     quantization_config,
 )
-from difloat.layers import QuantizedLayer
+from difloat.layers import install
+from difloat.layers.packed import QuantizedLayer
 from difloat.plan.plan import LayerPlan, Plan
 
 

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difloat.kernels import operators
+from difloat.layers.low_rank_branch import low_rank
 from difloat.plan import encode
 from difloat.plan import plan as quantizer
 from difloat.plan.plan import LayerPlan
 from difloat.plan.scales import expand_scale, fake_quantize
 from difloat.plan.specs import Part, Side
-from difloat.side import low_rank
 
 Carry = Literal[
     "merged", "side"

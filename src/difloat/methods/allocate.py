@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from difloat import layers, processes
+from difloat import processes
 from difloat.batch_axis import rows_of
-from difloat.exclusion import excluded
+from difloat.layers import packed
+from difloat.layers.exclude import excluded
 from difloat.methods import observe
 from difloat.methods.observe import Call, removed
 from difloat.methods.task import MixedRows, Smoothing, Task
@@ -185,14 +186,14 @@ def _allocate(
     generator = torch.Generator().manual_seed(task.seed)
     rows = task.calibration.stratified(min(settings.rows, len(task.calibration)), generator)
     seen = observe.trace(task.model, task.calibration.batch(rows[:2]))
-    left_out = excluded(layers.quantizable(task.model), task.exclude)
+    left_out = excluded(packed.quantizable(task.model), task.exclude)
     names = [name for name in seen.order if (task.only is None or name in task.only) and name not in left_out]
     calls = task.calls(rows, seen.row_bytes)
     largest = observe.channel_maxima(task.model, names, calls) if settings.scale_inputs else {}
     bits, found = task.bits.weight, {}
     held = _held_inputs(task, names, calls)
     for name, inputs in tqdm(held, desc="choose widths", total=len(names), disable=not task.progress):
-        weight = layers.weight_of(task.model, name).detach().float()
+        weight = packed.weight_of(task.model, name).detach().float()
         scale, smoothing = torch.ones(weight.shape[1]), None
         if name in largest and largest[name].numel() == len(scale):  # grouped convolutions read more channels
             scale = input_scale(largest[name].cpu(), weight.cpu())
@@ -290,7 +291,7 @@ def _held_inputs(task: Task, names: Sequence[str], calls: Sequence[Call]) -> Ite
 def vectors_of(model: nn.Module, name: str) -> tuple[int, int]:
     """How many input vectors of a layer are held, and their bytes."""
     layer = model.get_submodule(name)
-    weight = layers.weight_of(model, name)
+    weight = packed.weight_of(model, name)
     vector_bytes = 4 * weight[0].numel() * getattr(layer, "groups", 1)
     count = max(1, min(_VECTORS, _LAYER_BYTES // vector_bytes))
     return count, count * vector_bytes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difloat.layers import QuantizedLayer
+from difloat.layers.packed import QuantizedLayer
 from difloat.methods.observe import Call, input_of
 from difloat.methods.passes import Passes
 from difloat.numbers.search import Found

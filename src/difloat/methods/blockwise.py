@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from difloat import layers
 from difloat.cached import read_entry, write_entry
-from difloat.layers import QuantizedLayer
+from difloat.layers import packed
+from difloat.layers.packed import QuantizedLayer
 from difloat.methods import memory
 from difloat.methods.adaround import Learned, learn_rounding
 from difloat.methods.observe import Trace
@@ -112,7 +112,7 @@ def _take_over(twin: nn.Module, name: str, draft: Draft, codes: torch.Tensor) ->
 def _units(model: nn.Module, drafts: Mapping[str, Draft]) -> dict[str, list[str]]:
     """The layers to learn by their block, in the order of execution."""
     order = list(drafts)
-    units = {unit: [n for n in names if n in drafts] for unit, names in layers.blocks(model).items()}
+    units = {unit: [n for n in names if n in drafts] for unit, names in packed.blocks(model).items()}
     units = {unit: names for unit, names in units.items() if names}
     return dict(sorted(units.items(), key=lambda item: min(order.index(name) for name in item[1])))
 

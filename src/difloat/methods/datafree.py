@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from difloat import layers, modes, parents, units
+from difloat import modes
+from difloat.layers import dtype_readers, packed, quantizable
 from difloat.methods.assign import plan_inputs
 from difloat.numbers import formats
 from difloat.plan import options, target
@@ -116,11 +117,11 @@ def decide(model: nn.Module, wanted: Settings, float32: Sequence[str] = ()) -> D
     Raises:
         ValueError: if no layer is left to quantize.
     """
-    inside = set(layers.inside_blocks(model)) or set(layers.quantizable(model))
+    inside = set(packed.inside_blocks(model)) or set(packed.quantizable(model))
     tied = _tied(model)
     rules: dict[str, Callable[[Tensor], LayerPlan]] = {}
-    skipped: dict[str, str] = parents.kept(model)
-    for name in layers.quantizable(model):
+    skipped: dict[str, str] = dtype_readers.kept(model)
+    for name in packed.quantizable(model):
         if name in tied:
             skipped[name] = "weight is shared with another module"
         elif any(_names(pattern, name) for pattern in wanted.exclude):
@@ -136,7 +137,7 @@ def decide(model: nn.Module, wanted: Settings, float32: Sequence[str] = ()) -> D
         raise ValueError(
             f"{type(model).__name__} must have a layer to quantize, got none: {reason}; exclude fewer layers"
         )
-    return Decision(rules, skipped | units.staying_float(model), wanted)
+    return Decision(rules, skipped | quantizable.staying_float(model), wanted)
 
 
 @modes.plain()
@@ -144,7 +145,7 @@ def plan(model: nn.Module, wanted: Settings, *, progress: bool = True) -> Plan:
     """The plan of a float model in memory, which stays untouched; ValueError as from `decide`, or if a weight is not finite."""
     decision = decide(model, wanted)
     todo = tqdm(decision.layers.items(), desc=f"search {type(model).__name__}", disable=not progress)
-    return decision.plan({name: make(layers.weight_of(model, name).detach()) for name, make in todo})
+    return decision.plan({name: make(packed.weight_of(model, name).detach()) for name, make in todo})
 
 
 def _names(pattern: str, name: str) -> bool:

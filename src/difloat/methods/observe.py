@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from difloat.attention import has_processor
 from difloat.batch_axis import SHARED_NAMES, prediction, rows_in_lists, rows_of, samples_of
-from difloat.layers import quantizable
+from difloat.layers.attention import has_processor
+from difloat.layers.code_readers import Use
+from difloat.layers.packed import quantizable
 from difloat.methods.readers import Watch
-from difloat.reading import Use
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Functions that mix channels: what a tensor was concatenated from is no longer true of their result.

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from difloat import attention, install, layers, parents, processes
-from difloat.exclusion import EXCLUDED, excluded, matches
+from difloat import processes
+from difloat.layers import attention, dtype_readers, install, packed
+from difloat.layers.exclude import EXCLUDED, excluded, matches
 from difloat.methods import memory, observe, readers
 from difloat.methods.assign import search_inputs
 from difloat.methods.blockwise import learn_blocks
@@ -96,14 +97,16 @@ def run(
         ValueError: if the model has no layer to quantize, or a weight is not finite (the layer is named).
     """
     generator = torch.Generator().manual_seed(task.seed)
-    candidates = layers.quantizable(task.model)
+    candidates = packed.quantizable(task.model)
     if not candidates:
         raise ValueError(
             "model must have linear or convolution layers to quantize, got none; is it quantized already?"
         )
     args, kwargs = call = task.calibration.batch(task.calibration.stratified(2, generator))
     seen = observe.trace(task.model, call)
-    read = parents.kept(task.model) | readers.kept(task.model, lambda: task.model(*args, **kwargs), seen.uses)
+    read = dtype_readers.kept(task.model) | readers.kept(
+        task.model, lambda: task.model(*args, **kwargs), seen.uses
+    )
     wished = [name for name in seen.order if (task.only is None or name in task.only) and name not in read]
     left_out = excluded(candidates, task.exclude)
     decided = {name: EXCLUDED if name in left_out else rules_for(name, seen) for name in wished}
@@ -194,7 +197,7 @@ def _search_weights(
     """Layers with weights rounded to nearest, and the drafts of those whose rounding is learned."""
     plans, drafts = {}, {}
     for name, rule in tqdm(rules.items(), desc="search weights", disable=not task.progress):
-        weight = layers.weight_of(task.model, name)
+        weight = packed.weight_of(task.model, name)
         if not torch.isfinite(weight).all():
             raise ValueError(
                 f"weights must be finite, got NaN or Inf in layer {name!r}; repair the checkpoint"

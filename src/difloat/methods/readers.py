@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from difloat import parents
-from difloat.layers import quantizable
-from difloat.parents import REASONS
-from difloat.reading import HARMLESS, Use
+from difloat.layers import dtype_readers
+from difloat.layers.code_readers import HARMLESS, Use
+from difloat.layers.dtype_readers import REASONS
+from difloat.layers.packed import quantizable
 
 _SAME = {"data", "detach", "to", "float", "contiguous", "cpu", "cuda"}  # a weight, as it is, in other words
 _ABOUT = HARMLESS | {
@@ -46,7 +46,7 @@ class Watch(TorchFunctionMode):
         self.uses: dict[str, Use] = {}
         self.packed, self.damaged = packed, False
         self.answers = (
-            {n: torch.int8 if parents.use_of(model, n) else torch.uint8 for n in self.layers}
+            {n: torch.int8 if dtype_readers.use_of(model, n) else torch.uint8 for n in self.layers}
             if packed
             else {}
         )

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from difloat.layers import quantizable
+from difloat.layers.packed import quantizable
 from difloat.methods.finetune import Batch
 from difloat.methods.observe import Call, removed, tensors_of
 from difloat.methods.student import Student

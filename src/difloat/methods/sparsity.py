@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from difloat import layers
 from difloat.facts import MOSTLY, rounded_away
+from difloat.layers import packed
 from difloat.plan import encode
 from difloat.plan.plan import LayerPlan
 
@@ -28,7 +28,7 @@ def mostly_zero(model: nn.Module, plans: Mapping[str, LayerPlan]) -> dict[str, f
     found = {}
     for name, plan in plans.items():
         after = float((encode.dequantize(plan) == 0).float().mean())
-        before = float((layers.weight_of(model, name) == 0).float().mean())
+        before = float((packed.weight_of(model, name) == 0).float().mean())
         if (lost := rounded_away(after, before)) > MOSTLY:
             found[name] = lost
     return found

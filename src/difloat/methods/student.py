@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difloat import attention, hooks, install
+from difloat.layers import attention, hooks, install
+from difloat.layers.timestep_clock import Clock
 from difloat.methods.adapters import Adaptive, Carry, Init
 from difloat.plan.plan import LayerPlan
 from difloat.plan.specs import AttentionPlan
-from difloat.timesteps import Clock
 
 _ROUTER_WIDTH = 128
 _FASTEST = 1.0  # radians over half of the trajectory: an untrained router's table varies slowly

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from difloat import modes, units
+from difloat import modes
+from difloat.layers import quantizable
 from difloat.methods.posttraining import Bits, Outcome, Task
 from difloat.methods.sparsity import mostly_zero
 from difloat.plan import options
@@ -112,7 +113,7 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
         recipe,
         bits.strip().lower(),
         outcome.layers,
-        {**outcome.skipped, **units.staying_float(task.model)},
+        {**outcome.skipped, **quantizable.staying_float(task.model)},
         stored,
         {**outcome.measured, "mostly_zero": mostly_zero(task.model, outcome.layers)},
         outcome.attention,

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from difloat import layers
+from difloat.layers import packed
 from difloat.methods import posttraining
 from difloat.methods.adaround import RoundingSettings
 from difloat.methods.observe import Trace
@@ -74,7 +74,7 @@ class Options:
 
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by FP4DiT."""
-    inside = layers.inside_blocks(task.model)
+    inside = packed.inside_blocks(task.model)
 
     def rules(name: str, seen: Trace) -> LayerRules | str:
         if name not in inside and options.outside == "keep":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from difloat import layers
+from difloat.layers import packed
 from difloat.methods import observe, posttraining
 from difloat.methods.observe import Trace
 from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Smoothing, Task
@@ -47,7 +47,7 @@ class ViDiTQOptions:
 
 def viditq(task: Task, options: ViDiTQOptions) -> Outcome:
     """Quantize the task's model by ViDiT-Q."""
-    inside = layers.inside_blocks(task.model)
+    inside = packed.inside_blocks(task.model)
     smoothing = _smoothing(task, inside, options) if options.stretches else {}
 
     def rules(name: str, seen: Trace) -> LayerRules | str:
@@ -73,7 +73,7 @@ class QDiTOptions:
 
 def qdit(task: Task, options: QDiTOptions) -> Outcome:
     """Quantize the task's model by Q-DiT."""
-    inside = layers.inside_blocks(task.model)
+    inside = packed.inside_blocks(task.model)
 
     def rules(name: str, seen: Trace) -> LayerRules | str:
         if name not in inside:
@@ -107,7 +107,7 @@ def _smoothing(task: Task, names: list[str], options: ViDiTQOptions) -> dict[str
         rows = [i for i, t in enumerate(task.calibration.timesteps) if stretch_of[t] == stretch]
         calls = [task.calibration.batch(rows[: options.rows])]
         for name, largest in observe.channel_maxima(task.model, names, calls).items():
-            weight = layers.weight_of(task.model, name).detach().float()
+            weight = packed.weight_of(task.model, name).detach().float()
             if largest.numel() == weight.shape[1]:  # grouped convolutions read their input in pieces
                 of_weight = weight.abs().transpose(0, 1).flatten(1).amax(1).clamp_min(SMALLEST)
                 divisor = largest.clamp_min(SMALLEST) ** options.smoothing

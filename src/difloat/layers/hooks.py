@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from difloat.timesteps import Clock
-from difloat.units import quantizable
+from difloat.layers.quantizable import quantizable
+from difloat.layers.timestep_clock import Clock
 
 # Of diffusers: what to do about those that are no caches.
 _REMEDIES = {

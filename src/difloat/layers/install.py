@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difloat import attention, hooks, modes, parents
-from difloat.layers import QuantConv2d, QuantizedLayer, QuantLinear, empty_like, quantizable, weight_of
+from difloat import modes
+from difloat.layers import attention, dtype_readers, hooks
+from difloat.layers.low_rank_branch import product
+from difloat.layers.packed import QuantConv2d, QuantizedLayer, QuantLinear, empty_like, quantizable, weight_of
+from difloat.layers.quantizable import places
+from difloat.layers.timestep_clock import Clock
 from difloat.plan.encode import dequantize
 from difloat.plan.plan import LayerPlan, Plan
-from difloat.side import product
-from difloat.timesteps import Clock
-from difloat.units import places
 
 
 def shadow(model: nn.Module, *, frozen: bool = False) -> nn.Module:
@@ -93,7 +94,7 @@ def swap(model: nn.Module, name: str, layer: QuantLinear | QuantConv2d) -> None:
     old = model.get_submodule(name)
     hooks.hand_over(old, layer)
     names = (other for other, module in model.named_modules(remove_duplicate=False) if module is old)
-    if any(parents.use_of(model, other) for other in names):
+    if any(dtype_readers.use_of(model, other) for other in names):
         layer.answer_as(old.input_dtype if isinstance(old, QuantizedLayer) else weight_of(model, name).dtype)
     replace(model, name, layer)
 

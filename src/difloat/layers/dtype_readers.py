@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difloat import modes, reading
-from difloat.reading import ANY, ENTRY, FIRST, Path, Read, Use
+from difloat import modes
+from difloat.layers import code_readers
+from difloat.layers.code_readers import ANY, ENTRY, FIRST, Path, Read, Use
 
 REASONS: dict[Use, str] = {
     "dtype": "the model casts to the dtype of its weight",
@@ -80,17 +81,17 @@ def _classes(module: nn.Module) -> _Classes:
     """The class of a module, and those of what it may hand itself to: attention processors, whether modules or not."""
     others: list[Any] = [*vars(module).values(), *module._modules.values()]
     kinds: dict[type, None] = dict.fromkeys(map(type, others))
-    return type(module), tuple(kind for kind in kinds if "__call__" in reading.functions(kind))
+    return type(module), tuple(kind for kind in kinds if "__call__" in code_readers.functions(kind))
 
 
 @cache
 def _reads(chain: tuple[_Classes, ...]) -> tuple[frozenset[Read], ...]:
     """What modules, each the child of the one before, read of weights below them; of every one by itself."""
     owners = [[(own, False), *((other, True) for other in others)] for own, others in chain]
-    names = reading.reachable([owner for of_one in owners for owner in of_one])
+    names = code_readers.reachable([owner for of_one in owners for owner in of_one])
     return tuple(
         frozenset().union(
-            *(reading.code_of(cls, name, helper).reads for cls, helper in of_one for name in names)
+            *(code_readers.code_of(cls, name, helper).reads for cls, helper in of_one for name in names)
         )
         for of_one in owners
     )

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from difloat import modes
 from difloat.kernels import beside, checks, row_operators
 from difloat.kernels import operators as ops
-from difloat.parents import PackedWeight
+from difloat.layers.dtype_readers import PackedWeight
+from difloat.layers.low_rank_branch import low_rank
+from difloat.layers.quantizable import blocks, inside_blocks, quantizable
+from difloat.layers.stored_pieces import VECTORS, RowSlot, Slot, row_slots_of, slots_of
+from difloat.layers.timestep_clock import Clock
 from difloat.plan.plan import VARIED, LayerPlan
 from difloat.plan.specs import SIDE, Band, Part, Side, weight_formats
-from difloat.side import low_rank
-from difloat.slots import VECTORS, RowSlot, Slot, row_slots_of, slots_of
-from difloat.timesteps import Clock
-from difloat.units import blocks, inside_blocks, quantizable
 
 __all__ = [
     "QuantConv2d",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from difloat import parents
+from difloat.layers import dtype_readers
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -14,7 +14,7 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     without calling them (`nn.MultiheadAttention`) or whose input it casts to the weight's dtype (`parents.kept`).
     """
     found = {}
-    read = parents.kept(model)
+    read = dtype_readers.kept(model)
     for name, module in model.named_modules():
         plain_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
         plain_conv = isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
@@ -82,10 +82,10 @@ def staying_float(model: nn.Module) -> dict[str, str]:
     linear layers with a forward pass of their own: whatever it is, it stays as large as it was. Layers of `quantizable` and
     those that are quantized already are not among them. The model itself has the empty name.
     """
-    possible, read = quantizable(model), parents.kept(model)
+    possible, read = quantizable(model), dtype_readers.kept(model)
     found = {}
     for name, module in model.named_modules():
-        if name in possible or isinstance(module, parents.PackedWeight):
+        if name in possible or isinstance(module, dtype_readers.PackedWeight):
             continue
         own = [
             key for key, p in module.named_parameters(recurse=False) if p.is_floating_point() and p.dim() >= 2

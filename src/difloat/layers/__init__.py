@@ -1,0 +1,1 @@
+"""Packed layers, and how a model gets them."""
