@@ -18,7 +18,7 @@ import torch
 from quantization_time import commit
 from torch import Tensor
 
-from difloat import api, report, study
+from difloat import api, report, run
 from difloat.layers import packed
 from difloat.numbers import formats
 from difloat.numbers.rounding import round_to
@@ -64,7 +64,7 @@ def main() -> None:
     sys.path.remove(str(Path(__file__).resolve().parent))
     results = {}
     for model in NAMES:
-        module = api.denoiser(study.load_pipeline(model))
+        module = api.denoiser(run.load_pipeline(model))
         weights = [layer.weight.detach().flatten(1) for layer in packed.quantizable(module).values()][1:-1]
         for bits in (1, 2, 3):
             sums = torch.zeros(3, dtype=torch.float64)

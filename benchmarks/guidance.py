@@ -25,7 +25,7 @@ import torch
 from quantization_time import commit
 from torch import Tensor, nn
 
-from difloat import api, io, report, study
+from difloat import api, io, report, run
 from difloat.calibration import Calibration
 from difloat.calls import first_tensor
 from difloat.reference_models import NAMES
@@ -49,11 +49,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    pipeline = study.load_pipeline(arguments.model)
-    guidance, call = study.call_of(arguments.model, None)
+    pipeline = run.load_pipeline(arguments.model)
+    guidance, call = run.call_of(arguments.model, None)
     data = api.calibrate(
         pipeline,
-        prompts=study.prompts_of(pipeline, arguments.model, None),
+        prompts=run.prompts_of(pipeline, arguments.model, None),
         call_kwargs=call,
         samples=arguments.rows,
         steps=STEPS,

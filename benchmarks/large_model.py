@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from difloat import api, recipes, reference_models, report, study
+from difloat import api, recipes, reference_models, report, run
 from difloat.calibration import CalibrationSettings
-from difloat.forecast import Forecast, forecast
+from difloat.estimate import Forecast, forecast
 from difloat.methods import blockwise
 from difloat.methods.adaround import RoundingSettings
 from difloat.methods.task import Task
@@ -62,7 +62,7 @@ def main() -> None:
     )
     options = {"iterations": arguments.iterations, "rounding_rows": arguments.rows}
     expected = forecast(pipeline, module, PROMPTS, settings, "fp4dit", "w4a6", options)
-    sys.stderr.write(study.describe(expected, settings) + "\n")
+    sys.stderr.write(run.describe(expected, settings) + "\n")
     start = time.perf_counter()
     data = api.calibrate(pipeline, prompts=PROMPTS, cache_dir=arguments.work, **vars(settings))
     calibration_s = time.perf_counter() - start

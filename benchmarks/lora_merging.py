@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import difloat
-from difloat import study
+from difloat import run
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = ("w3a8", "w4a8", "w6a8", "w8a8")
@@ -41,7 +41,7 @@ def outputs(pipeline: Any, texts: Tensor) -> Tensor:
 def measure(source: Path, recipe: str, bits: str, samples: int) -> dict[str, float]:
     """Errors of one width."""
     plain = difloat.reference("emoji-unet")
-    prompts = study.prompts_of(plain, "emoji-unet", None) or []
+    prompts = run.prompts_of(plain, "emoji-unet", None) or []
     texts = plain.encode_prompt(prompts[:16], "cpu", 1, False)[0].detach()
     arguments = {"recipe": recipe, "bits": bits, "prompts": prompts, "samples": samples, "progress": False}
     adapted = copy.deepcopy(plain)

@@ -24,7 +24,7 @@ import torch
 from quality_rows import MODELS, PAPERS, Row
 from quality_tables import seed_table, table
 
-from difloat import api, record, report, study
+from difloat import api, record, report, run
 from difloat.evaluate import Generated
 from difloat.layers import install, packed
 from difloat.plan.rules import Bits
@@ -66,10 +66,10 @@ def main() -> None:
 
 def measure_model(arguments: argparse.Namespace, model: str, results: dict[str, Any], path: Path) -> None:
     """Measure the missing rows of one model and store each as soon as it is there."""
-    pipeline = study.load_pipeline(model)
-    guidance, call = study.call_of(model, None)
-    prompts = study.prompts_of(pipeline, model, None)
-    sampling = study.Sampling(prompts, arguments.samples, arguments.steps, guidance, call_kwargs=call)
+    pipeline = run.load_pipeline(model)
+    guidance, call = run.call_of(model, None)
+    prompts = run.prompts_of(pipeline, model, None)
+    sampling = run.Sampling(prompts, arguments.samples, arguments.steps, guidance, call_kwargs=call)
     module = api.denoiser(pipeline)
     setting = {
         "samples": arguments.samples,
@@ -109,7 +109,7 @@ def store(path: Path, key: str, row: dict[str, Any]) -> None:
 
 
 def measure_row(
-    row: Row, pipeline: Any, module: Any, data: Any, reference: Generated, sampling: study.Sampling
+    row: Row, pipeline: Any, module: Any, data: Any, reference: Generated, sampling: run.Sampling
 ) -> dict[str, Any]:
     """Quantize by one configuration, draw, judge; the pipeline is as before on return."""
     start = time.perf_counter()
@@ -120,10 +120,10 @@ def measure_row(
     name = next(key for key, value in pipeline.components.items() if value is module)
     setattr(pipeline, name, twin)
     try:
-        drawn = study.draw(pipeline, sampling)
+        drawn = run.draw(pipeline, sampling)
     finally:
         setattr(pipeline, name, module)
-    evaluation = study.judge(reference, drawn, sampling)
+    evaluation = run.judge(reference, drawn, sampling)
     size = record.sizes(twin, plan)
     rows = [record.layer_row(key, layer, packed.weight_of(module, key)) for key, layer in plan.layers.items()]
     weights = sum(r.bytes_before for r in rows)
@@ -146,12 +146,12 @@ def measure_row(
     }
 
 
-def full_precision(pipeline: Any, sampling: study.Sampling, folder: Path) -> Generated:
+def full_precision(pipeline: Any, sampling: run.Sampling, folder: Path) -> Generated:
     """Pictures of the float model, kept on disk."""
     path = folder / f"{sampling.count}-{sampling.steps}.pt"
     if path.exists():
         return Generated(**torch.load(path, weights_only=True))
-    drawn = study.draw(pipeline, sampling)
+    drawn = run.draw(pipeline, sampling)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(vars(drawn), path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from difloat import api, report, study
+from difloat import api, report, run
 from difloat.layers import packed
 from difloat.methods import observe
 from difloat.methods.adaround import RoundingSettings, learn_rounding, relative_error
@@ -68,9 +68,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    pipeline = study.load_pipeline(arguments.model)
-    guidance, call = study.call_of(arguments.model, None)
-    prompts = study.prompts_of(pipeline, arguments.model, None)
+    pipeline = run.load_pipeline(arguments.model)
+    guidance, call = run.call_of(arguments.model, None)
+    prompts = run.prompts_of(pipeline, arguments.model, None)
     data = api.calibrate(
         pipeline, prompts=prompts, call_kwargs=call, samples=arguments.rows, guidance_scale=guidance
     )

@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 import torch
 
-from difloat import api, report, study
+from difloat import api, report, run
 from difloat.methods.allocate import AllocationSettings, Criterion, allocate
 from difloat.methods.task import Task
 from difloat.numbers import formats
@@ -50,11 +50,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    pipeline = study.load_pipeline(arguments.model)
-    guidance, call = study.call_of(arguments.model, None)
+    pipeline = run.load_pipeline(arguments.model)
+    guidance, call = run.call_of(arguments.model, None)
     data = api.calibrate(
         pipeline,
-        prompts=study.prompts_of(pipeline, arguments.model, None),
+        prompts=run.prompts_of(pipeline, arguments.model, None),
         call_kwargs=call,
         samples=arguments.samples,
         steps=20,

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from difloat import api, report, study
+from difloat import api, report
+from difloat import run as study
 from difloat.calls import first_tensor
 from difloat.layers import install
 from difloat.methods.finetune import TrainingSettings

@@ -12,8 +12,8 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
 import difloat
-from difloat import DifloatConfig, study
-from difloat.sampling import denoiser_of
+from difloat import DifloatConfig, run
+from difloat.pipelines import denoiser_of
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--weights", default="search", help="a format's name, or search")
     options = parser.parse_args()
 
-    source = study.load_pipeline(options.model)
+    source = run.load_pipeline(options.model)
     denoiser = denoiser_of(source)[0]
     mapping = {
         denoiser: DifloatConfig(weights=options.weights, exclude=["proj_out"]),

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import difloat
-from difloat import evaluate, study
+from difloat import evaluate, run
 
 
 def main() -> None:
@@ -24,9 +24,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8)
     options = parser.parse_args()
 
-    pipeline = study.load_pipeline(options.model)
-    prompts = study.prompts_of(pipeline, options.model, None)
-    guidance_scale, call_kwargs = study.call_of(options.model, None)
+    pipeline = run.load_pipeline(options.model)
+    prompts = run.prompts_of(pipeline, options.model, None)
+    guidance_scale, call_kwargs = run.call_of(options.model, None)
     seeds = range(options.images)
 
     def draw() -> evaluate.Generated:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import difloat
-from difloat import study
+from difloat import run
 
 LAYERS = [
     "to_q",
@@ -86,8 +86,8 @@ def main() -> None:
     options = parser.parse_args()
 
     generator = torch.Generator().manual_seed(0)
-    pipeline = study.load_pipeline(options.model)
-    prompts = (study.prompts_of(pipeline, options.model, None) or [])[: options.pictures]
+    pipeline = run.load_pipeline(options.model)
+    prompts = (run.prompts_of(pipeline, options.model, None) or [])[: options.pictures]
     latents = inverted_latents(pipeline, prompts, options.steps, generator)
     texts = pipeline.encode_prompt(prompts, "cpu", 1, False)[0].detach()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from difloat import arguments
+from difloat import pipelines
 
 
 class Denoiser(nn.Module):
@@ -52,29 +52,29 @@ class PixelPipeline:
 
 def test_binning_is_off_only_where_the_size_is_the_models_own() -> None:
     off = {"clean_caption": False, "use_resolution_binning": False}
-    assert arguments.completed(TextPipeline(), {"eta": 1}) == {"eta": 1, **off}
-    assert arguments.completed(TextPipeline(), {"height": 64}) == {"height": 64, "clean_caption": False}
+    assert pipelines.completed(TextPipeline(), {"eta": 1}) == {"eta": 1, **off}
+    assert pipelines.completed(TextPipeline(), {"height": 64}) == {"height": 64, "clean_caption": False}
     mine = {"clean_caption": True, "use_resolution_binning": True}
-    assert arguments.completed(TextPipeline(), mine) == mine
-    assert arguments.completed(FixedSizePipeline(), {}) == {}
+    assert pipelines.completed(TextPipeline(), mine) == mine
+    assert pipelines.completed(FixedSizePipeline(), {}) == {}
 
 
 def test_what_is_shown_follows_from_signature_and_config() -> None:
     ten, none = Denoiser(num_class_embeds=10), Denoiser(num_class_embeds=None)
-    assert arguments.condition_of(TextPipeline(), none) == "prompt"
-    assert arguments.condition_of(ClassPipeline(), none) == "class_labels"
-    assert arguments.condition_of(PixelPipeline(), ten) == "class_labels"
-    assert arguments.condition_of(PixelPipeline(), none) is None
-    assert arguments.takes(PixelPipeline(), "anything") and not arguments.takes(ClassPipeline(), "prompt")
+    assert pipelines.condition_of(TextPipeline(), none) == "prompt"
+    assert pipelines.condition_of(ClassPipeline(), none) == "class_labels"
+    assert pipelines.condition_of(PixelPipeline(), ten) == "class_labels"
+    assert pipelines.condition_of(PixelPipeline(), none) is None
+    assert pipelines.takes(PixelPipeline(), "anything") and not pipelines.takes(ClassPipeline(), "prompt")
 
 
 def test_a_class_depends_on_its_seed_alone() -> None:
     model = Denoiser(num_embeds_ada_norm=1000)
-    drawn = arguments.draw_classes(model, range(50))
+    drawn = pipelines.draw_classes(model, range(50))
     assert len(set(drawn)) > 40 and min(drawn) >= 0 and max(drawn) < 1000
-    assert arguments.draw_classes(model, [7, 3]) == [drawn[7], drawn[3]]
+    assert pipelines.draw_classes(model, [7, 3]) == [drawn[7], drawn[3]]
     with pytest.raises(ValueError, match="number of classes in its config .* got neither; give class_labels"):
-        arguments.draw_classes(Denoiser(), [0])
+        pipelines.draw_classes(Denoiser(), [0])
 
 
 def test_a_text_beside_the_prompt_is_repeated_for_every_picture() -> None:
@@ -85,7 +85,7 @@ def test_a_text_beside_the_prompt_is_repeated_for_every_picture() -> None:
         "prompt": "d",
         "output_type": "np",
     }
-    assert arguments.for_pictures(given, 2) == {
+    assert pipelines.for_pictures(given, 2) == {
         "negative_prompt": ["", ""],
         "prompt_2": ["a", "a"],
         "negative_prompt_2": ["b", "c"],

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import difloat
-from difloat.cached import CacheWarning, read_entry, write_atomically, write_entry
+from difloat.cache_entries import CacheWarning, read_entry, write_atomically, write_entry
 from difloat.calibration import CalibrationSettings, collect
 from difloat.plan.plan import Plan
 from test_calibration import PROMPTS, DotPipeline

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import difloat
-from difloat.cached import CacheWarning
+from difloat.cache_entries import CacheWarning
 from difloat.calibration import (
     CalibrationSettings,
     collect,
@@ -27,7 +27,7 @@ from difloat.calibration import (
     sampling_of,
 )
 from difloat.calls import first_tensor, merge
-from difloat.forecast import probe
+from difloat.estimate import probe
 from difloat.loop_identity import fingerprint
 from difloat.renoising import LastCall, clean_calls
 from tiny import PROMPTS, tiny_ddim, tiny_pixart, tiny_unet

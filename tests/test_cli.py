@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from difloat import cli, record, study
+from difloat import cli, record
+from difloat import run as study
 from difloat.io import CheckpointError, directories
 from difloat.kernels.dispatch import use_backend
 from difloat.recipes import RECIPES

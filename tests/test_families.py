@@ -23,8 +23,8 @@ import families
 from difloat import evaluate
 from difloat.calibration import Calibration, CalibrationSettings, collect, denoiser_of
 from difloat.calls import first_tensor
+from difloat.estimate import probe
 from difloat.evaluate import Generated
-from difloat.forecast import probe
 from difloat.layers import dtype_readers, packed, quantizable
 from difloat.layers.packed import QuantConv2d
 from difloat.methods import observe, relation

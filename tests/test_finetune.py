@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
-from difloat import processes, recipes, record
-from difloat.cached import read_entry
+from difloat import distributed, recipes, record
+from difloat.cache_entries import read_entry
 from difloat.calibration import Calibration, CalibrationSettings, collect_from_loop
 from difloat.layers import install
 from difloat.layers import packed as layers
@@ -532,7 +532,7 @@ def test_numbers_out_of_their_range_are_refused(name: str, value: float) -> None
 
 def test_every_process_must_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     task, plans = prepared()
-    monkeypatch.setattr(processes, "count", lambda: 5)
+    monkeypatch.setattr(distributed, "count", lambda: 5)
     with pytest.raises(ValueError, match="rows must be at least 1 for each of 5 processes, got 4"):
         trained(task, student_of(task, plans))
 

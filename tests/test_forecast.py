@@ -9,10 +9,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import families
-from difloat import api, forecast, forecast_tuning, recipes, study
+from difloat import api, estimate, estimate_training, recipes, run
 from difloat.calibration import CalibrationSettings
 from difloat.calls import first_tensor
-from difloat.forecast import Forecast
+from difloat.estimate import Forecast
 from difloat.layers import packed
 from difloat.methods.posttraining import timestep_grid
 from difloat.methods.student import Student
@@ -30,13 +30,13 @@ ROW_S = 1.0  # of the denoiser, instead of a measured time
 @pytest.fixture(autouse=True)
 def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row takes the denoiser a second, whatever the machine does meanwhile."""
-    probe = forecast.probe
+    probe = estimate.probe
 
     def steady(*arguments: Any, **named: Any) -> Any:
         need, rows = probe(*arguments, **named)
         return {**need, "row_seconds": ROW_S}, rows
 
-    monkeypatch.setattr(forecast, "probe", steady)
+    monkeypatch.setattr(estimate, "probe", steady)
 
 
 def expected(
@@ -48,7 +48,7 @@ def expected(
 ) -> Forecast:
     pipeline = tiny_unet() if pipeline is None else pipeline
     arguments = (pipeline, api.denoiser(pipeline), PROMPTS, settings, recipe, "w4a4", options, call)
-    return forecast.forecast(*arguments)
+    return estimate.forecast(*arguments)
 
 
 def held_bytes(student: Student, call: Any) -> int:
@@ -71,7 +71,9 @@ def held_bytes(student: Student, call: Any) -> int:
 def test_memory_of_fine_tuning_is_what_a_real_student_holds(
     monkeypatch: pytest.MonkeyPatch, carry: str
 ) -> None:
-    monkeypatch.setattr(forecast_tuning, "_HEAP", 1.0)  # what is in use, not what the C library keeps beside
+    monkeypatch.setattr(
+        estimate_training, "_HEAP", 1.0
+    )  # what is in use, not what the C library keeps beside
     pipeline, rows, rank = tiny_unet(), 5, 4
     options = {"rows": rows, "rank": rank, "adapters": 2, "carry": carry}
     said = expected("msfp", pipeline, **options)
@@ -103,12 +105,12 @@ def test_memory_of_fine_tuning_is_what_a_real_student_holds(
 def test_memory_of_fine_tuning_grows_with_rows_and_is_told_from_the_rest() -> None:
     few, more, most = (expected("efficientdm", rows=rows).tuning_bytes for rows in (4, 8, 12))
     assert most - more == pytest.approx(more - few, rel=1e-3) and more - few > 4 * 10_000
-    text = study.describe(expected("efficientdm", rows=4), SETTINGS)
+    text = run.describe(expected("efficientdm", rows=4), SETTINGS)
     assert "RAM: about" in text and "RAM of fine-tuning: about" in text
     for recipe, options in (("efficientdm", {"epochs": 0}), ("msfp", {"adapters": 0}), ("rtn", {})):
         untrained = expected(recipe, **options)
         assert untrained.tuning_bytes == untrained.training_s == 0
-        assert "RAM of fine-tuning" not in study.describe(untrained, SETTINGS)
+        assert "RAM of fine-tuning" not in run.describe(untrained, SETTINGS)
 
 
 def test_layers_kept_at_8_bits_have_no_adapters_in_the_packed_bytes() -> None:
@@ -132,7 +134,7 @@ def test_guidance_in_two_calls_takes_no_more_steps() -> None:
     once, twice = (expected("efficientdm", pipeline, settings, call, **options) for call in (size, guided))
     assert twice.calibration["calls"] / twice.calibration["batches"] == 4
     forwards = (
-        12 + 2 * 3 * 4 * forecast_tuning._TRAINING_FORWARDS
+        12 + 2 * 3 * 4 * estimate_training._TRAINING_FORWARDS
     )  # the teacher's, and two timesteps in three epochs
     assert once.training_s == twice.training_s == forwards * ROW_S
     more = expected("efficientdm", pipeline, settings, size, **options, accumulation=3)
@@ -162,13 +164,13 @@ def test_choosing_widths_is_part_of_the_search(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_relations_are_part_of_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast_tuning, "_relation_s", lambda features, kind: 7.0)
+    monkeypatch.setattr(estimate_training, "_relation_s", lambda features, kind: 7.0)
     options = {"epochs": 4, "rows": 3, "rank": 2, "mixed": False}
     off, second, every, features = (
         expected("mpqdm", relation=kind, relation_every=n, **options)
         for kind, n in (("off", 2), ("attached", 2), ("attached", 1), ("features", 2))
     )
-    before = forecast_tuning._STUDENT_FORWARDS * ROW_S
+    before = estimate_training._STUDENT_FORWARDS * ROW_S
     assert second.training_s - off.training_s == 12 * ROW_S + 4 * 3 * (before + 7.0)
     assert every.training_s - off.training_s == 12 * ROW_S + 8 * 3 * (before + 7.0)
     assert features.training_s - off.training_s == 12 * ROW_S + 4 * 3 * before
@@ -183,4 +185,4 @@ def test_relations_are_part_of_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_relations_are_timed() -> None:
     features = torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))
-    assert all(0 < forecast_tuning._relation_s(features, kind) < 30 for kind in ("attached", "detached"))
+    assert all(0 < estimate_training._relation_s(features, kind) < 30 for kind in ("attached", "detached"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import difloat
-from difloat import api, modes
+from difloat import api, torch_modes
 from difloat.layers import install, packed
 from difloat.numbers import formats
 from difloat.plan.add_delta import add_to_weight
@@ -234,12 +234,12 @@ def test_other_defaults_are_refused_before_the_first_call(change, back, words) -
 
 def test_plain_is_plain_inside_and_undone_outside() -> None:
     with all_at_once():
-        with modes.plain():
+        with torch_modes.plain():
             assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
             assert not torch.is_autocast_enabled("cpu")
         assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
         made = torch.ones(2)
-        assert made.is_inference() and not modes.normal(made).is_inference()
+        assert made.is_inference() and not torch_modes.normal(made).is_inference()
     kept = torch.ones(2)
-    assert modes.normal(kept) is kept
+    assert torch_modes.normal(kept) is kept
     assert api.task_of(model := denoiser(), None, None).model is model  # no copy where none is needed

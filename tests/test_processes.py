@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import difloat
-from difloat import processes
+from difloat import distributed
 from tiny import PROMPTS, tiny_unet
 from work_in_two_processes import alone, command, outcome, pictures, rows, rows_of_loop
 
@@ -178,13 +178,13 @@ def test_one_sentence_and_exit_code_2_when_one_process_fails(launched) -> None:
 
 def test_without_a_launch_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
-    processes.join("cpu")
-    assert (processes.count(), processes.number(), processes.is_main()) == (1, 0, True)
-    assert processes.shared(lambda: 5) == processes.collected(lambda: 5) == [5]
-    assert processes.on_main(lambda: 6) == 6 and alone() == 3
+    distributed.join("cpu")
+    assert (distributed.count(), distributed.number(), distributed.is_main()) == (1, 0, True)
+    assert distributed.shared(lambda: 5) == distributed.collected(lambda: 5) == [5]
+    assert distributed.on_main(lambda: 6) == 6 and alone() == 3
 
     def fail() -> None:
         raise ValueError("as it is")
 
-    for meet in (processes.shared, processes.collected, processes.on_main):
+    for meet in (distributed.shared, distributed.collected, distributed.on_main):
         assert outcome(meet, fail) == "ValueError as it is"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import difloat
-from difloat import api, calibration, cli, record, study
+from difloat import api, calibration, cli, record, run
 from difloat.layers import install
 from difloat.layers.packed import QuantizedLayer
 from difloat.methods import datafree, tuned
@@ -300,5 +300,5 @@ def test_a_model_quantized_while_loading_is_taken(
 
 
 def test_plans_of_no_recipe_have_no_notes() -> None:
-    assert study.notes_of("datafree") == study.notes_of("import") == []
-    assert study.notes_of("lbfp")
+    assert run.notes_of("datafree") == run.notes_of("import") == []
+    assert run.notes_of("lbfp")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from difloat import cli, evaluate, processes, study
+from difloat import cli, distributed, evaluate, run
 from difloat.calibration import CalibrationSettings, collect, collect_from_loop
 from tiny import PROMPTS, tiny_ddim, tiny_unet
 
@@ -41,7 +41,7 @@ def rows_of_loop(runs: list[int]) -> list[Any]:
     """The same of a loop, which notes in `runs` who ran it."""
 
     def loop(module: torch.nn.Module) -> None:
-        runs.append(processes.number())
+        runs.append(distributed.number())
         tiny_ddim_pipeline.unet = module
         tiny_ddim_pipeline(num_inference_steps=2, generator=torch.Generator().manual_seed(0))
 
@@ -56,7 +56,7 @@ def failing(number: int) -> Callable[[], None]:
     """Work that only one process fails at."""
 
     def work() -> None:
-        if processes.number() == number:
+        if distributed.number() == number:
             raise OSError(28, "No space left on device") if number else ValueError("weights must be finite")
 
     return work
@@ -82,13 +82,15 @@ def command(*arguments: object) -> int:
 
 def alone() -> int:
     """What `on_main` runs: there are no others inside."""
-    return processes.count() + len(processes.shared(lambda: None)) + len(processes.collected(lambda: None))
+    return (
+        distributed.count() + len(distributed.shared(lambda: None)) + len(distributed.collected(lambda: None))
+    )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    before = processes.count()
+    before = distributed.count()
     drawn, runs = pictures(), []
     found = {
         "before": before,
@@ -98,23 +100,23 @@ if __name__ == "__main__":
         "timesteps": drawn.timesteps,
         "loop": rows_of_loop(runs),
         "runs": runs,
-        "shared": processes.shared(processes.number),
-        "collected": processes.collected(processes.number),
-        "on_main": processes.on_main(processes.is_main),
-        "alone": processes.on_main(alone),
+        "shared": distributed.shared(distributed.number),
+        "collected": distributed.collected(distributed.number),
+        "on_main": distributed.on_main(distributed.is_main),
+        "alone": distributed.on_main(alone),
         "failures": [
             outcome(meet, failing(number))
-            for meet in (processes.shared, processes.collected, processes.on_main)
+            for meet in (distributed.shared, distributed.collected, distributed.on_main)
             for number in (0, 1)
         ],
     }
     next(
         (folder / "cache").rglob("batch-00001.safetensors"), folder
-    ).unlink() if processes.is_main() else None
+    ).unlink() if distributed.is_main() else None
     found["rows again"] = rows(folder / "cache")
     commands = json.loads(sys.argv[2])
     found["codes"] = [command(*arguments) for arguments in commands]
-    if not processes.is_main():
-        study.load_pipeline = lambda source: failing(1)()
+    if not distributed.is_main():
+        run.load_pipeline = lambda source: failing(1)()
     found["code of a failure"] = command(*commands[0])
-    torch.save(found, folder / f"found-{processes.number()}.pt")
+    torch.save(found, folder / f"found-{distributed.number()}.pt")

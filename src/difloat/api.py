@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import calibration, io, lora, modes, recipes
+from difloat import calibration, io, lora, recipes, torch_modes
 from difloat import components as parts
 from difloat.calibration import Calibration, CalibrationSettings
 from difloat.io import mark_quantized, unmark_quantized
@@ -300,7 +300,7 @@ def plan_calibrated(task: Task, recipe: str, bits: str, options: Mapping[str, An
 
 def check_model(module: nn.Module) -> None:
     """Refuse models, and modes of torch, that cannot be quantized (in) before any work is done."""
-    modes.check_defaults()
+    torch_modes.check_defaults()
     lora.refuse(module, "quantized")
     hooks.check(module)
     found = packed.quantizable(module)

@@ -20,11 +20,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from difloat import loop_identity, modes, processes
+from difloat import distributed, loop_identity, torch_modes
 from difloat.calls import Recorder, Row, device_of, merge, recording, stratified_indices
 from difloat.mergeable import check_mergeable
+from difloat.pipelines import denoiser_of, load_prompts, quiet
 from difloat.renoising import LastCall, clean_calls
-from difloat.sampling import MOST_SEED, Sampling, denoiser_of, load_prompts, quiet, weights_summary
+from difloat.sampling import MOST_SEED, Sampling, weights_summary
 from difloat.shelf import Recorded, Shelf, open_shelf, record_shards
 from difloat.trajectories import conditional_part, rows_before, rows_beside
 
@@ -188,7 +189,7 @@ class Calibration:
         }
 
 
-@modes.without_autocast()
+@torch_modes.without_autocast()
 def collect(
     pipeline: Any,
     prompts: Sequence[str] | None,
@@ -200,7 +201,7 @@ def collect(
 ) -> Calibration:
     """Sample with an unmodified pipeline and keep `settings.samples` rows of its denoiser's inputs.
 
-    In a launch of several processes (`difloat.processes`), all of which must call this with the same arguments, each samples
+    In a launch of several processes (`difloat.distributed`), all of which must call this with the same arguments, each samples
     every so many-th batch of prompts, and every process gets all rows: those of a single process, in the same order.
 
     Args:
@@ -219,20 +220,22 @@ def collect(
         OSError: The disk of `cache_dir` is full.
     """
     sampling = sampling_of(pipeline, prompts, settings, call_kwargs)
-    processes.join(sampling.device)
+    distributed.join(sampling.device)
     request = {**sampling.request(), "timesteps": settings.timesteps}
     shelf = open_shelf(cache_dir, settings.memory_bytes, request)
-    shown = progress and processes.is_main()
+    shown = progress and distributed.is_main()
     bar = tqdm(total=sampling.batches * sampling.steps, desc="calibrate", unit="call", disable=not shown)
     with bar, quiet(pipeline):
         batch = 0
         while batch < sampling.batches or len(shelf.rows) < settings.samples:
             planned = sampling.batches - batch  # more only if these gave too few rows
-            turn = range(batch, batch + min(processes.count(), planned if planned > 0 else processes.count()))
+            turn = range(
+                batch, batch + min(distributed.count(), planned if planned > 0 else distributed.count())
+            )
             record = partial(_record_batch, pipeline, sampling, settings, on_call=bar.update)
             for recorded in record_shards(shelf, {_shard(number): number for number in turn}, record):
                 if batch < sampling.batches or len(shelf.rows) < settings.samples:
-                    with processes.together():
+                    with distributed.together():
                         shelf.put(_shard(batch), *recorded)
                     batch += 1
             bar.update(max(0, batch * sampling.steps - bar.n))  # of other processes and earlier runs
@@ -279,7 +282,7 @@ def _record_clean(pipeline: Any, sampling: Sampling, batch: int, recorder: Recor
         recorder(sampling.denoiser, (), call)
 
 
-@modes.without_autocast()
+@torch_modes.without_autocast()
 def collect_from_loop(
     module: nn.Module,
     forward_loop: Callable[[nn.Module], object],
@@ -295,7 +298,7 @@ def collect_from_loop(
     found by parameter name (`timestep`, `t`, `sigma`, ...), else it is the first scalar or `[batch]` tensor after
     the sample; without one, the number of the call takes its place. `steps`, `guidance_scale` and
     `prompts_per_batch` are the loop's own business and not used. A loop that gives fewer rows gives fewer. Of several
-    processes (`difloat.processes`) the main one runs the loop, and all get the rows.
+    processes (`difloat.distributed`) the main one runs the loop, and all get the rows.
 
     The loop runs with torch's random state seeded and then restored. Calls whose timesteps go on in one direction at one batch
     size count as the steps of one trajectory (`trajectories.Course`).
@@ -318,7 +321,7 @@ def collect_from_loop(
         "samples": settings.samples,
         "seed": settings.seed,
     }
-    processes.join(device_of(module))
+    distributed.join(device_of(module))
     shelf = open_shelf(cache_dir, settings.memory_bytes, request)
     _collect_loop(module, forward_loop, settings, shelf, progress)
     return _finish(module, shelf, settings, device_of(module))
@@ -345,9 +348,9 @@ def _collect_loop(
             return recorder.rows, recorder.blobs
 
     begun = partial(first.of_loop, forward_loop, settings.seed)
-    digest = processes.on_main(lambda: begun() if shelf.shards else "")
+    digest = distributed.on_main(lambda: begun() if shelf.shards else "")
     (recorded,) = record_shards(shelf, {f"loop-{digest}": 0}, record)
-    with processes.together():
+    with distributed.together():
         shelf.put(f"loop-{first.digest}", *recorded)
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from difloat.layers import hooks
 from difloat.methods import datafree
 from difloat.methods.datafree import Settings
+from difloat.pipelines import denoiser_of
 from difloat.plan.plan import Plan
-from difloat.sampling import denoiser_of
 
 
 def parse(pipeline: Any, wanted: Sequence[str] | None, bits: str, target: str = "any") -> dict[str, Settings]:

@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat import processes
-from difloat.arguments import (
+from difloat import distributed
+from difloat.calls import device_of
+from difloat.metrics import NotFiniteError
+from difloat.pipelines import (
     call,
     check_call,
     completed,
     condition_of,
+    denoiser_of,
     draw_classes,
     for_pictures,
     parameters_of,
+    quiet,
     takes,
 )
-from difloat.calls import device_of
-from difloat.metrics import NotFiniteError
-from difloat.sampling import denoiser_of, quiet
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +63,9 @@ def generate(
 
     Picture i is drawn with its own CPU generator of `seeds[i]` and prompt `prompts[i % len(prompts)]`. Sampler states
     are taken from the scheduler's `step`, which every pipeline calls, so nothing depends on a pipeline's callbacks.
-    What the call needs besides is completed by `difloat.arguments.completed`.
+    What the call needs besides is completed by `difloat.call_arguments.completed`.
 
-    In a launch of several processes (`difloat.processes`), all of which must call this with the same arguments, each draws
+    In a launch of several processes (`difloat.distributed`), all of which must call this with the same arguments, each draws
     every so many-th batch, so that every batch is one that a single process would draw. The main process gets all pictures,
     the others none.
 
@@ -91,17 +92,17 @@ def generate(
         raise ValueError(f"seeds and batch_size must be at least 1, got {len(seeds)} and {batch_size}.")
     inputs, arguments = _call_arguments(pipeline, prompts, seeds, steps, guidance_scale, call_kwargs or {})
     batches = [range(n, min(n + batch_size, len(seeds))) for n in range(0, len(seeds), batch_size)]
-    processes.join(device_of(denoiser_of(pipeline)[1]))
+    distributed.join(device_of(denoiser_of(pipeline)[1]))
     drawn: list[Generated] = []
     start = time.perf_counter()
-    shown = progress and processes.is_main()
+    shown = progress and distributed.is_main()
     with quiet(pipeline), tqdm(total=len(seeds), disable=not shown, desc="images", unit="img") as bar:
-        for first in range(0, len(batches), processes.count()):
-            mine = batches[first + processes.number() : first + processes.number() + 1]
+        for first in range(0, len(batches), distributed.count()):
+            mine = batches[first + distributed.number() : first + distributed.number() + 1]
             draw = functools.partial(
                 _draw, pipeline, inputs, arguments, seeds, mine, trajectory, call_kwargs or {}
             )
-            done = [batch for batch in processes.collected(draw) if batch is not None]
+            done = [batch for batch in distributed.collected(draw) if batch is not None]
             drawn += done
             bar.update(sum(len(batch.images) for batch in done))
     return _joined(drawn, time.perf_counter() - start)

@@ -5,52 +5,29 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from difloat.arguments import (
+from difloat.calls import content_hash, device_of
+from difloat.pipelines import (
     call,
     check_call,
     completed,
     condition_of,
+    denoiser_of,
     draw_classes,
     for_pictures,
     parameters_of,
+    quiet,
     takes,
 )
-from difloat.calls import content_hash, device_of
 
-DENOISER_NAMES = ("transformer", "unet", "prior", "denoiser", "dit")
 # Seeds of pictures are seed * stride + number, so two runs with different seeds share no picture.
 _SEED_STRIDE = 1_000_003
 MOST_SEED = 2**40  # what becomes of it must fit torch's 64 bits
-
-
-def denoiser_of(pipeline: Any) -> tuple[str, nn.Module]:
-    """Name and module of a pipeline's denoiser: the first of `DENOISER_NAMES` that it has.
-
-    Raises:
-        ValueError: None of the components is a denoiser, or two share the trajectory.
-    """
-    for name in DENOISER_NAMES:
-        module = getattr(pipeline, name, None)
-        if isinstance(module, nn.Module):
-            second = f"{name}_2"
-            if isinstance(getattr(pipeline, second, None), nn.Module):
-                raise ValueError(
-                    f"a pipeline must have one denoiser, got {name} and {second}; quantize each as a module, with a "
-                    "forward_loop that samples"
-                )
-            return name, module
-    raise ValueError(
-        f"a pipeline must have a denoiser named {', '.join(DENOISER_NAMES)}, got {type(pipeline).__name__} "
-        "without one; use collect_from_loop with the module and your own sampling loop"
-    )
 
 
 def weights_summary(modules: Iterable[nn.Module]) -> str:
@@ -63,57 +40,6 @@ def weights_summary(modules: Iterable[nn.Module]) -> str:
                 flat = tensor.detach().flatten()
                 digest.update(content_hash(flat[:: max(1, flat.numel() // 64)][:64].cpu()).encode())
     return digest.hexdigest()
-
-
-def load_prompts(path: str | Path) -> list[str]:
-    """Prompts of a UTF-8 text file: one per line, blank lines and lines that start with `#` skipped.
-
-    With tabs, the first column counts, and a first line that names it `prompt`, `text` or `caption` is a header
-    (the layout of PartiPrompts).
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is no UTF-8 text or has no prompt in it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"the prompts must be in a text file, got '{path}', which is none; check the path"
-        )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"the prompts must be UTF-8 text, got '{path}' with {error.reason}; convert it"
-        ) from error
-    lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if (
-        lines
-        and "\t" in lines[0]
-        and lines[0].split("\t")[0].strip().lower() in ("prompt", "text", "caption")
-    ):
-        lines = lines[1:]
-    prompts = [prompt for line in lines if (prompt := line.split("\t")[0].strip())]
-    if not prompts:
-        raise ValueError(
-            f"the prompt file must have at least one prompt, got none in '{path}'; write one per line"
-        )
-    return prompts
-
-
-@contextmanager
-def quiet(pipeline: Any) -> Iterator[None]:
-    """Hide the pipeline's own progress bar and put its configuration back."""
-    before = getattr(pipeline, "_progress_bar_config", None)
-    if hasattr(pipeline, "set_progress_bar_config"):
-        pipeline.set_progress_bar_config(**{**(before or {}), "disable": True})
-    try:
-        yield
-    finally:
-        if before is not None:
-            pipeline._progress_bar_config = before
-        elif hasattr(pipeline, "_progress_bar_config"):
-            del pipeline._progress_bar_config
 
 
 class _Stopped(Exception):

@@ -20,8 +20,8 @@ from typing import Any, final
 from safetensors import safe_open
 from torch import Tensor
 
-from difloat import processes
-from difloat.cached import read_entry, write_atomically, write_entry
+from difloat import distributed
+from difloat.cache_entries import read_entry, write_atomically, write_entry
 from difloat.calls import Row, content_hash
 
 _VERSION = 4  # 2: rows know their trajectory; 3: which all parts share; 4: lists of one tensor per row, shards know their hash
@@ -140,8 +140,8 @@ class Shelf:
 
 def open_shelf(cache_dir: str | Path | None, memory_bytes: int, request: Mapping[str, Any]) -> Shelf:
     """An empty shelf; of several processes only the main one has the cache, and all end if it cannot open it."""
-    with processes.together():
-        return Shelf(cache_dir if processes.is_main() else None, memory_bytes, request)
+    with distributed.together():
+        return Shelf(cache_dir if distributed.is_main() else None, memory_bytes, request)
 
 
 def record_shards(
@@ -154,14 +154,14 @@ def record_shards(
         batches: The batch of every shard; at most as many as there are processes.
         record: Draws a batch.
     """
-    found = processes.on_main(lambda: [shelf.find(shard) for shard in batches])
+    found = distributed.on_main(lambda: [shelf.find(shard) for shard in batches])
     numbers = list(batches.values())
 
     def mine() -> Recorded | None:
-        place = processes.number()
+        place = distributed.number()
         return record(numbers[place]) if place < len(numbers) and found[place] is None else None
 
-    fresh = processes.shared(mine)
+    fresh = distributed.shared(mine)
     return [recorded for pair in zip(found, fresh, strict=False) if (recorded := pair[0] or pair[1])]
 
 

@@ -35,13 +35,13 @@ def announce(
     table: bool,
 ) -> None:
     """Print what a run will take, and the plan by kinds of layers."""
-    from difloat import api, forecast, study
+    from difloat import api, estimate, run
 
-    expected = forecast.forecast(
+    expected = estimate.forecast(
         pipeline, api.denoiser(pipeline), texts, settings, recipe, bits, chosen, call, exclude
     )
     heading = f"{recipe} {bits}{''.join(f', {key}={value}' for key, value in chosen.items())}: "
-    console.print(heading + study.describe(expected, settings), highlight=False, soft_wrap=True)
+    console.print(heading + run.describe(expected, settings), highlight=False, soft_wrap=True)
     if not table:
         return
     kinds = Table(

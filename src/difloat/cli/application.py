@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from difloat import processes
-from difloat.cached import CacheWarning
+from difloat import distributed
+from difloat.cache_entries import CacheWarning
 
 app = typer.Typer(
     help="Low-bit floating-point quantization of diffusion models: one command makes a packed checkpoint and shows its cost.",
@@ -35,11 +35,11 @@ def main() -> None:
     """
     errors = Console(stderr=True)
     try:
-        with processes.together(), _warnings_in_one_line(errors):
+        with distributed.together(), _warnings_in_one_line(errors):
             code = _run(errors)
     except (ValueError, OSError, ImportError) as error:
-        if processes.speaks():
-            _say(errors, "[red]error:[/red]", processes.sentence(error))
+        if distributed.speaks():
+            _say(errors, "[red]error:[/red]", distributed.sentence(error))
         raise SystemExit(2) from None
     except (MemoryError, *_OF_CODE) as error:
         if _is_full_memory(error):

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from difloat import processes
+from difloat import distributed
 from difloat.sampling import MOST_SEED
 from difloat.tables import console
 
@@ -73,8 +73,8 @@ Loras = Annotated[
 
 def meet() -> None:
     """Join the other processes of a launch, if there are some; only the main one prints from here on."""
-    processes.join("cpu")
-    console.quiet = not processes.is_main()
+    distributed.join("cpu")
+    console.quiet = not distributed.is_main()
 
 
 def pipeline_of(source: str) -> Any:
@@ -82,12 +82,12 @@ def pipeline_of(source: str) -> Any:
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
-    from difloat import study
+    from difloat import run
 
     for logging in (diffusers_logging, transformers_logging):
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-    return study.load_pipeline(source)
+    return run.load_pipeline(source)
 
 
 def check_out(out: Path, overwrite: bool, cache: Path | None = None) -> None:
@@ -129,10 +129,10 @@ def claimed(out: Path, overwrite: bool, cache: Path | None = None, dry_run: bool
     from difloat.io.directories import reserved, resolved
 
     with ExitStack() as held:
-        with processes.together():
-            if processes.is_main():
+        with distributed.together():
+            if distributed.is_main():
                 check_out(out, overwrite, cache)
-            if processes.is_main() and not dry_run:
+            if distributed.is_main() and not dry_run:
                 held.enter_context(reserved(resolved(out)))
                 check_out(out, overwrite, cache)  # what a killed run had moved away is back
         yield
@@ -168,9 +168,9 @@ def call_of(
     Raises:
         ValueError: if the pipeline's call has no such argument, or it has an option of its own.
     """
-    from difloat import arguments, study
+    from difloat import pipelines, run
 
-    guidance, call = study.call_of(source, guidance)
+    guidance, call = run.call_of(source, guidance)
     given = options_of(pairs or [], "--call", "height=512")
     if guidance is not None and not math.isfinite(guidance):
         raise ValueError(f"guidance must be finite, got {guidance}")
@@ -183,7 +183,7 @@ def call_of(
             raise ValueError(
                 f"--call must not set {name}, which has an option of its own, got {text!r}; use {_OPTIONS_OF_THEIR_OWN[name]}"
             )
-        if name not in arguments.parameters_of(pipeline):  # **kwargs would swallow a misspelled one
+        if name not in pipelines.parameters_of(pipeline):  # **kwargs would swallow a misspelled one
             raise ValueError(
                 f"--call must name arguments that {type(pipeline).__name__} takes, got {name!r}; leave it out"
             )

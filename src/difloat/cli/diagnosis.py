@@ -46,11 +46,11 @@ def diagnose(
     seed: Seed = 0,
 ) -> None:
     """Find the layers that cost a quantized model its quality, and say how to leave them out."""
-    from difloat import api, diagnosis, study
-    from difloat.sampling import denoiser_of
+    from difloat import api, diagnosis, run
+    from difloat.pipelines import denoiser_of
 
     pipeline, quantized = pipeline_of(source), pipeline_of(str(directory))
-    texts = study.prompts_of(pipeline, source, prompts)
+    texts = run.prompts_of(pipeline, source, prompts)
     guidance, arguments = call_of(pipeline, source, guidance, call)
     runs = diagnosis.runs_needed(api.denoiser(pipeline), api.denoiser(quantized))
     console.print(f"at most {runs} sampling runs of {images} pictures each", highlight=False)

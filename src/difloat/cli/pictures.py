@@ -46,7 +46,7 @@ def generate(
     """Draw pictures with a full-precision or quantized pipeline; processes of a launch share them."""
     from PIL import Image
 
-    from difloat import evaluate, load_lora, processes, record, study
+    from difloat import distributed, evaluate, load_lora, record, run
     from difloat.io.directories import resolved
 
     meet()
@@ -55,7 +55,7 @@ def generate(
     pipeline = pipeline_of(source)
     for number, (file, weight) in enumerate(loras_of(lora or [])):
         load_lora(pipeline, file, f"lora{number}", weight)
-    texts = list(prompt) if prompt else study.prompts_of(pipeline, source, prompts)
+    texts = list(prompt) if prompt else run.prompts_of(pipeline, source, prompts)
     guidance, arguments = call_of(pipeline, source, guidance, call)
     seeds = list(range(seed, seed + count))
     drawn = evaluate.generate(
@@ -67,7 +67,7 @@ def generate(
         batch_size=batch,
         call_kwargs=arguments,
     )
-    if not processes.is_main():
+    if not distributed.is_main():
         return
     out.mkdir(parents=True, exist_ok=True)
     for number, picture in zip(seeds, record.to_uint8(drawn.images), strict=True):
@@ -96,7 +96,7 @@ def evaluate(
     save: Annotated[Path | None, typer.Option(help="Write the evaluation as JSON.")] = None,
 ) -> None:
     """Compare a quantized pipeline with the full-precision one; processes of a launch share the pictures."""
-    from difloat import gates, metrics, processes, study
+    from difloat import distributed, gates, metrics, run
     from difloat.io.directories import resolved
 
     rules = [gates.parse(rule) for rule in fail_under or []]  # a misspelled gate must not cost the pictures
@@ -104,19 +104,19 @@ def evaluate(
         raise FileNotFoundError(f"--save must name a file in a directory that is there, got {str(save)!r}")
     meet()
     first, second = pipeline_of(reference), pipeline_of(quantized)
-    texts = study.prompts_of(first, reference, prompts)
+    texts = run.prompts_of(first, reference, prompts)
     guidance, arguments = call_of(first, reference, guidance, call)
-    sampling = study.Sampling(texts, samples, steps, guidance, batch, arguments)
+    sampling = run.Sampling(texts, samples, steps, guidance, batch, arguments)
     unknown = [rule.metric for rule in rules if rule.metric in metrics.NEED_CAPTIONS]
     if unknown and not sampling.has_known_captions:
         raise ValueError(
             f"a gate on {unknown[0]} must come with captions of the embedded models as prompts, got others; "
             "gate on psnr, ssim or perceptual"
         )
-    full, packed = study.draw(first, sampling), study.draw(second, sampling)
-    if not processes.is_main():
+    full, packed = run.draw(first, sampling), run.draw(second, sampling)
+    if not distributed.is_main():
         return
-    evaluation = study.judge(full, packed, sampling)
+    evaluation = run.judge(full, packed, sampling)
     table = Table(
         "measure", "value", "95 % interval", title=f"{quantized} against {reference}, {samples} pictures"
     )

@@ -70,7 +70,7 @@ def quantize(
     overwrite: Overwrite = False,
 ) -> None:
     """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
-    from difloat import api, calibration, recipes, study
+    from difloat import api, calibration, recipes, run
     from difloat.plan import target as targets
 
     meet()
@@ -81,7 +81,7 @@ def quantize(
     with claimed(out, overwrite, cache, dry_run):
         pipeline = pipeline_of(source)
         api.check_model(api.denoiser(pipeline))
-        texts = study.prompts_of(pipeline, source, prompts)
+        texts = run.prompts_of(pipeline, source, prompts)
         guidance, arguments = call_of(pipeline, source, guidance, call)
         others = components.split(",") if components is not None else None
         _check_parts(pipeline, exclude or [], others, bits)
@@ -92,7 +92,7 @@ def quantize(
         tables.announce(pipeline, texts, settings, recipe, bits, chosen, arguments, left_out, table=dry_run)
         if dry_run:
             return
-        sampling = study.Sampling(texts, images, steps, guidance, _PICTURES, arguments)
+        sampling = run.Sampling(texts, images, steps, guidance, _PICTURES, arguments)
         everything = {"cache_dir": cache, "call_kwargs": arguments, "target": target, "exclude": left_out}
         everything |= {**vars(settings), **chosen, "components": others}
         _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
@@ -123,12 +123,12 @@ def _carry_out(
     arguments: dict[str, Any],
     overwrite: bool,
 ) -> None:
-    from difloat import api, study
+    from difloat import api, run
 
     start = time.perf_counter()
     plan = api.plan(pipeline, recipe, bits, prompts=sampling.prompts, **arguments)
     seconds = _beside(plan, time.perf_counter() - start)
-    made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
+    made = run.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
     if made is not None:
         tables.print_made(made, out)
 
@@ -176,24 +176,24 @@ def repair(
     --set adapters=1, of viditq those with --set stretches=1.
     Input ranges by timestep stay apart; other quantized components stay as they are.
     """
-    from difloat import api, calibration, study
+    from difloat import api, calibration, run
 
     meet()
     _check_images(images)
     with claimed(out, overwrite, cache):
         pipeline, plan = pipeline_of(source), api.plan_of(pipeline_of(str(checkpoint)))
-        texts = study.prompts_of(pipeline, source, prompts)
+        texts = run.prompts_of(pipeline, source, prompts)
         guidance, arguments = call_of(pipeline, source, guidance, call)
         training = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": guidance_weight}
         settings = calibration.CalibrationSettings(
             samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
         )
-        sampling = study.Sampling(texts, images, steps, guidance, _PICTURES, arguments)
+        sampling = run.Sampling(texts, images, steps, guidance, _PICTURES, arguments)
         everything = {"cache_dir": cache, "call_kwargs": arguments, **training, **vars(settings)}
         start = time.perf_counter()
         plan = api.repair(pipeline, plan, prompts=texts, **everything)
         seconds = _beside(plan, time.perf_counter() - start)
-        made = study.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
+        made = run.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
         if made is not None:
             tables.print_made(made, out)
 

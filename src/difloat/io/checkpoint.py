@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import modes
+from difloat import torch_modes
 from difloat.io import integrity, rebuild
 from difloat.io.directories import resolved, whole_directory
 from difloat.io.layout import (
@@ -254,7 +254,7 @@ def read_plan(directory: Path) -> tuple[Plan, dict[str, StoredTensor]]:
     return plan, stored
 
 
-@modes.plain()
+@torch_modes.plain()
 def load(
     directory: str | os.PathLike[str],
     into: nn.Module | None = None,

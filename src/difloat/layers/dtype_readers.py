@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difloat import modes
+from difloat import torch_modes
 from difloat.layers import code_readers
 from difloat.layers.code_readers import ANY, ENTRY, FIRST, Path, Read, Use
 
@@ -33,7 +33,7 @@ class PackedWeight(nn.Module):
 
     def hold(self, packed: Tensor) -> None:
         """Take over packed bytes as the weight."""
-        self.weight = nn.Parameter(modes.normal(packed).view(self.stored_dtype), requires_grad=False)
+        self.weight = nn.Parameter(torch_modes.normal(packed).view(self.stored_dtype), requires_grad=False)
 
     @property
     def packed(self) -> Tensor:

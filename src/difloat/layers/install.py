@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difloat import modes
+from difloat import torch_modes
 from difloat.layers import attention, dtype_readers, hooks
 from difloat.layers.low_rank_branch import product
 from difloat.layers.packed import QuantConv2d, QuantizedLayer, QuantLinear, empty_like, quantizable, weight_of
@@ -32,11 +32,11 @@ def shadow(model: nn.Module, *, frozen: bool = False) -> nn.Module:
     hooks.check(model)
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     memo = hooks.shared(model) | {id(tensor): tensor for tensor in tensors}
-    memo |= {id(t): modes.normal(t) for t in model.buffers() if t.is_inference()}
+    memo |= {id(t): torch_modes.normal(t) for t in model.buffers() if t.is_inference()}
     for parameter in model.parameters():
         if frozen or parameter.is_inference():
             wanted = parameter.requires_grad and not frozen
-            memo[id(parameter)] = nn.Parameter(modes.normal(parameter).detach(), requires_grad=wanted)
+            memo[id(parameter)] = nn.Parameter(torch_modes.normal(parameter).detach(), requires_grad=wanted)
     twin = copy.deepcopy(model, memo)
     hooks.strip(twin)
     return twin
@@ -55,9 +55,9 @@ def leave_inference_mode(model: nn.Module) -> None:
             for name, parameter in layer.named_parameters(recurse=False):
                 if parameter.is_inference():
                     wanted = parameter.requires_grad
-                    setattr(layer, name, nn.Parameter(modes.normal(parameter), requires_grad=wanted))
+                    setattr(layer, name, nn.Parameter(torch_modes.normal(parameter), requires_grad=wanted))
             for name, buffer in layer.named_buffers(recurse=False):
-                setattr(layer, name, modes.normal(buffer))
+                setattr(layer, name, torch_modes.normal(buffer))
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -99,7 +99,7 @@ def swap(model: nn.Module, name: str, layer: QuantLinear | QuantConv2d) -> None:
     replace(model, name, layer)
 
 
-@modes.plain()
+@torch_modes.plain()
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """Carry out a plan in place: swap every planned layer, quantize every planned attention; returns `model`.
 
@@ -165,7 +165,7 @@ def as_in_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         yield
 
 
-@modes.plain()
+@torch_modes.plain()
 def restore(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Turn every quantized layer back into a plain float layer with the dequantized weight, in place; returns `model`.
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from difloat import modes
+from difloat import torch_modes
 from difloat.kernels import beside, checks, row_operators
 from difloat.kernels import operators as ops
 from difloat.layers.dtype_readers import PackedWeight
@@ -81,7 +81,7 @@ class QuantizedLayer(PackedWeight):
             if name == "weight":
                 self.hold(tensor.to(device))
             else:
-                setattr(self, name, modes.normal(tensor.to(device)))
+                setattr(self, name, torch_modes.normal(tensor.to(device)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move like any module, but a change of the model's dtype leaves scales and zero points in float32."""

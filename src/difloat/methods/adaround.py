@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from difloat import modes
+from difloat import torch_modes
 from difloat.methods.observe import Call, select, tensors_of
 from difloat.methods.soft import SoftWeight
 from difloat.plan.rules import Draft
@@ -91,7 +91,7 @@ def learn_rounding(
             each.pull = None if beta is None else (settings.regularization, beta)
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of({name: s.soft() for name, s in soft.items()}, index)
-        modes.check_gradients(loss)
+        torch_modes.check_gradients(loss)
         loss.backward()
         optimizer.step()
         on_step()

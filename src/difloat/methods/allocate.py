@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from difloat import processes
+from difloat import distributed
 from difloat.batch_axis import rows_of
 from difloat.layers import packed
 from difloat.layers.exclude import excluded
@@ -175,7 +175,7 @@ def allocate(
         rule_of: What is asked of a weight of so many bits, rows apart; of its formats those that fit the task's target.
         settings: See there.
     """
-    return processes.on_main(
+    return distributed.on_main(
         lambda: _allocate(task, lambda bits: restrict(rule_of(bits), task.target), settings)
     )
 

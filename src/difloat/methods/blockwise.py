@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from difloat.cached import read_entry, write_entry
+from difloat.cache_entries import read_entry, write_entry
 from difloat.layers import packed
 from difloat.layers.packed import QuantizedLayer
 from difloat.methods import memory

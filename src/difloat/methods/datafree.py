@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from difloat import modes
+from difloat import torch_modes
 from difloat.layers import dtype_readers, packed, quantizable
 from difloat.methods.assign import plan_inputs
 from difloat.numbers import formats
@@ -140,7 +140,7 @@ def decide(model: nn.Module, wanted: Settings, float32: Sequence[str] = ()) -> D
     return Decision(rules, skipped | quantizable.staying_float(model), wanted)
 
 
-@modes.plain()
+@torch_modes.plain()
 def plan(model: nn.Module, wanted: Settings, *, progress: bool = True) -> Plan:
     """The plan of a float model in memory, which stays untouched; ValueError as from `decide`, or if a weight is not finite."""
     decision = decide(model, wanted)

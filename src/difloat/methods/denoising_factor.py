@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat import modes
+from difloat import torch_modes
 from difloat.methods.task import Task
 
 _CLIPPING = ("clip_sample", "clip_denoised", "thresholding")
@@ -168,7 +168,7 @@ def _step(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Tens
     return result
 
 
-@modes.plain()
+@torch_modes.plain()
 def loss_weights(task: Task, power: float) -> dict[float, float]:
     """Weight of the squared error at every timestep of the calibration rows: the denoising factor to `power`, mean 1.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from difloat import modes, processes
+from difloat import distributed, torch_modes
 from difloat.batch_axis import first_tensor, predict, rows_in_lists
 from difloat.methods.adapters import Adaptive
 from difloat.methods.resume import Kept
@@ -97,9 +97,9 @@ def guidance_to_keep(weight: float, task: Task) -> float:
 
 
 def _check(task: Task, settings: TrainingSettings) -> None:
-    if settings.rows < processes.count():
+    if settings.rows < distributed.count():
         raise ValueError(
-            f"rows must be at least 1 for each of {processes.count()} processes, got {settings.rows}"
+            f"rows must be at least 1 for each of {distributed.count()} processes, got {settings.rows}"
         )
     for name in ("guidance_weight", "compare_at"):
         weight = getattr(settings, name)
@@ -116,9 +116,9 @@ def _check(task: Task, settings: TrainingSettings) -> None:
     beside = task.calibration.beside
     if settings.compare_at and {row for row, other in enumerate(beside) if other is not None} & set(beside):
         raise ValueError("compare_at must compare two parts of guidance, got three; say compare_at=0")
-    if settings.compare_at and processes.count() > 1:
+    if settings.compare_at and distributed.count() > 1:
         raise ValueError(
-            f"compare_at must be trained in one process, got {processes.count()}; launch one, or say compare_at=0"
+            f"compare_at must be trained in one process, got {distributed.count()}; launch one, or say compare_at=0"
         )
 
 
@@ -198,11 +198,11 @@ def _train(
     scaler = _scaler(task, accelerator)
     made_of = {"settings": repr(settings), "weights": sorted(weights.items()), "extra": note}
     state = Kept(task, student, optimizer, scaler, made_of)
-    losses = state.restore(processes.on_main(state.read))
+    losses = state.restore(distributed.on_main(state.read))
     bar = tqdm(total=steps, desc="fine-tune", disable=not (task.progress and accelerator.is_main_process))
     bar.update(len(losses))
     done = _done(losses, len(data.grid), settings)
-    with bar, processes.apart():
+    with bar, distributed.apart():
         while not done:
             step = len(losses)
             for group, rate in zip(optimizer.param_groups, base, strict=True):
@@ -216,7 +216,7 @@ def _train(
                     part_loss = weights[batch.timestep] * data.loss(output.float(), batch, settings)
                     if extra is not None:
                         part_loss = part_loss + extra(student, step, batch, output)
-                    modes.check_gradients(part_loss)
+                    torch_modes.check_gradients(part_loss)
                     accelerator.backward(scaler.scale(part_loss))
                     if accelerator.sync_gradients:
                         scaler.step(optimizer)

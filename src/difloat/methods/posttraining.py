@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from difloat import processes
+from difloat import distributed
 from difloat.layers import attention, dtype_readers, install, packed
 from difloat.layers.exclude import EXCLUDED, excluded, matches
 from difloat.methods import memory, observe, readers
@@ -123,7 +123,7 @@ def run(
     def decide() -> Outcome:
         return _decide(task, rules, skipped, seen, settings, attention_plan, generator)
 
-    return processes.on_main(decide)
+    return distributed.on_main(decide)
 
 
 def _decide(

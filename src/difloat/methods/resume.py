@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from difloat.cached import read_entry, write_entry
+from difloat.cache_entries import read_entry, write_entry
 from difloat.calls import content_hash
 from difloat.methods.adapters import Adaptive
 from difloat.methods.student import Student

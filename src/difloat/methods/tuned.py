@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from difloat import modes
+from difloat import torch_modes
 from difloat.methods import posttraining
 from difloat.methods.adapters import Carry, Init
 from difloat.methods.finetune import TrainingSettings, train
@@ -47,7 +47,7 @@ class Tuning:
     allocation: Allocation = "learned"
 
 
-@modes.plain()
+@torch_modes.plain()
 def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
     """Fine-tune what `outcome` plans and pack the result: its codes are those that training ended with.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from difloat import modes
+from difloat import torch_modes
 from difloat.numbers import rounding
 from difloat.numbers.search import ZERO_POINTS, search
 from difloat.plan import encode
@@ -34,7 +34,7 @@ class Changed:
     share: float
 
 
-@modes.plain()
+@torch_modes.plain()
 @torch.no_grad()
 def add_to_weight(layer: LayerPlan, change: Tensor) -> Changed:
     """Add `change` [o, i, *k] to the weight of a layer and round it again; every variant by timestep gets it.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from difloat import modes
+from difloat import torch_modes
 from difloat.layers import quantizable
 from difloat.methods.posttraining import Bits, Outcome, Task
 from difloat.methods.sparsity import mostly_zero
@@ -100,7 +100,7 @@ def make_options(recipe: Recipe, values: Mapping[str, Any], bits: str) -> Any:
     return options.checked(options.make_options(recipe.options, values), Bits.parse(bits))
 
 
-@modes.plain()
+@torch_modes.plain()
 def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
     """Decide everything about the task's model; the model stays untouched."""
     settings = make_options(lookup(recipe), chosen, bits)

@@ -1,12 +1,11 @@
-"""What a diffusers pipeline's call needs besides what the user gives, read from its signature, components and configs.
-
-Calibration and evaluation call pipelines of any family through these, so that both sample in the same way.
-"""
+"""Facts about a diffusers pipeline: its denoiser, and what its call needs besides what the user gives."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 
 # How configs of class-conditional denoisers, transformers and U-Nets, call the number of their classes.
 _CLASS_COUNTS = ("num_embeds_ada_norm", "num_class_embeds")
+
 
 # Arguments that count something, as the pipelines of diffusers call them.
 _COUNTS = (
@@ -25,6 +25,8 @@ _COUNTS = (
     "num_videos_per_prompt",
     "max_sequence_length",
 )
+
+
 # What libraries raise of their own on values that they did not foresee.
 _UNFORESEEN = (
     ArithmeticError,
@@ -35,6 +37,7 @@ _UNFORESEEN = (
     RuntimeError,
     TypeError,
 )
+
 
 Condition = Literal["prompt", "class_labels"]
 
@@ -156,3 +159,79 @@ def for_pictures(arguments: Mapping[str, Any], pictures: int) -> dict[str, Any]:
         name: [value] * pictures if isinstance(value, str) and beside_prompt(name) else value
         for name, value in arguments.items()
     }
+
+
+DENOISER_NAMES = ("transformer", "unet", "prior", "denoiser", "dit")
+
+
+def denoiser_of(pipeline: Any) -> tuple[str, nn.Module]:
+    """Name and module of a pipeline's denoiser: the first of `DENOISER_NAMES` that it has.
+
+    Raises:
+        ValueError: None of the components is a denoiser, or two share the trajectory.
+    """
+    for name in DENOISER_NAMES:
+        module = getattr(pipeline, name, None)
+        if isinstance(module, nn.Module):
+            second = f"{name}_2"
+            if isinstance(getattr(pipeline, second, None), nn.Module):
+                raise ValueError(
+                    f"a pipeline must have one denoiser, got {name} and {second}; quantize each as a module, with a "
+                    "forward_loop that samples"
+                )
+            return name, module
+    raise ValueError(
+        f"a pipeline must have a denoiser named {', '.join(DENOISER_NAMES)}, got {type(pipeline).__name__} "
+        "without one; use collect_from_loop with the module and your own sampling loop"
+    )
+
+
+def load_prompts(path: str | Path) -> list[str]:
+    """Prompts of a UTF-8 text file: one per line, blank lines and lines that start with `#` skipped.
+
+    With tabs, the first column counts, and a first line that names it `prompt`, `text` or `caption` is a header
+    (the layout of PartiPrompts).
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is no UTF-8 text or has no prompt in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the prompts must be in a text file, got '{path}', which is none; check the path"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the prompts must be UTF-8 text, got '{path}' with {error.reason}; convert it"
+        ) from error
+    lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if (
+        lines
+        and "\t" in lines[0]
+        and lines[0].split("\t")[0].strip().lower() in ("prompt", "text", "caption")
+    ):
+        lines = lines[1:]
+    prompts = [prompt for line in lines if (prompt := line.split("\t")[0].strip())]
+    if not prompts:
+        raise ValueError(
+            f"the prompt file must have at least one prompt, got none in '{path}'; write one per line"
+        )
+    return prompts
+
+
+@contextmanager
+def quiet(pipeline: Any) -> Iterator[None]:
+    """Hide the pipeline's own progress bar and put its configuration back."""
+    before = getattr(pipeline, "_progress_bar_config", None)
+    if hasattr(pipeline, "set_progress_bar_config"):
+        pipeline.set_progress_bar_config(**{**(before or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if before is not None:
+            pipeline._progress_bar_config = before
+        elif hasattr(pipeline, "_progress_bar_config"):
+            del pipeline._progress_bar_config

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 import difloat
-from difloat import api, calibration, components, evaluate, processes, recipes, record, reference_models
+from difloat import api, calibration, components, distributed, evaluate, recipes, record, reference_models
 from difloat.calibration import CalibrationSettings
+from difloat.estimate import Forecast
 from difloat.evaluate import Evaluation, Generated
-from difloat.forecast import Forecast
 from difloat.io.checkpoint import dtype_argument
 from difloat.io.layout import stored_dtypes
 from difloat.layers import install
@@ -217,9 +217,9 @@ def finish(
     timings = dict(seconds)
     reference = draw(pipeline, sampling) if sampling.count else None
     api.apply(pipeline, plan)
-    processes.on_main(lambda: difloat.save(pipeline, out, overwrite=overwrite))
+    distributed.on_main(lambda: difloat.save(pipeline, out, overwrite=overwrite))
     drawn = None if reference is None else draw(difloat.load(out), sampling)
-    if not processes.is_main():
+    if not distributed.is_main():
         return None
     evaluation = None
     left = right = record.no_pictures()

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import api, forecast_tuning, recipes
+from difloat import api, estimate_training, recipes
 from difloat.calibration import Calibration, CalibrationSettings, finish_recording, sampling_of
 from difloat.calls import Recorder, recording
 from difloat.layers import packed
 from difloat.layers.exclude import excluded
 from difloat.methods import allocate
 from difloat.methods.task import Sequencing, Task
+from difloat.pipelines import quiet
 from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits
 from difloat.plan.specs import weight_formats
-from difloat.sampling import quiet
 from difloat.shelf import Shelf
 
 _TRIAL_STEPS = (2, 6)  # two lengths tell the cost of a step from the cost of a block
@@ -193,7 +193,7 @@ def forecast(
     of_layers = sum(packed.weight_of(module, name).nbytes * counts[name] for name in plan.layers)
     packed_bytes = sum(layer.nbytes * counts[name] for name, layer in plan.layers.items())
     used = min(getattr(made, "rounding_rows", 0), settings.samples)
-    tuned = forecast_tuning.tuning(task, made, plan, alike, need)
+    tuned = estimate_training.tuning(task, made, plan, alike, need)
     return Forecast(
         need,
         plan,
