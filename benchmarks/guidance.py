@@ -26,8 +26,8 @@ from quantization_time import commit
 from torch import Tensor, nn
 
 from difloat import api, io, report, run
-from difloat.calibration import Calibration
-from difloat.calls import first_tensor
+from difloat.calibration.collect import Calibration
+from difloat.calibration.rows import first_tensor
 from difloat.reference_models import NAMES
 
 RESULTS = Path(__file__).parent / "results" / "guidance.json"

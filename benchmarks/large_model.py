@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from difloat import api, recipes, reference_models, report, run
-from difloat.calibration import CalibrationSettings
+from difloat.calibration.collect import CalibrationSettings
 from difloat.estimate import Forecast, forecast
 from difloat.methods import blockwise
 from difloat.methods.adaround import RoundingSettings

@@ -23,7 +23,7 @@ import torch
 
 from difloat import api, report
 from difloat import run as study
-from difloat.calls import first_tensor
+from difloat.calibration.rows import first_tensor
 from difloat.layers import install
 from difloat.methods.finetune import TrainingSettings
 from difloat.methods.posttraining import Outcome

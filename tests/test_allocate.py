@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import difloat
 from difloat import recipes
-from difloat.calibration import CalibrationSettings, collect_from_loop
+from difloat.calibration.collect import CalibrationSettings, collect_from_loop
 from difloat.layers import install
 from difloat.methods import allocate
 from difloat.methods.allocate import (

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import difloat
 from difloat.cache_entries import CacheWarning, read_entry, write_atomically, write_entry
-from difloat.calibration import CalibrationSettings, collect
+from difloat.calibration.collect import CalibrationSettings, collect
 from difloat.plan.plan import Plan
 from test_calibration import PROMPTS, DotPipeline
 from test_finetune import Denoiser, sample_with

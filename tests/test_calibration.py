@@ -18,7 +18,8 @@ from torch import nn
 
 import difloat
 from difloat.cache_entries import CacheWarning
-from difloat.calibration import (
+from difloat.calibration.clean_latents import LastCall, clean_calls
+from difloat.calibration.collect import (
     CalibrationSettings,
     collect,
     collect_from_loop,
@@ -26,10 +27,9 @@ from difloat.calibration import (
     load_prompts,
     sampling_of,
 )
-from difloat.calls import first_tensor, merge
+from difloat.calibration.loop_identity import fingerprint
+from difloat.calibration.rows import first_tensor, merge
 from difloat.estimate import probe
-from difloat.loop_identity import fingerprint
-from difloat.renoising import LastCall, clean_calls
 from tiny import PROMPTS, tiny_ddim, tiny_pixart, tiny_unet
 
 # diffusers hands torch tensors to numpy 2 in its schedulers.

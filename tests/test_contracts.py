@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from difloat import api, recipes
-from difloat.calibration import Calibration, CalibrationSettings, collect, denoiser_of
+from difloat.calibration.collect import Calibration, CalibrationSettings, collect, denoiser_of
 from difloat.layers import install, packed, quantizable
 from difloat.methods.observe import removed
 from difloat.methods.posttraining import Bits, Task

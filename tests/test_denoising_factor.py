@@ -28,7 +28,7 @@ from diffusers import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from difloat import reference
-from difloat.calibration import CalibrationSettings, collect
+from difloat.calibration.collect import CalibrationSettings, collect
 from difloat.methods import denoising_factor
 from difloat.methods.denoising_factor import denoising_factors, loss_weights, normalised
 from difloat.methods.task import Task

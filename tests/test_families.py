@@ -21,8 +21,8 @@ from torch import Tensor
 import difloat
 import families
 from difloat import evaluate
-from difloat.calibration import Calibration, CalibrationSettings, collect, denoiser_of
-from difloat.calls import first_tensor
+from difloat.calibration.collect import Calibration, CalibrationSettings, collect, denoiser_of
+from difloat.calibration.rows import first_tensor
 from difloat.estimate import probe
 from difloat.evaluate import Generated
 from difloat.layers import dtype_readers, packed, quantizable

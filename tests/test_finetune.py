@@ -19,7 +19,7 @@ from torch import nn
 
 from difloat import distributed, recipes, record
 from difloat.cache_entries import read_entry
-from difloat.calibration import Calibration, CalibrationSettings, collect_from_loop
+from difloat.calibration.collect import Calibration, CalibrationSettings, collect_from_loop
 from difloat.layers import install
 from difloat.layers import packed as layers
 from difloat.methods import finetune, posttraining, resume

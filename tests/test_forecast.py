@@ -10,8 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import families
 from difloat import api, estimate, estimate_training, recipes, run
-from difloat.calibration import CalibrationSettings
-from difloat.calls import first_tensor
+from difloat.calibration.collect import CalibrationSettings
+from difloat.calibration.rows import first_tensor
 from difloat.estimate import Forecast
 from difloat.layers import packed
 from difloat.methods.posttraining import timestep_grid

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import difloat
 from difloat import api, interchange
-from difloat.calibration import denoiser_of
+from difloat.calibration.collect import denoiser_of
 from difloat.interchange.layers import decode, encode, obstacle, split_scales
 from difloat.interchange.schemes import COMFY, DIALECTS, FP8_ROWS, MXFP4, NVFP4, from_tiles, to_tiles
 from difloat.layers import packed

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from difloat import recipes
-from difloat.calibration import Calibration, CalibrationSettings, collect
+from difloat.calibration.collect import Calibration, CalibrationSettings, collect
 from difloat.methods.task import Task
 from difloat.plan.rules import Bits
 from difloat.recipes import RECIPES

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from difloat import recipes
-from difloat.calibration import CalibrationSettings, collect_from_loop
+from difloat.calibration.collect import CalibrationSettings, collect_from_loop
 from difloat.methods import posttraining, relation
 from difloat.methods.finetune import Batch, TrainingSettings, train
 from difloat.methods.posttraining import LayerRules, Sequencing

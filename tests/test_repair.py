@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import difloat
-from difloat import api, calibration, cli, record, run
+from difloat import api, cli, record, run
+from difloat.calibration import collect as calibration
 from difloat.layers import install
 from difloat.layers.packed import QuantizedLayer
 from difloat.methods import datafree, tuned

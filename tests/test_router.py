@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from difloat import recipes
-from difloat.calibration import CalibrationSettings, collect_from_loop
+from difloat.calibration.collect import CalibrationSettings, collect_from_loop
 from difloat.methods.student import Router, fixed_table
 from difloat.methods.task import Task
 from difloat.plan.rules import Bits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from difloat import recipes
-from difloat.calibration import CalibrationSettings, collect, denoiser_of
+from difloat.calibration.collect import CalibrationSettings, collect, denoiser_of
 from difloat.methods.posttraining import Bits, Task
 from difloat.numbers.formats import candidates, parse
 from difloat.numbers.integer_grids import grid_of

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from difloat.calibration import CalibrationSettings, collect, collect_from_loop
-from difloat.trajectories import Course, conditional_part, rows_before, rows_beside
+from difloat.calibration.collect import CalibrationSettings, collect, collect_from_loop
+from difloat.calibration.trajectory import Course, conditional_part, rows_before, rows_beside
 from tiny import PROMPTS, tiny_ddim, tiny_unet
 
 # diffusers hands torch tensors to numpy 2 in its schedulers.

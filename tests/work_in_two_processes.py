@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from difloat import cli, distributed, evaluate, run
-from difloat.calibration import CalibrationSettings, collect, collect_from_loop
+from difloat.calibration.collect import CalibrationSettings, collect, collect_from_loop
 from tiny import PROMPTS, tiny_ddim, tiny_unet
 
 SETTINGS = CalibrationSettings(samples=24, steps=4, prompts_per_batch=2, seed=3)  # three batches

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import calibration, io, lora, recipes, torch_modes
 from difloat import components as parts
-from difloat.calibration import Calibration, CalibrationSettings
+from difloat import io, lora, recipes, torch_modes
+from difloat.calibration import collect
+from difloat.calibration.collect import Calibration, CalibrationSettings
 from difloat.io import mark_quantized, unmark_quantized
 from difloat.layers import hooks, install, packed
 from difloat.layers.exclude import excluded
@@ -29,7 +30,7 @@ from difloat.plan.rules import Bits
 
 def denoiser(model: Any) -> nn.Module:
     """The module that is quantized: the denoiser of a pipeline, or the module itself."""
-    return model if isinstance(model, nn.Module) else calibration.denoiser_of(model)[1]
+    return model if isinstance(model, nn.Module) else collect.denoiser_of(model)[1]
 
 
 def default_prompts() -> list[str]:
@@ -281,14 +282,14 @@ def calibrate(
                 "leave them out, or pass its denoiser"
             )
         texts = prompts_for(model, prompts)
-        return calibration.collect(
+        return collect.collect(
             model, texts, wanted, cache_dir=cache_dir, progress=progress, call_kwargs=call_kwargs
         )
     if forward_loop is None:
         raise ValueError(
             "a plain module must come with forward_loop, got None; give a function that samples with the module"
         )
-    return calibration.collect_from_loop(
+    return collect.collect_from_loop(
         module, forward_loop, wanted, cache_dir=cache_dir, cache_key=cache_key, progress=progress
     )
 

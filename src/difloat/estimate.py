@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from difloat import api, estimate_training, recipes
-from difloat.calibration import Calibration, CalibrationSettings, finish_recording, sampling_of
-from difloat.calls import Recorder, recording
+from difloat.calibration.collect import Calibration, CalibrationSettings, finish_recording, sampling_of
+from difloat.calibration.row_store import Shelf
+from difloat.calibration.rows import Recorder, recording
 from difloat.layers import packed
 from difloat.layers.exclude import excluded
 from difloat.methods import allocate
@@ -22,7 +23,6 @@ from difloat.pipelines import quiet
 from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits
 from difloat.plan.specs import weight_formats
-from difloat.shelf import Shelf
 
 _TRIAL_STEPS = (2, 6)  # two lengths tell the cost of a step from the cost of a block
 _LEARNING_BYTES = (

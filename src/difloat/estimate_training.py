@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from difloat.batch_axis import first_tensor, rows_in_lists
+from difloat.calibration.batch_axis import first_tensor, rows_in_lists
 from difloat.layers import install, packed
 from difloat.methods import observe, posttraining, relation
 from difloat.methods.adapters import stored_bytes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from difloat import distributed
-from difloat.calls import device_of
+from difloat.calibration.rows import device_of
 from difloat.metrics import NotFiniteError
 from difloat.pipelines import (
     call,

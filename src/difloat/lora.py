@@ -259,7 +259,7 @@ def _wrappers(pipeline_or_module: Any) -> Iterator[tuple[str, str, Any]]:
 def _denoiser(pipeline_or_module: Any) -> tuple[str, nn.Module]:
     if isinstance(pipeline_or_module, nn.Module):
         return "", pipeline_or_module
-    from difloat.calibration import denoiser_of
+    from difloat.calibration.collect import denoiser_of
 
     return denoiser_of(pipeline_or_module)
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 import difloat
-from difloat import api, calibration, components, distributed, evaluate, recipes, record, reference_models
-from difloat.calibration import CalibrationSettings
+from difloat import api, components, distributed, evaluate, recipes, record, reference_models
+from difloat.calibration import collect
+from difloat.calibration.collect import CalibrationSettings
 from difloat.estimate import Forecast
 from difloat.evaluate import Evaluation, Generated
 from difloat.io.checkpoint import dtype_argument
@@ -116,7 +117,7 @@ def _dtype_of(path: Path) -> torch.dtype:
 def prompts_of(pipeline: Any, source: str, path: Path | None) -> list[str] | None:
     """Prompts from a file, the captions of an embedded model, built-in ones, or None for a pipeline without text."""
     if path is not None:
-        return calibration.load_prompts(path)
+        return collect.load_prompts(path)
     if source in reference_models.NAMES:
         return reference_models.captions()
     return api.prompts_for(pipeline, None)

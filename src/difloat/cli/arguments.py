@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from difloat import distributed
-from difloat.sampling import MOST_SEED
+from difloat.calibration.sampler_runs import MOST_SEED
 from difloat.tables import console
 
 Source = Annotated[

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from difloat import tables
+from difloat.calibration.sampler_runs import MOST_SEED
 from difloat.cli.application import app
 from difloat.cli.arguments import (
     Batch,
@@ -23,7 +24,6 @@ from difloat.cli.arguments import (
     meet,
     pipeline_of,
 )
-from difloat.sampling import MOST_SEED
 from difloat.tables import console
 
 

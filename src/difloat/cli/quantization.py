@@ -70,7 +70,8 @@ def quantize(
     overwrite: Overwrite = False,
 ) -> None:
     """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
-    from difloat import api, calibration, recipes, run
+    from difloat import api, recipes, run
+    from difloat.calibration import collect
     from difloat.plan import target as targets
 
     meet()
@@ -85,7 +86,7 @@ def quantize(
         guidance, arguments = call_of(pipeline, source, guidance, call)
         others = components.split(",") if components is not None else None
         _check_parts(pipeline, exclude or [], others, bits)
-        settings = calibration.CalibrationSettings(
+        settings = collect.CalibrationSettings(
             samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
         )
         left_out = exclude or []
@@ -176,7 +177,8 @@ def repair(
     --set adapters=1, of viditq those with --set stretches=1.
     Input ranges by timestep stay apart; other quantized components stay as they are.
     """
-    from difloat import api, calibration, run
+    from difloat import api, run
+    from difloat.calibration import collect
 
     meet()
     _check_images(images)
@@ -185,7 +187,7 @@ def repair(
         texts = run.prompts_of(pipeline, source, prompts)
         guidance, arguments = call_of(pipeline, source, guidance, call)
         training = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": guidance_weight}
-        settings = calibration.CalibrationSettings(
+        settings = collect.CalibrationSettings(
             samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
         )
         sampling = run.Sampling(texts, images, steps, guidance, _PICTURES, arguments)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from difloat import distributed
-from difloat.batch_axis import rows_of
+from difloat.calibration.batch_axis import rows_of
 from difloat.layers import packed
 from difloat.layers.exclude import excluded
 from difloat.methods import observe

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from difloat import distributed, torch_modes
-from difloat.batch_axis import first_tensor, predict, rows_in_lists
+from difloat.calibration.batch_axis import first_tensor, predict, rows_in_lists
 from difloat.methods.adapters import Adaptive
 from difloat.methods.resume import Kept
 from difloat.methods.student import Student

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from difloat.batch_axis import SHARED_NAMES, prediction, rows_in_lists, rows_of, samples_of
+from difloat.calibration.batch_axis import SHARED_NAMES, prediction, rows_in_lists, rows_of, samples_of
 from difloat.layers.attention import has_processor
 from difloat.layers.code_readers import Use
 from difloat.layers.packed import quantizable

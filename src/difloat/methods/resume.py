@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from difloat.cache_entries import read_entry, write_entry
-from difloat.calls import content_hash
+from difloat.calibration.rows import content_hash
 from difloat.methods.adapters import Adaptive
 from difloat.methods.student import Student
 from difloat.methods.task import Task

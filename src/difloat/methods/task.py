@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from difloat.calibration import Calibration
+from difloat.calibration.collect import Calibration
 from difloat.methods.adaround import RoundingSettings
 from difloat.methods.observe import Call
 from difloat.plan.rules import Bits, Rule

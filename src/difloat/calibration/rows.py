@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difloat.batch_axis import (
+from difloat.calibration.batch_axis import (
     SHARED_NAMES,
     cut,
     decode,
@@ -31,7 +31,7 @@ from difloat.batch_axis import (
     timestep_name,
     timestep_values,
 )
-from difloat.trajectories import Course
+from difloat.calibration.trajectory import Course
 
 __all__ = [
     "MAX_TIMESTEPS",

@@ -20,14 +20,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from difloat import distributed, loop_identity, torch_modes
-from difloat.calls import Recorder, Row, device_of, merge, recording, stratified_indices
-from difloat.mergeable import check_mergeable
+from difloat import distributed, torch_modes
+from difloat.calibration import loop_identity
+from difloat.calibration.clean_latents import LastCall, clean_calls
+from difloat.calibration.mergeable import check_mergeable
+from difloat.calibration.row_store import Recorded, Shelf, open_shelf, record_shards
+from difloat.calibration.rows import Recorder, Row, device_of, merge, recording, stratified_indices
+from difloat.calibration.sampler_runs import MOST_SEED, Sampling, weights_summary
+from difloat.calibration.trajectory import conditional_part, rows_before, rows_beside
 from difloat.pipelines import denoiser_of, load_prompts, quiet
-from difloat.renoising import LastCall, clean_calls
-from difloat.sampling import MOST_SEED, Sampling, weights_summary
-from difloat.shelf import Recorded, Shelf, open_shelf, record_shards
-from difloat.trajectories import conditional_part, rows_before, rows_beside
 
 __all__ = [
     "Calibration",

@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from difloat.calls import content_hash, device_of
+from difloat.calibration.rows import content_hash, device_of
 from difloat.pipelines import (
     call,
     check_call,

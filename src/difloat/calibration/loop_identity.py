@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from difloat.calls import content_hash, recording
-from difloat.sampling import weights_summary
+from difloat.calibration.rows import content_hash, recording
+from difloat.calibration.sampler_runs import weights_summary
 
 _DEPTH = 8  # of nested values that are looked into
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from difloat import distributed
 from difloat.cache_entries import read_entry, write_atomically, write_entry
-from difloat.calls import Row, content_hash
+from difloat.calibration.rows import Row, content_hash
 
 _VERSION = 4  # 2: rows know their trajectory; 3: which all parts share; 4: lists of one tensor per row, shards know their hash
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difloat.batch_axis import prediction, rows_in_lists
+from difloat.calibration.batch_axis import prediction, rows_in_lists
 
 Batch = Callable[[Sequence[int]], tuple[tuple[Any, ...], Mapping[str, Any]]]
 

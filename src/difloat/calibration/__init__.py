@@ -1,0 +1,1 @@
+"""The denoiser's inputs along real trajectories: captured, cut into rows, budgeted, cached."""
