@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 import difloat
 import families
-from difloat import cli, io, lora
+from difloat import cli, io
 from difloat.cli.arguments import loras_of
 from difloat.layers import install
 from difloat.layers.packed import QuantizedLayer
+from difloat.lora import adapters
+from difloat.lora.peft_layers import PackedConv2d, PackedLinear
 from difloat.numbers import formats
-from difloat.peft_layers import PackedConv2d, PackedLinear
 from difloat.plan import encode
 from difloat.plan.add_delta import add_to_weight
 from difloat.plan.plan import LayerPlan
@@ -41,7 +42,7 @@ pytestmark = [
 
 def quantized(pipeline: Any) -> Any:
     """The pipeline with every layer of its denoiser packed."""
-    module = lora._denoiser(pipeline)[1]
+    module = adapters._denoiser(pipeline)[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         plan = denoiser_plan(module)
@@ -77,7 +78,7 @@ def same(left: dict[str, LayerPlan], right: dict[str, LayerPlan]) -> bool:
 
 
 def wrappers(module: nn.Module) -> dict[str, Any]:
-    return {name: wrapper for _, name, wrapper in lora._wrappers(module)}
+    return {name: wrapper for _, name, wrapper in adapters._wrappers(module)}
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +126,12 @@ def test_life_in_diffusers_load_weigh_switch_off_delete(pipeline: Any, saved: li
     for weights in ((1.0, 1.0), (0.5, 0.0), (0.0, 2.0)):
         pipeline.set_adapters(["a", "b"], list(weights))
         outputs[weights] = output(unet)
-        assert lora.weights(pipeline) == pytest.approx({"a": weights[0], "b": weights[1]})
+        assert adapters.weights(pipeline) == pytest.approx({"a": weights[0], "b": weights[1]})
         difloat.set_lora(pipeline, {"a": weights[0], "b": weights[1]})
         assert torch.equal(output(unet), outputs[weights])
     assert len({tensor.sum().item() for tensor in [bare, *outputs.values()]}) == 4
     pipeline.disable_lora()
-    assert torch.equal(output(unet), bare) and lora.weights(pipeline) == {}
+    assert torch.equal(output(unet), bare) and adapters.weights(pipeline) == {}
     pipeline.enable_lora()
     pipeline.delete_adapters("b")
     pipeline.set_adapters("a", 0.5)
@@ -285,14 +286,14 @@ def test_what_rounding_takes_away_is_said(adapted: Any):
 def test_saved_adapters_go_from_float_to_packed_and_back(pipeline: Any, saved: list[Path], tmp_path: Path):
     difloat.load_lora(pipeline, saved[0], "a")
     file = difloat.save_lora(pipeline, tmp_path)
-    first, second = load_file(saved[0] / lora.LORA_FILE), load_file(file)
+    first, second = load_file(saved[0] / adapters.LORA_FILE), load_file(file)
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     again = tiny_unet()
     again.load_lora_weights(tmp_path)
     assert len(wrappers(again.unet)) == len(wrappers(pipeline.unet))
     layers_of = {"unet_lora_layers": peft.get_peft_model_state_dict(pipeline.unet, adapter_name="a")}
     pipeline.save_lora_weights(tmp_path / "diffusers", **layers_of)
-    stored = load_file(tmp_path / "diffusers" / lora.LORA_FILE)
+    stored = load_file(tmp_path / "diffusers" / adapters.LORA_FILE)
     assert stored.keys() == first.keys() and all(torch.equal(first[key], stored[key]) for key in first)
 
 
@@ -308,16 +309,16 @@ FAMILIES = {  # with diffusers' LoRA methods and without
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_merges_unloads(family: str, tmp_path: Path):
     source = getattr(families, family)()
-    component, module = lora._denoiser(source)
+    component, module = adapters._denoiser(source)
     add(module, "s", FAMILIES[family])
     difloat.save_lora(source, tmp_path, "s")
     pipeline = quantized(getattr(families, family)())
-    target = lora._denoiser(pipeline)[1]
+    target = adapters._denoiser(pipeline)[1]
     before = packed_layers(target)
     difloat.load_lora(pipeline, tmp_path, "s", 0.5)
     assert same(packed_layers(target), before)  # FLUX's loader would replace packed layers by wider ones
     expected, got = wrappers(module), wrappers(target)
-    assert expected.keys() == got.keys() and lora.weights(pipeline) == {"s": 0.5}
+    assert expected.keys() == got.keys() and adapters.weights(pipeline) == {"s": 0.5}
     for name, wrapper in got.items():
         for factor in ("lora_A", "lora_B"):
             left, right = getattr(wrapper, factor)["s"].weight, getattr(expected[name], factor)["s"].weight
@@ -326,7 +327,7 @@ def test_every_family_loads_merges_unloads(family: str, tmp_path: Path):
     difloat.unmerge_lora(pipeline)
     assert same(packed_layers(target), before)
     difloat.unload_lora(pipeline)
-    assert not lora.adapters(pipeline) and io.plan_of(target).layers.keys() == before.keys()
+    assert not adapters.adapters(pipeline) and io.plan_of(target).layers.keys() == before.keys()
 
 
 def test_a_control_lora_of_flux_widens_the_float_weight(tmp_path: Path):
@@ -337,7 +338,7 @@ def test_a_control_lora_of_flux_widens_the_float_weight(tmp_path: Path):
         "transformer.x_embedder.lora_A.weight": torch.randn(4, 2 * weight.shape[1]),
         "transformer.x_embedder.lora_B.weight": torch.randn(weight.shape[0], 4),
     }
-    save_file(state, tmp_path / lora.LORA_FILE)
+    save_file(state, tmp_path / adapters.LORA_FILE)
     pipeline.load_lora_weights(tmp_path)
     wide = pipeline.transformer.x_embedder.base_layer
     assert type(wide) is nn.Linear and wide.weight.shape == (len(weight), 2 * weight.shape[1])
@@ -378,7 +379,7 @@ def test_keys_without_configuration_count_fully(tmp_path: Path):
 @pytest.mark.parametrize("make", [tiny_unet, tiny_pixart])
 def test_any_prefix_before_the_layers_is_understood(make: Any, prefix: str, tmp_path: Path):
     pipeline = quantized(make())
-    module = lora._denoiser(pipeline)[1]
+    module = adapters._denoiser(pipeline)[1]
     name = next(name for name in packed_layers(module) if name.endswith("attn1.to_q"))
     width = module.get_submodule(name).in_features
     state = {
@@ -395,18 +396,18 @@ def test_any_prefix_before_the_layers_is_understood(make: Any, prefix: str, tmp_
 @pytest.mark.parametrize("make", [tiny_unet, tiny_pixart])
 def test_a_lora_that_is_not_finite_is_refused(make: Any, value: float, tmp_path: Path):
     pipeline = quantized(make())
-    component, module = lora._denoiser(pipeline)
+    component, module = adapters._denoiser(pipeline)
     name = next(name for name in packed_layers(module) if name.endswith("attn1.to_q"))
     width = module.get_submodule(name).in_features
     factors = {"A": torch.ones(3, width), "B": torch.full((width, 3), value)}
     save_file(
-        {f"{component}.{name}.lora_{k}.weight": t for k, t in factors.items()}, tmp_path / lora.LORA_FILE
+        {f"{component}.{name}.lora_{k}.weight": t for k, t in factors.items()}, tmp_path / adapters.LORA_FILE
     )
     with pytest.raises(
         ValueError, match=r"LoRA must hold finite numbers, got NaN or Inf in '.*lora_B.weight'"
     ):
         difloat.load_lora(pipeline, tmp_path)
-    assert not lora.adapters(pipeline) and not wrappers(module)
+    assert not adapters.adapters(pipeline) and not wrappers(module)
 
 
 BAD_FILES = {
@@ -419,11 +420,11 @@ BAD_FILES = {
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_foreign_files_are_refused(kind: str, tmp_path: Path):
     state, words = BAD_FILES[kind]
-    save_file(state, tmp_path / lora.LORA_FILE)
+    save_file(state, tmp_path / adapters.LORA_FILE)
     model = quantized(tiny_pixart())
     with pytest.raises(ValueError, match=words):
         difloat.load_lora(model, tmp_path)
-    assert not lora.adapters(model)
+    assert not adapters.adapters(model)
 
 
 # What is refused
@@ -546,11 +547,11 @@ def test_the_guide_runs(
     command = re.search(r"```\n(difloat generate .*?)\n```", guide)[1]
     monkeypatch.chdir(tmp_path)
     difloat.save(pipeline, "checkpoint-fp4")
-    Path("style.safetensors").write_bytes((saved[0] / lora.LORA_FILE).read_bytes())
+    Path("style.safetensors").write_bytes((saved[0] / adapters.LORA_FILE).read_bytes())
     names: dict[str, Any] = {}
     exec(snippet, names)  # what the page shows, nothing else
     assert same(packed_layers(names["pipeline"].unet), packed_layers(pipeline.unet)) and names["arrived"]
-    assert load_file(Path("copy") / lora.LORA_FILE).keys() == load_file("style.safetensors").keys()
+    assert load_file(Path("copy") / adapters.LORA_FILE).keys() == load_file("style.safetensors").keys()
     short = ["--steps", "1", "--count", "1", "--prompt", "a red cat"]
     cli.app([*command.split()[1:], *short], standalone_mode=False)
     cli.app(["generate", "checkpoint-fp4", "plain", *short], standalone_mode=False)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from difloat.io import CheckpointError, load, planner, register, save, verify
 from difloat.kernels.dispatch import set_backend, use_backend
 from difloat.layers.fast_attention import accelerate as accelerate_attention
-from difloat.lora import load_lora, merge_lora, save_lora, set_lora, unload_lora, unmerge_lora
+from difloat.lora.adapters import load_lora, merge_lora, save_lora, set_lora, unload_lora, unmerge_lora
 from difloat.numbers import formats, rounding
 from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.specs import Part, QuantSpec

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from difloat import components as parts
-from difloat import io, lora, recipes, torch_modes
+from difloat import io, recipes, torch_modes
 from difloat.calibration import collect
 from difloat.calibration.collect import Calibration, CalibrationSettings
 from difloat.io import mark_quantized, unmark_quantized
 from difloat.layers import hooks, install, packed
 from difloat.layers.exclude import excluded
+from difloat.lora import adapters
 from difloat.methods.denoising_factor import loss_weights
 from difloat.methods.finetune import TrainingSettings, guidance_to_keep
 from difloat.methods.posttraining import Outcome, timestep_grid
@@ -214,7 +215,7 @@ def _check_repairable(model: Any, plan: Plan, epochs: int, rank: int) -> None:
                 "quantize with adapters=1 (msfp) or stretches=1 (viditq)"
             )
     for module, own in parts.models(model, denoiser(model), plan):
-        lora.refuse(module, "quantized")
+        adapters.refuse(module, "quantized")
         install.check(module, own)
 
 
@@ -302,7 +303,7 @@ def plan_calibrated(task: Task, recipe: str, bits: str, options: Mapping[str, An
 def check_model(module: nn.Module) -> None:
     """Refuse models, and modes of torch, that cannot be quantized (in) before any work is done."""
     torch_modes.check_defaults()
-    lora.refuse(module, "quantized")
+    adapters.refuse(module, "quantized")
     hooks.check(module)
     found = packed.quantizable(module)
     if not found:
@@ -324,7 +325,7 @@ def apply(model: Any, plan: Plan) -> Any:
     """
     work = parts.models(model, denoiser(model), plan)
     for module, own in work:
-        lora.refuse(module, "quantized")
+        adapters.refuse(module, "quantized")
         install.check(module, own)
     for module, own in work:
         install.apply(module, own)

@@ -27,9 +27,9 @@ from difloat.io.layout import (
     quantization_config,
     unbundle,
 )
-from difloat.io.lora_loader import teach_shapes
 from difloat.io.packed_models import guard, unguard
 from difloat.layers import install
+from difloat.lora.flux_loader import teach_shapes
 from difloat.plan.plan import LayerPlan
 
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16}

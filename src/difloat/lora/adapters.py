@@ -39,7 +39,7 @@ def on_wrapped(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         ValueError: if the wrapper is of a method that needs the float weight.
     """
     if name == "base_layer" and isinstance(child, QuantizedLayer) and _is_wrapper(parent):
-        from difloat.peft_layers import adopt
+        from difloat.lora.peft_layers import adopt
 
         adopt(parent)
 

@@ -1,0 +1,1 @@
+"""LoRA on packed layers: its life cycle, PEFT's wrappers, foreign files."""
