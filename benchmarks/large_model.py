@@ -25,7 +25,7 @@ from difloat import api, recipes, reference_models, report, run
 from difloat.calibration.collect import CalibrationSettings
 from difloat.estimate import Forecast, forecast
 from difloat.methods import blockwise
-from difloat.methods.adaround import RoundingSettings
+from difloat.methods.learned_rounding import RoundingSettings
 from difloat.methods.task import Task
 from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits

@@ -21,9 +21,9 @@ import torch
 
 from difloat import api, report, run
 from difloat.layers import packed
-from difloat.methods import observe
-from difloat.methods.adaround import RoundingSettings, learn_rounding, relative_error
-from difloat.methods.passes import Passes
+from difloat.methods import trace
+from difloat.methods.learned_rounding import RoundingSettings, learn_rounding, relative_error
+from difloat.methods.paused_forwards import Passes
 from difloat.numbers import formats
 from difloat.plan.encode import dequantize
 from difloat.plan.rules import MIN_MAX, Draft, Rule, asymmetric_integers, draft_layer
@@ -159,7 +159,7 @@ def error(block: Any, weights: dict[str, torch.Tensor], inputs: Any, targets: li
     """Relative squared output error of a block under other weights."""
     parameters = {f"{name}.weight": weight for name, weight in weights.items()}
     outputs = torch.func.functional_call(block, parameters, *inputs)
-    return relative_error(observe.tensors_of(outputs), targets)
+    return relative_error(trace.tensors_of(outputs), targets)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 
 from difloat import api, report, run
-from difloat.methods.allocate import AllocationSettings, Criterion, allocate
+from difloat.methods.mixed_rows import AllocationSettings, Criterion, allocate
 from difloat.methods.task import Task
 from difloat.numbers import formats
 from difloat.numbers.search import OFFSETS, SHRUNK

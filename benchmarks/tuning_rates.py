@@ -25,10 +25,10 @@ from difloat import api, report
 from difloat import run as study
 from difloat.calibration.rows import first_tensor
 from difloat.layers import install
-from difloat.methods.finetune import TrainingSettings
-from difloat.methods.posttraining import Outcome
+from difloat.methods.post_training import Outcome
 from difloat.methods.task import Task
-from difloat.methods.tuned import Tuning, tune
+from difloat.methods.training.fine_tune import Tuning, tune
+from difloat.methods.training.train import TrainingSettings
 from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits
 from difloat.recipes import mpqdm, msfp

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from difloat.methods import soft
-from difloat.methods.adaround import RoundingSettings, learn_rounding, relative_error
-from difloat.methods.assign import plan_inputs
-from difloat.methods.soft import SoftWeight
+from difloat.methods import soft_rounding
+from difloat.methods.input_search import plan_inputs
+from difloat.methods.learned_rounding import RoundingSettings, learn_rounding, relative_error
+from difloat.methods.soft_rounding import SoftWeight
 from difloat.numbers import formats
 from difloat.plan.encode import dequantize
 from difloat.plan.rules import Draft, Rule, draft_layer
@@ -58,7 +58,7 @@ def test_hard_start_is_rounding_to_nearest(name: str) -> None:
 @pytest.mark.parametrize("scale_aware", [False, True])
 @pytest.mark.parametrize("pull", [None, (0.01, 7.5), (0.3, 2.0)])
 def test_value_and_gradient_are_those_of_the_definition(scale_aware: bool, pull, monkeypatch) -> None:
-    monkeypatch.setattr(soft, "_PIECE", 50)  # 192 weights: three whole pieces and a rest
+    monkeypatch.setattr(soft_rounding, "_PIECE", 50)  # 192 weights: three whole pieces and a rest
     made = SoftWeight(draft("e2m1"), scale_aware)
     made.pull = pull
     generator = torch.Generator().manual_seed(3)

@@ -16,8 +16,8 @@ import difloat
 from difloat import recipes
 from difloat.calibration.collect import CalibrationSettings, collect_from_loop
 from difloat.layers import install
-from difloat.methods import allocate
-from difloat.methods.allocate import (
+from difloat.methods import mixed_rows
+from difloat.methods.mixed_rows import (
     Allocation,
     AllocationSettings,
     choose,
@@ -70,7 +70,7 @@ def prepared(bits: str = "w2a8", **changes: object) -> Task:
 
 
 def decided(task: Task, **options: object) -> dict[str, Allocation]:
-    return allocate.allocate(task, rule, AllocationSettings(**options))
+    return mixed_rows.allocate(task, rule, AllocationSettings(**options))
 
 
 def test_kurtosis_is_its_definition() -> None:
@@ -277,14 +277,14 @@ def test_criteria_order_rows_by_what_they_say() -> None:
 
 def test_small_memory_means_more_passes_with_the_same_result(monkeypatch) -> None:
     task = prepared()
-    monkeypatch.setattr(allocate, "_VECTORS", 24)  # fewer than there are: they are drawn
+    monkeypatch.setattr(mixed_rows, "_VECTORS", 24)  # fewer than there are: they are drawn
     passes = []
-    listen = allocate._listen
-    monkeypatch.setattr(allocate, "_listen", lambda *a: passes.append(list(a[2])) or listen(*a))
+    listen = mixed_rows._listen
+    monkeypatch.setattr(mixed_rows, "_listen", lambda *a: passes.append(list(a[2])) or listen(*a))
     at_once = decided(task)
     assert passes == [["conv", "grouped", "linear"]]
     passes.clear()
-    monkeypatch.setattr(allocate, "HELD_SHARE", task.memory_bytes >> 10)
+    monkeypatch.setattr(mixed_rows, "HELD_SHARE", task.memory_bytes >> 10)
     one_by_one = decided(task)
     assert {name: one.error for name, one in at_once.items()} == {
         name: one.error for name, one in one_by_one.items()
@@ -336,7 +336,7 @@ def test_mixed_layers_compute_with_their_dequantized_weight() -> None:
 
 def test_excluded_layers_take_no_part_and_formats_are_those_of_the_target() -> None:
     task = prepared("w4a8", exclude=("linear",), target="cpu")
-    found = allocate.allocate(task, lambda bits: floating_grids(bits, "channel"), AllocationSettings())
+    found = mixed_rows.allocate(task, lambda bits: floating_grids(bits, "channel"), AllocationSettings())
     assert set(found) == {"conv", "grouped"}
     chosen = [
         one for each in found.values() if each.mixed for rule in each.mixed.rules for one in rule.formats

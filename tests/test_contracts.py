@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from difloat import api, recipes
 from difloat.calibration.collect import Calibration, CalibrationSettings, collect, denoiser_of
 from difloat.layers import install, packed, quantizable
-from difloat.methods.observe import removed
-from difloat.methods.posttraining import Bits, Task
+from difloat.methods.post_training import Bits, Task
+from difloat.methods.trace import removed
 from difloat.plan.encode import dequantize
 from difloat.plan.plan import LayerPlan, Plan
 from tiny import tiny_pixart, tiny_unet

@@ -29,9 +29,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from difloat import reference
 from difloat.calibration.collect import CalibrationSettings, collect
-from difloat.methods import denoising_factor
-from difloat.methods.denoising_factor import denoising_factors, loss_weights, normalised
 from difloat.methods.task import Task
+from difloat.methods.training import timestep_weights
+from difloat.methods.training.timestep_weights import denoising_factors, loss_weights, normalised
 from difloat.plan.rules import Bits
 from difloat.reference_models import NAMES as REFERENCE_MODELS
 from family_table import FAMILIES
@@ -100,7 +100,7 @@ def test_euler_is_ddim_in_other_coordinates(prediction: str) -> None:
     euler = denoising_factors(EulerDiscreteScheduler(**BETAS, **more), STEPS)
     assert list(euler) == list(ddim) and len(ddim) == STEPS
     assert list(euler.values()) == pytest.approx(list(ddim.values()), rel=1e-3)
-    heun = denoising_factor._factors_of_calls(HeunDiscreteScheduler(**BETAS, **more), STEPS, {})
+    heun = timestep_weights._factors_of_calls(HeunDiscreteScheduler(**BETAS, **more), STEPS, {})
     assert [factor for _, factor in heun[0::2]] == pytest.approx(list(ddim.values()), rel=1e-3)
 
 
@@ -144,9 +144,9 @@ REFUSED = {  # of tokens or grids, with further arguments or several calls insid
 def test_no_schedulers_factor_depends_on_its_coordinates(make: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size of a sample at a timestep is what the scheduler itself makes of a clean one by adding noise."""
     scheduler = make()
-    calls = denoising_factor._factors_of_calls(scheduler, 12, {})
-    monkeypatch.setattr(denoising_factor, "_spread", lambda *_: 1.0)
-    bare = denoising_factor._factors_of_calls(scheduler, 12, {})
+    calls = timestep_weights._factors_of_calls(scheduler, 12, {})
+    monkeypatch.setattr(timestep_weights, "_spread", lambda *_: 1.0)
+    bare = timestep_weights._factors_of_calls(scheduler, 12, {})
     assert len(calls) == len(bare) >= 11
     scheduler.set_timesteps(12)
     if not hasattr(scheduler, "add_noise") or re.search(SECOND_ORDER, make.__name__):
@@ -182,7 +182,7 @@ def test_a_stage_of_helios_is_flow_matching_between_its_sigmas() -> None:
     scheduler = HeliosScheduler()
     scheduler.set_timesteps(12, 0)
     assert list(denoising_factors(scheduler)) == scheduler.timesteps.tolist()
-    assert denoising_factor._read(scheduler, scheduler.timesteps[0]) == 1.0
+    assert timestep_weights._read(scheduler, scheduler.timesteps[0]) == 1.0
 
 
 @OF_NUMPY_2
@@ -205,7 +205,7 @@ def test_the_reference_models_never_had_samples_in_sigma_space(
     """So no committed number of docs/papers was measured with the factors that depended on coordinates."""
     scheduler = reference(name).scheduler
     factors = denoising_factors(scheduler, 20)
-    monkeypatch.setattr(denoising_factor, "_read", lambda *_: 1.0)
+    monkeypatch.setattr(timestep_weights, "_read", lambda *_: 1.0)
     assert denoising_factors(scheduler, 20) == factors
 
 
@@ -266,7 +266,7 @@ def test_a_learned_variance_is_no_part_of_the_prediction() -> None:
 def test_several_calls_at_a_timestep_count_with_their_mean(make: type, calls: int, more: dict) -> None:
     """As Stable Diffusion 1.5 is shipped: its sampler asks twice at the second timestep."""
     scheduler = make(**BETAS, **more)
-    found = denoising_factor._factors_of_calls(scheduler, STEPS, {})
+    found = timestep_weights._factors_of_calls(scheduler, STEPS, {})
     factors = denoising_factors(scheduler, STEPS)
     assert len(found) == calls and len(factors) == STEPS and min(factors.values()) > 0
     for timestep, factor in factors.items():

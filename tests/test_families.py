@@ -27,7 +27,8 @@ from difloat.estimate import probe
 from difloat.evaluate import Generated
 from difloat.layers import dtype_readers, packed, quantizable
 from difloat.layers.packed import QuantConv2d
-from difloat.methods import observe, relation
+from difloat.methods import trace
+from difloat.methods.training import relation_loss
 from difloat.plan.plan import Plan
 from family_table import FAMILIES, Family
 from tiny import PROMPTS, tiny_unet
@@ -149,7 +150,7 @@ def test_blocks_edges_and_concatenations_are_found(name: str) -> None:
     units = packed.blocks(model)
     assert {unit for unit, members in units.items() if members != [unit]} == family.blocks
     assert {unit for unit, members in units.items() if members == [unit]} == family.outside - family.uncalled
-    seen = observe.trace(model, rows.batch([0, 1]))
+    seen = trace.trace(model, rows.batch([0, 1]))
     assert (
         set(packed.quantizable(model)) == set(seen.order)
         and dtype_readers.kept(model).keys() == family.uncalled
@@ -160,13 +161,13 @@ def test_blocks_edges_and_concatenations_are_found(name: str) -> None:
 def test_the_last_block_and_its_positions_are_found(name: str) -> None:
     pipeline, rows, _ = calibrated(name)
     model, call = denoiser_of(pipeline)[1], rows.batch([0, 1])
-    found = relation.feature_block(model, call)
+    found = relation_loss.feature_block(model, call)
     stacks = ("up_blocks", "single_transformer_blocks", "transformer_blocks", "blocks")
     stack = next(stack for stack in stacks if len(getattr(model, stack, ())))
     assert found == f"{stack}.{len(getattr(model, stack)) - 1}"
     seen: list[Tensor] = []
     handle = model.get_submodule(found).register_forward_hook(
-        lambda m, i, output: seen.append(relation.positions(output))
+        lambda m, i, output: seen.append(relation_loss.positions(output))
     )
     model(*call[0], **call[1])
     handle.remove()
@@ -282,7 +283,7 @@ def test_size_conditions_are_no_skip_concatenation() -> None:
         "timestep": torch.tensor([1, 2]),
         "added_cond_kwargs": sizes,
     }
-    seen = observe.trace(model, ((torch.randn(2, 4, 8, 8),), call))
+    seen = trace.trace(model, ((torch.randn(2, 4, 8, 8),), call))
     assert "adaln_single.emb.resolution_embedder.linear_1" in seen.order and not seen.splits
 
 

@@ -22,13 +22,15 @@ from difloat.cache_entries import read_entry
 from difloat.calibration.collect import Calibration, CalibrationSettings, collect_from_loop
 from difloat.layers import install
 from difloat.layers import packed as layers
-from difloat.methods import finetune, posttraining, resume
-from difloat.methods.finetune import Batch, TrainingSettings, lost_guidance, train
-from difloat.methods.observe import Trace
-from difloat.methods.posttraining import LayerRules, Sequencing
-from difloat.methods.relation import RelationLoss, RelationSettings
-from difloat.methods.student import Router, Student
+from difloat.methods import post_training
+from difloat.methods.post_training import LayerRules, Sequencing
 from difloat.methods.task import MixedRows, Smoothing, Task
+from difloat.methods.trace import Trace
+from difloat.methods.training import resume
+from difloat.methods.training import train as finetune
+from difloat.methods.training.relation_loss import RelationLoss, RelationSettings
+from difloat.methods.training.student import Router, Student
+from difloat.methods.training.train import Batch, TrainingSettings, lost_guidance, train
 from difloat.numbers.formats import parse
 from difloat.numbers.search import ZERO_POINTS
 from difloat.plan import rules as rules_module
@@ -72,7 +74,7 @@ def prepared(
     task = Task(model, data, Bits.parse("w4a4"), progress=False, work_dir=work_dir)
     rule = Rule((parse("e2m1"), parse("ue2m2")), zero_points=ZERO_POINTS, asymmetry=0.5)
     rules = LayerRules(WEIGHTS, rule)
-    return task, posttraining.run(task, lambda name, seen: rules, Sequencing()).layers
+    return task, post_training.run(task, lambda name, seen: rules, Sequencing()).layers
 
 
 def student_of(task: Task, plans: dict[str, LayerPlan], **changes: object) -> Student:
@@ -81,7 +83,7 @@ def student_of(task: Task, plans: dict[str, LayerPlan], **changes: object) -> St
         task.model,
         plans,
         {},
-        posttraining.timestep_grid(task),
+        post_training.timestep_grid(task),
         generator=torch.Generator().manual_seed(1),
         **arguments,
     )
@@ -372,7 +374,7 @@ def mixed(task: Task) -> dict[str, LayerPlan]:
         smoothing = Smoothing(torch.rand(1, shape[1], generator=generator) + 0.5)
         return LayerRules(widths[1], asymmetric_integers(4, "tensor"), smoothing=smoothing, mixed=rows)
 
-    return posttraining.run(task, rules, Sequencing()).layers
+    return post_training.run(task, rules, Sequencing()).layers
 
 
 def test_adapters_of_smoothed_layers_move_in_steps_of_the_grid() -> None:

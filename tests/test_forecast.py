@@ -14,8 +14,8 @@ from difloat.calibration.collect import CalibrationSettings
 from difloat.calibration.rows import first_tensor
 from difloat.estimate import Forecast
 from difloat.layers import packed
-from difloat.methods.posttraining import timestep_grid
-from difloat.methods.student import Student
+from difloat.methods.post_training import timestep_grid
+from difloat.methods.training.student import Student
 from difloat.plan.rules import Bits
 from family_table import FAMILIES
 from tiny import PROMPTS, tiny_unet

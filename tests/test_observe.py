@@ -11,8 +11,8 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from difloat.layers.packed import blocks, quantizable
-from difloat.methods import observe
-from difloat.methods.passes import Passes
+from difloat.methods import trace
+from difloat.methods.paused_forwards import Passes
 from tiny import tiny_pixart, tiny_unet
 
 
@@ -37,12 +37,12 @@ class LongSkip(nn.Module):
         return self.tail(nn.functional.silu(self.norm(both)) * 1.5)
 
 
-def call(rows: int = 2) -> observe.Call:
+def call(rows: int = 2) -> trace.Call:
     return (torch.randn(rows, 3, 4), torch.arange(rows).float()), {}
 
 
 def test_trace_finds_order_edges_and_concatenations_through_norms() -> None:
-    seen = observe.trace(LongSkip(), call())
+    seen = trace.trace(LongSkip(), call())
     assert seen.order == ["head", "time", "middle", "tail"]
     assert seen.splits == {"tail": (6, 4)}
     assert seen.first == ["head"] and seen.last == "tail"
@@ -90,7 +90,7 @@ class Edges(nn.Module):
 def test_first_and_last_are_where_the_sample_comes_in_and_the_prediction_goes_out(
     how: str, first: list[str]
 ) -> None:
-    seen = observe.trace(Edges(how), call())
+    seen = trace.trace(Edges(how), call())
     assert seen.first == first and seen.last == "head"
     assert seen.order[-1] != "head"
 
@@ -104,7 +104,7 @@ def test_the_last_layer_may_be_one_that_was_called_before() -> None:
         def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
             return self.shared(self.between(self.shared(x)))
 
-    seen = observe.trace(Twice(), call())
+    seen = trace.trace(Twice(), call())
     assert (seen.order, seen.first, seen.last) == (["shared", "between"], ["shared"], "shared")
 
 
@@ -117,16 +117,16 @@ def test_a_concatenation_added_to_another_result_is_none() -> None:
 
     model = Summed()
     model.full, model.apart = nn.Linear(4, 10), False
-    assert observe.trace(model, call()).splits == {}
+    assert trace.trace(model, call()).splits == {}
     model.apart = True
-    assert observe.trace(model, call()).splits == {"tail": (6, 4)}
+    assert trace.trace(model, call()).splits == {"tail": (6, 4)}
 
 
 def test_trace_of_real_models() -> None:
     unet = tiny_unet().unet
     sample = torch.randn(2, unet.config.in_channels, 8, 8)
     text = torch.randn(2, 5, unet.config.cross_attention_dim)
-    seen = observe.trace(unet, ((sample, torch.tensor([3, 7]), text), {}))
+    seen = trace.trace(unet, ((sample, torch.tensor([3, 7]), text), {}))
     assert set(seen.order) == set(quantizable(unet))
     assert seen.first == ["conv_in"] and seen.last == "conv_out"
     assert all(name.startswith("up_blocks") for name in seen.splits) and len(seen.splits) == 8
@@ -150,7 +150,7 @@ def test_trace_of_a_transformer_finds_gelu_and_attention() -> None:
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         },
     )
-    seen = observe.trace(model, call)
+    seen = trace.trace(model, call)
     blocks_of_model = [f"transformer_blocks.{number}" for number in range(model.config.num_layers)]
     assert set(seen.before_gelu) == {"caption_projection.linear_1"} | {
         f"{block}.ff.net.0.proj" for block in blocks_of_model
@@ -202,7 +202,7 @@ class Feeding(nn.Module):
 def test_a_gelu_is_known_by_what_it_computes(name: str, size: float) -> None:
     torch.manual_seed(0)
     model = Feeding({**GELUS, **OTHERS}[name])
-    seen = observe.trace(model, ((size * torch.randn(2, 5, 8), torch.tensor([1, 2])), {}))
+    seen = trace.trace(model, ((size * torch.randn(2, 5, 8), torch.tensor([1, 2])), {}))
     assert seen.before_gelu == (["one"] if name in GELUS else [])
 
 
@@ -213,7 +213,7 @@ def test_feed_forward_layers_of_diffusers(kind: str) -> None:
     torch.manual_seed(0)
     model = Feeding(nn.Identity())
     model.one, model.two = FeedForward(8, activation_fn=kind), nn.Identity()
-    seen = observe.trace(model, ((torch.randn(2, 5, 8), torch.tensor([1, 2])), {}))
+    seen = trace.trace(model, ((torch.randn(2, 5, 8), torch.tensor([1, 2])), {}))
     assert seen.before_gelu == (["one.net.0.proj"] if "gelu" in kind or "geglu" in kind else [])
 
 
@@ -241,7 +241,7 @@ def test_inputs_and_outputs_of_a_block_reproduce_it() -> None:
         args, kwargs = passes.enter(block)
         target = passes.leave(block)
     with torch.no_grad():
-        output = observe.tensors_of(model.get_submodule(block)(*args, **kwargs))
+        output = trace.tensors_of(model.get_submodule(block)(*args, **kwargs))
     assert output[0].shape[0] == 6
     assert torch.allclose(output[0], target[0], atol=1e-5)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -249,7 +249,7 @@ def test_inputs_and_outputs_of_a_block_reproduce_it() -> None:
 
 def test_select_takes_rows_of_batched_arguments_only() -> None:
     shared = torch.arange(5.0)
-    args, kwargs = observe.select(
+    args, kwargs = trace.select(
         ((torch.arange(6.0).reshape(3, 2),), {"x": shared, "n": None}), 3, torch.tensor([2])
     )
     assert args[0].tolist() == [[4.0, 5.0]] and kwargs["x"] is shared and kwargs["n"] is None
@@ -265,11 +265,11 @@ def test_token_ranges_are_quantiles_over_tokens_by_timestep() -> None:
             return self.conv(self.linear(x).transpose(1, 2)[..., None] * 0 + x.transpose(1, 2)[..., None])
 
     calls = {float(t): ((t * torch.tensor([[[1.0, -2, 0], [0, 0, 4], [-8, 1, 1]]]),), {}) for t in (1, 10)}
-    found = observe.token_ranges(Two(), ["linear", "conv"], calls)
+    found = trace.token_ranges(Two(), ["linear", "conv"], calls)
     for name in ("linear", "conv"):
         assert found[name][1.0] == pytest.approx([2.0, 2.4, 4.0, 7.2, 8.0])
         assert found[name][10.0] == pytest.approx([20.0, 24.0, 40.0, 72.0, 80.0])
-    assert observe.channel_maxima(Two(), ["linear", "conv"], list(calls.values()))["conv"].tolist() == [
+    assert trace.channel_maxima(Two(), ["linear", "conv"], list(calls.values()))["conv"].tolist() == [
         80,
         20,
         40,
@@ -277,13 +277,13 @@ def test_token_ranges_are_quantiles_over_tokens_by_timestep() -> None:
 
 
 def test_a_position_table_as_long_as_the_batch_is_shared() -> None:
-    def call(start: float) -> observe.Call:
+    def call(start: float) -> trace.Call:
         rows = torch.arange(start, start + 3)[:, None]
         return (), {"hidden_states": rows, "image_rotary_emb": (torch.arange(3.0), torch.ones(3, 2))}
 
-    merged = observe.merge([call(0.0), call(3.0)], [3, 3])
+    merged = trace.merge([call(0.0), call(3.0)], [3, 3])
     assert merged[1]["hidden_states"].flatten().tolist() == [0, 1, 2, 3, 4, 5]
     assert merged[1]["image_rotary_emb"][0].tolist() == [0, 1, 2]
-    _, picked = observe.select(call(0.0), 3, torch.tensor([2, 0]))
+    _, picked = trace.select(call(0.0), 3, torch.tensor([2, 0]))
     assert picked["hidden_states"].flatten().tolist() == [2, 0]
     assert picked["image_rotary_emb"][0].tolist() == [0, 1, 2]

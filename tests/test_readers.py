@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import difloat
 from difloat.layers import dtype_readers, install, packed
 from difloat.layers.code_readers import Use
-from difloat.methods import observe, readers
+from difloat.methods import readers, trace
 from difloat.plan.encode import dequantize
 
 
@@ -219,7 +219,7 @@ def test_layers_of_torch_that_read_weights_stay_float() -> None:
 
 def test_a_call_is_watched_without_a_trace_of_it(monkeypatch) -> None:
     model = reader(READERS["joined"][0])
-    seen = observe.trace(model, ((torch.randn(2, 8),), {}))
+    seen = trace.trace(model, ((torch.randn(2, 8),), {}))
     assert seen.uses == {"out": "values", "embedder.2": "values"} and seen.order == ["embedder.0"]
     assert all(not module._forward_pre_hooks and not module._forward_hooks for module in model.modules())
     calls: list[int] = []

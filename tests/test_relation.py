@@ -10,12 +10,19 @@ from torch import Tensor, nn
 
 from difloat import recipes
 from difloat.calibration.collect import CalibrationSettings, collect_from_loop
-from difloat.methods import posttraining, relation
-from difloat.methods.finetune import Batch, TrainingSettings, train
-from difloat.methods.posttraining import LayerRules, Sequencing
-from difloat.methods.relation import RelationLoss, RelationSettings, divergence, feature_block, positions
-from difloat.methods.student import Student
+from difloat.methods import post_training
+from difloat.methods.post_training import LayerRules, Sequencing
 from difloat.methods.task import Task
+from difloat.methods.training import relation_loss
+from difloat.methods.training.relation_loss import (
+    RelationLoss,
+    RelationSettings,
+    divergence,
+    feature_block,
+    positions,
+)
+from difloat.methods.training.student import Student
+from difloat.methods.training.train import Batch, TrainingSettings, train
 from difloat.numbers.formats import parse
 from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits, Rule
@@ -57,12 +64,12 @@ def prepared(steps: tuple[int, ...] = STEPS, **changes: object) -> Task:
 def student_of(task: Task, planned: bool = True) -> Student:
     """A student that is quantized, or equal to the teacher."""
     rules = LayerRules(Rule((parse("int3"),), "channel"), None)
-    plans = posttraining.run(task, lambda name, seen: rules, Sequencing()).layers if planned else {}
+    plans = post_training.run(task, lambda name, seen: rules, Sequencing()).layers if planned else {}
     return Student(
         task.model,
         plans,
         {},
-        posttraining.timestep_grid(task),
+        post_training.timestep_grid(task),
         adapters=1,
         rank=2,
         input_ranges_by_timestep=False,
@@ -112,13 +119,13 @@ def test_lots_of_rows_give_the_whole(map_bytes: int) -> None:
 
 def test_the_relations_are_never_whole(monkeypatch) -> None:
     sizes: list[int] = []
-    rows_divergence = relation._rows_divergence
+    rows_divergence = relation_loss._rows_divergence
 
     def watch(student: Tensor, teacher: Tensor, start: int, size: int) -> Tensor:
         sizes.append(size)
         return rows_divergence(student, teacher, start, size)
 
-    monkeypatch.setattr(relation, "_rows_divergence", watch)
+    monkeypatch.setattr(relation_loss, "_rows_divergence", watch)
     features = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     divergence(features, features.detach().roll(1, 1), map_bytes=16 * 64 * 8).backward()
     assert sizes == [8] * 16  # eight lots of eight rows, and once more in the backward pass
@@ -201,8 +208,8 @@ def test_a_call_for_the_step_before_leaves_the_steps_own_timestep() -> None:
     """Blocks whose activations are checkpointed are computed again in the backward pass, after that call."""
     task = prepared()
     rules = LayerRules(Rule((parse("int3"),), "channel"), Rule((parse("int4"),)))
-    plans = posttraining.run(task, lambda name, seen: rules, Sequencing()).layers
-    grid = posttraining.timestep_grid(task)
+    plans = post_training.run(task, lambda name, seen: rules, Sequencing()).layers
+    grid = post_training.timestep_grid(task)
     generator = torch.Generator().manual_seed(1)
     student = Student(
         task.model,

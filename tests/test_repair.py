@@ -18,9 +18,10 @@ from difloat import api, cli, record, run
 from difloat.calibration import collect as calibration
 from difloat.layers import install
 from difloat.layers.packed import QuantizedLayer
-from difloat.methods import datafree, tuned
-from difloat.methods.adapters import Adaptive
-from difloat.methods.student import Student
+from difloat.methods import datafree
+from difloat.methods.training import fine_tune
+from difloat.methods.training.student import Student
+from difloat.methods.training.twin_layer import Adaptive
 from difloat.numbers.formats import parse
 from difloat.plan.encode import plan_layer
 from difloat.plan.plan import LayerPlan, Plan
@@ -72,7 +73,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Student]:
         found.append(student)
         return [0.0]
 
-    monkeypatch.setattr(tuned, "train", train)
+    monkeypatch.setattr(fine_tune, "train", train)
     return found
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from difloat import recipes
 from difloat.calibration.collect import CalibrationSettings, collect_from_loop
-from difloat.methods.student import Router, fixed_table
 from difloat.methods.task import Task
+from difloat.methods.training.student import Router, fixed_table
 from difloat.plan.rules import Bits
 
 LAYERS = 100

@@ -19,7 +19,7 @@ from difloat.kernels import beside, operators
 from difloat.layers import install
 from difloat.layers import packed as layers
 from difloat.layers.low_rank_branch import low_rank, product
-from difloat.methods.adapters import Adaptive, stored_bytes
+from difloat.methods.training.twin_layer import Adaptive, stored_bytes
 from difloat.numbers.formats import parse
 from difloat.plan.add_delta import add_to_weight
 from difloat.plan.encode import plan_layer

@@ -6,7 +6,7 @@ import pytest
 
 from difloat import recipes
 from difloat.calibration.collect import CalibrationSettings, collect, denoiser_of
-from difloat.methods.posttraining import Bits, Task
+from difloat.methods.post_training import Bits, Task
 from difloat.numbers.formats import candidates, parse
 from difloat.numbers.integer_grids import grid_of
 from difloat.plan.rules import Rule

@@ -19,11 +19,11 @@ from difloat.io import mark_quantized, unmark_quantized
 from difloat.layers import hooks, install, packed
 from difloat.layers.exclude import excluded
 from difloat.lora import adapters
-from difloat.methods.denoising_factor import loss_weights
-from difloat.methods.finetune import TrainingSettings, guidance_to_keep
-from difloat.methods.posttraining import Outcome, timestep_grid
+from difloat.methods.post_training import Outcome, timestep_grid
 from difloat.methods.task import Task
-from difloat.methods.tuned import Tuning, tune
+from difloat.methods.training.fine_tune import Tuning, tune
+from difloat.methods.training.timestep_weights import loss_weights
+from difloat.methods.training.train import TrainingSettings, guidance_to_keep
 from difloat.plan import target as targets
 from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.rules import Bits

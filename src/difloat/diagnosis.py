@@ -22,7 +22,7 @@ from difloat import api, evaluate
 from difloat.evaluate import Generated
 from difloat.layers import install, packed
 from difloat.layers.packed import QuantizedLayer
-from difloat.methods.observe import Call, removed, tensors_of
+from difloat.methods.trace import Call, removed, tensors_of
 from difloat.metrics import NotFiniteError
 
 _TIMESTEPS = 6  # of the trajectory that errors are measured at, evenly spread

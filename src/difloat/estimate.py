@@ -17,7 +17,7 @@ from difloat.calibration.row_store import Shelf
 from difloat.calibration.rows import Recorder, recording
 from difloat.layers import packed
 from difloat.layers.exclude import excluded
-from difloat.methods import allocate
+from difloat.methods import mixed_rows
 from difloat.methods.task import Sequencing, Task
 from difloat.pipelines import quiet
 from difloat.plan.plan import Plan
@@ -228,9 +228,9 @@ def _search_s(
         seconds += row_s * min(Sequencing.activation_rows, need["rows"])
     if not getattr(made, "mixed", False):
         return seconds
-    tried, rows = (min(allocate.AllocationSettings.rows, n) for n in (len(task.calibration), need["rows"]))
-    free = max(1, task.memory_bytes // allocate.HELD_SHARE)
-    held = sum(min(free, allocate.vectors_of(task.model, name)[1]) * counts[name] for name in plan.layers)
+    tried, rows = (min(mixed_rows.AllocationSettings.rows, n) for n in (len(task.calibration), need["rows"]))
+    free = max(1, task.memory_bytes // mixed_rows.HELD_SHARE)
+    held = sum(min(free, mixed_rows.vectors_of(task.model, name)[1]) * counts[name] for name in plan.layers)
     passes = math.ceil(held / free)
     passed_s = tried * (1 + made.scale_inputs) * row_s  # the few inputs of a trial are held in one pass
     searched_s = max(0.0, plan.measured["seconds"]["choose widths"] - passed_s)

@@ -14,10 +14,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from difloat.calibration.batch_axis import first_tensor, rows_in_lists
 from difloat.layers import install, packed
-from difloat.methods import observe, posttraining, relation
-from difloat.methods.adapters import stored_bytes
-from difloat.methods.student import Student
+from difloat.methods import post_training, trace
 from difloat.methods.task import Task
+from difloat.methods.training import relation_loss
+from difloat.methods.training.student import Student
+from difloat.methods.training.twin_layer import stored_bytes
 from difloat.plan.plan import Plan
 
 _TRAINING_FORWARDS = 5  # forward passes of the float denoiser that a training step takes as long as
@@ -59,9 +60,9 @@ def tuning(
     adapters: int = getattr(made, "adapters", 1) if getattr(made, "epochs", 0) else 0
     if not adapters:
         return Tuning()
-    seen = observe.trace(task.model, task.calibration.batch([0]))
+    seen = trace.trace(task.model, task.calibration.batch([0]))
     names = [name for like in plan.layers for name in alike[like]]
-    bare = [name for name in names if posttraining.keeps_8bit(name, seen, made.keep_8bit)]
+    bare = [name for name in names if post_training.keeps_8bit(name, seen, made.keep_8bit)]
     student = _student(task, made, plan, alike, bare)
     stored, trained = 0, 0
     for name, layer in plan.layers.items():
@@ -76,8 +77,8 @@ def tuning(
     forwards = need["rows"] + steps * rows * _TRAINING_FORWARDS  # of a row; the teacher's first
     if getattr(made, "relation", "off") == "off":
         return Tuning(stored, ram_bytes, forwards * need["row_seconds"])
-    features = relation.features_of(task, made.features)[1]
-    wanted, free = features.nbytes * need["rows"], task.memory_bytes // relation.CACHE_SHARE
+    features = relation_loss.features_of(task, made.features)[1]
+    wanted, free = features.nbytes * need["rows"], task.memory_bytes // relation_loss.CACHE_SHARE
     related = steps // made.relation_every * rows
     again = 2 * max(0.0, 1 - free / wanted)  # of a row and the one before it, what is not held
     forwards += need["rows"] + related * (_STUDENT_FORWARDS + again)
@@ -94,7 +95,7 @@ def _student(task: Task, made: Any, plan: Plan, alike: Mapping[str, list[str]], 
         task.model,
         plan.layers,
         plan.attention,
-        posttraining.timestep_grid(task),
+        post_training.timestep_grid(task),
         adapters=adapters,
         rank=made.rank,
         input_ranges_by_timestep=getattr(made, "ranges_by_timestep", False),
@@ -120,7 +121,7 @@ def _step_bytes(task: Task, student: Student, rows: int, precision: str) -> tupl
     return int(kept * (1 + (_HEAP - 1) * on_heap)), 4 * output.numel()
 
 
-def _kept(student: Student, call: observe.Call, precision: str) -> tuple[list[int], Tensor]:
+def _kept(student: Student, call: trace.Call, precision: str) -> tuple[list[int], Tensor]:
     """Bytes of all storages that a forward pass keeps for the backward pass, but for the model's state; and its output.
 
     None is kept here: weak references tell new storages from those gone, whatever their addresses.
@@ -141,10 +142,10 @@ def _kept(student: Student, call: observe.Call, precision: str) -> tuple[list[in
     return [size for key, size in sizes.items() if key not in own], output.detach()
 
 
-def _relation_s(features: Tensor, kind: relation.Kind) -> float:
+def _relation_s(features: Tensor, kind: relation_loss.Kind) -> float:
     """Seconds of a row's relations, with their gradient where it is taken."""
     start = time.perf_counter()
-    total = relation.divergence(features.clone().requires_grad_(kind == "attached"), features)
+    total = relation_loss.divergence(features.clone().requires_grad_(kind == "attached"), features)
     if kind == "attached":
         total.backward()
     float(total.detach())  # waits for a GPU

@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from difloat.cache_entries import read_entry, write_entry
 from difloat.layers import packed
 from difloat.layers.packed import QuantizedLayer
-from difloat.methods import memory
-from difloat.methods.adaround import Learned, learn_rounding
-from difloat.methods.observe import Trace
-from difloat.methods.passes import Passes
+from difloat.methods import malloc_trim
+from difloat.methods.learned_rounding import Learned, learn_rounding
+from difloat.methods.paused_forwards import Passes
 from difloat.methods.task import Sequencing, Task
+from difloat.methods.trace import Trace
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Draft
 
@@ -78,7 +78,7 @@ def learn_blocks(
                 source = exact if settings.inputs == "full" else rounded
                 seeded = torch.Generator().manual_seed(task.seed + 1000 + number)
                 inputs, targets = source.enter(unit), exact.leave(unit)
-                memory.release()
+                malloc_trim.release()
                 learned = learn_rounding(
                     block, inside, inputs, targets, settings.rounding, seeded, bar.update
                 )
@@ -87,7 +87,7 @@ def learn_blocks(
                     _write(path, codes, errors)
             for name, short in zip(names, inside, strict=True):
                 done[name] = _take_over(twin, name, drafts[name], codes[short])
-            memory.release()
+            malloc_trim.release()
             measured["blocks"][unit] = {**errors, "seconds": time.perf_counter() - start}
     return done
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from difloat import torch_modes
 from difloat.layers import dtype_readers, packed, quantizable
-from difloat.methods.assign import plan_inputs
+from difloat.methods.input_search import plan_inputs
 from difloat.numbers import formats
 from difloat.plan import options, target
 from difloat.plan.plan import LayerPlan, Plan

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from difloat.calibration.collect import Calibration
-from difloat.methods.adaround import RoundingSettings
-from difloat.methods.observe import Call
+from difloat.methods.learned_rounding import RoundingSettings
+from difloat.methods.trace import Call
 from difloat.plan.rules import Bits, Rule
 from difloat.plan.target import Target
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from difloat import torch_modes
 from difloat.layers import quantizable
-from difloat.methods.posttraining import Bits, Outcome, Task
+from difloat.methods.post_training import Bits, Outcome, Task
 from difloat.methods.sparsity import mostly_zero
 from difloat.plan import options
 from difloat.plan.plan import Plan

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from difloat.methods import posttraining
-from difloat.methods.adaround import RoundingSettings
-from difloat.methods.observe import Trace
-from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
+from difloat.methods import post_training
+from difloat.methods.learned_rounding import RoundingSettings
+from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.trace import Trace
 from difloat.plan.rules import asymmetric_integers
 from difloat.plan.specs import Granularity
 
@@ -49,7 +49,7 @@ def qdiffusion(task: Task, options: QDiffusionOptions) -> Outcome:
     """Quantize the task's model by Q-Diffusion."""
 
     def rules(name: str, seen: Trace) -> LayerRules:
-        kept = posttraining.keeps_8bit(name, seen, options.keep_8bit)
+        kept = post_training.keeps_8bit(name, seen, options.keep_8bit)
         weight_bits = 8 if kept else task.bits.weight
         group_size = options.group_size if options.weight_granularity == "group" else None
         weight = asymmetric_integers(weight_bits, options.weight_granularity, group_size)
@@ -64,4 +64,4 @@ def qdiffusion(task: Task, options: QDiffusionOptions) -> Outcome:
 
     rounding = RoundingSettings(iterations=options.iterations, learning_rate=options.learning_rate)
     sequencing = Sequencing(split=options.split, rounding=rounding, rounding_rows=options.rounding_rows)
-    return posttraining.run(task, rules, sequencing)
+    return post_training.run(task, rules, sequencing)

@@ -17,13 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from difloat.methods import posttraining
-from difloat.methods.adaround import RoundingSettings
-from difloat.methods.denoising_factor import loss_weights
-from difloat.methods.finetune import TrainingSettings, settings_of
-from difloat.methods.observe import Trace
-from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
-from difloat.methods.tuned import Tuning, tune
+from difloat.methods import post_training
+from difloat.methods.learned_rounding import RoundingSettings
+from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.trace import Trace
+from difloat.methods.training.fine_tune import Tuning, tune
+from difloat.methods.training.timestep_weights import loss_weights
+from difloat.methods.training.train import TrainingSettings, settings_of
 from difloat.plan.rules import asymmetric_integers
 
 
@@ -56,7 +56,7 @@ def plan(task: Task, options: Options) -> Outcome:
     weights = loss_weights(task, options.factor_power if options.epochs else 0.0)
 
     def rules(name: str, seen: Trace) -> LayerRules:
-        keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
+        keeps = post_training.keeps_8bit(name, seen, options.keep_8bit)
         kept.extend([name] if keeps else [])
         bits = 8 if keeps else task.bits.weight
         weight = asymmetric_integers(bits, "channel")
@@ -67,6 +67,6 @@ def plan(task: Task, options: Options) -> Outcome:
 
     rounding = RoundingSettings(iterations=options.iterations)
     sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
-    outcome = posttraining.run(task, rules, sequencing)
+    outcome = post_training.run(task, rules, sequencing)
     tuning = Tuning(settings, 1, options.rank, weights, tuple(kept), options.ranges_by_timestep)
     return tune(task, outcome, tuning)

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from difloat.layers import packed
-from difloat.methods import posttraining
-from difloat.methods.adaround import RoundingSettings
-from difloat.methods.observe import Trace
-from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
+from difloat.methods import post_training
+from difloat.methods.learned_rounding import RoundingSettings
+from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.trace import Trace
 from difloat.numbers import formats
 from difloat.numbers.formats import Format
 from difloat.numbers.scale_grids import ScaleFormat
@@ -99,7 +99,7 @@ def plan(task: Task, options: Options) -> Outcome:
     operand = default_format(bits) if bits is not None else None
     softmax = formats.parse("ue4m4") if options.softmax == "8" else None
     attention = AttentionPlan(operand, softmax) if operand or softmax else None
-    return posttraining.run(task, rules, sequencing, attention)
+    return post_training.run(task, rules, sequencing, attention)
 
 
 def _weight_formats(

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from difloat.layers import packed
-from difloat.methods import observe, posttraining
-from difloat.methods.observe import Trace
-from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Smoothing, Task
+from difloat.methods import post_training, trace
+from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Smoothing, Task
+from difloat.methods.trace import Trace
 from difloat.numbers import formats
 from difloat.plan.rules import MIN_MAX, Rule
 from difloat.plan.specs import Granularity
@@ -57,7 +57,7 @@ def viditq(task: Task, options: ViDiTQOptions) -> Outcome:
             _ends(task.bits.weight, "channel"), _online(task, "token"), smoothing=smoothing.get(name)
         )
 
-    return posttraining.run(task, rules, Sequencing())
+    return post_training.run(task, rules, Sequencing())
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def qdit(task: Task, options: QDiTOptions) -> Outcome:
         size = options.group_size
         return LayerRules(_ends(task.bits.weight, "group", size), _online(task, "group", size))
 
-    return posttraining.run(task, rules, Sequencing())
+    return post_training.run(task, rules, Sequencing())
 
 
 def _ends(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
@@ -99,14 +99,14 @@ def _online(task: Task, granularity: Granularity, group_size: int | None = None)
 
 def _smoothing(task: Task, names: list[str], options: ViDiTQOptions) -> dict[str, Smoothing]:
     """Factors of every layer for every stretch of the sampler's timesteps."""
-    grid = posttraining.timestep_grid(task)
+    grid = post_training.timestep_grid(task)
     schedule = tuple(place * options.stretches // len(grid) for place in range(len(grid)))
     stretch_of = dict(zip(grid, schedule, strict=True))
     factors: dict[str, list[Tensor]] = {}
     for stretch in sorted(set(schedule)):
         rows = [i for i, t in enumerate(task.calibration.timesteps) if stretch_of[t] == stretch]
         calls = [task.calibration.batch(rows[: options.rows])]
-        for name, largest in observe.channel_maxima(task.model, names, calls).items():
+        for name, largest in trace.channel_maxima(task.model, names, calls).items():
             weight = packed.weight_of(task.model, name).detach().float()
             if largest.numel() == weight.shape[1]:  # grouped convolutions read their input in pieces
                 of_weight = weight.abs().transpose(0, 1).flatten(1).amax(1).clamp_min(SMALLEST)

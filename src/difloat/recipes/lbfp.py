@@ -18,10 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from difloat.methods import posttraining
-from difloat.methods.adaround import RoundingSettings
-from difloat.methods.observe import Trace
-from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
+from difloat.methods import post_training
+from difloat.methods.learned_rounding import RoundingSettings
+from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.trace import Trace
 from difloat.numbers import formats
 from difloat.numbers.formats import Format
 from difloat.plan.rules import Rule
@@ -57,7 +57,7 @@ def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by LBFP."""
 
     def rules(name: str, seen: Trace) -> LayerRules:
-        kept = posttraining.keeps_8bit(name, seen, options.keep_8bit)
+        kept = post_training.keeps_8bit(name, seen, options.keep_8bit)
         weight_bits = 8 if kept else task.bits.weight
         weight = Rule(encodings(weight_bits), options.weight_granularity)
         activation = None
@@ -67,7 +67,7 @@ def plan(task: Task, options: Options) -> Outcome:
 
     rounding = RoundingSettings(iterations=options.iterations, learning_rate=options.learning_rate)
     sequencing = Sequencing(split=options.split, rounding=rounding, rounding_rows=options.rounding_rows)
-    return posttraining.run(task, rules, sequencing)
+    return post_training.run(task, rules, sequencing)
 
 
 def encodings(bits: int) -> tuple[Format, ...]:

@@ -25,15 +25,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from difloat.methods import posttraining
-from difloat.methods.adapters import Init
-from difloat.methods.allocate import AllocationSettings, Criterion, allocate, summary
-from difloat.methods.denoising_factor import loss_weights
-from difloat.methods.finetune import TrainingSettings, settings_of
-from difloat.methods.observe import Trace
-from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
-from difloat.methods.relation import Kind, RelationSettings, feature_module
-from difloat.methods.tuned import Tuning, tune
+from difloat.methods import post_training
+from difloat.methods.mixed_rows import AllocationSettings, Criterion, allocate, summary
+from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.trace import Trace
+from difloat.methods.training.fine_tune import Tuning, tune
+from difloat.methods.training.relation_loss import Kind, RelationSettings, feature_module
+from difloat.methods.training.timestep_weights import loss_weights
+from difloat.methods.training.train import TrainingSettings, settings_of
+from difloat.methods.training.twin_layer import Init
 from difloat.plan.rules import asymmetric_integers, floating_grids
 
 
@@ -83,11 +83,11 @@ def plan(task: Task, options: Options) -> Outcome:
         feature_module(task, relation)  # refused before the search, not after it
     rule = {"int": asymmetric_integers, "fp": floating_grids}[options.grid]
     timing: dict[str, Any] = {"seconds": {}}
-    with posttraining.timed(timing, "choose widths"):
+    with post_training.timed(timing, "choose widths"):
         chosen = allocate(task, lambda bits: rule(bits, "channel"), choosing) if options.mixed else {}
 
     def rules(name: str, seen: Trace) -> LayerRules:
-        keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
+        keeps = post_training.keeps_8bit(name, seen, options.keep_8bit)
         kept.extend([name] if keeps else [])
         widths = (8, 8) if keeps else (task.bits.weight, task.bits.activation)
         activation = None if task.bits.activation is None else rule(widths[1] or 8, "tensor")
@@ -96,7 +96,7 @@ def plan(task: Task, options: Options) -> Outcome:
         found = chosen[name]
         return LayerRules(rule(widths[0], "channel"), activation, False, found.smoothing, found.mixed)
 
-    outcome = posttraining.run(task, rules, Sequencing())
+    outcome = post_training.run(task, rules, Sequencing())
     outcome.measured["seconds"] |= timing["seconds"]
     outcome.measured["kept_8bit"] = kept
     outcome.measured["widths"] = summary({name: one for name, one in chosen.items() if name not in kept})

@@ -22,15 +22,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from difloat.methods import posttraining
-from difloat.methods.adapters import Carry
-from difloat.methods.adaround import RoundingSettings
-from difloat.methods.denoising_factor import loss_weights
-from difloat.methods.finetune import TrainingSettings, settings_of
-from difloat.methods.observe import Trace
-from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
-from difloat.methods.student import Allocation
-from difloat.methods.tuned import Tuning, tune
+from difloat.methods import post_training
+from difloat.methods.learned_rounding import RoundingSettings
+from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.trace import Trace
+from difloat.methods.training.fine_tune import Tuning, tune
+from difloat.methods.training.student import Allocation
+from difloat.methods.training.timestep_weights import loss_weights
+from difloat.methods.training.train import TrainingSettings, settings_of
+from difloat.methods.training.twin_layer import Carry
 from difloat.numbers import formats
 from difloat.numbers.search import CLIPS, ZERO_POINTS
 from difloat.plan.rules import Rule
@@ -84,7 +84,7 @@ def plan(task: Task, options: Options) -> Outcome:
     weights = loss_weights(task, options.sampler_power)
 
     def rules(name: str, seen: Trace) -> LayerRules:
-        keeps = posttraining.keeps_8bit(name, seen, options.keep_8bit)
+        keeps = post_training.keeps_8bit(name, seen, options.keep_8bit)
         kept.extend([name] if keeps else [])
         bits = 8 if keeps else task.bits.weight
         weight, learn = Rule(_grids(bits, options), "channel"), options.rounding == "learned" and bits <= 4
@@ -93,7 +93,7 @@ def plan(task: Task, options: Options) -> Outcome:
 
     rounding = RoundingSettings(iterations=options.iterations)
     sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
-    outcome = posttraining.run(task, rules, sequencing)
+    outcome = post_training.run(task, rules, sequencing)
     if not options.adapters:
         return outcome
     tuning = Tuning(settings, options.adapters, options.rank, weights, tuple(kept), carry=options.carry)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from difloat.methods import posttraining
-from difloat.methods.observe import Trace
-from difloat.methods.posttraining import LayerRules, Outcome, Sequencing, Task
+from difloat.methods import post_training
+from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.trace import Trace
 from difloat.numbers import formats
 from difloat.numbers.scale_grids import ScaleFormat
 from difloat.numbers.search import CLIPS
@@ -59,7 +59,7 @@ def rtn(task: Task, options: NearestOptions) -> Outcome:
     group_size = options.group_size if options.weight_granularity == "group" else None
 
     def rules(name: str, seen: Trace) -> LayerRules:
-        kept = posttraining.keeps_8bit(name, seen, options.keep_8bit)
+        kept = post_training.keeps_8bit(name, seen, options.keep_8bit)
         clips = CLIPS if options.scale == "mse" else MIN_MAX
         candidates = grid(8) if kept and wanted.bits != 8 else (wanted,)
         weight = Rule(
@@ -72,4 +72,4 @@ def rtn(task: Task, options: NearestOptions) -> Outcome:
             return LayerRules(weight, Rule(activation_grid, "token", online=True))
         return LayerRules(weight, Rule(activation_grid, clips=clips))
 
-    return posttraining.run(task, rules, Sequencing(split=options.split))
+    return post_training.run(task, rules, Sequencing(split=options.split))

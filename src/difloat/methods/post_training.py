@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from difloat import distributed
 from difloat.layers import attention, dtype_readers, install, packed
 from difloat.layers.exclude import EXCLUDED, excluded, matches
-from difloat.methods import memory, observe, readers
-from difloat.methods.assign import search_inputs
+from difloat.methods import malloc_trim, readers, trace
 from difloat.methods.blockwise import learn_blocks
-from difloat.methods.observe import Trace
+from difloat.methods.input_search import search_inputs
 from difloat.methods.task import LayerRules, Sequencing, Smoothing, Task
+from difloat.methods.trace import Trace
 from difloat.plan.encode import join_rows, join_variants
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Bits, Draft, draft_layer
@@ -103,7 +103,7 @@ def run(
             "model must have linear or convolution layers to quantize, got none; is it quantized already?"
         )
     args, kwargs = call = task.calibration.batch(task.calibration.stratified(2, generator))
-    seen = observe.trace(task.model, call)
+    seen = trace.trace(task.model, call)
     read = dtype_readers.kept(task.model) | readers.kept(
         task.model, lambda: task.model(*args, **kwargs), seen.uses
     )
@@ -139,7 +139,7 @@ def _decide(
     measured: dict[str, Any] = {"seconds": {}, "blocks": {}}
     with timed(measured, "search weights"):
         plans, learn = _search_weights(task, rules, seen, settings)
-    memory.release()
+    malloc_trim.release()
     twin = install.shadow(task.model)
     for name, plan in plans.items():
         install.install(twin, name, plan)
@@ -166,11 +166,11 @@ def _widest_ranges(task: Task, names: list[str]) -> dict[str, dict[float, list[f
     grid = sorted(first, reverse=True)
     shown = grid[:: -(-len(grid) // _RANGE_TIMESTEPS)]
     calls = {timestep: task.calibration.batch([first[timestep]]) for timestep in shown}
-    found = observe.token_ranges(task.model, names, calls)
+    found = trace.token_ranges(task.model, names, calls)
 
     def spread(name: str) -> float:
         table = torch.tensor(list(found[name].values()))
-        return float(table.max() / table[:, len(observe.SHARES) // 2].median().clamp_min(1e-12))
+        return float(table.max() / table[:, len(trace.SHARES) // 2].median().clamp_min(1e-12))
 
     return {name: found[name] for name in sorted(names, key=spread, reverse=True)[:_RANGE_LAYERS]}
 

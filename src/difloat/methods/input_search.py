@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from difloat.layers.packed import QuantizedLayer
-from difloat.methods.observe import Call, input_of
-from difloat.methods.passes import Passes
+from difloat.methods.paused_forwards import Passes
+from difloat.methods.trace import Call, input_of
 from difloat.numbers.search import Found
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Rule, lopsidedness, quantiles

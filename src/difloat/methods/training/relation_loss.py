@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from difloat.layers.packed import quantizable
-from difloat.methods.finetune import Batch
-from difloat.methods.observe import Call, removed, tensors_of
-from difloat.methods.student import Student
 from difloat.methods.task import Task
+from difloat.methods.trace import Call, removed, tensors_of
+from difloat.methods.training.student import Student
+from difloat.methods.training.train import Batch
 
 Kind = Literal["attached", "detached", "features", "off"]
 _MAP_BYTES = 1 << 26  # of one lot of rows of the relations

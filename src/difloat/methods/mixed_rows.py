@@ -25,9 +25,9 @@ from difloat import distributed
 from difloat.calibration.batch_axis import rows_of
 from difloat.layers import packed
 from difloat.layers.exclude import excluded
-from difloat.methods import observe
-from difloat.methods.observe import Call, removed
+from difloat.methods import trace
 from difloat.methods.task import MixedRows, Smoothing, Task
+from difloat.methods.trace import Call, removed
 from difloat.plan import encode
 from difloat.plan.rules import Rule, draft_layer
 from difloat.plan.target import restrict
@@ -185,11 +185,11 @@ def _allocate(
 ) -> dict[str, Allocation]:
     generator = torch.Generator().manual_seed(task.seed)
     rows = task.calibration.stratified(min(settings.rows, len(task.calibration)), generator)
-    seen = observe.trace(task.model, task.calibration.batch(rows[:2]))
+    seen = trace.trace(task.model, task.calibration.batch(rows[:2]))
     left_out = excluded(packed.quantizable(task.model), task.exclude)
     names = [name for name in seen.order if (task.only is None or name in task.only) and name not in left_out]
     calls = task.calls(rows, seen.row_bytes)
-    largest = observe.channel_maxima(task.model, names, calls) if settings.scale_inputs else {}
+    largest = trace.channel_maxima(task.model, names, calls) if settings.scale_inputs else {}
     bits, found = task.bits.weight, {}
     held = _held_inputs(task, names, calls)
     for name, inputs in tqdm(held, desc="choose widths", total=len(names), disable=not task.progress):
@@ -315,7 +315,7 @@ def _listen(
         return hook
 
     called = dict.fromkeys(wanted, False)
-    handles = [observe.before_call(model.get_submodule(name), hook_for(name)) for name in wanted]
+    handles = [trace.before_call(model.get_submodule(name), hook_for(name)) for name in wanted]
     with removed(handles), torch.no_grad():
         model(*call[0], **call[1])
 

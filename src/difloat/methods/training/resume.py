@@ -13,9 +13,9 @@ from torch import Tensor
 
 from difloat.cache_entries import read_entry, write_entry
 from difloat.calibration.rows import content_hash
-from difloat.methods.adapters import Adaptive
-from difloat.methods.student import Student
 from difloat.methods.task import Task
+from difloat.methods.training.student import Student
+from difloat.methods.training.twin_layer import Adaptive
 
 _SAVE_EVERY_S = 60.0
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from difloat.layers import attention, hooks, install
 from difloat.layers.timestep_clock import Clock
-from difloat.methods.adapters import Adaptive, Carry, Init
+from difloat.methods.training.twin_layer import Adaptive, Carry, Init
 from difloat.plan.plan import LayerPlan
 from difloat.plan.specs import AttentionPlan
 

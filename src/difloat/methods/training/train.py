@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 from difloat import distributed, torch_modes
 from difloat.calibration.batch_axis import first_tensor, predict, rows_in_lists
-from difloat.methods.adapters import Adaptive
-from difloat.methods.resume import Kept
-from difloat.methods.student import Student
 from difloat.methods.task import Task
+from difloat.methods.training.resume import Kept
+from difloat.methods.training.student import Student
+from difloat.methods.training.twin_layer import Adaptive
 
 _TEACHER_ROWS = 16  # of a call
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from difloat.methods.observe import Call, merge, rows_of_call, tensors_of
+from difloat.methods.trace import Call, merge, rows_of_call, tensors_of
 
 
 class _Stopped(BaseException):

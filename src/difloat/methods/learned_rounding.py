@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from difloat import torch_modes
-from difloat.methods.observe import Call, select, tensors_of
-from difloat.methods.soft import SoftWeight
+from difloat.methods.soft_rounding import SoftWeight
+from difloat.methods.trace import Call, select, tensors_of
 from difloat.plan.rules import Draft
 
 

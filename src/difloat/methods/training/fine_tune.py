@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from difloat import torch_modes
-from difloat.methods import posttraining
-from difloat.methods.adapters import Carry, Init
-from difloat.methods.finetune import TrainingSettings, train
-from difloat.methods.posttraining import Outcome
-from difloat.methods.relation import RelationLoss, RelationSettings
-from difloat.methods.student import Allocation, Student
+from difloat.methods import post_training
+from difloat.methods.post_training import Outcome
 from difloat.methods.task import Task
+from difloat.methods.training.relation_loss import RelationLoss, RelationSettings
+from difloat.methods.training.student import Allocation, Student
+from difloat.methods.training.train import TrainingSettings, train
+from difloat.methods.training.twin_layer import Carry, Init
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
     """
     if not tuning.settings.epochs:
         return outcome
-    grid = posttraining.timestep_grid(task)
+    grid = post_training.timestep_grid(task)
     student = Student(
         task.model,
         outcome.layers,
@@ -75,7 +75,7 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
     extra = None if tuning.relation.kind == "off" else RelationLoss(task, student, tuning.relation)
     if extra is not None:
         measured |= {"relation_features": extra.name, "relation_rows": extra.coverage}
-    with posttraining.timed(measured, "fine-tune"):
+    with post_training.timed(measured, "fine-tune"):
         losses = train(task, student, tuning.settings, tuning.weights, extra, str(tuning.relation))
     measured |= {"losses": losses, "router": student.table().tolist(), "grid": list(grid)}
     plans = student.packed()

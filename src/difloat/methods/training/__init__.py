@@ -1,0 +1,1 @@
+"""Fine-tuning: trainable layers, the model made of them, one training loop."""
