@@ -17,7 +17,6 @@ from difloat.methods.sparsity import mostly_zero
 from difloat.plan import options
 from difloat.plan.plan import Plan
 from difloat.recipes import (
-    baselines,
     efficientdm,
     fp4dit,
     guided,
@@ -25,7 +24,8 @@ from difloat.recipes import (
     lbfp,
     mpqdm,
     msfp,
-    nearest,
+    qdiffusion,
+    rtn,
 )
 
 
@@ -70,7 +70,7 @@ RECIPES: dict[str, Recipe] = {
         "integers, adapters and input ranges by timestep, fine-tuned (arXiv:2310.03270)",
     ),
     "qdiffusion": Recipe(
-        baselines.qdiffusion, baselines.QDiffusionOptions, "integers, AdaRound by block (arXiv:2302.04304)"
+        qdiffusion.qdiffusion, qdiffusion.QDiffusionOptions, "integers, AdaRound by block (arXiv:2302.04304)"
     ),
     "viditq": Recipe(
         integer_transformers.viditq,
@@ -82,9 +82,7 @@ RECIPES: dict[str, Recipe] = {
         integer_transformers.QDiTOptions,
         "integers in groups, online activations per token and group (arXiv:2406.17343)",
     ),
-    "rtn": Recipe(
-        nearest.rtn, nearest.NearestOptions, "rounding to nearest, floating point or integer, no learning"
-    ),
+    "rtn": Recipe(rtn.rtn, rtn.NearestOptions, "rounding to nearest, floating point or integer, no learning"),
 }
 
 
