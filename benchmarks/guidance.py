@@ -25,7 +25,7 @@ import torch
 from quantization_time import commit
 from torch import Tensor, nn
 
-from difloat import api, io, report, run
+from difloat import api, checkpoint, report, run
 from difloat.calibration.collect import Calibration
 from difloat.calibration.rows import first_tensor
 from difloat.reference_models import NAMES
@@ -62,7 +62,7 @@ def main() -> None:
     )
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for folder in arguments.checkpoints:
-        quantized = api.denoiser(io.load(folder))
+        quantized = api.denoiser(checkpoint.load(folder))
         results[f"{arguments.model} | {folder.name}"] = {
             **compare(api.denoiser(pipeline), quantized, data, float(guidance or 1)),
             "commit": commit(),

@@ -32,9 +32,9 @@ import torch
 import transformers.utils.logging
 from torch import nn
 
-from difloat import io
-from difloat.io import CheckpointError
-from difloat.io.manifest import write_manifest
+from difloat import checkpoint
+from difloat.checkpoint import CheckpointError
+from difloat.checkpoint.manifest import write_manifest
 
 SENTENCES = (ValueError, CheckpointError, OSError)
 VALUES: list[Any] = [
@@ -78,7 +78,7 @@ def plain(directory: Path, **options: Any) -> nn.Module:
     """Load the plain module of `tests/test_checkpoint.py`."""
     from test_checkpoint import tiny
 
-    return io.load(directory, into=tiny(1), **options)
+    return checkpoint.load(directory, into=tiny(1), **options)
 
 
 def banded(directory: Path, **options: Any) -> nn.Module:
@@ -88,7 +88,7 @@ def banded(directory: Path, **options: Any) -> nn.Module:
 
 def library(directory: Path, **options: Any) -> Any:
     """Load a model or pipeline of diffusers."""
-    return io.load(directory, **options)
+    return checkpoint.load(directory, **options)
 
 
 def sources(root: Path) -> dict[str, tuple[Path, Callable[..., Any]]]:
@@ -99,11 +99,11 @@ def sources(root: Path) -> dict[str, tuple[Path, Callable[..., Any]]]:
 
     pipeline = quantized_pipeline("transformer")
     return {
-        "plain": (io.save(quantized(), root / "plain"), plain),
-        "shards": (io.save(quantized(), root / "shards", max_shard_bytes=100), plain),
-        "bands": (io.save(banded_model(), root / "bands"), banded),
-        "model": (io.save(pipeline.transformer, root / "model", max_shard_bytes=20_000), library),
-        "pipeline": (io.save(pipeline, root / "pipeline"), library),
+        "plain": (checkpoint.save(quantized(), root / "plain"), plain),
+        "shards": (checkpoint.save(quantized(), root / "shards", max_shard_bytes=100), plain),
+        "bands": (checkpoint.save(banded_model(), root / "bands"), banded),
+        "model": (checkpoint.save(pipeline.transformer, root / "model", max_shard_bytes=20_000), library),
+        "pipeline": (checkpoint.save(pipeline, root / "pipeline"), library),
     }
 
 
@@ -347,7 +347,7 @@ def try_mutation(
 def findings(directory: Path, faults: list[str]) -> bool:
     """Whether `verify` passes the directory; that it raises is a fault."""
     try:
-        found = io.verify(directory)
+        found = checkpoint.verify(directory)
     except Exception as error:  # noqa: BLE001
         frame = traceback.extract_tb(error.__traceback__)[-1]
         faults.append(

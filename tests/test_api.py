@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import difloat
 from difloat import api
+from difloat.checkpoint import data_free
 from difloat.layers import packed
-from difloat.methods import datafree
 from tiny import tiny_ddim, tiny_pixart
 
 FAST = {"rounding": "nearest", "weight_granularity": "tensor", "progress": False}
@@ -135,7 +135,7 @@ def test_whatever_stays_float_is_named_with_a_reason() -> None:
     assert "in_proj_weight of MultiheadAttention, no linear layer" in plan.skipped["attention"]
     assert "forward pass of its own" in plan.skipped["own"]
     assert "without calling" in plan.skipped["attention.out_proj"]
-    found = datafree.plan(model, datafree.settings({"bits": "w8a8"}), progress=False)
+    found = data_free.plan(model, data_free.settings({"bits": "w8a8"}), progress=False)
     assert found.layers.keys() | found.skipped.keys() == heavy
 
 

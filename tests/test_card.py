@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from difloat import card, record
-from difloat.io import directories
+from difloat.checkpoint import directories
 from difloat.report import LayerRow, Record
 
 

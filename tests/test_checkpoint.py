@@ -18,8 +18,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from difloat import io
-from difloat.io import CheckpointError
+from difloat import checkpoint
+from difloat.checkpoint import CheckpointError
 from difloat.layers import install
 from difloat.numbers import formats
 from difloat.plan.encode import dequantize, plan_layer
@@ -103,12 +103,12 @@ def quantized(seed: int = 0) -> Tiny:
     model = tiny(seed)
     plan = tiny_plan(model)
     install.apply(model, plan)
-    io.mark_quantized(model, plan)
+    checkpoint.mark_quantized(model, plan)
     return model
 
 
 def saved(directory: Path, **options) -> Path:
-    return io.save(quantized(), directory / "saved", **options)
+    return checkpoint.save(quantized(), directory / "saved", **options)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -218,8 +218,8 @@ def test_a_reader_after_the_document_decodes_the_golden_file():
 
 
 def test_the_golden_file_loads_and_verifies():
-    assert same_state(io.load(GOLDEN, into=tiny(1)), quantized())
-    assert all(finding.passed for finding in io.verify(GOLDEN))
+    assert same_state(checkpoint.load(GOLDEN, into=tiny(1)), quantized())
+    assert all(finding.passed for finding in checkpoint.verify(GOLDEN))
 
 
 # Exactness
@@ -230,8 +230,8 @@ def test_the_golden_file_loads_and_verifies():
 def test_loading_is_bit_exact(tmp_path, dtype, shard_bytes):
     directory = saved(tmp_path, max_shard_bytes=shard_bytes)
     assert (len(list(directory.glob("*.safetensors"))) > 1) == (shard_bytes is not None)
-    model = io.load(directory, into=tiny(1), dtype=dtype)
-    for name, layer in io.plan_of(quantized()).layers.items():
+    model = checkpoint.load(directory, into=tiny(1), dtype=dtype)
+    for name, layer in checkpoint.plan_of(quantized()).layers.items():
         loaded = model.get_submodule(name).plan()
         assert loaded.parts == layer.parts
         for key, tensor in layer.tensors.items():
@@ -262,18 +262,18 @@ def test_every_width_survives_and_verifies(tmp_path, bits, channels):
     layer = simple_layer(model[0].weight, parts, 0.37)
     plan = Plan("rtn", f"w{bits}", {"0": layer})
     install.apply(model, plan)
-    io.mark_quantized(model, plan)
-    directory = io.save(model, tmp_path / "a")
-    loaded = io.load(directory, into=nn.Sequential(nn.Linear(sum(channels), 3)))
+    checkpoint.mark_quantized(model, plan)
+    directory = checkpoint.save(model, tmp_path / "a")
+    loaded = checkpoint.load(directory, into=nn.Sequential(nn.Linear(sum(channels), 3)))
     assert torch.equal(loaded[0].dequantized_weight(), dequantize(layer))
-    assert [finding.message for finding in io.verify(directory) if not finding.passed] == []
+    assert [finding.message for finding in checkpoint.verify(directory) if not finding.passed] == []
 
 
 def test_save_load_save_gives_the_same_bytes(tmp_path):
     first = saved(tmp_path)
     meta = copy.deepcopy(tiny(1)).to("meta")
     for number, target in enumerate([tiny(1), meta, quantized(2)]):
-        again = io.save(copy.deepcopy(io.load(first, into=target)), tmp_path / str(number))
+        again = checkpoint.save(copy.deepcopy(checkpoint.load(first, into=target)), tmp_path / str(number))
         assert contents(again) == contents(first)
 
 
@@ -281,8 +281,8 @@ def test_half_precision_comes_back_as_it_was(tmp_path):
     model = tiny()
     plan = tiny_plan(model)
     install.apply(model.half(), plan)
-    io.mark_quantized(model, plan)
-    loaded = io.load(io.save(model, tmp_path / "a"), into=tiny(1))
+    checkpoint.mark_quantized(model, plan)
+    loaded = checkpoint.load(checkpoint.save(model, tmp_path / "a"), into=tiny(1))
     assert loaded.norm.weight.dtype == torch.float16 and same_state(loaded, model)
 
 
@@ -293,7 +293,7 @@ def test_tied_parameters_are_stored_twice(tmp_path):
     model.blocks[2].weight = model.blocks[1].weight
     target = tiny(1)
     target.blocks.extend([nn.Linear(4, 4), nn.Linear(4, 4)])
-    loaded = io.load(io.save(model, tmp_path / "a"), into=target)
+    loaded = checkpoint.load(checkpoint.save(model, tmp_path / "a"), into=target)
     assert torch.equal(loaded.blocks[2].weight, model.blocks[1].weight)
 
 
@@ -302,8 +302,8 @@ def test_a_file_is_little_more_than_its_tensors(tmp_path):
     part = [Part(160, spec("e2m1"), STATIC)]
     plan = Plan("rtn", "w4a8", {str(n): simple_layer(model[n].weight, part) for n in range(120)})
     install.apply(model, plan)
-    io.mark_quantized(model, plan)
-    directory = io.save(model, tmp_path / "a")
+    checkpoint.mark_quantized(model, plan)
+    directory = checkpoint.save(model, tmp_path / "a")
     tensors_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     assert (directory / "model.safetensors").stat().st_size < 1.03 * tensors_bytes
 
@@ -314,18 +314,18 @@ def test_a_file_is_little_more_than_its_tensors(tmp_path):
 def test_only_a_checkpoint_of_its_own_is_overwritten(tmp_path):
     model, target = quantized(), tmp_path / "a"
     target.mkdir()
-    io.save(model, target)  # an empty directory is free
+    checkpoint.save(model, target)  # an empty directory is free
     with pytest.raises(CheckpointError, match="pass overwrite=True"):
-        io.save(model, target)
-    io.save(model, target, overwrite=True)
+        checkpoint.save(model, target)
+    checkpoint.save(model, target, overwrite=True)
     assert contents(target) == contents(GOLDEN)
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years")
     with pytest.raises(CheckpointError, match="choose another directory"):
-        io.save(model, mine, overwrite=True)
+        checkpoint.save(model, mine, overwrite=True)
     with pytest.raises(CheckpointError, match="but is a file"):
-        io.save(model, mine / "thesis.txt", overwrite=True)
+        checkpoint.save(model, mine / "thesis.txt", overwrite=True)
     assert contents(mine) == {"thesis.txt": b"years"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "mine"]
 
@@ -346,7 +346,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch, fa
     before = contents(directory)
     monkeypatch.setattr(safetensors.torch, "save_file", failure)
     with pytest.raises(CheckpointError, match="but is full; free some space"):
-        io.save(quantized(1), directory, overwrite=True)
+        checkpoint.save(quantized(1), directory, overwrite=True)
     assert contents(directory) == before and list(tmp_path.iterdir()) == [directory]
 
 
@@ -370,14 +370,14 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
 
 def test_what_cannot_be_saved_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must be quantized by difloat.apply"):
-        io.save(tiny(), tmp_path / "a")
+        checkpoint.save(tiny(), tmp_path / "a")
     with pytest.raises(ValueError, match="was cast to torch.float16"):
         cast = quantized()
         cast.first.weight_scale = cast.first.weight_scale.half()
-        io.save(cast, tmp_path / "a")
+        checkpoint.save(cast, tmp_path / "a")
     plan = tiny_plan(tiny())
     with pytest.raises(ValueError, match="options of a plan must be numbers"):
-        io.mark_quantized(tiny(), Plan("x", "w4", plan.layers, options={"when": object()}))
+        checkpoint.mark_quantized(tiny(), Plan("x", "w4", plan.layers, options={"when": object()}))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -551,7 +551,7 @@ def test_damage_is_one_sentence_and_leaves_the_module_alone(tmp_path, case):
     damage(directory)
     target = tiny(1)
     with pytest.raises((CheckpointError, FileNotFoundError), match=message) as caught:
-        io.load(directory, into=target)
+        checkpoint.load(directory, into=target)
     text = str(caught.value)
     assert "\n" not in text and len(text) < 700 and same_state(target, tiny(1))
 
@@ -560,7 +560,7 @@ def test_damage_is_one_sentence_and_leaves_the_module_alone(tmp_path, case):
 def test_verify_notices_the_damage(tmp_path, case):
     directory = saved(tmp_path)
     DAMAGES[case][0](directory)
-    findings = io.verify(directory)  # reports, never raises
+    findings = checkpoint.verify(directory)  # reports, never raises
     assert not all(finding.passed for finding in findings)
     assert not any("\n" in finding.message for finding in findings)
 
@@ -570,10 +570,10 @@ def test_a_half_downloaded_checkpoint_is_noticed_by_its_manifest(tmp_path):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes() + b"more")
     with pytest.raises(CheckpointError, match=r"model.safetensors must have \d+ bytes, got"):
-        io.load(directory, into=tiny(1))
+        checkpoint.load(directory, into=tiny(1))
     path.unlink()
     with pytest.raises(FileNotFoundError, match="is missing in"):
-        io.load(directory, into=tiny(1))
+        checkpoint.load(directory, into=tiny(1))
 
 
 SHARD_DAMAGES = {
@@ -613,30 +613,30 @@ def test_damaged_shards(tmp_path, case):
     damage(directory, index)
     path.write_text(json.dumps(index))
     with pytest.raises((CheckpointError, FileNotFoundError), match=message):
-        io.load(directory, into=tiny(1))
+        checkpoint.load(directory, into=tiny(1))
 
 
 def test_another_architecture_is_refused(tmp_path):
     directory = saved(tmp_path)
     with pytest.raises(CheckpointError, match="plan must name layers of the module, but"):
-        io.load(directory, into=nn.Linear(3, 3))
+        checkpoint.load(directory, into=nn.Linear(3, 3))
     other = tiny(1)
     other.first = nn.Linear(8, 5)
     with pytest.raises(CheckpointError, match=r"'first' must have the planned shape \[5, 7\], got \[5, 8\]"):
-        io.load(directory, into=other)
+        checkpoint.load(directory, into=other)
     with pytest.raises(CheckpointError, match="into must be a Tiny of the saved architecture"):
-        io.load(directory)
+        checkpoint.load(directory)
 
 
 # Verifying
 
 
 def failed(directory: Path) -> dict[str, str]:
-    return {finding.check: finding.message for finding in io.verify(directory) if not finding.passed}
+    return {finding.check: finding.message for finding in checkpoint.verify(directory) if not finding.passed}
 
 
 def test_a_clean_checkpoint_passes_every_check(tmp_path):
-    findings = io.verify(saved(tmp_path, max_shard_bytes=100))
+    findings = checkpoint.verify(saved(tmp_path, max_shard_bytes=100))
     assert [finding.check for finding in findings] == [
         "hashes",
         "plan",
@@ -685,16 +685,16 @@ def test_illegal_codes_are_found(tmp_path, name, format_name, code, message):
     model = nn.Sequential(nn.Linear(3, 2))
     plan = Plan("rtn", "w", {"0": simple_layer(model[0].weight, [Part(3, spec(format_name))])})
     install.apply(model, plan)
-    io.mark_quantized(model, plan)
+    checkpoint.mark_quantized(model, plan)
     model[0].weight.data[1, -1 if name == "padding" else 0] = code
-    assert message in failed(io.save(model, tmp_path / "a"))["codes"]
+    assert message in failed(checkpoint.save(model, tmp_path / "a"))["codes"]
 
 
 def test_codes_that_no_encoder_would_write_are_found(tmp_path):
     model = quantized()
     # So large an offset leaves no digits for the values.
     model.conv.weight_zero_point.fill_(2.0**30)
-    assert "must be its own nearest encoding" in failed(io.save(model, tmp_path / "a"))["re-encode"]
+    assert "must be its own nearest encoding" in failed(checkpoint.save(model, tmp_path / "a"))["re-encode"]
 
 
 def test_hidden_bytes_are_found(tmp_path):
@@ -711,7 +711,7 @@ def test_manifest_with_a_foreign_path_is_refused(tmp_path):
     manifest["files"]["../../passwd"] = {"bytes": 1, "sha256": ""}
     path.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="must list files of the checkpoint"):
-        io.load(directory, into=tiny(1))
+        checkpoint.load(directory, into=tiny(1))
     assert "must list files of the checkpoint" in failed(directory)["hashes"]
 
 
@@ -730,12 +730,12 @@ def banded(seed: int = 0) -> Tiny:
     }
     plan = Plan("golden", "w2a8", plans, {"norm": "no weight matrix"}, {})
     install.apply(model, plan)
-    io.mark_quantized(model, plan)
+    checkpoint.mark_quantized(model, plan)
     return model
 
 
 def saved_bands(directory: Path) -> Path:
-    return io.save(banded(), directory / "saved")
+    return checkpoint.save(banded(), directory / "saved")
 
 
 def test_rows_of_several_widths_have_golden_bytes(tmp_path):
@@ -744,17 +744,17 @@ def test_rows_of_several_widths_have_golden_bytes(tmp_path):
 
 def test_a_reader_after_the_document_decodes_rows_of_several_widths():
     model, got = banded(), read_by_the_document(GOLDEN_ROWS)
-    for name, layer in io.plan_of(model).layers.items():
+    for name, layer in checkpoint.plan_of(model).layers.items():
         np.testing.assert_array_equal(got[name], dequantize(replace(layer, smoothed=False)).numpy())
     np.testing.assert_array_equal(got["first.zero"], [-3])
 
 
 def test_rows_of_several_widths_load_verify_and_save_again(tmp_path):
-    loaded = io.load(GOLDEN_ROWS, into=tiny(1))
+    loaded = checkpoint.load(GOLDEN_ROWS, into=tiny(1))
     assert same_state(loaded, banded()) and loaded.conv.weight.dim() == 4
-    assert io.plan_of(loaded).to_json() == io.plan_of(banded()).to_json()
-    assert all(finding.passed for finding in io.verify(GOLDEN_ROWS))
-    assert contents(io.save(loaded, tmp_path / "a")) == contents(GOLDEN_ROWS)
+    assert checkpoint.plan_of(loaded).to_json() == checkpoint.plan_of(banded()).to_json()
+    assert all(finding.passed for finding in checkpoint.verify(GOLDEN_ROWS))
+    assert contents(checkpoint.save(loaded, tmp_path / "a")) == contents(GOLDEN_ROWS)
 
 
 def edit_bands(change) -> object:
@@ -831,7 +831,7 @@ def test_damaged_bands_are_one_sentence_and_fail_the_proof(tmp_path, case):
     damage(directory)
     target = tiny(1)
     with pytest.raises(CheckpointError, match=message) as caught:
-        io.load(directory, into=target)
+        checkpoint.load(directory, into=target)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700 and same_state(target, tiny(1))
     assert failed(directory).keys() - {"hashes"}
 
@@ -839,4 +839,4 @@ def test_damaged_bands_are_one_sentence_and_fail_the_proof(tmp_path, case):
 def test_illegal_codes_in_a_band_are_found(tmp_path):
     model = banded()
     model.conv.weight.data[0, -1] |= 0b1000_0000  # padding of the last row
-    assert "padding bits that are not zero" in failed(io.save(model, tmp_path / "a"))["codes"]
+    assert "padding bits that are not zero" in failed(checkpoint.save(model, tmp_path / "a"))["codes"]

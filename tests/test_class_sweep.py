@@ -21,9 +21,9 @@ from torch.utils import _pytree as pytree
 
 import difloat
 from class_table import NOT_TINY, TABLE, arguments, build
+from difloat.checkpoint import data_free
 from difloat.layers import packed
 from difloat.layers.packed import QuantizedLayer
-from difloat.methods import datafree
 from difloat.plan.encode import dequantize
 
 # What diffusers deprecates and what attention says of the CPU is not what is tested here.
@@ -103,8 +103,8 @@ def test_a_packed_model_computes_what_its_codes_stand_for_and_comes_back(name: s
     model, call = tiny(name)
     before = outputs(model, call)
     assert all(bool(tensor.isfinite().all()) and float(tensor.float().std()) > 0.01 for tensor in before)
-    plan = datafree.plan(
-        model, datafree.settings({"weights": "e4m3", "bits": "w8a16", "outside": "8bit"}), progress=False
+    plan = data_free.plan(
+        model, data_free.settings({"weights": "e4m3", "bits": "w8a16", "outside": "8bit"}), progress=False
     )
     expected = outputs(with_decoded_weights(model, plan), call)
     difloat.apply(model, plan)
@@ -128,8 +128,8 @@ def test_layers_that_a_half_precision_model_keeps_in_float32_cast_to_it_after_lo
     model.save_pretrained(tmp_path / "float")
     model = classes()[name].from_pretrained(tmp_path / "float", torch_dtype=torch.bfloat16)
     call = pytree.tree_map_only(Tensor, lambda x: x.bfloat16() if x.dim() > 1 else x, call)
-    plan = datafree.plan(
-        model, datafree.settings({"weights": "e4m3", "bits": "w8a16", "outside": "8bit"}), progress=False
+    plan = data_free.plan(
+        model, data_free.settings({"weights": "e4m3", "bits": "w8a16", "outside": "8bit"}), progress=False
     )
     difloat.apply(model, plan)
     layer = model.get_submodule("condition_embedder.time_embedder.linear_1")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from difloat import cli, record
 from difloat import run as study
-from difloat.io import CheckpointError, directories
+from difloat.checkpoint import CheckpointError, directories
 from difloat.kernels.dispatch import use_backend
 from difloat.recipes import RECIPES
 from tiny import PROMPTS, tiny_pixart, tiny_unet
@@ -633,7 +633,7 @@ def test_a_checkpoint_of_another_version(run: Run, checkpoint: Path, copy_of, tm
 
 
 @pytest.mark.parametrize(
-    "writer", ["difloat.io.checkpoint.write_manifest", "difloat.record.np.savez_compressed"]
+    "writer", ["difloat.checkpoint.save_load.write_manifest", "difloat.record.np.savez_compressed"]
 )
 def test_a_full_disk(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
@@ -645,7 +645,7 @@ def test_a_full_disk(
     out = tmp_path / "out"
     result = run("quantize", source, out, "--recipe", "rtn", "--images", "0", *FAST[:4])
     refused(result, "full", "free some space")
-    if writer.startswith("difloat.io"):
+    if writer.startswith("difloat.checkpoint"):
         assert not list(tmp_path.iterdir()), "nothing half-written"
     else:
         assert run("verify", out).code == 0, "the checkpoint was whole before its report"

@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 import difloat
-from difloat import components, io
+from difloat import checkpoint, components
+from difloat.checkpoint import data_free
 from difloat.layers.packed import QuantizedLayer
-from difloat.methods import datafree
 from tiny import tiny_pixart, tiny_unet, tiny_vae
 
 SAMPLING = {"samples": 8, "steps": 2, "prompts_per_batch": 2, "progress": False}
@@ -66,7 +66,7 @@ def test_one_plan_for_all_components(make, denoiser, tmp_path) -> None:
     difloat.restore(again)
     assert not any(quantized_layers(m) for m in again.components.values() if isinstance(m, nn.Module))
     with pytest.raises(ValueError, match="must have a quantized component"):
-        io.save(again, tmp_path / "r")
+        checkpoint.save(again, tmp_path / "r")
 
 
 def test_components_must_be_models_of_the_pipeline_with_its_denoiser() -> None:
@@ -95,7 +95,7 @@ def test_a_plan_for_another_pipeline_changes_nothing() -> None:
 def test_a_packed_model_of_diffusers_changes_its_dtype_as_a_float_one(outside: str) -> None:
     vae = tiny_vae().half()
     difloat.apply(
-        vae, datafree.plan(vae, datafree.settings({"bits": "w8a8", "outside": outside}), progress=False)
+        vae, data_free.plan(vae, data_free.settings({"bits": "w8a8", "outside": outside}), progress=False)
     )
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from difloat.checkpoint import data_free
 from difloat.layers import packed, quantizable
-from difloat.methods import datafree
 from difloat.numbers.search import search
 from difloat.plan.encode import dequantize
 from difloat.plan.scales import rows_of
@@ -15,7 +15,7 @@ from tiny import tiny_pixart, tiny_unet, tiny_vae
 
 
 def settings(**values):
-    return datafree.settings(values)
+    return data_free.settings(values)
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +51,21 @@ def test_widths_follow_from_formats() -> None:
 
 
 def test_blocks_are_quantized_and_what_a_model_has_once_is_kept(unet) -> None:
-    decision = datafree.decide(unet, settings())
+    decision = data_free.decide(unet, settings())
     kinds = {type(unet.get_submodule(name)) for name in decision.layers}
     assert kinds == {nn.Linear, nn.Conv2d}
     assert decision.layers.keys() | decision.skipped.keys() == packed.quantizable(
         unet
     ).keys() | quantizable.staying_float(unet)
     assert {"conv_in", "conv_out", "time_embedding.linear_1"} <= decision.skipped.keys()
-    everything = datafree.decide(unet, settings(outside="8bit"))
+    everything = data_free.decide(unet, settings(outside="8bit"))
     assert everything.layers.keys() == packed.quantizable(unet).keys()
     plan = everything.layers["conv_in"](unet.conv_in.weight.detach())
     assert plan.parts[0].weight.format.bits == 8 and plan.parts[0].activation.online
 
 
 def test_exclusion_by_name_part_and_pattern(unet) -> None:
-    decision = datafree.decide(
+    decision = data_free.decide(
         unet, settings(exclude=["resnets", "*.to_q", "mid_block.attentions.0.proj_in"])
     )
     excluded = {name for name, reason in decision.skipped.items() if reason == "excluded"}
@@ -74,13 +74,13 @@ def test_exclusion_by_name_part_and_pattern(unet) -> None:
         if "resnets" in name.split(".") or name.endswith(".to_q") or name == "mid_block.attentions.0.proj_in"
     }  # fmt: skip
     with pytest.raises(ValueError, match="must have a layer to quantize"):
-        datafree.decide(unet, settings(exclude=["*"]))
+        data_free.decide(unet, settings(exclude=["*"]))
 
 
 def test_modules_of_float32_and_shared_weights_are_kept() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[2].weight = model[1].weight
-    decision = datafree.decide(model, settings(), ["3"])
+    decision = data_free.decide(model, settings(), ["3"])
     assert list(decision.layers) == ["0"]
     assert decision.skipped["1"] == decision.skipped["2"] == "weight is shared with another module"
     assert decision.skipped["3"] == "kept in float32 by the model"
@@ -91,7 +91,7 @@ def test_the_plan_is_the_exact_search_and_beats_every_single_format() -> None:
     model = nn.Sequential(nn.Linear(20, 6))
     model[0].weight = nn.Parameter(weight)
     wanted = settings(group_size=8)
-    plan = datafree.plan(model, wanted, progress=False)
+    plan = data_free.plan(model, wanted, progress=False)
     layer = plan.layers["0"]
     spec = layer.parts[0].weight
     best = search(rows_of(weight, spec), [spec.format])
@@ -99,14 +99,14 @@ def test_the_plan_is_the_exact_search_and_beats_every_single_format() -> None:
         float(best.error.sum()), rel=1e-5
     )
     for name in ("e3m0", "e2m1", "e1m2"):
-        single = datafree.plan(model, settings(weights=name, group_size=8), progress=False).layers["0"]
+        single = data_free.plan(model, settings(weights=name, group_size=8), progress=False).layers["0"]
         assert single.parts[0].weight.format.name == name
         assert float((dequantize(single) - weight).square().sum()) >= float(best.error.sum()) * (1 - 1e-5)
-    assert (plan.recipe, plan.bits, plan.options["group_size"]) == (datafree.RECIPE, "w4a8", 8)
+    assert (plan.recipe, plan.bits, plan.options["group_size"]) == (data_free.RECIPE, "w4a8", 8)
 
 
 def test_on_a_cpu_every_format_is_computed_in_integers() -> None:
-    plan = datafree.plan(tiny_vae(), settings(target="cpu", bits="w8a8"), progress=False)
+    plan = data_free.plan(tiny_vae(), settings(target="cpu", bits="w8a8"), progress=False)
     for layer in plan.layers.values():
         assert (
             layer.parts[0].activation.format.int8_multiplier() or layer.parts[0].activation.format.bits == 8
@@ -118,4 +118,4 @@ def test_a_weight_that_is_not_finite_names_its_layer() -> None:
     model = tiny_pixart().transformer
     model.transformer_blocks[0].attn1.to_q.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="transformer_blocks.0.attn1.to_q"):
-        datafree.plan(model, settings(), progress=False)
+        data_free.plan(model, settings(), progress=False)

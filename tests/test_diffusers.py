@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from difloat import io
-from difloat.io import CheckpointError
+from difloat import checkpoint
+from difloat.checkpoint import CheckpointError, register
 from difloat.layers import install, packed
 from difloat.numbers import formats
 from difloat.plan.encode import plan_layer
@@ -23,7 +23,7 @@ from difloat.plan.specs import Part, QuantSpec
 from mixed_rows import in_bands
 from tiny import tiny_pixart, tiny_unet
 
-io.register()  # again: importing difloat did it already
+register.register()  # again: importing difloat did it already
 
 PIPELINES = {"unet": tiny_unet, "transformer": tiny_pixart}
 
@@ -66,7 +66,7 @@ def quantized_pipeline(component: str, dtype: torch.dtype = torch.float32):
         plan = denoiser_plan(model)
     pipeline.to(dtype)
     install.apply(model, plan)
-    io.mark_quantized(model, plan)
+    checkpoint.mark_quantized(model, plan)
     return pipeline
 
 
@@ -103,11 +103,11 @@ def pipeline(component):
 
 @pytest.fixture(scope="module")
 def directory(pipeline, tmp_path_factory) -> Path:
-    return io.save(pipeline, tmp_path_factory.mktemp("pipeline") / "saved")
+    return checkpoint.save(pipeline, tmp_path_factory.mktemp("pipeline") / "saved")
 
 
 def assert_same_layers(model: torch.nn.Module, other: torch.nn.Module) -> None:
-    got, expected = io.plan_of(model), io.plan_of(other)
+    got, expected = checkpoint.plan_of(model), checkpoint.plan_of(other)
     assert (got.recipe, got.bits, got.skipped, got.options) == ("rtn", "w4a8", {}, {"seed": 0})
     assert got.layers.keys() == expected.layers.keys()
     for name, layer in expected.layers.items():
@@ -125,16 +125,16 @@ def test_plain_from_pretrained_gives_the_same_output_and_saves_the_same_bytes(
     model = getattr(loaded, component)
     assert_same_layers(model, expected)
     assert torch.equal(output(model), output(expected))
-    assert contents(io.save(copy.deepcopy(model), tmp_path / "model")).keys() >= {
+    assert contents(checkpoint.save(copy.deepcopy(model), tmp_path / "model")).keys() >= {
         "config.json",
         "difloat.json",
     }
-    assert contents(io.save(loaded, tmp_path / "again")) == contents(directory)
-    assert contents(io.save(io.load(directory), tmp_path / "third")) == contents(directory)
+    assert contents(checkpoint.save(loaded, tmp_path / "again")) == contents(directory)
+    assert contents(checkpoint.save(checkpoint.load(directory), tmp_path / "third")) == contents(directory)
 
 
 def test_verify_passes(component, directory):
-    findings = io.verify(directory)
+    findings = checkpoint.verify(directory)
     assert [finding.message for finding in findings if not finding.passed] == []
     assert {finding.component for finding in findings} == {"", component}
 
@@ -147,7 +147,7 @@ PIXART_ONLY = pytest.mark.parametrize("component", ["transformer"], indirect=Tru
 @pytest.mark.parametrize("shard_bytes", [None, 5000])
 def test_codes_and_scales_survive_every_dtype(component, pipeline, tmp_path, dtype, shard_bytes):
     expected = getattr(pipeline, component)
-    directory = io.save(expected, tmp_path / "a", max_shard_bytes=shard_bytes)
+    directory = checkpoint.save(expected, tmp_path / "a", max_shard_bytes=shard_bytes)
     assert (len(list(directory.glob("*.safetensors"))) > 1) == (shard_bytes is not None)
     model = type(expected).from_pretrained(directory, dtype=dtype)
     assert_same_layers(model, expected)
@@ -157,10 +157,10 @@ def test_codes_and_scales_survive_every_dtype(component, pipeline, tmp_path, dty
 
 def test_half_precision_comes_back_as_it_was(component, tmp_path):
     pipeline = quantized_pipeline(component, torch.float16)
-    directory = io.save(pipeline, tmp_path / "a")
-    loaded = io.load(directory)
+    directory = checkpoint.save(pipeline, tmp_path / "a")
+    loaded = checkpoint.load(directory)
     assert getattr(loaded, component).dtype == loaded.vae.dtype == torch.float16
-    again, first = contents(io.save(loaded, tmp_path / "b")), contents(directory)
+    again, first = contents(checkpoint.save(loaded, tmp_path / "b")), contents(directory)
     # transformers itself reads some layers of a half-precision T5 as float32.
     own = [name for name in first if name.startswith((component, "vae"))]
     assert len(own) == 4 and {name: again[name] for name in own} == {name: first[name] for name in own}
@@ -170,17 +170,17 @@ def test_own_save_pretrained_of_diffusers_loads_too(component, pipeline, tmp_pat
     model = getattr(pipeline, component)
     model.save_pretrained(tmp_path / "a", max_shard_size=5000)
     assert_same_layers(type(model).from_pretrained(tmp_path / "a"), model)
-    loaded = io.load(tmp_path / "a", dtype=torch.bfloat16)
+    loaded = checkpoint.load(tmp_path / "a", dtype=torch.bfloat16)
     assert loaded.dtype == torch.bfloat16
     assert_same_layers(loaded, model)
-    failed = {finding.check for finding in io.verify(tmp_path / "a") if not finding.passed}
+    failed = {finding.check for finding in checkpoint.verify(tmp_path / "a") if not finding.passed}
     assert failed == {"hashes"}  # only difloat.save writes a manifest
 
 
 def test_a_diffusers_model_loads_into_an_instance(component, pipeline, directory):
     expected = getattr(pipeline, component)
     target = getattr(PIPELINES[component](seed=1), component)
-    loaded = io.load(directory / component, into=target)
+    loaded = checkpoint.load(directory / component, into=target)
     assert torch.equal(output(loaded), output(expected))
     assert loaded.is_quantized and loaded.hf_quantizer.is_serializable
 
@@ -197,11 +197,11 @@ def test_dequantize_gives_a_float_model_that_saves(component, directory, tmp_pat
 
 def test_unmark_makes_a_restored_model_plain(component, tmp_path):
     model = getattr(quantized_pipeline(component), component)
-    io.unmark_quantized(install.restore(model))
+    checkpoint.unmark_quantized(install.restore(model))
     model.save_pretrained(tmp_path / "a")
     assert torch.equal(output(type(model).from_pretrained(tmp_path / "a")), output(model))
     with pytest.raises(ValueError, match="must be quantized"):
-        io.save(model, tmp_path / "b")
+        checkpoint.save(model, tmp_path / "b")
 
 
 def damaged(directory: Path, tmp_path: Path, component: str, change) -> Path:
@@ -267,16 +267,16 @@ def test_from_pretrained_refuses_damage_in_one_sentence(component, pipeline, dir
         type(getattr(pipeline, component)).from_pretrained(broken)
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError):
-        io.load(broken)
+        checkpoint.load(broken)
 
 
 def test_pipelines_that_cannot_be_saved_or_loaded(tmp_path):
     float_pipeline = tiny_pixart()
     with pytest.raises(ValueError, match="must have a quantized component"):
-        io.save(float_pipeline, tmp_path / "a")
+        checkpoint.save(float_pipeline, tmp_path / "a")
     float_pipeline.save_pretrained(tmp_path / "float")
     with pytest.raises(CheckpointError, match="must hold a quantized component"):
-        io.load(tmp_path / "float")
+        checkpoint.load(tmp_path / "float")
 
 
 def test_registration_waits_for_diffusers_and_then_goes_away():
@@ -298,7 +298,7 @@ assert not any(finder in sys.meta_path and finder.table in sys.modules for finde
 
 @PIXART_ONLY
 def test_a_config_shows_itself(directory, component):
-    from difloat.io.diffusers import DifloatConfig
+    from difloat.checkpoint.diffusers_quantizer import DifloatConfig
 
     fields = json.loads((directory / component / "config.json").read_text())["quantization_config"]
     assert DifloatConfig.from_dict(fields).to_dict() == fields

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from difloat import card, io, record
-from difloat.io import CheckpointError, directories
-from difloat.io.directories import foreign_files, replace_file, reserved, resolved, whole_directory
-from difloat.io.manifest import MANIFEST
+from difloat import card, checkpoint, record
+from difloat.checkpoint import CheckpointError, directories
+from difloat.checkpoint.directories import foreign_files, replace_file, reserved, resolved, whole_directory
+from difloat.checkpoint.manifest import MANIFEST
 from test_checkpoint import GOLDEN, contents, quantized
 
 OWN = ("report.json", "report-pictures.npz", "report.html")
@@ -23,7 +23,7 @@ OWN = ("report.json", "report-pictures.npz", "report.html")
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     """A checkpoint with its report and its card."""
-    directory = io.save(quantized(), tmp_path / "out")
+    directory = checkpoint.save(quantized(), tmp_path / "out")
     for name in OWN:
         (directory / name).write_bytes(b"report")
     (directory / card.CARD).write_text(f"---\n---\n{directories.CARD_MARK}\n")
@@ -36,7 +36,7 @@ def target(tmp_path: Path) -> Path:
 def test_difloats_own_files_are_replaced(target: Path) -> None:
     assert (record.RECORD, record.PICTURES, record.PAGE) == OWN
     assert foreign_files(target) == []
-    io.save(quantized(), target, overwrite=True)
+    checkpoint.save(quantized(), target, overwrite=True)
     assert contents(target) == contents(GOLDEN), "and nothing of the old report is left"
 
 
@@ -87,7 +87,7 @@ def test_a_file_of_the_users_is_named_and_kept(target: Path, add) -> None:
     name = add(target)
     before = contents(target)
     with pytest.raises(CheckpointError, match=rf"holds '{name}'.*; move that away or choose another"):
-        io.save(quantized(1), target, overwrite=True)
+        checkpoint.save(quantized(1), target, overwrite=True)
     assert contents(target) == before
 
 
@@ -103,7 +103,7 @@ def test_a_file_that_comes_while_saving_is_kept(target: Path) -> None:
 def test_a_damaged_manifest_vouches_for_nothing(target: Path) -> None:
     (target / MANIFEST).write_text("{}")
     with pytest.raises(CheckpointError, match="is damaged; choose another"):
-        io.save(quantized(), target, overwrite=True)
+        checkpoint.save(quantized(), target, overwrite=True)
 
 
 def left_by_kill(target: Path, *suffixes: str) -> None:
@@ -120,7 +120,7 @@ def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
     for name in theirs:
         (tmp_path / name).mkdir()
     (tmp_path / ".out.difloat-lock").touch()  # of a process that is gone
-    io.save(quantized(), target)
+    checkpoint.save(quantized(), target)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*theirs, "out"])
 
 
@@ -150,12 +150,12 @@ def test_another_process_is_kept_out_until_it_is_gone(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "writing\n"
         with pytest.raises(CheckpointError, match="one run at a time, but another one is at work on it"):
-            io.save(quantized(), target)
+            checkpoint.save(quantized(), target)
         assert len(list(target.parent.glob(".out.*.partial"))) == 1, "what the other one writes stays"
-        io.save(quantized(), target.with_name("beside"))
+        checkpoint.save(quantized(), target.with_name("beside"))
         process.send_signal(signal.SIGKILL)
     assert len(list(target.parent.glob(".out.*"))) == 2  # the lock's file and the half directory
-    io.save(quantized(), target)
+    checkpoint.save(quantized(), target)
     assert sorted(path.name for path in target.parent.iterdir()) == ["beside", "out"]
 
 
@@ -190,8 +190,8 @@ def test_links_to_themselves(tmp_path: Path) -> None:
     good.symlink_to(tmp_path / "real")
     for path in (loop, loop / "inside"):
         with pytest.raises(CheckpointError, match="a link to itself"):
-            io.save(quantized(), path)
-    assert resolved(good) == tmp_path / "real" and io.save(quantized(), good) == tmp_path / "real"
+            checkpoint.save(quantized(), path)
+    assert resolved(good) == tmp_path / "real" and checkpoint.save(quantized(), good) == tmp_path / "real"
 
 
 def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

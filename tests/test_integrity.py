@@ -20,8 +20,8 @@ from transformers import CLIPTextModel
 
 import difloat
 import mutate_checkpoints
-from difloat import DifloatConfig, io
-from difloat.io import CheckpointError
+from difloat import DifloatConfig, checkpoint
+from difloat.checkpoint import CheckpointError
 from difloat.layers import attention, install
 from difloat.layers import packed as layers
 from difloat.layers.packed import QuantizedLayer
@@ -44,7 +44,7 @@ def packed(model: nn.Module, names: list[str], attended: dict[str, AttentionPlan
     }
     plan = Plan("rtn", "w4a16", planned, attention=attended or {})
     install.apply(model, plan)
-    io.mark_quantized(model, plan)
+    checkpoint.mark_quantized(model, plan)
     return model
 
 
@@ -64,7 +64,7 @@ def flip(path: Path, place: int = -1) -> None:
 
 def test_a_flipped_code_loads_plainly_and_is_refused_with_proof(tmp_path, monkeypatch):
     directory = saved(tmp_path)
-    assert same_state(io.load(directory, into=tiny(1), verify=True), quantized())
+    assert same_state(checkpoint.load(directory, into=tiny(1), verify=True), quantized())
     set_tensor("first.weight", lambda codes: codes ^ 1)(directory)
     path = directory / "difloat.json"
     manifest = json.loads(
@@ -72,30 +72,30 @@ def test_a_flipped_code_loads_plainly_and_is_refused_with_proof(tmp_path, monkey
     )  # the size is another one, since the library writes its own header
     manifest["files"]["model.safetensors"]["bytes"] = (directory / "model.safetensors").stat().st_size
     path.write_text(json.dumps(manifest))
-    assert not same_state(io.load(directory, into=tiny(1)), quantized())
+    assert not same_state(checkpoint.load(directory, into=tiny(1)), quantized())
     target = tiny(1)
     with pytest.raises(CheckpointError, match=r"model.safetensors must have the bytes .* SHA-256 is another"):
-        io.load(directory, into=target, verify=True)
+        checkpoint.load(directory, into=target, verify=True)
     assert same_state(target, tiny(1))
     monkeypatch.setenv("DIFLOAT_VERIFY", "1")
     with pytest.raises(CheckpointError, match="SHA-256 is another"):
-        io.load(directory, into=tiny(1))
-    assert not same_state(io.load(directory, into=tiny(1), verify=False), quantized())
+        checkpoint.load(directory, into=tiny(1))
+    assert not same_state(checkpoint.load(directory, into=tiny(1), verify=False), quantized())
 
 
 def test_proof_needs_a_manifest_and_a_flag(tmp_path, monkeypatch):
     directory = saved(tmp_path)
     (directory / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(CheckpointError, match="pytorch_model.bin must not be there"):
-        io.load(directory, into=tiny(1), verify=True)
+        checkpoint.load(directory, into=tiny(1), verify=True)
     (directory / "difloat.json").unlink()
     with pytest.raises(FileNotFoundError, match="must be there to prove the files"):
-        io.load(directory, into=tiny(1), verify=True)
+        checkpoint.load(directory, into=tiny(1), verify=True)
     with pytest.raises(ValueError, match="verify must be True, False or None, got 1"):
-        io.load(directory, into=tiny(1), verify=1)
+        checkpoint.load(directory, into=tiny(1), verify=1)
     monkeypatch.setenv("DIFLOAT_VERIFY", "yes")
     with pytest.raises(ValueError, match="DIFLOAT_VERIFY must be 1 or 0, got 'yes'"):
-        io.load(directory, into=tiny(1))
+        checkpoint.load(directory, into=tiny(1))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def pipeline_directory(tmp_path_factory) -> Path:
         unet=UNet2DConditionModel.from_pretrained(root / "float/unet", quantization_config=wishes),
         text_encoder=CLIPTextModel.from_pretrained(root / "float/text_encoder", quantization_config=FAST),
     )
-    return io.save(pipeline, root / "saved")
+    return checkpoint.save(pipeline, root / "saved")
 
 
 LOADERS = {
@@ -117,7 +117,7 @@ LOADERS = {
     "unet": lambda root: UNet2DConditionModel.from_pretrained(root / "unet"),
     "subfolder": lambda root: UNet2DConditionModel.from_pretrained(root, subfolder="unet"),
     "text_encoder": lambda root: CLIPTextModel.from_pretrained(root / "text_encoder"),
-    "load": io.load,
+    "load": checkpoint.load,
 }
 
 
@@ -158,22 +158,24 @@ def test_from_pretrained_with_proof_reads_nothing_unlisted(pipeline_directory, t
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
 def test_a_tensor_in_two_shards_is_refused_everywhere(pipeline_directory, tmp_path, component):
     source = DiffusionPipeline.from_pretrained(pipeline_directory).components[component]
-    directory = io.save(source, tmp_path / "a", max_shard_bytes=4_000)
+    directory = checkpoint.save(source, tmp_path / "a", max_shard_bytes=4_000)
     (directory / "difloat.json").unlink()
     first, second = sorted(directory.glob("*-of-*.safetensors"))[:2]
     tensors = safetensors.torch.load_file(second)
     name, value = next(iter(safetensors.torch.load_file(first).items()))
     safetensors.torch.save_file(tensors | {name: value.clone()}, second, metadata={"format": "pt"})
-    for loader in (type(source).from_pretrained, io.load):
+    for loader in (type(source).from_pretrained, checkpoint.load):
         with pytest.raises(CheckpointError, match=r"must be stored once, but is in two shards"):
             loader(directory)
-    assert any("two shards" in finding.message for finding in io.verify(directory) if not finding.passed)
+    assert any(
+        "two shards" in finding.message for finding in checkpoint.verify(directory) if not finding.passed
+    )
 
 
 def test_verify_reports_what_is_no_checkpoint(tmp_path):
     for name, make in {"nothing": Path.exists, "empty": Path.mkdir, "file": Path.touch}.items():
         make(tmp_path / name)
-        (finding,) = io.verify(tmp_path / name)
+        (finding,) = checkpoint.verify(tmp_path / name)
         assert not finding.passed and "\n" not in finding.message
 
 
@@ -206,16 +208,16 @@ BAD = [math.inf, -math.inf, math.nan, 10**400, 2**70, -1, 0, 1.0, True, "7", Non
     ids=lambda value: ".".join(map(str, value)) if value and isinstance(value[0], str) else "",
 )
 def test_numbers_of_a_plan_are_of_their_type_and_range(path, fine, value):
-    config = json.loads(json.dumps(io.layout.quantization_config(io.plan_of(quantized()))))
+    config = json.loads(json.dumps(checkpoint.layout.quantization_config(checkpoint.plan_of(quantized()))))
     place = config
     for step in path[:-1]:
         place = place[step]
     place[path[-1]] = value
     if any(value == one and type(value) is type(one) for one in fine):
-        io.layout.parse_config(config)
+        checkpoint.layout.parse_config(config)
         return
     with pytest.raises(CheckpointError) as caught:
-        io.layout.parse_config(config)
+        checkpoint.layout.parse_config(config)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
 
@@ -227,16 +229,16 @@ def test_infinite_and_huge_numbers_are_refused_in_files(tmp_path):
     for number in ("1e999", "NaN", "1" * 4000, "1" * 5000):
         path.write_text(text.replace('"channels":7', f'"channels":{number}'))
         with pytest.raises(CheckpointError) as caught:
-            io.load(directory, into=tiny(1))
+            checkpoint.load(directory, into=tiny(1))
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
-        assert not all(finding.passed for finding in io.verify(directory))
+        assert not all(finding.passed for finding in checkpoint.verify(directory))
 
 
 @pytest.mark.parametrize("timesteps", [[math.inf], [math.nan, 1], ["1"], [True], [10**400], [3, 1], [[1]]])
 def test_timesteps_of_a_plan_are_finite_and_ascend(timesteps):
-    config = io.layout.quantization_config(io.plan_of(quantized()))
+    config = checkpoint.layout.quantization_config(checkpoint.plan_of(quantized()))
     with pytest.raises(CheckpointError, match="timestep"):
-        io.layout.parse_config({**config, "timesteps": timesteps})
+        checkpoint.layout.parse_config({**config, "timesteps": timesteps})
 
 
 @pytest.mark.parametrize("schedule", [[0.0], [True], [-1], [10**9], ["0"], "01", 7, [math.inf]])
@@ -253,7 +255,7 @@ def test_a_name_that_is_twice_in_an_object_is_refused(tmp_path):
     path = directory / "config.json"
     path.write_text(path.read_text().replace('"bits":"w4a8"', '"bits":"w4a8","bits":"w2a2"'))
     with pytest.raises(CheckpointError, match="'bits' is in it twice"):
-        io.load(directory, into=tiny(1))
+        checkpoint.load(directory, into=tiny(1))
 
 
 # Two names
@@ -279,27 +281,27 @@ def test_a_module_with_two_names_is_replaced_under_both_and_stays_one_in_files(t
     model = packed(TwoNames(), ["first", "block.0"])
     assert isinstance(model.second, QuantizedLayer) and model.second is model.first
     assert model.blocks[0][0] is model.block[0] and isinstance(model.block[0], QuantizedLayer)
-    directory = io.save(model, tmp_path / "a")
+    directory = checkpoint.save(model, tmp_path / "a")
     stored = safetensors.torch.load_file(directory / "model.safetensors")
     assert "first.weight" in stored and not any(
         name.startswith(("second.", "blocks.0.0.")) for name in stored
     )
-    assert all(finding.passed for finding in io.verify(directory))
-    loaded = io.load(directory, into=TwoNames())
+    assert all(finding.passed for finding in checkpoint.verify(directory))
+    loaded = checkpoint.load(directory, into=TwoNames())
     x = torch.randn(3, 6, generator=generator)
     assert loaded.second is loaded.first and loaded.outs.weight is loaded.ins.weight
     assert torch.equal(loaded(x), model(x))
-    assert contents(io.save(loaded, tmp_path / "b")) == contents(directory)
+    assert contents(checkpoint.save(loaded, tmp_path / "b")) == contents(directory)
     float_again = install.restore(copy.deepcopy(loaded))
     assert type(float_again.second) is nn.Linear and float_again.second is float_again.first
 
 
 def test_tied_tensors_with_different_values_are_refused(tmp_path):
-    directory = io.save(packed(TwoNames(), ["first"]), tmp_path / "a")
+    directory = checkpoint.save(packed(TwoNames(), ["first"]), tmp_path / "a")
     (directory / "difloat.json").unlink()
     set_tensor("outs.weight", lambda weight: weight + 1)(directory)
     with pytest.raises(CheckpointError, match="'ins.weight' and 'outs.weight' must be equal"):
-        io.load(directory, into=TwoNames())
+        checkpoint.load(directory, into=TwoNames())
 
 
 class TwoNamesModel(ModelMixin, ConfigMixin):
@@ -317,7 +319,7 @@ class TwoNamesModel(ModelMixin, ConfigMixin):
 
 def test_a_diffusers_model_with_a_module_of_two_names_comes_back(tmp_path, generator):
     model = packed(TwoNamesModel(), ["first"])
-    directory = io.save(model, tmp_path / "a")
+    directory = checkpoint.save(model, tmp_path / "a")
     loaded = TwoNamesModel.from_pretrained(directory)
     x = torch.randn(3, 6, generator=generator)
     assert loaded.second is loaded.first and isinstance(loaded.first, QuantizedLayer)
@@ -372,25 +374,28 @@ def test_save_refuses_what_no_loader_can_build(tmp_path, case):
     change(model)
     all_packed(model)
     with pytest.raises(CheckpointError, match=message):
-        io.save(model, tmp_path / "a")
+        checkpoint.save(model, tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 
 def test_save_builds_without_touching_the_random_state_or_the_model(tmp_path):
     model = all_packed(flux())
     before, state = torch.get_rng_state(), {name: id(p) for name, p in model.named_parameters()}
-    directory = io.save(model, tmp_path / "a")
+    directory = checkpoint.save(model, tmp_path / "a")
     assert torch.equal(torch.get_rng_state(), before)
     assert {name: id(p) for name, p in model.named_parameters()} == state
-    assert all(finding.passed for finding in io.verify(directory)) and io.load(directory) is not None
+    assert (
+        all(finding.passed for finding in checkpoint.verify(directory))
+        and checkpoint.load(directory) is not None
+    )
 
 
 def test_a_text_encoder_with_an_added_module_is_refused(tmp_path):
     encoder = all_packed(tiny_unet().text_encoder)
-    io.save(encoder, tmp_path / "a")
+    checkpoint.save(encoder, tmp_path / "a")
     encoder.add_module("head", nn.Linear(4, 4))
     with pytest.raises(CheckpointError, match="'head' was added"):
-        io.save(encoder, tmp_path / "b")
+        checkpoint.save(encoder, tmp_path / "b")
 
 
 # diffusers' own methods
@@ -403,10 +408,10 @@ def test_attributes_beside_the_entries_of_a_config_survive_marking():
     assert (
         model.config.encoder_hid_dim_type == "ip_image_proj" and model.config["encoder_hid_dim_type"] is None
     )
-    io.mark_quantized(model, io.plan_of(model))
+    checkpoint.mark_quantized(model, checkpoint.plan_of(model))
     assert model.config.encoder_hid_dim_type == "ip_image_proj"
     install.restore(model)
-    io.unmark_quantized(model)
+    checkpoint.unmark_quantized(model)
     assert model.config.encoder_hid_dim_type == "ip_image_proj" and "quantization_config" not in model.config
     assert not hasattr(model.config, "quantization_config")
 
@@ -422,7 +427,7 @@ def test_fusing_packed_projections_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match="must be fused or unfused before a model is quantized"):
         attn.fuse_projections()
     install.restore(model)
-    io.unmark_quantized(model)
+    checkpoint.unmark_quantized(model)
     model.fuse_qkv_projections()  # float again
     assert torch.allclose(output(model), expected, atol=1e-5)
 
@@ -518,7 +523,7 @@ def test_quantized_attention_is_saved_after_a_processor_was_set(tmp_path):
     name = next(name.removesuffix(".processor") for name in model.attn_processors)
     attention.install(model, {name: AttentionPlan(formats.parse("int4"))})
     model.set_attn_processor(AttnProcessor2_0())
-    loaded = io.load(io.save(model, tmp_path / "a"))
+    loaded = checkpoint.load(checkpoint.save(model, tmp_path / "a"))
     assert attention.plan_of(loaded.get_submodule(name)) == AttentionPlan(formats.parse("int4"))
     assert torch.equal(output(loaded), output(model))
 

@@ -89,7 +89,7 @@ def rank(module: str) -> int:
 
 
 def imports(nodes: Iterator[ast.AST] | list[ast.stmt]) -> Iterator[str]:
-    """Dotted names that import statements among `nodes` name; ``from difloat import io`` counts as ``difloat.io``."""
+    """Dotted names that import statements among `nodes` name; ``from difloat import io`` counts as ``difloat.checkpoint``."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -99,7 +99,7 @@ def imports(nodes: Iterator[ast.AST] | list[ast.stmt]) -> Iterator[str]:
 
 
 def first_level(name: str) -> str:
-    """`difloat.io.layout.read` to `io`; a name of the package itself, such as `difloat.save`, to `__init__`."""
+    """`difloat.checkpoint.layout.read` to `io`; a name of the package itself, such as `difloat.save`, to `__init__`."""
     part = name.split(".")[1] if "." in name else "__init__"
     return part if (ROOT / f"{part}.py").exists() or (ROOT / part).is_dir() else "__init__"
 

@@ -24,11 +24,10 @@ from torch import nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 import difloat
-from difloat import DifloatConfig, io
-from difloat.io import CheckpointError
+from difloat import DifloatConfig, checkpoint
+from difloat.checkpoint import CheckpointError, data_free
 from difloat.layers import install, packed
 from difloat.layers.packed import QuantizedLayer
-from difloat.methods import datafree
 from test_diffusers import contents, output
 from tiny import tiny_pixart, tiny_unet
 
@@ -78,7 +77,7 @@ def result(model: nn.Module) -> torch.Tensor:
 
 
 def same_plans(one: nn.Module, other: nn.Module) -> bool:
-    first, second = io.plan_of(one), io.plan_of(other)
+    first, second = checkpoint.plan_of(one), checkpoint.plan_of(other)
     return (first.layers.keys(), first.bits, first.skipped, first.options) == (
         second.layers.keys(),
         second.bits,
@@ -98,20 +97,20 @@ def test_quantized_while_loading_is_quantized_in_memory_and_comes_back_bit_for_b
     model = CLASSES[name].from_pretrained(floats / name, quantization_config=DifloatConfig(**FAST))
     reference = CLASSES[name].from_pretrained(floats / name)
     expected = result(reference)
-    plan = datafree.plan(reference, datafree.settings(FAST), progress=False)
+    plan = data_free.plan(reference, data_free.settings(FAST), progress=False)
     install.apply(reference, plan)
-    io.mark_quantized(reference, plan)
+    checkpoint.mark_quantized(reference, plan)
     assert same_plans(model, reference)
     assert torch.equal(result(model), result(reference))
     assert 0 < float((result(model) - expected).norm() / expected.norm()) < 0.7
     assert model.is_quantized and model.hf_quantizer.quantization_config.plan.bits == "w4a8"
-    directory = io.save(model, tmp_path / "a", max_shard_bytes=20_000)
+    directory = checkpoint.save(model, tmp_path / "a", max_shard_bytes=20_000)
     again = CLASSES[name].from_pretrained(directory)
     assert same_plans(again, model) and torch.equal(result(again), result(model))
-    assert contents(io.save(io.load(directory), tmp_path / "b", max_shard_bytes=20_000)) == contents(
-        directory
-    )
-    assert all(finding.passed for finding in io.verify(directory))
+    assert contents(
+        checkpoint.save(checkpoint.load(directory), tmp_path / "b", max_shard_bytes=20_000)
+    ) == contents(directory)
+    assert all(finding.passed for finding in checkpoint.verify(directory))
     model.save_pretrained(tmp_path / "c")
     assert same_plans(CLASSES[name].from_pretrained(tmp_path / "c"), model)
 
@@ -125,7 +124,7 @@ def test_what_is_stored_is_searched_and_loaded_whatever_the_dtype(floats, name, 
     assert half.dtype == dtype and result(half).isfinite().all()
     # transformers casts a weight before its quantizer sees it, diffusers after we have disguised it
     assert same_plans(half, model) == (name == "transformer")
-    directory = io.save(model, tmp_path / "a")
+    directory = checkpoint.save(model, tmp_path / "a")
     assert same_plans(CLASSES[name].from_pretrained(directory, dtype=dtype), model)
 
 
@@ -141,7 +140,7 @@ def test_quantized_while_loading_it_can_be_pickled_and_copied(floats, name) -> N
 def test_device_maps(floats, name, device_map) -> None:
     arguments = {"quantization_config": DifloatConfig(**FAST), "device_map": device_map}
     model = CLASSES[name].from_pretrained(floats / name, **arguments)
-    assert result(model).isfinite().all() and len(io.plan_of(model).layers) > 5
+    assert result(model).isfinite().all() and len(checkpoint.plan_of(model).layers) > 5
 
 
 def test_shards_and_parallel_loading_of_a_float_model(floats, tmp_path, monkeypatch) -> None:
@@ -169,7 +168,7 @@ def test_disk_offload_waits_until_a_model_is_quantized(floats, name, tmp_path) -
 @pytest.mark.filterwarnings("ignore:The following device_map keys do not match")
 def test_a_quantized_text_encoder_may_lie_on_the_disk(floats, tmp_path) -> None:
     model = T5EncoderModel.from_pretrained(floats / "t5", quantization_config=DifloatConfig(**FAST))
-    directory = io.save(model, tmp_path / "a")
+    directory = checkpoint.save(model, tmp_path / "a")
     device_map = {
         "shared": "cpu",
         "encoder.embed_tokens": "cpu",
@@ -195,7 +194,9 @@ def test_pipelines_are_quantized_by_a_mapping_or_by_name(floats, form, tmp_path)
             quant_backend="difloat", quant_kwargs=FAST, components_to_quantize=["transformer", "text_encoder"]
         )
     pipeline = DiffusionPipeline.from_pretrained(floats / "pixart", quantization_config=config)
-    bits = {name: io.plan_of(getattr(pipeline, name)).bits for name in ("transformer", "text_encoder")}
+    bits = {
+        name: checkpoint.plan_of(getattr(pipeline, name)).bits for name in ("transformer", "text_encoder")
+    }
     assert bits == {"transformer": "w4a8", "text_encoder": "w8a8" if form == "mapping" else "w4a8"}
     assert not any(isinstance(module, QuantizedLayer) for module in pipeline.vae.modules())
     directory = difloat.save(pipeline, tmp_path / "p")
@@ -274,7 +275,7 @@ def test_a_plan_cannot_be_handed_to_a_float_model(floats) -> None:
 
 def test_damaged_text_encoders_are_refused(floats, tmp_path) -> None:
     model = T5EncoderModel.from_pretrained(floats / "t5", quantization_config=DifloatConfig(**FAST))
-    directory = io.save(model, tmp_path / "a")
+    directory = checkpoint.save(model, tmp_path / "a")
     file = directory / "model.safetensors"
     tensors = safetensors.torch.load_file(file)
     name = min(name for name in tensors if name.endswith(".weight_scale"))
@@ -298,12 +299,12 @@ def test_static_input_scales_of_text_encoders_are_refused(floats) -> None:
     make = whole(STATIC, CHANNEL)
     plans = {name: make(layer.weight.detach()) for name, layer in packed.quantizable(model).items()}
     with pytest.raises(ValueError, match="must have online scales"):
-        io.mark_quantized(model, difloat.Plan("rtn", "w4a8", plans))
+        checkpoint.mark_quantized(model, difloat.Plan("rtn", "w4a8", plans))
 
 
 # Processes of their own: what is imported, and in which order, is the point.
 ORDERS = [
-    "difloat.io.config",
+    "difloat.checkpoint.config",
     "transformers.quantizers.auto, difloat",
     pytest.param("difloat, transformers.quantizers.auto", marks=pytest.mark.slow),
     pytest.param("difloat, diffusers.quantizers.auto", marks=pytest.mark.slow),
@@ -329,7 +330,7 @@ def test_checkpoints_load_where_difloat_is_not_imported(floats, tmp_path) -> Non
     pipeline = DiffusionPipeline.from_pretrained(floats / "pixart")
     for name in ("transformer", "text_encoder"):
         model = getattr(pipeline, name)
-        difloat.apply(model, datafree.plan(model, datafree.settings(FAST), progress=False))
+        difloat.apply(model, data_free.plan(model, data_free.settings(FAST), progress=False))
     directory = difloat.save(pipeline, tmp_path / "p", remote_code=True)
     assert all(finding.passed for finding in difloat.verify(directory))
     code = f"""
@@ -345,7 +346,7 @@ assert diffusers.DiffusionPipeline.from_pretrained(path).text_encoder.is_quantiz
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env=environment)
     with pytest.raises(ValueError, match="remote_code must be False for a plain module"):
         plain = nn.Sequential(nn.Linear(4, 4))
-        plan = datafree.plan(plain, datafree.settings(FAST), progress=False)
+        plan = data_free.plan(plain, data_free.settings(FAST), progress=False)
         difloat.save(difloat.apply(plain, plan), tmp_path / "q", remote_code=True)
 
 
@@ -354,7 +355,7 @@ def test_processes_load_side_by_side(floats, tmp_path) -> None:
     model = PixArtTransformer2DModel.from_pretrained(
         floats / "transformer", quantization_config=DifloatConfig(**FAST)
     )
-    directory = io.save(model, tmp_path / "a", max_shard_bytes=20_000)
+    directory = checkpoint.save(model, tmp_path / "a", max_shard_bytes=20_000)
     code = f"""
 import difloat, hashlib, json
 plan = difloat.io.plan_of(difloat.load({str(directory)!r}))
@@ -367,5 +368,5 @@ print(json.dumps(state, sort_keys=True))
     ]
     first, second = (json.loads(run.communicate(timeout=300)[0].splitlines()[-1]) for run in runs)
     assert first == second and len(first) == sum(
-        len(layer.tensors) for layer in io.plan_of(model).layers.values()
+        len(layer.tensors) for layer in checkpoint.plan_of(model).layers.values()
     )

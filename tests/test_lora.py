@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import difloat
 import families
-from difloat import cli, io
+from difloat import checkpoint, cli
 from difloat.cli.arguments import loras_of
 from difloat.layers import install
 from difloat.layers.packed import QuantizedLayer
@@ -137,7 +137,7 @@ def test_life_in_diffusers_load_weigh_switch_off_delete(pipeline: Any, saved: li
     pipeline.set_adapters("a", 0.5)
     torch.testing.assert_close(output(unet), outputs[0.5, 0.0])
     pipeline.unload_lora_weights()
-    assert torch.equal(output(unet), bare) and io.plan_of(unet).layers
+    assert torch.equal(output(unet), bare) and checkpoint.plan_of(unet).layers
 
 
 def test_hot_swap_and_copies(pipeline: Any, saved: list[Path]):
@@ -327,7 +327,7 @@ def test_every_family_loads_merges_unloads(family: str, tmp_path: Path):
     difloat.unmerge_lora(pipeline)
     assert same(packed_layers(target), before)
     difloat.unload_lora(pipeline)
-    assert not adapters.adapters(pipeline) and io.plan_of(target).layers.keys() == before.keys()
+    assert not adapters.adapters(pipeline) and checkpoint.plan_of(target).layers.keys() == before.keys()
 
 
 def test_a_control_lora_of_flux_widens_the_float_weight(tmp_path: Path):

@@ -14,7 +14,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from difloat import io
+from difloat import checkpoint
 from difloat.layers import attention, install, packed
 from difloat.numbers import formats
 from difloat.plan.encode import join_variants, plan_layer
@@ -98,13 +98,13 @@ def quantized_denoiser(kind: str) -> nn.Module:
         entries = {name: grids for name, m in model.named_modules() if attention.has_processor(m)}
     timesteps = TIMESTEPS if kind == "timesteps" else ()
     plan = Plan("rtn", "w4a8", plans, {}, {"seed": 0}, attention=entries, timesteps=timesteps)
-    io.mark_quantized(install.apply(model, plan), plan)
+    checkpoint.mark_quantized(install.apply(model, plan), plan)
     return model
 
 
 @pytest.fixture(scope="module")
 def directory(model, tmp_path_factory) -> Path:
-    return io.save(model, tmp_path_factory.mktemp("matrix") / "saved", max_shard_bytes=20_000)
+    return checkpoint.save(model, tmp_path_factory.mktemp("matrix") / "saved", max_shard_bytes=20_000)
 
 
 def loaded(model: nn.Module, directory: Path, **arguments) -> nn.Module:
@@ -194,8 +194,8 @@ def test_shards_load_side_by_side(model, directory, monkeypatch) -> None:
     assert len(list(directory.glob("*.safetensors"))) > 1
     monkeypatch.setattr("diffusers.models.modeling_utils.HF_ENABLE_PARALLEL_LOADING", True)
     found = loaded(model, directory, dtype=torch.bfloat16)
-    expected = io.plan_of(model).layers
-    for name, layer in io.plan_of(found).layers.items():
+    expected = checkpoint.plan_of(model).layers
+    for name, layer in checkpoint.plan_of(found).layers.items():
         assert layer.parts == expected[name].parts
         assert all(torch.equal(t, expected[name].tensors[key]) for key, t in layer.tensors.items())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difloat import io
+from difloat import checkpoint
 from difloat.layers import dtype_readers, install, packed
 from difloat.numbers import formats
 from difloat.plan.encode import dequantize, plan_layer
@@ -94,17 +94,17 @@ def test_the_plan_is_the_same_bytes_and_swapping_again_keeps_the_answer(encoder)
     install.install(encoder, WO, plan.layers[WO])
     again = encoder.get_submodule(WO)
     assert again is not wo and again.weight.dtype == torch.int8 and again.input_dtype == torch.float32
-    assert not io.layout.bundled_names(plan)
+    assert not checkpoint.layout.bundled_names(plan)
 
 
 def test_a_plain_module_around_an_encoder_is_saved_and_loaded(encoder, tmp_path) -> None:
     plan = weight_only(nn.Sequential(encoder))
     model = install.apply(nn.Sequential(encoder), plan)
-    io.mark_quantized(model, plan)
-    directory = io.save(model, tmp_path / "a")
-    assert all(finding.passed for finding in io.verify(directory))
+    checkpoint.mark_quantized(model, plan)
+    directory = checkpoint.save(model, tmp_path / "a")
+    assert all(finding.passed for finding in checkpoint.verify(directory))
     with torch.random.fork_rng(devices=[]):
-        loaded = io.load(directory, into=nn.Sequential(tiny_t5(tiny_tokenizer())))
+        loaded = checkpoint.load(directory, into=nn.Sequential(tiny_t5(tiny_tokenizer())))
     with torch.no_grad():
         assert torch.equal(loaded(IDS)[0], model(IDS)[0])
     assert loaded[0].get_submodule(WO).weight.dtype == torch.int8

@@ -16,9 +16,9 @@ from torch import nn
 import difloat
 from difloat import api, cli, record, run
 from difloat.calibration import collect as calibration
+from difloat.checkpoint import data_free
 from difloat.layers import install
 from difloat.layers.packed import QuantizedLayer
-from difloat.methods import datafree
 from difloat.methods.training import fine_tune
 from difloat.methods.training.student import Student
 from difloat.methods.training.twin_layer import Adaptive
@@ -293,7 +293,7 @@ def test_a_model_quantized_while_loading_is_taken(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = tiny_pixart()
-    plan = datafree.plan(pipeline.transformer, datafree.settings({"bits": "w4a8"}), progress=False)
+    plan = data_free.plan(pipeline.transformer, data_free.settings({"bits": "w4a8"}), progress=False)
     checkpoint = difloat.save(api.apply(pipeline, plan), tmp_path / "checkpoint")
     out = repaired(monkeypatch, source, checkpoint, tmp_path / "repaired")
     made = api.plan_of(difloat.load(out))

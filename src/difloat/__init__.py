@@ -16,7 +16,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from difloat.io import CheckpointError, load, planner, register, save, verify
+from difloat.checkpoint import CheckpointError, load, save, verify
+from difloat.checkpoint.register import register
 from difloat.kernels.dispatch import set_backend, use_backend
 from difloat.layers.fast_attention import accelerate as accelerate_attention
 from difloat.lora.adapters import load_lora, merge_lora, save_lora, set_lora, unload_lora, unmerge_lora
@@ -26,8 +27,8 @@ from difloat.plan.specs import Part, QuantSpec
 
 if TYPE_CHECKING:
     from difloat.api import apply, plan, quantize, restore
+    from difloat.checkpoint.config import DifloatConfig
     from difloat.diagnosis import diagnose
-    from difloat.io.config import DifloatConfig
     from difloat.reference_models import load as reference
 
 __version__ = "0.1.0"
@@ -60,7 +61,6 @@ __all__ = [
     "verify",
 ]
 
-planner.provide(lambda: import_module("difloat.methods.datafree"))
 register()
 
 
@@ -70,7 +70,7 @@ def __getattr__(name: str) -> Any:
     if name == "diagnose":
         return import_module("difloat.diagnosis").diagnose
     if name == "DifloatConfig":
-        return import_module("difloat.io.config").DifloatConfig
+        return import_module("difloat.checkpoint.config").DifloatConfig
     if name == "reference":
         return import_module("difloat.reference_models").load
     raise AttributeError(f"module 'difloat' has no attribute {name!r}")

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from difloat import checkpoint, recipes, torch_modes
 from difloat import components as parts
-from difloat import io, recipes, torch_modes
 from difloat.calibration import collect
 from difloat.calibration.collect import Calibration, CalibrationSettings
-from difloat.io import mark_quantized, unmark_quantized
+from difloat.checkpoint import mark_quantized, unmark_quantized
 from difloat.layers import hooks, install, packed
 from difloat.layers.exclude import excluded
 from difloat.lora import adapters
@@ -174,16 +174,16 @@ def plan_of(model: Any) -> Plan:
     """The plan that a quantized module or pipeline carries out, with those of a pipeline's other quantized components.
 
     Raises:
-        ValueError: if the denoiser is not quantized, and else as from `difloat.io.plan_of`.
+        ValueError: if the denoiser is not quantized, and else as from `difloat.checkpoint.plan_of`.
     """
     module = denoiser(model)
     found = {} if model is module else model.components
     others = {
-        name: io.plan_of(part)
+        name: checkpoint.plan_of(part)
         for name, part in found.items()
         if isinstance(part, nn.Module) and part is not module and _quantized(part)
     }
-    return replace(io.plan_of(module), components=others)
+    return replace(checkpoint.plan_of(module), components=others)
 
 
 def _quantized(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from difloat import figures, record
-from difloat.io.directories import CARD, CARD_MARK, replace_file
+from difloat.checkpoint.directories import CARD, CARD_MARK, replace_file
 from difloat.report import Record
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from difloat.checkpoint import data_free
+from difloat.checkpoint.data_free import Settings
 from difloat.layers import hooks
-from difloat.methods import datafree
-from difloat.methods.datafree import Settings
 from difloat.pipelines import denoiser_of
 from difloat.plan.plan import Plan
 
@@ -45,14 +45,14 @@ def parse(pipeline: Any, wanted: Sequence[str] | None, bits: str, target: str = 
             raise ValueError(f"components must be among {', '.join(models)}, got {entry!r}")
         if name != denoiser:
             hooks.check(pipeline.components[name])
-            found[name] = datafree.settings({"bits": own_bits or bits, "target": target})
+            found[name] = data_free.settings({"bits": own_bits or bits, "target": target})
     return found
 
 
 def with_components(plan: Plan, pipeline: Any, wanted: dict[str, Settings], progress: bool) -> Plan:
     """The denoiser's plan with those of the other components."""
     plans = {
-        name: datafree.plan(getattr(pipeline, name), settings, progress=progress)
+        name: data_free.plan(getattr(pipeline, name), settings, progress=progress)
         for name, settings in wanted.items()
     }
     return replace(plan, components=plans)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from difloat import report
+from difloat.checkpoint.directories import REPORT_FILES, replace_file
 from difloat.evaluate import Evaluation
 from difloat.facts import NO_LAYER
-from difloat.io.directories import REPORT_FILES, replace_file
 from difloat.layers.packed import weight_of
 from difloat.plan.encode import dequantize
 from difloat.plan.plan import LayerPlan, Plan

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from difloat import figures
+from difloat.checkpoint.directories import replace_file
 from difloat.facts import (
     AdapterTable,
     Histogram,
@@ -29,7 +30,6 @@ from difloat.facts import (
     record_to_json,
     zeros_note,
 )
-from difloat.io.directories import replace_file
 from difloat.numbers import formats
 
 if TYPE_CHECKING:

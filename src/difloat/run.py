@@ -16,10 +16,10 @@ import difloat
 from difloat import api, components, distributed, evaluate, recipes, record, reference_models
 from difloat.calibration import collect
 from difloat.calibration.collect import CalibrationSettings
+from difloat.checkpoint.layout import stored_dtypes
+from difloat.checkpoint.save_load import dtype_argument
 from difloat.estimate import Forecast
 from difloat.evaluate import Evaluation, Generated
-from difloat.io.checkpoint import dtype_argument
-from difloat.io.layout import stored_dtypes
 from difloat.layers import install
 from difloat.plan.plan import Plan
 from difloat.report import Record

@@ -97,8 +97,8 @@ def check_out(out: Path, overwrite: bool, cache: Path | None = None) -> None:
         FileExistsError: if there is something and `--overwrite` is not given, or is no checkpoint.
         ValueError: if a file in it is not difloat's, a path is a link to itself, or `cache` lies in it.
     """
-    from difloat.io.directories import check_target, resolved
-    from difloat.io.manifest import MANIFEST
+    from difloat.checkpoint.directories import check_target, resolved
+    from difloat.checkpoint.manifest import MANIFEST
 
     target = resolved(out)
     if cache is not None:
@@ -126,7 +126,7 @@ def claimed(out: Path, overwrite: bool, cache: Path | None = None, dry_run: bool
 
     Of several processes the main one sees to it.
     """
-    from difloat.io.directories import reserved, resolved
+    from difloat.checkpoint.directories import reserved, resolved
 
     with ExitStack() as held:
         with distributed.together():

@@ -47,7 +47,7 @@ def generate(
     from PIL import Image
 
     from difloat import distributed, evaluate, load_lora, record, run
-    from difloat.io.directories import resolved
+    from difloat.checkpoint.directories import resolved
 
     meet()
     if resolved(out).exists() and not out.is_dir():
@@ -97,7 +97,7 @@ def evaluate(
 ) -> None:
     """Compare a quantized pipeline with the full-precision one; processes of a launch share the pictures."""
     from difloat import distributed, gates, metrics, run
-    from difloat.io.directories import resolved
+    from difloat.checkpoint.directories import resolved
 
     rules = [gates.parse(rule) for rule in fail_under or []]  # a misspelled gate must not cost the pictures
     if save is not None and not resolved(save, "--save").parent.is_dir():

@@ -14,11 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from difloat.checkpoint.layout import CONFIG, INPUT_BUNDLE, StoredTensor, read_json, write_json
+from difloat.checkpoint.save_load import components, read_plan
+from difloat.checkpoint.verify import read_layers
 from difloat.interchange.layers import NEUTRAL_INPUT_SCALE, encode, obstacle
 from difloat.interchange.schemes import Scheme, check_dialect
-from difloat.io.checkpoint import components, read_plan
-from difloat.io.layout import CONFIG, INPUT_BUNDLE, StoredTensor, read_json, write_json
-from difloat.io.verify import read_layers
 from difloat.plan.plan import LayerPlan, Plan
 
 INPUT_SCALES = "input_scales"  # of imported files, kept in the options of the plan

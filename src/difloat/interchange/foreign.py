@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from difloat.checkpoint.layout import CheckpointError, weight_files
 from difloat.interchange.schemes import COMFY, FP8_ROWS, MXFP4, NVFP4, Scheme
-from difloat.io.layout import CheckpointError, weight_files
 
 METADATA = "_quantization_metadata"
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "comfy_quant")

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from difloat.checkpoint.layout import CONFIG, read_json
+from difloat.checkpoint.save_load import mark_quantized
 from difloat.interchange import foreign
 from difloat.interchange.export import INPUT_SCALES
 from difloat.interchange.foreign import SUFFIXES, Foreign
 from difloat.interchange.layers import decode
 from difloat.interchange.schemes import Scheme, check_dialect
-from difloat.io.checkpoint import mark_quantized
-from difloat.io.layout import CONFIG, read_json
 from difloat.layers import install, packed
 from difloat.plan.plan import LayerPlan, Plan
 

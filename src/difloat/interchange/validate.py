@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from difloat.checkpoint.layout import CONFIG, QUANT_METHOD, read_json
+from difloat.checkpoint.manifest import MANIFEST
+from difloat.checkpoint.verify import verify
 from difloat.interchange import foreign, suspicion
 from difloat.interchange.foreign import METADATA, PACKED, Foreign
 from difloat.interchange.schemes import E8M0_NAN, Scheme, tile_shape
-from difloat.io.layout import CONFIG, QUANT_METHOD, read_json
-from difloat.io.manifest import MANIFEST
-from difloat.io.verify import verify
 
 Level = Literal["error", "suspicion", "ok"]
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from difloat.io.layout import CheckpointError, is_file_name, read_json
+from difloat.checkpoint.layout import CheckpointError, is_file_name, read_json
 from difloat.plan import json_fields
 
 MANIFEST = "difloat.json"

@@ -16,8 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from difloat.io.layout import CONFIG, QUANT_METHOD, CheckpointError, read_json
-from difloat.io.manifest import MANIFEST, manifest_entries, read_manifest, sha256
+from difloat.checkpoint.layout import CONFIG, QUANT_METHOD, CheckpointError, read_json
+from difloat.checkpoint.manifest import MANIFEST, manifest_entries, read_manifest, sha256
 
 VARIABLE = "DIFLOAT_VERIFY"
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from difloat.io.layout import CheckpointError, check_stored
+from difloat.checkpoint.layout import CheckpointError, check_stored
 from difloat.layers import attention, install, packed
 from difloat.layers.packed import QuantizedLayer
 from difloat.layers.timestep_clock import Clock

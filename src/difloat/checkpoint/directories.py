@@ -21,8 +21,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from difloat.io.layout import CheckpointError
-from difloat.io.manifest import MANIFEST
+from difloat.checkpoint.layout import CheckpointError
+from difloat.checkpoint.manifest import MANIFEST
 
 REPORT_FILES = ("report.json", "report-pictures.npz", "report.html")
 CARD, CARD_MARK = "README.md", "<!-- written by difloat card -->"

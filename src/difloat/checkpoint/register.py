@@ -1,4 +1,4 @@
-"""Saving, loading and verifying checkpoints; knows nothing of methods and recipes."""
+"""Registration with diffusers and transformers, in either order of import."""
 
 from __future__ import annotations
 
@@ -9,26 +9,12 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-from difloat.io.checkpoint import load, mark_quantized, plan_of, save, unmark_quantized
-from difloat.io.layout import CheckpointError
-from difloat.io.verify import Finding, verify
+_CONFIG = "difloat.checkpoint.config"
 
-__all__ = [
-    "CheckpointError",
-    "Finding",
-    "load",
-    "mark_quantized",
-    "plan_of",
-    "register",
-    "save",
-    "unmark_quantized",
-    "verify",
-]
 
-_CONFIG = "difloat.io.config"
 _TABLES = {
-    "diffusers.quantizers.auto": "difloat.io.diffusers",
-    "transformers.quantizers.auto": "difloat.io.transformers",
+    "diffusers.quantizers.auto": "difloat.checkpoint.diffusers_quantizer",
+    "transformers.quantizers.auto": "difloat.checkpoint.transformers_quantizer",
 }
 
 

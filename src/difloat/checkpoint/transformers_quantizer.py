@@ -1,6 +1,6 @@
 """How difloat lives inside transformers: the quantizer behind plain `from_pretrained` and `save_pretrained` of text encoders.
 
-Importing this module imports transformers; `difloat.io.register` does so only once transformers is in use.
+Importing this module imports transformers; `difloat.checkpoint.register` does so only once transformers is in use.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from difloat.io import integrity, planner, skeleton
-from difloat.io.config import DifloatConfig
-from difloat.io.layout import (
+from difloat.checkpoint import data_free, empty_layers, integrity
+from difloat.checkpoint.config import DifloatConfig
+from difloat.checkpoint.layout import (
     QUANT_METHOD,
     CheckpointError,
     bundled_names,
@@ -71,9 +71,9 @@ class DifloatHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.plan is None:
-            self._decision = planner.load().decide(model, self.config.settings)
+            self._decision = data_free.decide(model, self.config.settings)
             return
-        skeleton.allocate(model, self.plan)
+        empty_layers.allocate(model, self.plan)
         for name in self.plan.layers:
             _settle(model.get_submodule(name))
         files = kwargs.get("checkpoint_files")
@@ -119,11 +119,11 @@ class DifloatHfQuantizer(HfQuantizer):
         layer_plan = self._decision.layers[name](weight)
         install.install(model, name, layer_plan, weight.device)
         _settle(model.get_submodule(name))
-        self._found[name] = skeleton.without_values(layer_plan)
+        self._found[name] = empty_layers.without_values(layer_plan)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """State dict as stored: packed weights are uint8."""
-        return skeleton.as_stored(self.plan, model.state_dict()), {}
+        return empty_layers.as_stored(self.plan, model.state_dict()), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return install.restore(model, model.dtype if dtype is None else dtype)

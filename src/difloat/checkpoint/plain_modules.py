@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from difloat.io import skeleton
-from difloat.io.layout import (
+from difloat.checkpoint import empty_layers
+from difloat.checkpoint.layout import (
     CONFIG,
     INPUT_BUNDLE,
     CheckpointError,
@@ -43,7 +43,7 @@ def write_module(module: nn.Module, plan: Plan, directory: Path, max_shard_bytes
     # What is tied or a view is copied: a file has no notion of shared memory.
     seen: set[int] = set()
     tensors = {}
-    for name, tensor in bundle(skeleton.as_stored(plan, state), plan).items():
+    for name, tensor in bundle(empty_layers.as_stored(plan, state), plan).items():
         tensor = tensor.detach().cpu().contiguous()
         address = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if address in seen else tensor
@@ -151,7 +151,7 @@ def _tied(module: nn.Module, state: Mapping[str, Tensor]) -> list[list[str]]:
 def _check_fits(module: nn.Module, plan: Plan, stored: Mapping[str, StoredTensor]) -> None:
     """CheckpointError unless the checkpoint has all of the module's tensors, in their shapes, and no more."""
     own = set(plan_tensors(plan)) | {INPUT_BUNDLE}
-    again = skeleton.other_names(module, plan)
+    again = empty_layers.other_names(module, plan)
     for name, module_layer in module.named_modules():
         layer = plan.layers.get(name)
         if isinstance(module_layer, QuantizedLayer):

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from difloat.io.checkpoint import components, read_plan
-from difloat.io.integrity import first_fault, unlisted
-from difloat.io.layout import INPUT_BUNDLE, CheckpointError, StoredTensor, bundled_names, check_stored
-from difloat.io.manifest import MANIFEST, read_manifest
+from difloat.checkpoint.integrity import first_fault, unlisted
+from difloat.checkpoint.layout import INPUT_BUNDLE, CheckpointError, StoredTensor, bundled_names, check_stored
+from difloat.checkpoint.manifest import MANIFEST, read_manifest
+from difloat.checkpoint.save_load import components, read_plan
 from difloat.numbers.packing import pack
 from difloat.plan.encode import dequantize, plan_layer
 from difloat.plan.plan import LayerPlan, Plan

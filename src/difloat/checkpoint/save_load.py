@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from difloat import torch_modes
-from difloat.io import integrity, rebuild
-from difloat.io.directories import resolved, whole_directory
-from difloat.io.layout import (
+from difloat.checkpoint import integrity, rebuild
+from difloat.checkpoint.directories import resolved, whole_directory
+from difloat.checkpoint.layout import (
     CONFIG,
     QUANT_METHOD,
     CheckpointError,
@@ -34,10 +34,10 @@ from difloat.io.layout import (
     read_json,
     write_json,
 )
-from difloat.io.manifest import MANIFEST, read_manifest, write_manifest
-from difloat.io.modules import load_into, write_module
-from difloat.io.remote import INDEX as PIPELINE_INDEX
-from difloat.io.remote import write_loaders
+from difloat.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from difloat.checkpoint.plain_modules import load_into, write_module
+from difloat.checkpoint.remote_code import INDEX as PIPELINE_INDEX
+from difloat.checkpoint.remote_code import write_loaders
 from difloat.layers import attention
 from difloat.layers.install import clock_of
 from difloat.layers.packed import QuantizedLayer
@@ -75,9 +75,9 @@ def unmark_quantized(model: nn.Module) -> None:
 def _library_of(model: Any) -> ModuleType | None:
     """Our side of the library that a model is of, `io.diffusers` or `io.transformers`; None for a plain module."""
     if _is_of(model, "diffusers", "ModelMixin"):
-        return import_module("difloat.io.diffusers")
+        return import_module("difloat.checkpoint.diffusers_quantizer")
     if _is_of(model, "transformers", "PreTrainedModel"):
-        return import_module("difloat.io.transformers")
+        return import_module("difloat.checkpoint.transformers_quantizer")
     return None
 
 

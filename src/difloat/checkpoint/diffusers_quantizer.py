@@ -1,6 +1,6 @@
 """How difloat lives inside diffusers: the quantizer behind plain `from_pretrained` and `save_pretrained`.
 
-Importing this module imports diffusers; `difloat.io.register` does so only once diffusers is in use.
+Importing this module imports diffusers; `difloat.checkpoint.register` does so only once diffusers is in use.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from difloat.io import integrity, planner, skeleton
-from difloat.io.casting import teach_casts
-from difloat.io.config import DifloatConfig
-from difloat.io.layout import (
+from difloat.checkpoint import data_free, empty_layers, integrity
+from difloat.checkpoint.casting import teach_casts
+from difloat.checkpoint.config import DifloatConfig
+from difloat.checkpoint.layout import (
     INPUT_BUNDLE,
     QUANT_METHOD,
     CheckpointError,
@@ -27,7 +27,7 @@ from difloat.io.layout import (
     quantization_config,
     unbundle,
 )
-from difloat.io.packed_models import guard, unguard
+from difloat.checkpoint.packed_models import guard, unguard
 from difloat.layers import install
 from difloat.lora.flux_loader import teach_shapes
 from difloat.plan.plan import LayerPlan
@@ -111,16 +111,16 @@ class DifloatQuantizer(DiffusersQuantizer):
         self._model = model
         if self.plan is None:
             float32 = kwargs.get("keep_in_fp32_modules") or ()
-            self._decision = planner.load().decide(model, self.config.settings, float32)
+            self._decision = data_free.decide(model, self.config.settings, float32)
             return
-        skeleton.allocate(model, self.plan)
-        skeleton.cast_in_float32(model, kwargs.get("keep_in_fp32_modules") or ())
+        empty_layers.allocate(model, self.plan)
+        empty_layers.cast_in_float32(model, kwargs.get("keep_in_fp32_modules") or ())
         if self._loaded_names is not None:
-            skeleton.check_names(model, self._loaded_names, skeleton.other_names(model, self.plan))
+            empty_layers.check_names(model, self._loaded_names, empty_layers.other_names(model, self.plan))
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """Without further names of layers that are registered twice: they were loaded under their first."""
-        again = set() if self.plan is None else skeleton.other_names(model, self.plan)
+        again = set() if self.plan is None else empty_layers.other_names(model, self.plan)
         return [name for name in missing_keys if name not in again]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -160,7 +160,7 @@ class DifloatQuantizer(DiffusersQuantizer):
                     f"tensor {name!r:.200} must be {self._own[name].dtype}, got {state[name].dtype}; download or save it again"
                 )
             if self._model is not None and not name.endswith(".weight"):
-                skeleton.place(self._model, name, state.pop(name), self._device_of(name))
+                empty_layers.place(self._model, name, state.pop(name), self._device_of(name))
         return state
 
     def _with_weights_as_integers(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -220,14 +220,14 @@ class DifloatQuantizer(DiffusersQuantizer):
         if self.plan is None:
             self._quantize(model, param_name.removesuffix(".weight"), param_value, target_device)
             return
-        skeleton.place(model, param_name, param_value, target_device)
+        empty_layers.place(model, param_name, param_value, target_device)
 
     def _quantize(self, model: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
         dtype = self._float_dtypes.pop(name, value.dtype)
         layer_plan = self._decision.layers[name](value.view(dtype).to(device))
         install.install(model, name, layer_plan, device)
         # The plan of the model is made of shapes: its tensors are in the layers already.
-        self._found[name] = skeleton.without_values(layer_plan)
+        self._found[name] = empty_layers.without_values(layer_plan)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
@@ -238,7 +238,7 @@ class DifloatQuantizer(DiffusersQuantizer):
                 f"model must have no adapters to be saved, but {wrapped[0]!r:.200} has one; "
                 "call unload_lora_weights, before it fuse_lora if they shall stay"
             )
-        return bundle(skeleton.as_stored(self.plan, state_dict), self.plan), {}
+        return bundle(empty_layers.as_stored(self.plan, state_dict), self.plan), {}
 
     def _dequantize(self, model: Any) -> Any:
         dtype = model.dtype

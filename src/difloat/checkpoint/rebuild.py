@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from difloat.io.layout import CheckpointError
+from difloat.checkpoint.layout import CheckpointError
 from difloat.layers.packed import QuantizedLayer
 
 

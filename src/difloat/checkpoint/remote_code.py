@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from difloat.io.layout import CONFIG, read_json, write_json
+from difloat.checkpoint.layout import CONFIG, read_json, write_json
 
 LOADER = "difloat_loader"
 INDEX = "model_index.json"  # of a pipeline

@@ -9,8 +9,9 @@ from typing import Any
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfig
 
-from difloat.io import planner, register
-from difloat.io.layout import QUANT_METHOD, parse_config
+from difloat.checkpoint import data_free
+from difloat.checkpoint.layout import QUANT_METHOD, parse_config
+from difloat.checkpoint.register import register
 from difloat.plan.plan import Plan
 
 
@@ -72,7 +73,7 @@ class DifloatConfig(DiffusersConfig, TransformersConfig):
             self.fields = {"quant_method": QUANT_METHOD, **given, **plan}
             self.plan = parse_config(self.fields)
         else:
-            self.settings: Any = planner.load().settings({**given, **plan})
+            self.settings: Any = data_free.settings({**given, **plan})
             self.fields = {"quant_method": QUANT_METHOD, **given}
 
     @classmethod
