@@ -1,7 +1,7 @@
 """Files of other programs: writing them without any loss, reading them, and saying what is wrong with one."""
 
 from difloat.interchange.export import export_checkpoint
-from difloat.interchange.importing import import_into, model_of
+from difloat.interchange.import_ import import_into, model_of
 from difloat.interchange.schemes import DIALECTS
 from difloat.interchange.validate import Remark, validate
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from difloat.checkpoint.layout import CONFIG, read_json
 from difloat.checkpoint.save_load import mark_quantized
-from difloat.interchange import foreign
+from difloat.interchange import read_foreign
 from difloat.interchange.export import INPUT_SCALES
-from difloat.interchange.foreign import SUFFIXES, Foreign
 from difloat.interchange.layers import decode
+from difloat.interchange.read_foreign import SUFFIXES, Foreign
 from difloat.interchange.schemes import Scheme, check_dialect
 from difloat.layers import install, packed
 from difloat.plan.plan import LayerPlan, Plan
@@ -37,7 +37,7 @@ def import_into(module: nn.Module, path: str | os.PathLike[str], source: str) ->
         ValueError: if the file is not of that kind or not of this model; the model is then unchanged.
     """
     schemes = check_dialect(source)
-    read = foreign.read(path)
+    read = read_foreign.read(path)
     names = read.quantized()
     if not names:
         raise ValueError(
@@ -52,7 +52,7 @@ def import_into(module: nn.Module, path: str | os.PathLike[str], source: str) ->
                 "import it into its own model"
             )
         planned[name] = _layer(read, name, float_layers[name], schemes, source)
-    taken = {f"{name}.{key}" for name in names for key in (*SUFFIXES, foreign.PACKED)}
+    taken = {f"{name}.{key}" for name in names for key in (*SUFFIXES, read_foreign.PACKED)}
     _check_rest(module, read, taken, set(planned))
     plan = Plan(RECIPE, _bits(planned), planned, options=_options(read, names, source))
     install.apply(module, plan)
@@ -65,7 +65,7 @@ def import_into(module: nn.Module, path: str | os.PathLike[str], source: str) ->
 def _layer(
     read: Foreign, name: str, layer: nn.Linear | nn.Conv2d, schemes: tuple[Scheme, ...], source: str
 ) -> LayerPlan:
-    scheme, tensors = foreign.scheme_of(read, name), read.layer(name)
+    scheme, tensors = read_foreign.scheme_of(read, name), read.layer(name)
     if scheme not in schemes or scheme is None:
         found = "of an unknown layout" if scheme is None else scheme.name
         raise ValueError(
