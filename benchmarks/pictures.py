@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from difloat import api, evaluate, record, reference_models, report
-from difloat.metrics import mean_interval, psnr
+from difloat import api, record, reference_models, report
+from difloat.evaluation import compare
+from difloat.evaluation.picture_metrics import mean_interval, psnr
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = (
@@ -88,12 +89,12 @@ STRIPS = {
 }
 
 
-def drawn(pipeline: Any, name: str, prompts: list[str], steps: int) -> evaluate.Generated:
+def drawn(pipeline: Any, name: str, prompts: list[str], steps: int) -> compare.Generated:
     """One picture per prompt, seeds 0, 1, ..."""
     call = reference_models.call_arguments(name)
     guidance = call.pop("guidance_scale")
     seeds = range(len(prompts))
-    return evaluate.generate(
+    return compare.generate(
         pipeline, prompts, seeds=seeds, steps=steps, guidance_scale=guidance, call_kwargs=call, progress=False
     )
 

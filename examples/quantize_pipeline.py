@@ -9,7 +9,8 @@ import argparse
 from pathlib import Path
 
 import difloat
-from difloat import evaluate, run
+from difloat import run
+from difloat.evaluation import compare
 
 
 def main() -> None:
@@ -29,8 +30,8 @@ def main() -> None:
     guidance_scale, call_kwargs = run.call_of(options.model, None)
     seeds = range(options.images)
 
-    def draw() -> evaluate.Generated:
-        return evaluate.generate(
+    def draw() -> compare.Generated:
+        return compare.generate(
             pipeline,
             prompts,
             seeds=seeds,
@@ -53,7 +54,7 @@ def main() -> None:
     )
     difloat.save(pipeline, options.out, overwrite=True)
     pipeline = difloat.load(options.out)
-    similarity = evaluate.mean_interval(evaluate.psnr(before.images, draw().images))
+    similarity = compare.mean_interval(compare.psnr(before.images, draw().images))
 
     weights_bytes = sum(layer.nbytes for layer in plan.layers.values())
     print(f"{len(plan.layers)} layers in {weights_bytes / 1e6:.2f} MB at {options.out}")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from difloat import features, reference_models
+from difloat import reference_models
+from difloat.evaluation import emoji_features
 
 
 def draw(name: str, pipeline: Any, prompts: list[str], steps: int, seed: int = 0) -> np.ndarray:
@@ -106,22 +107,22 @@ def test_captions_are_words_the_tokenizer_knows() -> None:
 
 def test_features_take_any_size_and_feature_maps_have_unit_length() -> None:
     pictures = torch.rand(3, 3, 96, 80, generator=torch.Generator().manual_seed(0))
-    assert features.features(pictures).shape == (3, 128)
-    for level in features.feature_maps(pictures):
+    assert emoji_features.features(pictures).shape == (3, 128)
+    for level in emoji_features.feature_maps(pictures):
         assert torch.allclose(level.norm(dim=1), torch.ones(()), atol=1e-4)
-    mean, covariance = features.data_statistics()
+    mean, covariance = emoji_features.data_statistics()
     assert mean.shape == (128,) and covariance.shape == (128, 128)
     assert np.allclose(covariance, covariance.T, atol=1e-5)
     with pytest.raises(ValueError, match="images must have shape"):
-        features.features(torch.rand(3, 64, 64))
+        emoji_features.features(torch.rand(3, 64, 64))
 
 
 def test_retrieval_depends_on_the_caption() -> None:
     names = reference_models.captions()
     noise = torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert features.retrieval_accuracy(noise, names[:20]) < 0.5
+    assert emoji_features.retrieval_accuracy(noise, names[:20]) < 0.5
     with pytest.raises(ValueError, match="one per picture"):
-        features.retrieval_accuracy(noise, names[:3])
+        emoji_features.retrieval_accuracy(noise, names[:3])
 
 
 @pytest.mark.slow
@@ -130,4 +131,4 @@ def test_pictures_follow_their_prompts(named: tuple[str, Any]) -> None:
     prompts = reference_models.captions()[::7]
     pictures = draw(name, pipeline, prompts, steps=20)
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-    assert features.retrieval_accuracy(images, prompts) >= 0.6
+    assert emoji_features.retrieval_accuracy(images, prompts) >= 0.6

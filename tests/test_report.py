@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from difloat import figures, report
-from difloat.metrics import METRICS
+from difloat.evaluation.picture_metrics import METRICS
 
 _VOID = {"meta", "img", "input", "br", "link", "hr"}
 

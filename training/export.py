@@ -19,7 +19,8 @@ from torch import nn
 import cards
 import emoji
 from denoiser import build
-from difloat import features, reference_models
+from difloat import reference_models
+from difloat.evaluation import emoji_features
 from features import build_tokenizer
 from loop import restore
 from prepare import half, load_pair, trained
@@ -78,7 +79,7 @@ def write_denoiser(name: str, out: Path) -> None:
 
 def frechet(values: torch.Tensor) -> float:
     """Frechet distance of features [n, d] to the training pictures' statistics."""
-    mean, covariance = (torch.from_numpy(part).double() for part in features.data_statistics())
+    mean, covariance = (torch.from_numpy(part).double() for part in emoji_features.data_statistics())
     values = values.double()
     own = torch.cov(values.T)
     # The trace of the root of a product of two covariances is the sum of the roots of its eigenvalues.
@@ -118,9 +119,9 @@ def check(name: str, out: Path, images: torch.Tensor, captions: list[str]) -> di
     sampled = to_features(pictures)
     state = restore(out / f"{name.removeprefix('emoji-')}.pt") or {"step": 0, "seconds": 0.0}
     return {
-        "retrieval": features.retrieval_accuracy(sampled, captions),
-        "frechet": frechet(features.features(sampled)),
-        "frechet_originals": frechet(features.features((images[own] + 1) / 2)),
+        "retrieval": emoji_features.retrieval_accuracy(sampled, captions),
+        "frechet": frechet(emoji_features.features(sampled)),
+        "frechet_originals": frechet(emoji_features.features((images[own] + 1) / 2)),
         "samples": len(captions),
         "cpu_seconds_per_1000": seconds / len(captions) * 1000,
         "steps": state["step"],
@@ -142,10 +143,10 @@ def baselines(images: torch.Tensor, out: Path, captions: list[str]) -> dict[str,
         "vae_minutes": state["seconds"] / 60,
         "psnr": psnr,
         "psnr_untrained": start,
-        "retrieval_data": features.retrieval_accuracy(pictures, captions),
-        "retrieval_decoded": features.retrieval_accuracy(decoded, captions),
-        "frechet_decoded": frechet(features.features(decoded)),
-        "frechet_white": frechet(features.features(torch.ones_like(pictures))),
+        "retrieval_data": emoji_features.retrieval_accuracy(pictures, captions),
+        "retrieval_decoded": emoji_features.retrieval_accuracy(decoded, captions),
+        "frechet_decoded": frechet(emoji_features.features(decoded)),
+        "frechet_white": frechet(emoji_features.features(torch.ones_like(pictures))),
     }
 
 

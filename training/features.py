@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import emoji
-from difloat.features import FeatureNet, pooled_text
+from difloat.evaluation.emoji_features import FeatureNet, pooled_text
 from loop import Average, Clock, batches, learning_rate, optimizer_for, restore, save
 
 BATCH = 96

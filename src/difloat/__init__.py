@@ -28,7 +28,7 @@ from difloat.plan.specs import Part, QuantSpec
 if TYPE_CHECKING:
     from difloat.api import apply, plan, quantize, restore
     from difloat.checkpoint.config import DifloatConfig
-    from difloat.diagnosis import diagnose
+    from difloat.evaluation.diagnose import diagnose
     from difloat.reference_models import load as reference
 
 __version__ = "0.1.0"
@@ -68,7 +68,7 @@ def __getattr__(name: str) -> Any:
     if name in ("apply", "plan", "quantize", "restore"):
         return getattr(import_module("difloat.api"), name)
     if name == "diagnose":
-        return import_module("difloat.diagnosis").diagnose
+        return import_module("difloat.evaluation.diagnose").diagnose
     if name == "DifloatConfig":
         return import_module("difloat.checkpoint.config").DifloatConfig
     if name == "reference":

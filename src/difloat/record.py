@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from difloat import report
 from difloat.checkpoint.directories import REPORT_FILES, replace_file
-from difloat.evaluate import Evaluation
+from difloat.evaluation.compare import Evaluation
 from difloat.facts import NO_LAYER
 from difloat.layers.packed import weight_of
 from difloat.plan.encode import dequantize

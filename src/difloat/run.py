@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 import difloat
-from difloat import api, components, distributed, evaluate, recipes, record, reference_models
+from difloat import api, components, distributed, recipes, record, reference_models
 from difloat.calibration import collect
 from difloat.calibration.collect import CalibrationSettings
 from difloat.checkpoint.layout import stored_dtypes
 from difloat.checkpoint.save_load import dtype_argument
 from difloat.estimate import Forecast
-from difloat.evaluate import Evaluation, Generated
+from difloat.evaluation import compare
+from difloat.evaluation.compare import Evaluation, Generated
 from difloat.layers import install
 from difloat.plan.plan import Plan
 from difloat.report import Record
@@ -159,7 +160,7 @@ def describe(forecast: Forecast, settings: CalibrationSettings) -> str:
 
 def draw(pipeline: Any, sampling: Sampling, *, progress: bool = True) -> Generated:
     """Pictures of seeds 0, 1, ... with the sampler's states; of several processes the main one gets them."""
-    return evaluate.generate(
+    return compare.generate(
         pipeline,
         sampling.prompts,
         seeds=list(range(sampling.count)),
@@ -174,17 +175,17 @@ def draw(pipeline: Any, sampling: Sampling, *, progress: bool = True) -> Generat
 
 def judge(reference: Generated, quantized: Generated, sampling: Sampling) -> Evaluation:
     """Compare two sets; distance to data and retrieval where the prompts are the embedded models' own captions."""
-    from difloat import features
+    from difloat.evaluation import emoji_features
 
     captions, known = sampling.captions, sampling.has_known_captions
-    return evaluate.compare(
+    return compare.compare(
         reference,
         quantized,
-        features=features.features,
-        feature_maps=features.feature_maps,
-        data_moments=features.data_statistics() if known else None,
+        features=emoji_features.features,
+        feature_maps=emoji_features.feature_maps,
+        data_moments=emoji_features.data_statistics() if known else None,
         captions=captions if known else None,
-        retrieval=features.retrieval if known else None,
+        retrieval=emoji_features.retrieval if known else None,
     )
 
 

@@ -24,7 +24,7 @@ from difloat.cli.arguments import (
 from difloat.tables import console
 
 if TYPE_CHECKING:
-    from difloat.diagnosis import Diagnosis, Health
+    from difloat.evaluation.diagnose import Diagnosis, Health
     from difloat.plan.plan import Plan
 
 _ROWS = 12  # of a table
@@ -46,7 +46,8 @@ def diagnose(
     seed: Seed = 0,
 ) -> None:
     """Find the layers that cost a quantized model its quality, and say how to leave them out."""
-    from difloat import api, diagnosis, run
+    from difloat import api, run
+    from difloat.evaluation import diagnose as diagnosis
     from difloat.pipelines import denoiser_of
 
     pipeline, quantized = pipeline_of(source), pipeline_of(str(directory))

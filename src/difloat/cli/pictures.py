@@ -46,8 +46,9 @@ def generate(
     """Draw pictures with a full-precision or quantized pipeline; processes of a launch share them."""
     from PIL import Image
 
-    from difloat import distributed, evaluate, load_lora, record, run
+    from difloat import distributed, load_lora, record, run
     from difloat.checkpoint.directories import resolved
+    from difloat.evaluation import compare
 
     meet()
     if resolved(out).exists() and not out.is_dir():
@@ -58,7 +59,7 @@ def generate(
     texts = list(prompt) if prompt else run.prompts_of(pipeline, source, prompts)
     guidance, arguments = call_of(pipeline, source, guidance, call)
     seeds = list(range(seed, seed + count))
-    drawn = evaluate.generate(
+    drawn = compare.generate(
         pipeline,
         texts,
         seeds=seeds,
@@ -96,8 +97,9 @@ def evaluate(
     save: Annotated[Path | None, typer.Option(help="Write the evaluation as JSON.")] = None,
 ) -> None:
     """Compare a quantized pipeline with the full-precision one; processes of a launch share the pictures."""
-    from difloat import distributed, gates, metrics, run
+    from difloat import distributed, run
     from difloat.checkpoint.directories import resolved
+    from difloat.evaluation import gates, picture_metrics
 
     rules = [gates.parse(rule) for rule in fail_under or []]  # a misspelled gate must not cost the pictures
     if save is not None and not resolved(save, "--save").parent.is_dir():
@@ -107,7 +109,7 @@ def evaluate(
     texts = run.prompts_of(first, reference, prompts)
     guidance, arguments = call_of(first, reference, guidance, call)
     sampling = run.Sampling(texts, samples, steps, guidance, batch, arguments)
-    unknown = [rule.metric for rule in rules if rule.metric in metrics.NEED_CAPTIONS]
+    unknown = [rule.metric for rule in rules if rule.metric in picture_metrics.NEED_CAPTIONS]
     if unknown and not sampling.has_known_captions:
         raise ValueError(
             f"a gate on {unknown[0]} must come with captions of the embedded models as prompts, got others; "

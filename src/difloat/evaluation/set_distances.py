@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difloat.metrics import NORMAL_95, Estimate
+from difloat.evaluation.picture_metrics import NORMAL_95, Estimate
 
 Moments = tuple[Tensor | np.ndarray, Tensor | np.ndarray]
 """Mean `[d]` and covariance `[d, d]` of a set of features."""

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from difloat.metrics import METRICS
+from difloat.evaluation.picture_metrics import METRICS
 
 if TYPE_CHECKING:
-    from difloat.evaluate import Evaluation
+    from difloat.evaluation.compare import Evaluation
 
 _RULE = re.compile(r"\s*(\w+)\s*(<=|>=|=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from difloat import distributed
 from difloat.calibration.rows import device_of
-from difloat.metrics import NotFiniteError
+from difloat.evaluation.picture_metrics import NotFiniteError
 from difloat.pipelines import (
     call,
     check_call,

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from difloat import api, evaluate
-from difloat.evaluate import Generated
+from difloat import api
+from difloat.evaluation import compare
+from difloat.evaluation.compare import Generated
+from difloat.evaluation.picture_metrics import NotFiniteError
 from difloat.layers import install, packed
 from difloat.layers.packed import QuantizedLayer
 from difloat.methods.trace import Call, removed, tensors_of
-from difloat.metrics import NotFiniteError
 
 _TIMESTEPS = 6  # of the trajectory that errors are measured at, evenly spread
 _FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -166,13 +167,13 @@ class _Trials:
 
     def _draw(self, pipeline: Any) -> Generated:
         self.runs += 1
-        return evaluate.generate(pipeline, trajectory=True, **self._arguments)
+        return compare.generate(pipeline, trajectory=True, **self._arguments)
 
     def error_without(self, names: Sequence[str]) -> float:
         """Relative error of the last state with the layers `names` in full precision; infinite for NaN pictures."""
         with _as_float(self._quantized, self._original, names):
             try:
-                return evaluate.latent_error(self._reference, self._draw(self._pipeline))[-1].value
+                return compare.latent_error(self._reference, self._draw(self._pipeline))[-1].value
             except NotFiniteError:
                 return math.inf
 

@@ -1,8 +1,8 @@
 """The judge: the same seeds through two pipelines, and everything that differs between their pictures.
 
-`generate` (of `difloat.generation`) draws pictures, `compare` measures a quantized set against the full-precision one,
-`gate` turns thresholds into sentences for a continuous-integration job. The metrics are in `difloat.metrics` and
-`difloat.distances`.
+`generate` (of `difloat.evaluation.generate`) draws pictures, `compare` measures a quantized set against the full-precision one,
+`gate` turns thresholds into sentences for a continuous-integration job. The metrics are in `difloat.evaluation.picture_metrics` and
+`difloat.evaluation.set_distances`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,20 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from difloat.distances import (
+from difloat.evaluation.gates import gate
+from difloat.evaluation.generate import Generated, generate
+from difloat.evaluation.picture_metrics import (
+    METRICS,
+    Estimate,
+    Metric,
+    in_batches,
+    mean_interval,
+    perceptual,
+    psnr,
+    ssim,
+)
+from difloat.evaluation.published_metrics import external
+from difloat.evaluation.set_distances import (
     Moments,
     frechet,
     frechet_from_moments,
@@ -23,10 +36,6 @@ from difloat.distances import (
     kernel_interval,
     moments,
 )
-from difloat.external import external
-from difloat.gates import gate
-from difloat.generation import Generated, generate
-from difloat.metrics import METRICS, Estimate, Metric, in_batches, mean_interval, perceptual, psnr, ssim
 
 __all__ = [
     "METRICS",

@@ -1,0 +1,1 @@
+"""Pictures of the same seeds, and what differs between them."""
