@@ -18,13 +18,14 @@ import torch
 from quantization_time import commit
 from torch import Tensor
 
-from difloat import api, report, run
+from difloat import api, run
 from difloat.layers import packed
 from difloat.numbers import formats
 from difloat.numbers.rounding import round_to
 from difloat.numbers.search import search
 from difloat.plan.rules import asymmetric_integers
 from difloat.reference_models import NAMES
+from difloat.report import render
 
 OUT = Path(__file__).parent / "results/binary-residual.json"
 
@@ -81,7 +82,7 @@ def main() -> None:
             print(model, bits, results[f"{model}, {bits} + 1 bits"])
     facts = {
         "commit": commit(),
-        "machine": report.machine(),
+        "machine": render.machine(),
         "command": "python benchmarks/binary_residual.py",
     }
     OUT.write_text(json.dumps({**facts, "errors": results}, indent=1) + "\n")

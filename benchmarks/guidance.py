@@ -25,10 +25,11 @@ import torch
 from quantization_time import commit
 from torch import Tensor, nn
 
-from difloat import api, checkpoint, report, run
+from difloat import api, checkpoint, run
 from difloat.calibration.collect import Calibration
 from difloat.calibration.rows import first_tensor
 from difloat.reference_models import NAMES
+from difloat.report import render
 
 RESULTS = Path(__file__).parent / "results" / "guidance.json"
 STEPS, SEED = 20, 1
@@ -66,7 +67,7 @@ def main() -> None:
         results[f"{arguments.model} | {folder.name}"] = {
             **compare(api.denoiser(pipeline), quantized, data, float(guidance or 1)),
             "commit": commit(),
-            "machine": report.machine(),
+            "machine": render.machine(),
             "command": f"benchmarks/guidance.py {arguments.model} {folder.name} --rows {arguments.rows}",
         }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from difloat import api, recipes, reference_models, report, run
+from difloat import api, recipes, reference_models, run
 from difloat.calibration.collect import CalibrationSettings
 from difloat.estimate import Forecast, forecast
 from difloat.methods import blockwise
@@ -29,6 +29,7 @@ from difloat.methods.learned_rounding import RoundingSettings
 from difloat.methods.task import Task
 from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits
+from difloat.report import render
 
 PROMPTS = ["a red cat", "a blue house", "a bird on a tree", "two boats"]
 
@@ -166,7 +167,7 @@ def summary(
         "commit": subprocess.run(
             head, capture_output=True, text=True, cwd=Path(__file__).parent
         ).stdout.strip(),
-        "machine": report.machine(),
+        "machine": render.machine(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 

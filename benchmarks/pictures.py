@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from difloat import api, record, reference_models, report
+from difloat import api, reference_models
 from difloat.evaluation import compare
 from difloat.evaluation.picture_metrics import mean_interval, psnr
+from difloat.report import build, render
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = (
@@ -105,7 +106,7 @@ def columns(name: str, strip: Strip, steps: int, samples: int) -> tuple[np.ndarr
     guidance = call.pop("guidance_scale")
     prompts = list(strip.prompts)
     reference = drawn(reference_models.load(name), name, prompts, steps)
-    images, numbers = [record.to_uint8(reference.images)], {}
+    images, numbers = [build.to_uint8(reference.images)], {}
     for label, (recipe, options) in strip.rows.items():
         pipeline = reference_models.load(name)
         api.quantize(
@@ -120,7 +121,7 @@ def columns(name: str, strip: Strip, steps: int, samples: int) -> tuple[np.ndarr
             **options,
         )
         found = drawn(pipeline, name, prompts, steps)
-        images.append(record.to_uint8(found.images))
+        images.append(build.to_uint8(found.images))
         numbers[label] = mean_interval(psnr(reference.images, found.images)).value
         print(f"{name}, {label}: PSNR {numbers[label]:.2f} dB", flush=True)
     return np.stack(images), numbers
@@ -149,7 +150,7 @@ def main() -> None:
         "command": " ".join(["python benchmarks/pictures.py", *sys.argv[1:]]),
         "prompts": list(strip.prompts),
         "psnr_db": numbers,
-        "versions": report.versions(),
+        "versions": render.versions(),
         "threads": torch.get_num_threads(),
     }
     out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -24,11 +24,12 @@ import torch
 from quality_rows import MODELS, PAPERS, Row
 from quality_tables import seed_table, table
 
-from difloat import api, record, report, run
+from difloat import api, run
 from difloat.evaluation.compare import Generated
 from difloat.layers import install, packed
 from difloat.plan.rules import Bits
 from difloat.reference_models import NAMES
+from difloat.report import build, render
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -124,8 +125,8 @@ def measure_row(
     finally:
         setattr(pipeline, name, module)
     evaluation = run.judge(reference, drawn, sampling)
-    size = record.sizes(twin, plan)
-    rows = [record.layer_row(key, layer, packed.weight_of(module, key)) for key, layer in plan.layers.items()]
+    size = build.sizes(twin, plan)
+    rows = [build.layer_row(key, layer, packed.weight_of(module, key)) for key, layer in plan.layers.items()]
     weights = sum(r.bytes_before for r in rows)
     return {
         "recipe": row.recipe,
@@ -141,7 +142,7 @@ def measure_row(
         "draw_s": drawn.seconds,
         "draw_full_precision_s": reference.seconds,
         "commit": commit(),
-        "machine": report.machine(),
+        "machine": render.machine(),
         "command": " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv),
     }
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from difloat import api, report, run
+from difloat import api, run
 from difloat.layers import packed
 from difloat.methods import trace
 from difloat.methods.learned_rounding import RoundingSettings, learn_rounding, relative_error
@@ -29,6 +29,7 @@ from difloat.plan.encode import dequantize
 from difloat.plan.rules import MIN_MAX, Draft, Rule, asymmetric_integers, draft_layer
 from difloat.recipes import lbfp
 from difloat.reference_models import NAMES
+from difloat.report import render
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)  # scale-aware variables are in units of the weight
@@ -93,7 +94,7 @@ def main() -> None:
     }
     facts = {
         **vars(arguments),
-        "machine": report.machine(),
+        "machine": render.machine(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     out.write_text(json.dumps({**facts, "held_out_error_over_nearest": results}, indent=1) + "\n")

@@ -14,8 +14,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from difloat import figures, record
-from difloat.facts import Record
+from difloat.report import build, figures
+from difloat.report.record import Record
 
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 COLORS = (
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("figure", type=Path, help="an SVG file")
     arguments = parser.parse_args()
-    found, *_ = record.read(arguments.checkpoint)
+    found, *_ = build.read(arguments.checkpoint)
     sys.stdout.write(described(found))
     if found.adapters is not None:
         figure = figures.adapters(found.adapters.timesteps, found.adapters.table, "router")

@@ -20,13 +20,14 @@ from typing import Any, get_args
 
 import torch
 
-from difloat import api, report, run
+from difloat import api, run
 from difloat.methods.mixed_rows import AllocationSettings, Criterion, allocate
 from difloat.methods.task import Task
 from difloat.numbers import formats
 from difloat.numbers.search import OFFSETS, SHRUNK
 from difloat.plan.rules import MIN_MAX, Bits, Rule, asymmetric_integers
 from difloat.reference_models import NAMES
+from difloat.report import render
 
 ROW_VALUES = 1008
 RANGES = {
@@ -71,7 +72,7 @@ def main() -> None:
     }
     facts = {
         **vars(arguments),
-        "machine": report.machine(),
+        "machine": render.machine(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "rows_with_the_step_before": sum(before is not None for before in data.before) / len(data),
         "laplacian_rows": {f"uint{bits}": ranges(bits) for bits in (1, 2, 3, 4)},

@@ -20,11 +20,11 @@ import torch
 from quantization_time import commit
 from torch import nn
 
-from difloat import report
 from difloat.layers import install
 from difloat.numbers import formats
 from difloat.plan.encode import plan_layer
 from difloat.plan.specs import Part, QuantSpec
+from difloat.report import render
 
 OUT = Path(__file__).parent / "results/smoothing-cost.json"
 REPEATS = 30
@@ -92,7 +92,7 @@ def main() -> None:
         print(f"{name}: {found['ratio']:.3f}")
     facts = {
         "commit": commit(),
-        "machine": report.machine(),
+        "machine": render.machine(),
         "command": "python benchmarks/smoothing_cost.py",
     }
     OUT.write_text(json.dumps({**facts, "layers": results}, indent=1) + "\n")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from difloat import api, report
+from difloat import api
 from difloat import run as study
 from difloat.calibration.rows import first_tensor
 from difloat.layers import install
@@ -33,6 +33,7 @@ from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits
 from difloat.recipes import mpqdm, msfp
 from difloat.reference_models import NAMES
+from difloat.report import render
 
 RUNS: list[dict[str, Any]] = [
     *({"adapter_rate": rate} for rate in (0.0004, 0.004, 0.01, 0.03, 0.1, 0.3)),
@@ -85,7 +86,7 @@ def main() -> None:
             "losses": tuned.measured["losses"],
             "seconds": tuned.measured["seconds"]["fine-tune"],
             "settings": asdict(settings),
-            "machine": report.machine(),
+            "machine": render.machine(),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
         there = json.loads(out.read_text()) if out.exists() else {}  # another process may run other rates

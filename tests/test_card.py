@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from difloat import card, record
 from difloat.checkpoint import directories
-from difloat.report import LayerRow, Record
+from difloat.report import build, model_card
+from difloat.report.render import LayerRow, Record
 
 
 def made(**changes: object) -> Record:
@@ -37,7 +37,7 @@ def made(**changes: object) -> Record:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     empty = np.zeros((0, 1, 1, 3), np.uint8)
-    record.write(made(), empty, empty, tmp_path)
+    build.write(made(), empty, empty, tmp_path)
     return tmp_path
 
 
@@ -47,7 +47,7 @@ def parts(path: Path) -> tuple[dict, str]:
 
 
 def test_front_matter_and_table(checkpoint: Path) -> None:
-    front, text = parts(card.write(checkpoint, "someone/emoji", license="apache-2.0", tags=["emoji"]))
+    front, text = parts(model_card.write(checkpoint, "someone/emoji", license="apache-2.0", tags=["emoji"]))
     assert front == {
         "base_model": "someone/emoji",
         "base_model_relation": "quantized",
@@ -65,15 +65,15 @@ def test_front_matter_and_table(checkpoint: Path) -> None:
 def test_the_hub_library_reads_it(checkpoint: Path) -> None:
     from huggingface_hub import ModelCard
 
-    loaded = ModelCard.load(card.write(checkpoint, "someone/emoji"))
+    loaded = ModelCard.load(model_card.write(checkpoint, "someone/emoji"))
     assert loaded.data.base_model == "someone/emoji" and loaded.data.library_name == "diffusers"
     assert "license" not in loaded.data.to_dict()
 
 
 def test_without_pictures_it_says_so(tmp_path: Path) -> None:
     empty = np.zeros((0, 1, 1, 3), np.uint8)
-    record.write(made(quality=[], samples=0), empty, empty, tmp_path)
-    _, text = parts(card.write(tmp_path, "someone/emoji"))
+    build.write(made(quality=[], samples=0), empty, empty, tmp_path)
+    _, text = parts(model_card.write(tmp_path, "someone/emoji"))
     assert "no measured quality" in text and "| measure |" not in text
 
 
@@ -81,19 +81,19 @@ def test_a_readme_of_another_origin_is_kept(checkpoint: Path) -> None:
     readme = checkpoint / "README.md"
     readme.write_text("my notes", encoding="utf-8")
     with pytest.raises(FileExistsError, match="--overwrite"):
-        card.write(checkpoint, "someone/emoji")
+        model_card.write(checkpoint, "someone/emoji")
     assert readme.read_text(encoding="utf-8") == "my notes"
-    card.write(checkpoint, "someone/emoji", overwrite=True)
-    card.write(checkpoint, "someone/other")
+    model_card.write(checkpoint, "someone/emoji", overwrite=True)
+    model_card.write(checkpoint, "someone/other")
     assert parts(readme)[0]["base_model"] == "someone/other"
     assert not list(checkpoint.glob(".README*"))
 
 
 def test_names_and_records_are_checked(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Repo id"):
-        card.write(checkpoint, "a b/c")
+        model_card.write(checkpoint, "a b/c")
     with pytest.raises(FileNotFoundError, match=r"report\.json"):
-        card.write(tmp_path / "nowhere", "someone/emoji")
+        model_card.write(tmp_path / "nowhere", "someone/emoji")
 
 
 def test_what_a_record_quotes_is_text(checkpoint: Path) -> None:
@@ -105,8 +105,8 @@ def test_what_a_record_quotes_is_text(checkpoint: Path) -> None:
     changes = dict(
         recipe=nasty, bits=nasty, attention=nasty, quality=quality, versions={"difloat": nasty}, created=nasty
     )
-    record.write(made(**changes), empty, empty, checkpoint)
-    loaded = ModelCard.load(card.write(checkpoint, "some_one/emoji", license=nasty, tags=[nasty]))
+    build.write(made(**changes), empty, empty, checkpoint)
+    loaded = ModelCard.load(model_card.write(checkpoint, "some_one/emoji", license=nasty, tags=[nasty]))
     assert loaded.data.license == nasty and nasty in loaded.data.tags
     text = loaded.text.lstrip()
     assert text.startswith(f"{directories.CARD_MARK}\n\n# some\\_one/emoji, x\\`\\|\\[a\\]\\(http")
@@ -127,9 +127,9 @@ def test_what_a_record_quotes_is_text(checkpoint: Path) -> None:
 )
 def test_larger_is_not_called_smaller(tmp_path: Path, packed: int, words: str) -> None:
     empty = np.zeros((0, 1, 1, 3), np.uint8)
-    record.write(made(packed_bytes=packed), empty, empty, tmp_path)
-    text = parts(card.write(tmp_path, "someone/emoji"))[1]
+    build.write(made(packed_bytes=packed), empty, empty, tmp_path)
+    text = parts(model_card.write(tmp_path, "someone/emoji"))[1]
     assert words in text and "0.86x" not in text
-    page = (tmp_path / record.PAGE).read_text(encoding="utf-8")
+    page = (tmp_path / build.PAGE).read_text(encoding="utf-8")
     assert f"<small>{words.strip('()').split()[-1]}</small>" in page
-    assert words.split()[-1].strip(")") in record.read(tmp_path)[0].summary
+    assert words.split()[-1].strip(")") in build.read(tmp_path)[0].summary

@@ -20,11 +20,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from difloat import cli, record
+from difloat import cli
 from difloat import run as study
 from difloat.checkpoint import CheckpointError, directories
 from difloat.kernels.dispatch import use_backend
 from difloat.recipes import RECIPES
+from difloat.report import build
 from tiny import PROMPTS, tiny_pixart, tiny_unet
 
 # diffusers' DPM solver hands torch tensors to numpy in a way numpy 2 deprecates; nothing here can change that.
@@ -218,7 +219,7 @@ def test_quantize_writes_a_checkpoint_and_a_report(source: Path, checkpoint: Pat
     assert {"model_index.json", "difloat.json", "report.html", "report.json", "report-pictures.npz"} <= names
     page = (checkpoint / "report.html").read_text(encoding="utf-8")
     assert "<html" in page and PROMPTS[0] in page and 'http-equiv="refresh"' not in page
-    made, left, right = record.read(checkpoint)
+    made, left, right = build.read(checkpoint)
     assert made.recipe == "lbfp" and made.samples == 3 and made.command.startswith("difloat quantize")
     assert left.shape == right.shape == (3, 16, 16, 3) and not np.array_equal(left, right)
     assert (checkpoint / WEIGHTS).stat().st_size < (source / WEIGHTS).stat().st_size / 2
@@ -230,7 +231,7 @@ def test_quantize_prints_the_table_and_where_things_are(run: Run, source: Path, 
     result = run("quantize", source, out, "--recipe", "rtn", "--bits", "w8a8", "--images", 2, *FAST[:4])
     wall_s = time.perf_counter() - start
     assert result.code == 0, result
-    timings = dict(record.read(out)[0].timings)  # no step is counted twice
+    timings = dict(build.read(out)[0].timings)  # no step is counted twice
     assert {"calibration and the rest", "search weights", "search activations"} <= set(timings)
     assert min(timings.values()) > 0 and sum(timings.values()) < wall_s
     for expected in (
@@ -249,7 +250,7 @@ def test_bits_are_read_as_people_write_them(run: Run, source: Path, tmp_path: Pa
         "quantize", source, tmp_path / "out", "--recipe", "rtn", "--bits", " W4A8", "--images", 0, *FAST[:4]
     )
     assert result.code == 0, result
-    made, _, _ = record.read(tmp_path / "out")
+    made, _, _ = build.read(tmp_path / "out")
     assert made.bits == "w4a8" and made.weight_bits_nominal == 4
     assert "kept at more bits: none" in result.out or "proj_out" in result.out
 
@@ -258,7 +259,7 @@ def test_layers_with_two_weights_are_not_kept_at_more_bits(run: Run, source: Pat
     out = tmp_path / "out"
     result = run("quantize", source, out, "--recipe", "viditq", "--bits", "w4a8", "--images", 0, *FAST[:4])
     assert result.code == 0, result
-    made, _, _ = record.read(out)
+    made, _, _ = build.read(out)
     assert {row.weight_format for row in made.layers} == {"uint4"} and "kept at more bits: none" in result.out
     for histogram in made.histograms:  # the grid is that of the weight that is drawn
         assert min(histogram.grid) < 0 < max(histogram.grid)
@@ -318,7 +319,7 @@ def test_the_command_of_a_report_can_be_run_again(
     words = ["quantize", source, out, "--recipe", "rtn", "--images", 0, *FAST[:4]]
     words += ["--exclude", "*.to_q", "--prompts", file]
     assert run(*words).code == 0
-    command = record.read(out)[0].command
+    command = build.read(out)[0].command
     assert shlex.split(command) == ["difloat", *map(str, words)]
 
 
@@ -331,7 +332,7 @@ def test_overwrite_is_refused_until_allowed_and_never_hits_foreign_files(
     refused(run("quantize", source, there, *rtn), "--overwrite")
     assert before == {path: path.read_bytes() for path in there.rglob("*") if path.is_file()}
     assert run("quantize", source, there, "--overwrite", *rtn).code == 0
-    made, left, _ = record.read(there)
+    made, left, _ = build.read(there)
     assert made.recipe == "rtn" and len(left) == 0 and made.quality == []
     (there / "notes.txt").write_text("mine")
     result = run("quantize", source, there, "--overwrite", *rtn)
@@ -459,12 +460,12 @@ def test_what_stays_float_is_named_and_times_add_up(
     words = ["--recipe", recipe, "--exclude", "*.to_q", "--images", 0, *FAST[:4], *chosen]
     result = run("quantize", source, out, *words)
     assert result.code == 0, result
-    assert sum(seconds for _, seconds in record.read(out)[0].timings) <= time.perf_counter() - start
+    assert sum(seconds for _, seconds in build.read(out)[0].timings) <= time.perf_counter() - start
     line = result.out[result.out.index("left in float:") :]
-    left = [name for name, _, _ in record.read(out)[0].left_float]
+    left = [name for name, _, _ in build.read(out)[0].left_float]
     assert {name for name in left if name.endswith(".to_q")} and "left in float: no layer" not in line
     assert all(name in line for name in left) and f"({len(left)} layers, " in line
-    rest = len(record.read(out)[0].skipped) - len(left)
+    rest = len(build.read(out)[0].skipped) - len(left)
     assert (f"; {rest} modules without a layer" in line) == bool(rest)
 
 
@@ -473,7 +474,7 @@ def test_bytes_that_double_are_said(run: Run, source: Path, tmp_path: Path) -> N
     words = ["--recipe", "viditq", "--bits", "w8a8", "--images", 0, *FAST[:4]]
     result = run("quantize", source, out, *words)
     assert result.code == 0, result
-    made, page = record.read(out)[0], (out / "report.html").read_text(encoding="utf-8")
+    made, page = build.read(out)[0], (out / "report.html").read_text(encoding="utf-8")
     assert (
         made.packed_bytes > made.original_bytes and "x larger" in result.out and "smaller" not in result.out
     )
@@ -633,7 +634,7 @@ def test_a_checkpoint_of_another_version(run: Run, checkpoint: Path, copy_of, tm
 
 
 @pytest.mark.parametrize(
-    "writer", ["difloat.checkpoint.save_load.write_manifest", "difloat.record.np.savez_compressed"]
+    "writer", ["difloat.checkpoint.save_load.write_manifest", "difloat.report.build.np.savez_compressed"]
 )
 def test_a_full_disk(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
@@ -696,7 +697,7 @@ def test_quantize_takes_arguments_of_the_call(run: Run, source: Path, tmp_path: 
         "quantize", source, out, *arguments, "--call", "height=32", "--call", "use_resolution_binning=false"
     )
     assert result.code == 0, result
-    assert record.read(out)[1].shape == (2, 32, 16, 3)
+    assert build.read(out)[1].shape == (2, 32, 16, 3)
 
 
 def test_excluded_layers_stay_as_they_are(run: Run, source: Path, tmp_path: Path) -> None:
@@ -708,7 +709,7 @@ def test_excluded_layers_stay_as_they_are(run: Run, source: Path, tmp_path: Path
     )
     listed = run("inspect", out, "--layers").out
     assert re.search(r"\d+ quantized and 1\d float layers", listed)
-    made, _, _ = record.read(out)
+    made, _, _ = build.read(out)
     kept = {name for name, reason, _ in made.skipped if reason == "excluded by the user"}
     assert "transformer_blocks.0.ff.net.2" in kept and "transformer_blocks.1.attn1.to_q" in kept
     assert "transformer_blocks.1.attn1.to_v" not in kept

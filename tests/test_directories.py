@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from difloat import card, checkpoint, record
+from difloat import checkpoint
 from difloat.checkpoint import CheckpointError, directories
 from difloat.checkpoint.directories import foreign_files, replace_file, reserved, resolved, whole_directory
 from difloat.checkpoint.manifest import MANIFEST
+from difloat.report import build, model_card
 from test_checkpoint import GOLDEN, contents, quantized
 
 OWN = ("report.json", "report-pictures.npz", "report.html")
@@ -26,7 +27,7 @@ def target(tmp_path: Path) -> Path:
     directory = checkpoint.save(quantized(), tmp_path / "out")
     for name in OWN:
         (directory / name).write_bytes(b"report")
-    (directory / card.CARD).write_text(f"---\n---\n{directories.CARD_MARK}\n")
+    (directory / model_card.CARD).write_text(f"---\n---\n{directories.CARD_MARK}\n")
     (directory / f".{OWN[0]}.0a1b2c3d.partial").write_bytes(
         b"rep"
     )  # of a process killed while it wrote the report
@@ -34,15 +35,15 @@ def target(tmp_path: Path) -> Path:
 
 
 def test_difloats_own_files_are_replaced(target: Path) -> None:
-    assert (record.RECORD, record.PICTURES, record.PAGE) == OWN
+    assert (build.RECORD, build.PICTURES, build.PAGE) == OWN
     assert foreign_files(target) == []
     checkpoint.save(quantized(), target, overwrite=True)
     assert contents(target) == contents(GOLDEN), "and nothing of the old report is left"
 
 
 def own_card(target: Path) -> str:
-    (target / card.CARD).write_text("my notes")
-    return card.CARD
+    (target / model_card.CARD).write_text("my notes")
+    return model_card.CARD
 
 
 def nested(target: Path) -> str:

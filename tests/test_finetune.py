@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
-from difloat import distributed, recipes, record
+from difloat import distributed, recipes
 from difloat.cache_entries import read_entry
 from difloat.calibration.collect import Calibration, CalibrationSettings, collect_from_loop
 from difloat.layers import install
@@ -39,6 +39,7 @@ from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.rules import Bits, Rule, asymmetric_integers
 from difloat.plan.specs import QuantSpec
 from difloat.recipes import msfp
+from difloat.report import build
 from mixed_rows import in_bands
 
 WEIGHTS = Rule((parse("e2m1"),), "channel")
@@ -316,7 +317,7 @@ def test_two_processes_train_what_one_does(tmp_path) -> None:
 def test_report_shows_what_the_recipe_found_and_learned() -> None:
     task, _ = prepared()
     made = recipes.plan(task, "msfp", "w4a4", {"epochs": 1, "rows": 4, "keep_8bit": [], "dfa": False})
-    shown = record.build(task.model, made, name="tiny")
+    shown = build.build(task.model, made, name="tiny")
     assert [shape.layer for shape in shown.inputs] == list(made.layers)
     for shape, (name, layer) in zip(shown.inputs, made.layers.items(), strict=True):
         x = inputs_of(task, name)
@@ -338,7 +339,7 @@ def test_msfp_keeps_one_weight_with_its_adapters_beside() -> None:
     assert not any(layer.schedule for layer in beside.layers.values())
     assert not any(layer.side for layer in merged.layers.values())
     assert (merged.options["carry"], beside.options["carry"]) == ("merged", "side")
-    shown = {row.name: row for row in record.build(task.model, beside, name="tiny").layers}
+    shown = {row.name: row for row in build.build(task.model, beside, name="tiny").layers}
     assert "rank 2 beside" in shown["conv_in"].note and not shown["time"].note
 
 

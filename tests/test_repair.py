@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import difloat
-from difloat import api, cli, record, run
+from difloat import api, cli, run
 from difloat.calibration import collect as calibration
 from difloat.checkpoint import data_free
 from difloat.layers import install
@@ -26,6 +26,7 @@ from difloat.numbers.formats import parse
 from difloat.plan.encode import plan_layer
 from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.specs import Part, QuantSpec
+from difloat.report import build
 from mixed_rows import in_bands
 from test_finetune import Denoiser, by_timestep, prepared, sample_with, student_of
 from tiny import tiny_pixart
@@ -298,7 +299,7 @@ def test_a_model_quantized_while_loading_is_taken(
     out = repaired(monkeypatch, source, checkpoint, tmp_path / "repaired")
     made = api.plan_of(difloat.load(out))
     assert made.recipe == "datafree" and "repair" in made.options
-    assert record.read(out)[0].recipe_notes == []
+    assert build.read(out)[0].recipe_notes == []
 
 
 def test_plans_of_no_recipe_have_no_notes() -> None:

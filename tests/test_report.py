@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from difloat import figures, report
 from difloat.evaluation.picture_metrics import METRICS
+from difloat.report import figures, render
+from difloat.report import text as text_module
 
 _VOID = {"meta", "img", "input", "br", "link", "hr"}
 
 
-def _layer(index: int, **changes) -> report.LayerRow:
-    row = report.LayerRow(
+def _layer(index: int, **changes) -> render.LayerRow:
+    row = render.LayerRow(
         name=f"blocks.{index}.proj",
         kind="linear",
         shape=(64, 32),
@@ -39,7 +40,7 @@ def _layer(index: int, **changes) -> report.LayerRow:
     return replace(row, **changes)
 
 
-def _record(**changes) -> report.Record:
+def _record(**changes) -> render.Record:
     layers = [
         *(_layer(i) for i in range(7)),
         _layer(7, weight_format="e1m2", integer_grid=True),
@@ -61,7 +62,7 @@ def _record(**changes) -> report.Record:
         "high": None,
         "unit": "",
     }
-    record = report.Record(
+    record = render.Record(
         title="tiny in four bits",
         recipe="lbfp",
         bits="w4a8",
@@ -92,13 +93,13 @@ def _record(**changes) -> report.Record:
             "low": [5e-4, 5e-3, 0.05],
             "high": [0.002, 0.02, 0.2],
         },
-        histograms=[report.Histogram("blocks.0.proj", [-1.0, 0.0, 1.0], [3, 5], [-0.5, 0.0, 0.5], "weight")],
-        ranges=[report.TokenRanges("blocks.1.ff", [900.0, 100.0], [[0.0, 1, 2, 3, 40], [1.0, 2, 3, 4, 9]])],
+        histograms=[render.Histogram("blocks.0.proj", [-1.0, 0.0, 1.0], [3, 5], [-0.5, 0.0, 0.5], "weight")],
+        ranges=[render.TokenRanges("blocks.1.ff", [900.0, 100.0], [[0.0, 1, 2, 3, 40], [1.0, 2, 3, 4, 9]])],
         inputs=[
-            report.InputShape("blocks.0.silu", [-0.28, -0.27, 0.1, 3.0, 4.0], 0.93, True, "ue2m2"),
-            report.InputShape("blocks.0.norm", [-4.0, -3.0, 0.0, 3.0, 4.5], 0.11, False, "e2m1"),
+            render.InputShape("blocks.0.silu", [-0.28, -0.27, 0.1, 3.0, 4.0], 0.93, True, "ue2m2"),
+            render.InputShape("blocks.0.norm", [-4.0, -3.0, 0.0, 3.0, 4.5], 0.11, False, "e2m1"),
         ],
-        adapters=report.AdapterTable([900.0, 100.0], ["blocks.0.silu", "blocks.0.norm"], [[0, 1], [1, 1]]),
+        adapters=render.AdapterTable([900.0, 100.0], ["blocks.0.silu", "blocks.0.norm"], [[0, 1], [1, 1]]),
         timings=[("search", 1.5), ("learned rounding", 133.0)],
         peak_memory_bytes=1_000_000_000,
     )
@@ -112,7 +113,7 @@ def _pictures(count: int, size: int = 16, seed: int = 0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    assert report.render(_record(), _pictures(2), _pictures(2, seed=1), path) == path
+    assert render.render(_record(), _pictures(2), _pictures(2, seed=1), path) == path
     return path.read_text(encoding="utf-8")
 
 
@@ -181,7 +182,7 @@ def test_attention_is_told_where_it_is_quantized(page, tmp_path):
     said = "Inside 4 attention modules query, key and value are e2m3"
     made = _record(attention=said + ".")
     assert said not in page
-    assert said in report.render(made, _pictures(2), _pictures(2), tmp_path / "a.html").read_text()
+    assert said in render.render(made, _pictures(2), _pictures(2), tmp_path / "a.html").read_text()
 
 
 def test_text_is_escaped(page):
@@ -190,8 +191,8 @@ def test_text_is_escaped(page):
 
 
 def test_same_record_gives_same_bytes(tmp_path):
-    first = report.render(_record(), _pictures(2), _pictures(2, seed=1), tmp_path / "a.html")
-    second = report.render(_record(), _pictures(2), _pictures(2, seed=1), tmp_path / "b.html")
+    first = render.render(_record(), _pictures(2), _pictures(2, seed=1), tmp_path / "a.html")
+    second = render.render(_record(), _pictures(2), _pictures(2, seed=1), tmp_path / "b.html")
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -200,22 +201,22 @@ def test_page_and_user_style_leave_each_other_alone(page, tmp_path):
 
     with matplotlib.rc_context({"axes.facecolor": "red", "lines.linewidth": 9.0, "svg.hashsalt": "mine"}):
         before = dict(matplotlib.rcParams)
-        path = report.render(_record(), _pictures(2), _pictures(2, seed=1), tmp_path / "styled.html")
+        path = render.render(_record(), _pictures(2), _pictures(2, seed=1), tmp_path / "styled.html")
         assert dict(matplotlib.rcParams) == before
     assert path.read_text(encoding="utf-8") == page
 
 
 def test_json_round_trip():
     record = _record()
-    text = report.record_to_json(record)
+    text = render.record_to_json(record)
     assert "Infinity" not in text
-    assert report.record_from_json(text) == record
+    assert render.record_from_json(text) == record
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"layers": [{"nme": 1}]}'])
 def test_foreign_json_is_refused(text):
     with pytest.raises(ValueError, match="report record must be JSON with the fields"):
-        report.record_from_json(text)
+        render.record_from_json(text)
 
 
 def test_asymmetric_inputs_and_adapters_are_shown(page):
@@ -250,7 +251,7 @@ def test_almost_empty_record_renders(tmp_path):
         options={},
     )
     nothing = np.zeros((0, 64, 64, 3), np.uint8)
-    page = report.render(record, nothing, nothing, tmp_path / "r.html").read_text(encoding="utf-8")
+    page = render.render(record, nothing, nothing, tmp_path / "r.html").read_text(encoding="utf-8")
     _Reader().feed(page)
     for section in ("pictures", "quality", "trajectory", "values", "time", "inputs", "router"):
         assert f'id="{section}"' not in page
@@ -270,14 +271,14 @@ def test_every_metric_is_explained(tmp_path):
         for name, m in METRICS.items()
     ]
     record = _record(quality=[{**metric, "reference": None} for metric in quality])
-    page = report.render(record, _pictures(2), _pictures(2), tmp_path / "r.html").read_text(encoding="utf-8")
+    page = render.render(record, _pictures(2), _pictures(2), tmp_path / "r.html").read_text(encoding="utf-8")
     explanations = re.findall(r'<tr><th scope="row">[^<]+<small>([^<]*)</small>', page)
     assert len(set(explanations)) == len(METRICS) and "" not in explanations
 
 
 def test_bytes_add_up():
     record = _record(packed_bytes=100_000)
-    parts = {part["css"]: part["bytes"] for part in report._byte_parts(record)}
+    parts = {part["css"]: part["bytes"] for part in render._byte_parts(record)}
     assert sum(parts.values()) == record.packed_bytes
     assert parts["codes"] == 8 * 64 * 32 // 2 + 8 * 16 * 9 // 2
     assert parts["mixed"] == record.layers[-1].bytes
@@ -285,7 +286,7 @@ def test_bytes_add_up():
 
 def test_missing_directory_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="report directory must exist, got .*nowhere"):
-        report.render(_record(), _pictures(2), _pictures(2), tmp_path / "nowhere" / "report.html")
+        render.render(_record(), _pictures(2), _pictures(2), tmp_path / "nowhere" / "report.html")
 
 
 @pytest.mark.parametrize(
@@ -299,7 +300,7 @@ def test_missing_directory_is_named(tmp_path):
 )
 def test_bad_input_leaves_no_file(tmp_path, reference, quantized, changes, message):
     with pytest.raises(ValueError, match=message):
-        report.render(_record(**changes), reference, quantized, tmp_path / "report.html")
+        render.render(_record(**changes), reference, quantized, tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -313,7 +314,7 @@ def test_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        report.render(_record(), _pictures(2), _pictures(2), path)
+        render.render(_record(), _pictures(2), _pictures(2), path)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"] and path.read_text() == "old"
 
 
@@ -332,17 +333,17 @@ def test_pictures_shrink_until_they_fit(monkeypatch):
 @pytest.mark.parametrize(
     ("function", "value", "text"),
     [
-        (figures.bytes_text, 999, "999 B"),
-        (figures.bytes_text, 6_010_000, "6.01 MB"),
-        (figures.number_text, 0.1, "0.100"),
-        (figures.number_text, None, "–"),
-        (figures.db_text, -math.inf, "exact"),
-        (figures.db_text, -21.34, "-21.3"),
-        (figures.percent_text, 1e-6, "< 0.01 %"),
-        (figures.percent_text, 0.254, "25 %"),
-        (figures.duration_text, 0.42, "0.42 s"),
-        (figures.duration_text, 3725, "1 h 2 min"),
-        (figures.sortable_text, math.nan, ""),
+        (text_module.bytes_text, 999, "999 B"),
+        (text_module.bytes_text, 6_010_000, "6.01 MB"),
+        (text_module.number_text, 0.1, "0.100"),
+        (text_module.number_text, None, "–"),
+        (text_module.db_text, -math.inf, "exact"),
+        (text_module.db_text, -21.34, "-21.3"),
+        (text_module.percent_text, 1e-6, "< 0.01 %"),
+        (text_module.percent_text, 0.254, "25 %"),
+        (text_module.duration_text, 0.42, "0.42 s"),
+        (text_module.duration_text, 3725, "1 h 2 min"),
+        (text_module.sortable_text, math.nan, ""),
     ],
 )
 def test_numbers_read_well(function, value, text):
@@ -350,16 +351,16 @@ def test_numbers_read_well(function, value, text):
 
 
 def test_machine_and_versions_name_the_essentials():
-    assert "cores" in report.machine()
-    assert {"python", "torch", "numpy"} <= report.versions().keys()
+    assert "cores" in render.machine()
+    assert {"python", "torch", "numpy"} <= render.versions().keys()
 
 
 def test_reports_of_earlier_versions_are_read():
     """They had a column of errors of outputs, which was never filled."""
-    data = json.loads(report.record_to_json(_record()))
+    data = json.loads(render.record_to_json(_record()))
     for row in data["layers"]:
         row["output_error_db"] = None
-    assert report.record_from_json(json.dumps(data)) == _record()
+    assert render.record_from_json(json.dumps(data)) == _record()
 
 
 @pytest.mark.parametrize(

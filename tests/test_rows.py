@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from difloat import record, tiers
+from difloat import tiers
 from difloat.kernels import derived, dispatch, reference, torch_int8
 from difloat.kernels.weight import Rows
 from difloat.layers import install
@@ -22,6 +22,7 @@ from difloat.plan.encode import dequantize, join_rows, join_variants
 from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.scales import row_places
 from difloat.plan.specs import Band, QuantSpec
+from difloat.report import build
 from mixed_rows import STATIC, TOKEN, Mixed, mixed, spec_of
 
 FAST = [name for name in dispatch.available() if name not in ("reference", "triton")]
@@ -515,10 +516,10 @@ def test_reports_name_all_widths(generator) -> None:
     one = mixed((6, 8), [spec_of("uint1"), spec_of("e2m0")], (2, 4), generator, channels=(3, 5))
     model = nn.Sequential(nn.Linear(8, 6))
     plan = Plan("test", "w2a8", {"0": one.joined})
-    row = record.layer_row("0", one.joined, model[0].weight)
+    row = build.layer_row("0", one.joined, model[0].weight)
     assert row.weight_format == "uint1/e2m0" and not row.integer_grid
     assert row.effective_bits == 8 * one.joined.nbytes / 48
-    (histogram,) = record.worst_histograms(model, plan, [row])
+    (histogram,) = build.worst_histograms(model, plan, [row])
     band = model[0].weight.detach()[one.joined.tensors["row_band"] == 0]
     low, high = band[0, :3].min(), band[0, :3].max()
     assert (histogram.edges[0], histogram.edges[-1]) == pytest.approx((float(low), float(high)))

@@ -14,7 +14,7 @@ from torch import nn
 
 import difloat
 import tiny
-from difloat import api, record
+from difloat import api
 from difloat.kernels import beside, operators
 from difloat.layers import install
 from difloat.layers import packed as layers
@@ -25,6 +25,7 @@ from difloat.plan.add_delta import add_to_weight
 from difloat.plan.encode import plan_layer
 from difloat.plan.plan import SIDE, LayerPlan, Plan
 from difloat.plan.specs import Part, QuantSpec, Side
+from difloat.report import build
 from test_finetune import Denoiser
 
 GRID = (100.0, 500.0, 900.0)
@@ -161,7 +162,7 @@ def test_bytes_are_counted_and_told(model: Denoiser) -> None:
     layer = plan.layers["conv_in"]  # [8, 3, 3, 3]
     beside_bytes = 2 * 2 * RANK * (3 * 9 + 8)
     assert layer.nbytes == 8 * 2 * 9 + 8 * 4 + 4 + beside_bytes
-    row = record.layer_row("conv_in", layer, model.conv_in.weight)
+    row = build.layer_row("conv_in", layer, model.conv_in.weight)
     assert row.bytes == layer.nbytes and row.effective_bits == 8 * layer.nbytes / (8 * 27)
     assert row.note == f"2 x rank {RANK} beside, {beside_bytes} bytes in float16"
     for carry in ("merged", "side"):
@@ -169,7 +170,7 @@ def test_bytes_are_counted_and_told(model: Denoiser) -> None:
             added = twin.packed(PLACES).nbytes - twin.plan.nbytes
             assert added == stored_bytes(twin.plan, 2, RANK, carry), name
     merged = twins_of(model, carry="merged")["conv_in"].packed(PLACES)
-    assert record.layer_row("conv_in", merged, model.conv_in.weight).note.startswith("2 packed weights")
+    assert build.layer_row("conv_in", merged, model.conv_in.weight).note.startswith("2 packed weights")
 
 
 def test_a_plan_survives_json_and_its_file(model: Denoiser, tmp_path: Path) -> None:

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from difloat import recipes, record
-from difloat.facts import MOSTLY, LayerRow, rounded_away, zeros_note
+from difloat import recipes
 from difloat.layers.packed import quantizable
 from difloat.methods.sparsity import mostly_zero
 from difloat.methods.task import Task
 from difloat.numbers.formats import parse
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import MIN_MAX, Bits, Rule, draft_layer
+from difloat.report import build
+from difloat.report.record import MOSTLY, LayerRow, rounded_away, zeros_note
 from test_contracts import plan_with, prepared
 
 
@@ -57,14 +58,14 @@ def test_fp4dit_at_two_bits_says_it_in_plan_and_report() -> None:
     plan = recipes.plan(task, "fp4dit", "w2a4", {"rounding": "nearest"})
     found = plan.measured["mostly_zero"]
     assert found and all(MOSTLY < share <= 1 for share in found.values())
-    note = zeros_note(record.build(model, plan, name="tiny").layers)
+    note = zeros_note(build.build(model, plan, name="tiny").layers)
     assert note.startswith(
         f"Mostly zeros, more than two thirds of the weights rounded to 0: {len(found)} of "
     )
     assert max(found, key=found.__getitem__) in note
     fine = plan_with("pixart", "fp4dit", "w4a4", rounding="nearest")
     assert fine.measured["mostly_zero"] == {}
-    assert zeros_note(record.build(float_model, fine, name="tiny").layers) == ""
+    assert zeros_note(build.build(float_model, fine, name="tiny").layers) == ""
 
 
 def test_the_note_names_the_emptiest_first_and_counts_the_others() -> None:

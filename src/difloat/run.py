@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import difloat
-from difloat import api, components, distributed, recipes, record, reference_models
+from difloat import api, components, distributed, recipes, reference_models
 from difloat.calibration import collect
 from difloat.calibration.collect import CalibrationSettings
 from difloat.checkpoint.layout import stored_dtypes
@@ -23,7 +23,8 @@ from difloat.evaluation import compare
 from difloat.evaluation.compare import Evaluation, Generated
 from difloat.layers import install
 from difloat.plan.plan import Plan
-from difloat.report import Record
+from difloat.report import build
+from difloat.report.render import Record
 
 SHOWN = 24  # picture pairs in a report
 
@@ -224,7 +225,7 @@ def finish(
     if not distributed.is_main():
         return None
     evaluation = None
-    left = right = record.no_pictures()
+    left = right = build.no_pictures()
     shown = min(sampling.count, SHOWN)
     if reference is not None and drawn is not None:
         evaluation = judge(reference, drawn, sampling)
@@ -232,8 +233,8 @@ def finish(
             "pictures, full precision": reference.seconds,
             "pictures, quantized and reloaded": drawn.seconds,
         }
-        left, right = record.to_uint8(reference.images[:shown]), record.to_uint8(drawn.images[:shown])
-    made = record.build(
+        left, right = build.to_uint8(reference.images[:shown]), build.to_uint8(drawn.images[:shown])
+    made = build.build(
         float_model,
         plan,
         name=source,
@@ -243,7 +244,7 @@ def finish(
         timings=timings,
         notes=[*notes_of(plan.recipe), *components.notes(plan)],
     )
-    record.write(made, left, right, out)
+    build.write(made, left, right, out)
     return made
 
 

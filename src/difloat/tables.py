@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from difloat import figures
-from difloat.facts import zeros_note
 from difloat.numbers import formats
+from difloat.report import figures, text
+from difloat.report.record import zeros_note
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from difloat.report import Record
+    from difloat.report.render import Record
 
 console = Console()
 _NAMES = 20  # of layers in one line
@@ -106,7 +106,7 @@ def _left(made: Record) -> str:
     rest = len(made.skipped) - len(layers)
     named = ", ".join(name for name, _, _ in layers[:_NAMES]) + ", ..." * (len(layers) > _NAMES)
     told = f"left in float: {named or 'no layer'}"
-    size = figures.bytes_text(sum(size for _, _, size in layers))
+    size = text.bytes_text(sum(size for _, _, size in layers))
     return (
         told
         + f" ({len(layers)} layers, {size})" * bool(layers)

@@ -56,12 +56,12 @@ def inspect(
 @app.command()
 def report(directory: Checkpoint) -> None:
     """Make report.html again from the data beside a checkpoint."""
-    from difloat import record
-    from difloat import report as pages
+    from difloat.report import build
+    from difloat.report import render as pages
 
-    made, left, right = record.read(directory)
+    made, left, right = build.read(directory)
     tables.print_summary(made)
-    page = pages.render(made, left, right, directory / record.PAGE)
+    page = pages.render(made, left, right, directory / build.PAGE)
     console.print(f"report     {page}", highlight=False, soft_wrap=True)
 
 
@@ -76,7 +76,7 @@ def card(
     ] = False,
 ) -> None:
     """Write README.md for a model hub: front matter, and the measured table from the checkpoint's report."""
-    from difloat import card as cards
+    from difloat.report import model_card as cards
 
     file = cards.write(directory, base_model, license=license, tags=tag or [], overwrite=overwrite)
     console.print(f"card       {file}", highlight=False, soft_wrap=True)

@@ -46,9 +46,10 @@ def generate(
     """Draw pictures with a full-precision or quantized pipeline; processes of a launch share them."""
     from PIL import Image
 
-    from difloat import distributed, load_lora, record, run
+    from difloat import distributed, load_lora, run
     from difloat.checkpoint.directories import resolved
     from difloat.evaluation import compare
+    from difloat.report import build
 
     meet()
     if resolved(out).exists() and not out.is_dir():
@@ -71,7 +72,7 @@ def generate(
     if not distributed.is_main():
         return
     out.mkdir(parents=True, exist_ok=True)
-    for number, picture in zip(seeds, record.to_uint8(drawn.images), strict=True):
+    for number, picture in zip(seeds, build.to_uint8(drawn.images), strict=True):
         Image.fromarray(picture).save(out / f"{number:05d}.png")
     console.print(f"{count} pictures in {out}, {drawn.seconds / count:.2f} s each", highlight=False)
 

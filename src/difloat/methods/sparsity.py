@@ -12,10 +12,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from difloat.facts import MOSTLY, rounded_away
 from difloat.layers import packed
 from difloat.plan import encode
 from difloat.plan.plan import LayerPlan
+from difloat.report.record import MOSTLY, rounded_away
 
 
 def mostly_zero(model: nn.Module, plans: Mapping[str, LayerPlan]) -> dict[str, float]:

@@ -219,54 +219,9 @@ def _for_html(svg: str) -> str:
     return text
 
 
-def bytes_text(size_bytes: float) -> str:
-    """A size in decimal units with three digits, such as ``6.01 MB``."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size_bytes >= unit:
-            digits = 2 if size_bytes < 10 * unit else 1 if size_bytes < 100 * unit else 0
-            return f"{size_bytes / unit:.{digits}f} {name}"
-    return f"{size_bytes:.0f} B"
-
-
 def size_text(original_bytes: float, packed_bytes: float, digits: int = 1) -> str:
     """How the size changed: ``3.9x smaller``, ``1.16x larger`` or ``the same size``, with `digits` decimals or more."""
     ratio = original_bytes / max(packed_bytes, 1)
     word, times = ("smaller", ratio) if ratio >= 1 else ("larger", 1 / max(ratio, 1e-30))
     shown = next((n for n in (digits, 2, 3) if n >= digits and f"{times:.{n}f}" != f"{1:.{n}f}"), None)
     return "the same size" if shown is None else f"{times:.{shown}f}x {word}"
-
-
-def number_text(value: float | None) -> str:
-    """Three digits; a dash for None and NaN."""
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    return f"{value:.0f}" if value == 0 or abs(value) >= 100 else f"{value:#.3g}"
-
-
-def db_text(value: float | None) -> str:
-    """Decibels with one decimal; no error at all is ``exact``, None and NaN are a dash."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:.1f}" if math.isfinite(value) else ("exact" if value < 0 else "∞")
-
-
-def percent_text(share: float) -> str:
-    """A share from 0 to 1 in percent; small ones keep two digits."""
-    if 0 < share < 0.0001:
-        return "< 0.01 %"
-    return f"{100 * share:.2g} %" if 0 < share < 0.1 else f"{100 * share:.0f} %"
-
-
-def duration_text(seconds: float) -> str:
-    """A time such as ``9.1 s``, ``2 min 13 s`` or ``3 h 5 min``."""
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def sortable_text(value: float | None) -> str:
-    """A number that the page's script can sort by; empty, which sorts last, for None and NaN."""
-    return "" if value is None or math.isnan(value) else f"{max(-1e300, min(1e300, value)):.9g}"

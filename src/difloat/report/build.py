@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from difloat import report
 from difloat.checkpoint.directories import REPORT_FILES, replace_file
 from difloat.evaluation.compare import Evaluation
-from difloat.facts import NO_LAYER
 from difloat.layers.packed import weight_of
 from difloat.plan.encode import dequantize
 from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.specs import SIDE, QuantSpec, rows_of_parts, weight_formats
-from difloat.report import Histogram, LayerRow, Record
+from difloat.report import render
+from difloat.report.record import NO_LAYER
+from difloat.report.render import Histogram, LayerRow, Record
 
 RECORD, PICTURES, PAGE = REPORT_FILES
 _HISTOGRAM_BINS = 96
@@ -182,8 +182,8 @@ def build(
         model_class=type(model).__name__,
         command=shlex.join(["difloat", *sys.argv[1:]]),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        versions=report.versions(),
-        machine=report.machine(),
+        versions=render.versions(),
+        machine=render.machine(),
         options=dict(plan.options),
         recipe_notes=list(notes),
         original_bytes=size.original_bytes,
@@ -199,7 +199,7 @@ def build(
         trajectory=_trajectory(evaluation),
         histograms=worst_histograms(model, plan, rows),
         ranges=[
-            report.TokenRanges(layer, list(found), list(found.values()))
+            render.TokenRanges(layer, list(found), list(found.values()))
             for layer, found in plan.measured.get("ranges", {}).items()
         ],
         inputs=_inputs(plan),
@@ -211,7 +211,7 @@ def build(
     )
 
 
-def _inputs(plan: Plan) -> list[report.InputShape]:
+def _inputs(plan: Plan) -> list[render.InputShape]:
     """What a recipe that looks for asymmetric inputs found, part by part."""
     rows = []
     for name, shapes in plan.measured.get("inputs", {}).items():
@@ -219,16 +219,16 @@ def _inputs(plan: Plan) -> list[report.InputShape]:
             part = plan.layers[name].parts[number]
             assert part.activation is not None
             label = name if len(shapes) == 1 else f"{name}, part {number + 1}"
-            rows.append(report.InputShape(label, **shape, format=part.activation.format.name))
+            rows.append(render.InputShape(label, **shape, format=part.activation.format.name))
     return rows
 
 
-def _adapters(plan: Plan) -> report.AdapterTable | None:
+def _adapters(plan: Plan) -> render.AdapterTable | None:
     """The router's table, where layers have several adapters; in the sampler's order, from the first timestep on."""
     table = plan.measured.get("router")
     if not table or not any(map(any, table)):
         return None
-    return report.AdapterTable(list(reversed(plan.measured["grid"])), list(plan.layers), table[::-1])
+    return render.AdapterTable(list(reversed(plan.measured["grid"])), list(plan.layers), table[::-1])
 
 
 def _attention(plan: Plan) -> str:
@@ -279,9 +279,9 @@ def write(record: Record, reference: np.ndarray, quantized: np.ndarray, director
     directory.mkdir(parents=True, exist_ok=True)
     pictures = io.BytesIO()
     np.savez_compressed(pictures, reference=reference, quantized=quantized)
-    replace_file(directory / RECORD, report.record_to_json(record).encode())
+    replace_file(directory / RECORD, render.record_to_json(record).encode())
     replace_file(directory / PICTURES, pictures.getvalue())
-    return report.render(record, reference, quantized, directory / PAGE)
+    return render.render(record, reference, quantized, directory / PAGE)
 
 
 def read(directory: Path) -> tuple[Record, np.ndarray, np.ndarray]:
@@ -297,7 +297,7 @@ def read(directory: Path) -> tuple[Record, np.ndarray, np.ndarray]:
         )
     with np.load(pictures, allow_pickle=False) as arrays:
         return (
-            report.record_from_json(path.read_text(encoding="utf-8")),
+            render.record_from_json(path.read_text(encoding="utf-8")),
             arrays["reference"],
             arrays["quantized"],
         )

@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from difloat import figures, record
 from difloat.checkpoint.directories import CARD, CARD_MARK, replace_file
-from difloat.report import Record
+from difloat.report import build, figures
+from difloat.report.render import Record
 
 
 def write(
@@ -41,7 +41,7 @@ def write(
 
     validate_repo_id(base_model)
     target = Path(directory) / CARD
-    made = record.read(Path(directory))[0]
+    made = build.read(Path(directory))[0]
     if target.exists() and CARD_MARK not in target.read_text(encoding="utf-8") and not overwrite:
         raise FileExistsError(
             f"{CARD} must be one that difloat wrote, got another; say --overwrite to replace it"

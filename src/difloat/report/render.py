@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from difloat import figures
 from difloat.checkpoint.directories import replace_file
-from difloat.facts import (
+from difloat.numbers import formats
+from difloat.report import figures
+from difloat.report.record import (
     AdapterTable,
     Histogram,
     InputShape,
@@ -30,7 +31,6 @@ from difloat.facts import (
     record_to_json,
     zeros_note,
 )
-from difloat.numbers import formats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from difloat import figures
+from difloat.report import figures
+from difloat.report import text as text_module
 
 MOSTLY = 2 / 3  # of a layer's weights rounded to 0 is worth a word; why, in methods/sparsity.py
 NO_LAYER = (
@@ -152,7 +153,7 @@ class Record:
         if not several or taken < _FAR_MORE * nominal:
             return ""
         return (
-            f"{len(several)} layers take {figures.bytes_text(taken)}, {taken / nominal:.1f} times what one weight of "
+            f"{len(several)} layers take {text_module.bytes_text(taken)}, {taken / nominal:.1f} times what one weight of "
             f"{self.weight_bits_nominal:g} bits takes ({several[0].name}: "
             f"{several[0].note}); msfp --set adapters=1 and viditq --set stretches=1 keep one weight"
         )
@@ -160,11 +161,15 @@ class Record:
     @property
     def summary(self) -> str:
         """One sentence: model, recipe, size and the first metrics."""
-        packed, original = figures.bytes_text(self.packed_bytes), figures.bytes_text(self.original_bytes)
+        packed, original = (
+            text_module.bytes_text(self.packed_bytes),
+            text_module.bytes_text(self.original_bytes),
+        )
         change = figures.size_text(self.original_bytes, self.packed_bytes)
         size = f"{change} ({packed} instead of {original})"
         quality = [
-            f"{q['label']} {figures.number_text(q['value'])} {q['unit']}".strip() for q in self.quality[:3]
+            f"{q['label']} {text_module.number_text(q['value'])} {q['unit']}".strip()
+            for q in self.quality[:3]
         ]
         return f"{self.model}, {self.recipe.upper()} {self.bits}: " + ", ".join([size, *quality]) + "."
 
