@@ -45,7 +45,7 @@ def measure(source: Path, recipe: str, bits: str, samples: int) -> dict[str, flo
     texts = plain.encode_prompt(prompts[:16], "cpu", 1, False)[0].detach()
     arguments = {"recipe": recipe, "bits": bits, "prompts": prompts, "samples": samples, "progress": False}
     adapted = copy.deepcopy(plain)
-    difloat.load_lora(adapted, source)
+    difloat.lora.load(adapted, source)
     without, target = outputs(plain, texts), outputs(adapted, texts)
 
     def error(pipeline: Any, aim: Tensor) -> float:
@@ -54,15 +54,15 @@ def measure(source: Path, recipe: str, bits: str, samples: int) -> dict[str, flo
     packed = copy.deepcopy(plain)
     difloat.quantize(packed, **arguments)
     result = {"without LoRA": error(packed, without)}
-    difloat.load_lora(packed, source)
+    difloat.lora.load(packed, source)
     result["unmerged"] = error(packed, target)
-    shares = difloat.merge_lora(packed)
+    shares = difloat.lora.merge(packed)
     result |= {
         "merged": error(packed, target),
         "share that arrived, mean of layers": sum(shares.values()) / len(shares),
     }
-    difloat.merge_lora(adapted)
-    difloat.unload_lora(adapted)
+    difloat.lora.merge(adapted)
+    difloat.lora.unload(adapted)
     difloat.quantize(adapted, **arguments)
     return {**result, "merged before quantizing": error(adapted, target)}
 

@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from difloat import api, reference_models
-from difloat.evaluation import compare
+from difloat import api, evaluate, reference_models
 from difloat.evaluation.picture_metrics import mean_interval, psnr
 from difloat.report import build, render
 
@@ -90,12 +89,12 @@ STRIPS = {
 }
 
 
-def drawn(pipeline: Any, name: str, prompts: list[str], steps: int) -> compare.Generated:
+def drawn(pipeline: Any, name: str, prompts: list[str], steps: int) -> evaluate.Generated:
     """One picture per prompt, seeds 0, 1, ..."""
     call = reference_models.call_arguments(name)
     guidance = call.pop("guidance_scale")
     seeds = range(len(prompts))
-    return compare.generate(
+    return evaluate.generate(
         pipeline, prompts, seeds=seeds, steps=steps, guidance_scale=guidance, call_kwargs=call, progress=False
     )
 

@@ -25,7 +25,7 @@ from quality_rows import MODELS, PAPERS, Row
 from quality_tables import seed_table, table
 
 from difloat import api, run
-from difloat.evaluation.compare import Generated
+from difloat.evaluation.comparison import Generated
 from difloat.layers import install, packed
 from difloat.plan.rules import Bits
 from difloat.reference_models import NAMES

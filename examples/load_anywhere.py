@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
 import difloat
 from difloat import DifloatConfig, run
+from difloat.checkpoint import plan_of
 from difloat.pipelines import denoiser_of
 
 
@@ -41,7 +42,7 @@ def main() -> None:
     difloat.save(pipeline, options.out, overwrite=True, remote_code=True)
     pipeline = DiffusionPipeline.from_pretrained(options.out)
     for name in mapping:
-        plan = difloat.io.plan_of(getattr(pipeline, name))
+        plan = plan_of(getattr(pipeline, name))
         used = sorted({layer.parts[0].weight.format.name for layer in plan.layers.values()})
         print(
             f"{name}: {len(plan.layers)} layers at {plan.bits} ({', '.join(used)}), {len(plan.skipped)} left as they are"

@@ -9,8 +9,7 @@ import argparse
 from pathlib import Path
 
 import difloat
-from difloat import run
-from difloat.evaluation import compare
+from difloat import evaluate, run
 
 
 def main() -> None:
@@ -30,8 +29,8 @@ def main() -> None:
     guidance_scale, call_kwargs = run.call_of(options.model, None)
     seeds = range(options.images)
 
-    def draw() -> compare.Generated:
-        return compare.generate(
+    def draw() -> evaluate.Generated:
+        return evaluate.generate(
             pipeline,
             prompts,
             seeds=seeds,
@@ -54,7 +53,7 @@ def main() -> None:
     )
     difloat.save(pipeline, options.out, overwrite=True)
     pipeline = difloat.load(options.out)
-    similarity = compare.mean_interval(compare.psnr(before.images, draw().images))
+    similarity = evaluate.mean_interval(evaluate.psnr(before.images, draw().images))
 
     weights_bytes = sum(layer.nbytes for layer in plan.layers.values())
     print(f"{len(plan.layers)} layers in {weights_bytes / 1e6:.2f} MB at {options.out}")

@@ -100,9 +100,9 @@ def main() -> None:
     train(pipeline, latents, texts, options.iterations, options.rate, generator)
     after = fixed_loss(pipeline, latents, texts)
 
-    file = difloat.save_lora(pipeline, options.out)
-    difloat.unload_lora(pipeline)
-    difloat.load_lora(pipeline, file)
+    file = difloat.lora.save(pipeline, options.out)
+    difloat.lora.unload(pipeline)
+    difloat.lora.load(pipeline, file)
     trained = sum(p.numel() for p in pipeline.unet.parameters() if p.requires_grad)
     print(f"loss {before:.4f} before, {after:.4f} after {options.iterations} steps of {trained:,} values")
     print(f"LoRA of {file.stat().st_size / 1e3:.0f} kB at {file}")

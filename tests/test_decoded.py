@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from difloat import tiers
+from difloat.cli import kernel_summary
 from difloat.kernels import dispatch, native_decode, operators
 from difloat.layers import install
 from difloat.numbers.formats import parse
@@ -152,6 +152,6 @@ def test_chosen_by_itself_and_named() -> None:
     weight = model[0].weight.detach()
     install.install(model, "0", plan_layer(weight, [part], [weight.abs().amax(1) / 6]))
     with dispatch.use_backend("auto"):
-        assert tiers.layers(model) == [
+        assert kernel_summary.layers(model) == [
             "1 x e2m1 x e3m4: decoded to floats, backend decoded (e3m4 activations are no int8 integers)"
         ]

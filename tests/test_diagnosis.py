@@ -12,8 +12,8 @@ from torch import Tensor
 
 import difloat
 from difloat import api
-from difloat.evaluation import diagnose
-from difloat.evaluation.diagnose import _bisect, runs_needed
+from difloat.evaluation import diagnosis
+from difloat.evaluation.diagnosis import _bisect, runs_needed
 from difloat.layers import packed
 from difloat.layers.packed import QuantizedLayer
 from tiny import tiny_pixart, tiny_unet
@@ -30,7 +30,7 @@ def quantized(kind: str, recipe: str = "rtn", bits: str = "w8a16", **options: An
     return pipeline
 
 
-def run(kind: str, broken: Any, **more: Any) -> diagnose.Diagnosis:
+def run(kind: str, broken: Any, **more: Any) -> diagnosis.Diagnosis:
     return difloat.diagnose(MAKE[kind](), broken, call_kwargs=CALL[kind], **ARGUMENTS, **more)
 
 
@@ -136,7 +136,7 @@ def test_bisection_finds_the_least_number_in_the_runs_it_may_take(count: int) ->
 def test_units_cover_every_quantized_layer() -> None:
     pipeline = quantized("unet", exclude=["mid_block"])
     original, model = api.denoiser(tiny_unet()), api.denoiser(pipeline)
-    units = diagnose._units(original, model)
+    units = diagnosis._units(original, model)
     taken = [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
     assert sorted(name for members in units.values() for name in members) == sorted(taken)
     assert set(packed.quantizable(original)) - set(taken) == {

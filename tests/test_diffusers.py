@@ -283,9 +283,9 @@ def test_registration_waits_for_diffusers_and_then_goes_away():
     # The other order is what this file itself does: its imports of diffusers came first.
     code = """
 import sys
-import difloat.io
-difloat.io.register()
-difloat.io.register()
+from difloat.checkpoint.register import register
+register()
+register()
 waiting = [finder for finder in sys.meta_path if type(finder).__name__ == "_RegisterOnImport"]
 assert len(waiting) == 2 and "diffusers" not in sys.modules
 from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING

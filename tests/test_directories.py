@@ -137,7 +137,7 @@ def test_what_a_killed_run_had_moved_away_comes_back(target: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from difloat.io.directories import whole_directory
+from difloat.checkpoint.directories import whole_directory
 with whole_directory(Path(sys.argv[1]), False, 0) as partial:
     (partial / "half").write_text("half")
     print("writing", flush=True)

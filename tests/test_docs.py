@@ -17,8 +17,8 @@ import pytest
 import typer
 
 import difloat
-from difloat import api, cli, recipes, reference_models
-from difloat.evaluation import compare
+from difloat import api, cli, evaluate, recipes, reference_models
+from difloat.evaluation import comparison
 
 # diffusers' DPM solver hands torch tensors to numpy in a way numpy 2 deprecates; nothing here can change that.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -114,14 +114,14 @@ def tiny_world() -> Iterator[pytest.MonkeyPatch]:
     """Embedded models are tiny ones, recipes take few rows and steps."""
     from tiny import tiny_pixart, tiny_unet
 
-    plan, generate = api.plan, compare.generate
+    plan, generate = api.plan, evaluate.generate
 
     def quick(model: object, recipe: str = "lbfp", bits: str = "w4a8", **given: object) -> object:
         wanted = {name: value for name, value in QUICK.items() if name in known_to(recipe)}
         wanted |= {name: QUICK[name] for name in ("samples", "steps")}
         return plan(model, recipe, bits, **{**given, **wanted})
 
-    def draw(*given: Any, **more: Any) -> compare.Generated:
+    def draw(*given: Any, **more: Any) -> evaluate.Generated:
         return generate(*given, **{**more, "steps": 2})
 
     with pytest.MonkeyPatch.context() as patch:
@@ -129,8 +129,8 @@ def tiny_world() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(reference_models, "load", lambda name: make[name]())
         patch.setattr(api, "plan", quick)
         for name in ("frechet_interval", "frechet_ratio_interval"):
-            patch.setattr(compare, name, lambda *_, **__: compare.Estimate(1.0, 1.0, 1.0))
-        patch.setattr(compare, "generate", draw)
+            patch.setattr(comparison, name, lambda *_, **__: evaluate.Estimate(1.0, 1.0, 1.0))
+        patch.setattr(evaluate, "generate", draw)
         yield patch
 
 

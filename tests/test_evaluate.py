@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import tiny
-from difloat.evaluation import compare, picture_metrics, set_distances
-from difloat.evaluation.compare import Evaluation, Generated
+from difloat import evaluate
+from difloat.evaluation import picture_metrics, set_distances
+from difloat.evaluation.comparison import Evaluation, Generated
 from difloat.evaluation.picture_metrics import Estimate
 
 
@@ -240,7 +241,7 @@ def test_kernel_distance_of_pairs_blocks_and_intervals():
 def test_a_seed_fixes_the_picture_for_every_batch_size(build, prompts):
     pipeline = build()
     one, three = (
-        compare.generate(
+        evaluate.generate(
             pipeline, prompts, seeds=[5, 6, 7, 5], steps=3, batch_size=size, trajectory=True, progress=False
         )
         for size in (1, 3)
@@ -253,14 +254,14 @@ def test_a_seed_fixes_the_picture_for_every_batch_size(build, prompts):
     assert one.latents is not None and one.latents.shape[:2] == (3, 4)
     assert len(one.timesteps) == 3 and one.timesteps == sorted(one.timesteps, reverse=True)
     assert "step" not in vars(pipeline.scheduler)
-    last = compare.latent_error(one, three)
+    last = evaluate.latent_error(one, three)
     assert len(last) == 3 and max(e.high for e in last) < 1e-3
 
 
 def test_prompts_are_recycled_and_default_arguments_are_the_pipelines():
     pipeline = tiny.tiny_unet()
     prompts = tiny.PROMPTS[:2]
-    drawn = compare.generate(pipeline, prompts, seeds=[1, 1, 1], steps=2, guidance_scale=5.0, progress=False)
+    drawn = evaluate.generate(pipeline, prompts, seeds=[1, 1, 1], steps=2, guidance_scale=5.0, progress=False)
     assert drawn.latents is None
     assert torch.allclose(drawn.images[0], drawn.images[2], atol=1e-5)
     assert not torch.equal(drawn.images[0], drawn.images[1])
@@ -283,7 +284,7 @@ def test_prompts_are_recycled_and_default_arguments_are_the_pipelines():
 )
 def test_generate_refuses_what_the_pipeline_cannot_take(build, prompts, options, message):
     with pytest.raises(ValueError, match=message):
-        compare.generate(build(), prompts, **({"seeds": [1], "steps": 1, "progress": False} | options))
+        evaluate.generate(build(), prompts, **({"seeds": [1], "steps": 1, "progress": False} | options))
 
 
 def test_generate_names_the_seed_of_a_broken_picture_and_restores_the_scheduler():
@@ -291,7 +292,7 @@ def test_generate_names_the_seed_of_a_broken_picture_and_restores_the_scheduler(
     with torch.no_grad():
         pipeline.unet.conv_out.bias[0] = torch.nan
     with pytest.raises(ValueError, match=r"NaN or infinity for seeds \[41\]"):
-        compare.generate(pipeline, None, seeds=[41], steps=1, progress=False)
+        evaluate.generate(pipeline, None, seeds=[41], steps=1, progress=False)
     assert "step" not in vars(pipeline.scheduler)
 
 
@@ -307,7 +308,7 @@ def generated(noise: float, n: int = 12, side: int = 16, latents: bool = True) -
 
 @pytest.fixture(scope="module")
 def evaluation(net) -> Evaluation:
-    return compare.compare(
+    return evaluate.compare(
         generated(0.0),
         generated(0.1),
         features=features_of(net),
@@ -332,7 +333,7 @@ def test_compare_measures_everything_in_the_fixed_order(evaluation):
 
 def test_compare_of_equal_sets_is_perfect_and_leaves_out_what_does_not_apply(net):
     small = generated(0.0, side=8, latents=False)
-    result = compare.compare(small, small, features=features_of(net), feature_maps=maps_of(net))
+    result = evaluate.compare(small, small, features=features_of(net), feature_maps=maps_of(net))
     assert list(result.metrics) == ["psnr", "perceptual", "frechet_to_full_precision", "kernel_distance"]
     assert result.metrics["psnr"] == Estimate(100.0, 100.0, 100.0)
     for name in ("perceptual", "frechet_to_full_precision", "kernel_distance"):
@@ -343,7 +344,7 @@ def test_compare_of_equal_sets_is_perfect_and_leaves_out_what_does_not_apply(net
 def test_compare_wants_one_caption_per_picture(net):
     sets = generated(0.0), generated(0.1)
     with pytest.raises(ValueError, match="one per picture, got 3 for 12"):
-        compare.compare(
+        evaluate.compare(
             *sets,
             features=features_of(net),
             feature_maps=maps_of(net),
@@ -354,7 +355,7 @@ def test_compare_wants_one_caption_per_picture(net):
 
 def test_latent_error_asks_for_trajectories():
     with pytest.raises(ValueError, match="trajectory=True"):
-        compare.latent_error(generated(0.0, latents=False), generated(0.1))
+        evaluate.latent_error(generated(0.0, latents=False), generated(0.1))
 
 
 def test_json_round_trip(evaluation):
@@ -391,11 +392,11 @@ JUDGED = Evaluation({"psnr": Estimate(18.25, 17, 19), "frechet_to_data": Estimat
     ],
 )
 def test_gate_directions(rule, holds):
-    assert (compare.gate(JUDGED, [rule]) == []) is holds
+    assert (evaluate.gate(JUDGED, [rule]) == []) is holds
 
 
 def test_gate_speaks_in_sentences():
-    assert compare.gate(JUDGED, ["psnr=20", "frechet_to_data<=12", "psnr>=1"]) == [
+    assert evaluate.gate(JUDGED, ["psnr=20", "frechet_to_data<=12", "psnr>=1"]) == [
         "psnr must be at least 20 dB, got 18.25 dB (95 % interval 17 to 19).",
         "frechet_to_data must be at most 12, got 12.5 (95 % interval 11 to 14).",
     ]
@@ -412,7 +413,7 @@ def test_gate_speaks_in_sentences():
 )
 def test_gate_refuses_rules_it_cannot_judge(rule, message):
     with pytest.raises(ValueError, match=message):
-        compare.gate(JUDGED, [rule])
+        evaluate.gate(JUDGED, [rule])
 
 
 # --- metrics of other libraries
@@ -421,16 +422,16 @@ def test_gate_refuses_rules_it_cannot_judge(rule, message):
 def test_external_says_how_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ImportError, match=r'pip install "difloat\[eval\]"'):
-        compare.external("lpips", pictures(), pictures(), None)
+        evaluate.external("lpips", pictures(), pictures(), None)
 
 
 def test_external_checks_its_input():
     with pytest.raises(ValueError, match="lpips, clip_score"):
-        compare.external("fid", pictures(), pictures(), None)
+        evaluate.external("fid", pictures(), pictures(), None)
     with pytest.raises(ValueError, match="needs reference pictures"):
-        compare.external("lpips", None, pictures(), None)
+        evaluate.external("lpips", None, pictures(), None)
     with pytest.raises(ValueError, match=r"one per picture \(6\), got 1"):
-        compare.external("clip_score", None, pictures(), ["a cat"])
+        evaluate.external("clip_score", None, pictures(), ["a cat"])
 
 
 def test_clip_score_of_a_tiny_clip(tmp_path):
@@ -448,10 +449,10 @@ def test_clip_score_of_a_tiny_clip(tmp_path):
     processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     for part in (model, tokenizer, processor):
         part.save_pretrained(tmp_path)
-    scores = compare.external(
+    scores = evaluate.external(
         "clip_score", None, pictures(2), ["a cat", "two red fish"], clip_model=str(tmp_path)
     )
-    alone = compare.external("clip_score", None, pictures(2)[:1], ["a cat"], clip_model=str(tmp_path))
+    alone = evaluate.external("clip_score", None, pictures(2)[:1], ["a cat"], clip_model=str(tmp_path))
     assert scores.shape == (2,) and 0 <= scores.min() and scores.max() <= 100
     assert scores.max() > 0
     assert scores[0].item() == pytest.approx(alone[0].item(), rel=1e-4, abs=1e-4)

@@ -20,11 +20,11 @@ from torch import Tensor
 
 import difloat
 import families
+from difloat import evaluate
 from difloat.calibration.collect import Calibration, CalibrationSettings, collect, denoiser_of
 from difloat.calibration.rows import first_tensor
 from difloat.estimate import probe
-from difloat.evaluation import compare
-from difloat.evaluation.compare import Generated
+from difloat.evaluation.comparison import Generated
 from difloat.layers import dtype_readers, packed, quantizable
 from difloat.layers.packed import QuantConv2d
 from difloat.methods import trace
@@ -59,7 +59,7 @@ def texts(family: Family) -> list[str] | None:
 
 def draw(pipeline: Any, family: Family, **more: Any) -> Generated:
     options = {"seeds": [4, 5], "steps": 2, "trajectory": True, "progress": False, **more}
-    return compare.generate(
+    return evaluate.generate(
         pipeline, family.conditions, guidance_scale=family.guidance, call_kwargs=family.call, **options
     )
 
@@ -251,7 +251,7 @@ def test_guidance_by_two_calls_gives_both_kinds_of_rows() -> None:
     needs, _ = probe(pipeline, PROMPTS, settings, call_kwargs=call)
     assert needs["calls"] == 2 * probe(pipeline, PROMPTS, settings, call_kwargs=FLUX_SIZE)[0]["calls"] == 8
     drawn = [
-        compare.generate(
+        evaluate.generate(
             pipeline, PROMPTS, seeds=[1, 2, 3], steps=2, batch_size=2, progress=False, call_kwargs=kw
         )
         for kw in (FLUX_SIZE, call)
@@ -312,8 +312,8 @@ def test_classes_are_drawn_with_each_pictures_seed() -> None:
     pipeline, rows, _ = calibrated("dit")
     classes = set(rows.batch(range(12))[1]["class_labels"].tolist())
     assert 1000 in classes and len(classes) > 3 and max(classes - {1000}) < 1000
-    drawn = compare.generate(pipeline, None, seeds=[7, 8], steps=2, progress=False)
-    again = compare.generate(pipeline, None, seeds=[7, 8], steps=2, batch_size=1, progress=False)
+    drawn = evaluate.generate(pipeline, None, seeds=[7, 8], steps=2, progress=False)
+    again = evaluate.generate(pipeline, None, seeds=[7, 8], steps=2, batch_size=1, progress=False)
     given = draw(pipeline, family, seeds=[7, 8], trajectory=False)
     torch.testing.assert_close(drawn.images, again.images, rtol=1e-3, atol=1e-3)
     assert not torch.equal(drawn.images, given.images)
@@ -329,4 +329,4 @@ def test_what_a_family_cannot_do_is_refused_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="'guidance_scale' must be None for LDMPipeline"):
         difloat.plan(families.ldm(), "rtn", guidance_scale=2.0, progress=False, **SIZES)
     with pytest.raises(ValueError, match="prompts of LDMPipeline must be None"):
-        compare.generate(families.ldm(), PROMPTS, seeds=[1], steps=1, progress=False)
+        evaluate.generate(families.ldm(), PROMPTS, seeds=[1], steps=1, progress=False)

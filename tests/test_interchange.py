@@ -357,7 +357,7 @@ def test_diffusers_bfl_backend_loads_an_export(kind: str, tmp_path: Path) -> Non
         for name, module in loaded.named_modules()
         if isinstance(module, tuple(QUANTIZED_LINEARS.values()))
     }
-    plan = difloat.io.plan_of(model)
+    plan = api.plan_of(model)
     assert kinds == set(plan.layers) and len(kinds) > 10
     restored = api.restore(model)
     loaded.dequantize()

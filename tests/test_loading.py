@@ -358,7 +358,8 @@ def test_processes_load_side_by_side(floats, tmp_path) -> None:
     directory = checkpoint.save(model, tmp_path / "a", max_shard_bytes=20_000)
     code = f"""
 import difloat, hashlib, json
-plan = difloat.io.plan_of(difloat.load({str(directory)!r}))
+from difloat.checkpoint import plan_of
+plan = plan_of(difloat.load({str(directory)!r}))
 state = {{f"{{name}}.{{key}}": hashlib.sha256(t.numpy().tobytes()).hexdigest()
           for name, layer in plan.layers.items() for key, t in layer.tensors.items()}}
 print(json.dumps(state, sort_keys=True))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import difloat
 import families
 from difloat import checkpoint, cli
-from difloat.cli.arguments import loras_of
+from difloat.cli.options import loras_of
 from difloat.layers import install
 from difloat.layers.packed import QuantizedLayer
 from difloat.lora import adapters
@@ -88,7 +88,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     for seed in (1, 2):
         pipeline = tiny_unet()
         add(pipeline.unet, "own", seed=seed)
-        folders.append(difloat.save_lora(pipeline, tmp_path_factory.mktemp("lora")).parent)
+        folders.append(difloat.lora.save(pipeline, tmp_path_factory.mktemp("lora")).parent)
     return folders
 
 
@@ -127,7 +127,7 @@ def test_life_in_diffusers_load_weigh_switch_off_delete(pipeline: Any, saved: li
         pipeline.set_adapters(["a", "b"], list(weights))
         outputs[weights] = output(unet)
         assert adapters.weights(pipeline) == pytest.approx({"a": weights[0], "b": weights[1]})
-        difloat.set_lora(pipeline, {"a": weights[0], "b": weights[1]})
+        difloat.lora.set_weights(pipeline, {"a": weights[0], "b": weights[1]})
         assert torch.equal(output(unet), outputs[weights])
     assert len({tensor.sum().item() for tensor in [bare, *outputs.values()]}) == 4
     pipeline.disable_lora()
@@ -153,11 +153,11 @@ def test_half_precision_keeps_its_dtype_with_merged_and_unmerged_adapters():
     bare, before = output(unet), packed_layers(unet)
     add(unet, "a")
     unmerged = output(unet)
-    difloat.merge_lora(unet)
+    difloat.lora.merge(unet)
     merged = output(unet)
     assert unmerged.dtype == merged.dtype == bare.dtype == torch.bfloat16
     assert (merged - unmerged).norm() < 0.7 * (bare - unmerged).norm()
-    difloat.unload_lora(unet)  # merged, so the change stays
+    difloat.lora.unload(unet)  # merged, so the change stays
     assert torch.equal(output(unet), merged) and not same(packed_layers(unet), before)
 
 
@@ -183,20 +183,20 @@ def test_fuse_lora_adds_to_the_packed_weight_and_unfuse_gives_the_bytes_back(ada
 def test_merging_one_after_another_is_merging_together(adapted: Any):
     unet, before = adapted.unet, packed_layers(adapted.unet)
     add(unet, "b", seed=1)
-    difloat.set_lora(adapted, {"a": 0.5, "b": 2.0})
-    shares = difloat.merge_lora(adapted)
+    difloat.lora.set_weights(adapted, {"a": 0.5, "b": 2.0})
+    shares = difloat.lora.merge(adapted)
     together = packed_layers(unet)
     assert all(0 <= share <= 1 for share in shares.values())
     assert shares.keys() == {f"unet.{name}" for name in wrappers(unet)}
-    difloat.unmerge_lora(adapted)
+    difloat.lora.unmerge(adapted)
     assert same(packed_layers(unet), before)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already following adapters were merged")
         for name in ("b", "a"):
-            difloat.merge_lora(adapted, [name])
+            difloat.lora.merge(adapted, [name])
     assert same(packed_layers(unet), together)
     with pytest.raises(ValueError, match="unmerge them first"):
-        difloat.set_lora(adapted, {"a": 1.0})
+        difloat.lora.set_weights(adapted, {"a": 1.0})
 
 
 def test_switching_off_while_merged_unmerges(adapted: Any):
@@ -211,9 +211,9 @@ def test_merged_biases_and_their_way_back(pipeline: Any):
     add(pipeline.unet, "a", ["conv1"], lora_bias=True)
     wrapper = next(iter(wrappers(pipeline.unet).values()))
     before = wrapper.base_layer.bias.detach().clone()
-    difloat.merge_lora(pipeline)
+    difloat.lora.merge(pipeline)
     torch.testing.assert_close(wrapper.base_layer.bias, before + 2 * wrapper.lora_B["a"].bias)
-    difloat.unmerge_lora(pipeline)
+    difloat.lora.unmerge(pipeline)
     assert torch.equal(wrapper.base_layer.bias, before)
 
 
@@ -225,7 +225,7 @@ def test_a_merged_model_is_saved_and_loaded(adapted: Any, tmp_path: Path):
         with pytest.raises(ValueError, match="call unload_lora_weights"):
             save()
     assert not (tmp_path / "no" / "unet").exists()
-    difloat.merge_lora(adapted)
+    difloat.lora.merge(adapted)
     adapted.unload_lora_weights()
     merged = output(adapted.unet)
     difloat.save(adapted, tmp_path / "merged")
@@ -239,7 +239,7 @@ def test_one_layer_that_cannot_merge_leaves_all_as_they_were():
     add(module, "a", ["to_q", "conv_depth"], r=16 * 5 * 2)
     before = packed_layers(module)
     with pytest.raises(ValueError, match="grouped convolution"):
-        difloat.merge_lora(pipeline)
+        difloat.lora.merge(pipeline)
     assert same(packed_layers(module), before) and not any(w.merged for w in wrappers(module).values())
 
 
@@ -264,9 +264,9 @@ def test_layers_that_depend_on_the_timestep_merge_every_variant(generator: torch
     x = torch.randn(4, 8, generator=generator)
     with torch.no_grad():
         before = [model(x, torch.tensor(t)) for t in (0.0, 1.0)]
-        assert difloat.merge_lora(model)["inner"] > 0.99
+        assert difloat.lora.merge(model)["inner"] > 0.99
         after = [model(x, torch.tensor(t)) for t in (0.0, 1.0)]
-    difloat.unmerge_lora(model)
+    difloat.lora.unmerge(model)
     for merged, unmerged in zip(after, before, strict=True):
         # Three mantissa bits: every weight is off by at most 1/16 of itself; errors of eight add up as their squares do.
         assert (merged - unmerged).norm() < unmerged.norm() / 16
@@ -274,9 +274,9 @@ def test_layers_that_depend_on_the_timestep_merge_every_variant(generator: torch
 
 
 def test_what_rounding_takes_away_is_said(adapted: Any):
-    difloat.set_lora(adapted, {"a": 1e-4})
+    difloat.lora.set_weights(adapted, {"a": 1e-4})
     with pytest.warns(UserWarning, match="rounding took away more than half"):
-        shares = difloat.merge_lora(adapted)
+        shares = difloat.lora.merge(adapted)
     assert min(shares.values()) < 0.5
 
 
@@ -284,8 +284,8 @@ def test_what_rounding_takes_away_is_said(adapted: Any):
 
 
 def test_saved_adapters_go_from_float_to_packed_and_back(pipeline: Any, saved: list[Path], tmp_path: Path):
-    difloat.load_lora(pipeline, saved[0], "a")
-    file = difloat.save_lora(pipeline, tmp_path)
+    difloat.lora.load(pipeline, saved[0], "a")
+    file = difloat.lora.save(pipeline, tmp_path)
     first, second = load_file(saved[0] / adapters.LORA_FILE), load_file(file)
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     again = tiny_unet()
@@ -311,11 +311,11 @@ def test_every_family_loads_merges_unloads(family: str, tmp_path: Path):
     source = getattr(families, family)()
     component, module = adapters._denoiser(source)
     add(module, "s", FAMILIES[family])
-    difloat.save_lora(source, tmp_path, "s")
+    difloat.lora.save(source, tmp_path, "s")
     pipeline = quantized(getattr(families, family)())
     target = adapters._denoiser(pipeline)[1]
     before = packed_layers(target)
-    difloat.load_lora(pipeline, tmp_path, "s", 0.5)
+    difloat.lora.load(pipeline, tmp_path, "s", 0.5)
     assert same(packed_layers(target), before)  # FLUX's loader would replace packed layers by wider ones
     expected, got = wrappers(module), wrappers(target)
     assert expected.keys() == got.keys() and adapters.weights(pipeline) == {"s": 0.5}
@@ -323,11 +323,11 @@ def test_every_family_loads_merges_unloads(family: str, tmp_path: Path):
         for factor in ("lora_A", "lora_B"):
             left, right = getattr(wrapper, factor)["s"].weight, getattr(expected[name], factor)["s"].weight
             assert torch.equal(left, right)
-    assert difloat.merge_lora(pipeline).keys() == {f"{component}.{name}" for name in got}
-    difloat.unmerge_lora(pipeline)
+    assert difloat.lora.merge(pipeline).keys() == {f"{component}.{name}" for name in got}
+    difloat.lora.unmerge(pipeline)
     assert same(packed_layers(target), before)
-    difloat.unload_lora(pipeline)
-    assert not adapters.adapters(pipeline) and checkpoint.plan_of(target).layers.keys() == before.keys()
+    difloat.lora.unload(pipeline)
+    assert not adapters.loaded(pipeline) and checkpoint.plan_of(target).layers.keys() == before.keys()
 
 
 def test_a_control_lora_of_flux_widens_the_float_weight(tmp_path: Path):
@@ -356,9 +356,9 @@ def test_directories_of_peft_and_its_own_merge(tmp_path: Path):
             model, peft.LoraConfig(target_modules=["to_q"], init_lora_weights=False)
         )
     wrapped.save_pretrained(tmp_path)
-    difloat.load_lora(twin, tmp_path)
+    difloat.lora.load(twin, tmp_path)
     assert torch.equal(output(twin), output(wrapped.base_model.model))
-    difloat.merge_lora(twin)
+    difloat.lora.merge(twin)
     assert same(packed_layers(twin), packed_layers(wrapped.merge_and_unload()))
 
 
@@ -367,7 +367,7 @@ def test_keys_without_configuration_count_fully(tmp_path: Path):
     name = "transformer_blocks.0.attn1.to_q"
     state = {f"{name}.lora_A.weight": torch.randn(3, 32), f"{name}.lora_B.weight": torch.randn(32, 3)}
     save_file(state, tmp_path / "x.safetensors")
-    difloat.load_lora(model, tmp_path / "x.safetensors", "x")
+    difloat.lora.load(model, tmp_path / "x.safetensors", "x")
     (wrapper,) = wrappers(model).values()
     expected = state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
     torch.testing.assert_close(wrapper.get_delta_weight("x"), expected)
@@ -387,7 +387,7 @@ def test_any_prefix_before_the_layers_is_understood(make: Any, prefix: str, tmp_
         f"{prefix}{name}.lora_B.weight": torch.ones(width, 3),
     }
     save_file(state, tmp_path / "x.safetensors")
-    difloat.load_lora(pipeline, tmp_path / "x.safetensors", "x")
+    difloat.lora.load(pipeline, tmp_path / "x.safetensors", "x")
     assert list(wrappers(module)) == [name]
     assert bool((wrappers(module)[name].get_delta_weight("x") == 3).all())
 
@@ -406,8 +406,8 @@ def test_a_lora_that_is_not_finite_is_refused(make: Any, value: float, tmp_path:
     with pytest.raises(
         ValueError, match=r"LoRA must hold finite numbers, got NaN or Inf in '.*lora_B.weight'"
     ):
-        difloat.load_lora(pipeline, tmp_path)
-    assert not adapters.adapters(pipeline) and not wrappers(module)
+        difloat.lora.load(pipeline, tmp_path)
+    assert not adapters.loaded(pipeline) and not wrappers(module)
 
 
 BAD_FILES = {
@@ -423,8 +423,8 @@ def test_foreign_files_are_refused(kind: str, tmp_path: Path):
     save_file(state, tmp_path / adapters.LORA_FILE)
     model = quantized(tiny_pixart())
     with pytest.raises(ValueError, match=words):
-        difloat.load_lora(model, tmp_path)
-    assert not adapters.adapters(model)
+        difloat.lora.load(model, tmp_path)
+    assert not adapters.loaded(model)
 
 
 # What is refused
@@ -479,24 +479,24 @@ def test_a_model_with_adapters_is_not_quantized():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda p: difloat.merge_lora(p), "none in use"),
-        (lambda p: difloat.merge_lora(p, ["x"]), r"got \['x'\]"),
-        (lambda p: difloat.set_lora(p, {"x": 1.0}), r"got \['x'\]"),
-        (lambda p: difloat.save_lora(p, "nowhere"), r"one of the loaded LoRAs \[\]"),
+        (lambda p: difloat.lora.merge(p), "none in use"),
+        (lambda p: difloat.lora.merge(p, ["x"]), r"got \['x'\]"),
+        (lambda p: difloat.lora.set_weights(p, {"x": 1.0}), r"got \['x'\]"),
+        (lambda p: difloat.lora.save(p, "nowhere"), r"one of the loaded LoRAs \[\]"),
     ],
 )
 def test_what_is_not_loaded_is_named(call: Any, words: str, pipeline: Any):
     with pytest.raises(ValueError, match=words):
         call(pipeline)
-    difloat.unmerge_lora(pipeline)  # nothing to do
-    difloat.unload_lora(pipeline)
+    difloat.lora.unmerge(pipeline)  # nothing to do
+    difloat.lora.unload(pipeline)
 
 
 def test_missing_files_and_taken_names_are_refused(adapted: Any, saved: list[Path], tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"pytorch_lora_weights\.safetensors or adapter_model"):
-        difloat.load_lora(adapted, tmp_path)
+        difloat.lora.load(adapted, tmp_path)
     with pytest.raises(ValueError, match="must be new, got 'a'"):
-        difloat.load_lora(adapted, saved[0], "a")
+        difloat.lora.load(adapted, saved[0], "a")
 
 
 # Training

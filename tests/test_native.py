@@ -108,10 +108,10 @@ def test_units_agree_bit_for_bit() -> None:
         pytest.skip("this machine has one unit")
     code = """
 import hashlib, torch
-from difloat.kernels import cpu
-from difloat.formats import parse
-from difloat.quantizer import plan_layer
-from difloat.specs import Part, QuantSpec
+from difloat.kernels import native_int8
+from difloat.numbers.formats import parse
+from difloat.plan.encode import plan_layer
+from difloat.plan.specs import Part, QuantSpec
 generator, digest = torch.Generator().manual_seed(0), hashlib.sha256()
 for name, zero, group in [("e2m1", False, None), ("uint4", True, 32), ("int3", False, None), ("e3m0", False, 64)]:
     for rows in (1, 5, 40):
@@ -122,7 +122,7 @@ for name, zero, group in [("e2m1", False, None), ("uint4", True, 32), ("int3", F
         layer = plan_layer(weight, [part], [scale], weight_zero_points=[shift] if zero else None)
         x = torch.randn(rows, 100, generator=generator).bfloat16()
         names = ("weight", "weight_scale", "weight_zero_point")
-        out = cpu.linear(x, *(layer.tensors.get(name) for name in names), None, None, None, part)
+        out = native_int8.linear(x, *(layer.tensors.get(name) for name in names), None, None, None, part)
         digest.update(out.float().numpy().tobytes())
 print(digest.hexdigest())
 """
@@ -134,15 +134,15 @@ def test_products_of_torch_that_saturate_are_not_used() -> None:
     """Without VNNI, oneDNN adds two products of 8 bits in 16: exact for weights up to 64, not for INT8 ones."""
     code = """
 import torch
-from difloat.formats import parse
-from difloat.kernels import eager, integers
-from difloat.specs import Part, QuantSpec
+from difloat.numbers.formats import parse
+from difloat.kernels import integer_operands, torch_int8
+from difloat.plan.specs import Part, QuantSpec
 x, found = torch.zeros(2, 256), []
 for name in ("e2m1", "e3m0", "int8"):
     part = Part(256, QuantSpec(parse(name), "channel"), QuantSpec(parse("int8"), "token", online=True))
-    if eager.supports(part, (64, 256), x):
+    if torch_int8.supports(part, (64, 256), x):
         found.append(name)
-        ends = integers.operand_table(part.weight.format).int()
+        ends = integer_operands.operand_table(part.weight.format).int()
         weight = torch.stack([ends.min(), ends.max()]).to(torch.int8)[:, None].repeat(32, 256)
         rows = torch.tensor([-128, 127], dtype=torch.int8)[:, None].repeat(32, 256)
         assert torch.equal(torch._int_mm(rows, weight.t()).double(), rows.double() @ weight.double().t())

@@ -15,6 +15,7 @@ import pytest
 from difloat.evaluation.picture_metrics import METRICS
 from difloat.report import figures, render
 from difloat.report import text as text_module
+from difloat.report.text import bytes_text, db_text, duration_text, number_text, percent_text, sortable_text
 
 _VOID = {"meta", "img", "input", "br", "link", "hr"}
 
@@ -333,17 +334,17 @@ def test_pictures_shrink_until_they_fit(monkeypatch):
 @pytest.mark.parametrize(
     ("function", "value", "text"),
     [
-        (text_module.bytes_text, 999, "999 B"),
-        (text_module.bytes_text, 6_010_000, "6.01 MB"),
-        (text_module.number_text, 0.1, "0.100"),
-        (text_module.number_text, None, "–"),
-        (text_module.db_text, -math.inf, "exact"),
-        (text_module.db_text, -21.34, "-21.3"),
-        (text_module.percent_text, 1e-6, "< 0.01 %"),
-        (text_module.percent_text, 0.254, "25 %"),
-        (text_module.duration_text, 0.42, "0.42 s"),
-        (text_module.duration_text, 3725, "1 h 2 min"),
-        (text_module.sortable_text, math.nan, ""),
+        (bytes_text, 999, "999 B"),
+        (bytes_text, 6_010_000, "6.01 MB"),
+        (number_text, 0.1, "0.100"),
+        (number_text, None, "–"),
+        (db_text, -math.inf, "exact"),
+        (db_text, -21.34, "-21.3"),
+        (percent_text, 1e-6, "< 0.01 %"),
+        (percent_text, 0.254, "25 %"),
+        (duration_text, 0.42, "0.42 s"),
+        (duration_text, 3725, "1 h 2 min"),
+        (sortable_text, math.nan, ""),
     ],
 )
 def test_numbers_read_well(function, value, text):
@@ -376,7 +377,7 @@ def test_reports_of_earlier_versions_are_read():
     ],
 )
 def test_sizes_say_in_which_direction(original, packed, digits, text):
-    assert figures.size_text(original, packed, digits) == text
+    assert text_module.size_text(original, packed, digits) == text
 
 
 def test_bytes_beyond_the_bits_are_explained_where_they_are():

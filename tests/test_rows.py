@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from difloat import tiers
+from difloat.cli import kernel_summary
 from difloat.kernels import derived, dispatch, reference, torch_int8
 from difloat.kernels.weight import Rows
 from difloat.layers import install
@@ -502,12 +502,12 @@ def test_what_computes_a_layer_is_said_in_words(generator) -> None:
     one = mixed((6, 7), [spec_of("uint1"), spec_of("uint2"), spec_of("uint3")], (2, 3, 1), generator)
     model = nn.Sequential(installed(one.joined))
     with dispatch.use_backend("torch"):
-        assert tiers.layers(model) == ["1 x uint1/uint2/uint3 x int8: int8 products, backend torch"]
+        assert kernel_summary.layers(model) == ["1 x uint1/uint2/uint3 x int8: int8 products, backend torch"]
     model = nn.Sequential(
         installed(replace(one.joined, parts=tuple(replace(p, activation=None) for p in one.joined.parts)))
     )
     name = "decoded" if "decoded" in dispatch.available() else "reference"
-    assert tiers.layers(model) == [
+    assert kernel_summary.layers(model) == [
         f"1 x uint1/uint2/uint3 x float: decoded to floats, backend {name} (activations are not quantized)"
     ]
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from difloat import recipes
 from difloat.numbers import formats
 from difloat.numbers.formats import parse
 from difloat.numbers.scale_grids import shared_scale, snapping
@@ -111,4 +110,3 @@ def test_rtn_takes_a_format_by_name_and_refuses_another_width() -> None:
     assert {layer.parts[0].weight.format.name for layer in plan.layers.values()} == {"e4m3fn"}
     with pytest.raises(ValueError, match="weight_format must have the 4 bits asked for, got e4m3fn"):
         plan_with("pixart", "rtn", "w4a16", weight_format="e4m3fn")
-    assert "nearest" in recipes.RECIPES["rtn"].plan.__module__

@@ -22,7 +22,7 @@ from difloat.layers.low_rank_branch import low_rank, product
 from difloat.methods.training.twin_layer import Adaptive, stored_bytes
 from difloat.numbers.formats import parse
 from difloat.plan.add_delta import add_to_weight
-from difloat.plan.encode import plan_layer
+from difloat.plan.encode import dequantize, plan_layer
 from difloat.plan.plan import SIDE, LayerPlan, Plan
 from difloat.plan.specs import Part, QuantSpec, Side
 from difloat.report import build
@@ -208,7 +208,7 @@ def test_restoring_adds_a_single_pair_and_refuses_several(model: Denoiser) -> No
     restored = install.restore(install.apply(install.shadow(model), plan))
     stored = plan.layers["conv_in"]
     down, up = (stored.tensors[name] for name in SIDE)
-    assert torch.equal(restored.conv_in.weight, difloat.quantizer.dequantize(stored) + product(down, up))
+    assert torch.equal(restored.conv_in.weight, dequantize(stored) + product(down, up))
     assert type(restored.conv_in) is nn.Conv2d
     with pytest.raises(ValueError, match="one weight each"):
         install.restore(install.apply(install.shadow(model), planned(model)))

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from difloat import recipes
 from difloat.layers.packed import quantizable
-from difloat.methods.sparsity import mostly_zero
+from difloat.methods.sparsity import MOSTLY, mostly_zero, rounded_away
 from difloat.methods.task import Task
 from difloat.numbers.formats import parse
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import MIN_MAX, Bits, Rule, draft_layer
 from difloat.report import build
-from difloat.report.record import MOSTLY, LayerRow, rounded_away, zeros_note
+from difloat.report.record import LayerRow, zeros_note
 from test_contracts import plan_with, prepared
 
 

@@ -11,17 +11,16 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from difloat import cli, distributed, run
+from difloat import cli, distributed, evaluate, run
 from difloat.calibration.collect import CalibrationSettings, collect, collect_from_loop
-from difloat.evaluation import compare
 from tiny import PROMPTS, tiny_ddim, tiny_unet
 
 SETTINGS = CalibrationSettings(samples=24, steps=4, prompts_per_batch=2, seed=3)  # three batches
 
 
-def pictures() -> compare.Generated:
+def pictures() -> evaluate.Generated:
     """Three batches, the last one smaller."""
-    return compare.generate(
+    return evaluate.generate(
         tiny_unet(),
         PROMPTS[:2],
         seeds=[3, 1, 4, 1, 5],

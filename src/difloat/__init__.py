@@ -16,61 +16,61 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from difloat import lora
+from difloat.api import (  # binds `difloat.plan` to the function, after its folder
+    apply,
+    plan,
+    quantize,
+    repair,
+    restore,
+)
 from difloat.checkpoint import CheckpointError, load, save, verify
 from difloat.checkpoint.register import register
-from difloat.kernels.dispatch import set_backend, use_backend
-from difloat.layers.fast_attention import accelerate as accelerate_attention
-from difloat.lora.adapters import load_lora, merge_lora, save_lora, set_lora, unload_lora, unmerge_lora
-from difloat.numbers import formats, rounding
-from difloat.plan.plan import LayerPlan, Plan
-from difloat.plan.specs import Part, QuantSpec
+from difloat.kernels.dispatch import use_backend
+from difloat.numbers import formats
+from difloat.plan.plan import Plan
 
 if TYPE_CHECKING:
-    from difloat.api import apply, plan, quantize, restore
+    from difloat import evaluation as evaluate
+    from difloat import interchange
     from difloat.checkpoint.config import DifloatConfig
-    from difloat.evaluation.diagnose import diagnose
+    from difloat.evaluation.diagnosis import diagnose
     from difloat.reference_models import load as reference
 
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "DifloatConfig",
-    "LayerPlan",
-    "Part",
     "Plan",
-    "QuantSpec",
-    "accelerate_attention",
     "apply",
     "diagnose",
+    "evaluate",
     "formats",
+    "interchange",
     "load",
-    "load_lora",
-    "merge_lora",
+    "lora",
     "plan",
     "quantize",
     "reference",
+    "repair",
     "restore",
-    "rounding",
     "save",
-    "save_lora",
-    "set_backend",
-    "set_lora",
-    "unload_lora",
-    "unmerge_lora",
     "use_backend",
     "verify",
 ]
+_LATER = {  # what needs diffusers, or what few programs use, is imported at its first use
+    "DifloatConfig": ("difloat.checkpoint.config", "DifloatConfig"),
+    "diagnose": ("difloat.evaluation.diagnosis", "diagnose"),
+    "evaluate": ("difloat.evaluation", None),
+    "interchange": ("difloat.interchange", None),
+    "reference": ("difloat.reference_models", "load"),
+}
 
 register()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("apply", "plan", "quantize", "restore"):
-        return getattr(import_module("difloat.api"), name)
-    if name == "diagnose":
-        return import_module("difloat.evaluation.diagnose").diagnose
-    if name == "DifloatConfig":
-        return import_module("difloat.checkpoint.config").DifloatConfig
-    if name == "reference":
-        return import_module("difloat.reference_models").load
-    raise AttributeError(f"module 'difloat' has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module 'difloat' has no attribute {name!r}")
+    module, attribute = _LATER[name]
+    return getattr(import_module(module), attribute) if attribute else import_module(module)

@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 
-import difloat
-from difloat import api, components, distributed, recipes, reference_models
+from difloat import api, checkpoint, components, distributed, evaluation, recipes, reference_models
 from difloat.calibration import collect
 from difloat.calibration.collect import CalibrationSettings
 from difloat.checkpoint.layout import stored_dtypes
 from difloat.checkpoint.save_load import dtype_argument
 from difloat.estimate import Forecast
-from difloat.evaluation import compare
-from difloat.evaluation.compare import Evaluation, Generated
+from difloat.evaluation.comparison import Evaluation, Generated
 from difloat.layers import install
 from difloat.plan.plan import Plan
 from difloat.report import build
@@ -161,7 +159,7 @@ def describe(forecast: Forecast, settings: CalibrationSettings) -> str:
 
 def draw(pipeline: Any, sampling: Sampling, *, progress: bool = True) -> Generated:
     """Pictures of seeds 0, 1, ... with the sampler's states; of several processes the main one gets them."""
-    return compare.generate(
+    return evaluation.generate(
         pipeline,
         sampling.prompts,
         seeds=list(range(sampling.count)),
@@ -179,7 +177,7 @@ def judge(reference: Generated, quantized: Generated, sampling: Sampling) -> Eva
     from difloat.evaluation import emoji_features
 
     captions, known = sampling.captions, sampling.has_known_captions
-    return compare.compare(
+    return evaluation.compare(
         reference,
         quantized,
         features=emoji_features.features,
@@ -220,8 +218,8 @@ def finish(
     timings = dict(seconds)
     reference = draw(pipeline, sampling) if sampling.count else None
     api.apply(pipeline, plan)
-    distributed.on_main(lambda: difloat.save(pipeline, out, overwrite=overwrite))
-    drawn = None if reference is None else draw(difloat.load(out), sampling)
+    distributed.on_main(lambda: checkpoint.save(pipeline, out, overwrite=overwrite))
+    drawn = None if reference is None else draw(checkpoint.load(out), sampling)
     if not distributed.is_main():
         return None
     evaluation = None

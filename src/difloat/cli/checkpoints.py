@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from difloat import tables
-from difloat.cli.application import app
-from difloat.cli.arguments import Checkpoint, Source, pipeline_of
-from difloat.tables import console
+from difloat.cli import tables
+from difloat.cli.app import app
+from difloat.cli.options import Checkpoint, Source, pipeline_of
+from difloat.cli.tables import console
 
 
 @app.command()
@@ -23,7 +23,8 @@ def inspect(
     kernels: Annotated[bool, typer.Option("--kernels", help="Say what computes it on this machine.")] = False,
 ) -> None:
     """Show what a model consists of, and what of it can be quantized or is."""
-    from difloat import api, tiers
+    from difloat import api
+    from difloat.cli import kernel_summary
     from difloat.layers import packed as rooms
 
     module = api.denoiser(pipeline_of(source))
@@ -50,7 +51,11 @@ def inspect(
         f"in them, {stored / 1e6:.2f} MB in memory"
     )
     if kernels:
-        console.print("\n".join([tiers.machine(), *tiers.layers(module)]), highlight=False, soft_wrap=True)
+        console.print(
+            "\n".join([kernel_summary.machine(), *kernel_summary.layers(module)]),
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()
@@ -85,14 +90,14 @@ def card(
 @app.command()
 def verify(directory: Checkpoint) -> None:
     """Prove a checkpoint: hashes, shapes, scales, legal codes, bit-exact re-encoding, size. Exit code 1 if one fails."""
-    import difloat
+    from difloat import checkpoint
 
     folder = Path(directory)
     if not folder.is_dir():
         raise ValueError(f"checkpoint must be a directory, but {directory} does not exist; check the path")
     if not any((folder / name).is_file() for name in ("config.json", "model_index.json", "difloat.json")):
         raise ValueError(f"checkpoint must have a config.json or model_index.json, got none in {directory}")
-    findings = difloat.verify(directory)
+    findings = checkpoint.verify(directory)
     for finding in findings:
         mark = "[green]ok  [/green]" if finding.passed else "[red]FAIL[/red]"
         console.print(mark, f"{finding.check:10} {finding.component}", finding.message, highlight=False)

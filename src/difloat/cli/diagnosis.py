@@ -9,22 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from difloat.cli.application import app
-from difloat.cli.arguments import (
-    Call,
-    Checkpoint,
-    Guidance,
-    Prompts,
-    Seed,
-    Source,
-    Steps,
-    call_of,
-    pipeline_of,
-)
-from difloat.tables import console
+from difloat.cli.app import app
+from difloat.cli.options import Call, Checkpoint, Guidance, Prompts, Seed, Source, Steps, call_of, pipeline_of
+from difloat.cli.tables import console
 
 if TYPE_CHECKING:
-    from difloat.evaluation.diagnose import Diagnosis, Health
+    from difloat.evaluation.diagnosis import Diagnosis, Health
     from difloat.plan.plan import Plan
 
 _ROWS = 12  # of a table
@@ -47,7 +37,7 @@ def diagnose(
 ) -> None:
     """Find the layers that cost a quantized model its quality, and say how to leave them out."""
     from difloat import api, run
-    from difloat.evaluation import diagnose as diagnosis
+    from difloat.evaluation import diagnosis
     from difloat.pipelines import denoiser_of
 
     pipeline, quantized = pipeline_of(source), pipeline_of(str(directory))

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from difloat import tables
 from difloat.calibration.sampler_runs import MOST_SEED
-from difloat.cli.application import app
-from difloat.cli.arguments import (
+from difloat.cli import tables
+from difloat.cli.app import app
+from difloat.cli.options import (
     Batch,
     Call,
     Guidance,
@@ -24,7 +24,7 @@ from difloat.cli.arguments import (
     meet,
     pipeline_of,
 )
-from difloat.tables import console
+from difloat.cli.tables import console
 
 
 @app.command()
@@ -46,9 +46,9 @@ def generate(
     """Draw pictures with a full-precision or quantized pipeline; processes of a launch share them."""
     from PIL import Image
 
-    from difloat import distributed, load_lora, run
+    from difloat import distributed, evaluation, run
     from difloat.checkpoint.directories import resolved
-    from difloat.evaluation import compare
+    from difloat.lora import adapters
     from difloat.report import build
 
     meet()
@@ -56,11 +56,11 @@ def generate(
         raise NotADirectoryError(f"output must be a directory, got the file {str(out)!r}; choose another")
     pipeline = pipeline_of(source)
     for number, (file, weight) in enumerate(loras_of(lora or [])):
-        load_lora(pipeline, file, f"lora{number}", weight)
+        adapters.load(pipeline, file, f"lora{number}", weight)
     texts = list(prompt) if prompt else run.prompts_of(pipeline, source, prompts)
     guidance, arguments = call_of(pipeline, source, guidance, call)
     seeds = list(range(seed, seed + count))
-    drawn = compare.generate(
+    drawn = evaluation.generate(
         pipeline,
         texts,
         seeds=seeds,

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from difloat import tables
-from difloat.cli.application import app
-from difloat.cli.arguments import (
+from difloat.cli import tables
+from difloat.cli.app import app
+from difloat.cli.checkpoints import verify
+from difloat.cli.options import (
     Call,
     Components,
     DryRun,
@@ -31,8 +32,7 @@ from difloat.cli.arguments import (
     options_of,
     pipeline_of,
 )
-from difloat.cli.checkpoints import verify
-from difloat.tables import console
+from difloat.cli.tables import console
 
 _PICTURES = 4  # of a report drawn at once: more would take more memory than quantizing
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from difloat.evaluation.comparison import Evaluation
 from difloat.evaluation.picture_metrics import METRICS
-
-if TYPE_CHECKING:
-    from difloat.evaluation.compare import Evaluation
 
 _RULE = re.compile(r"\s*(\w+)\s*(<=|>=|=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
 

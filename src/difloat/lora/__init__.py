@@ -1,1 +1,5 @@
-"""LoRA on packed layers: its life cycle, PEFT's wrappers, foreign files."""
+"""LoRA on packed layers: its life cycle, PEFT's wrappers, foreign files. Users reach it as `difloat.lora`."""
+
+from difloat.lora.adapters import load, loaded, merge, save, set_weights, unload, unmerge, weights
+
+__all__ = ["load", "loaded", "merge", "save", "set_weights", "unload", "unmerge", "weights"]

@@ -47,7 +47,7 @@ def on_wrapped(parent: nn.Module, name: str, child: nn.Module | None) -> None:
 register_module_module_registration_hook(on_wrapped)
 
 
-def load_lora(
+def load(
     pipeline_or_module: Any, source: str | os.PathLike[str], name: str = "default", weight: float = 1.0
 ) -> None:
     """Load a LoRA and use it beside those that are in use.
@@ -68,7 +68,7 @@ def load_lora(
         ValueError: if the name is taken, the file is no LoRA of this model, or a value in it is not finite; nothing is
             loaded then.
     """
-    if name in (taken := adapters(pipeline_or_module)):
+    if name in (taken := loaded(pipeline_or_module)):
         raise ValueError(f"name of a LoRA must be new, got {name!r} beside {taken}; choose another")
     file = _file_of(Path(source))
     stored, header = _contents(file)
@@ -80,14 +80,14 @@ def load_lora(
         pipeline_or_module.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     else:
         _inject(module, file, header, stored, prefix or "", name)
-    if name not in adapters(pipeline_or_module):
+    if name not in loaded(pipeline_or_module):
         raise ValueError(
             f"LoRA must be of this model, but {file.name} fits no layer of it; load it into its own"
         )
-    set_lora(pipeline_or_module, {**in_use, name: weight})
+    set_weights(pipeline_or_module, {**in_use, name: weight})
 
 
-def save_lora(pipeline_or_module: Any, directory: str | os.PathLike[str], name: str | None = None) -> Path:
+def save(pipeline_or_module: Any, directory: str | os.PathLike[str], name: str | None = None) -> Path:
     """Write a LoRA as diffusers does; float and quantized models of the same architecture load it. Returns the file.
 
     Args:
@@ -100,7 +100,7 @@ def save_lora(pipeline_or_module: Any, directory: str | os.PathLike[str], name: 
     """
     from peft import get_peft_model_state_dict
 
-    found = adapters(pipeline_or_module)
+    found = loaded(pipeline_or_module)
     if name is None and len(found) == 1:
         name = found[0]
     if name is None or name not in found:
@@ -124,15 +124,15 @@ def save_lora(pipeline_or_module: Any, directory: str | os.PathLike[str], name: 
     return partial.replace(target)
 
 
-def set_lora(pipeline_or_module: Any, weights: Mapping[str, float]) -> None:
+def set_weights(pipeline_or_module: Any, weights: Mapping[str, float]) -> None:
     """Use exactly these LoRAs, with these factors; none at all switches them off and keeps them loaded.
 
     Raises:
         ValueError: if one is not loaded, or LoRAs are merged, whose weights are fixed.
     """
-    if unknown := sorted(weights.keys() - set(adapters(pipeline_or_module))):
+    if unknown := sorted(weights.keys() - set(loaded(pipeline_or_module))):
         raise ValueError(
-            f"LoRAs must be loaded before they are used, got {unknown}; load them with load_lora"
+            f"LoRAs must be loaded before they are used, got {unknown}; load them with difloat.lora.load"
         )
     wrappers = list(_wrappers(pipeline_or_module))
     if any(wrapper.merged for _, _, wrapper in wrappers):
@@ -149,7 +149,7 @@ def set_lora(pipeline_or_module: Any, weights: Mapping[str, float]) -> None:
 
 
 def weights(pipeline_or_module: Any) -> dict[str, float]:
-    """The LoRAs in use and their factors; what `set_lora` takes."""
+    """The LoRAs in use and their factors; what `set_weights` takes."""
     found: dict[str, float] = {}
     for _, _, wrapper in _wrappers(pipeline_or_module):
         if not wrapper.disable_adapters:
@@ -162,7 +162,7 @@ def weights(pipeline_or_module: Any) -> dict[str, float]:
     return found
 
 
-def adapters(pipeline_or_module: Any) -> list[str]:
+def loaded(pipeline_or_module: Any) -> list[str]:
     """Names of all adapters that are loaded, in use or not."""
     names: dict[str, None] = {}
     for _, _, wrapper in _wrappers(pipeline_or_module):
@@ -171,8 +171,8 @@ def adapters(pipeline_or_module: Any) -> list[str]:
     return list(names)
 
 
-def merge_lora(pipeline_or_module: Any, names: Sequence[str] | None = None) -> dict[str, float]:
-    """Add LoRAs to the packed weights and round again, until `unmerge_lora`; the model is as fast as without them then.
+def merge(pipeline_or_module: Any, names: Sequence[str] | None = None) -> dict[str, float]:
+    """Add LoRAs to the packed weights and round again, until `unmerge`; the model is as fast as without them then.
 
     Low-bit grids take small changes badly: where every weight moves by less than half a step, nothing arrives. To keep all
     of it, leave the LoRA unmerged, or merge it into the float model and quantize that.
@@ -188,9 +188,11 @@ def merge_lora(pipeline_or_module: Any, names: Sequence[str] | None = None) -> d
         ValueError: if there is no such LoRA or a layer cannot take one (grouped convolutions); nothing is merged then.
     """
     chosen = list(weights(pipeline_or_module)) if names is None else list(names)
-    if not chosen or (unknown := set(chosen) - set(adapters(pipeline_or_module))):
+    if not chosen or (unknown := set(chosen) - set(loaded(pipeline_or_module))):
         got = sorted(unknown) if chosen else "none in use"
-        raise ValueError(f"LoRAs must be loaded before they are merged, got {got}; load them with load_lora")
+        raise ValueError(
+            f"LoRAs must be loaded before they are merged, got {got}; load them with difloat.lora.load"
+        )
     done: list[Any] = []
     shares = {}
     try:
@@ -207,14 +209,14 @@ def merge_lora(pipeline_or_module: Any, names: Sequence[str] | None = None) -> d
     return shares
 
 
-def unmerge_lora(pipeline_or_module: Any) -> None:
-    """Undo `merge_lora` (or `fuse_lora`): quantized layers get the very bytes back that they had; does nothing without."""
+def unmerge(pipeline_or_module: Any) -> None:
+    """Undo `merge` (or `fuse_lora`): quantized layers get the very bytes back that they had; does nothing without."""
     for _, _, wrapper in _wrappers(pipeline_or_module):
         if wrapper.merged:
             wrapper.unmerge()
 
 
-def unload_lora(pipeline_or_module: Any) -> None:
+def unload(pipeline_or_module: Any) -> None:
     """Take all LoRAs out of the model; what is merged stays in the weights, for good."""
     for module in _components(pipeline_or_module).values():
         found = [(name, layer) for name, layer in module.named_modules() if _is_wrapper(layer)]
@@ -228,7 +230,7 @@ def unload_lora(pipeline_or_module: Any) -> None:
 
 def refuse(pipeline_or_module: Any, purpose: str) -> None:
     """ValueError if adapters are loaded: their wrappers hide the layers that a plan names."""
-    if found := adapters(pipeline_or_module):
+    if found := loaded(pipeline_or_module):
         raise ValueError(
             f"model must have no adapters to be {purpose}, got {found}; call fuse_lora (if they shall stay in the weights) "
             "and unload_lora_weights first"

@@ -88,7 +88,7 @@ class _OnPackedWeight(_Base):
         self.merged_adapters.extend(names)
         if changed.share < _ENOUGH:
             warnings.warn(
-                "rounding took away more than half of a LoRA's change in at least one layer; difloat.merge_lora returns "
+                "rounding took away more than half of a LoRA's change in at least one layer; difloat.lora.merge returns "
                 "what arrived in which layer, and a LoRA that stays unmerged loses nothing",
                 stacklevel=2,
             )

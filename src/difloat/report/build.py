@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from difloat.checkpoint.directories import REPORT_FILES, replace_file
-from difloat.evaluation.compare import Evaluation
+from difloat.evaluation.comparison import Evaluation
 from difloat.layers.packed import weight_of
 from difloat.plan.encode import dequantize
 from difloat.plan.plan import LayerPlan, Plan

@@ -217,11 +217,3 @@ def _for_html(svg: str) -> str:
     for colour, variable in _CSS.items():
         text = text.replace(colour, variable)
     return text
-
-
-def size_text(original_bytes: float, packed_bytes: float, digits: int = 1) -> str:
-    """How the size changed: ``3.9x smaller``, ``1.16x larger`` or ``the same size``, with `digits` decimals or more."""
-    ratio = original_bytes / max(packed_bytes, 1)
-    word, times = ("smaller", ratio) if ratio >= 1 else ("larger", 1 / max(ratio, 1e-30))
-    shown = next((n for n in (digits, 2, 3) if n >= digits and f"{times:.{n}f}" != f"{1:.{n}f}"), None)
-    return "the same size" if shown is None else f"{times:.{shown}f}x {word}"

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from difloat.checkpoint.directories import CARD, CARD_MARK, replace_file
-from difloat.report import build, figures
+from difloat.report import build
 from difloat.report.render import Record
+from difloat.report.text import size_text
 
 
 def write(
@@ -73,7 +74,7 @@ def _text(value: str) -> str:
 
 def body(made: Record, base_model: str) -> str:
     """Everything below the front matter."""
-    change = figures.size_text(made.original_bytes, made.packed_bytes, 2)
+    change = size_text(made.original_bytes, made.packed_bytes, 2)
     measured = (
         f"The same {made.samples} prompts and seeds through both models; intervals are 95 % bootstrap intervals over pictures."
         if made.quality

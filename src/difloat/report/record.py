@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from difloat.report import figures
-from difloat.report import text as text_module
+from difloat.methods.sparsity import MOSTLY, rounded_away
+from difloat.report.text import bytes_text, number_text, size_text
 
-MOSTLY = 2 / 3  # of a layer's weights rounded to 0 is worth a word; why, in methods/sparsity.py
 NO_LAYER = (
     "no layer to quantize"  # how reasons of modules end that no recipe could quantize: norms, embeddings
 )
@@ -153,7 +152,7 @@ class Record:
         if not several or taken < _FAR_MORE * nominal:
             return ""
         return (
-            f"{len(several)} layers take {text_module.bytes_text(taken)}, {taken / nominal:.1f} times what one weight of "
+            f"{len(several)} layers take {bytes_text(taken)}, {taken / nominal:.1f} times what one weight of "
             f"{self.weight_bits_nominal:g} bits takes ({several[0].name}: "
             f"{several[0].note}); msfp --set adapters=1 and viditq --set stretches=1 keep one weight"
         )
@@ -162,21 +161,13 @@ class Record:
     def summary(self) -> str:
         """One sentence: model, recipe, size and the first metrics."""
         packed, original = (
-            text_module.bytes_text(self.packed_bytes),
-            text_module.bytes_text(self.original_bytes),
+            bytes_text(self.packed_bytes),
+            bytes_text(self.original_bytes),
         )
-        change = figures.size_text(self.original_bytes, self.packed_bytes)
+        change = size_text(self.original_bytes, self.packed_bytes)
         size = f"{change} ({packed} instead of {original})"
-        quality = [
-            f"{q['label']} {text_module.number_text(q['value'])} {q['unit']}".strip()
-            for q in self.quality[:3]
-        ]
+        quality = [f"{q['label']} {number_text(q['value'])} {q['unit']}".strip() for q in self.quality[:3]]
         return f"{self.model}, {self.recipe.upper()} {self.bits}: " + ", ".join([size, *quality]) + "."
-
-
-def rounded_away(zeros: float, zeros_before: float) -> float:
-    """Share of the weights other than 0 that became 0, from the shares of zeros after and before; 0 where all were 0."""
-    return (zeros - zeros_before) / (1 - zeros_before) if zeros_before < 1 else 0.0
 
 
 def zeros_note(rows: Sequence[LayerRow]) -> str:

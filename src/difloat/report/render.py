@@ -19,7 +19,7 @@ import numpy as np
 
 from difloat.checkpoint.directories import replace_file
 from difloat.numbers import formats
-from difloat.report import figures
+from difloat.report import figures, text
 from difloat.report.record import (
     AdapterTable,
     Histogram,
@@ -135,7 +135,7 @@ def _page(record: Record, reference: np.ndarray, quantized: np.ndarray) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     for name in ("bytes", "number", "db", "percent", "duration", "sortable"):
-        environment.filters[name] = getattr(figures, f"{name}_text")
+        environment.filters[name] = getattr(text, f"{name}_text")
     template = (
         resources.files("difloat").joinpath("assets").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
@@ -147,7 +147,7 @@ def _page(record: Record, reference: np.ndarray, quantized: np.ndarray) -> str:
     return environment.from_string(template).render(
         r=record,
         inf=math.inf,
-        size=figures.size_text(record.original_bytes, record.packed_bytes).rpartition(" "),
+        size=text.size_text(record.original_bytes, record.packed_bytes).rpartition(" "),
         pairs=pairs,
         storage=storage,
         pixelated=bool(len(reference)) and max(reference.shape[1:3]) <= 160,

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     pass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
 
 
 def bytes_text(size_bytes: float) -> str:
@@ -52,3 +56,11 @@ def duration_text(seconds: float) -> str:
 def sortable_text(value: float | None) -> str:
     """A number that the page's script can sort by; empty, which sorts last, for None and NaN."""
     return "" if value is None or math.isnan(value) else f"{max(-1e300, min(1e300, value)):.9g}"
+
+
+def size_text(original_bytes: float, packed_bytes: float, digits: int = 1) -> str:
+    """How the size changed: ``3.9x smaller``, ``1.16x larger`` or ``the same size``, with `digits` decimals or more."""
+    ratio = original_bytes / max(packed_bytes, 1)
+    word, times = ("smaller", ratio) if ratio >= 1 else ("larger", 1 / max(ratio, 1e-30))
+    shown = next((n for n in (digits, 2, 3) if n >= digits and f"{times:.{n}f}" != f"{1:.{n}f}"), None)
+    return "the same size" if shown is None else f"{times:.{shown}f}x {word}"

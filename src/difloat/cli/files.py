@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from difloat.cli.application import app
-from difloat.cli.arguments import Checkpoint, Overwrite, claimed, pipeline_of
-from difloat.tables import console
+from difloat.cli.app import app
+from difloat.cli.options import Checkpoint, Overwrite, claimed, pipeline_of
+from difloat.cli.tables import console
 
 Kind = Annotated[
     str, typer.Option(help="nvfp4 or fp8 (diffusers' bfl backend, ModelOpt), mxfp4, or comfy (ComfyUI).")
@@ -47,8 +47,7 @@ def import_(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a file of another program into a difloat checkpoint; codes and scales stay what they are."""
-    import difloat
-    from difloat import api, interchange
+    from difloat import api, checkpoint, interchange
 
     with claimed(out, overwrite):
         model = (
@@ -57,7 +56,7 @@ def import_(
             else pipeline_of(into)
         )
         plan = interchange.import_into(api.denoiser(model), path, source)
-        difloat.save(model, out, overwrite=overwrite)
+        checkpoint.save(model, out, overwrite=overwrite)
     console.print(f"{len(plan.layers)} quantized layers in {out}", highlight=False, soft_wrap=True)
 
 

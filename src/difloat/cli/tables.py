@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from difloat.numbers import formats
-from difloat.report import figures, text
 from difloat.report.record import zeros_note
+from difloat.report.text import bytes_text, size_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,7 +75,7 @@ def print_summary(made: Record) -> None:
         reference = "" if row["reference"] is None else f"{row['reference']:.4g}"
         value = f"{row['value']:.4g} {row['unit']}".strip()
         table.add_row(row["label"], value, interval(row["low"], row["high"]), reference)
-    change = figures.size_text(made.original_bytes, made.packed_bytes, 2)
+    change = size_text(made.original_bytes, made.packed_bytes, 2)
     table.add_row(
         "denoiser on disk",
         f"{made.packed_bytes / 1e6:.2f} MB",
@@ -106,7 +106,7 @@ def _left(made: Record) -> str:
     rest = len(made.skipped) - len(layers)
     named = ", ".join(name for name, _, _ in layers[:_NAMES]) + ", ..." * (len(layers) > _NAMES)
     told = f"left in float: {named or 'no layer'}"
-    size = text.bytes_text(sum(size for _, _, size in layers))
+    size = bytes_text(sum(size for _, _, size in layers))
     return (
         told
         + f" ({len(layers)} layers, {size})" * bool(layers)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from difloat import api
-from difloat.evaluation import compare
-from difloat.evaluation.compare import Generated
+from difloat.evaluation.comparison import latent_error
+from difloat.evaluation.generation import Generated, generate
 from difloat.evaluation.picture_metrics import NotFiniteError
 from difloat.layers import install, packed
 from difloat.layers.packed import QuantizedLayer
@@ -167,13 +167,13 @@ class _Trials:
 
     def _draw(self, pipeline: Any) -> Generated:
         self.runs += 1
-        return compare.generate(pipeline, trajectory=True, **self._arguments)
+        return generate(pipeline, trajectory=True, **self._arguments)
 
     def error_without(self, names: Sequence[str]) -> float:
         """Relative error of the last state with the layers `names` in full precision; infinite for NaN pictures."""
         with _as_float(self._quantized, self._original, names):
             try:
-                return compare.latent_error(self._reference, self._draw(self._pipeline))[-1].value
+                return latent_error(self._reference, self._draw(self._pipeline))[-1].value
             except NotFiniteError:
                 return math.inf
 

@@ -14,7 +14,7 @@ import typer
 
 from difloat import distributed
 from difloat.calibration.sampler_runs import MOST_SEED
-from difloat.tables import console
+from difloat.cli.tables import console
 
 Source = Annotated[
     str,

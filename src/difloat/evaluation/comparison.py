@@ -1,9 +1,4 @@
-"""The judge: the same seeds through two pipelines, and everything that differs between their pictures.
-
-`generate` (of `difloat.evaluation.generate`) draws pictures, `compare` measures a quantized set against the full-precision one,
-`gate` turns thresholds into sentences for a continuous-integration job. The metrics are in `difloat.evaluation.picture_metrics` and
-`difloat.evaluation.set_distances`.
-"""
+"""Everything that differs between the pictures of two pipelines from the same seeds."""
 
 from __future__ import annotations
 
@@ -13,8 +8,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from difloat.evaluation.gates import gate
-from difloat.evaluation.generate import Generated, generate
+from difloat.evaluation.generation import Generated
 from difloat.evaluation.picture_metrics import (
     METRICS,
     Estimate,
@@ -25,42 +19,12 @@ from difloat.evaluation.picture_metrics import (
     psnr,
     ssim,
 )
-from difloat.evaluation.published_metrics import external
 from difloat.evaluation.set_distances import (
     Moments,
-    frechet,
-    frechet_from_moments,
     frechet_interval,
     frechet_ratio_interval,
-    kernel_distance,
     kernel_interval,
-    moments,
 )
-
-__all__ = [
-    "METRICS",
-    "Estimate",
-    "Evaluation",
-    "Generated",
-    "Metric",
-    "compare",
-    "external",
-    "frechet",
-    "frechet_from_moments",
-    "frechet_interval",
-    "frechet_ratio_interval",
-    "gate",
-    "generate",
-    "kernel_distance",
-    "kernel_interval",
-    "latent_error",
-    "mean_interval",
-    "moments",
-    "perceptual",
-    "psnr",
-    "ssim",
-]
-
 
 _KERNEL_PICTURES = 8
 
