@@ -68,7 +68,7 @@ def rank(folder: str) -> int:
 
 
 def imports(nodes: Iterator[ast.AST] | list[ast.stmt]) -> Iterator[str]:
-    """Dotted names that import statements among `nodes` name; ``from difloat import checkpoint`` counts as ``difloat.checkpoint``."""
+    """Dotted names that import statements among `nodes` name; ``from difloat import x`` counts as ``difloat.x``."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

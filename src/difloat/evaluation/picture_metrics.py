@@ -1,6 +1,6 @@
 """Metrics of a picture beside its full-precision twin (PSNR, SSIM, perceptual) and intervals for their means.
 
-Pictures are `[n, 3, h, w]` float in [0, 1]. Distances of whole sets are in `difloat.evaluation.set_distances`; `METRICS` names all.
+Pictures are `[n, 3, h, w]` float in [0, 1]. Distances of whole sets are in `set_distances`. `METRICS` names all.
 """
 
 from __future__ import annotations
