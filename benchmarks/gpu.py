@@ -30,11 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from difloat.kernels import reference
+from difloat.kernels.geometry import Geometry
 from difloat.kernels.triton import backend, tiles
 from difloat.kernels.triton import operands as triton_operands
 from difloat.numbers.formats import parse
 from difloat.numbers.packing import packed_channels
 from difloat.plan.specs import Part, QuantSpec
+from difloat.plan.weight import Inputs, PackedWeight, Weight
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEARS = {  # in, out
@@ -161,7 +163,7 @@ def check(run: Run) -> None:
                 part = part_of(weight, activation, channels, group_size)
                 packed, scale = random_weight((rows, channels), part, run.device)
                 x = torch.randn(tokens, channels, device=run.device, dtype=torch.bfloat16)
-                y = backend.linear(x, packed, scale, None, None, None, None, part)
+                y = backend.linear(x, packed_weight(packed, scale, part), Inputs(), None)
                 w = reference.dequantize(packed, scale, None, weight, channels, group_size or 0)
                 rounded = x.float()
                 if activation is not None:
@@ -239,7 +241,7 @@ def one_linear(run: Run, name: str, tokens: int, channels: int, rows: int) -> No
         stored = [
             random_weight((rows, channels), part, run.device) for _ in range(copies(rows * channels / 2))
         ]
-        calls = [lambda s=s, p=part: backend.linear(x, *s, None, None, None, None, p) for s in stored]
+        calls = [lambda s=s, p=part: backend.linear(x, packed_weight(*s, p), Inputs(), None) for s in stored]
         with tiles.tuning() if not run.late else nullcontext():
             calls[0]()
         moved = activations + rows * channels / 2
@@ -319,12 +321,10 @@ def convolutions(run: Run) -> None:
         for label, (weight, activation) in FORMATS.items():
             part = part_of(weight, activation, channels)
             stored = random_weight(w.shape, part, run.device)
-            geometry_and_part = (part, (1, 1), pad, (1, 1), 1)
+            packed, geometry = packed_weight(*stored, part), Geometry(padding=pad)
 
-            def call(
-                x: Tensor = x, s: tuple[Tensor, Tensor] = stored, g: tuple[Any, ...] = geometry_and_part
-            ) -> Tensor:
-                return backend.conv2d(x, *s, None, None, None, None, *g)
+            def call(x: Tensor = x, packed: Weight = packed, geometry: Geometry = geometry) -> Tensor:
+                return backend.conv2d(x, packed, Inputs(), None, geometry)
 
             with tiles.tuning():
                 call()
@@ -333,13 +333,18 @@ def convolutions(run: Run) -> None:
             record(run, "convolutions", name, label, kind_of(run, part, x), ms, bf16, ops, moved)
 
 
+def packed_weight(codes: Tensor, scale: Tensor, part: Part) -> Weight:
+    """A weight of one piece."""
+    return Weight(((PackedWeight(codes, scale, None, part),),))
+
+
 @torch.library.custom_op("difloat_benchmark::linear", mutates_args=())
 def packed_linear(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, weight: str, activation: str
 ) -> Tensor:
     """A quantized linear layer as one operator, opaque to the compiler."""
     part = part_of(weight, activation, x.shape[-1])
-    return backend.linear(x, packed, scale, None, None, None, bias, part)
+    return backend.linear(x, packed_weight(packed, scale, part), Inputs(), bias)
 
 
 @packed_linear.register_fake

@@ -31,9 +31,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from difloat.kernels import attention, dispatch, integer_operands, operators
+from difloat.kernels.geometry import Geometry
 from difloat.numbers.formats import parse
 from difloat.plan.encode import plan_layer
 from difloat.plan.specs import AttentionPlan, Granularity, Part, QuantSpec
+from difloat.plan.weight import Inputs, PackedWeight, Weight
 
 LINEAR = [  # in, out: PixArt's and FLUX's
     (1152, 1152),
@@ -81,7 +83,8 @@ def layer(shape: tuple[int, ...], weight: str, activation: str, group: int | Non
     values = torch.randn(shape) * 0.02
     scale = torch.full((spec.scale_count(*shape[:2]),), 0.06 / spec.format.max)
     stored = plan_layer(values, [part], [scale]).tensors
-    return [stored["weight"], stored["weight_scale"], None, None, None, None, operators.part_text(part)]
+    piece = PackedWeight(stored["weight"], stored["weight_scale"], None, part)
+    return [Weight(((piece,),)), [Inputs()], None]
 
 
 def on(backend: str, call: Callable[[], object]) -> Callable[[], object]:
@@ -100,8 +103,7 @@ def ours(
     """The operator with every setting on every fast backend that supports it."""
     found: Contestants = {}
     for label, arguments in settings.items():
-        part = operators.part_of(arguments[-1])
-        shape = (arguments[0].shape[0], part.channels, *arguments[0].shape[2:])
+        part, shape = arguments[0].part, arguments[0].bands[0].shape
         for name in dispatch.available():
             exact = integer_operands.reason_against(part) is None
             if name in ("reference", "decoded" if exact else ""):
@@ -146,13 +148,13 @@ def conv(batch: int, channels: int, out: int, side: int, kernel: int) -> Contest
     weight = (torch.randn(shape) * 0.02).to(memory_format=torch.channels_last)
     half, padding = weight.bfloat16(), kernel // 2
     settings = {"w4a4": layer(shape, "e2m1", "e2m1"), "w4a8": layer(shape, "e2m1", "int8")}
-    geometry = ((1, 1), (padding, padding), (1, 1), 1)
+    geometry = Geometry(padding=(padding, padding))
     wide = x.float()
     return {
         "torch bf16": lambda: functional.conv2d(x, half, None, 1, padding),
         "torch fp32": lambda: functional.conv2d(wide, weight, None, 1, padding),
-        "difloat reference w4a8": on("reference", lambda: operators.conv2d(x, *settings["w4a8"], *geometry)),
-        **ours(operators.conv2d, x, settings, *geometry),
+        "difloat reference w4a8": on("reference", lambda: operators.conv2d(x, *settings["w4a8"], geometry)),
+        **ours(operators.conv2d, x, settings, geometry),
     }
 
 

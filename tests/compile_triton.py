@@ -15,9 +15,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from difloat.kernels.geometry import Geometry
 from difloat.kernels.triton import backend, tiles
 from difloat.numbers.formats import parse
 from difloat.plan.specs import Part, QuantSpec, layer_tensor_shapes
+from difloat.plan.weight import Branch, Inputs, PackedWeight, Weight
 
 COMPILED: list[tuple[str, Any]] = []
 
@@ -69,13 +71,15 @@ def call(
     names = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
     tensors = [torch.ones(shapes[name]) if name in shapes else None for name in names]
     packed = torch.zeros(shapes["weight"], dtype=torch.uint8)
+    piece, stored = PackedWeight(packed, *tensors[:2], part), Inputs(*tensors[2:])
     inputs, bias = torch.zeros(x, dtype=dtype), torch.zeros(shape[0], dtype=dtype)
     assert backend.supports(part, shape, inputs)
     if len(shape) == 4:
-        backend.conv2d(inputs, packed, *tensors, bias, part, (1, 1), (1, 1), (1, 1), 1)
+        backend.conv2d(inputs, Weight(((piece,),)), stored, bias, Geometry(padding=(1, 1)))
     else:
-        low_rank = (torch.zeros(32, shape[1], dtype=dtype), torch.zeros(shape[0], 32, dtype=dtype))
-        backend.linear(inputs, packed, *tensors, bias, part, adapter=low_rank if adapter else None)
+        low_rank = Branch(torch.zeros(32, shape[1], dtype=dtype), torch.zeros(shape[0], 32, dtype=dtype))
+        weight_beside = Weight(((piece,),), branch=low_rank if adapter else None)
+        backend.linear(inputs, weight_beside, stored, bias)
 
 
 def main(target: int) -> None:

@@ -11,14 +11,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difloat.kernels import dispatch, operators, reference
+from difloat.kernels.geometry import Geometry
 from difloat.layers import install
 from difloat.numbers.formats import parse
 from difloat.plan.encode import dequantize, plan_layer
 from difloat.plan.specs import Part, QuantSpec
+from difloat.plan.weight import Inputs, PackedWeight, Weight
 
 # Triton has tests of its own, small enough for its interpreter.
 FAST = [name for name in dispatch.available() if name not in ("reference", "decoded", "triton")]
 TOKEN = QuantSpec(parse("int8"), "token", online=True)
+
+
+def stored(tensors: tuple[Tensor | None, ...], part: Part) -> tuple[Weight, Inputs]:
+    """A weight of one part, and what is stored of its input."""
+    packed, scale, zero, input_scale, input_zero = tensors[:5]
+    return Weight(((PackedWeight(packed, scale, zero, part),),)), Inputs(input_scale, input_zero)
+
+
+def compute(x: Tensor, tensors: tuple[Tensor | None, ...], part: Part, *geometry: object) -> Tensor:
+    """The layer with these tensors (the bias last) by the operators."""
+    weight, inputs = stored(tensors, part)
+    if geometry:
+        return operators.conv2d(x, weight, [inputs], tensors[5], Geometry(*geometry))
+    return operators.linear(x, weight, [inputs], tensors[5])
+
+
+def operator_arguments(x: Tensor, tensors: tuple[Tensor | None, ...], part: Part, last: object) -> tuple:
+    """What `torch.ops.difloat.linear` or `conv2d` take."""
+    weight, inputs = stored(tensors, part)
+    return x, *operators._lists(weight, inputs), None, tensors[5], last, weight.text
 
 
 @dataclass(frozen=True)
@@ -30,8 +52,7 @@ class Case:
     weight: Tensor
 
     def call(self, x: Tensor, *geometry: object) -> Tensor:
-        operator = operators.conv2d if geometry else operators.linear
-        return operator(x, *self.tensors, operators.part_text(self.part), *geometry)
+        return compute(x, self.tensors, self.part, *geometry)
 
 
 def case(
@@ -235,13 +256,13 @@ def test_operators_are_legal(activation, name, generator) -> None:
     with dispatch.use_backend(name):
         one = case((4, 6), part, generator)
         for x in (torch.randn(2, 3, 6, generator=generator), torch.randn(6).requires_grad_()):
-            arguments = (x, *one.tensors, operators.part_text(part))
+            arguments = operator_arguments(x, one.tensors, part, [])
             torch.library.opcheck(torch.ops.difloat.linear.default, arguments, test_utils=tests)
         one = case((4, 6, 3, 3), part, generator)
-        geometry = ([2, 1], [1, 1], [1, 1], 1)
+        geometry = [2, 1, 1, 1, 1, 1, 1]
         x = torch.randn(2, 6, 5, 5, generator=generator)
         for picture in (x, x.to(memory_format=torch.channels_last).requires_grad_()):
-            arguments = (picture, *one.tensors, operators.part_text(part), *geometry)
+            arguments = operator_arguments(picture, one.tensors, part, geometry)
             torch.library.opcheck(torch.ops.difloat.conv2d.default, arguments, test_utils=tests)
 
 
@@ -312,8 +333,10 @@ def test_names_of_backends(monkeypatch) -> None:
         assert dispatch.backend() == "torch"
     assert dispatch.backend() == "auto"
     monkeypatch.setenv("DIFLOAT_BACKEND", "reference")
+    dispatch.set_backend(None)
     assert dispatch.backend() == "reference"
     monkeypatch.setenv("DIFLOAT_BACKEND", "magic")
+    dispatch.set_backend(None)
     with pytest.raises(
         ValueError, match="DIFLOAT_BACKEND must be one of auto, reference, torch.*got 'magic'"
     ):

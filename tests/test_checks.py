@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from difloat.kernels import attention, beside, dispatch, native_library, operators, row_operators
+from difloat.kernels import attention, dispatch, native_library, operators
 from difloat.kernels.dispatch import use_backend
 from difloat.numbers.formats import parse
 from difloat.plan.specs import Part, QuantSpec
-from test_backends import case, rounded
+from difloat.plan.weight import Branch, Inputs, PackedWeight, Weight
+from test_backends import case, compute, rounded, stored
 
 CHANNELS, ROWS = 24, 10
 STATIC, TOKEN = QuantSpec(parse("uint8")), QuantSpec(parse("int8"), "token", online=True)
@@ -59,7 +60,7 @@ def test_inputs_that_do_not_fit_are_refused(what: str, backend: str, generator: 
         what == "elsewhere"
     ):  # operators have a meaning for tensors without data; with those of a layer in memory they have not
         with pytest.raises(ValueError, match="must be on the device of its input"):
-            operators._run_linear(WRONG_INPUTS[what](x), *one.tensors, operators.part_text(one.part))
+            compute(WRONG_INPUTS[what](x), one.tensors, one.part)
         return
     with pytest.raises(ValueError, match="input of a quantized layer must"):
         one.call(WRONG_INPUTS[what](x))
@@ -117,14 +118,14 @@ def wrong(tensor: Tensor) -> dict[str, Tensor | None]:
 def test_stored_tensors_that_do_not_fit_are_refused(place: int, backend: str, generator) -> None:
     spec = QuantSpec(parse("uint8"), zero_point=True)
     one, x = linear_case(generator, spec), torch.randn(5, CHANNELS, generator=generator)
-    text, name = operators.part_text(one.part), VECTORS[place - 1]
+    name = VECTORS[place - 1]
     expected = one.call(x)
     for what, tensor in wrong(one.tensors[place]).items():
         if name == "bias" and what in ("missing", "spread"):
             continue  # a layer may have none, and it is copied
         tensors = [tensor if n == place else one.tensors[n] for n in range(len(one.tensors))]
         with pytest.raises(ValueError, match="must"):
-            operators._run_linear(x, *tensors, text)
+            compute(x, tensors, one.part)
     assert torch.equal(one.call(x), expected)
 
 
@@ -140,7 +141,7 @@ def test_codes_that_do_not_fit_are_refused(backend: str, generator) -> None:
         packed[:-1],
     ):
         with pytest.raises(ValueError, match="must"):
-            operators._run_linear(x, codes, *rest, operators.part_text(one.part))
+            compute(x, (codes, *rest), one.part)
     with pytest.raises(ValueError, match="bytes a row"):
         operators.dequantize(packed[:, :-1], rest[0], rest[1], "uint4", CHANNELS, 0)
 
@@ -183,11 +184,15 @@ def test_attention_of_other_lengths_is_left_to_torch(generator) -> None:
 def test_branches_are_checked(backend: str, generator) -> None:
     one, x = linear_case(generator), torch.randn(5, CHANNELS, generator=generator)
     down, up = torch.randn(2, CHANNELS, generator=generator), torch.randn(ROWS, 2, generator=generator)
-    text = operators.part_text(one.part)
-    assert beside.linear(x, one.tensors, text, down, up).shape == (5, ROWS)
+    weight, inputs = stored(one.tensors, one.part)
+
+    def beside(*pair: Tensor) -> Tensor:
+        return operators.linear(x, Weight(weight.columns, branch=Branch(*pair)), [inputs], one.tensors[5])
+
+    assert beside(down, up).shape == (5, ROWS)
     for pair in ((down[:, :-1], up), (down, up[:-1]), (down[:1], up), (down.int(), up), (down[0], up)):
         with pytest.raises(ValueError, match="a branch must"):
-            beside.linear(x, one.tensors, text, *pair)
+            beside(*pair)
 
 
 @pytest.mark.parametrize("name", ["uint8", "ue1m7"])
@@ -241,26 +246,28 @@ def test_rows_of_several_widths_are_checked(backend: str, generator) -> None:
     weights = [QuantSpec(parse("int4"), "channel"), QuantSpec(parse("int2"), "channel")]
     layers = [case((5, CHANNELS), Part(CHANNELS, w, TOKEN), generator, bias=False) for w in weights]
     packed, scales = ([one.tensors[n] for one in layers] for n in (0, 1))
-    text, order = (
-        row_operators.parts_text(tuple(one.part for one in layers)),
-        torch.tensor([0, 1] * 5, dtype=torch.uint8),
-    )
-    x = torch.randn(3, CHANNELS, generator=generator)
-    good = (packed, scales, [], None, None, order, None, text)
-    assert row_operators.linear(x, *good).shape == (3, ROWS)
+    order, x = torch.tensor([0, 1] * 5, dtype=torch.uint8), torch.randn(3, CHANNELS, generator=generator)
+
+    def run(x: Tensor, packed: Any, scales: Any, input_scale: Any, order: Any, bias: Any) -> Tensor:
+        fields = zip(packed, scales, layers, strict=True)
+        pieces = tuple(PackedWeight(codes, scale, None, one.part) for codes, scale, one in fields)
+        return operators.linear(x, Weight((pieces,), order), [Inputs(input_scale)], bias)
+
+    good = (packed, scales, None, order, None)
+    assert run(x, *good).shape == (3, ROWS)
     for bad in (x[:, 1:], torch.cat([x, x], 1), x.long()):
         with pytest.raises(ValueError, match="input of a quantized layer must"):
-            row_operators.linear(bad, *good)
+            run(bad, *good)
     replaced = {
         0: [packed[0], packed[1][:, :-1]],
         1: [scales[0], scales[1][:-1]],
-        3: torch.ones(1),
-        5: order[:-1],
-        6: torch.ones(ROWS - 1),
+        2: torch.ones(1),
+        3: order[:-1],
+        4: torch.ones(ROWS - 1),
     }
     for place, value in replaced.items():
         with pytest.raises(ValueError, match="must"):
-            row_operators.linear(x, *(value if n == place else one for n, one in enumerate(good)))
+            run(x, *(value if n == place else one for n, one in enumerate(good)))
 
 
 @pytest.mark.parametrize("size", [(7, 3), (3, 7), (3, 3)])

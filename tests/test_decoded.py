@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from difloat.cli import kernel_summary
-from difloat.kernels import dispatch, native_decode, operators
+from difloat.kernels import dispatch, native_decode
 from difloat.layers import install
 from difloat.numbers.formats import parse
 from difloat.plan.encode import plan_layer
 from difloat.plan.specs import Part, QuantSpec
+from test_backends import compute
 
 pytestmark = pytest.mark.skipif("decoded" not in dispatch.available(), reason="no native unit with AVX-512")
 
@@ -58,7 +59,7 @@ def arguments(shape: tuple[int, ...], part: Part, generator: torch.Generator) ->
     ).tensors
     names = ("weight", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
     bias = torch.randn(shape[0], generator=generator)
-    return [*(stored.get(name) for name in names), bias, operators.part_text(part)]
+    return [[*(stored.get(name) for name in names), bias], part]
 
 
 def both(operator, x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
@@ -78,7 +79,7 @@ def test_linear_is_the_reference(activation, dtype, generator) -> None:
             part = Part(channels, weight, activation)
             x = torch.randn(2, rows, channels + number, generator=generator).to(dtype)[..., number:]
             if native_decode.supports(part, (out, channels), x):
-                one, other = both(operators.linear, x, *arguments((out, channels), part, generator))
+                one, other = both(compute, x, *arguments((out, channels), part, generator))
                 assert torch.equal(one, other), (weight, rows, channels)
                 ran += 1
     assert ran >= 10
@@ -101,8 +102,8 @@ def test_convolution_is_the_reference(activation, geometry, last, generator) -> 
         x = torch.randn(2, channels, *size, generator=generator)
         found = arguments(shape, Part(shape[1], weight, ACTIVATIONS[activation]), generator)
         if last:
-            x, found[0] = (t.to(memory_format=torch.channels_last) for t in (x, found[0]))
-        one, other = both(operators.conv2d, x, *found, *rest)
+            x, found[0][0] = (t.to(memory_format=torch.channels_last) for t in (x, found[0][0]))
+        one, other = both(compute, x, *found, *rest)
         assert one.shape == other.shape
         # torch adds in another order for another memory layout of the weight
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(one.abs().max()))
@@ -112,7 +113,7 @@ def test_group_scales_of_a_convolution(generator) -> None:
     part = Part(32, QuantSpec(parse("e2m1"), "group", 16), ACTIVATIONS["integers"])
     x = torch.randn(1, 32, 5, 5, generator=generator)
     found = arguments((6, 32, 3, 3), part, generator)
-    one, other = both(operators.conv2d, x, *found, (1, 1), (1, 1), (1, 1), 1)
+    one, other = both(compute, x, *found, (1, 1), (1, 1), (1, 1), 1)
     assert torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(one.abs().max()))
 
 
@@ -121,7 +122,7 @@ def test_nan_and_inf_stay_in_their_tokens(generator) -> None:
         x = torch.randn(5, 48, generator=generator)
         x[1, 7], x[3, 40] = torch.nan, torch.inf
         found = arguments((8, 48), Part(48, WEIGHTS[0], ACTIVATIONS[name]), generator)
-        one, other = both(operators.linear, x, *found)
+        one, other = both(compute, x, *found)
         assert torch.equal(one[[0, 2, 4]], other[[0, 2, 4]]) and other[1].isnan().all()
         assert torch.equal(one[3], other[3]) or not other[3].isfinite().any()
 
@@ -130,8 +131,8 @@ def test_two_layers_share_the_buffer_but_no_results(generator) -> None:
     found = [arguments((64, 48), Part(48, WEIGHTS[0], None), generator) for _ in range(2)]
     x = torch.randn(4, 48, generator=generator)
     with dispatch.use_backend("decoded"):
-        first, second = (operators.linear(x, *f) for f in found)
-        assert torch.equal(first, operators.linear(x, *found[0])) and not torch.equal(first, second)
+        first, second = (compute(x, *f) for f in found)
+        assert torch.equal(first, compute(x, *found[0])) and not torch.equal(first, second)
 
 
 def test_what_it_leaves_alone() -> None:

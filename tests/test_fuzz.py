@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from difloat.kernels import attention, dispatch, native_int8, native_library, reference
+from difloat.kernels.geometry import Geometry
 from difloat.numbers.formats import parse
 from difloat.plan.encode import plan_layer
 from difloat.plan.specs import Part, QuantSpec
+from test_backends import stored
 
 pytestmark = [
     pytest.mark.slow,
@@ -114,8 +116,10 @@ def test_layers(seed: int) -> None:
         x = random_strides(rng, x)
         if not native_int8.supports(part, shape, x):
             continue
-        result = getattr(native_int8, operator)(x, *tensors, part, *geometry)
-        expected = getattr(reference, operator)(x.float(), *tensors, part, *geometry)
+        weight, inputs = stored(tensors, part)
+        rest = (weight, inputs, tensors[5], *([Geometry(*geometry)] if geometry else ()))
+        result = getattr(native_int8, operator)(x, *rest)
+        expected = getattr(reference, operator)(x.float(), *rest)
         assert close(result, expected), (part, shape, x.shape, x.stride(), geometry)
 
 

@@ -112,6 +112,7 @@ from difloat.kernels import native_int8
 from difloat.numbers.formats import parse
 from difloat.plan.encode import plan_layer
 from difloat.plan.specs import Part, QuantSpec
+from difloat.plan.weight import Inputs
 generator, digest = torch.Generator().manual_seed(0), hashlib.sha256()
 for name, zero, group in [("e2m1", False, None), ("uint4", True, 32), ("int3", False, None), ("e3m0", False, 64)]:
     for rows in (1, 5, 40):
@@ -121,8 +122,7 @@ for name, zero, group in [("e2m1", False, None), ("uint4", True, 32), ("int3", F
         weight, shift = torch.randn(70, 100, generator=generator), scale - 1
         layer = plan_layer(weight, [part], [scale], weight_zero_points=[shift] if zero else None)
         x = torch.randn(rows, 100, generator=generator).bfloat16()
-        names = ("weight", "weight_scale", "weight_zero_point")
-        out = native_int8.linear(x, *(layer.tensors.get(name) for name in names), None, None, None, part)
+        out = native_int8.linear(x, layer.weight(), Inputs(), None)
         digest.update(out.float().numpy().tobytes())
 print(digest.hexdigest())
 """

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from difloat.cli import kernel_summary
-from difloat.kernels import derived, dispatch, reference, torch_int8
-from difloat.kernels.weight import Rows
+from difloat.kernels import derived, dispatch, operators, reference, torch_int8
+from difloat.kernels.geometry import Geometry
 from difloat.layers import install
 from difloat.numbers import formats, integer_grids
 from difloat.numbers.formats import parse
@@ -214,21 +214,11 @@ def test_what_does_not_belong_together_is_refused(generator) -> None:
 # Computing
 
 
-def rows_of_layer(one: Mixed) -> Rows:
-    """The only part of a joined layer as backends see it."""
-    bands = one.joined.split_rows()
-    vectors = (
-        [band.tensors.get(name) for band in bands] for name in ("weight", "weight_scale", "weight_zero_point")
-    )
-    packed, scales, zeros = map(tuple, vectors)
-    return Rows(packed, scales, zeros, one.joined.tensors["row_band"], tuple(band.parts[0] for band in bands))
-
-
 @pytest.mark.parametrize("kernel", [None, 3])
 def test_operands_and_sums_are_those_of_the_codes(kernel, generator) -> None:
     """The integers that go into the product, and its sums, are exactly those that the formats define."""
     one = mixed(shape_of(kernel), [spec_of(name) for name in WIDTHS], COUNTS, generator)
-    weight = torch_int8._weight_of_rows(rows_of_layer(one))
+    weight = torch_int8._operands(one.joined.weight())
     expected = []
     for codes, name in zip(one.joined.codes(), WIDTHS, strict=True):
         grid, values = integer_grids.grid_of(parse(name)), torch.tensor(parse(name).decode_table)
@@ -367,10 +357,12 @@ def test_operators_are_legal(name, activation, kernel, generator) -> None:
         activation=activation,
     )
     layer = installed(one.joined, torch.randn(6, generator=generator))
-    stored, text = layer._stored(layer.slots[0]), layer.slots[0].text
-    operator = torch.ops.difloat.conv2d_rows if kernel else torch.ops.difloat.linear_rows
+    weight, (inputs,) = layer.packed_weight()
+    operator = torch.ops.difloat.conv2d if kernel else torch.ops.difloat.linear
+    last = Geometry(*GEOMETRY).numbers() if kernel else []
     for x in (some_input(one.joined, generator), some_input(one.joined, generator).requires_grad_()):
-        arguments = (x, *stored, layer.bias.detach(), text, *(GEOMETRY if kernel else ()))
+        lists = operators._lists(weight, inputs)
+        arguments = (x, *lists, weight.row_band, layer.bias.detach(), last, weight.text)
         with dispatch.use_backend(name):
             torch.library.opcheck(operator.default, arguments, test_utils=tests)
 

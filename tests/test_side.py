@@ -15,7 +15,7 @@ from torch import nn
 import difloat
 import tiny
 from difloat import api
-from difloat.kernels import beside, operators
+from difloat.kernels import operators
 from difloat.layers import install
 from difloat.layers import packed as layers
 from difloat.layers.low_rank_branch import low_rank, product
@@ -25,6 +25,7 @@ from difloat.plan.add_delta import add_to_weight
 from difloat.plan.encode import dequantize, plan_layer
 from difloat.plan.plan import SIDE, LayerPlan, Plan
 from difloat.plan.specs import Part, QuantSpec, Side
+from difloat.plan.weight import Branch, Weight
 from difloat.report import build
 from test_finetune import Denoiser
 
@@ -276,19 +277,27 @@ def test_damaged_factors_are_refused(model: Denoiser, tmp_path: Path, damage: st
 
 def test_the_operator_with_a_branch_is_legal_and_gives_gradients() -> None:
     layer = nn.Linear(6, 4)
-    stored = plan_of_layer(layer).tensors
-    tensors = stored["weight"], stored["weight_scale"], None, stored["input_scale"], None, layer.bias.detach()
-    text, (down, up) = operators.part_text(plan_of_layer(layer).parts[0]), factors_of(layer)
-    arguments = (torch.randn(2, 3, 6), *tensors, text, down, up)
+    plan, bias, (down, up) = plan_of_layer(layer), layer.bias.detach(), factors_of(layer)
+    weight, inputs = plan.weight(), plan.layout.stored_inputs(plan.tensors)
+    both = Weight(weight.columns, branch=Branch(down, up))
+    lists = operators._lists(weight, inputs[0])
+    arguments = (torch.randn(2, 3, 6), *lists, None, bias, [down, up], weight.text)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.difloat.linear_beside.default, arguments, test_utils=tests)
-    x, other = (torch.full((5, 6), 0.02).requires_grad_() for _ in range(2))
-    beside.linear(x, tensors, text, down, up).sum().backward()
-    (operators.linear(other, *tensors, text) + other @ down.T @ up.T).sum().backward()
+    torch.library.opcheck(torch.ops.difloat.linear.default, arguments, test_utils=tests)
+    x, other, third = (torch.full((5, 6), 0.02).requires_grad_() for _ in range(3))
+    operators.linear(x, both, inputs, bias).sum().backward()
+    (operators.linear(other, weight, inputs, bias) + other @ down.T @ up.T).sum().backward()
     torch.testing.assert_close(x.grad, other.grad)
+    pair = [down.clone().requires_grad_(), up.clone().requires_grad_()]
+    torch.ops.difloat.linear(third, *lists, None, bias, pair, weight.text).sum().backward()
+    torch.testing.assert_close(third.grad, other.grad)
+    twins = [factor.detach().clone().requires_grad_() for factor in pair]
+    (other.detach() @ twins[0].to(other.dtype).T @ twins[1].to(other.dtype).T).sum().backward()
+    torch.testing.assert_close([one.grad for one in pair], [one.grad for one in twins])
     with torch.no_grad():
         torch.testing.assert_close(
-            beside.linear(x, tensors, text, down, up), operators.linear(x, *tensors, text) + x @ down.T @ up.T
+            operators.linear(x, both, inputs, bias),
+            operators.linear(x, weight, inputs, bias) + x @ down.T @ up.T,
         )
 
 

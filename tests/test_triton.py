@@ -22,6 +22,7 @@ pytest.importorskip("triton", reason="the GPU backend needs Triton, which this p
 
 from difloat.kernels import reference
 from difloat.kernels.dispatch import use_backend
+from difloat.kernels.geometry import Geometry
 from difloat.kernels.triton import backend
 from difloat.kernels.triton import operands as triton_operands
 from difloat.kernels.triton import tiles as triton_tiles
@@ -30,7 +31,9 @@ from difloat.numbers.formats import candidates, parse
 from difloat.numbers.packing import pack
 from difloat.plan.encode import dequantize, plan_layer
 from difloat.plan.plan import LayerPlan
+from difloat.plan.scales import row_places
 from difloat.plan.specs import Part, QuantSpec, Side
+from difloat.plan.weight import Branch, Inputs, PackedWeight, Weight
 
 ALL = [f for bits in range(2, 9) for signed in (True, False) for f in candidates(bits, signed)]
 ALL += [parse(f"{u}int{n}") for u in ("", "u") for n in range(1 if u else 2, 9)] + [parse("e4m3fn")]
@@ -106,15 +109,19 @@ class Case:
         tensors = self.plan.tensors
         given = (self.x, tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero_point"),
                  self.input_scale, self.input_zero, self.bias)  # fmt: skip
-        return (*(None if t is None else t.to(device) for t in given), self.part)
+        x, packed, scale, zero, input_scale, input_zero, bias = (
+            None if t is None else t.to(device) for t in given
+        )
+        piece = PackedWeight(packed, scale, zero, self.part)
+        return x, Weight(((piece,),)), Inputs(input_scale, input_zero), bias
 
-    def result(self, device: torch.device, **options: object) -> Tensor:
-        x, *rest = self.arguments(device)
+    def result(self, device: torch.device, branch: Branch | None = None) -> Tensor:
+        x, weight, *rest = self.arguments(device)
         assert backend.supports(self.part, self.shape, x)
         if self.conv is None:
-            return backend.linear(x, *rest, **options).cpu()
+            return backend.linear(x, Weight(weight.columns, branch=branch), *rest).cpu()
         geometry = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), **self.conv}
-        return backend.conv2d(x, *rest, **geometry, groups=1).cpu()
+        return backend.conv2d(x, weight, *rest, Geometry(**geometry)).cpu()
 
     def error(self, device: torch.device) -> float:
         return relative(self.result(device), self.truth())
@@ -432,13 +439,16 @@ def test_rows_of_mixed_widths_share_one_quantized_input(device) -> None:
     cases = [
         Case(name, "int8", (10, 100), x.cpu(), seed=n) for n, name in enumerate(("int3", "int4", "int5"))
     ]
-    stored = [[None if t is None else t.to(device) for t in case.arguments(device)[1:4]] for case in cases]
-    groups = [backend.RowGroup(*tensors, case.part) for tensors, case in zip(stored, cases, strict=True)]
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(6))
-    result = backend.linear_groups(x, groups, None, None, bias.to(device), order.to(device))
+    pieces = tuple(case.arguments(device)[1].bands[0] for case in cases)
+    row_band = torch.arange(3).repeat_interleave(10)[
+        torch.randperm(30, generator=torch.Generator().manual_seed(6))
+    ]
+    packed = Weight((pieces,), row_band.to(device, torch.uint8))
+    order = row_places(row_band)
+    result = backend.linear(x, packed, Inputs(), bias.to(device))
     weight = torch.cat([dequantize(case.plan) for case in cases]).double()
-    truth = cases[0].inputs().double() @ weight.T + bias.double()
-    assert relative(result.cpu(), truth[:, order]) < cases[0].tolerance(device)
+    truth = (cases[0].inputs().double() @ weight.T)[:, order] + bias.double()
+    assert relative(result.cpu(), truth) < cases[0].tolerance(device)
 
 
 @pytest.mark.parametrize("activation", ["e4m3fn", None])
@@ -447,7 +457,7 @@ def test_adapter_sees_the_input_before_it_is_rounded(count, activation, device) 
     dtype = torch.float32 if activation else torch.bfloat16
     case = Case("e2m1", activation, (20, 70), tokens(count, 70).to(dtype))
     down, up = (tokens(*size, seed=7).to(dtype) for size in ((5, 70), (20, 5)))
-    result = case.result(device, adapter=(down.to(device), up.to(device)))
+    result = case.result(device, Branch(down.to(device), up.to(device)))
     truth = case.truth() + case.x.double() @ down.double().T @ up.double().T
     assert relative(result, truth) < (case.tolerance(device) if activation else 1e-2)
 
@@ -461,12 +471,12 @@ def test_a_layer_with_a_pair_beside_reads_its_input_once(device, monkeypatch) ->
     install.install(model, "0", plan)
     seen, product = [], backend.linear
     monkeypatch.setattr(
-        backend, "linear", lambda *given, **how: seen.append(how["adapter"]) or product(*given, **how)
+        backend, "linear", lambda x, weight, *rest: seen.append(weight.branch) or product(x, weight, *rest)
     )
     with use_backend("triton"), torch.no_grad():
         result = model(case.x.to(device)).cpu()
     truth = case.truth() + case.x.double() @ factors["side_down"].double().T @ factors["side_up"].double().T
-    assert len(seen) == 1 and relative(result, truth) < case.tolerance(device)
+    assert len(seen) == 1 and seen[0] is not None and relative(result, truth) < case.tolerance(device)
 
 
 # Edges.
@@ -476,8 +486,9 @@ def test_a_slice_of_a_layers_weight_is_read_in_place(device) -> None:
     case = Case("e2m1", "int8", (20, 72), tokens(4, 72))
     wide = torch.full((20, 50), 255, dtype=torch.uint8)
     wide[:, 7:43] = case.plan.tensors["weight"]
-    x, _, *rest = case.arguments(device)
-    result = backend.linear(x, wide.to(device)[:, 7:43], *rest)
+    x, weight, *rest = case.arguments(device)
+    piece = replace(weight.bands[0], codes=wide.to(device)[:, 7:43])
+    result = backend.linear(x, Weight(((piece,),)), *rest)
     assert torch.equal(result.cpu(), case.result(device))
 
 
@@ -525,7 +536,8 @@ def test_what_is_not_supported_is_refused(part, shape, x, device) -> None:
         packed = pack(torch.zeros(shape, dtype=torch.uint8), part.weight.format.bits).to(device)
         if x.dtype != torch.float64:
             with pytest.raises(ValueError, match="supports"):
-                backend.linear(x, packed, torch.ones(4, device=device), None, None, None, None, part)
+                piece = PackedWeight(packed, torch.ones(4, device=device), None, part)
+                backend.linear(x, Weight(((piece,),)), Inputs(), None)
 
 
 # Tiles.

@@ -165,14 +165,9 @@ def _legal(value: float) -> bool:
 
 
 def _encodes_to_itself(layer: LayerPlan) -> bool:
-    scales, zeros, scale_at, zero_at = [], [], 0, 0
-    for part in layer.parts:
-        count = part.weight.scale_count(layer.shape[0], part.channels)
-        scales.append(layer.tensors["weight_scale"][scale_at : scale_at + count])
-        scale_at += count
-        zero_count = count if part.weight.zero_point else 0
-        zeros.append(layer.tensors.get("weight_zero_point", torch.zeros(0))[zero_at : zero_at + zero_count])
-        zero_at += zero_count
+    pieces = list(layer.weight().pieces())
+    scales = [piece.scale for piece in pieces]
+    zeros = [torch.zeros(0) if piece.zero_point is None else piece.zero_point for piece in pieces]
     weight_only = [type(part)(part.channels, part.weight) for part in layer.parts]
     weight = dequantize(replace(layer, smoothed=False))
     again = plan_layer(weight, weight_only, scales, weight_zero_points=zeros)

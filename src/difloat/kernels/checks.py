@@ -12,58 +12,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat.kernels.weight import Rows
+from difloat.kernels.geometry import Geometry
 from difloat.numbers.packing import packed_channels
 from difloat.plan.specs import Part
+from difloat.plan.weight import Branch, Inputs, PackedWeight, Weight
 
 _INPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST_LAYOUTS = 1 << 14  # remembered at a time
 _right: set[tuple[Any, ...]] = set()
 
-Vectors = tuple[Tensor | None, ...]  # weight scale and zero point, input scale and zero point, bias
 
-
-def linear(x: Tensor, packed: Tensor, vectors: Vectors, part: Part) -> None:
+def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> None:
     """Refuse what a linear layer cannot be computed from.
 
     Args:
         x: The input, floating point [..., i].
-        packed: uint8 [o, bytes].
-        vectors: Scale and zero point of the weight, scale and zero point of the input, bias; None where there is none.
-        part: Formats and granularities.
+        weight: Of one part; codes uint8 [o, bytes].
+        inputs: Scale and zero point of the input; None where there is none.
+        bias: [o] or None.
 
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device than the part asks for.
     """
-    width(x, x.dim() - 1, part.channels)
-    _stored(x, packed, vectors, part, 2)
+    width(x, x.dim() - 1, weight.part.channels)
+    _stored(x, weight, inputs, bias, 2)
+    if weight.branch is not None:
+        _branch(x, weight.branch, weight.out_channels)
 
 
-def conv2d(
-    x: Tensor, packed: Tensor, vectors: Vectors, part: Part, geometry: tuple[Sequence[int], ...], groups: int
-) -> None:
-    """`linear` for a convolution: `x` [b, i, h, w], `packed` [o, bytes, kh, kw], stride, padding and dilation as pairs."""
-    _picture(x, part.channels, tuple(packed.shape), geometry, groups)
-    _stored(x, packed, vectors, part, 4)
+def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> None:
+    """`linear` for a convolution: `x` [b, i, h, w], codes [o, bytes, kh, kw]."""
+    _picture(x, weight, geometry)
+    _stored(x, weight, inputs, bias, 4)
 
 
-def linear_rows(x: Tensor, weight: Rows, inputs: Vectors) -> None:
-    """`linear` with rows of several widths; `inputs` are scale and zero point of the input, and the bias."""
-    width(x, x.dim() - 1, weight.parts[0].channels)
-    _stored_rows(x, weight, inputs, 2)
-
-
-def conv2d_rows(
-    x: Tensor, weight: Rows, inputs: Vectors, geometry: tuple[Sequence[int], ...], groups: int
-) -> None:
-    """`conv2d` with rows of several widths."""
-    shape = (len(weight.row_band), *weight.packed[0].shape[1:])
-    _picture(x, weight.parts[0].channels, shape, geometry, groups)
-    _stored_rows(x, weight, inputs, 4)
-
-
-def branch(x: Tensor, down: Tensor, up: Tensor, out_channels: int) -> None:
+def _branch(x: Tensor, branch: Branch, out_channels: int) -> None:
     """Refuse a low-rank branch that does not fit: `down` is floating point [r, i], `up` [o, r], on the input's device."""
+    down, up = branch.down, branch.up
     shapes = (tuple(down.shape), tuple(up.shape))
     fits = down.dim() == up.dim() == 2 and shapes == (
         (up.shape[1], x.shape[-1]),
@@ -139,55 +124,43 @@ def width(x: Tensor, axis: int, channels: int) -> None:
         )
 
 
-def _picture(
-    x: Tensor, channels: int, packed: Sequence[int], geometry: tuple[Sequence[int], ...], groups: int
-) -> None:
+def _picture(x: Tensor, weight: Weight, geometry: Geometry) -> None:
     if x.dim() != 4:
         raise ValueError(
             f"input of a quantized convolution must be [b, i, h, w], got shape {tuple(x.shape)}; add a batch axis"
         )
-    if groups < 1 or packed[0] % groups:
-        raise ValueError(f"groups must divide the {packed[0]} output channels, got {groups}")
-    width(x, 1, channels * groups)
-    stride, padding, dilation = geometry
-    pairs = all(len(pair) == 2 for pair in geometry)
-    if not pairs or min(*stride, *dilation) < 1 or min(padding) < 0:
+    groups, out_channels = geometry.groups, weight.out_channels
+    if groups < 1 or out_channels % groups:
+        raise ValueError(f"groups must divide the {out_channels} output channels, got {groups}")
+    width(x, 1, weight.part.channels * groups)
+    pairs = stride, padding, dilation = geometry.stride, geometry.padding, geometry.dilation
+    if any(len(pair) != 2 for pair in pairs) or min(*stride, *dilation) < 1 or min(padding) < 0:
         raise ValueError(
-            f"stride, padding and dilation must be pairs from 1, 0 and 1 on, got {[list(pair) for pair in geometry]}"
+            f"stride, padding and dilation must be pairs from 1, 0 and 1 on, got {[list(pair) for pair in pairs]}"
         )
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, packed[2:], strict=False)]
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.kernel, strict=False)]
     if any(n + 2 * p < r for n, p, r in zip(x.shape[2:], padding, reach, strict=False)):
         raise ValueError(
             f"pictures must be as large as the kernel reaches, {reach}, got {list(x.shape[2:])} with padding {list(padding)}"
         )
 
 
-def _stored(x: Tensor, packed: Tensor, vectors: Vectors, part: Part, axes: int) -> None:
+def _stored(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, axes: int) -> None:
     """Check the tensors of a layer, or find that the same were right before."""
-    layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in (packed, *vectors)]
-    key = (part, axes, x.device, *layouts)
-    if key in _right:
-        return
-    _weight(packed, vectors[0], vectors[1], part, axes)
-    _inputs_and_bias(packed.shape[0], vectors[2:], part)
-    _same_device(x, (packed, *vectors))
-    _remember(key)
-
-
-def _stored_rows(x: Tensor, weight: Rows, inputs: Vectors, axes: int) -> None:
-    tensors = (*weight.packed, *weight.weight_scale, *weight.weight_zero_point, weight.row_band, *inputs)
+    of_bands = [t for piece in weight.bands for t in (piece.codes, piece.scale, piece.zero_point)]
+    tensors = (*of_bands, weight.row_band, inputs.scale, inputs.zero_point, bias)
     layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
-    key = (weight.parts, axes, x.device, *layouts)
+    key = (tuple([piece.part for piece in weight.bands]), axes, x.device, *layouts)
     if key in _right:
         return
-    for packed, scale, zero_point, part in weight.bands():
-        _weight(packed, scale, zero_point, part, axes)
-    rows = sum(len(packed) for packed in weight.packed)
-    if weight.row_band.dtype != torch.uint8 or tuple(weight.row_band.shape) != (rows,):
-        raise ValueError(
-            f"row_band must be uint8 [{rows}], got {weight.row_band.dtype} {tuple(weight.row_band.shape)}"
-        )
-    _inputs_and_bias(rows, inputs, weight.parts[0])
+    for piece in weight.bands:
+        _piece(piece, axes)
+    rows, row_band = weight.out_channels, weight.row_band
+    if row_band is None and len(weight.bands) > 1:
+        raise ValueError(f"row_band must be there for {len(weight.bands)} bands of rows, got none")
+    if row_band is not None and (row_band.dtype != torch.uint8 or tuple(row_band.shape) != (rows,)):
+        raise ValueError(f"row_band must be uint8 [{rows}], got {row_band.dtype} {tuple(row_band.shape)}")
+    _inputs_and_bias(rows, inputs, bias, weight.part)
     _same_device(x, tensors)
     _remember(key)
 
@@ -198,11 +171,12 @@ def _remember(key: tuple[Any, ...]) -> None:
     _right.add(key)
 
 
-def _weight(packed: Tensor, scale: Tensor | None, zero_point: Tensor | None, part: Part, axes: int) -> None:
-    _codes(packed, packed_channels(part.channels, part.weight.format.bits), axes)
-    count = part.weight.scale_count(packed.shape[0], part.channels)
-    _vector("weight scale", scale, count)
-    _vector("weight zero point", zero_point, count if part.weight.zero_point else 0)
+def _piece(piece: PackedWeight, axes: int) -> None:
+    part = piece.part
+    _codes(piece.codes, packed_channels(part.channels, part.weight.format.bits), axes)
+    count = part.weight.scale_count(piece.rows, part.channels)
+    _vector("weight scale", piece.scale, count)
+    _vector("weight zero point", piece.zero_point, count if part.weight.zero_point else 0)
 
 
 def _codes(packed: Tensor, width: int, axes: int) -> None:
@@ -218,12 +192,11 @@ def _codes(packed: Tensor, width: int, axes: int) -> None:
         )
 
 
-def _inputs_and_bias(rows: int, vectors: Vectors, part: Part) -> None:
-    scale, zero_point, bias = vectors
+def _inputs_and_bias(rows: int, inputs: Inputs, bias: Tensor | None, part: Part) -> None:
     spec = part.activation
     static = spec is not None and not spec.online
-    _vector("input scale", scale, int(static))
-    _vector("input zero point", zero_point, int(static and spec is not None and spec.zero_point))
+    _vector("input scale", inputs.scale, int(static))
+    _vector("input zero point", inputs.zero_point, int(static and spec is not None and spec.zero_point))
     if bias is not None and (tuple(bias.shape) != (rows,) or not bias.is_floating_point()):
         raise ValueError(f"bias must be floating point [{rows}], got {bias.dtype} {tuple(bias.shape)}")
 

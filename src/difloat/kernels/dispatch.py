@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from difloat.kernels import native_decode, native_int8, native_library, reference, torch_int8
+from difloat.kernels.pieces import shapes
 from difloat.kernels.triton import backend as triton
 from difloat.plan.specs import Part
+from difloat.plan.weight import Weight
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
@@ -36,6 +38,10 @@ BACKENDS: dict[str, ModuleType] = {
 _VARIABLE = "DIFLOAT_BACKEND"
 _MOST_CHOICES = 1 << 14  # kept at a time
 _chosen: str | None = None
+_from_variable: str | None = None  # read once, since the environment is slow to ask
+epoch = (
+    0  # grows with every change of the backend, so that what was prepared for another one is prepared again
+)
 
 
 def available() -> list[str]:
@@ -53,29 +59,37 @@ def _runs_here(name: str) -> bool:
 
 def backend() -> str:
     """The name of the backend in force."""
-    return _chosen if _chosen is not None else _checked(os.environ.get(_VARIABLE, "auto"), _VARIABLE)
+    global _from_variable
+    if _chosen is not None:
+        return _chosen
+    if _from_variable is None:
+        _from_variable = _checked(os.environ.get(_VARIABLE, "auto"), _VARIABLE)
+    return _from_variable
 
 
 def set_backend(name: str | None) -> None:
-    """Choose the backend of all quantized layers; None goes back to ``DIFLOAT_BACKEND`` or auto.
+    """Choose the backend of all quantized layers; None goes back to ``DIFLOAT_BACKEND``, read again, or auto.
 
     Raises:
         ValueError: if there is no backend of that name, or it cannot run here.
     """
-    global _chosen
+    global _chosen, _from_variable, epoch
     _chosen = None if name is None else _checked(name, "backend")
+    _from_variable = _from_variable if _chosen is not None else None
+    epoch += 1
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str | None) -> Iterator[None]:
     """`set_backend` for the duration of a ``with`` block."""
-    global _chosen
+    global _chosen, epoch
     before = _chosen
     set_backend(name)
     try:
         yield
     finally:
         _chosen = before
+        epoch += 1
 
 
 @cache
@@ -124,24 +138,24 @@ def _first(weight_shape: Sequence[int], x: Tensor, supports: Callable[[ModuleTyp
     return reference
 
 
-_linear_choices: dict[tuple[object, ...], ModuleType] = {}  # a small layer takes as long as the choice
+_choices: dict[tuple[object, ...], ModuleType] = {}  # a small layer takes as long as the choice
 
 
-def choose_linear(text: str, part: Part, out_channels: int, x: Tensor) -> ModuleType:
-    """`choose` for a linear layer, remembered: what backends look at is in the key.
+def choose_for(weight: Weight, x: Tensor) -> ModuleType:
+    """`choose_rows` for a weight of one part, remembered: what backends look at is in the key.
 
     Args:
-        text: The part as a string; faster to compare than a part.
-        part: Formats and granularities.
-        out_channels: Of the layer.
+        weight: Of one part.
         x: The part's input.
     """
-    key = (text, backend(), out_channels, x.shape, x.dtype, x.device)
-    found = _linear_choices.get(key)
+    of_bands = shapes(weight)
+    key = (weight.text, backend(), tuple(of_bands), x.shape, x.dtype, x.device)
+    found = _choices.get(key)
     if found is None:
-        if len(_linear_choices) >= _MOST_CHOICES:
-            _linear_choices.clear()
-        found = _linear_choices[key] = choose(part, (out_channels, part.channels), x)
+        if len(_choices) >= _MOST_CHOICES:
+            _choices.clear()
+        parts = [piece.part for piece in weight.bands]
+        found = _choices[key] = choose_rows(parts, of_bands, x)
     return found
 
 

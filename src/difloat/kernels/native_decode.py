@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from difloat.kernels import native_library
-from difloat.kernels.weight import Rows
+from difloat.kernels.geometry import Geometry
+from difloat.kernels.pieces import restored
 from difloat.plan.specs import Part, QuantSpec
+from difloat.plan.weight import Inputs, PackedWeight, Weight
 
 _GROUP_MULTIPLE = 16  # channels: scales change between whole vectors
 _buffers = threading.local()
@@ -45,99 +47,26 @@ def _rounds(spec: QuantSpec | None, x: Tensor) -> bool:
     return not (spec.online and spec.zero_point)
 
 
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-) -> Tensor:
-    """See `reference.linear`; [..., i] to [..., o]."""
-    weight = _decoded(packed, weight_scale, weight_zero_point, part, x.dtype)
-    return _linear(x, weight, input_scale, input_zero_point, bias, part)
+def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
+    """See `reference.linear`; decoded, rows of all widths are alike, so one product does."""
+    spec = weight.part.activation
+    rows = x.reshape(-1, weight.part.channels if spec is None or not spec.group_size else spec.group_size)
+    rounded = _rounded(rows, inputs, weight.part).reshape(x.shape)
+    shift = None if bias is None else bias.to(x.dtype)
+    return functional.linear(rounded, _decoded(weight, x.dtype), shift)
 
 
-def conv2d(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """See `reference.conv2d`."""
-    weight = _decoded(packed, weight_scale, weight_zero_point, part, x.dtype)
-    return _conv2d(x, weight, input_scale, input_zero_point, bias, part, stride, padding, dilation, groups)
-
-
-def linear_rows(
-    x: Tensor, weight: Rows, input_scale: Tensor | None, input_zero_point: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """`linear` with rows of several widths: decoded all are alike, so one product does."""
-    decoded = _decoded_rows(weight, x.dtype)
-    return _linear(x, decoded, input_scale, input_zero_point, bias, weight.parts[0])
-
-
-def conv2d_rows(
-    x: Tensor,
-    weight: Rows,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """`conv2d` with rows of several widths, in one product."""
-    decoded, part = _decoded_rows(weight, x.dtype), weight.parts[0]
-    return _conv2d(x, decoded, input_scale, input_zero_point, bias, part, stride, padding, dilation, groups)
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-) -> Tensor:
-    spec = part.activation
-    rows = x.reshape(-1, part.channels if spec is None or not spec.group_size else spec.group_size)
-    rounded = _rounded(rows, input_scale, input_zero_point, part).reshape(x.shape)
-    return functional.linear(rounded, weight, None if bias is None else bias.to(x.dtype))
-
-
-def _conv2d(
-    x: Tensor,
-    weight: Tensor,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """See `reference.conv2d`, in one product."""
     last = torch.channels_last
     dense = x.contiguous(memory_format=last) if x.is_contiguous(memory_format=last) else x.contiguous()
     pictures = dense.as_strided((x.shape[0], math.prod(x.shape[1:])), (math.prod(x.shape[1:]), 1))
-    rounded = _rounded(pictures, input_scale, input_zero_point, part).as_strided(x.shape, dense.stride())
+    rounded = _rounded(pictures, inputs, weight.part).as_strided(x.shape, dense.stride())
     shift = None if bias is None else bias.to(x.dtype)
-    return functional.conv2d(rounded, weight, shift, list(stride), list(padding), list(dilation), groups)
+    return geometry.convolve(rounded, _decoded(weight, x.dtype), shift)
 
 
-def _rounded(rows: Tensor, scale: Tensor | None, zero: Tensor | None, part: Part) -> Tensor:
+def _rounded(rows: Tensor, inputs: Inputs, part: Part) -> Tensor:
     """Rows, each with a scale of its own where scales are found per token, on their grid; dense."""
     spec = part.activation
     if spec is None or not rows.numel():
@@ -151,8 +80,8 @@ def _rounded(rows: Tensor, scale: Tensor | None, zero: Tensor | None, part: Part
         rows.stride(0),
         native_library.TYPES[rows.dtype],
         online,
-        1.0 if scale is None else float(scale),
-        0.0 if zero is None else float(zero),
+        1.0 if inputs.scale is None else float(inputs.scale),
+        0.0 if inputs.zero_point is None else float(inputs.zero_point),
         native_library.any_grid(spec.format),
     )
     native_library.check(
@@ -161,29 +90,25 @@ def _rounded(rows: Tensor, scale: Tensor | None, zero: Tensor | None, part: Part
     return out
 
 
-def _decoded(packed: Tensor, scale: Tensor, zero: Tensor | None, part: Part, dtype: torch.dtype) -> Tensor:
-    """The weight [o, i, *k], channels last, in this thread's buffer: gone with the next layer."""
-    shape = (packed.shape[0], *packed.shape[2:], part.channels)
-    out = _buffer(math.prod(shape), dtype).view(shape)
-    _decode_into(out, packed, scale, zero, part)
-    return out.movedim(-1, 1)
+def _decoded(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight [o, i, *k], channels last and in the order of the float layer, in this thread's buffer.
 
-
-def _decoded_rows(weight: Rows, dtype: torch.dtype) -> Tensor:
-    """Likewise of rows of several widths, in the order of the float layer: output channels of one group stay together."""
-    shape = (len(weight.row_band), *weight.packed[0].shape[2:], weight.parts[0].channels)
+    It is gone with the next layer.
+    """
+    shape = (weight.out_channels, *weight.kernel, weight.part.channels)
     stored = _buffer(math.prod(shape), dtype).view(shape)
     start = 0
-    for packed, scale, zero, part in weight.bands():
-        _decode_into(stored[start : start + len(packed)], packed, scale, zero, part)
-        start += len(packed)
-    return weight.restored(stored).movedim(-1, 1)
+    for piece in weight.bands:
+        _decode_into(stored[start : start + piece.rows], piece)
+        start += piece.rows
+    return restored(weight, stored).movedim(-1, 1)
 
 
-def _decode_into(out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, part: Part) -> None:
-    addresses = packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
-    source = native_library.weight(*addresses, packed.shape, packed.stride(), part, None)
-    found = native_library.values(part.weight.format)
+def _decode_into(out: Tensor, piece: PackedWeight) -> None:
+    codes, zero = piece.codes, piece.zero_point
+    addresses = codes.data_ptr(), piece.scale.data_ptr(), None if zero is None else zero.data_ptr()
+    source = native_library.weight(*addresses, codes.shape, codes.stride(), piece.part, None)
+    found = native_library.values(piece.spec.format)
     kind, threads = native_library.TYPES[out.dtype], native_library.threads()
     if out.numel():
         native_library.check(

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from difloat.kernels import integer_operands, native_library
-from difloat.kernels.reference import conv_output_size
-from difloat.kernels.weight import Rows, by_band
+from difloat.kernels.geometry import Geometry
+from difloat.kernels.pieces import by_piece
 from difloat.plan.specs import Part
+from difloat.plan.weight import Inputs, PackedWeight, Weight
 
 _GROUP_MULTIPLE = 16  # channels: sums of a group are taken from whole vectors
 _AVX2_RANGE = 128  # of the weights' integers: beyond it sums of 16 bits would saturate
@@ -51,91 +52,60 @@ def _range(part: Part) -> int:
     return round((format.max - format.min) * (format.int8_multiplier() or 0))
 
 
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-) -> Tensor:
-    """See `reference.linear`; [..., i] to [..., o]."""
-    rows = x if x.dim() == 2 else x.reshape(-1, part.channels)
+def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
+    """See `reference.linear`; [..., i] to [..., o], piece by piece."""
+    return by_piece(_linear, x, weight, inputs, bias)
+
+
+def _linear(x: Tensor, piece: PackedWeight, inputs: Inputs, bias: Tensor | None) -> Tensor:
+    rows = x if x.dim() == 2 else x.reshape(-1, piece.part.channels)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    out = x.new_empty((*x.shape[:-1], packed.shape[0]))
+    out = x.new_empty((*x.shape[:-1], piece.rows))
     if not out.numel():
         return out
-    source = _input(rows.data_ptr(), rows.shape[0], rows.stride(0), x, input_scale, input_zero_point, part)
-    weight = _weight(packed, weight_scale, weight_zero_point, part)
+    source = _input(rows, x.dtype, inputs, piece.part)
     shift = _shift(bias)
     result = native_library.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
-    threads = native_library.threads(rows.numel() * packed.shape[0])
-    native_library.check(native_library.library().difloat_linear(source, weight, result, threads))
+    threads = native_library.threads(rows.numel() * piece.rows)
+    native_library.check(native_library.library().difloat_linear(source, _weight(piece), result, threads))
     return out
 
 
-def conv2d(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """See `reference.conv2d`, piece by piece; the result is channels last."""
+    return by_piece(_conv2d, x, weight, inputs, bias, geometry)
+
+
+def _conv2d(
+    x: Tensor, piece: PackedWeight, inputs: Inputs, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """See `reference.conv2d`; the result is channels last."""
     batch, channels, *size = x.shape
-    kernel = packed.shape[2:]
-    extent = conv_output_size(size, kernel, stride, padding, dilation)
-    out = x.new_empty(batch, *extent, packed.shape[0])
+    kernel = piece.codes.shape[2:]
+    extent = geometry.size(size, kernel)
+    out = x.new_empty(batch, *extent, piece.rows)
     if not out.numel():
         return out.permute(0, 3, 1, 2)
     pictures = x.contiguous(memory_format=torch.channels_last)
-    pixels = batch * math.prod(size)
-    source = _input(pictures.data_ptr(), pixels, channels, x, input_scale, input_zero_point, part)
-    weight = _weight(packed, weight_scale, weight_zero_point, part)
+    pixels = pictures.as_strided((batch * math.prod(size), channels), (channels, 1))
+    source = _input(pixels, x.dtype, inputs, piece.part)
     shift = _shift(bias)
     result = native_library.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
-    pair = ctypes.c_int64 * 2
-    pairs = (pair(*numbers) for numbers in (size, kernel, stride, padding, dilation, extent))
+    shape = native_geometry(geometry, batch, tuple(size), tuple(kernel))
     threads = native_library.threads(out.numel() * channels * math.prod(kernel))
     native_library.check(
-        native_library.library().difloat_conv2d(
-            source, weight, result, native_library.Geometry(batch, *pairs), threads
-        )
+        native_library.library().difloat_conv2d(source, _weight(piece), result, shape, threads)
     )
     return out.permute(0, 3, 1, 2)
 
 
-def linear_rows(
-    x: Tensor, weight: Rows, input_scale: Tensor | None, input_zero_point: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """`linear` with rows of several widths, band by band."""
-    return by_band(linear, x, weight, input_scale, input_zero_point, bias)
-
-
-def conv2d_rows(
-    x: Tensor,
-    weight: Rows,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """`conv2d` with rows of several widths, band by band."""
-    geometry = (stride, padding, dilation, groups)
-    return by_band(conv2d, x, weight, input_scale, input_zero_point, bias, *geometry)
+def native_geometry(
+    geometry: Geometry, batch: int, size: Sequence[int], kernel: Sequence[int]
+) -> native_library.Geometry:
+    """A convolution's geometry on `batch` pictures of `size` as the library reads it."""
+    pair, extent = ctypes.c_int64 * 2, geometry.size(size, kernel)
+    numbers = (size, kernel, geometry.stride, geometry.padding, geometry.dilation, extent)
+    return native_library.Geometry(batch, *[pair(*two) for two in numbers])
 
 
 def _shift(bias: Tensor | None) -> Tensor | None:
@@ -143,20 +113,18 @@ def _shift(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().float().contiguous()
 
 
-def _input(
-    address: int, rows: int, stride: int, x: Tensor, scale: Tensor | None, zero: Tensor | None, part: Part
-) -> native_library.Input:
-    found = native_library.Input.from_buffer_copy(_input_kind(part, x.dtype))
-    found.data, found.rows, found.stride = address, rows, stride
-    if scale is not None:
-        found.scale = float(scale)
-    if zero is not None:
-        found.zero_point = float(zero)
+def _input(rows: Tensor, dtype: torch.dtype, inputs: Inputs, part: Part) -> native_library.Input:
+    found = native_library.Input.from_buffer_copy(input_kind(part, dtype))
+    found.data, found.rows, found.stride = rows.data_ptr(), rows.shape[0], rows.stride(0)
+    if inputs.scale is not None:
+        found.scale = float(inputs.scale)
+    if inputs.zero_point is not None:
+        found.zero_point = float(inputs.zero_point)
     return found
 
 
 @cache
-def _input_kind(part: Part, dtype: torch.dtype) -> native_library.Input:
+def input_kind(part: Part, dtype: torch.dtype) -> native_library.Input:
     """What all inputs of a part have in common: copying it is faster than filling in every field."""
     spec = part.activation
     assert spec is not None
@@ -174,10 +142,11 @@ def _input_kind(part: Part, dtype: torch.dtype) -> native_library.Input:
     )
 
 
-def _weight(packed: Tensor, scale: Tensor, zero: Tensor | None, part: Part) -> native_library.Weight:
+def _weight(piece: PackedWeight) -> native_library.Weight:
     """The struct holds addresses: its tensors must outlive it."""
-    addresses = packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
-    return _weight_at(*addresses, packed.shape, packed.stride(), part)
+    zero = None if piece.zero_point is None else piece.zero_point.data_ptr()
+    addresses = piece.codes.data_ptr(), piece.scale.data_ptr(), zero
+    return _weight_at(*addresses, piece.codes.shape, piece.codes.stride(), piece.part)
 
 
 @lru_cache(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from difloat.kernels import checks, dispatch, reference
+from difloat.kernels.geometry import Geometry, geometry_of, memory_format
 from difloat.numbers import formats
-from difloat.plan.specs import Part
+from difloat.plan.weight import Branch, Inputs, PackedWeight, Weight, parts_of
+
+_GEOMETRY_NUMBERS = len(Geometry().numbers())
 
 
 @torch.library.custom_op("difloat::dequantize", mutates_args=())
@@ -80,204 +82,275 @@ fake_quantize_input.register_autograd(_straight_through, setup_context=_keep_ran
 @torch.library.custom_op("difloat::linear", mutates_args=())
 def _linear(
     x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    row_band: Tensor | None,
     bias: Tensor | None,
-    part: str,
+    branch: Sequence[Tensor],
+    parts: str,
 ) -> Tensor:
-    """See `reference.linear`; `part` as JSON."""
-    return _run_linear(x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, part)
+    """See `reference.linear`; the tensors as `_lists` makes them, `branch` the pair or nothing."""
+    weight, inputs = _weight(codes, scales, vectors, row_band, parts)
+    pair = Branch(*branch) if branch else None
+    return _run_linear(x, Weight(weight.columns, row_band, pair, weight.texts), inputs, bias)
 
 
-def _run_linear(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
-    text = rest[-1]
-    part = part_of(text)
-    checks.linear(x, packed, rest[:-1], part)
-    module = dispatch.choose_linear(text, part, packed.shape[0], x)
-    return module.linear(x, packed, *rest[:-1], part)
+def _run_linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
+    checks.linear(x, weight, inputs, bias)
+    module = dispatch.choose_for(weight, x)
+    branch = weight.branch
+    if branch is None:
+        return module.linear(x, weight, inputs, bias)
+    if module is dispatch.BACKENDS["triton"]:  # the one that fuses a branch
+        pair = Branch(branch.down.to(x.dtype), branch.up.to(x.dtype))
+        return module.linear(x, Weight(weight.columns, weight.row_band, pair, weight.texts), inputs, bias)
+    out: Tensor = module.linear(x, weight, inputs, bias)
+    return out + branch_product(x, branch.down, branch.up)
 
 
 @_linear.register_fake
 def _(
     x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    row_band: Tensor | None,
     bias: Tensor | None,
-    part: str,
+    branch: Sequence[Tensor],
+    parts: str,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+    return x.new_empty((*x.shape[:-1], sum([piece.shape[0] for piece in codes])))
 
 
 @torch.library.custom_op("difloat::conv2d", mutates_args=())
 def _conv2d(
     x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    row_band: Tensor | None,
     bias: Tensor | None,
-    part: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Sequence[int],
+    parts: str,
 ) -> Tensor:
-    """See `reference.conv2d`; `part` as JSON. Channels last if the input or the packed weight is."""
-    found = part_of(part)
-    vectors = (weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
-    checks.conv2d(x, packed, vectors, found, (stride, padding, dilation), groups)
-    module = dispatch.choose(found, (packed.shape[0], found.channels, *packed.shape[2:]), x)
-    tensors = (x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
-    result: Tensor = module.conv2d(*tensors, found, stride, padding, dilation, groups)
-    return result.contiguous(memory_format=memory_format(x, packed))
+    """See `reference.conv2d`; the tensors as `_lists` makes them. Channels last if the input or the packed weight is."""
+    weight, inputs = _weight(codes, scales, vectors, row_band, parts)
+    return _run_conv2d(x, weight, inputs, bias, geometry_of(geometry))
+
+
+def _run_conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    checks.conv2d(x, weight, inputs, bias, geometry)
+    result: Tensor = dispatch.choose_for(weight, x).conv2d(x, weight, inputs, bias, geometry)
+    return result.contiguous(memory_format=_layout(x, [piece.codes for piece in weight.bands]))
 
 
 @_conv2d.register_fake
 def _(
     x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    row_band: Tensor | None,
     bias: Tensor | None,
-    part: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Sequence[int],
+    parts: str,
 ) -> Tensor:
-    size = reference.conv_output_size(x.shape[2:], packed.shape[2:], stride, padding, dilation)
-    shape = (x.shape[0], packed.shape[0], *size)
-    return x.new_empty(shape).contiguous(memory_format=memory_format(x, packed))
+    size = geometry_of(geometry).size(x.shape[2:], codes[0].shape[2:])
+    shape = (x.shape[0], sum([piece.shape[0] for piece in codes]), *size)
+    return x.new_empty(shape).contiguous(memory_format=_layout(x, codes))
 
 
-def memory_format(*tensors: Tensor) -> torch.memory_format:
-    """Channels last if one of the tensors is."""
-    last = torch.channels_last
-    for tensor in tensors:
-        if tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous():
-            return last
-    return torch.contiguous_format
+def _layout(x: Tensor, codes: Sequence[Tensor]) -> torch.memory_format:
+    """Pieces of several bands are cut out of one row of bytes, so only those of one band have a layout that tells."""
+    return memory_format(x, *codes) if len(codes) == 1 else memory_format(x)
 
 
-@cache
-def part_text(part: Part) -> str:
-    """A part as the string that the operators take."""
-    return json.dumps(part.to_json())
+def _lists(weight: Weight, inputs: Inputs) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The tensors of a weight of one part for an operator: codes, scales, and what else there is, in a fixed order."""
+    zeros = [piece.zero_point for piece in weight.bands]
+    vectors = [t for t in (*zeros, inputs.scale, inputs.zero_point) if t is not None]
+    return [piece.codes for piece in weight.bands], [piece.scale for piece in weight.bands], vectors
 
 
-@cache
-def part_of(text: str) -> Part:
-    """Inverse of `part_text`."""
-    return Part.from_json(json.loads(text))
+def _weight(
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    row_band: Tensor | None,
+    text: str,
+) -> tuple[Weight, Inputs]:
+    """The inverse of `_lists`; what a list lacks is None, which the checks refuse."""
+    parts, left = parts_of(text), list(vectors)
+    zeros = [left.pop(0) if part.weight.zero_point and left else None for part in parts]
+    pieces = [PackedWeight(*fields) for fields in zip(codes, scales, zeros, parts, strict=True)]
+    scale, zero = (left.pop(0) if left else None for _ in range(2))
+    if left:
+        raise ValueError(
+            f"zero points and input scales must be as many as the parts ask for, got {len(left)} more"
+        )
+    return Weight((tuple(pieces),), row_band, None, (text,)), Inputs(scale, zero)
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, part = inputs[:8]
-    ctx.part = part_of(part)
-    inside = keep_facts(ctx, x, input_scale, input_zero_point, bias, ctx.part, inputs[8:])
-    ctx.save_for_backward(packed, weight_scale, weight_zero_point, inside)
-
-
-def keep_facts(
-    ctx: Any,
-    x: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-    geometry: tuple[Any, ...],
-) -> Tensor | None:
-    """Note on `ctx` what `to_input_and_bias` needs; returns where the input lies inside its grid, None for everywhere."""
-    ctx.geometry, ctx.x_shape, ctx.x_dtype = geometry, x.shape, x.dtype
+    x, codes, scales, vectors, row_band, bias, last, text = inputs
+    picture = len(last) == _GEOMETRY_NUMBERS
+    ctx.text, ctx.geometry = text, geometry_of(last) if picture else None
+    ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
-    if part.activation is None or scale is None:  # an online scale clips nothing
-        return None
-    grid, format = (x if zero_point is None else x - zero_point) / scale, part.activation.format
-    return (grid >= format.min) & (grid <= format.max)
+    weight, stored = _weight(codes, scales, vectors, row_band, text)
+    inside, spec = None, weight.part.activation
+    if spec is not None and stored.scale is not None:  # an online scale clips nothing
+        shifted = x if stored.zero_point is None else x - stored.zero_point
+        grid = shifted / stored.scale
+        inside = (grid >= spec.format.min) & (grid <= spec.format.max)
+    branch = [] if picture else list(last)
+    ctx.counts = [len(codes), len(scales), len(vectors), len(branch)]
+    ctx.save_for_backward(row_band, inside, *codes, *scales, *vectors, *branch, *([x] if branch else []))
 
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    """Clipped straight-through to the input, and to the bias; what is packed gets none."""
-    packed, scale, zero_point, inside = ctx.saved_tensors
-    to_x, to_bias = to_input_and_bias(
-        ctx, gradient, inside, lambda: reference.decode_weight(packed, scale, zero_point, ctx.part), 6
-    )
-    return (to_x, None, None, None, None, None, to_bias, *[None] * (1 + len(ctx.geometry)))
-
-
-def to_input_and_bias(
-    ctx: Any, gradient: Tensor, inside: Tensor | None, decode: Callable[[], Tensor], bias_position: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients to an operator's input (its first argument) and bias; `decode` gives the float weight."""
+    """Clipped straight-through to the input, and to bias and branch; what is packed gets none."""
+    row_band, inside, *saved = ctx.saved_tensors
+    lists = []
+    for count in ctx.counts:
+        lists.append(saved[:count])
+        saved = saved[count:]
+    codes, scales, vectors, branch = lists
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
-        weight = decode().to(ctx.x_dtype)
-        if ctx.geometry:
-            stride, padding, dilation, groups = ctx.geometry
-            to_x = conv2d_input(ctx.x_shape, weight, gradient, stride, padding, dilation, groups)
+        weight, _ = _weight(codes, scales, vectors, row_band, ctx.text)
+        values = reference.decode_weight(weight).to(ctx.x_dtype)
+        if ctx.geometry is None:
+            to_x = gradient @ values
         else:
-            to_x = gradient @ weight
+            pairs = ctx.geometry.stride, ctx.geometry.padding, ctx.geometry.dilation
+            to_x = conv2d_input(ctx.x_shape, values, gradient, *pairs, ctx.geometry.groups)
         to_x = to_x if inside is None else to_x * inside
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[bias_position]:
-        axes = [0, 2, 3] if ctx.geometry else list(range(gradient.dim() - 1))
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
+        axes = list(range(gradient.dim() - 1)) if ctx.geometry is None else [0, 2, 3]
         to_bias = gradient.sum(axes).to(ctx.bias_dtype) if axes else gradient.to(ctx.bias_dtype)
-    return to_x, to_bias
+    none = [[None] * count for count in ctx.counts[:3]]
+    last: Any = None
+    if ctx.geometry is None:
+        to_x, last = _through_branch(gradient, saved, branch, to_x)
+    return (to_x, *none, None, to_bias, last, None)
+
+
+def _through_branch(
+    gradient: Tensor, x: list[Tensor], branch: list[Tensor], to_x: Tensor | None
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradient to the input with the branch's share, and those to the branch."""
+    if not branch:
+        return to_x, []
+    (down, up), rows, upstream = branch, x[0].flatten(0, -2), gradient.flatten(0, -2)
+    narrow = upstream @ up.to(x[0].dtype)
+    share = (narrow @ down.to(x[0].dtype)).reshape(x[0].shape)
+    to_up = upstream.mT @ (rows @ down.to(x[0].dtype).mT)
+    to_pair = [(narrow.mT @ rows).to(down.dtype), to_up.to(up.dtype)]
+    return (None if to_x is None else to_x + share), to_pair
 
 
 _linear.register_autograd(_gradients, setup_context=_keep_for_gradient)
 _conv2d.register_autograd(_gradients, setup_context=_keep_for_gradient)
 
 
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: str,
-) -> Tensor:
-    """See `reference.linear`: computed by the chosen backend, with straight-through gradients to `x` and `bias`.
+def linear(x: Tensor, weight: Weight, inputs: Sequence[Inputs], bias: Tensor | None = None) -> Tensor:
+    """A linear layer: the sum over its parts, computed by the chosen backend.
 
-    `part` is a string that `part_text` made.
+    Args:
+        x: [..., i], floating point.
+        weight: Its parts' channels add up to i; a branch adds ``x @ down.T @ up.T`` on `x` before it is rounded.
+        inputs: Per part.
+        bias: [o] or None.
+
+    Returns:
+        [..., o] in the dtype of `x`, with straight-through gradients to `x` and `bias`.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, layout or device than the parts ask for.
     """
-    tensors = (x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
-    if needs_operator(x, bias):
-        return torch.ops.difloat.linear(*tensors, part)
-    return _run_linear(*tensors, part)
+    through = needs_operator(x, bias)
+    branch = weight.branch
+    # A pair beside several parts reads all of the input; for gradients two operators are simpler than one.
+    apart = branch is not None and (len(weight.columns) > 1 or (through and torch.is_grad_enabled()))
+    if branch is not None and not apart:
+        if not through:
+            return _run_linear(x, weight, inputs[0], bias)
+        lists = _lists(weight, inputs[0])
+        pair = [branch.down, branch.up]
+        return torch.ops.difloat.linear(x, *lists, weight.row_band, bias, pair, weight.text)
+    terms = []
+    for number, (piece, part, stored) in enumerate(_split(x, weight, inputs, x.dim() - 1)):
+        shift = None if number else bias
+        if through:
+            lists = _lists(part, stored)
+            term = torch.ops.difloat.linear(piece, *lists, part.row_band, shift, [], part.text)
+        else:
+            term = _run_linear(piece, part, stored, shift)
+        terms.append(term)
+    out = sum(terms[1:], terms[0])
+    return out if branch is None else out + branch_product(x, branch.down, branch.up)
 
 
 def conv2d(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    x: Tensor, weight: Weight, inputs: Sequence[Inputs], bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """See `reference.conv2d`, and `linear`."""
-    tensors = (x, packed, weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
-    return torch.ops.difloat.conv2d(*tensors, part, list(stride), list(padding), list(dilation), groups)
+    """A convolution [b, i, h, w] to [b, o, h', w']; see `linear`. A branch is refused: `layers.low_rank_branch` has it."""
+    if weight.branch is not None:
+        raise ValueError("weight of a convolution must have no branch, got one; add it to the result")
+    through, terms = needs_operator(x, bias), []
+    for number, (piece, part, stored) in enumerate(_split(x, weight, inputs, 1, geometry.groups)):
+        shift = None if number else bias
+        if through:
+            lists = _lists(part, stored)
+            term = torch.ops.difloat.conv2d(
+                piece, *lists, part.row_band, shift, geometry.numbers(), part.text
+            )
+        else:
+            term = _run_conv2d(piece, part, stored, shift, geometry)
+        terms.append(term)
+    return sum(terms[1:], terms[0])
+
+
+def _split(
+    x: Tensor, weight: Weight, inputs: Sequence[Inputs], axis: int, groups: int = 1
+) -> list[tuple[Tensor, Weight, Inputs]]:
+    """Input, weight and inputs of every part."""
+    channels = [column[0].part.channels for column in weight.columns]
+    if len(channels) == 1:
+        return [(x, weight.parts()[0], inputs[0])]
+    checks.width(x, axis, sum(channels) * groups)  # pieces fall short without a word
+    pieces = x.split(channels, dim=axis)
+    return list(zip(pieces, weight.parts(), inputs, strict=True))
+
+
+def branch_product(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """``x @ down.T @ up.T`` in the dtype of `x` [..., i]; `down` [r, i] and `up` [o, r] in any float dtype."""
+    return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+
+def decode(weight: Weight) -> Tensor:
+    """The float32 weight [o, i, *k] of all parts, in the order of the float layer's rows."""
+    pieces = []
+    for part in weight.parts():
+        if part.row_band is not None:
+            pieces.append(reference.decode_weight(part))
+            continue
+        piece, spec = part.bands[0], part.bands[0].spec
+        channels, group_size = piece.part.channels, spec.group_size or 0
+        pieces.append(
+            dequantize(piece.codes, piece.scale, piece.zero_point, spec.format.name, channels, group_size)
+        )
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 def needs_operator(x: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd, a compiler or another kind of tensor must see an operator; else the way through it is saved."""
     if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return True
+    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
+        return True
+    if torch._C._is_torch_function_mode_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from difloat.kernels.weight import Rows
+from difloat.kernels.geometry import Geometry
 from difloat.numbers import formats
 from difloat.numbers.formats import Format
 from difloat.numbers.packing import unpack
 from difloat.numbers.rounding import decode, round_
 from difloat.plan.scales import row_places
 from difloat.plan.specs import Part
+from difloat.plan.weight import Inputs, PackedWeight, Weight
 
 _CHUNK_VALUES = 1 << 17  # half a MiB of float32: the passes of one chunk stay in a core's second-level cache
 
@@ -144,127 +145,41 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
     return True
 
 
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-) -> Tensor:
+def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
     """A linear layer on one part of its input channels: the rounded input times the decoded weight.
 
     Args:
         x: [..., i], floating point.
-        packed: uint8 [o, bytes] as `packing.pack` lays them out.
-        weight_scale: float32, as many as the spec of the weight asks for.
-        weight_zero_point: As `weight_scale`, or None.
-        input_scale: float32 [1], or None where the scale is found at run time or the input is not quantized.
-        input_zero_point: float32 [1] or None.
+        weight: Of one part.
+        inputs: Scale and zero point of the input where they are static.
         bias: [o] or None.
-        part: Formats and granularities.
 
     Returns:
         [..., o] in the dtype of `x`.
     """
-    weight = decode_weight(packed, weight_scale, weight_zero_point, part)
-    return _linear(x, weight, input_scale, input_zero_point, bias, part)
+    # Four axes would count as a picture, whose rows share an online scale.
+    tokens = x.reshape(-1, x.shape[-1])
+    rounded = round_input(tokens, inputs.scale, inputs.zero_point, weight.part).reshape(x.shape)
+    shift = None if bias is None else bias.to(x.dtype)
+    return functional.linear(rounded, decode_weight(weight).to(x.dtype), shift)
 
 
-def linear_rows(
-    x: Tensor, weight: Rows, input_scale: Tensor | None, input_zero_point: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """`linear` with rows of several widths."""
-    return _linear(x, decode_rows(weight), input_scale, input_zero_point, bias, weight.parts[0])
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-) -> Tensor:
-    tokens = x.reshape(
-        -1, x.shape[-1]
-    )  # four axes would count as a picture, whose rows share an online scale
-    rounded = round_input(tokens, input_scale, input_zero_point, part).reshape(x.shape)
-    return functional.linear(rounded, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def conv2d(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """A convolution on one part of its input channels; padding adds zeros to the rounded input.
 
     Args:
         x: [b, i, h, w], floating point.
-        packed: uint8 [o, bytes, kh, kw].
-        weight_scale: As for `linear`, like the next four.
-        weight_zero_point: See there.
-        input_scale: See there.
-        input_zero_point: See there.
-        bias: See there.
-        part: See there.
-        stride: Two numbers, like `padding` and `dilation`.
-        padding: Zeros on both sides of an axis.
-        dilation: Distance of the taps.
-        groups: As for `torch.nn.functional.conv2d`.
+        weight: Of one part, codes [o, bytes, kh, kw].
+        inputs: As for `linear`.
+        bias: [o] or None.
+        geometry: Stride, padding, dilation and groups.
 
     Returns:
         [b, o, h', w'] in the dtype of `x`.
     """
-    weight = decode_weight(packed, weight_scale, weight_zero_point, part)
-    inputs = (input_scale, input_zero_point, bias)
-    return _conv2d(x, weight, *inputs, part, stride, padding, dilation, groups)
-
-
-def conv2d_rows(
-    x: Tensor,
-    weight: Rows,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """`conv2d` with rows of several widths."""
-    inputs = (input_scale, input_zero_point, bias)
-    return _conv2d(x, decode_rows(weight), *inputs, weight.parts[0], stride, padding, dilation, groups)
-
-
-def _conv2d(
-    x: Tensor,
-    weight: Tensor,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    rounded = round_input(x, input_scale, input_zero_point, part)
+    rounded = round_input(x, inputs.scale, inputs.zero_point, weight.part)
     shift = None if bias is None else bias.to(x.dtype)
-    geometry = (list(stride), list(padding), list(dilation), groups)
-    return functional.conv2d(rounded, weight.to(x.dtype), shift, *geometry)
+    return geometry.convolve(rounded, decode_weight(weight).to(x.dtype), shift)
 
 
 def round_input(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, part: Part) -> Tensor:
@@ -283,30 +198,18 @@ def round_input(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, part
     )
 
 
-def decode_weight(packed: Tensor, scale: Tensor, zero_point: Tensor | None, part: Part) -> Tensor:
-    """The float32 weight [o, i, *k] of a part."""
-    spec = part.weight
-    return dequantize(packed, scale, zero_point, spec.format.name, part.channels, spec.group_size or 0)
-
-
-def decode_rows(weight: Rows) -> Tensor:
-    """The float32 weight [o, i, *k] of a part of a layer with rows of several widths, in the float layer's order."""
-    stored = torch.cat([decode_weight(*band) for band in weight.bands()])
-    return stored[
-        row_places(weight.row_band)
-    ]  # not the places that are kept: a compiler may trace this for gradients
-
-
-def conv_output_size(
-    size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int]:
-    """Height and width of the result of a convolution on a picture of `size` (h, w)."""
-    height, width = (
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+def decode_piece(piece: PackedWeight) -> Tensor:
+    """The float32 values [o, i, *k] of one rectangle of a weight."""
+    spec, channels = piece.spec, piece.part.channels
+    return dequantize(
+        piece.codes, piece.scale, piece.zero_point, spec.format.name, channels, spec.group_size or 0
     )
-    return height, width
+
+
+def decode_weight(weight: Weight) -> Tensor:
+    """The float32 weight [o, i, *k] of one part, in the order of the float layer's rows."""
+    if weight.row_band is None:
+        return decode_piece(weight.bands[0])
+    stored = torch.cat([decode_piece(piece) for piece in weight.bands])
+    # Not the places that are kept: a compiler may trace this for gradients.
+    return stored[row_places(weight.row_band)]

@@ -17,13 +17,15 @@ from torch.nn import functional
 
 from difloat.kernels import integer_operands
 from difloat.kernels.derived import derived
-from difloat.kernels.reference import conv_output_size, online_scale
-from difloat.kernels.weight import Rows
+from difloat.kernels.geometry import Geometry
+from difloat.kernels.pieces import part_key, restored
+from difloat.kernels.reference import online_scale
 from difloat.numbers import integer_grids
 from difloat.numbers.formats import Format
 from difloat.numbers.packing import unpack
 from difloat.plan.scales import expand_scale
 from difloat.plan.specs import Part, QuantSpec
+from difloat.plan.weight import Inputs, PackedWeight, Weight
 
 _CHUNK_ROWS = 256
 _SATURATES_BEYOND = 64  # weights up to here are safe everywhere: 2 * 255 * 64 < 2**15
@@ -56,138 +58,64 @@ def _exact_for_all_weights() -> bool:
     return bool((torch._int_mm(ends, ends.t()) == 256 * 127**2).all())
 
 
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-) -> Tensor:
-    """See `ops.linear`; [..., i] to [..., o]."""
-    return _linear(
-        x, _weight(packed, weight_scale, weight_zero_point, part), input_scale, input_zero_point, bias, part
-    )
-
-
-def linear_rows(
-    x: Tensor, weight: Rows, input_scale: Tensor | None, input_zero_point: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """`linear` with rows of several widths: as int8 operands all are alike, so one product does."""
-    return _linear(x, _weight_of_rows(weight), input_scale, input_zero_point, bias, weight.parts[0])
-
-
-def _linear(
-    x: Tensor,
-    weight: _Weight,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-) -> Tensor:
-    spec = part.activation
+def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
+    """See `reference.linear`; [..., i] to [..., o]. As int8 operands rows of all widths are alike, so one product does."""
+    spec, channels, operands = weight.part.activation, weight.part.channels, _operands(weight)
     assert spec is not None
-    rows, out_channels = x.reshape(-1, part.channels), weight.operand.shape[0]
-    out = x.new_empty(rows.shape[0], out_channels)
+    rows, out_channels = x.reshape(-1, channels), operands.operand.shape[0]
+    out, scale = x.new_empty(rows.shape[0], out_channels), inputs.scale
     if spec.online and spec.granularity == "tensor" and x.numel():
-        input_scale = online_scale(rows.float(), spec.format, per_token=False)
+        scale = online_scale(rows.float(), spec.format, per_token=False)
     for chunk, target in zip(rows.split(_CHUNK_ROWS), out.split(_CHUNK_ROWS), strict=True):
         if chunk.numel():
             target.copy_(
-                weight.product(
-                    integer_operands.quantize_rows(chunk, spec, input_scale, input_zero_point), bias
-                )
+                operands.product(integer_operands.quantize_rows(chunk, spec, scale, inputs.zero_point), bias)
             )
     return out.reshape(*x.shape[:-1], out_channels)
 
 
-def conv2d(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """See `ops.conv2d`; [b, i, h, w] to [b, o, h', w'], one picture at a time as a product over patches."""
-    weight = _weight(packed, weight_scale, weight_zero_point, part)
-    taps = _Taps(packed.shape[2:], stride, padding, dilation, x.shape[2:])
-    return _conv2d(x, weight, taps, input_scale, input_zero_point, bias, part)
-
-
-def conv2d_rows(
-    x: Tensor,
-    weight: Rows,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """`conv2d` with rows of several widths, in one product."""
-    taps = _Taps(weight.packed[0].shape[2:], stride, padding, dilation, x.shape[2:])
-    inputs = (input_scale, input_zero_point, bias)
-    return _conv2d(x, _weight_of_rows(weight), taps, *inputs, weight.parts[0])
-
-
-def _conv2d(
-    x: Tensor,
-    weight: _Weight,
-    taps: _Taps,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-) -> Tensor:
-    spec = part.activation
+def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """See `reference.conv2d`; [b, i, h, w] to [b, o, h', w'], one picture at a time as a product over patches."""
+    spec, operands = weight.part.activation, _operands(weight)
+    taps = _Taps(weight.kernel, geometry, x.shape[2:])
     assert spec is not None
-    out = x.new_empty(x.shape[0], *taps.out, weight.operand.shape[0])
-    scale = input_scale
+    out = x.new_empty(x.shape[0], *taps.out, operands.operand.shape[0])
+    scale = inputs.scale
     if spec.online and x.numel():
         axes = (1, 2, 3) if spec.granularity == "token" else (0, 1, 2, 3)
         largest = x.abs().amax(axes, keepdim=True).float()  # exact in any dtype, so no copy in float32
         scale = online_scale(largest, spec.format, per_token=True).expand(x.shape[0], 1, 1, 1)
     for index, (picture, target) in enumerate(zip(x, out, strict=True)):
         own = scale if scale is None or not spec.online else scale[index].reshape(1, 1)
-        pixels = picture.permute(1, 2, 0).reshape(-1, part.channels)
+        of_picture = Inputs(own, inputs.zero_point)
+        pixels = picture.permute(1, 2, 0).reshape(-1, weight.part.channels)
         if taps.single:
-            _conv_pixels(pixels, own, input_zero_point, spec, weight, bias, target.view(len(pixels), -1))
+            _conv_pixels(pixels, of_picture, spec, operands, bias, target.view(len(pixels), -1))
             continue
-        rows = integer_operands.quantize_rows(pixels, spec, own, input_zero_point)
-        _conv_picture(rows, weight, taps, bias, target)
+        rows = integer_operands.quantize_rows(pixels, spec, own, inputs.zero_point)
+        _conv_picture(rows, operands, taps, bias, target)
     return out.permute(0, 3, 1, 2)
 
 
 def _conv_pixels(
     pixels: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
+    inputs: Inputs,
     spec: QuantSpec,
-    weight: _Weight,
+    weight: _Operands,
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
     """Fill `out` [h * w, o] where the kernel is one pixel: a linear layer on the pixels, in chunks."""
     broken = torch.zeros((), dtype=torch.bool)
     for chunk, target in zip(pixels.split(_CHUNK_ROWS), out.split(_CHUNK_ROWS), strict=True):
-        rows = integer_operands.quantize_rows(chunk, spec, scale, zero_point)
+        rows = integer_operands.quantize_rows(chunk, spec, inputs.scale, inputs.zero_point)
         target.copy_(weight.product(rows, bias))
         broken |= rows.scale.isnan().any()
     out.masked_fill_(broken, math.nan)  # a NaN spoils its picture, whatever the kernel's size
 
 
 def _conv_picture(
-    pixels: integer_operands.Operand, weight: _Weight, taps: _Taps, bias: Tensor | None, out: Tensor
+    pixels: integer_operands.Operand, weight: _Operands, taps: _Taps, bias: Tensor | None, out: Tensor
 ) -> None:
     """Fill `out` [h', w', o] from the pixels [h * w, i] of one picture."""
     patches = taps.patches(pixels.values, -pixels.shift)
@@ -211,34 +139,33 @@ class _Taps:
     """Geometry of a convolution; every pair is (vertical, horizontal)."""
 
     kernel: Sequence[int]
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
+    geometry: Geometry
     size: Sequence[int]
 
     @property
     def out(self) -> tuple[int, int]:
         """Height and width of the result."""
-        return conv_output_size(self.size, self.kernel, self.stride, self.padding, self.dilation)
+        return self.geometry.size(self.size, self.kernel)
 
     @property
     def single(self) -> bool:
         """Whether every result sees the one pixel in its place."""
-        return math.prod(self.kernel) == 1 and set(self.stride) == {1} and set(self.padding) == {0}
+        geometry = self.geometry
+        return math.prod(self.kernel) == 1 and set(geometry.stride) == {1} and set(geometry.padding) == {0}
 
     def patches(self, pixels: Tensor, zero: int) -> Tensor:
         """A view [h', w', kh, kw, i] of the pixels [h * w, i] padded by `zero`: what every output pixel sees."""
-        vertical, horizontal = self.padding
+        vertical, horizontal = self.geometry.padding
         picture = pixels.view(*self.size, -1)
         picture = functional.pad(picture, (0, 0, horizontal, horizontal, vertical, vertical), value=zero)
         line, pixel, channel = picture.stride()
         return picture.as_strided(
             (*self.out, *self.kernel, picture.shape[2]),
             (
-                self.stride[0] * line,
-                self.stride[1] * pixel,
-                self.dilation[0] * line,
-                self.dilation[1] * pixel,
+                self.geometry.stride[0] * line,
+                self.geometry.stride[1] * pixel,
+                self.geometry.dilation[0] * line,
+                self.geometry.dilation[1] * pixel,
                 channel,
             ),
         )
@@ -246,13 +173,11 @@ class _Taps:
     def sums_inside(self, taps: Tensor) -> Tensor:
         """Sums [o, h', w'] of the taps [o, 1, kh, kw] that fall inside the picture."""
         ones = taps.new_ones(1, 1, *self.size)
-        return functional.conv2d(
-            ones, taps, None, list(self.stride), list(self.padding), list(self.dilation)
-        )[0]
+        return self.geometry.convolve(ones, taps)[0]
 
 
 @dataclass(frozen=True)
-class _Weight:
+class _Operands:
     """Weights as int8 operands with their scales.
 
     Attributes:
@@ -298,43 +223,41 @@ class _Weight:
         return sums[:, None]
 
 
-def _weight(packed: Tensor, scale: Tensor, zero_point: Tensor | None, part: Part) -> _Weight:
-    operand = derived(("int8", part), (packed,), lambda: _decode(packed, part))
-    return _Weight(operand, *_steps(packed, scale, zero_point, part))
-
-
-def _weight_of_rows(weight: Rows) -> _Weight:
+def _operands(weight: Weight) -> _Operands:
     """The weight of all bands, in the order of the float layer's rows."""
+    if weight.row_band is None:
+        (piece,) = weight.bands
+        operand = derived(("int8", piece.part), (piece.codes,), lambda: _decode(piece))
+        return _Operands(operand, *_steps(piece))
 
     def decoded() -> Tensor:
-        return weight.restored(torch.cat([_decode(packed, part) for packed, _, _, part in weight.bands()]))
+        return restored(weight, torch.cat([_decode(piece) for piece in weight.bands]))
 
-    operand = derived(("int8 rows", weight.parts), (*weight.packed, weight.row_band), decoded)
-    steps = [_steps(*band) for band in weight.bands()]
-    scale = torch.cat([one.expand(1, len(p)) for p, (one, _) in zip(weight.packed, steps, strict=True)], 1)
+    sources = (*[piece.codes for piece in weight.bands], weight.row_band)
+    operand = derived(("int8 rows", part_key(weight.bands)), sources, decoded)
+    steps = [_steps(piece) for piece in weight.bands]
+    scale = torch.cat([one.expand(1, p.rows) for p, (one, _) in zip(weight.bands, steps, strict=True)], 1)
     zero = None
     if any(one is not None for _, one in steps):
         zeros = [scale.new_zeros(1, 1) if one is None else one for _, one in steps]
-        stored = [one.expand(1, len(p)) for p, one in zip(weight.packed, zeros, strict=True)]
-        zero = weight.restored(torch.cat(stored, 1), 1)
-    return _Weight(operand, weight.restored(scale, 1), zero)
+        stored = [one.expand(1, p.rows) for p, one in zip(weight.bands, zeros, strict=True)]
+        zero = restored(weight, torch.cat(stored, 1), 1)
+    return _Operands(operand, restored(weight, scale, 1), zero)
 
 
-def _steps(
-    packed: Tensor, scale: Tensor, zero_point: Tensor | None, part: Part
-) -> tuple[Tensor, Tensor | None]:
+def _steps(piece: PackedWeight) -> tuple[Tensor, Tensor | None]:
     """Scale and zero of the operands of rows of one width."""
-    grid = integer_grids.grid_of(part.weight.format)
+    grid = integer_grids.grid_of(piece.spec.format)
     assert grid is not None
-    step = expand_scale(scale, part.weight, packed.shape[:2]).reshape(1, -1) / grid.multiplier
-    zero = None if zero_point is None else zero_point.reshape(1, -1)
+    step = expand_scale(piece.scale, piece.spec, piece.codes.shape[:2]).reshape(1, -1) / grid.multiplier
+    zero = None if piece.zero_point is None else piece.zero_point.reshape(1, -1)
     if grid.shift:
         zero = step * grid.shift if zero is None else zero + step * grid.shift
     return step, zero
 
 
-def _decode(packed: Tensor, part: Part) -> Tensor:
+def _decode(piece: PackedWeight) -> Tensor:
     """int8 [o, i] or [o, kh * kw * i]."""
-    codes = unpack(packed, part.weight.format.bits, part.channels).movedim(1, -1)
-    table = integer_operands.operand_table(part.weight.format)
+    codes = unpack(piece.codes, piece.spec.format.bits, piece.part.channels).movedim(1, -1)
+    table = integer_operands.operand_table(piece.spec.format)
     return functional.embedding(codes.int(), table[:, None]).squeeze(-1).flatten(1).contiguous()

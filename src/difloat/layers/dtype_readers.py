@@ -24,7 +24,7 @@ REASONS: dict[Use, str] = {
 }
 
 
-class PackedWeight(nn.Module):
+class HoldsPackedWeight(nn.Module):
     """A layer's packed weight, and what it tells a parent that asks for its dtype."""
 
     weight: Tensor
@@ -67,7 +67,7 @@ def kept(model: nn.Module) -> dict[str, str]:
     """Float layers of `model` that must stay float since their weight is read besides calling them: reasons by name."""
     found = {}
     for name, module in model.named_modules():
-        if name and isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, PackedWeight):
+        if name and isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, HoldsPackedWeight):
             use = use_of(model, name)
             if use in REASONS:
                 found[name] = REASONS[use]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difloat.kernels.beside import branch
+from difloat.kernels.operators import branch_product
 
 
 def low_rank(layer: nn.Linear | nn.Conv2d, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def low_rank(layer: nn.Linear | nn.Conv2d, x: Tensor, down: Tensor, up: Tensor) 
         What the layer would return for the weight ``up @ down`` [o, i, *k], without bias.
     """
     if isinstance(layer, nn.Linear):
-        return branch(x, down, up)
+        return branch_product(x, down, up)
     down, up = down.to(x.dtype), up.to(x.dtype)
     low = layer._conv_forward(x, down.repeat(layer.groups, 1, 1, 1), None)
     return F.conv2d(low, up[:, :, None, None], groups=layer.groups)

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace as with_changes
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from difloat import torch_modes
-from difloat.kernels import beside, checks, row_operators
-from difloat.kernels import operators as ops
-from difloat.layers.dtype_readers import PackedWeight
+from difloat.kernels import checks, operators
+from difloat.kernels.geometry import Geometry
+from difloat.layers.dtype_readers import HoldsPackedWeight
 from difloat.layers.low_rank_branch import low_rank
 from difloat.layers.quantizable import blocks, inside_blocks, quantizable
-from difloat.layers.stored_pieces import VECTORS, RowSlot, Slot, row_slots_of, slots_of
 from difloat.layers.timestep_clock import Clock
 from difloat.plan.plan import VARIED, LayerPlan
 from difloat.plan.specs import SIDE, Band, Part, Side, weight_formats
+from difloat.plan.weight import Branch, Inputs, Layout, Weight
 
 __all__ = [
     "QuantConv2d",
@@ -35,16 +35,15 @@ __all__ = [
     "weight_of",
 ]
 
-_LINEAR = (ops.linear, row_operators.linear)
-_CONV2D = (ops.conv2d, row_operators.conv2d)
+_STORED = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
 
 
-class QuantizedLayer(PackedWeight):
+class QuantizedLayer(HoldsPackedWeight):
     """What both layer types share: packed state, decoding of the weight, the sum over parts."""
 
     parts: tuple[Part, ...] = ()
     bands: tuple[Band, ...] = ()  # of rows, where these have several widths
-    slots: tuple[Slot | RowSlot, ...] = ()
+    layout: Layout  # where the stored tensors hold which rectangle
     float_shape: tuple[int, ...] = ()
     smoothed: bool = False
     schedule: tuple[int, ...] = ()
@@ -65,9 +64,7 @@ class QuantizedLayer(PackedWeight):
         self.parts, self.float_shape = plan.parts, tuple(plan.shape)
         self.smoothed, self.schedule = plan.smoothed, plan.schedule
         self.input_schedule, self.bands, self.side = plan.input_schedule, plan.bands, plan.side
-        self.slots = (
-            row_slots_of(plan.parts, plan.bands) if plan.bands else slots_of(plan.shape[0], plan.parts)
-        )
+        self.layout = plan.layout
         for name, tensor in plan.tensors.items():
             if name == "weight":
                 self.hold(torch.empty_like(tensor, device=device))
@@ -126,40 +123,19 @@ class QuantizedLayer(PackedWeight):
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [o, i, *k] that the codes stand for; of a smoothed layer without undoing the factors."""
-        pieces = []
-        for part, slot in zip(self.parts, self.slots, strict=True):
-            packed, scale, zero_point, *_ = stored = self._stored(slot)
-            if isinstance(slot, RowSlot):
-                pieces.append(row_operators.dequantize(packed, scale, zero_point, stored[-1], slot.text))
-                continue
-            name, group_size = part.weight.format.name, part.weight.group_size or 0
-            pieces.append(ops.dequantize(packed, scale, zero_point, name, part.channels, group_size))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        return operators.decode(self.packed_weight()[0])
 
     def weight_formats(self) -> str:
         """Names of the weight's formats, as reports show them."""
         return weight_formats(self.float_shape[0], self.parts, self.bands)
 
-    def _stored(self, slot: Slot | RowSlot) -> list[Any]:
-        """What the operators take of one part between input and bias, for the timestep of the denoiser's call."""
-        if isinstance(slot, RowSlot):
-            return self._stored_rows(slot)
-        if len(self.slots) == 1 and not self.schedule and not self.input_schedule:
-            return [self.packed, *(self._buffers.get(name) for name in VECTORS)]
-        pairs = zip(VECTORS, slot.vectors, strict=True)
-        vectors = [None if where is None else self.current(name)[where] for name, where in pairs]
-        return [self.current("weight")[:, slot.columns], *vectors]
-
-    def _stored_rows(self, slot: RowSlot) -> list[Any]:
-        """`_stored` with a list of tensors per band for everything of the weight."""
-        weight = self.current("weight")[0]
-        packed = [weight[b.stretch].unflatten(0, (b.rows, -1))[:, b.slot.columns] for b in slot.bands]
-        vectors = [
-            [self.current(name)[where] for b in slot.bands if (where := b.slot.vectors[n]) is not None]
-            for n, name in enumerate(VECTORS)
-        ]
-        scale, zero_point = (found[0] if found else None for found in vectors[2:])  # the same in all bands
-        return [packed, *vectors[:2], scale, zero_point, self.row_band]
+    def packed_weight(self) -> tuple[Weight, tuple[Inputs, ...]]:
+        """The weight, without a branch, and what is stored of the inputs, for the timestep of the denoiser's call."""
+        tensors = {name: self.current(name) for name in _STORED if name in self._buffers}
+        tensors["weight"] = self.current("weight")
+        if self.bands:
+            tensors["row_band"] = self.row_band
+        return self.layout.weight(tensors), self.layout.stored_inputs(tensors)
 
     def _with_side(self, out: Tensor, x: Tensor) -> Tensor:
         """What the packed weight gives for the input `x`, and the low-rank branch on the same input added."""
@@ -175,25 +151,14 @@ class QuantizedLayer(PackedWeight):
         factor = self.current("input_factor").to(x.dtype)
         return x * (factor if axis == -1 else factor.reshape(-1, 1, 1))
 
-    def _sum_of_parts(
-        self, x: Tensor, axis: int, operators: tuple[Callable[..., Tensor], ...], *geometry: Any
-    ) -> Tensor:
-        """The operator (for rows alike, for rows of several widths) on every part of the smoothed input.
-
-        The bias goes with the first part.
-        """
-        if self.smoothed or len(self.slots) > 1:  # factors broadcast, and pieces fall short, without a word
-            channels = sum(slot.channels for slot in self.slots) * getattr(self, "groups", 1)
-            checks.width(x, axis if axis >= 0 else x.dim() - 1, channels)
-        x, operator = self._smooth(self._cast(x), axis), operators[bool(self.bands)]
-        if len(self.slots) == 1:
-            return operator(x, *self._stored(self.slots[0]), self.bias, self.slots[0].text, *geometry)
-        pieces = x.split([slot.channels for slot in self.slots], dim=axis)
-        terms = [
-            operator(piece, *self._stored(slot), None if number else self.bias, slot.text, *geometry)
-            for number, (piece, slot) in enumerate(zip(pieces, self.slots, strict=True))
-        ]
-        return sum(terms[1:], terms[0])
+    def _smoothed(self, x: Tensor, axis: int) -> Tensor:
+        """The input as the parts read it, cast and times its factors."""
+        x = self._cast(x)
+        if not self.smoothed:
+            return x
+        channels = sum(part.channels for part in self.parts) * getattr(self, "groups", 1)
+        checks.width(x, axis if axis >= 0 else x.dim() - 1, channels)  # factors broadcast without a word
+        return self._smooth(x, axis)
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -201,12 +166,13 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., i] to [..., o], in the dtype of `input`; that name, too, is the one of the float layer."""
-        x = input
-        if self.side is None or len(self.slots) > 1 or self.bands or self.smoothed:
-            return self._with_side(self._sum_of_parts(x, -1, _LINEAR), x)
-        stored = (*self._stored(self.slots[0]), self.bias)
-        factors = self.current("side_down"), self.current("side_up")
-        return beside.linear(self._cast(x), stored, self.slots[0].text, *factors)
+        weight, inputs = self.packed_weight()
+        if self.side is not None and not self.smoothed and len(self.parts) == 1 and not self.bands:
+            branch = Branch(self.current("side_down"), self.current("side_up"))
+            weight = Weight(weight.columns, weight.row_band, branch, weight.texts)
+            return operators.linear(self._cast(input), weight, inputs, self.bias)
+        out = operators.linear(self._smoothed(input, -1), weight, inputs, self.bias)
+        return self._with_side(out, input)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -217,17 +183,23 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return self._with_side(self._convolved(input), input)
 
     def _convolved(self, x: Tensor) -> Tensor:
-        padding = self.padding
+        weight, inputs = self.packed_weight()
+        x, geometry, behind = self._padded(x)
+        out = operators.conv2d(self._smoothed(x, 1), weight, inputs, self.bias, geometry)
+        return out if behind is None else out[:, :, behind[0] :, behind[1] :]
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Geometry, tuple[int, int] | None]:
+        """The input as the kernel goes over it, how it does, and how many first lines and columns are dropped behind it."""
+        padding, drop = self.padding, None
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
             padding = (0, 0)
-        elif isinstance(self.padding, str):
+        elif isinstance(padding, str):
             # "same" with an even kernel pads more behind than before: pad both alike and drop the first lines.
             left, right, top, bottom = self._reversed_padding_repeated_twice
-            wide = (max(top, bottom), max(left, right))
-            out = self._sum_of_parts(x, 1, _CONV2D, self.stride, wide, self.dilation, self.groups)
-            return out[:, :, bottom - top :, right - left :]
-        return self._sum_of_parts(x, 1, _CONV2D, self.stride, padding, self.dilation, self.groups)
+            padding, drop = (max(top, bottom), max(left, right)), (bottom - top, right - left)
+        assert not isinstance(padding, str)
+        return x, Geometry(self.stride, padding, self.dilation, self.groups), drop
 
 
 def empty_like(module: nn.Linear | nn.Conv2d) -> QuantLinear | QuantConv2d:

@@ -85,7 +85,7 @@ def staying_float(model: nn.Module) -> dict[str, str]:
     possible, read = quantizable(model), dtype_readers.kept(model)
     found = {}
     for name, module in model.named_modules():
-        if name in possible or isinstance(module, dtype_readers.PackedWeight):
+        if name in possible or isinstance(module, dtype_readers.HoldsPackedWeight):
             continue
         own = [
             key for key, p in module.named_parameters(recurse=False) if p.is_floating_point() and p.dim() >= 2

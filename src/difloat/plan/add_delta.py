@@ -84,14 +84,11 @@ def _encode(layer: LayerPlan, added: Tensor) -> tuple[LayerPlan, Tensor]:
         return encode.join_rows(bands, order), torch.cat(targets)[order.argsort()]
     before = _stored_weight(layer)
     after = before + added
-    counts = [part.weight.scale_count(layer.shape[0], part.channels) for part in layer.parts]
-    shifted = [n if part.weight.zero_point else 0 for n, part in zip(counts, layer.parts, strict=True)]
-    old_scales = layer.tensors["weight_scale"].split(counts)
-    old_zeros = layer.tensors.get("weight_zero_point", before.new_zeros(0)).split(shifted)
     scales, zeros = [], []
     pieces = after.split([part.channels for part in layer.parts], dim=1)
-    for piece, part, scale, zero in zip(pieces, layer.parts, old_scales, old_zeros, strict=True):
-        scale, zero = _scales(piece, part.weight, scale, zero)
+    for piece, stored in zip(pieces, layer.weight().pieces(), strict=True):
+        old_zero = before.new_zeros(0) if stored.zero_point is None else stored.zero_point
+        scale, zero = _scales(piece, stored.spec, stored.scale, old_zero)
         scales.append(scale)
         zeros.append(zero)
     bare = [Part(part.channels, part.weight) for part in layer.parts]

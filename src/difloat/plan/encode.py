@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from difloat.numbers import rounding
-from difloat.numbers.packing import pack
-from difloat.plan.plan import _INPUT_SIDE, _PER_ROW, VARIED, LayerPlan
-from difloat.plan.scales import expand_scale, reorder_scale, row_places
+from difloat.numbers import packing, rounding
+from difloat.plan.plan import _INPUT_SIDE, VARIED, LayerPlan
+from difloat.plan.scales import expand_scale, row_places
 from difloat.plan.specs import Band, Part, layer_tensor_shapes
+from difloat.plan.weight import PackedWeight, Weight, pack, with_rows
 
 
 def plan_layer(
@@ -44,28 +44,27 @@ def plan_layer(
             "weights must be finite and their scales positive, got NaN, Inf or a scale of 0; repair the weights"
         )
     zero_points = weight_zero_points or [torch.zeros(0)] * len(parts)
-    packed = []
+    columns = []
     pieces = weight.float().split([part.channels for part in parts], dim=1)
     for piece, part, scale, zero in zip(pieces, parts, weight_scales, zero_points, strict=True):
-        shifted = piece - expand_scale(zero, part.weight, piece.shape) if part.weight.zero_point else piece
-        codes = rounding.encode(shifted / expand_scale(scale, part.weight, piece.shape), part.weight.format)
-        packed.append(pack(codes, part.weight.format.bits))
-    vectors = {
-        "weight_scale": list(weight_scales),
-        "weight_zero_point": [
-            z for z, part in zip(zero_points, parts, strict=True) if part.weight.zero_point
-        ],
-        "input_scale": [s for s in input_scales if s is not None],
-        "input_zero_point": [z for z in input_zero_points if z is not None],
-    }
-    tensors = {"weight": torch.cat(packed, dim=1)}
-    tensors |= {name: torch.cat([v.reshape(-1).float() for v in vs]) for name, vs in vectors.items() if vs}
+        shift = zero if part.weight.zero_point else None
+        codes = packing.pack(_codes(piece, part, scale, shift), part.weight.format.bits)
+        columns.append((PackedWeight(codes, scale, shift, part),))
+    tensors = pack(Weight(tuple(columns)))
+    for name, given in (("input_scale", input_scales), ("input_zero_point", input_zero_points)):
+        if vectors := [vector.reshape(-1).float() for vector in given if vector is not None]:
+            tensors[name] = torch.cat(vectors)
     kind: Literal["linear", "conv2d"] = "linear" if weight.dim() == 2 else "conv2d"
     layer = LayerPlan(kind, tuple(weight.shape), tuple(parts), tensors)
     got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if got != shapes:
         raise ValueError(f"scales must fit the parts, expected shapes {shapes}, got {got}")
     return layer
+
+
+def _codes(piece: Tensor, part: Part, scale: Tensor, zero: Tensor | None) -> Tensor:
+    shifted = piece if zero is None else piece - expand_scale(zero, part.weight, piece.shape)
+    return rounding.encode(shifted / expand_scale(scale, part.weight, piece.shape), part.weight.format)
 
 
 def join_variants(
@@ -120,12 +119,11 @@ def join_rows(bands: Sequence[LayerPlan], order: Tensor) -> LayerPlan:
     if len(bands) == 1:
         return sorted_bands[0]
     tensors = {name: tensor for name, tensor in first.tensors.items() if name in _INPUT_SIDE}
-    tensors["weight"] = torch.cat([band.tensors["weight"].flatten(0, 1) for band in sorted_bands])[None]
-    for name in _PER_ROW:
-        if vectors := [band.tensors[name] for band in sorted_bands if name in band.tensors]:
-            tensors[name] = torch.cat(vectors)
     row_band = torch.arange(len(bands)).repeat_interleave(torch.tensor(counts))[order.argsort()]
-    tensors["row_band"] = row_band.to(tensors["weight"].device, torch.uint8)
+    # Of every part its pieces, one per band.
+    columns = zip(*[[piece for (piece,) in band.weight().columns] for band in sorted_bands], strict=True)
+    on_device = row_band.to(first.tensors["weight"].device, torch.uint8)
+    tensors |= pack(Weight(tuple(columns), on_device))
     specs = tuple(Band(n, tuple(p.weight for p in band.parts)) for n, band in zip(counts, bands, strict=True))
     joined = replace(first, shape=(len(order), *first.shape[1:]), tensors=tensors, bands=specs)
     joined.tensor_shapes()  # refuses too many bands
@@ -150,13 +148,9 @@ def _check_belongs(band: LayerPlan, first: LayerPlan) -> None:
 
 def _rows_of(layer: LayerPlan, rows: Tensor) -> LayerPlan:
     """The layer with its rows in another order, int64 [o]."""
-    tensors = {**layer.tensors, "weight": layer.tensors["weight"][rows]}
-    for name in _PER_ROW:
-        if name in tensors:
-            specs = [part for part in layer.parts if name == "weight_scale" or part.weight.zero_point]
-            counts = [part.weight.scale_count(len(rows), part.channels) for part in specs]
-            tensors[name] = torch.cat([reorder_scale(v, rows) for v in tensors[name].split(counts)])
-    return replace(layer, tensors=tensors)
+    weight = layer.weight()
+    columns = tuple(tuple(with_rows(piece, rows) for piece in column) for column in weight.columns)
+    return replace(layer, tensors={**layer.tensors, **pack(Weight(columns))})
 
 
 def dequantize(layer: LayerPlan) -> Tensor:
@@ -164,23 +158,22 @@ def dequantize(layer: LayerPlan) -> Tensor:
 
     A smoothed layer's weight comes back as the input sees it, with the factors multiplied in.
     """
-    if layer.schedule:
-        return dequantize(layer.variant(0))
-    if layer.bands:
-        stored = torch.cat([dequantize(band) for band in layer.split_rows()])
-        return stored[row_places(layer.tensors["row_band"])]
-    pieces, scale_at, zero_at = [], 0, 0
-    for codes, part in zip(layer.codes(), layer.parts, strict=True):
-        count = part.weight.scale_count(codes.shape[0], part.channels)
-        scale = layer.tensors["weight_scale"][scale_at : scale_at + count]
-        scale_at += count
-        piece = rounding.decode(codes, part.weight.format) * expand_scale(scale, part.weight, codes.shape)
-        if part.weight.zero_point:
-            zero = layer.tensors["weight_zero_point"][zero_at : zero_at + count]
-            zero_at += count
-            piece = piece + expand_scale(zero, part.weight, codes.shape)
-        pieces.append(piece)
-    weight = torch.cat(pieces, dim=1)
+    columns, places = [], None
+    for column in layer.weight().columns:
+        stored = torch.cat([_values(piece) for piece in column])
+        if layer.bands:
+            places = row_places(layer.tensors["row_band"]) if places is None else places
+            stored = stored[places]
+        columns.append(stored)
+    weight = torch.cat(columns, dim=1)
     if layer.smoothed:
-        weight = weight * layer.tensors["input_factor"].reshape(1, -1, *[1] * (weight.dim() - 2))
+        weight = weight * layer.variant(0).tensors["input_factor"].reshape(1, -1, *[1] * (weight.dim() - 2))
     return weight
+
+
+def _values(piece: PackedWeight) -> Tensor:
+    """The float32 values [o, i, *k] of one rectangle."""
+    spec, shape = piece.spec, piece.shape
+    codes = packing.unpack(piece.codes, spec.format.bits, piece.part.channels)
+    values = rounding.decode(codes, spec.format) * expand_scale(piece.scale, spec, shape)
+    return values if piece.zero_point is None else values + expand_scale(piece.zero_point, spec, shape)

@@ -17,14 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from difloat.numbers.packing import packed_channels, unpack
+from difloat.numbers.packing import unpack
 from difloat.plan import json_fields
 from difloat.plan.specs import SIDE, AttentionPlan, Band, Part, Side, layer_tensor_shapes, schedule_of
+from difloat.plan.weight import Layout, Weight, layout, pack
 
 PLAN_VERSION = 1
 VARIED = ("weight", "weight_scale", "weight_zero_point", "input_factor")  # one after the other per variant
 _DTYPES = {"weight": torch.uint8, "row_band": torch.uint8, **dict.fromkeys(SIDE, torch.float16)}
-_PER_ROW = ("weight_scale", "weight_zero_point")
 _INPUT_SIDE = ("input_scale", "input_zero_point", "input_factor")  # what the bands of a layer have in common
 
 
@@ -135,38 +135,37 @@ class LayerPlan:
         }
         return replace(self, tensors=tensors, schedule=())
 
+    @property
+    def layout(self) -> Layout:
+        """Where the tensors of one variant hold which rectangle."""
+        return layout(self.shape[0], self.parts, self.bands)
+
+    def weight(self, number: int = 0) -> Weight:
+        """One of the stored weights, rectangle by rectangle; tensors are views."""
+        return self.layout.weight(self.variant(number).tensors)
+
     def split_rows(self) -> list[LayerPlan]:
-        """The inverse of `join_rows`: an ordinary layer per band, the layer itself if its rows are alike; tensors are views."""
+        """The inverse of `join_rows`: an ordinary layer per band, the layer itself if its rows are alike."""
         if not self.bands:
             return [self]
         assert not self.schedule, "take a variant first"
-        at, ends = 0, dict.fromkeys(_PER_ROW, 0)
+        shared = {name: tensor for name, tensor in self.tensors.items() if name in _INPUT_SIDE}
         result = []
-        for band in self.bands:
+        for band, pieces in zip(self.bands, zip(*self.weight().columns, strict=True), strict=True):
+            tensors = {**shared, **pack(Weight(tuple([(piece,) for piece in pieces])))}
             shape, parts = (band.rows, *self.shape[1:]), band.parts(self.parts)
-            shapes = layer_tensor_shapes(shape, parts)
-            size = math.prod(shapes["weight"][:2])
-            tensors = {name: tensor for name, tensor in self.tensors.items() if name in _INPUT_SIDE}
-            tensors["weight"] = self.tensors["weight"][0, at : at + size].unflatten(0, (band.rows, -1))
-            at += size
-            for name in _PER_ROW:
-                if name in shapes:
-                    tensors[name] = self.tensors[name][ends[name] : ends[name] + shapes[name][0]]
-                    ends[name] += shapes[name][0]
             result.append(replace(self, shape=shape, parts=parts, tensors=tensors, bands=(), side=None))
         return result
 
     def codes(self) -> list[Tensor]:
-        """The codes of every part, uint8 [variants * o, channels, *k]; of rows of several widths band after band."""
-        if self.bands:
-            variants = [self.variant(number).split_rows() for number in range(self.variants)]
-            found = [[codes for band in bands for codes in band.codes()] for bands in variants]
-            return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
-        widths = [packed_channels(part.channels, part.weight.format.bits) for part in self.parts]
-        packed = self.tensors["weight"].split(widths, dim=1)
+        """The codes of every part, uint8 [variants * o, channels, *k]; of rows of several widths those of every band."""
+        in_bands = [
+            [piece for band in zip(*self.weight(number).columns, strict=True) for piece in band]
+            for number in range(self.variants)
+        ]
         return [
-            unpack(p, part.weight.format.bits, part.channels)
-            for p, part in zip(packed, self.parts, strict=True)
+            torch.cat([unpack(p.codes, p.spec.format.bits, p.part.channels) for p in variants])
+            for variants in zip(*in_bands, strict=True)
         ]
 
     @staticmethod

@@ -42,11 +42,6 @@ def rows_of(weight: Tensor, spec: QuantSpec) -> Tensor:
     return padded.movedim(-2, 1).reshape(weight.shape[0] * padded.shape[-2], -1)
 
 
-def reorder_scale(scale: Tensor, rows: Tensor) -> Tensor:
-    """The stored scales (or zero points) of a weight whose rows are taken in the order `rows`, int64 [o]."""
-    return scale if len(scale) == 1 else scale.unflatten(0, (len(rows), -1))[rows].flatten()
-
-
 def row_places(row_band: Tensor) -> Tensor:
     """Where every output channel lies among the stored rows, int64 [o], from the band of each."""
     return row_band.argsort(stable=True).argsort()

@@ -13,36 +13,21 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from difloat.kernels.geometry import Geometry
+from difloat.kernels.pieces import as_stored, restored
 from difloat.kernels.triton import operands as triton_operands
 from difloat.kernels.triton.operands import Operands
-from difloat.kernels.weight import Rows
 from difloat.plan.specs import Part
+from difloat.plan.weight import Inputs, Weight
 
 _MOST_PRODUCTS = 2**31 // 128**2  # of int8 numbers whose sum surely fits int32
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """Consecutive output channels of one width in a layer of mixed widths.
-
-    Attributes:
-        packed: uint8 [o, bytes].
-        weight_scale: float32, as many as the weight spec of `part` asks for.
-        weight_zero_point: Likewise, or None.
-        part: Formats; the activation is the same in all groups of a layer.
-    """
-
-    packed: Tensor
-    weight_scale: Tensor
-    weight_zero_point: Tensor | None
-    part: Part
 
 
 @cache
@@ -120,212 +105,111 @@ def _required(part: Part, x: Tensor, planes: int = 0) -> Operands:
     return operands
 
 
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-    *,
-    adapter: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """One part of a linear layer.
+def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
+    """One part of a linear layer, whose output channels may have several widths: the input is quantized once for all.
 
     Args:
         x: [..., i], bfloat16, float16 or float32.
-        packed: uint8 [o, bytes] as `packing.pack` lays it out; rows may be apart, as slices of a layer's weight are.
-        weight_scale: float32, as many as `part.weight` asks for.
-        weight_zero_point: Likewise, or None.
-        input_scale: float32 [1], or None where it is found online or the input is not quantized.
-        input_zero_point: float32 [1] or None.
+        weight: Of one part, such that `supports` holds for every piece. A branch ``(down [r, i], up [o, r])`` in the dtype of
+            `x` adds ``x @ down.T @ up.T``, where x is the input before it is rounded, read in the same pass.
+        inputs: Scale and zero point of the input where they are static.
         bias: [o] or None.
-        part: Formats and granularities, such that `supports` holds.
-        adapter: ``(down [r, i], up [o, r])`` in the dtype of `x`: adds ``x @ down.T @ up.T``, where x is the input before
-            it is rounded, read in the same pass.
-
-    Returns:
-        [..., o] in the dtype of `x`.
-    """
-    group = RowGroup(packed, weight_scale, weight_zero_point, part)
-    return linear_groups(x, [group], input_scale, input_zero_point, bias, adapter=adapter)
-
-
-def linear_rows(
-    x: Tensor, weight: Rows, input_scale: Tensor | None, input_zero_point: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """`linear` with rows of several widths: the input is quantized once for all of them."""
-    groups = [RowGroup(*band) for band in weight.bands()]
-    stored_bias = None if bias is None else bias.index_select(0, weight.order())
-    return linear_groups(x, groups, input_scale, input_zero_point, stored_bias, weight.places())
-
-
-def linear_groups(
-    x: Tensor,
-    groups: Sequence[RowGroup],
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    order: Tensor | None = None,
-    *,
-    adapter: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """A linear layer whose output channels may have different widths: the input is quantized once for all of them.
-
-    Args:
-        x: [..., i].
-        groups: Runs of output channels, in the order of their storage.
-        input_scale: As in `linear`.
-        input_zero_point: As in `linear`.
-        bias: [o] in storage order, or None.
-        order: int32 or int64 [o]: output channel j is row ``order[j]`` of the storage; None where that is j.
-        adapter: As in `linear`, `up` in storage order.
 
     Returns:
         [..., o] in the dtype of `x`.
     """
     from difloat.kernels.triton import launch
 
-    planes = max(triton_operands.least_planes(group.part.weight.format.bits) for group in groups)
+    pieces, bias = weight.bands, as_stored(weight, bias)
+    up = None if weight.branch is None else as_stored(weight, weight.branch.up)
+    planes = max(triton_operands.least_planes(piece.spec.format.bits) for piece in pieces)
     source = launch.rows_source(x.reshape(-1, x.shape[-1]))
-    counts = [group.packed.shape[0] for group in groups]
-    out = x.new_empty((source.tokens, sum(counts)))
-    starts = [sum(counts[:n]) for n in range(len(counts))]
-    inputs: dict[tuple[Operands | str, int], launch.Input] = {}
+    out = x.new_empty((source.tokens, weight.out_channels))
+    start, given_inputs = 0, _Quantized(source, inputs)
     with _on(x.device):
-        for group, start, count in zip(groups, starts, counts, strict=True):
-            run = slice(start, start + count)
-            operands = _required(group.part, x, planes)
-            weight = launch.Weight(
-                group.packed, group.weight_scale, group.weight_zero_point, group.part.weight
-            )
-            branch = None if adapter is None else launch.Adapter(adapter[0], adapter[1][run])
+        for piece in pieces:
+            run, start = slice(start, start + piece.rows), start + piece.rows
+            operands = _required(piece.part, x, planes)
+            packed = launch.Weight(piece.codes, piece.scale, piece.zero_point, piece.spec)
+            branch = None
+            if weight.branch is not None and up is not None:
+                branch = launch.Adapter(weight.branch.down, up[run])
             if source.tokens == 0:
                 continue
-            if launch.lies_well(source, operands, weight, branch):
+            if launch.lies_well(source, operands, packed, branch):
                 given = launch.as_it_lies(source, operands)
             else:
-                sum_groups = max(1, weight.scale_stride) if group.weight_zero_point is not None else 0
-                key = (operands.kind, sum_groups)
-                if key not in inputs:
-                    spec = group.part.activation
-                    inputs[key] = launch.quantized(
-                        source, operands, spec, input_scale, input_zero_point, sum_groups, branch
-                    )
-                given = inputs[key]
+                given = given_inputs.of(operands, piece.part, packed, branch)
             own_bias = None if bias is None else bias[run]
             launch.multiply(
-                given, operands, weight, group.part, input_zero_point, own_bias, out[:, run], branch
+                given, operands, packed, piece.part, inputs.zero_point, own_bias, out[:, run], branch
             )
-    ordered = out if order is None else out.index_select(1, order)
-    return ordered.reshape(*x.shape[:-1], out.shape[1])
+    return restored(weight, out, 1).reshape(*x.shape[:-1], out.shape[1])
 
 
-def conv2d(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    part: Part,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """One part of a convolution, as an implicit product: no patches are stored.
+class _Quantized:
+    """The quantized inputs of one call, each made once."""
+
+    def __init__(self, source: Any, inputs: Inputs) -> None:
+        self.source, self.inputs = source, inputs
+        self.made: dict[tuple[Operands | str, int], Any] = {}
+
+    def of(self, operands: Operands, part: Part, weight: Any, branch: Any) -> Any:
+        """The input as a piece with these operands needs it."""
+        from difloat.kernels.triton import launch
+
+        sum_groups = 0 if weight.zero_point is None else max(1, weight.scale_stride)
+        key = (operands.kind, sum_groups)
+        if key not in self.made:
+            spec, inputs = part.activation, self.inputs
+            self.made[key] = launch.quantized(
+                self.source, operands, spec, inputs.scale, inputs.zero_point, sum_groups, branch
+            )
+        return self.made[key]
+
+
+def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """One part of a convolution, as an implicit product: no patches are stored, and the input is quantized once.
 
     Args:
         x: [b, i, h, w] in any memory format; channels last is the fastest.
-        packed: uint8 [o, bytes, kh, kw]; channels last saves a copy in every call.
-        weight_scale: As in `linear`.
-        weight_zero_point: As in `linear`.
-        input_scale: As in `linear`; an online scale "per token" is one per picture.
-        input_zero_point: As in `linear`; padding is 0, not this.
+        weight: Of one part, such that `supports` holds; codes [o, bytes, kh, kw], of which channels last save a copy per call.
+        inputs: As in `linear`; an online scale "per token" is one per picture. Padding is 0, not the zero point.
         bias: [o] or None.
-        part: Formats and granularities, such that `supports` holds.
-        stride: Of the kernel, (h, w).
-        padding: Likewise, zeros on both sides.
-        dilation: Likewise.
-        groups: Must be 1.
+        geometry: With one group.
 
     Returns:
         [b, o, h', w'] in the dtype of `x`, channels last.
     """
-    if groups != 1:
-        raise ValueError(f"groups must be 1, got {groups}; ask supports() first")
-    group = RowGroup(packed, weight_scale, weight_zero_point, part)
-    out = _conv2d_groups(x, [group], input_scale, input_zero_point, bias, (stride, padding, dilation))
-    return out.permute(0, 3, 1, 2)
+    if geometry.groups != 1:
+        raise ValueError(f"groups must be 1, got {geometry.groups}; ask supports() first")
+    out = _conv2d_pieces(x, weight, inputs, as_stored(weight, bias), geometry)
+    return restored(weight, out, -1).permute(0, 3, 1, 2)
 
 
-def conv2d_rows(
-    x: Tensor,
-    weight: Rows,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """`conv2d` with rows of several widths: the input is quantized once for all of them."""
-    if groups != 1:
-        raise ValueError(f"groups must be 1, got {groups}; ask supports() first")
-    bands = [RowGroup(*band) for band in weight.bands()]
-    stored_bias = None if bias is None else bias.index_select(0, weight.order())
-    geometry = (stride, padding, dilation)
-    out = _conv2d_groups(x, bands, input_scale, input_zero_point, stored_bias, geometry)
-    return weight.restored(out, -1).permute(0, 3, 1, 2)
-
-
-def _conv2d_groups(
-    x: Tensor,
-    groups: Sequence[RowGroup],
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    geometry: tuple[Sequence[int], ...],
+def _conv2d_pieces(
+    x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """[b, h', w', o] in the order of the storage, which `bias` has too."""
     from difloat.kernels.triton import launch
 
-    planes = max(triton_operands.least_planes(group.part.weight.format.bits) for group in groups)
-    picture = launch.picture_of(x, groups[0].packed, *geometry)
-    counts = [group.packed.shape[0] for group in groups]
-    out = x.new_empty((x.shape[0], picture.out_height, picture.out_width, sum(counts)))
+    pieces, count = weight.bands, weight.out_channels
+    planes = max(triton_operands.least_planes(piece.spec.format.bits) for piece in pieces)
+    picture = launch.picture_of(x, pieces[0].codes, geometry.stride, geometry.padding, geometry.dilation)
+    out = x.new_empty((x.shape[0], picture.out_height, picture.out_width, count))
     if out.numel() == 0:
         return out
-    flat, start = out.view(-1, sum(counts)), 0
-    inputs: dict[tuple[Operands | str, int], launch.Input] = {}
+    flat, start = out.view(-1, count), 0
+    given_inputs = _Quantized(launch.picture_source(x), inputs)
     with _on(x.device):
-        for group, count in zip(groups, counts, strict=True):
-            run, start = slice(start, start + count), start + count
-            operands = _required(group.part, x, planes)
-            taps_first = group.packed.permute(0, 2, 3, 1).contiguous()
-            weight = launch.Weight(taps_first, group.weight_scale, group.weight_zero_point, group.part.weight)
-            sum_groups = max(1, weight.scale_stride) if group.weight_zero_point is not None else 0
-            key = (operands.kind, sum_groups)
-            if key not in inputs:
-                spec, source = group.part.activation, launch.picture_source(x)
-                inputs[key] = launch.quantized(
-                    source, operands, spec, input_scale, input_zero_point, sum_groups, None
-                )
+        for piece in pieces:
+            run, start = slice(start, start + piece.rows), start + piece.rows
+            operands = _required(piece.part, x, planes)
+            taps_first = piece.codes.permute(0, 2, 3, 1).contiguous()
+            packed = launch.Weight(taps_first, piece.scale, piece.zero_point, piece.spec)
+            given = given_inputs.of(operands, piece.part, packed, None)
             own_bias = None if bias is None else bias[run]
             launch.multiply(
-                inputs[key],
-                operands,
-                weight,
-                group.part,
-                input_zero_point,
-                own_bias,
-                flat[:, run],
-                None,
-                picture,
+                given, operands, packed, piece.part, inputs.zero_point, own_bias, flat[:, run], None, picture
             )
     return out

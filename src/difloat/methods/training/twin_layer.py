@@ -305,14 +305,10 @@ def _as_stored(factors: Tensor) -> Tensor:
 
 def _of_parts(plan: LayerPlan, name: str) -> list[Tensor]:
     """A stored weight vector, cut into its parts; empty for parts that have none."""
-    counts = [
-        part.weight.scale_count(plan.shape[0], part.channels)
-        if name == "weight_scale" or part.weight.zero_point
-        else 0
-        for part in plan.parts
+    vectors = [
+        piece.scale if name == "weight_scale" else piece.zero_point for piece in plan.weight().pieces()
     ]
-    vector = plan.tensors.get(name, torch.zeros(0))
-    return [piece.clone() for piece in vector.split(counts)]
+    return [torch.zeros(0) if vector is None else vector.clone() for vector in vectors]
 
 
 def _by_entry(plan: LayerPlan, name: str, entries: int) -> Tensor:
