@@ -138,10 +138,16 @@ def _picture(x: Tensor, weight: Weight, geometry: Geometry) -> None:
         raise ValueError(
             f"stride, padding and dilation must be pairs from 1, 0 and 1 on, got {[list(pair) for pair in pairs]}"
         )
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.kernel, strict=False)]
-    if any(n + 2 * p < r for n, p, r in zip(x.shape[2:], padding, reach, strict=False)):
+    reach(x.shape[2:], weight.kernel, geometry)
+
+
+def reach(picture: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> None:
+    """Refuse a picture (h, w) that is smaller than what a kernel of size `kernel` reaches; ValueError."""
+    padding = geometry.padding
+    reaches = [d * (k - 1) + 1 for d, k in zip(geometry.dilation, kernel, strict=False)]
+    if any(n + 2 * p < r for n, p, r in zip(picture, padding, reaches, strict=False)):
         raise ValueError(
-            f"pictures must be as large as the kernel reaches, {reach}, got {list(x.shape[2:])} with padding {list(padding)}"
+            f"pictures must be as large as the kernel reaches, {reaches}, got {list(picture)} with padding {list(padding)}"
         )
 
 

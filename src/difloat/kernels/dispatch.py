@@ -174,6 +174,13 @@ def _table() -> dict[str, Any]:
     return dict(json.loads(text))
 
 
+@cache
+def classes(axes: int) -> tuple[int, ...]:
+    """Numbers of tokens (or pixels) from which on another ranking of backends holds, for weights with so many axes."""
+    entries = _table()["linear" if axes == 2 else "conv2d"]
+    return tuple(entry["rows_below"] for entry in entries if entry["rows_below"] is not None)
+
+
 def _ranking(axes: int, rows: int) -> tuple[str, ...]:
     """Backends from fastest to slowest for a number of tokens (or pixels), as measured."""
     entries = _table()["linear" if axes == 2 else "conv2d"]

@@ -68,7 +68,9 @@ def _linear(x: Tensor, piece: PackedWeight, inputs: Inputs, bias: Tensor | None)
     shift = _shift(bias)
     result = native_library.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
     threads = native_library.threads(rows.numel() * piece.rows)
-    native_library.check(native_library.library().difloat_linear(source, _weight(piece), result, threads))
+    native_library.check(
+        native_library.library().difloat_linear(source, native_weight(piece), result, threads)
+    )
     return out
 
 
@@ -94,7 +96,7 @@ def _conv2d(
     shape = native_geometry(geometry, batch, tuple(size), tuple(kernel))
     threads = native_library.threads(out.numel() * channels * math.prod(kernel))
     native_library.check(
-        native_library.library().difloat_conv2d(source, _weight(piece), result, shape, threads)
+        native_library.library().difloat_conv2d(source, native_weight(piece), result, shape, threads)
     )
     return out.permute(0, 3, 1, 2)
 
@@ -142,7 +144,7 @@ def input_kind(part: Part, dtype: torch.dtype) -> native_library.Input:
     )
 
 
-def _weight(piece: PackedWeight) -> native_library.Weight:
+def native_weight(piece: PackedWeight) -> native_library.Weight:
     """The struct holds addresses: its tensors must outlive it."""
     zero = None if piece.zero_point is None else piece.zero_point.data_ptr()
     addresses = piece.codes.data_ptr(), piece.scale.data_ptr(), zero

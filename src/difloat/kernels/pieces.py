@@ -70,14 +70,18 @@ def by_piece(
 
 def joined(results: Sequence[Tensor], row_places: Tensor) -> Tensor:
     """Results [..., rows] of the bands side by side, in the order of the float layer's rows."""
-    shape = (*results[0].shape[:-1], len(row_places))
-    out = results[0].new_empty(shape)
-    flat = [result.reshape(-1, result.shape[-1]) for result in results]
+    count = row_places.shape[0]
+    out = results[0].new_empty((*results[0].shape[:-1], count))
+    rows, flat = out.view(-1, count), []  # loops, since every comprehension is a call of its own
+    for result in results:
+        flat.append(result.reshape(-1, result.shape[-1]))
     # In float32, which torch reorders five times as fast as half precision, and in pieces that stay in the cache.
-    for start in range(0, flat[0].shape[0], CHUNK_ROWS):
-        pieces = [result[start : start + CHUNK_ROWS] for result in flat]
-        target = out.view(-1, shape[-1])[start : start + CHUNK_ROWS]
-        target.copy_(torch.cat(pieces, -1).float().index_select(-1, row_places))
+    for start in range(0, rows.shape[0], CHUNK_ROWS):
+        chunks = []
+        for result in flat:
+            chunks.append(result[start : start + CHUNK_ROWS])
+        target = rows[start : start + CHUNK_ROWS]
+        target.copy_(torch.cat(chunks, -1).float().index_select(-1, row_places))
     return out
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace as with_changes
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from difloat import torch_modes
 from difloat.kernels import checks, operators
 from difloat.kernels.geometry import Geometry
+from difloat.layers import prepared
 from difloat.layers.dtype_readers import HoldsPackedWeight
 from difloat.layers.low_rank_branch import low_rank
 from difloat.layers.quantizable import blocks, inside_blocks, quantizable
@@ -50,6 +51,7 @@ class QuantizedLayer(HoldsPackedWeight):
     input_schedule: tuple[int, ...] = ()
     side: Side | None = None
     clock: Clock | None = None  # set where there is a schedule
+    _prepared: dict[Any, prepared.Prepared] | None = None  # calls by dtype, device and class of token counts
     weight_scale: Tensor
     weight_zero_point: Tensor
     input_scale: Tensor
@@ -64,7 +66,7 @@ class QuantizedLayer(HoldsPackedWeight):
         self.parts, self.float_shape = plan.parts, tuple(plan.shape)
         self.smoothed, self.schedule = plan.smoothed, plan.schedule
         self.input_schedule, self.bands, self.side = plan.input_schedule, plan.bands, plan.side
-        self.layout = plan.layout
+        self.layout, self._prepared = plan.layout, {}
         for name, tensor in plan.tensors.items():
             if name == "weight":
                 self.hold(torch.empty_like(tensor, device=device))
@@ -79,6 +81,10 @@ class QuantizedLayer(HoldsPackedWeight):
                 self.hold(tensor.to(device))
             else:
                 setattr(self, name, torch_modes.normal(tensor.to(device)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but the prepared calls, which hold addresses."""
+        return {**self.__dict__, "_prepared": None if self._prepared is None else {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move like any module, but a change of the model's dtype leaves scales and zero points in float32."""
@@ -166,6 +172,9 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., i] to [..., o], in the dtype of `input`; that name, too, is the one of the float layer."""
+        out = prepared.computed(self, input, -1)
+        if out is not None:
+            return self._with_side(out, input) if self.side is not None else out
         weight, inputs = self.packed_weight()
         if self.side is not None and not self.smoothed and len(self.parts) == 1 and not self.bands:
             branch = Branch(self.current("side_down"), self.current("side_up"))
@@ -180,7 +189,16 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[b, i, h, w] to [b, o, h', w'], in the dtype of `input`."""
-        return self._with_side(self._convolved(input), input)
+        out = prepared.computed(self, input, 1)
+        if out is None:
+            out = self._convolved(input)
+        return self._with_side(out, input) if self.side is not None else out
+
+    def geometry(self) -> Geometry | None:
+        """How the kernel goes over pictures; None where they are padded by something else than zeros alike on both sides."""
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return None
+        return Geometry(self.stride, self.padding, self.dilation, self.groups)
 
     def _convolved(self, x: Tensor) -> Tensor:
         weight, inputs = self.packed_weight()

@@ -1,0 +1,147 @@
+"""The call of a packed layer, prepared once: choosing the backend and checking what is stored costs more than a small layer.
+
+A layer keeps one `Prepared` per dtype, device and class of token counts. Per call only the input is looked at, and whether the
+stored tensors are the same objects at the same addresses: offloading, loading and moving give others, which are prepared again.
+Whatever autograd, a compiler, a tracer or another kind of tensor must see goes through `torch.ops.difloat` instead.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from difloat.kernels import checks, dispatch, native_int8, native_prepared, operators
+from difloat.kernels.geometry import Geometry
+
+if TYPE_CHECKING:
+    from difloat.layers.packed import QuantConv2d, QuantLinear
+
+_BUFFERS = (
+    "weight_scale",
+    "weight_zero_point",
+    "input_scale",
+    "input_zero_point",
+    "input_factor",
+    "row_band",
+)
+
+
+_MOST_KEPT = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a call of one layer needs.
+
+    Attributes:
+        call: Computes it; None where the general way is taken.
+        epoch: Of the choice of backends (`dispatch.epoch`).
+        held: Of every stored tensor whether it is a parameter, its name, a reference that keeps nothing alive, its address.
+        bias: Whether there was one.
+        version: Of the order of rows, from which things are derived; -1 without one.
+    """
+
+    call: native_prepared.Call | None
+    epoch: int
+    held: tuple[tuple[bool, str, Any, int], ...]
+    bias: bool
+    version: int
+
+
+def computed(layer: QuantLinear | QuantConv2d, x: Tensor, axis: int) -> Tensor | None:
+    """The layer's result without its branch by a prepared call; None where the general way must be taken.
+
+    Args:
+        layer: The layer.
+        x: Its input, as it came.
+        axis: Of the input channels: -1, or 1 for pictures.
+    """
+    parameters, buffers, kept = layer._parameters, layer._buffers, layer._prepared
+    bias = parameters["bias"]
+    if kept is None or operators.needs_operator(x, bias):
+        return None
+    channels, axes = layer.parts[0].channels, len(layer.float_shape)
+    if x.dim() != axes if axes == 4 else x.dim() < 1:
+        return None
+    if x.shape[axis] != channels or x.layout is not torch.strided:
+        return None  # refused there, in a sentence
+    key = (x.dtype, x.device, bisect_right(dispatch.classes(axes), x.numel() // channels))
+    prepared = kept.get(key)
+    good = (
+        prepared is not None
+        and prepared.epoch == dispatch.epoch
+        and prepared.bias is (bias is not None)
+        and (prepared.version < 0 or buffers["row_band"]._version == prepared.version)  # type: ignore[union-attr]
+    )
+    if good and prepared is not None:
+        for is_parameter, name, reference, address in prepared.held:
+            tensor = (parameters if is_parameter else buffers).get(name)
+            if tensor is None or tensor is not reference() or tensor.data_ptr() != address:
+                good = False
+                break
+    if not good or prepared is None:
+        if len(kept) >= _MOST_KEPT:
+            kept.clear()
+        kept[key] = prepared = prepare(layer, x)
+    if prepared.call is None:
+        return None
+    if layer.smoothed:
+        factor = buffers["input_factor"].to(x.dtype)  # type: ignore[union-attr]
+        x = x * (factor if axis == -1 else factor.reshape(-1, 1, 1))
+    return prepared.call(x, buffers.get("input_scale"), buffers.get("input_zero_point"), bias)
+
+
+def prepare(layer: QuantLinear | QuantConv2d, x: Tensor) -> Prepared:
+    """What calls of a layer with inputs like `x` need, after its tensors were checked.
+
+    Raises:
+        ValueError: a stored tensor does not fit.
+    """
+    buffers, bias = layer._buffers, layer._parameters["bias"]
+    row_band = buffers.get("row_band")
+    stored = [(True, "weight", layer._parameters["weight"]), (True, "bias", bias)]
+    stored += [(False, name, buffers.get(name)) for name in _BUFFERS]
+    call = _call(layer, x) if _is_plain(layer, [tensor for _, _, tensor in stored]) else None
+    held = tuple(
+        (is_parameter, name, weakref.ref(tensor), tensor.data_ptr())
+        for is_parameter, name, tensor in stored
+        if tensor is not None
+    )
+    version = -1 if row_band is None or row_band.is_inference() else row_band._version
+    return Prepared(call, dispatch.epoch, held, bias is not None, version)
+
+
+def _is_plain(layer: QuantLinear | QuantConv2d, stored: list[Tensor | None]) -> bool:
+    """Whether nothing depends on the timestep, there is one part, and tensors count their versions."""
+    if layer.schedule or layer.input_schedule or len(layer.parts) > 1 or layer.input_dtype is not None:
+        return False
+    if len(layer.float_shape) == 4:
+        geometry = layer.geometry()  # type: ignore[union-attr]
+        if geometry is None or geometry.groups != 1:
+            return False
+    return not any(tensor is not None and tensor.is_inference() for tensor in stored)
+
+
+def _call(layer: QuantLinear | QuantConv2d, x: Tensor) -> native_prepared.Call | None:
+    """The call by the native library; None if another backend computes the layer."""
+    weight, (inputs,) = layer.packed_weight()
+    geometry: Geometry | None = None
+    if len(layer.float_shape) == 4:
+        geometry = layer.geometry()  # type: ignore[union-attr]
+        assert geometry is not None
+        checks.conv2d(x, weight, inputs, layer.bias, geometry)
+    else:
+        checks.linear(x, weight, inputs, layer.bias)
+    factor = layer._buffers.get("input_factor")
+    if dispatch.choose_for(weight, x) is not native_int8 or (
+        factor is not None and factor.device != x.device
+    ):
+        return None
+    if geometry is None:
+        return native_prepared.linear(weight, x.dtype, layer.bias is not None)
+    return native_prepared.conv2d(weight, x.dtype, layer.bias is not None, geometry)
