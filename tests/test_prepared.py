@@ -7,10 +7,13 @@ import pickle
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from difloat.kernels import dispatch, native_library
 from difloat.layers import install
@@ -170,6 +173,31 @@ def test_gradients_go_through_the_operator(kernel, several, generator) -> None:
     out = layer(x.requires_grad_())
     out.sum().backward()
     assert torch.equal(out, expected) and x.grad is not None and layer.bias.grad is not None
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel", [None, 3])
+def test_modes_and_kinds_of_tensors_see_the_operator(kernel, generator) -> None:
+    layer = layer_of(kernel, False, generator)
+    x = input_of(layer, generator)
+    with torch.no_grad():
+        expected = layer(x)
+        with Seen() as seen:
+            assert torch.equal(layer(x), expected)
+        assert f"difloat.{'conv2d' if kernel else 'linear'}.default" in seen.names
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert layer(mode.from_tensor(x)).shape == expected.shape
 
 
 @pytest.mark.parametrize("kernel", [None, 3])

@@ -150,6 +150,10 @@ class QuantizedLayer(HoldsPackedWeight):
         assert isinstance(self, nn.Linear | nn.Conv2d)
         return out + low_rank(self, x, self.current("side_down"), self.current("side_up"))
 
+    def geometry(self) -> Geometry | None:
+        """How a kernel goes over pictures; None for linear layers, and for padding by something else than zeros alike."""
+        return None
+
     def _smooth(self, x: Tensor, axis: int) -> Tensor:
         """The input times its factors, channel by channel."""
         if not self.smoothed:

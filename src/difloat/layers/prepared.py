@@ -104,7 +104,10 @@ def prepare(layer: QuantLinear | QuantConv2d, x: Tensor) -> Prepared:
     """
     buffers, bias = layer._buffers, layer._parameters["bias"]
     row_band = buffers.get("row_band")
-    stored = [(True, "weight", layer._parameters["weight"]), (True, "bias", bias)]
+    stored: list[tuple[bool, str, Tensor | None]] = [
+        (True, "weight", layer._parameters["weight"]),
+        (True, "bias", bias),
+    ]
     stored += [(False, name, buffers.get(name)) for name in _BUFFERS]
     call = _call(layer, x) if _is_plain(layer, [tensor for _, _, tensor in stored]) else None
     held = tuple(
@@ -121,7 +124,7 @@ def _is_plain(layer: QuantLinear | QuantConv2d, stored: list[Tensor | None]) -> 
     if layer.schedule or layer.input_schedule or len(layer.parts) > 1 or layer.input_dtype is not None:
         return False
     if len(layer.float_shape) == 4:
-        geometry = layer.geometry()  # type: ignore[union-attr]
+        geometry = layer.geometry()
         if geometry is None or geometry.groups != 1:
             return False
     return not any(tensor is not None and tensor.is_inference() for tensor in stored)
@@ -132,7 +135,7 @@ def _call(layer: QuantLinear | QuantConv2d, x: Tensor) -> native_prepared.Call |
     weight, (inputs,) = layer.packed_weight()
     geometry: Geometry | None = None
     if len(layer.float_shape) == 4:
-        geometry = layer.geometry()  # type: ignore[union-attr]
+        geometry = layer.geometry()
         assert geometry is not None
         checks.conv2d(x, weight, inputs, layer.bias, geometry)
     else:
