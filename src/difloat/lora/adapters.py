@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from difloat.layers import install
-from difloat.layers.packed import QuantizedLayer
+from difloat.layers.packed import QuantizedLayer, when_first_made
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -44,7 +45,8 @@ def on_wrapped(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         adopt(parent)
 
 
-register_module_module_registration_hook(on_wrapped)
+# Nothing is hung on torch by importing difloat: without a packed layer there is nothing to look out for.
+when_first_made.append(partial(register_module_module_registration_hook, on_wrapped))
 
 
 def load(
