@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from difloat.cache_entries import whole_file
 from difloat.layers import install
 from difloat.layers.packed import QuantizedLayer, when_first_made
 
@@ -120,10 +121,10 @@ def save(pipeline_or_module: Any, directory: str | os.PathLike[str], name: str |
         config |= {prefix + key: _plain(value) for key, value in settings.items()}
     target = Path(directory) / LORA_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
     header = {"format": "pt", _METADATA: json.dumps(config, indent=2, sort_keys=True)}
-    safetensors.torch.save_file(state, partial, metadata=header)
-    return partial.replace(target)
+    with whole_file(target) as partial:
+        safetensors.torch.save_file(state, partial, metadata=header)
+    return target
 
 
 def set_weights(pipeline_or_module: Any, weights: Mapping[str, float]) -> None:
