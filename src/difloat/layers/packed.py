@@ -250,10 +250,10 @@ def empty_like(module: nn.Linear | nn.Conv2d) -> QuantLinear | QuantConv2d:
         layer = QuantConv2d(
             module.in_channels,
             module.out_channels,
-            module.kernel_size,  # type: ignore[arg-type]
-            module.stride,  # type: ignore[arg-type]
-            module.padding,  # type: ignore[arg-type]
-            module.dilation,  # type: ignore[arg-type]
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
             module.groups,
             has_bias,
             module.padding_mode,
