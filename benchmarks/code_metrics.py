@@ -67,7 +67,9 @@ print(json.dumps(result))
 
 def main() -> None:
     """Measure a checkout and print what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, default=ROOT, help="checkout to measure")
     root = parser.parse_args().root
     package = root / "src" / "difloat"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,12 @@ class StoredTensor:
     def is_floating_point(self) -> bool:
         """Whether its numbers are floating-point ones (`F32`, `BF16`, `F8_E4M3`)."""
         return self.dtype.startswith(("F", "BF"))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values; the first number in the name of a dtype counts bits, and truth values take a byte each."""
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
