@@ -43,14 +43,16 @@ def count(run):
 class Denoiser(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.layer, self.conv, self.last = nn.Linear(64, 64), nn.Linear(64, 64), nn.Conv2d(64, 64, 3, padding=1), nn.Linear(64, 64)
+        self.first, self.layer, self.last = (nn.Linear(64, 64) for _ in range(3))
+        self.conv = nn.Conv2d(64, 64, 3, padding=1)
     def forward(self, x, timestep):
         y = self.last(self.layer(self.first(x.flatten(2).mT)))
         return self.conv(y.mT.unflatten(2, (8, 8)))
 
 torch.manual_seed(0)
 result = {}
-for name, recipe, options in (("plain", "rtn", {"keep_8bit": ()}), ("mixed", "mpqdm", {"epochs": 1, "rank": 1, "relation": "off", "keep_8bit": (), "ranges_by_timestep": False})):
+mixed = {"epochs": 1, "rank": 1, "relation": "off", "keep_8bit": (), "ranges_by_timestep": False}
+for name, recipe, options in (("plain", "rtn", {"keep_8bit": ()}), ("mixed", "mpqdm", mixed)):
     model = Denoiser()
     loop = lambda m: [m(torch.randn(2, 64, 8, 8), torch.tensor([float(t)] * 2)) for t in (900, 500, 100)]
     try:

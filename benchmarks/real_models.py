@@ -3,9 +3,9 @@
     python benchmarks/real_models.py sd15 DIR                  # Stable Diffusion 1.5: 0.86 B weights in the U-Net
     python benchmarks/real_models.py pixart DIR                # PixArt-XL/2 512: 0.61 B weights in the transformer
 
-Weights are drawn with a deviation of 1 / sqrt(inputs), so that every layer's output stays finite in half precision. The words of
-the tokenizers are those of the built-in prompts: what a text encoder is fed matters for no time or size. T5-XXL is built with
-as many of its 24 layers as ``--text-layers`` says, since all of them take 9.5 GB.
+Weights are drawn with a deviation of 1 / sqrt(inputs), so that every layer's output stays finite in half precision. The words
+of the tokenizers are those of the built-in prompts, since what a text encoder is fed matters for no time or size. T5-XXL is
+built with as many of its 24 layers as ``--text-layers`` says, since all of them take 9.5 GB.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_pixart, tiny_unet
 from torch import nn
 
 import difloat
@@ -15,6 +14,7 @@ from difloat.checkpoint import CheckpointError
 from difloat.checkpoint.outline import outline
 from difloat.layers import packed
 from difloat.pipelines import denoiser_of
+from tiny import tiny_pixart, tiny_unet
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
