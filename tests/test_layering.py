@@ -125,6 +125,32 @@ def test_importing_the_package_touches_neither_diffusers_nor_a_gpu() -> None:
     assert result.stdout.split() == ["[]", "False", "True"]
 
 
+_SIDE_EFFECTS = """
+import os, sys, torch
+from torch.nn.modules import module
+hooks = [table for name, table in vars(module).items() if name.startswith("_global_") and isinstance(table, dict)]
+assert len(hooks) > 5
+forks, finders, sizes = [], list(sys.meta_path), [len(table) for table in hooks]
+os.register_at_fork = lambda **callbacks: forks.append(callbacks)
+import difloat
+added = {type(finder).__module__ for finder in sys.meta_path if finder not in finders}
+print(forks, [len(table) for table in hooks] == sizes, added == {"difloat.checkpoint.register"})
+from difloat.layers.packed import empty_like
+empty_like(torch.nn.Linear(2, 2)), empty_like(torch.nn.Linear(2, 2))
+print(sum(map(len, hooks)) - sum(sizes))
+"""
+
+
+def test_importing_the_package_registers_with_the_libraries_and_nothing_else() -> None:
+    command = [sys.executable, "-c", _SIDE_EFFECTS]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported, first_layer = result.stdout.splitlines()
+    assert imported == "[] True True"
+    assert first_layer == "1", (
+        "the hook by which PEFT's wrappers know packed layers comes with the first, once"
+    )
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_public_names_have_docstrings_and_annotations(file: str) -> None:
     assert not tree(file).body or ast.get_docstring(tree(file)), f"{file} has no docstring"

@@ -15,7 +15,7 @@ import re
 import secrets
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors.torch import load, save
@@ -84,6 +84,17 @@ def _digest(key: str, content: bytes) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; on success the file takes the place of `path`, otherwise nothing is left."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, then rename it; removes what killed processes left of the same file.
 
@@ -94,10 +105,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):  # another run may have removed it
             if leftover.stat().st_mtime < time.time() - _LEFTOVER_S:
                 leftover.unlink()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with whole_file(path) as partial:
+            partial.write_bytes(content)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -107,5 +117,3 @@ def write_atomically(path: Path, content: bytes) -> None:
         )
         full.errno = error.errno
         raise full from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from difloat.cache_entries import whole_file
 from difloat.checkpoint.layout import CheckpointError
 from difloat.checkpoint.manifest import MANIFEST
 
@@ -113,12 +114,8 @@ def _is_own(path: Path, directory: Path) -> bool:
 
 def replace_file(path: Path, content: bytes) -> Path:
     """Write a file beside a checkpoint (report, card); what was there is replaced only when the new one is complete."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
+    with whole_file(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

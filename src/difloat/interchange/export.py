@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -14,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from difloat.cache_entries import whole_file
 from difloat.checkpoint.layout import CONFIG, INPUT_BUNDLE, StoredTensor, read_json, write_json
 from difloat.checkpoint.save_load import components, read_plan
 from difloat.checkpoint.verify import read_layers
@@ -132,14 +131,3 @@ def _layout(name: str, layer: LayerPlan, schemes: tuple[Scheme, ...], to: str) -
 
 def _as_bytes(entry: object) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(entry).encode()), dtype=torch.uint8)
-
-
-@contextlib.contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
-    """A name beside `file` to write to; on success it takes the place of `file`, otherwise nothing is left."""
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
-    try:
-        yield partial
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

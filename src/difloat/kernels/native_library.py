@@ -26,6 +26,7 @@ ABI = 3
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _UNITS = ("avx512", "avx2")
 _VARIABLE = "DIFLOAT_CPU_ISA"
+_IMPORTED_IN = os.getpid()  # another process than this one was forked
 _SMALL = 1 << 18  # products; fewer are not worth waking a second thread
 _FOLDER = Path(os.environ.get("DIFLOAT_NATIVE", Path(__file__).parent))
 
@@ -270,6 +271,8 @@ def library() -> Any:
         table = ctypes.POINTER(ctypes.c_float)
         loaded.difloat_decode.argtypes = [pointers[1], table, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         loaded.difloat_round.argtypes = [pointers[0], ctypes.c_void_p, ctypes.c_int]
+    if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+        os.register_at_fork(after_in_child=_compute_alone)
     return loaded
 
 
@@ -286,18 +289,8 @@ def attention_library() -> Any:
     return loaded
 
 
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-    if library.cache_info().currsize:  # the products of torch share the pool
-        torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
-    os.register_at_fork(after_in_child=_note_fork)
+def _compute_alone() -> None:
+    torch.set_num_threads(1)  # the products of torch share the pool
 
 
 def threads(products: int = _SMALL) -> int:
@@ -305,7 +298,8 @@ def threads(products: int = _SMALL) -> int:
 
     The pool of the parent does not exist in a child made by ``fork``, and waiting for it would never end.
     """
-    return 1 if _forked or products < _SMALL else torch.get_num_threads()
+    forked = os.getpid() != _IMPORTED_IN
+    return 1 if forked or products < _SMALL else torch.get_num_threads()
 
 
 def check(status: int) -> None:

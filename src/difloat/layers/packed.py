@@ -6,6 +6,7 @@ buffers: no tensor subclass, so offloading, deepcopy, `torch.compile` and PEFT t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace as with_changes
 from typing import Any, Literal
@@ -35,6 +36,8 @@ __all__ = [
     "weight_of",
 ]
 
+when_first_made: list[Callable[[], object]] = []  # what others set up only once a process has a packed layer
+
 _LINEAR = (ops.linear, row_operators.linear)
 _CONV2D = (ops.conv2d, row_operators.conv2d)
 
@@ -59,6 +62,13 @@ class QuantizedLayer(PackedWeight):
     row_band: Tensor
     side_down: Tensor
     side_up: Tensor
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> QuantizedLayer:
+        """Also how a layer is copied and unpickled, so no way to get one passes by what waits for the first."""
+        with contextlib.suppress(IndexError):  # nothing waits, or another thread took it
+            while when_first_made:
+                when_first_made.pop()()
+        return super().__new__(cls)
 
     def allocate(self, plan: LayerPlan, device: torch.device | str) -> None:
         """Replace the float weight by empty packed state as planned; values are loaded afterwards."""
@@ -240,10 +250,10 @@ def empty_like(module: nn.Linear | nn.Conv2d) -> QuantLinear | QuantConv2d:
         layer = QuantConv2d(
             module.in_channels,
             module.out_channels,
-            module.kernel_size,  # type: ignore[arg-type]
-            module.stride,  # type: ignore[arg-type]
-            module.padding,  # type: ignore[arg-type]
-            module.dilation,  # type: ignore[arg-type]
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
             module.groups,
             has_bias,
             module.padding_mode,

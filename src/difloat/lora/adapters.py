@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from difloat.cache_entries import whole_file
 from difloat.layers import install
-from difloat.layers.packed import QuantizedLayer
+from difloat.layers.packed import QuantizedLayer, when_first_made
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -44,7 +46,8 @@ def on_wrapped(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         adopt(parent)
 
 
-register_module_module_registration_hook(on_wrapped)
+# Nothing is hung on torch by importing difloat: without a packed layer there is nothing to look out for.
+when_first_made.append(partial(register_module_module_registration_hook, on_wrapped))
 
 
 def load(
@@ -118,10 +121,10 @@ def save(pipeline_or_module: Any, directory: str | os.PathLike[str], name: str |
         config |= {prefix + key: _plain(value) for key, value in settings.items()}
     target = Path(directory) / LORA_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
     header = {"format": "pt", _METADATA: json.dumps(config, indent=2, sort_keys=True)}
-    safetensors.torch.save_file(state, partial, metadata=header)
-    return partial.replace(target)
+    with whole_file(target) as partial:
+        safetensors.torch.save_file(state, partial, metadata=header)
+    return target
 
 
 def set_weights(pipeline_or_module: Any, weights: Mapping[str, float]) -> None:
