@@ -1,6 +1,6 @@
 """Rounding to the nearest value of a format; knows no scale.
 
-The rule everywhere: nearest value, ties to the even code, saturating at the ends, NaN stays NaN.
+The rule everywhere: nearest value, ties to the even code (of a table to the lower level), saturating at the ends, NaN stays NaN.
 
 Inside a binade a format is a uniform grid, so rounding is one addition and subtraction of a large number whose last
 mantissa bit weighs exactly one step of that binade. The exponent of the binade is read off the bits of the input: a
@@ -44,6 +44,12 @@ def round_to(x: Tensor, format: Format) -> Tensor:
 
 def round_(x: Tensor, format: Format) -> Tensor:
     """`round_to` in place, for float32 and float64: overwrites and returns `x`."""
+    if format.levels:
+        levels = torch.tensor(format.values, dtype=x.dtype, device=x.device)
+        index = torch.bucketize(
+            x, (levels[1:] + levels[:-1]) / 2
+        )  # a value on a border goes to the lower level
+        return x.copy_(torch.where(x.isnan(), x, levels[index]))
     x.clamp_(format.min, format.max)
     if format.uniform:
         return x.div_(format.step).round_().mul_(format.step).add_(0.0)
@@ -93,6 +99,9 @@ def encode(values: Tensor, format: Format) -> Tensor:
     rounded = round_to(values.float(), format)
     if format.integer:
         return rounded.to(torch.int16).bitwise_and(2**format.bits - 1).to(torch.uint8)
+    if format.levels:
+        every = torch.tensor(format.values, dtype=torch.float32, device=values.device)
+        return torch.searchsorted(every, rounded.contiguous()).to(torch.uint8)
     levels = torch.tensor([v for v in format.values if v >= 0], dtype=torch.float32, device=values.device)
     codes = torch.searchsorted(levels, rounded.abs().contiguous()).to(torch.uint8)
     if format.signed:
@@ -113,6 +122,10 @@ def step_at(x: Tensor, format: Format) -> Tensor:
     """
     if format.uniform:
         return torch.full_like(x, format.step)
+    if format.levels:
+        levels = torch.tensor(format.values, dtype=torch.float32, device=x.device)
+        upper = torch.bucketize(x.float(), levels).clamp(1, len(levels) - 1)
+        return (levels[upper] - levels[upper - 1]).to(x.dtype)
     clipped = x.float().clamp(format.min, format.max)
     integer, exponent_mask, _, _ = _LAYOUT[clipped.dtype]
     binade = clipped.view(integer).bitwise_and(exponent_mask).view(clipped.dtype)
