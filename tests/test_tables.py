@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from difloat.kernels import native_decode, native_int8, reference, torch_int8
 from difloat.numbers import formats, tables
 from difloat.numbers.packing import pack, unpack
 from difloat.numbers.rounding import decode, encode, round_to
 from difloat.numbers.search import search
+from difloat.plan.specs import Part, QuantSpec
 
 NAMES = ("iq4nl", "t4g", "t3g", "t2g", "table(-90,-7,2,100,127)")
 
@@ -57,3 +59,17 @@ def test_search_finds_the_best_of_all_scales_of_both_signs(name: str) -> None:
     error = (round_to(rows[:, None] / every, table) * every - rows[:, None]).double().square().sum(-1)
     assert torch.allclose(found.error, error.amin(1), rtol=1e-5)
     assert bool((found.scale < 0).any()) == (not table.symmetric)
+
+
+@pytest.mark.parametrize("backend", [native_decode, native_int8, torch_int8])
+@pytest.mark.parametrize("name", NAMES)
+def test_backends_give_the_reference_with_scales_of_both_signs(name: str, backend) -> None:
+    table, g = formats.parse(name), torch.Generator().manual_seed(3)
+    for o, i, t in ((5, 37, 3), (19, 130, 7)):
+        part = Part(i, QuantSpec(table, "channel"), QuantSpec(formats.parse("int8"), "token", online=True))
+        x = torch.randn(t, i, generator=g)
+        if not backend.supports(part, (o, i), x):
+            pytest.skip("this machine lacks the instructions")
+        codes = torch.randint(0, len(table.levels), (o, i), generator=g).to(torch.uint8)
+        layer = (x, pack(codes, table.bits), torch.randn(o, generator=g), None, None, None, None, part)
+        torch.testing.assert_close(backend.linear(*layer), reference.linear(*layer), rtol=1e-5, atol=1e-3)

@@ -332,8 +332,8 @@ def check_stored(name: str, layer: LayerPlan, values: Tensor) -> None:
     """Check the values of a stored tensor besides packed codes, called ``<layer>.<tensor>``.
 
     Raises:
-        CheckpointError: unless scales and factors are finite and positive (scales of tables not 0), zero points and side branches finite, and as many
-            rows belong to every band as the plan says.
+        CheckpointError: unless scales and factors are finite and positive (of tables: not 0), zero points and side branches
+            finite, and as many rows belong to every band as the plan says.
     """
     if name.endswith(".row_band"):
         bands = layer.bands

@@ -1,6 +1,7 @@
 """Rounding to the nearest value of a format; knows no scale.
 
-The rule everywhere: nearest value, ties to the even code (of a table to the lower level), saturating at the ends, NaN stays NaN.
+The rule everywhere: nearest value, ties to the even code (of a table to the lower level), saturating at the ends,
+NaN stays NaN.
 
 Inside a binade a format is a uniform grid, so rounding is one addition and subtraction of a large number whose last
 mantissa bit weighs exactly one step of that binade. The exponent of the binade is read off the bits of the input: a

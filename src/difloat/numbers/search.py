@@ -245,7 +245,8 @@ def _candidates(rows: _SortedRows, format: Format, clips: Tensor, zeros: Tensor)
 def _errors(rows: _SortedRows, format: Format, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Sum of squared errors [r, c] of every candidate; `scale` and `zero_point` [r, c].
 
-    Starts with all elements at the zero of the grid (or its least value from zero on) and moves those beyond each border outwards, so that the
+    Starts with all elements at the zero of the grid (or its least value from zero on)
+    and moves those beyond each border outwards, so that the
     differences stay about as small as the data.
     """
     levels = torch.tensor(format.values, dtype=torch.float64, device=scale.device)
