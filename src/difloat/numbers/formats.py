@@ -165,7 +165,7 @@ def table(levels: tuple[int, ...]) -> Format:
 
 @cache
 def parse(name: str) -> Format:
-    """The format called `name`: ``eXmY``, ``ueXmY`` (also with ``fn`` or ``ieee``), ``intN``, ``uintN``, or a table; 1 to 8 bits.
+    """The format called `name`: ``eXmY``, ``ueXmY`` (also with ``fn``, ``ieee``), ``intN``, ``uintN``, 1 to 8 bits, or a table.
 
     Raises:
         ValueError: if the name is no such format.
