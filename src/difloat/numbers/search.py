@@ -71,7 +71,7 @@ class Found:
 
     Attributes:
         format: One format for all rows.
-        scale: [r] float32, positive.
+        scale: [r] float32, positive; of a table that is not symmetric also negative.
         zero_point: [r] float32, real; zeros for signed formats and when it was not searched.
         error: [r] float64, sum of squared errors with exactly these float32 scales and zero points.
         error_by_format: Lowest total error of every candidate format by its name, for reports; of a format that a sample of
@@ -173,11 +173,18 @@ def best_per_format(
         _check_range(low, high, any(not format.signed for format in formats) and zero_points is None)
         sorted_rows: dict[bool, _SortedRows] = {}
         for format in formats:
-            mirrored = format.min == -format.max
+            mirrored = format.symmetric
             if mirrored not in sorted_rows:
                 sorted_rows[mirrored] = _sort(block.abs() if mirrored else block, low.double(), high.double())
             axes = (clip_axis, zero_axis[format.signed])
             best = _search_block(sorted_rows[mirrored], format, *axes, refine, snap)
+            if format.levels and not mirrored:  # the sign of the scale is one more candidate
+                turned = _search_block(sorted_rows[mirrored], format.mirrored(), *axes, refine, snap)
+                better = turned[2] < best[2]
+                signed = (-turned[0], turned[1], turned[2])
+                pairs = zip(signed, best, strict=True)
+                scale, zero_point, error = (torch.where(better, a, b) for a, b in pairs)
+                best = (scale, zero_point, error)
             parts[format.name].append(best)
     columns = {
         name: [torch.cat(column) for column in zip(*blocks, strict=True)] for name, blocks in parts.items()
@@ -284,19 +291,24 @@ def _candidates(rows: _SortedRows, format: Format, clips: Tensor, zeros: Tensor)
     reach = torch.maximum(rows.high, -rows.low) if format.signed else rows.high - zero_point
     scale = clips[:, None, :] * (reach / format.max)[:, :, None]
     limits = torch.finfo(torch.float32)
-    scale = torch.where(scale > 0, scale.clamp(limits.tiny, limits.max), 1.0).float().double()
+    # A row of zeros is exact at any scale, except on a table without a zero, where only the least comes near.
+    idle = 1.0 if 0.0 in format.values else limits.tiny
+    scale = torch.where(scale > 0, scale.clamp(limits.tiny, limits.max), idle).float().double()
     return scale.flatten(1), zero_point[:, :, None].expand(-1, -1, clips.shape[1]).flatten(1)
 
 
 def _errors(rows: _SortedRows, format: Format, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Sum of squared errors [r, c] of every candidate; `scale` and `zero_point` [r, c].
 
-    Starts with all elements at the zero of the grid and moves those beyond each border outwards, so that the
+    Starts with all elements at the zero of the grid (or its least value from zero on)
+    and moves those beyond each border outwards, so that the
     differences stay about as small as the data.
     """
     levels = torch.tensor(format.values, dtype=torch.float64, device=scale.device)
     length = rows.values.shape[1]
-    error = rows.squares + zero_point * (length * zero_point - 2 * rows.prefix[:, -1:])
+    base = levels[levels >= 0][0]
+    start_at = zero_point + base * scale
+    error = rows.squares + start_at * (length * start_at - 2 * rows.prefix[:, -1:])
     direct = len(levels) >= _MANY_VALUES and length < _SHORT * len(levels)
     chunk = max(1, _VALUES // length if direct else _CHUNK // (scale.shape[1] * len(levels)))
     for start in range(0, scale.shape[0], chunk):
@@ -351,7 +363,9 @@ def _gains(values: Tensor, prefix: Tensor, scale: Tensor, zero_point: Tensor, le
     """`_gain` on both sides of the grid's zero; one side where the grid is symmetric, whose `values` are magnitudes."""
     saved = _gain(values, prefix, scale, zero_point, levels[levels >= 0], upwards=True)
     if levels[0] < 0 and levels[0] != -levels[-1]:
-        saved = saved + _gain(values, prefix, scale, zero_point, levels[levels <= 0], upwards=False)
+        saved = saved + _gain(
+            values, prefix, scale, zero_point, levels[levels <= levels[levels >= 0][0]], upwards=False
+        )
     return saved
 
 
