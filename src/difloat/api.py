@@ -15,6 +15,7 @@ from difloat import checkpoint, recipes, torch_modes
 from difloat import components as parts
 from difloat.calibration import collect
 from difloat.calibration.collect import Calibration, CalibrationSettings
+from difloat.calibration.row_store import Shelf
 from difloat.checkpoint import mark_quantized, unmark_quantized
 from difloat.layers import hooks, install, packed
 from difloat.layers.exclude import excluded
@@ -69,7 +70,7 @@ def plan(
         recipe: One of `difloat.recipes.RECIPES`.
         bits: Like "w4a8": weight bits and activation bits; 16 or 32 leave activations alone.
         prompts: Texts to calibrate with; None takes general built-in ones.
-        forward_loop: Called with the module, samples with it; for plain modules.
+        forward_loop: Called with the module, samples with it; for plain modules, unless the recipe needs no data.
         cache_dir: Keeps calibration data and finished blocks, so that a killed run goes on where it was.
         cache_key: What `forward_loop` is called in the cache; None: loops are told apart by their code and the values in it.
             In either case only rows that begin as the loop does are used (`calibration.collect_from_loop`).
@@ -93,18 +94,16 @@ def plan(
     _check_sampler(model, getattr(chosen, "sampler_power", 0.0), f"{recipe} must be told factor_power=0")
     excluded(packed.quantizable(denoiser(model)), exclude)
     others = parts.parse(model, components, bits, target)
-    source: dict[str, Any] = {
-        "prompts": prompts,
-        "forward_loop": forward_loop,
-        "cache_dir": cache_dir,
-        "cache_key": cache_key,
-    }
-    data = calibrate(model, **source, progress=progress, call_kwargs=call_kwargs, **settings)
-    work_dir = None if cache_dir is None else Path(cache_dir)
     wanted = CalibrationSettings(**settings)
+    source: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "call_kwargs": call_kwargs}
+    kept: dict[str, Any] = {"cache_dir": cache_dir, "cache_key": cache_key, "progress": progress}
+    needed = row.needs_data(chosen, parsed)
+    data = calibrate(model, **source, **kept, **settings) if needed else _no_rows(model)
     task = task_of(model, data, parsed)
-    task = replace(task, seed=wanted.seed, progress=progress, work_dir=work_dir)
-    task = replace(task, memory_bytes=wanted.memory_bytes, target=machine, exclude=tuple(exclude))
+    task = replace(task, work_dir=None if cache_dir is None else Path(cache_dir), seed=wanted.seed)
+    task = replace(
+        task, progress=progress, memory_bytes=wanted.memory_bytes, target=machine, exclude=tuple(exclude)
+    )
     return parts.with_components(plan_calibrated(task, recipe, bits, own), model, others, progress)
 
 
@@ -293,6 +292,13 @@ def calibrate(
     return collect.collect_from_loop(
         module, forward_loop, wanted, cache_dir=cache_dir, cache_key=cache_key, progress=progress
     )
+
+
+def _no_rows(model: Any) -> Calibration:
+    """For a recipe that looks at no data: the denoiser is not called."""
+    module = denoiser(model)
+    check_model(module)
+    return Calibration([], Shelf(None, 0, {}), next(module.parameters()).device)
 
 
 def plan_calibrated(task: Task, recipe: str, bits: str, options: Mapping[str, Any]) -> Plan:

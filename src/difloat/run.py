@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
-from difloat import api, checkpoint, components, distributed, evaluation, recipes, reference_models
+from difloat import api, checkpoint, components, distributed, evaluation, recipes, reference_models, sources
 from difloat.calibration import collect
 from difloat.calibration.collect import CalibrationSettings
-from difloat.checkpoint.layout import stored_dtypes
-from difloat.checkpoint.save_load import dtype_argument
+from difloat.checkpoint import CheckpointError
 from difloat.estimate import Forecast
 from difloat.evaluation.comparison import Evaluation, Generated
 from difloat.layers import install
+from difloat.pipelines import denoiser_of
 from difloat.plan.plan import Plan
 from difloat.report import build
 from difloat.report.render import Record
@@ -53,65 +53,14 @@ class Sampling:
         return self.prompts is not None and set(self.captions) <= set(reference_models.captions())
 
 
-def load_pipeline(source: str) -> Any:
-    """The pipeline behind the name of an embedded model or a directory.
+def load_pipeline(source: str, **where: Any) -> Any:
+    """The pipeline behind what a user names; `where` are further fields of `sources.Source`.
 
     Raises:
-        FileNotFoundError: if there is no such directory, or it is no pipeline.
-        ValueError: if it does not load.
+        FileNotFoundError: there is nothing of that name, or it is no model.
+        ValueError: it does not load.
     """
-    if source in reference_models.NAMES:
-        return reference_models.load(source)
-    path = Path(source)
-    _check_directory(path, source)
-    from diffusers import DiffusionPipeline
-    from safetensors import SafetensorError
-
-    try:
-        return DiffusionPipeline.from_pretrained(
-            path, variant=_variant_of(path), **{dtype_argument(): _dtype_of(path)}
-        )
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0][:300]
-        raise ValueError(
-            f"source must be a complete pipeline, but {source!r} does not load ({reason}); download it again"
-        ) from error
-
-
-def _check_directory(path: Path, source: str) -> None:
-    if not path.exists():
-        known = ", ".join(reference_models.NAMES)
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
-        way = f"; from a hub: hf download {source} --local-dir DIR" if hub else ""
-        raise FileNotFoundError(
-            f"source must be a pipeline directory or one of {known}, got {source!r}, which does not exist{way}"
-        )
-    if path.is_file():
-        raise NotADirectoryError(
-            f"source must be a pipeline directory, got the file {source!r}; load a checkpoint in one file with diffusers' "
-            "from_single_file and save_pretrained the pipeline (LoRA files go to generate --lora)"
-        )
-    if not (path / "model_index.json").is_file():
-        part = (path / "config.json").is_file()
-        way = "it is one component, give the pipeline's directory" if part else "is the download complete?"
-        raise FileNotFoundError(f"source must hold model_index.json, got {source!r} without; {way}")
-
-
-def _variant_of(path: Path) -> str | None:
-    """The variant "fp16" where a pipeline holds no weights but files of that name, as hubs offer them apart."""
-    names = [file.name for file in path.glob("*/*.safetensors")]
-    return "fp16" if names and all(".fp16" in name for name in names) else None
-
-
-def _dtype_of(path: Path) -> torch.dtype:
-    """What all components of a pipeline compute in: bfloat16 where most values are stored so, else float32.
-
-    One for all, for components of several do not fit together everywhere. CPUs take up to a hundred times as long for float16.
-    """
-    counts: Counter[torch.dtype] = Counter()
-    for config in path.glob("*/config.json"):
-        counts.update(stored_dtypes(config.parent))
-    return torch.bfloat16 if counts[torch.bfloat16] > counts.total() / 2 else torch.float32
+    return sources.load(sources.Source(source, **where))
 
 
 def prompts_of(pipeline: Any, source: str, path: Path | None) -> list[str] | None:
@@ -198,9 +147,10 @@ def finish(
     seconds: Mapping[str, float],
     overwrite: bool = False,
 ) -> Record | None:
-    """Draw with the float model, carry the plan out, save, reload, draw again, compare, and write the report.
+    """Carry the plan out, save, verify, and write the report; then draw with both models, compare, and complete the report.
 
-    Processes of a launch share the drawing; the main one writes. All must see the directory `out`.
+    Nothing is drawn before the checkpoint is on disk, so whatever fails afterwards loses nothing. Processes of a launch share
+    the drawing; the main one writes. All must see the directory `out`.
 
     Args:
         pipeline: Float; quantized on return.
@@ -213,37 +163,85 @@ def finish(
 
     Returns:
         What the report shows; None on the other processes of a launch.
+
+    Raises:
+        CheckpointError: what was written does not verify.
     """
-    float_model = install.shadow(api.denoiser(pipeline))
+    parts = {"": api.denoiser(pipeline)} | {name: getattr(pipeline, name) for name in plan.components}
+    floats = {name: install.shadow(part) for name, part in parts.items()}
     timings = dict(seconds)
-    reference = draw(pipeline, sampling) if sampling.count else None
     api.apply(pipeline, plan)
-    distributed.on_main(lambda: checkpoint.save(pipeline, out, overwrite=overwrite))
-    drawn = None if reference is None else draw(checkpoint.load(out), sampling)
+    start = time.perf_counter()
+    distributed.on_main(lambda: _save(pipeline, out, source, overwrite))
+    timings["saving and verifying"] = time.perf_counter() - start
+    made = None
+    if distributed.is_main():
+        made = _record(floats[""], plan, source, timings)
+        build.write(made, *[build.no_pictures()] * 2, out)
+    return _with_pictures(pipeline, floats, plan, source, out, sampling, timings) if sampling.count else made
+
+
+def _save(pipeline: Any, out: Path, source: str, overwrite: bool) -> None:
+    """Write the checkpoint and prove it; files keep the dtypes that the source has, whatever was computed in."""
+    checkpoint.save(pipeline, out, overwrite=overwrite)
+    broken = [finding.message for finding in checkpoint.verify(out) if not finding.passed]
+    if broken:
+        raise CheckpointError(
+            f"checkpoint must verify after writing, but {broken[0]}; check the disk of {str(out)!r}"
+        )
+
+
+def _record(model: nn.Module, plan: Plan, source: str, timings: Mapping[str, float], **more: Any) -> Record:
+    notes = [*notes_of(plan.recipe), *components.notes(plan)]
+    return build.build(model, plan, name=source, timings=timings, notes=notes, **more)
+
+
+def _with_pictures(
+    pipeline: Any,
+    floats: Mapping[str, nn.Module],
+    plan: Plan,
+    source: str,
+    out: Path,
+    sampling: Sampling,
+    timings: Mapping[str, float],
+) -> Record | None:
+    """Draw with the float models in their places and with the checkpoint, compare, and write the report again."""
+    with _in_place(pipeline, floats):
+        reference = draw(pipeline, sampling)
+    drawn = draw(checkpoint.load(out), sampling)
     if not distributed.is_main():
         return None
-    evaluation = None
-    left = right = build.no_pictures()
     shown = min(sampling.count, SHOWN)
-    if reference is not None and drawn is not None:
-        evaluation = judge(reference, drawn, sampling)
-        timings |= {
-            "pictures, full precision": reference.seconds,
-            "pictures, quantized and reloaded": drawn.seconds,
-        }
-        left, right = build.to_uint8(reference.images[:shown]), build.to_uint8(drawn.images[:shown])
-    made = build.build(
-        float_model,
+    times = {
+        "pictures, full precision": reference.seconds,
+        "pictures, quantized and reloaded": drawn.seconds,
+    }
+    made = _record(
+        floats[""],
         plan,
-        name=source,
-        evaluation=evaluation,
+        source,
+        {**timings, **times},
+        evaluation=judge(reference, drawn, sampling),
         prompts=[sampling.prompt_of(index) for index in range(shown)],
         seeds=list(range(shown)),
-        timings=timings,
-        notes=[*notes_of(plan.recipe), *components.notes(plan)],
     )
+    left, right = (build.to_uint8(pictures.images[:shown]) for pictures in (reference, drawn))
     build.write(made, left, right, out)
     return made
+
+
+@contextmanager
+def _in_place(pipeline: Any, floats: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The float models where their packed ones are, for the time of the block; "" is the denoiser."""
+    names = {name or denoiser_of(pipeline)[0]: model for name, model in floats.items()}
+    packed = {name: getattr(pipeline, name) for name in names}
+    try:
+        for name, model in names.items():
+            setattr(pipeline, name, model)
+        yield
+    finally:
+        for name, model in packed.items():
+            setattr(pipeline, name, model)
 
 
 def notes_of(recipe: str) -> list[str]:

@@ -85,7 +85,7 @@ def place(model: nn.Module, name: str, value: Tensor, device: torch.device | str
             f"tensor {name!r:.200} must have the shape {list(expected.shape)}, got {list(value.shape)}; "
             "download or save it again"
         )
-    check_stored(name, layer.bands, value)
+    check_stored(name, layer, value)
     setattr(layer, key, value.to(device))
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from difloat.plan import json_fields
 from difloat.plan.plan import PLAN_VERSION, LayerPlan, Plan
-from difloat.plan.specs import SIDE, AttentionPlan, Band
+from difloat.plan.specs import SIDE, AttentionPlan
 
 QUANT_METHOD = "difloat"
 INPUT_BUNDLE = "difloat.input"
@@ -50,6 +51,12 @@ class StoredTensor:
     def is_floating_point(self) -> bool:
         """Whether its numbers are floating-point ones (`F32`, `BF16`, `F8_E4M3`)."""
         return self.dtype.startswith(("F", "BF"))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values; the first number in the name of a dtype counts bits, and truth values take a byte each."""
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
@@ -328,14 +335,15 @@ def check_headers(plan: Plan, stored: Mapping[str, StoredTensor]) -> None:
             )
 
 
-def check_stored(name: str, bands: Sequence[Band], values: Tensor) -> None:
+def check_stored(name: str, layer: LayerPlan, values: Tensor) -> None:
     """Check the values of a stored tensor besides packed codes, called ``<layer>.<tensor>``.
 
     Raises:
-        CheckpointError: unless scales and factors are finite and positive, zero points and side branches finite, and as many
-            rows belong to every band as the plan says.
+        CheckpointError: unless scales and factors are finite and positive (of tables: not 0), zero points and side branches
+            finite, and as many rows belong to every band as the plan says.
     """
     if name.endswith(".row_band"):
+        bands = layer.bands
         counts = torch.bincount(values.int(), minlength=len(bands)).tolist()
         if counts != [band.rows for band in bands]:
             raise CheckpointError(
@@ -344,9 +352,13 @@ def check_stored(name: str, bands: Sequence[Band], values: Tensor) -> None:
             )
         return
     positive = not name.endswith(("_zero_point", *(f".{key}" for key in SIDE)))
-    wrong = ~torch.isfinite(values) | (values <= 0) if positive else ~torch.isfinite(values)
+    specs = [spec for band in layer.bands for spec in band.weights] or [part.weight for part in layer.parts]
+    signed = name.endswith(".weight_scale") and any(spec.format.levels for spec in specs)
+    wrong = ~torch.isfinite(values)
+    if positive:
+        wrong |= (values == 0) if signed else (values <= 0)
     if bool(wrong.any()):
-        rule = "finite and positive" if positive else "finite"
+        rule = "finite and not 0" if signed else "finite and positive" if positive else "finite"
         raise CheckpointError(
             f"{name!r:.200} must be {rule}, got {values[wrong][0].item()}; quantize or download the model again"
         )

@@ -99,7 +99,7 @@ def load_into(
     }
     for name, tensors in planned.items():
         for key in tensors.keys() - {"weight"}:
-            check_stored(f"{name}.{key}", plan.layers[name].bands, tensors[key])
+            check_stored(f"{name}.{key}", plan.layers[name], tensors[key])
     tied = _tied(module, state)
 
     def place(name: str) -> torch.device:

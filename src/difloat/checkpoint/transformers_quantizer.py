@@ -95,7 +95,7 @@ class DifloatHfQuantizer(HfQuantizer):
         _answer(model)
         for name, value in self._tensors(model):
             if not value.is_meta:
-                check_stored(name, self.plan.layers[name.rpartition(".")[0]].bands, value)
+                check_stored(name, self.plan.layers[name.rpartition(".")[0]], value)
         install.leave_inference_mode(model)
         mark(model, self)
 

@@ -100,7 +100,7 @@ def _check_layers(component: str, plan: Plan, stored: Mapping[str, StoredTensor]
         try:
             for key, tensor in layer.tensors.items():
                 if key != "weight":
-                    check_stored(f"{name}.{key}", layer.bands, tensor)
+                    check_stored(f"{name}.{key}", layer, tensor)
         except CheckpointError as error:
             failures["scales"].append(str(error))
             continue
@@ -114,7 +114,7 @@ def _check_layers(component: str, plan: Plan, stored: Mapping[str, StoredTensor]
                 f"{name}.weight must be its own nearest encoding, but is not under its scales; quantize or download it again"
             )
     passed = {
-        "scales": "all scales are finite and positive, all zero points finite, all rows in their bands",
+        "scales": "all scales are finite and positive (of tables not 0), all zero points finite, all rows in their bands",
         "codes": "all codes are legal and all padding bits zero",
         "re-encode": "decoding and encoding gives the same bytes in every layer",
     }

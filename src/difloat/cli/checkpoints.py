@@ -12,7 +12,7 @@ from rich.table import Table
 
 from difloat.cli import tables
 from difloat.cli.app import app
-from difloat.cli.options import Checkpoint, Source, pipeline_of
+from difloat.cli.options import Checkpoint, Revision, Source
 from difloat.cli.tables import console
 
 
@@ -21,13 +21,15 @@ def inspect(
     source: Source,
     layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="Say what computes it on this machine.")] = False,
+    revision: Revision = None,
 ) -> None:
-    """Show what a model consists of, and what of it can be quantized or is."""
-    from difloat import api
+    """Show what a model consists of, and what of it can be quantized or is; only configs and headers are read."""
+    from difloat import sources
     from difloat.cli import kernel_summary
     from difloat.layers import packed as rooms
 
-    module = api.denoiser(pipeline_of(source))
+    found = sources.outlined(sources.Source(source, revision=revision))
+    module = found.model
     rows: list[tuple[str, str, Sequence[int], str, str]] = []
     for name, layer in module.named_modules():
         if isinstance(layer, rooms.QuantizedLayer):
@@ -45,10 +47,9 @@ def inspect(
             table.add_row(name, kind, shape_text, f"{math.prod(shape):,}", weight_format, activation)
         console.print(table)
     weights = sum(math.prod(shape) for _, _, shape, _, _ in rows)
-    stored = sum(tensor.nbytes for tensor in module.state_dict().values())
     console.print(
         f"{type(module).__name__}: {quantized} quantized and {len(rows) - quantized} float layers, {weights:,} weights "
-        f"in them, {stored / 1e6:.2f} MB in memory"
+        f"in them, {found.stored_bytes / 1e6:.2f} MB in its files"
     )
     if kernels:
         console.print(

@@ -18,7 +18,24 @@ from difloat.cli.tables import console
 
 Source = Annotated[
     str,
-    typer.Argument(help="A diffusers pipeline directory, or an embedded model: emoji-unet, emoji-pixart."),
+    typer.Argument(
+        help="A pipeline: directory, hub name (owner/model), file of a checkpoint, component's directory, or an embedded "
+        "model (emoji-unet, emoji-pixart)."
+    ),
+]
+Base = Annotated[
+    str | None, typer.Option(help="Pipeline (directory or hub name) that a file or a component belongs to.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
+Variant = Annotated[
+    str | None, typer.Option(help="Variant of the files, like fp16. Default: the only one there is.")
+]
+DType = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="auto, stored, float32, bfloat16 or float16: what is computed in. CPUs do not compute float16.",
+    ),
 ]
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint that difloat quantize has written.")]
 Prompts = Annotated[
@@ -28,7 +45,14 @@ Steps = Annotated[int | None, typer.Option(min=1, help="Sampler steps. Default: 
 Guidance = Annotated[
     float | None, typer.Option(help="Classifier-free guidance scale. Default: the pipeline's own.")
 ]
-Images = Annotated[int, typer.Option(min=0, help="Pictures drawn with both models for the report; 0: none.")]
+Images = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Pictures drawn with both models for the report, after the checkpoint is saved; 0: none. Default: 16 up to 100 "
+        "million weights, else none.",
+    ),
+]
 Target = Annotated[str, typer.Option(help="any, or cpu: only formats that CPUs compute in integers.")]
 Components = Annotated[
     str | None,
@@ -77,8 +101,11 @@ def meet() -> None:
     console.quiet = not distributed.is_main()
 
 
-def pipeline_of(source: str) -> Any:
-    """Load a pipeline without the loading bars and hints of diffusers and transformers: we have our own."""
+def pipeline_of(source: str, **where: Any) -> Any:
+    """Load a pipeline without the loading bars and hints of diffusers and transformers: we have our own.
+
+    `where` are fields of `sources.Source`.
+    """
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
@@ -87,7 +114,7 @@ def pipeline_of(source: str) -> Any:
     for logging in (diffusers_logging, transformers_logging):
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-    return run.load_pipeline(source)
+    return run.load_pipeline(source, **where)
 
 
 def check_out(out: Path, overwrite: bool, cache: Path | None = None) -> None:

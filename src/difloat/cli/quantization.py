@@ -12,20 +12,24 @@ from difloat.cli import tables
 from difloat.cli.app import app
 from difloat.cli.checkpoints import verify
 from difloat.cli.options import (
+    Base,
     Call,
     Components,
     DryRun,
+    DType,
     Exclude,
     Guidance,
     Images,
     Overwrite,
     Prompts,
+    Revision,
     Rows,
     Seed,
     Setting,
     Source,
     Steps,
     Target,
+    Variant,
     call_of,
     claimed,
     meet,
@@ -34,6 +38,7 @@ from difloat.cli.options import (
 )
 from difloat.cli.tables import console
 
+_IMAGES, _LARGE = 16, 100_000_000  # pictures of a report, up to so many weights
 _PICTURES = 4  # of a report drawn at once: more would take more memory than quantizing
 
 
@@ -65,7 +70,11 @@ def quantize(
     call: Call = None,
     target: Target = "any",
     components: Components = None,
-    images: Images = 16,
+    images: Images = None,
+    base: Base = None,
+    revision: Revision = None,
+    variant: Variant = None,
+    dtype: DType = "auto",
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -73,14 +82,19 @@ def quantize(
     from difloat import api, recipes, run
     from difloat.calibration import collect
     from difloat.plan import target as targets
+    from difloat.plan.rules import Bits
 
     meet()
     chosen = options_of(option or [])
-    recipes.make_options(recipes.lookup(recipe), chosen, bits)
+    made = recipes.make_options(recipes.lookup(recipe), chosen, bits)
+    needs_data = recipes.lookup(recipe).needs_data(made, Bits.parse(bits))
     targets.check(target)
     _check_images(images)
+    where = {"base": base, "revision": revision, "variant": variant, "dtype": dtype}
+    if not needs_data and dtype == "auto":
+        where["dtype"] = "stored"  # nothing is computed
     with claimed(out, overwrite, cache, dry_run):
-        pipeline = pipeline_of(source)
+        pipeline = pipeline_of(source, **where)
         api.check_model(api.denoiser(pipeline))
         texts = run.prompts_of(pipeline, source, prompts)
         guidance, arguments = call_of(pipeline, source, guidance, call)
@@ -90,16 +104,27 @@ def quantize(
             samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
         )
         left_out = exclude or []
-        tables.announce(pipeline, texts, settings, recipe, bits, chosen, arguments, left_out, table=dry_run)
+        if needs_data or dry_run:
+            tables.announce(
+                pipeline, texts, settings, recipe, bits, chosen, arguments, left_out, table=dry_run
+            )
         if dry_run:
             return
-        sampling = run.Sampling(texts, images, steps, guidance, _PICTURES, arguments)
+        count = _pictures(api.denoiser(pipeline), images)
+        sampling = run.Sampling(texts, count, steps, guidance, _PICTURES, arguments)
         everything = {"cache_dir": cache, "call_kwargs": arguments, "target": target, "exclude": left_out}
         everything |= {**vars(settings), **chosen, "components": others}
         _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
 
 
-def _check_images(images: int) -> None:
+def _pictures(module: Any, images: int | None) -> int:
+    """How many pictures a report gets: what the user says; none of large models, whose pictures take longer than the rest."""
+    if images is not None:
+        return images
+    return _IMAGES if sum(weight.numel() for weight in module.parameters()) <= _LARGE else 0
+
+
+def _check_images(images: int | None) -> None:
     if images == 1:
         raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
 
@@ -167,7 +192,7 @@ def repair(
         Path | None, typer.Option(help="Keeps the run: a killed one goes on from there.")
     ] = None,
     call: Call = None,
-    images: Images = 16,
+    images: Images = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune the denoiser of a quantized pipeline against the full-precision one it was made from.
@@ -190,7 +215,8 @@ def repair(
         settings = collect.CalibrationSettings(
             samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
         )
-        sampling = run.Sampling(texts, images, steps, guidance, _PICTURES, arguments)
+        count = _pictures(api.denoiser(pipeline), images)
+        sampling = run.Sampling(texts, count, steps, guidance, _PICTURES, arguments)
         everything = {"cache_dir": cache, "call_kwargs": arguments, **training, **vars(settings)}
         start = time.perf_counter()
         plan = api.repair(pipeline, plan, prompts=texts, **everything)

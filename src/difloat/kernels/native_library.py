@@ -167,6 +167,8 @@ def any_grid(format: Format) -> Grid:
 @cache
 def attention_grid(format: Format) -> Grid | None:
     """A format whose values, as integers, have at most 8 significant bits, so that bfloat16 holds them; None for others."""
+    if format.levels:
+        return None
     found = any_grid(format)
     largest = max(abs(found.minimum), found.maximum) * found.multiplier
     significant = largest if format.uniform else 2 ** (format.mantissa_bits + 1)

@@ -97,8 +97,11 @@ def search_inputs(
     for name, rule in rules.items():
         if rule.online:
             take(name, None)
+    waiting = [name for name, rule in rules.items() if not rule.online]
+    if not waiting:
+        return done, shapes
     with Passes(model, calls) as passes:
-        for name in (name for name, rule in rules.items() if not rule.online):
+        for name in waiting:
             x = _smoothed(_inputs(passes.arguments(name), done[name]), done[name])
             if not torch.isfinite(x).all():
                 raise ValueError(

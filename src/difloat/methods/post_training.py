@@ -21,6 +21,7 @@ from difloat.layers.exclude import EXCLUDED, excluded, matches
 from difloat.methods import malloc_trim, readers, trace
 from difloat.methods.blockwise import learn_blocks
 from difloat.methods.input_search import search_inputs
+from difloat.methods.structure import structure
 from difloat.methods.task import LayerRules, Sequencing, Smoothing, Task
 from difloat.methods.trace import Trace
 from difloat.plan.encode import join_rows, join_variants
@@ -102,11 +103,7 @@ def run(
         raise ValueError(
             "model must have linear or convolution layers to quantize, got none; is it quantized already?"
         )
-    args, kwargs = call = task.calibration.batch(task.calibration.stratified(2, generator))
-    seen = trace.trace(task.model, call)
-    read = dtype_readers.kept(task.model) | readers.kept(
-        task.model, lambda: task.model(*args, **kwargs), seen.uses
-    )
+    seen, read = _looked_at(task, generator)
     wished = [name for name in seen.order if (task.only is None or name in task.only) and name not in read]
     left_out = excluded(candidates, task.exclude)
     decided = {name: EXCLUDED if name in left_out else rules_for(name, seen) for name in wished}
@@ -120,10 +117,31 @@ def run(
             f"recipe must quantize at least one layer, but keeps all: {next(iter(skipped.values()))}"
         )
 
+    _check_data(task, rules)
+
     def decide() -> Outcome:
         return _decide(task, rules, skipped, seen, settings, attention_plan, generator)
 
     return distributed.on_main(decide)
+
+
+def _looked_at(task: Task, generator: torch.Generator) -> tuple[Trace, dict[str, str]]:
+    """What two rows show, or the modules alone where there are no rows; and the layers that must stay, with the reason."""
+    read = dtype_readers.kept(task.model)
+    if not len(task.calibration):
+        return structure(task.model), read
+    args, kwargs = call = task.calibration.batch(task.calibration.stratified(2, generator))
+    seen = trace.trace(task.model, call)
+    return seen, read | readers.kept(task.model, lambda: task.model(*args, **kwargs), seen.uses)
+
+
+def _check_data(task: Task, rules: Mapping[str, LayerRules]) -> None:
+    """Refuse to go on without rows where rounding is learned or an input has a stored range."""
+    asking = (r.learn or (r.activation is not None and not r.activation.online) for r in rules.values())
+    if not len(task.calibration) and any(asking):
+        raise ValueError(
+            "calibration must have rows where rounding is learned or inputs have stored ranges, got none"
+        )
 
 
 def _decide(
@@ -151,11 +169,11 @@ def _decide(
     attention.install(twin, entries)
     wanted = {name: rule.activation for name, rule in rules.items() if rule.activation is not None}
     with timed(measured, "search activations"):
-        rows = task.calibration.stratified(min(settings.activation_rows, len(task.calibration)), generator)
-        calls = task.calls(rows, seen.row_bytes)
+        count = min(settings.activation_rows, len(task.calibration))
+        calls = task.calls(task.calibration.stratified(count, generator), seen.row_bytes) if count else []
         plans, measured["inputs"] = search_inputs(twin, calls, plans, wanted, generator)
     by_time = any(plan.schedule for plan in plans.values())
-    if wanted and task.only is None:
+    if wanted and task.only is None and len(task.calibration):
         measured["ranges"] = _widest_ranges(task, list(wanted))
     return Outcome(plans, skipped, measured, entries, timestep_grid(task) if by_time else ())
 

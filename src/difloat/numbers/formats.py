@@ -9,6 +9,8 @@ Naming: ``eXmY`` has a sign bit, X exponent and Y mantissa bits, ``ueXmY`` has n
 
 The exponent bias is ``2**(X - 1) - 1``, and values are in natural units: the bias of a paper, a clip value and a scale are
 one degree of freedom, which lives in the scale (`quantizer`).
+
+A *table* is a format of 2 to 16 int8 levels, named by them (``table(-127,-40,30,113)``) or by a short name (`tables`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import re
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Literal
+
+from difloat.numbers import tables
 
 _FLOAT = re.compile(r"(u?)e([0-9])m([0-9])(fn|ieee)?")
 _INTEGER = re.compile(r"(u?)int([0-9])")
@@ -38,10 +42,15 @@ class Format:
     mantissa_bits: int
     integer: bool = False
     specials: Literal["", "fn", "ieee"] = ""
+    levels: tuple[
+        int, ...
+    ] = ()  # of a table, ascending; code j means levels[j], codes beyond them the last level
 
     @property
     def name(self) -> str:
         """The name that `parse` reads back."""
+        if self.levels:
+            return tables.name_of(self.levels)
         unsigned = "" if self.signed else "u"
         if self.integer:
             return f"{unsigned}int{self.bits}"
@@ -64,12 +73,16 @@ class Format:
 
     @property
     def step(self) -> float:
-        """Distance between 0 and the smallest positive value."""
+        """Distance between 0 and the smallest positive value; of a table the least distance of two levels."""
+        if self.levels:
+            return float(min(b - a for a, b in zip(self.levels, self.levels[1:], strict=False)))
         return math.ldexp(1.0, self.min_exponent - self.mantissa_bits)
 
     @cached_property
     def decode_table(self) -> tuple[float, ...]:
         """The value of every code, in code order; NaN and Inf only in the hardware variants."""
+        if self.levels:
+            return tuple(float(self.levels[min(c, len(self.levels) - 1)]) for c in range(2**self.bits))
         return tuple(self._decode(code) for code in range(2**self.bits))
 
     def _decode(self, code: int) -> float:
@@ -106,7 +119,16 @@ class Format:
     @property
     def uniform(self) -> bool:
         """Whether the values are evenly spaced: the format is an integer format in all but name (`e1m2`, `ue1m3`)."""
-        return self.exponent_bits <= 1
+        return self.exponent_bits <= 1 and not self.levels
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the negative of every value is a value."""
+        return self.values == tuple(-value + 0.0 for value in reversed(self.values))
+
+    def mirrored(self) -> Format:
+        """The table of the negated levels: it times a scale is this one times the negated scale."""
+        return table(tuple(-level for level in reversed(self.levels)))
 
     def int8_multiplier(self) -> int | None:
         """Smallest power of two that turns every value into an integer of 8 bits, or None.
@@ -115,6 +137,8 @@ class Format:
         """
         if self.specials:
             return None
+        if self.levels:
+            return 1
         multiplier = max(1, round(1 / self.step)) if self.step <= 1 else 1
         low, high = (-128, 127) if self.signed else (0, 255)
         fits = all(v * multiplier == int(v * multiplier) for v in self.values)
@@ -134,14 +158,21 @@ class Format:
         )
 
 
+def table(levels: tuple[int, ...]) -> Format:
+    """The table of these levels, unchecked: `parse` checks what users write."""
+    return Format(True, 0, (len(levels) - 1).bit_length() - 1, levels=levels)
+
+
 @cache
 def parse(name: str) -> Format:
-    """The format called `name`: ``eXmY``, ``ueXmY`` (also with ``fn`` or ``ieee``), ``intN`` or ``uintN``, 1 to 8 bits.
+    """The format called `name`: ``eXmY``, ``ueXmY`` (also with ``fn``, ``ieee``), ``intN``, ``uintN``, 1 to 8 bits, or a table.
 
     Raises:
         ValueError: if the name is no such format.
     """
     text = name.strip().lower()
+    if (levels := tables.levels_of(text)) is not None:
+        return table(levels)
     if match := _FLOAT.fullmatch(text):
         unsigned, exponent, mantissa, specials = match.groups()
         result = Format(not unsigned, int(exponent), int(mantissa), specials=specials or "")  # type: ignore[arg-type]
@@ -150,7 +181,7 @@ def parse(name: str) -> Format:
         result = Format(signed, 0, int(match.group(2)) - int(signed), integer=True)
     else:
         raise ValueError(
-            f"format must be eXmY, ueXmY, intN or uintN, got {name!r}; write for example 'e2m1' or 'uint4'"
+            f"format must be eXmY, ueXmY, intN, uintN or a table, got {name!r}; write for example 'e2m1' or 'uint4'"
         )
     _check(result, name)
     return result

@@ -1,6 +1,7 @@
 """Rounding to the nearest value of a format; knows no scale.
 
-The rule everywhere: nearest value, ties to the even code, saturating at the ends, NaN stays NaN.
+The rule everywhere: nearest value, ties to the even code (of a table to the lower level), saturating at the ends,
+NaN stays NaN.
 
 Inside a binade a format is a uniform grid, so rounding is one addition and subtraction of a large number whose last
 mantissa bit weighs exactly one step of that binade. The exponent of the binade is read off the bits of the input: a
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from difloat.numbers.formats import Format
 
+_CHUNK = 1 << 15  # values encoded or decoded at a time on a CPU: what is in between stays in the cache
 _LAYOUT = {  # dtype: integer type of the same width, mask of the exponent field, mantissa bits, exponent bias
     torch.float32: (torch.int32, 0x7F800000, 23, 127),
     torch.float64: (torch.int64, 0x7FF0000000000000, 52, 1023),
@@ -44,6 +46,12 @@ def round_to(x: Tensor, format: Format) -> Tensor:
 
 def round_(x: Tensor, format: Format) -> Tensor:
     """`round_to` in place, for float32 and float64: overwrites and returns `x`."""
+    if format.levels:
+        levels = torch.tensor(format.values, dtype=x.dtype, device=x.device)
+        index = torch.bucketize(
+            x, (levels[1:] + levels[:-1]) / 2
+        )  # a value on a border goes to the lower level
+        return x.copy_(torch.where(x.isnan(), x, levels[index]))
     x.clamp_(format.min, format.max)
     if format.uniform:
         return x.div_(format.step).round_().mul_(format.step).add_(0.0)
@@ -90,14 +98,41 @@ def encode(values: Tensor, format: Format) -> Tensor:
 
     Zero is always code 0, so negative zero never appears. NaN has no code.
     """
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    size = _CHUNK if values.device.type == "cpu" else max(1, values.numel())
+    for piece, target in zip(values.reshape(-1).split(size), codes.view(-1).split(size), strict=True):
+        target.copy_(_encode(piece, format))
+    return codes
+
+
+def _encode(values: Tensor, format: Format) -> Tensor:
     rounded = round_to(values.float(), format)
     if format.integer:
         return rounded.to(torch.int16).bitwise_and(2**format.bits - 1).to(torch.uint8)
-    levels = torch.tensor([v for v in format.values if v >= 0], dtype=torch.float32, device=values.device)
-    codes = torch.searchsorted(levels, rounded.abs().contiguous()).to(torch.uint8)
+    if format.levels:
+        every = torch.tensor(format.values, dtype=torch.float32, device=values.device)
+        return torch.searchsorted(every, rounded.contiguous()).to(torch.uint8)
+    codes = _magnitude_codes(rounded, format).to(torch.uint8)
     if format.signed:
         codes |= (rounded < 0).to(torch.uint8) << (format.bits - 1)
     return codes
+
+
+def _magnitude_codes(rounded: Tensor, format: Format) -> Tensor:
+    """Codes without their sign bit, int32, of float32 values on the grid.
+
+    In a binade the upper bits of a float32 number count the values of the grid, so a shift leaves a number that goes up by
+    one from value to value. Below the smallest binade values are multiples of the smallest one.
+    """
+    _, _, mantissa_bits, bias = _LAYOUT[torch.float32]
+    magnitude = rounded.abs()
+    first = (
+        format.min_exponent
+    )  # of the smallest binade, whose values have the codes from 2 ** mantissa bits on
+    counted = magnitude.view(torch.int32) >> (mantissa_bits - format.mantissa_bits)
+    counted -= (bias + first - 1) << format.mantissa_bits
+    smallest = math.ldexp(1.0, first - format.mantissa_bits)
+    return torch.where(magnitude < math.ldexp(1.0, first), (magnitude / smallest).to(torch.int32), counted)
 
 
 def decode(codes: Tensor, format: Format) -> Tensor:
@@ -113,6 +148,10 @@ def step_at(x: Tensor, format: Format) -> Tensor:
     """
     if format.uniform:
         return torch.full_like(x, format.step)
+    if format.levels:
+        levels = torch.tensor(format.values, dtype=torch.float32, device=x.device)
+        upper = torch.bucketize(x.float(), levels).clamp(1, len(levels) - 1)
+        return (levels[upper] - levels[upper - 1]).to(x.dtype)
     clipped = x.float().clamp(format.min, format.max)
     integer, exponent_mask, _, _ = _LAYOUT[clipped.dtype]
     binade = clipped.view(integer).bitwise_and(exponent_mask).view(clipped.dtype)

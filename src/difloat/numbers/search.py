@@ -1,10 +1,18 @@
-"""Exact search of format, clip value and zero point by mean squared error.
+"""Search of format, clip value and zero point by mean squared error.
 
 A candidate needs no pass over the data. With a row sorted and its prefix sums at hand, moving one border
 between two neighbouring values of the grid changes the error by an amount that only needs the number and the sum of the
 elements beyond the border. The borders are the midpoints of neighbouring values; `searchsorted` finds them in
-O(log n), so a candidate costs O(levels log n) instead of O(n), and the result is that of trying every candidate
-on every element.
+O(log n), so a candidate costs O(levels log n) instead of O(n), and its error is exact.
+
+Three things keep candidates from being tried that cannot win, or can win next to nothing:
+
+* Where there are many rows, a sample of them decides between the formats, and only formats that the sample cannot tell apart
+  are compared on all rows (`_still_open`).
+* Grids of few values have an error that changes slowly with the clip value, so `coarse` leaves every fifth of many clip values,
+  and a round more of refining finds those between them.
+* Grids of many values lose so much by clipping that most clip values are out before their other borders are looked at
+  (`_hopeless`).
 
 Clip values are fractions of the reach of a row: ``scale = fraction * reach / format.max``, with ``absmax`` as the
 reach for signed formats and ``max - zero_point`` for unsigned ones. Two's complement has one more value below
@@ -14,13 +22,14 @@ fraction just below 1 (``7 / 8`` for `int4`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from difloat.numbers import rounding
 from difloat.numbers.formats import Format
 from difloat.numbers.scale_grids import Snap
 
@@ -42,9 +51,18 @@ FEW_LEVELS_BITS = 3
 SHRUNK_FAR = tuple(percent / 100 for percent in range(10, 101, 5))
 """Like `SHRUNK`, for few levels; go with `ZERO_POINTS`."""
 
+_FEW_VALUES_BITS = 5  # grids up to this width have an error that changes slowly with the clip value
+_THINNED = 5  # of so many clip values one is tried first
+_SAMPLE_ROWS = 256  # decide between formats
+_STANDARD_ERRORS = 4  # of the mean difference between two formats that the sample must show
+_MANY_VALUES = (
+    32  # from here on looking up borders costs more than finding out which candidates clip too much
+)
+_SHORT = 4  # rows of fewer values than so many times the grid's are rounded instead
 _REFINED = 11  # points per axis of a refined grid, the winner in the middle
 _BLOCK = 2**24  # elements sorted at a time: bounds memory to about 0.5 GB
 _CHUNK = 2**18  # borders looked up at a time: stays in the cache
+_VALUES = 2**15  # values rounded at a time, likewise
 
 
 @dataclass(frozen=True)
@@ -53,10 +71,11 @@ class Found:
 
     Attributes:
         format: One format for all rows.
-        scale: [r] float32, positive.
+        scale: [r] float32, positive; of a table that is not symmetric also negative.
         zero_point: [r] float32, real; zeros for signed formats and when it was not searched.
         error: [r] float64, sum of squared errors with exactly these float32 scales and zero points.
-        error_by_format: Lowest total error of every candidate format by its name, for reports.
+        error_by_format: Lowest total error of every candidate format by its name, for reports; of a format that a sample of
+            the rows ruled out, what the sample lets expect.
     """
 
     format: Format
@@ -77,8 +96,9 @@ def search(
 ) -> Found:
     """The one format for all rows, and the scale and zero point of every row, with the lowest squared error.
 
-    All candidates are compared exactly; at equal error the format named first wins. Every row chooses scale
-    and zero point for itself. A row without reach (all zero, constant at its zero point) gets scale 1.0.
+    At equal error the format named first wins. Every row chooses scale and zero point for itself, and its candidates are
+    compared exactly. Of more than 1,024 rows a sample rules out formats whose error is clearly higher (by four standard errors
+    of the difference). A row without reach (all zero, constant at its zero point) gets scale 1.0.
 
     Args:
         rows: [r, n] floating point, read as float32; the elements of a row share a scale (r = 1: per tensor).
@@ -93,8 +113,43 @@ def search(
         ValueError: if rows are empty or hold NaN or Inf, if a fraction is not usable, or if an unsigned
             format without zero point meets a negative value.
     """
-    found = best_per_format(rows, formats, clips=clips, zero_points=zero_points, refine=refine, snap=snap)
-    return min(found.values(), key=lambda one: one.error_by_format[one.format.name])
+    expected: dict[str, float] = {}
+
+    def best(of: Tensor, candidates: Sequence[Format]) -> dict[str, Found]:
+        return best_per_format(of, candidates, clips=clips, zero_points=zero_points, refine=refine, snap=snap)
+
+    _check(rows, formats, clips, zero_points)
+    if len(formats) > 1 and len(rows) > 4 * _SAMPLE_ROWS:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        sample = best(rows[order[:_SAMPLE_ROWS].sort().values.to(rows.device)], formats)
+        formats = _still_open(sample)
+        share = len(rows) / _SAMPLE_ROWS
+        expected = {name: float(one.error.sum()) * share for name, one in sample.items()}
+    found = best(rows, formats)
+    winner = min(found.values(), key=lambda one: one.error_by_format[one.format.name])
+    return replace(winner, error_by_format=expected | winner.error_by_format)
+
+
+def coarse(clips: Sequence[float], format: Format) -> tuple[Sequence[float], int]:
+    """The clip values to try first for a grid, and how many rounds of refining then reach the distance that all would give.
+
+    Of many values for a grid of few bits every fifth is enough; else they are all tried and refined once.
+    """
+    if format.bits > _FEW_VALUES_BITS or len(clips) <= 6 * _THINNED:
+        return clips, 1
+    ordered = sorted(set(clips))
+    return tuple(sorted({*ordered[::_THINNED], ordered[-1]})), 2
+
+
+def _still_open(sample: Mapping[str, Found]) -> list[Format]:
+    """The formats that a sample of rows cannot tell from the best one."""
+    best = min(sample.values(), key=lambda one: one.error_by_format[one.format.name])
+    kept = []
+    for one in sample.values():
+        worse = one.error - best.error
+        if float(worse.mean()) <= _STANDARD_ERRORS * float(worse.std()) / len(worse) ** 0.5:
+            kept.append(one.format)
+    return kept
 
 
 def best_per_format(
@@ -118,11 +173,18 @@ def best_per_format(
         _check_range(low, high, any(not format.signed for format in formats) and zero_points is None)
         sorted_rows: dict[bool, _SortedRows] = {}
         for format in formats:
-            mirrored = format.min == -format.max
+            mirrored = format.symmetric
             if mirrored not in sorted_rows:
                 sorted_rows[mirrored] = _sort(block.abs() if mirrored else block, low.double(), high.double())
             axes = (clip_axis, zero_axis[format.signed])
             best = _search_block(sorted_rows[mirrored], format, *axes, refine, snap)
+            if format.levels and not mirrored:  # the sign of the scale is one more candidate
+                turned = _search_block(sorted_rows[mirrored], format.mirrored(), *axes, refine, snap)
+                better = turned[2] < best[2]
+                signed = (-turned[0], turned[1], turned[2])
+                pairs = zip(signed, best, strict=True)
+                scale, zero_point, error = (torch.where(better, a, b) for a, b in pairs)
+                best = (scale, zero_point, error)
             parts[format.name].append(best)
     columns = {
         name: [torch.cat(column) for column in zip(*blocks, strict=True)] for name, blocks in parts.items()
@@ -229,27 +291,82 @@ def _candidates(rows: _SortedRows, format: Format, clips: Tensor, zeros: Tensor)
     reach = torch.maximum(rows.high, -rows.low) if format.signed else rows.high - zero_point
     scale = clips[:, None, :] * (reach / format.max)[:, :, None]
     limits = torch.finfo(torch.float32)
-    scale = torch.where(scale > 0, scale.clamp(limits.tiny, limits.max), 1.0).float().double()
+    # A row of zeros is exact at any scale, except on a table without a zero, where only the least comes near.
+    idle = 1.0 if 0.0 in format.values else limits.tiny
+    scale = torch.where(scale > 0, scale.clamp(limits.tiny, limits.max), idle).float().double()
     return scale.flatten(1), zero_point[:, :, None].expand(-1, -1, clips.shape[1]).flatten(1)
 
 
 def _errors(rows: _SortedRows, format: Format, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Sum of squared errors [r, c] of every candidate; `scale` and `zero_point` [r, c].
 
-    Starts with all elements at the zero of the grid and moves those beyond each border outwards, so that the
+    Starts with all elements at the zero of the grid (or its least value from zero on)
+    and moves those beyond each border outwards, so that the
     differences stay about as small as the data.
     """
     levels = torch.tensor(format.values, dtype=torch.float64, device=scale.device)
     length = rows.values.shape[1]
-    error = rows.squares + zero_point * (length * zero_point - 2 * rows.prefix[:, -1:])
-    chunk = max(1, _CHUNK // (scale.shape[1] * len(levels)))
+    base = levels[levels >= 0][0]
+    start_at = zero_point + base * scale
+    error = rows.squares + start_at * (length * start_at - 2 * rows.prefix[:, -1:])
+    direct = len(levels) >= _MANY_VALUES and length < _SHORT * len(levels)
+    chunk = max(1, _VALUES // length if direct else _CHUNK // (scale.shape[1] * len(levels)))
     for start in range(0, scale.shape[0], chunk):
         part = slice(start, start + chunk)
         slots = (rows.values[part], rows.prefix[part], scale[part], zero_point[part])
-        error[part] -= _gain(*slots, levels[levels >= 0], upwards=True)
-        if format.min < 0 and format.min != -format.max:
-            error[part] -= _gain(*slots, levels[levels <= 0], upwards=False)
+        if len(levels) < _MANY_VALUES:
+            error[part] -= _gains(*slots, levels)
+            continue
+        columns = _worth_trying(*slots, levels, error[part])
+        given = (*slots[:2], scale[part][:, columns], zero_point[part][:, columns])
+        if direct:
+            kept = _direct_errors(given[0], *given[2:], format)
+        else:
+            kept = error[part][:, columns] - _gains(*given, levels)
+        error[part] = error[part].fill_(torch.inf).index_copy_(1, columns, kept)
     return error
+
+
+def _direct_errors(values: Tensor, scale: Tensor, zero_point: Tensor, format: Format) -> Tensor:
+    """Sum of squared errors [r, c] of rounding every one of the `values` [r, n] with every candidate [r, c]."""
+    errors = torch.empty_like(scale)
+    for column in range(scale.shape[1]):
+        step, shift = scale[:, column, None], zero_point[:, column, None]  # [r, 1]
+        rounded = rounding.round_((values - shift).div_(step), format)
+        errors[:, column] = rounded.mul_(step).add_(shift).sub_(values).square_().sum(dim=1)
+    return errors
+
+
+def _worth_trying(
+    values: Tensor, prefix: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor, start: Tensor
+) -> Tensor:
+    """Columns of candidates [c] that could be the best of some row: what they clip costs less than the widest one in all.
+
+    What lies beyond the grid's end m costs ``sum (x - m)^2``, which is at least ``(sum (x - m))^2 / n`` of these n elements.
+    """
+    last = scale.argmax(dim=1, keepdim=True)
+    widest, shift = scale.gather(1, last), zero_point.gather(1, last)
+    known = start.gather(1, last) - _gains(values, prefix, widest, shift, levels)  # [r, 1]
+    length, total = values.shape[1], prefix[:, -1:]
+    top, bottom = levels[-1] * scale + zero_point, levels[0] * scale + zero_point
+    below = torch.searchsorted(values, top)
+    above = (total - prefix.gather(1, below)) - (length - below) * top
+    clipped = above.square() / (length - below).clamp_min(1)
+    if levels[0] < 0 or bool((bottom > values[:, :1]).any()):
+        under = torch.searchsorted(values, bottom)
+        short = under * bottom - prefix.gather(1, under)
+        clipped += short.square() / under.clamp_min(1)
+    return (clipped <= known).any(dim=0).nonzero().squeeze(1)
+
+
+def _gains(values: Tensor, prefix: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor) -> Tensor:
+    """`_gain` on both sides of the grid's zero; one side where the grid is symmetric, whose `values` are magnitudes."""
+    saved = _gain(values, prefix, scale, zero_point, levels[levels >= 0], upwards=True)
+    if levels[0] < 0 and levels[0] != -levels[-1]:
+        saved = saved + _gain(
+            values, prefix, scale, zero_point, levels[levels <= levels[levels >= 0][0]], upwards=False
+        )
+    return saved
 
 
 def _gain(

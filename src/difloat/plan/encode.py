@@ -39,9 +39,13 @@ def plan_layer(
         ValueError: if shapes do not fit.
     """
     shapes = layer_tensor_shapes(weight.shape, parts)
-    if not weight.isfinite().all() or not all(bool((scale > 0).all()) for scale in weight_scales):
+    if not weight.isfinite().all() or not all(
+        bool(((scale != 0) if part.weight.format.levels else (scale > 0)).all() and scale.isfinite().all())
+        for part, scale in zip(parts, weight_scales, strict=True)
+    ):
         raise ValueError(
-            "weights must be finite and their scales positive, got NaN, Inf or a scale of 0; repair the weights"
+            "weights must be finite and their scales positive (of tables of either sign), got NaN, Inf or a scale of 0; "
+            "repair the weights"
         )
     zero_points = weight_zero_points or [torch.zeros(0)] * len(parts)
     columns = []

@@ -20,6 +20,7 @@ from difloat.numbers.search import (
     SHRUNK_FAR,
     ZERO_POINTS,
     Found,
+    coarse,
     search,
 )
 from difloat.plan import encode
@@ -76,12 +77,17 @@ class Rule:
         Unsigned formats with zero points are left out where the values lie about as far below zero as above (`asymmetry`).
         """
         if self.zero_points is None:
-            return search(rows, self.formats, clips=self.clips, snap=snapping(rows, self.scales))
+            clips, refine = coarse(self.clips, self.formats[0])
+            snap = snapping(rows, self.scales)
+            return search(rows, self.formats, clips=clips, refine=refine, snap=snap)
         signed = [f for f in self.formats if f.signed]
         unsigned = [f for f in self.formats if not f.signed]
         if signed and self.asymmetry and lopsidedness(rows) < self.asymmetry:
             unsigned = []
-        found = [search(rows, signed, clips=self.clips)] if signed else []
+        found = []
+        if signed:
+            clips, refine = coarse(self.clips, signed[0])
+            found.append(search(rows, signed, clips=clips, refine=refine))
         if unsigned:
             clips = self.unsigned_clips or self.clips
             offsets = _offsets(rows, self.zero_points) if self.asymmetry else self.zero_points

@@ -83,6 +83,10 @@ class QuantSpec:
 
 
 def _check_activation(spec: QuantSpec) -> None:
+    if spec.format.levels:
+        raise ValueError(
+            f"activation format must not be a table, got {spec.format.name}; tables are for weights"
+        )
     if spec.granularity == "channel":
         raise ValueError("activation granularity must be 'tensor', 'token' or 'group', got 'channel'")
     if spec.granularity == "group" and not spec.online:

@@ -31,11 +31,12 @@ from difloat.recipes import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the table: the function, its options, and one line for people who choose."""
+    """A row of the table: the function, its options, one line for people who choose, and whether it looks at data."""
 
     plan: Callable[[Task, Any], Outcome]
     options: type[Any]
     summary: str
+    needs_data: Callable[[Any, Bits], bool] = lambda options, bits: True
 
 
 RECIPES: dict[str, Recipe] = {
@@ -82,7 +83,7 @@ RECIPES: dict[str, Recipe] = {
         integer_transformers.QDiTOptions,
         "integers in groups, online activations per token and group (arXiv:2406.17343)",
     ),
-    "rtn": Recipe(rtn.rtn, rtn.NearestOptions, "rounding to nearest, floating point or integer, no learning"),
+    "rtn": Recipe(rtn.rtn, rtn.NearestOptions, rtn.SUMMARY, rtn.needs_data),
 }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from difloat.methods import post_training
-from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.numbers import formats
 from difloat.numbers.scale_grids import ScaleFormat
@@ -17,6 +17,8 @@ from difloat.numbers.search import CLIPS
 from difloat.plan.options import format_field
 from difloat.plan.rules import MIN_MAX, Rule, floating_point
 from difloat.plan.specs import Granularity
+
+SUMMARY = "rounding to nearest, floating point or integer, no learning; without data unless activation=static"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class NearestOptions:
         weight_format: Name of the format of weights at the width asked for; "" takes the one of `grid`.
         scale_format: Grid of weight scales: "float32", "e4m3" (times one float32 number per tensor, as NVFP4 stores them) or
             "e8m0" (powers of two, as MX formats do).
-        activation: "static" per tensor from calibration, or "online" per token.
+        activation: "online" per token, which needs no data, or "static" per tensor from calibration.
     """
 
     grid: Literal["fp", "int"] = "fp"
@@ -44,7 +46,12 @@ class NearestOptions:
     group_size: int = 128
     weight_format: str = format_field("")
     scale_format: ScaleFormat = "float32"
-    activation: Literal["static", "online"] = "static"
+    activation: Literal["online", "static"] = "online"
+
+
+def needs_data(options: NearestOptions, bits: Bits) -> bool:
+    """Only stored input ranges are searched on data."""
+    return bits.activation is not None and options.activation == "static"
 
 
 def rtn(task: Task, options: NearestOptions) -> Outcome:

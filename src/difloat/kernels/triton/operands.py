@@ -133,7 +133,9 @@ def choose(
         planes: Codes per word, a multiple of `least_planes`; 0 for the fewest.
     """
     planes = planes or least_planes(weight.bits)
-    if group_size % planes:
+    if (
+        group_size % planes or weight.levels
+    ):  # kernels take codes apart by their fields, which tables have not
         return None
     for kind in _preference(weight, activation, dtype, capability):
         formats = [weight] if activation is None else [weight, activation]

@@ -1,0 +1,22 @@
+"""What can be known of a model without running it, in the form of a `Trace`: for plans that need no data."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from difloat.layers import packed
+from difloat.methods.trace import Trace
+
+
+def structure(model: nn.Module) -> Trace:
+    """Layers in the order of the modules, and which of them stand at the edges; nothing is run.
+
+    At the edges is what a model has once, outside of all lists of blocks: embedders of the sample, the timestep and the text,
+    and the final projection, which is the last of them. All but that one count as `Trace.first`, since only a run would tell
+    which of them reads the sample. A model without lists of blocks has its first and its last layer there. Concatenations and
+    what is done with weights besides calling their layers stay unknown.
+    """
+    order = list(packed.quantizable(model))
+    inside = set(packed.inside_blocks(model))
+    edges = [name for name in order if name not in inside] if inside else [*order[:1], *order[-1:]]
+    return Trace(order=order, first=edges[:-1], last=edges[-1] if edges else "")
