@@ -335,7 +335,7 @@ def check_headers(plan: Plan, stored: Mapping[str, StoredTensor]) -> None:
             )
 
 
-def check_stored(name: str, layer: LayerPlan, values: Tensor) -> None:
+def check_stored(name: str, layer: LayerPlan | QuantizedLayer, values: Tensor) -> None:
     """Check the values of a stored tensor besides packed codes, called ``<layer>.<tensor>``.
 
     Raises:

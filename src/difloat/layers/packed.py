@@ -6,7 +6,6 @@ buffers: no tensor subclass, so offloading, deepcopy, `torch.compile` and PEFT t
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import replace as with_changes
 from typing import Any, Literal
@@ -65,9 +64,12 @@ class QuantizedLayer(HoldsPackedWeight):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> QuantizedLayer:
         """Also how a layer is copied and unpickled, so no way to get one passes by what waits for the first."""
-        with contextlib.suppress(IndexError):  # nothing waits, or another thread took it
-            while when_first_made:
-                when_first_made.pop()()
+        while when_first_made:
+            try:
+                setup = when_first_made.pop()
+            except IndexError:  # another thread took it
+                break
+            setup()
         return super().__new__(cls)
 
     def allocate(self, plan: LayerPlan, device: torch.device | str) -> None:
