@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from difloat.layers.packed import QuantizedLayer
 from difloat.plan import json_fields
 from difloat.plan.plan import PLAN_VERSION, LayerPlan, Plan
 from difloat.plan.specs import SIDE, AttentionPlan
