@@ -68,7 +68,9 @@ def test_planning_leaves_the_pipeline_alone_and_applying_changes_it() -> None:
 def test_unconditional_pipelines_need_no_prompts() -> None:
     pipeline = tiny_ddim()
     assert api.prompts_for(pipeline, None) is None
-    plan = difloat.plan(pipeline, "rtn", "w8a8", samples=8, steps=2, prompts_per_batch=2, progress=False)
+    plan = difloat.plan(
+        pipeline, "rtn", "w8a8", samples=8, steps=2, prompts_per_batch=2, progress=False, activation="static"
+    )
     assert plan.layers and plan.options["calibration_rows"] == 8
 
 
@@ -180,6 +182,7 @@ def test_a_loop_has_a_name_in_the_cache(tmp_path) -> None:
             samples=8,
             progress=False,
             cache_dir=tmp_path,
+            activation="static",
             **kwargs,
         )
         return plan.layers["inner.0"].tensors["input_scale"]
@@ -187,7 +190,7 @@ def test_a_loop_has_a_name_in_the_cache(tmp_path) -> None:
     for kwargs in ({}, {"cache_key": "mine"}):
         assert 50 < float(scales(scaled(1000.0), **kwargs) / scales(scaled(2.0), **kwargs))
     with pytest.raises(ValueError, match="must come with a plain module, got DDIMPipeline"):
-        difloat.plan(tiny_ddim(), "rtn", "w8a8", cache_key="mine")
+        difloat.plan(tiny_ddim(), "rtn", "w8a8", activation="static", cache_key="mine")
 
 
 def test_a_channels_last_model_learns_rounding_as_any_other() -> None:

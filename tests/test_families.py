@@ -323,10 +323,18 @@ def test_what_a_family_cannot_do_is_refused_in_a_sentence() -> None:
     skipping = {**SIZES, "steps": 4, "samples": 24}
     call = {**FAMILIES["sd3"].call, "skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}
     with pytest.raises(ValueError, match=r"must agree .* different values or structure of \['skip_layers'\]"):
-        difloat.plan(families.sd3(), "rtn", prompts=PROMPTS, progress=False, call_kwargs=call, **skipping)
+        difloat.plan(
+            families.sd3(),
+            "rtn",
+            activation="static",
+            prompts=PROMPTS,
+            progress=False,
+            call_kwargs=call,
+            **skipping,
+        )
     with pytest.raises(ValueError, match="DiTPipeline must be given no prompts"):
-        difloat.plan(families.dit(), "rtn", prompts=PROMPTS, progress=False, **SIZES)
+        difloat.plan(families.dit(), "rtn", activation="static", prompts=PROMPTS, progress=False, **SIZES)
     with pytest.raises(ValueError, match="'guidance_scale' must be None for LDMPipeline"):
-        difloat.plan(families.ldm(), "rtn", guidance_scale=2.0, progress=False, **SIZES)
+        difloat.plan(families.ldm(), "rtn", activation="static", guidance_scale=2.0, progress=False, **SIZES)
     with pytest.raises(ValueError, match="prompts of LDMPipeline must be None"):
         evaluate.generate(families.ldm(), PROMPTS, seeds=[1], steps=1, progress=False)

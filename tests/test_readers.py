@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import difloat
 from difloat.layers import dtype_readers, install, packed
 from difloat.layers.code_readers import Use
-from difloat.methods import readers, trace
+from difloat.methods import readers, structure, trace
 from difloat.plan.encode import dequantize
 
 
@@ -197,10 +197,17 @@ def test_a_class_without_source_is_seen_through_by_running_it(name: str) -> None
     code, expected = READERS[name]
     model = reader(code)
     assert not dtype_readers.kept(model)  # there is no code to look at
-    plan = difloat.plan(model, "rtn", "w8a16", forward_loop=loop, samples=4, progress=False)
+    plan = difloat.plan(model, "lbfp", "w8a16", forward_loop=loop, samples=4, progress=False)
     assert plan.skipped.keys() <= expected.keys()
     assert {name for name, use in expected.items() if use == "values"} <= plan.skipped.keys()
     assert agrees(model, plan)
+
+
+def test_a_class_without_source_is_left_alone_where_nothing_is_run() -> None:
+    model = nn.Sequential(reader(READERS["in a loop"][0]), nn.Linear(8, 8))
+    plan = difloat.plan(model, "rtn", "w8a8", progress=False)
+    assert plan.layers.keys() == {"1"}
+    assert {reason for name, reason in plan.skipped.items() if name.startswith("0.")} == {structure.UNREAD}
 
 
 def test_a_processor_that_is_handed_its_module_is_looked_into() -> None:

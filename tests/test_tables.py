@@ -11,6 +11,7 @@ from difloat.numbers.packing import pack, unpack
 from difloat.numbers.rounding import decode, encode, round_to
 from difloat.numbers.search import search
 from difloat.plan.specs import Part, QuantSpec
+from difloat.plan.weight import Inputs, PackedWeight, Weight
 
 NAMES = ("iq4nl", "t4g", "t3g", "t2g", "table(-90,-7,2,100,127)")
 
@@ -71,5 +72,6 @@ def test_backends_give_the_reference_with_scales_of_both_signs(name: str, backen
         if not backend.supports(part, (o, i), x):
             pytest.skip("this machine lacks the instructions")
         codes = torch.randint(0, len(table.levels), (o, i), generator=g).to(torch.uint8)
-        layer = (x, pack(codes, table.bits), torch.randn(o, generator=g), None, None, None, None, part)
+        piece = PackedWeight(pack(codes, table.bits), torch.randn(o, generator=g), None, part)
+        layer = (x, Weight(((piece,),)), Inputs(), None)
         torch.testing.assert_close(backend.linear(*layer), reference.linear(*layer), rtol=1e-5, atol=1e-3)

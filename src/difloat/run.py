@@ -57,10 +57,15 @@ def load_pipeline(source: str, **where: Any) -> Any:
     """The pipeline behind what a user names; `where` are further fields of `sources.Source`.
 
     Raises:
-        FileNotFoundError: there is nothing of that name, or it is no model.
+        FileNotFoundError: there is nothing of that name, or it is a component without its pipeline.
         ValueError: it does not load.
     """
-    return sources.load(sources.Source(source, **where))
+    found = sources.load(sources.Source(source, **where))
+    if isinstance(found, nn.Module):
+        raise FileNotFoundError(
+            f"source must hold model_index.json, got {source!r} without; it is one component, name its pipeline with --base"
+        )
+    return found
 
 
 def prompts_of(pipeline: Any, source: str, path: Path | None) -> list[str] | None:

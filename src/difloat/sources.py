@@ -182,7 +182,8 @@ def _hub_errors(name: str) -> Iterator[None]:
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise FileNotFoundError(
-            f"{name!r} must be a pipeline on the hub, but does not load ({reason}); check its name and the network"
+            f"{name!r} must be a pipeline on the hub, but does not load ({reason}); check its name and the network, or hf "
+            f"download {name} where there is one"
         ) from error
 
 
@@ -203,9 +204,9 @@ def _load_errors(name: str) -> Iterator[None]:
 def _from_directory(path: Path, source: Source, device: torch.device | str, **parts: Any) -> Any:
     from diffusers import DiffusionPipeline
 
-    dtypes = _dtypes(path, source.dtype, device)
     variant = source.variant or _variant_of(path)
     with _load_errors(source.name):
+        dtypes = _dtypes(path, source.dtype, device)
         return DiffusionPipeline.from_pretrained(path, variant=variant, **{dtype_argument(): dtypes}, **parts)
 
 
@@ -262,7 +263,8 @@ def _from_file(path: Path, source: Source, device: torch.device | str) -> Any:
     base = source.base or (repository if whole else None)
     if base is None:
         raise ValueError(
-            f"base must name the pipeline that {source.name!r}, a denoiser alone, belongs to (such as {repository}), got none"
+            f"base must name the pipeline that {source.name!r}, a denoiser alone, belongs to (such as {repository}), got none; "
+            "a LoRA goes to generate --lora"
         )
     index = _index_of(base, source)
     with _load_errors(source.name):

@@ -79,42 +79,44 @@ def quantize(
     overwrite: Overwrite = False,
 ) -> None:
     """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
-    from difloat import api, recipes, run
+    from difloat import api, run
     from difloat.calibration import collect
     from difloat.plan import target as targets
-    from difloat.plan.rules import Bits
 
     meet()
-    chosen = options_of(option or [])
-    made = recipes.make_options(recipes.lookup(recipe), chosen, bits)
-    needs_data = recipes.lookup(recipe).needs_data(made, Bits.parse(bits))
-    targets.check(target)
+    machine = targets.check(target)
+    chosen, needs_data = _asked(recipe, option or [], bits)
     _check_images(images)
-    where = {"base": base, "revision": revision, "variant": variant, "dtype": dtype}
-    if not needs_data and dtype == "auto":
-        where["dtype"] = "stored"  # nothing is computed
+    where = {"base": base, "revision": revision, "variant": variant}
+    where["dtype"] = "stored" if not needs_data and dtype == "auto" else dtype  # then nothing is computed
     with claimed(out, overwrite, cache, dry_run):
         pipeline = pipeline_of(source, **where)
         api.check_model(api.denoiser(pipeline))
         texts = run.prompts_of(pipeline, source, prompts)
         guidance, arguments = call_of(pipeline, source, guidance, call)
-        others = components.split(",") if components is not None else None
-        _check_parts(pipeline, exclude or [], others, bits)
-        settings = collect.CalibrationSettings(
-            samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
-        )
-        left_out = exclude or []
+        others, left_out = (components.split(",") if components is not None else None), exclude or []
+        _check_parts(pipeline, left_out, others, bits)
+        held = {"seed": seed, "memory_bytes": memory_mb << 20}
+        settings = collect.CalibrationSettings(samples, steps, guidance, **held)
         if needs_data or dry_run:
-            tables.announce(
-                pipeline, texts, settings, recipe, bits, chosen, arguments, left_out, table=dry_run
-            )
+            given = (texts, settings, recipe, bits, chosen, arguments, left_out)
+            tables.announce(pipeline, *given, table=dry_run)
         if dry_run:
             return
         count = _pictures(api.denoiser(pipeline), images)
         sampling = run.Sampling(texts, count, steps, guidance, _PICTURES, arguments)
-        everything = {"cache_dir": cache, "call_kwargs": arguments, "target": target, "exclude": left_out}
+        everything = {"cache_dir": cache, "call_kwargs": arguments, "target": machine, "exclude": left_out}
         everything |= {**vars(settings), **chosen, "components": others}
         _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
+
+
+def _asked(recipe: str, options: list[str], bits: str) -> tuple[dict[str, str], bool]:
+    """The recipe's options as the user wrote them, checked, and whether it looks at calibration data with them."""
+    from difloat import recipes
+    from difloat.plan.rules import Bits
+
+    chosen, row = options_of(options), recipes.lookup(recipe)
+    return chosen, row.needs_data(recipes.make_options(row, chosen, bits), Bits.parse(bits))
 
 
 def _pictures(module: Any, images: int | None) -> int:

@@ -71,6 +71,11 @@ def functions(cls: type) -> dict[str, tuple[FunctionType, ...]]:
     return found
 
 
+def readable(cls: type) -> bool:
+    """Whether there is source of what a module class does when it is called."""
+    return _tree(cls.forward) is not None
+
+
 @cache
 def _tree(function: FunctionType) -> ast.FunctionDef | None:
     try:

@@ -21,7 +21,7 @@ from difloat.layers.exclude import EXCLUDED, excluded, matches
 from difloat.methods import malloc_trim, readers, trace
 from difloat.methods.blockwise import learn_blocks
 from difloat.methods.input_search import search_inputs
-from difloat.methods.structure import structure
+from difloat.methods.structure import structure, unread
 from difloat.methods.task import LayerRules, Sequencing, Smoothing, Task
 from difloat.methods.trace import Trace
 from difloat.plan.encode import join_rows, join_variants
@@ -129,7 +129,7 @@ def _looked_at(task: Task, generator: torch.Generator) -> tuple[Trace, dict[str,
     """What two rows show, or the modules alone where there are no rows; and the layers that must stay, with the reason."""
     read = dtype_readers.kept(task.model)
     if not len(task.calibration):
-        return structure(task.model), read
+        return structure(task.model), unread(task.model) | read
     args, kwargs = call = task.calibration.batch(task.calibration.stratified(2, generator))
     seen = trace.trace(task.model, call)
     return seen, read | readers.kept(task.model, lambda: task.model(*args, **kwargs), seen.uses)

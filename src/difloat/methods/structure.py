@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from torch import nn
 
-from difloat.layers import packed
+from difloat.layers import code_readers, packed
 from difloat.methods.trace import Trace
+
+UNREAD = "code of the class around it cannot be read, and nothing was run"
+
+
+def unread(model: nn.Module) -> dict[str, str]:
+    """Layers of modules whose `forward` has no source to look at, with the reason: they may read the weights themselves."""
+    closed = [name for name, module in model.named_modules() if not code_readers.readable(type(module))]
+    return {
+        layer: UNREAD
+        for layer in packed.quantizable(model)
+        if any(not name or layer.startswith(f"{name}.") for name in closed)
+    }
 
 
 def structure(model: nn.Module) -> Trace:
