@@ -37,6 +37,20 @@ DType = Annotated[
         help="auto, stored, float32, bfloat16 or float16: what is computed in. CPUs do not compute float16.",
     ),
 ]
+RecipeName = Annotated[
+    str,
+    typer.Option(help="lbfp, fp4dit, msfp, mpqdm, guided, efficientdm, qdiffusion, viditq, qdit or rtn."),
+]
+Widths = Annotated[
+    str, typer.Option(help="Weight and activation bits, like w4a8; a16 leaves activations alone.")
+]
+MemoryMB = Annotated[
+    int, typer.Option(min=1, help="Calibration data held in RAM, in MB; the rest goes to disk.")
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Keeps calibration data and finished blocks: a killed run goes on from there."),
+]
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint that difloat quantize has written.")]
 Prompts = Annotated[
     Path | None, typer.Option(help="Text file, one prompt per line. Default: built-in prompts.")

@@ -13,6 +13,7 @@ from difloat.cli.app import app
 from difloat.cli.checkpoints import verify
 from difloat.cli.options import (
     Base,
+    Cache,
     Call,
     Components,
     DryRun,
@@ -20,8 +21,10 @@ from difloat.cli.options import (
     Exclude,
     Guidance,
     Images,
+    MemoryMB,
     Overwrite,
     Prompts,
+    RecipeName,
     Revision,
     Rows,
     Seed,
@@ -30,6 +33,7 @@ from difloat.cli.options import (
     Steps,
     Target,
     Variant,
+    Widths,
     call_of,
     claimed,
     meet,
@@ -46,25 +50,15 @@ _PICTURES = 4  # of a report drawn at once: more would take more memory than qua
 def quantize(
     source: Source,
     out: Annotated[Path, typer.Argument(help="Directory of the packed checkpoint and its report.")],
-    recipe: Annotated[
-        str,
-        typer.Option(help="lbfp, fp4dit, msfp, mpqdm, guided, efficientdm, qdiffusion, viditq, qdit or rtn."),
-    ] = "lbfp",
-    bits: Annotated[
-        str, typer.Option(help="Weight and activation bits, like w4a8; a16 leaves activations alone.")
-    ] = "w4a8",
+    recipe: RecipeName = "lbfp",
+    bits: Widths = "w4a8",
     prompts: Prompts = None,
     samples: Rows = 256,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
-    memory_mb: Annotated[
-        int, typer.Option(min=1, help="Calibration data held in RAM, in MB; the rest goes to disk.")
-    ] = 2048,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="Keeps calibration data and finished blocks: a killed run goes on from there."),
-    ] = None,
+    memory_mb: MemoryMB = 2048,
+    cache: Cache = None,
     option: Setting = None,
     exclude: Exclude = None,
     call: Call = None,
@@ -96,8 +90,9 @@ def quantize(
         guidance, arguments = call_of(pipeline, source, guidance, call)
         others, left_out = (components.split(",") if components is not None else None), exclude or []
         _check_parts(pipeline, left_out, others, bits)
-        held = {"seed": seed, "memory_bytes": memory_mb << 20}
-        settings = collect.CalibrationSettings(samples, steps, guidance, **held)
+        settings = collect.CalibrationSettings(
+            samples, steps, guidance, seed=seed, memory_bytes=memory_mb << 20
+        )
         if needs_data or dry_run:
             given = (texts, settings, recipe, bits, chosen, arguments, left_out)
             tables.announce(pipeline, *given, table=dry_run)
@@ -105,8 +100,8 @@ def quantize(
             return
         count = _pictures(api.denoiser(pipeline), images)
         sampling = run.Sampling(texts, count, steps, guidance, _PICTURES, arguments)
-        everything = {"cache_dir": cache, "call_kwargs": arguments, "target": machine, "exclude": left_out}
-        everything |= {**vars(settings), **chosen, "components": others}
+        everything: dict[str, Any] = {"cache_dir": cache, "call_kwargs": arguments, "target": machine}
+        everything |= {**vars(settings), **chosen, "components": others, "exclude": left_out}
         _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
 
 
@@ -187,9 +182,7 @@ def repair(
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
-    memory_mb: Annotated[
-        int, typer.Option(min=1, help="Calibration data held in RAM, in MB; the rest goes to disk.")
-    ] = 2048,
+    memory_mb: MemoryMB = 2048,
     cache: Annotated[
         Path | None, typer.Option(help="Keeps the run: a killed one goes on from there.")
     ] = None,

@@ -16,6 +16,8 @@ from functools import cache
 from types import FunctionType
 from typing import Any, Literal
 
+from torch import nn
+
 Path = tuple[str, ...]
 Use = Literal["dtype unless int8", "dtype", "values"]
 
@@ -71,9 +73,10 @@ def functions(cls: type) -> dict[str, tuple[FunctionType, ...]]:
     return found
 
 
-def readable(cls: type) -> bool:
+def readable(cls: type[nn.Module]) -> bool:
     """Whether there is source of what a module class does when it is called."""
-    return _tree(cls.forward) is not None
+    forward: Any = cls.forward
+    return _tree(forward) is not None
 
 
 @cache
