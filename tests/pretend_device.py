@@ -65,6 +65,10 @@ class PretendTensor(Tensor):
         """Refused, as on any accelerator."""
         raise TypeError(f"can't convert {NAME} device type tensor to numpy. Use Tensor.cpu() first")
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Its bytes; whoever saves compares their addresses, which accelerators have as well."""
+        return self.raw.untyped_storage()
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
@@ -96,7 +100,9 @@ def _unwrap(value: Any) -> Any:
 
 
 def _wrap(value: Any) -> Any:
-    return PretendTensor(value) if isinstance(value, Tensor) and not isinstance(value, PretendTensor) else value
+    return (
+        PretendTensor(value) if isinstance(value, Tensor) and not isinstance(value, PretendTensor) else value
+    )
 
 
 def _check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,14 +154,12 @@ class _Module:
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
     get_rng_state = staticmethod(lambda device=0: torch.zeros(1, dtype=torch.uint8))
     synchronize = staticmethod(lambda device=None: None)
-    seeds: list[int] = []
 
     def set_rng_state(self, state: Tensor, device: Any = 0) -> None: ...
 
     def manual_seed_all(self, seed: int) -> None: ...
 
-    def manual_seed(self, seed: int) -> None:
-        self.seeds.append(seed)
+    def manual_seed(self, seed: int) -> None: ...
 
 
 @functools.cache

@@ -178,8 +178,8 @@ def _take_groups(model: nn.Module, config: Any) -> Callable[[], object]:
         registry.remove_hook(name, recurse=True)
     model.to(config.offload_device)  # a group that was used last can still be where it computes
     names = ("offload_type", "num_blocks_per_group", "non_blocking", "record_stream", "low_cpu_mem_usage")
-    names += ("block_modules", "exclude_kwargs")
-    settings = {name: getattr(config, name) for name in names}
+    lists = ("block_modules", "exclude_kwargs")
+    settings = {name: getattr(config, name) for name in (*names, *lists)}
     settings |= {"use_stream": config.stream is not None}
     return lambda: apply_group_offloading(model, config.onload_device, config.offload_device, **settings)
 
@@ -197,7 +197,7 @@ def _uncast(model: nn.Module) -> Iterator[None]:
                 hook.deinitalize_hook = lambda module: (
                     module
                 )  # that of diffusers only says that precision was lost
-                part._diffusers_hook.remove_hook(_CASTING, recurse=False)
+                vars(part)["_diffusers_hook"].remove_hook(_CASTING, recurse=False)
                 del hook.deinitalize_hook
                 part.to(hook.compute_dtype)
         yield
