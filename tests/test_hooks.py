@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
 import types
 from collections.abc import Callable
 
@@ -24,7 +25,6 @@ from diffusers.hooks import (
     ModelHook,
     apply_group_offloading,
     apply_layer_skip,
-    apply_layerwise_casting,
 )
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
@@ -141,8 +141,8 @@ def test_caches_are_refused_and_disabled_ones_leave_nothing(name: str) -> None:
             flux_loop(model)
 
 
-def offload_groups(model: nn.Module, kind: str) -> None:
-    apply_group_offloading(model, CPU, CPU, offload_type=kind, num_blocks_per_group=1)
+def offload_groups(model: nn.Module, kind: str, **settings: object) -> None:
+    apply_group_offloading(model, CPU, CPU, offload_type=kind, num_blocks_per_group=1, **settings)
 
 
 class Twice(ModelHook):
@@ -153,24 +153,19 @@ class Twice(ModelHook):
 
 
 HELD: dict[str, tuple[Callable[[nn.Module], object], str]] = {
-    "groups of blocks": (
-        lambda m: offload_groups(m, "block_level"),
+    "groups on the disk": (
+        lambda m: offload_groups(m, "leaf_level", offload_to_disk_path=tempfile.mkdtemp()),
         "quantize it before enable_group_offload",
     ),
-    "groups of leaves": (
-        lambda m: offload_groups(m, "leaf_level"),
-        "quantize it before enable_group_offload",
+    "sequential from the disk": (
+        lambda m: accelerate.disk_offload(m, tempfile.mkdtemp(), CPU),
+        "got AlignDevicesHook of accelerate",
     ),
-    "sequential": (lambda m: accelerate.cpu_offload(m, CPU), "got AlignDevicesHook of accelerate"),
     "over several devices": (
         lambda m: accelerate.hooks.add_hook_to_module(
             m.transformer_blocks[0], accelerate.hooks.AlignDevicesHook(CPU)
         ),
         r"got AlignDevicesHook of accelerate at 'transformer_blocks\.0'",
-    ),
-    "casting by diffusers": (
-        lambda m: apply_layerwise_casting(m, torch.bfloat16, torch.float32),
-        "load it without layerwise casting",
     ),
     "casting by accelerate": (
         lambda m: accelerate.big_modeling.attach_layerwise_casting_hooks(m, torch.bfloat16, torch.float32),
@@ -202,10 +197,12 @@ def test_skipped_layers_are_refused() -> None:
 
 def test_text_encoders_are_looked_at_before_the_denoiser_runs() -> None:
     pipeline = tiny_pixart()
-    accelerate.cpu_offload(pipeline.text_encoder, CPU)
+    accelerate.big_modeling.attach_layerwise_casting_hooks(
+        pipeline.text_encoder, torch.bfloat16, torch.float32
+    )
     calls: list[int] = []
     pipeline.transformer.register_forward_pre_hook(lambda module, args: calls.append(1))
-    with pytest.raises(ValueError, match="got AlignDevicesHook of accelerate"):
+    with pytest.raises(ValueError, match="got LayerwiseCastingHook of accelerate"):
         difloat.plan(pipeline, "rtn", "w8a8", prompts=["a"], components=["transformer", "text_encoder"])
     assert not calls
 

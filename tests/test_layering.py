@@ -20,7 +20,7 @@ ORDER: tuple[set[str], ...] = (
     {"plan"},
     {"kernels"},
     {"layers"},
-    {"cache_entries", "distributed", "pipelines"},
+    {"cache_entries", "devices", "distributed", "pipelines"},
     {"calibration"},
     {"lora", "methods"},
     {"recipes"},

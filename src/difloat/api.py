@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import checkpoint, recipes, torch_modes
+from difloat import checkpoint, devices, recipes, torch_modes
 from difloat import components as parts
 from difloat.calibration import collect
 from difloat.calibration.collect import Calibration, CalibrationSettings
 from difloat.calibration.row_store import Shelf
 from difloat.checkpoint import mark_quantized, unmark_quantized
-from difloat.layers import hooks, install, packed
+from difloat.layers import hooks, install, offloading, packed
 from difloat.layers.exclude import excluded
 from difloat.lora import adapters
 from difloat.methods.post_training import Outcome, timestep_grid
@@ -61,6 +61,7 @@ def plan(
     target: str = "any",
     exclude: Sequence[str] = (),
     components: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
     **options: Any,
 ) -> Plan:
     """Decide how to quantize a model; the model is left untouched.
@@ -80,6 +81,7 @@ def plan(
         exclude: Names of layers or blocks, or patterns like ``*.to_q``, that stay as they are, whatever the recipe.
         components: What of a pipeline to quantize, like ["unet", "text_encoder", "vae=w8a8"]; all but the denoiser without
             data (`components.parse`). None: the denoiser only.
+        device: Where the model is put, stays and computes, see `devices.resolve`; None: where it is, or is offloaded from.
         **options: Fields of `CalibrationSettings` (`samples`, `steps`, `guidance_scale`, `seed`, `memory_bytes`, ...) and of
             the recipe's options.
 
@@ -96,15 +98,16 @@ def plan(
     others = parts.parse(model, components, bits, target)
     wanted = CalibrationSettings(**settings)
     source: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "call_kwargs": call_kwargs}
-    kept: dict[str, Any] = {"cache_dir": cache_dir, "cache_key": cache_key, "progress": progress}
+    source |= {"cache_dir": cache_dir, "cache_key": cache_key, "progress": progress, "device": device}
     needed = row.needs_data(chosen, parsed)
-    data = calibrate(model, **source, **kept, **settings) if needed else _no_rows(model)
-    task = task_of(model, data, parsed)
-    task = replace(task, work_dir=None if cache_dir is None else Path(cache_dir), seed=wanted.seed)
-    task = replace(
-        task, progress=progress, memory_bytes=wanted.memory_bytes, target=machine, exclude=tuple(exclude)
-    )
-    return parts.with_components(plan_calibrated(task, recipe, bits, own), model, others, progress)
+    data = calibrate(model, **source, **settings) if needed else _no_rows(model, device)
+    with offloading.lifted(denoiser(model), onload=True):
+        task = task_of(model, data, parsed)
+        task = replace(task, work_dir=None if cache_dir is None else Path(cache_dir), seed=wanted.seed)
+        task = replace(task, progress=progress, memory_bytes=wanted.memory_bytes)
+        task = replace(task, target=machine, exclude=tuple(exclude))
+        decided = plan_calibrated(task, recipe, bits, own)
+    return parts.with_components(decided, model, others, progress)
 
 
 def repair(
@@ -121,6 +124,7 @@ def repair(
     cache_key: str | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
     **settings: Any,
 ) -> Plan:
     """Fine-tune what a plan of any recipe made of a model: one adapter per layer, merged before rounding, and input ranges.
@@ -139,6 +143,7 @@ def repair(
         cache_key: Likewise.
         progress: Likewise.
         call_kwargs: Likewise.
+        device: Likewise.
         **settings: Fields of `CalibrationSettings`.
 
     Returns:
@@ -151,19 +156,16 @@ def repair(
     training = TrainingSettings(epochs, guidance_weight=guidance_weight)
     _check_repairable(model, plan, epochs, rank)
     _check_sampler(model, float(dfa), "repair must be told dfa=False")
-    source: dict[str, Any] = {
-        "prompts": prompts,
-        "forward_loop": forward_loop,
-        "cache_dir": cache_dir,
-        "cache_key": cache_key,
-    }
+    source: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "device": device}
+    source |= {"cache_dir": cache_dir, "cache_key": cache_key}
     data = calibrate(model, **source, progress=progress, call_kwargs=call_kwargs, **settings)
     wanted, work_dir = CalibrationSettings(**settings), None if cache_dir is None else Path(cache_dir)
-    task = replace(task_of(model, data, Bits.parse(plan.bits)), seed=wanted.seed, progress=progress)
-    task = replace(task, work_dir=work_dir, memory_bytes=wanted.memory_bytes)
-    training = replace(training, guidance_weight=(weight := guidance_to_keep(guidance_weight, task)))
-    weights = loss_weights(task, 2.0 if dfa else 0.0)
-    tuned = tune(task, _start(plan, task), Tuning(training, 1, rank, weights, _of_8_bits(plan)))
+    with offloading.lifted(denoiser(model), onload=True):
+        task = replace(task_of(model, data, Bits.parse(plan.bits)), seed=wanted.seed, progress=progress)
+        task = replace(task, work_dir=work_dir, memory_bytes=wanted.memory_bytes)
+        training = replace(training, guidance_weight=(weight := guidance_to_keep(guidance_weight, task)))
+        weights = loss_weights(task, 2.0 if dfa else 0.0)
+        tuned = tune(task, _start(plan, task), Tuning(training, 1, rank, weights, _of_8_bits(plan)))
     used = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": weight, "seed": wanted.seed}
     trained = replace(plan, layers=tuned.layers, timesteps=tuned.timesteps, measured=tuned.measured)
     return replace(trained, options={**plan.options, "repair": used})
@@ -215,7 +217,8 @@ def _check_repairable(model: Any, plan: Plan, epochs: int, rank: int) -> None:
             )
     for module, own in parts.models(model, denoiser(model), plan):
         adapters.refuse(module, "quantized")
-        install.check(module, own)
+        with offloading.lifted(module):
+            install.check(module, own)
 
 
 def _start(plan: Plan, task: Task) -> Outcome:
@@ -269,10 +272,11 @@ def calibrate(
     cache_key: str | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
     **settings: Any,
 ) -> Calibration:
     """The denoiser's inputs along its own trajectories; arguments as for `plan`."""
-    module = denoiser(model)
+    module = denoiser(devices.move(model, device))
     check_model(module)
     wanted = CalibrationSettings(**settings)
     if model is not module:
@@ -294,9 +298,9 @@ def calibrate(
     )
 
 
-def _no_rows(model: Any) -> Calibration:
+def _no_rows(model: Any, device: torch.device | str | None) -> Calibration:
     """For a recipe that looks at no data: the denoiser is not called."""
-    module = denoiser(model)
+    module = denoiser(devices.move(model, device))
     check_model(module)
     return Calibration([], Shelf(None, 0, {}), next(module.parameters()).device)
 
@@ -310,7 +314,12 @@ def check_model(module: nn.Module) -> None:
     """Refuse models, and modes of torch, that cannot be quantized (in) before any work is done."""
     torch_modes.check_defaults()
     adapters.refuse(module, "quantized")
-    hooks.check(module)
+    with offloading.lifted(module):
+        hooks.check(module)
+        _check_layers(module)
+
+
+def _check_layers(module: nn.Module) -> None:
     found = packed.quantizable(module)
     if not found:
         raise ValueError(
@@ -332,9 +341,11 @@ def apply(model: Any, plan: Plan) -> Any:
     work = parts.models(model, denoiser(model), plan)
     for module, own in work:
         adapters.refuse(module, "quantized")
-        install.check(module, own)
+        with offloading.lifted(module):
+            install.check(module, own)
     for module, own in work:
-        install.apply(module, own)
+        with offloading.lifted(module):
+            install.apply(module, own)
         mark_quantized(module, own)
     return model
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from difloat.checkpoint import data_free
 from difloat.checkpoint.data_free import Settings
-from difloat.layers import hooks
+from difloat.layers import hooks, offloading
 from difloat.pipelines import denoiser_of
 from difloat.plan.plan import Plan
 
@@ -44,17 +44,18 @@ def parse(pipeline: Any, wanted: Sequence[str] | None, bits: str, target: str = 
         if name not in models or (name == denoiser and own_bits):
             raise ValueError(f"components must be among {', '.join(models)}, got {entry!r}")
         if name != denoiser:
-            hooks.check(pipeline.components[name])
+            with offloading.lifted(pipeline.components[name]):
+                hooks.check(pipeline.components[name])
             found[name] = data_free.settings({"bits": own_bits or bits, "target": target})
     return found
 
 
 def with_components(plan: Plan, pipeline: Any, wanted: dict[str, Settings], progress: bool) -> Plan:
     """The denoiser's plan with those of the other components."""
-    plans = {
-        name: data_free.plan(getattr(pipeline, name), settings, progress=progress)
-        for name, settings in wanted.items()
-    }
+    plans = {}
+    for name, settings in wanted.items():
+        with offloading.lifted(getattr(pipeline, name), onload=True):
+            plans[name] = data_free.plan(getattr(pipeline, name), settings, progress=progress)
     return replace(plan, components=plans)
 
 

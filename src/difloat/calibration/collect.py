@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from difloat import distributed, torch_modes
+from difloat import devices, distributed, torch_modes
 from difloat.calibration import loop_identity
 from difloat.calibration.clean_latents import LastCall, clean_calls
 from difloat.calibration.mergeable import check_mergeable
 from difloat.calibration.row_store import Recorded, Shelf, open_shelf, record_shards
-from difloat.calibration.rows import Recorder, Row, device_of, merge, recording, stratified_indices
+from difloat.calibration.rows import Recorder, Row, merge, recording, stratified_indices
 from difloat.calibration.sampler_runs import MOST_SEED, Sampling, weights_summary
 from difloat.calibration.trajectory import conditional_part, rows_before, rows_beside
 from difloat.pipelines import denoiser_of, load_prompts, quiet
@@ -322,10 +322,10 @@ def collect_from_loop(
         "samples": settings.samples,
         "seed": settings.seed,
     }
-    distributed.join(device_of(module))
+    distributed.join(devices.home(module))
     shelf = open_shelf(cache_dir, settings.memory_bytes, request)
     _collect_loop(module, forward_loop, settings, shelf, progress)
-    return _finish(module, shelf, settings, device_of(module))
+    return _finish(module, shelf, settings, devices.home(module))
 
 
 def _collect_loop(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from difloat import devices
 from difloat.calibration.batch_axis import (
     SHARED_NAMES,
     cut,
@@ -39,7 +40,6 @@ __all__ = [
     "Recorder",
     "Row",
     "content_hash",
-    "device_of",
     "first_tensor",
     "merge",
     "recording",
@@ -278,24 +278,12 @@ def _encoded(
     return json.dumps({"positional": positional, "per_row": per_row, "arguments": nodes}), leaves, per_row
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Device of the module's first parameter; the CPU if it has none or they are offloaded."""
-    parameter = next(module.parameters(), None)
-    return torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
-
-
 @contextmanager
 def recording(module: nn.Module, hook: Callable[..., None], seed: int) -> Iterator[None]:
     """Show the module's calls to `hook`, without gradients, torch's random state seeded inside and restored after."""
-    device = device_of(module)
-    cuda_devices = [device] if device.type == "cuda" else []
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices):
-            torch.default_generator.manual_seed(seed)
-            for cuda_device in cuda_devices:
-                with torch.cuda.device(cuda_device):
-                    torch.cuda.manual_seed(seed)
+        with torch.no_grad(), devices.seeded(devices.home(module), seed):
             yield
     finally:
         handle.remove()

@@ -11,7 +11,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from difloat.calibration.rows import content_hash, device_of
+from difloat import devices
+from difloat.calibration.rows import content_hash
 from difloat.pipelines import (
     call,
     check_call,
@@ -72,7 +73,7 @@ class Sampling:
     ) -> None:
         """Check what is given against the pipeline's call."""
         _, self.denoiser = denoiser_of(pipeline)
-        self.device = getattr(pipeline, "_execution_device", device_of(self.denoiser))
+        self.device = devices.home(pipeline)
         self._pipeline = pipeline
         self._batch = batch
         self._seed = seed

@@ -38,7 +38,7 @@ from difloat.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from difloat.checkpoint.plain_modules import load_into, write_module
 from difloat.checkpoint.remote_code import INDEX as PIPELINE_INDEX
 from difloat.checkpoint.remote_code import write_loaders
-from difloat.layers import attention
+from difloat.layers import attention, offloading
 from difloat.layers.install import clock_of
 from difloat.layers.packed import QuantizedLayer
 from difloat.plan.plan import LayerPlan, Plan
@@ -148,7 +148,13 @@ def save(
         CheckpointError: if a model is not what its config builds (fused projections, adapters, modules added later), the
             directory is in use for something else, another run is at work on it, or the disk is full; nothing is left behind.
     """
-    target = resolved(directory)
+    with offloading.all_lifted(pipeline_or_module):
+        return _save(pipeline_or_module, resolved(directory), overwrite, max_shard_bytes, remote_code)
+
+
+def _save(
+    pipeline_or_module: Any, target: Path, overwrite: bool, max_shard_bytes: int | None, remote_code: bool
+) -> Path:
     quantized = _quantized(pipeline_or_module)
     if remote_code and not hasattr(pipeline_or_module, "save_pretrained"):
         raise ValueError("remote_code must be False for a plain module, got True; no library builds it")

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat import distributed
-from difloat.calibration.rows import device_of
+from difloat import devices, distributed
 from difloat.evaluation.picture_metrics import NotFiniteError
 from difloat.pipelines import (
     call,
@@ -92,7 +91,7 @@ def generate(
         raise ValueError(f"seeds and batch_size must be at least 1, got {len(seeds)} and {batch_size}.")
     inputs, arguments = _call_arguments(pipeline, prompts, seeds, steps, guidance_scale, call_kwargs or {})
     batches = [range(n, min(n + batch_size, len(seeds))) for n in range(0, len(seeds), batch_size)]
-    distributed.join(device_of(denoiser_of(pipeline)[1]))
+    distributed.join(devices.home(pipeline))
     drawn: list[Generated] = []
     start = time.perf_counter()
     shown = progress and distributed.is_main()

@@ -8,11 +8,11 @@ and kept, left out or refused.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from difloat.layers import offloading
 from difloat.layers.quantizable import quantizable
 from difloat.layers.timestep_clock import Clock
 
@@ -45,13 +45,13 @@ def check(model: nn.Module) -> None:
     layers = quantizable(model)
     for name, module in model.named_modules():
         where = f"{name!r}" if name else "the model itself"
-        for hook in _of_diffusers(module):
+        for hook in offloading.of_diffusers(module).values():
             kind = type(hook).__name__
             raise ValueError(
                 f"model must be free of diffusers' hooks to be quantized, got {kind} at {where}; "
                 f"{_REMEDIES.get(kind, 'call disable_cache(), or remove the hook, and enable it again afterwards')}"
             )
-        for hook in _of_accelerate(module):
+        for hook in offloading.of_accelerate(module):
             if not _harmless(hook, model is module):
                 raise ValueError(
                     f"model must hold its weights itself to be quantized, got {type(hook).__name__} of accelerate at "
@@ -109,16 +109,6 @@ def hand_over(old: nn.Module, new: nn.Module) -> None:
     """Let torch's hooks of a layer go on with the one that takes its place; their handles still remove them."""
     for name in _CARRIED:
         setattr(new, name, getattr(old, name))
-
-
-def _of_diffusers(module: nn.Module) -> Iterator[Any]:
-    registry = vars(module).get("_diffusers_hook")
-    yield from () if registry is None else registry.hooks.values()
-
-
-def _of_accelerate(module: nn.Module) -> Iterator[Any]:
-    hook = vars(module).get("_hf_hook")
-    yield from () if hook is None else getattr(hook, "hooks", [hook])
 
 
 def _harmless(hook: Any, at_top: bool) -> bool:

@@ -52,11 +52,11 @@ def _pieces(plan: LayerPlan, x: Tensor) -> Sequence[Tensor]:
 
 def _sample(x: Tensor, generator: torch.Generator) -> Tensor:
     """A row [1, n] of values of `x`, its smallest and largest among them."""
-    flat = x.float().reshape(-1).cpu()
+    flat = x.detach().reshape(-1)
     if flat.numel() <= _SAMPLES:
-        return flat[None]
-    chosen = torch.randint(flat.numel(), (_SAMPLES - 2,), generator=generator)
-    return torch.cat([flat[chosen], flat.min()[None], flat.max()[None]])[None]
+        return flat.float()[None]
+    chosen = torch.randint(flat.numel(), (_SAMPLES - 2,), generator=generator).to(flat.device)
+    return torch.cat([flat[chosen], *(end[None] for end in flat.aminmax())]).float()[None]
 
 
 def search_inputs(

@@ -194,9 +194,9 @@ def _allocate(
     held = _held_inputs(task, names, calls)
     for name, inputs in tqdm(held, desc="choose widths", total=len(names), disable=not task.progress):
         weight = packed.weight_of(task.model, name).detach().float()
-        scale, smoothing = torch.ones(weight.shape[1]), None
+        scale, smoothing = torch.ones(weight.shape[1], device=weight.device), None
         if name in largest and largest[name].numel() == len(scale):  # grouped convolutions read more channels
-            scale = input_scale(largest[name].cpu(), weight.cpu())
+            scale = input_scale(largest[name].to(weight.device), weight)
             smoothing = Smoothing((1 / scale)[None])
         if bits >= _MOST_BITS:
             found[name] = Allocation(None, smoothing, bits, 0, 1.0)

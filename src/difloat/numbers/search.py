@@ -245,10 +245,10 @@ class _SortedRows:
 
 def _sort(rows: Tensor, low: Tensor, high: Tensor) -> _SortedRows:
     rows = rows.contiguous()
-    if rows.is_cuda:
-        values = rows.sort(dim=1).values.double()
-    else:  # numpy sorts float32 several times faster than torch
+    if rows.device.type == "cpu":  # numpy sorts float32 several times faster than torch
         values = torch.from_numpy(np.sort(rows.numpy(), axis=1)).double()
+    else:
+        values = rows.sort(dim=1).values.double()
     prefix = values.new_zeros(values.shape[0], values.shape[1] + 1)
     torch.cumsum(values, dim=1, out=prefix[:, 1:])
     return _SortedRows(values, prefix, values.square().sum(dim=1, keepdim=True), low, high)

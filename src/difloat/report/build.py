@@ -119,7 +119,7 @@ def worst_histograms(
         scale = float(layer.tensors["weight_scale"][0])
         zero = float(layer.tensors["weight_zero_point"][0]) if part.weight.zero_point else 0.0
         grid = [value * scale + zero for value in part.weight.format.values]
-        counts, edges = np.histogram(weight.numpy().ravel(), bins=_HISTOGRAM_BINS)
+        counts, edges = np.histogram(weight.cpu().numpy().ravel(), bins=_HISTOGRAM_BINS)
         result.append(Histogram(row.name, edges.tolist(), counts.astype(float).tolist(), grid, "weight"))
     return result
 
@@ -305,7 +305,7 @@ def read(directory: Path) -> tuple[Record, np.ndarray, np.ndarray]:
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Pictures [n, 3, h, w] in 0..1 as uint8 [n, h, w, 3]."""
-    return images.mul(255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return images.mul(255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def no_pictures() -> np.ndarray:

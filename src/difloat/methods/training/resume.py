@@ -32,6 +32,11 @@ class Kept:
         self, task: Task, student: Student, optimizer: Any, scaler: Any, made_of: Mapping[str, Any]
     ) -> None:
         """For a run that trains `student` with `optimizer` and `scaler` of losses; nothing is kept without a `work_dir`."""
+        self.student, self.optimizer, self.scaler = student, optimizer, scaler
+        self.saved = time.monotonic()
+        self.path = None
+        if task.work_dir is None:
+            return
         twins = [twin for twin in student.twins if isinstance(twin, Adaptive)]
         facts = {
             **made_of,
@@ -47,11 +52,8 @@ class Kept:
             "layers": [twin.plan.to_json() for twin in twins],
             "starts": [_hashes({**twin.plan.tensors, "base": twin.base}) for twin in twins],
         }
-        self.student, self.optimizer, self.scaler = student, optimizer, scaler
         name = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
-        folder = task.work_dir
-        self.path = None if folder is None else folder / f"fine-tuning-{name}.safetensors"
-        self.saved = time.monotonic()
+        self.path = task.work_dir / f"fine-tuning-{name}.safetensors"
 
     def _tensors(self) -> dict[str, Tensor]:
         named = dict(self.student.named_parameters())

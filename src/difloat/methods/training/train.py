@@ -223,7 +223,7 @@ def _train(
                         scaler.update()
                     optimizer.zero_grad()
                 loss = loss + part_loss.detach().cpu() / settings.accumulation
-            losses.append(float(accelerator.reduce(loss.to(accelerator.device), "mean")))
+            losses.append(float(_mean(loss, accelerator)))
             _check_loss(losses)
             done = _done(losses, len(data.grid), settings)
             bar.update()
@@ -236,9 +236,17 @@ def _train(
 
 def _scaler(task: Task, accelerator: Any) -> Any:
     """Scales losses where gradients pass a float16 denoiser that no mixed precision of `accelerate` scales them for."""
-    device = accelerator.device.type
+    device = next(task.model.parameters()).device.type
     halves = any(parameter.dtype == torch.float16 for parameter in task.model.parameters())
     return torch.amp.GradScaler(device, enabled=halves and accelerator.scaler is None)
+
+
+def _mean(loss: Tensor, accelerator: Any) -> Tensor:
+    """Over the processes; one alone leaves the number where it is."""
+    if accelerator.num_processes == 1:
+        return loss
+    mean: Tensor = accelerator.reduce(loss.to(accelerator.device), "mean")
+    return mean
 
 
 def _check_loss(losses: list[float]) -> None:
