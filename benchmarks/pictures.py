@@ -60,7 +60,10 @@ STRIPS = {
         PROMPTS[:4],
         {
             "LBFP w4a8, FP4": ("lbfp", {"iterations": 80, "rounding_rows": 96}),
-            "rounding to nearest w4a8, INT4": ("rtn", {"grid": "int", "scale": "minmax", "keep_8bit": ()}),
+            "rounding to nearest w4a8, INT4": (
+                "rtn",
+                {"grid": "int", "scale": "minmax", "keep_8bit": (), "activation": "static"},
+            ),
         },
     ),
     "w2a4": Strip(
@@ -71,7 +74,10 @@ STRIPS = {
         {
             "MPQ-DM w2a4": ("mpqdm", {"epochs": 20}),
             "EfficientDM w2a4": ("efficientdm", {"epochs": 20}),
-            "rounding to nearest w2a4, first and last layer at 8 bits": ("rtn", {"grid": "int"}),
+            "rounding to nearest w2a4, first and last layer at 8 bits": (
+                "rtn",
+                {"grid": "int", "activation": "static"},
+            ),
         },
     ),
     "w2a4-pixart": Strip(
@@ -83,7 +89,10 @@ STRIPS = {
             "guided w2a4": ("guided", {}),
             "MPQ-DM w2a4": ("mpqdm", {"epochs": 20}),
             "EfficientDM w2a4": ("efficientdm", {"epochs": 20}),
-            "rounding to nearest w2a4, first and last layer at 8 bits": ("rtn", {"grid": "int"}),
+            "rounding to nearest w2a4, first and last layer at 8 bits": (
+                "rtn",
+                {"grid": "int", "activation": "static"},
+            ),
         },
     ),
 }

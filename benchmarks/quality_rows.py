@@ -42,7 +42,7 @@ def against(bits: str, count: int = 1, budget: dict[str, Any] = EPOCHS) -> list[
         *seeds(f"{bits.upper()} MPQ-DM", "mpqdm", bits, budget, count),
         *seeds(f"{bits.upper()} EfficientDM", "efficientdm", bits, budget, count),
         *seeds(f"{bits.upper()} MSFP, one adapter", "msfp", bits, {**budget, "adapters": 1}, count),
-        Row(f"{bits.upper()} nearest", "rtn", bits, {"grid": "int"}),
+        Row(f"{bits.upper()} nearest", "rtn", bits, {"grid": "int", "activation": "static"}),
     ]
 
 

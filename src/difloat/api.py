@@ -102,10 +102,9 @@ def plan(
     needed = row.needs_data(chosen, parsed)
     data = calibrate(model, **source, **settings) if needed else _no_rows(model, device)
     with offloading.lifted(denoiser(model), onload=True):
-        task = task_of(model, data, parsed)
-        task = replace(task, work_dir=None if cache_dir is None else Path(cache_dir), seed=wanted.seed)
-        task = replace(task, progress=progress, memory_bytes=wanted.memory_bytes)
-        task = replace(task, target=machine, exclude=tuple(exclude))
+        task = replace(task_of(model, data, parsed), seed=wanted.seed, progress=progress, target=machine)
+        task = replace(task, work_dir=None if cache_dir is None else Path(cache_dir))
+        task = replace(task, memory_bytes=wanted.memory_bytes, exclude=tuple(exclude))
         decided = plan_calibrated(task, recipe, bits, own)
     return parts.with_components(decided, model, others, progress)
 
