@@ -52,7 +52,7 @@ class Denoiser(nn.Module):
 torch.manual_seed(0)
 result = {}
 mixed = {"epochs": 1, "rank": 1, "relation": "off", "keep_8bit": (), "ranges_by_timestep": False}
-for name, recipe, options in (("plain", "rtn", {"keep_8bit": ()}), ("mixed", "mpqdm", mixed)):
+for name, recipe, options in (("plain", "rtn", {"keep_8bit": (), "activation": "static"}), ("mixed", "mpqdm", mixed)):
     model = Denoiser()
     loop = lambda m: [m(torch.randn(2, 64, 8, 8), torch.tensor([float(t)] * 2)) for t in (900, 500, 100)]
     try:
