@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from difloat.kernels import dispatch, native_library
 from difloat.layers import install
 from difloat.layers.packed import QuantizedLayer
+from difloat.numbers.formats import parse
+from difloat.plan.specs import QuantSpec
 from mixed_rows import STATIC, TOKEN, mixed, spec_of
 
 pytestmark = pytest.mark.skipif(
@@ -97,6 +99,20 @@ def test_prepared_calls_are_the_operators_bit_for_bit(kernel, several, activatio
                 assert torch.equal(got, expected) and got.dtype == dtype
                 assert got.stride() == expected.stride() or not tokens
     assert layer._prepared
+
+
+@pytest.mark.parametrize("kernel", [None, 3])
+def test_a_backend_without_a_prepared_call_is_called_past_the_dispatcher(kernel, generator) -> None:
+    """Inputs in FP8, which no integer product computes."""
+    layer = layer_of(kernel, False, generator, QuantSpec(parse("e4m3"), "token", online=True))
+    x = input_of(layer, generator)
+    with torch.no_grad():
+        out = layer(x)
+        (kept,) = layer._prepared.values()
+        assert kept.call is None and kept.direct is not None
+        assert torch.equal(out, general(layer, x)) and torch.equal(layer(x), out)
+        with pytest.raises(ValueError, match="must have 12 channels"):
+            layer(x[..., :-1] if kernel is None else x[:, :-1])
 
 
 def _swap(layer: QuantizedLayer, other: QuantizedLayer) -> None:

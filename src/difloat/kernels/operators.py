@@ -93,10 +93,11 @@ def _linear(
     """See `reference.linear`; the tensors as `_lists` makes them, `branch` the pair or nothing."""
     weight, inputs = _weight(codes, scales, vectors, row_band, parts)
     pair = Branch(*branch) if branch else None
-    return _run_linear(x, Weight(weight.columns, row_band, pair, weight.texts), inputs, bias)
+    return run_linear(x, Weight(weight.columns, row_band, pair, weight.texts), inputs, bias)
 
 
-def _run_linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
+def run_linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
+    """Like `run_conv2d`, with the branch where there is one."""
     checks.linear(x, weight, inputs, bias)
     module = dispatch.choose_for(weight, x)
     branch = weight.branch
@@ -136,10 +137,11 @@ def _conv2d(
 ) -> Tensor:
     """See `reference.conv2d`; the tensors as `_lists` makes them. Channels last if the input or the packed weight is."""
     weight, inputs = _weight(codes, scales, vectors, row_band, parts)
-    return _run_conv2d(x, weight, inputs, bias, geometry_of(geometry))
+    return run_conv2d(x, weight, inputs, bias, geometry_of(geometry))
 
 
-def _run_conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
+def run_conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """The checked product by the chosen backend, past torch's dispatcher: no gradients, no compiler, no tracer see it."""
     checks.conv2d(x, weight, inputs, bias, geometry)
     result: Tensor = dispatch.choose_for(weight, x).conv2d(x, weight, inputs, bias, geometry)
     return result.contiguous(memory_format=_layout(x, [piece.codes for piece in weight.bands]))
@@ -276,7 +278,7 @@ def linear(x: Tensor, weight: Weight, inputs: Sequence[Inputs], bias: Tensor | N
     apart = branch is not None and (len(weight.columns) > 1 or (through and torch.is_grad_enabled()))
     if branch is not None and not apart:
         if not through:
-            return _run_linear(x, weight, inputs[0], bias)
+            return run_linear(x, weight, inputs[0], bias)
         lists = _lists(weight, inputs[0])
         pair = [branch.down, branch.up]
         return torch.ops.difloat.linear(x, *lists, weight.row_band, bias, pair, weight.text)
@@ -287,7 +289,7 @@ def linear(x: Tensor, weight: Weight, inputs: Sequence[Inputs], bias: Tensor | N
             lists = _lists(part, stored)
             term = torch.ops.difloat.linear(piece, *lists, part.row_band, shift, [], part.text)
         else:
-            term = _run_linear(piece, part, stored, shift)
+            term = run_linear(piece, part, stored, shift)
         terms.append(term)
     out = sum(terms[1:], terms[0])
     return out if branch is None else out + branch_product(x, branch.down, branch.up)
@@ -308,7 +310,7 @@ def conv2d(
                 piece, *lists, part.row_band, shift, geometry.numbers(), part.text
             )
         else:
-            term = _run_conv2d(piece, part, stored, shift, geometry)
+            term = run_conv2d(piece, part, stored, shift, geometry)
         terms.append(term)
     return sum(terms[1:], terms[0])
 

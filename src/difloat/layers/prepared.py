@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_right
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +40,8 @@ class Prepared:
     """What a call of one layer needs.
 
     Attributes:
-        call: Computes it; None where the general way is taken.
+        call: Computes it; None where it is computed another way.
+        direct: The backend that does it past torch's dispatcher; None for the general way.
         epoch: Of the choice of backends (`dispatch.epoch`).
         held: Of every stored tensor whether it is a parameter, its name, a reference that keeps nothing alive, its address.
         bias: Whether there was one.
@@ -47,6 +49,7 @@ class Prepared:
     """
 
     call: native_prepared.Call | None
+    direct: ModuleType | None
     epoch: int
     held: tuple[tuple[bool, str, Any, int], ...]
     bias: bool
@@ -88,11 +91,21 @@ def computed(layer: QuantLinear | QuantConv2d, x: Tensor, axis: int) -> Tensor |
         if len(kept) >= _MOST_KEPT:
             kept.clear()
         kept[key] = prepared = prepare(layer, x)
-    if prepared.call is None:
+    direct = prepared.direct
+    if prepared.call is None and direct is None:
         return None
     if layer.smoothed:
         factor = buffers["input_factor"].to(x.dtype)  # type: ignore[union-attr]
         x = x * (factor if axis == -1 else factor.reshape(-1, 1, 1))
+    if prepared.call is None and direct is not None:
+        weight, (inputs,) = layer.packed_weight()
+        if (geometry := layer.geometry()) is None:
+            result: Tensor = direct.linear(
+                x, weight, inputs, bias
+            )  # what is stored was checked when it was prepared
+            return result
+        return operators.run_conv2d(x, weight, inputs, bias, geometry)
+    assert prepared.call is not None
     return prepared.call(x, buffers.get("input_scale"), buffers.get("input_zero_point"), bias)
 
 
@@ -109,14 +122,16 @@ def prepare(layer: QuantLinear | QuantConv2d, x: Tensor) -> Prepared:
         (True, "bias", bias),
     ]
     stored += [(False, name, buffers.get(name)) for name in _BUFFERS]
-    call = _call(layer, x) if _is_plain(layer, [tensor for _, _, tensor in stored]) else None
+    call, direct = None, None
+    if _is_plain(layer, [tensor for _, _, tensor in stored]):
+        call, direct = _call(layer, x)
     held = tuple(
         (is_parameter, name, weakref.ref(tensor), tensor.data_ptr())
         for is_parameter, name, tensor in stored
         if tensor is not None
     )
     version = -1 if row_band is None or row_band.is_inference() else row_band._version
-    return Prepared(call, dispatch.epoch, held, bias is not None, version)
+    return Prepared(call, direct, dispatch.epoch, held, bias is not None, version)
 
 
 def _is_plain(layer: QuantLinear | QuantConv2d, stored: list[Tensor | None]) -> bool:
@@ -130,8 +145,10 @@ def _is_plain(layer: QuantLinear | QuantConv2d, stored: list[Tensor | None]) -> 
     return not any(tensor is not None and tensor.is_inference() for tensor in stored)
 
 
-def _call(layer: QuantLinear | QuantConv2d, x: Tensor) -> native_prepared.Call | None:
-    """The call by the native library; None if another backend computes the layer."""
+def _call(
+    layer: QuantLinear | QuantConv2d, x: Tensor
+) -> tuple[native_prepared.Call | None, ModuleType | None]:
+    """The call by the native library, or another backend of the CPU that computes the layer."""
     weight, (inputs,) = layer.packed_weight()
     geometry: Geometry | None = None
     if len(layer.float_shape) == 4:
@@ -141,10 +158,11 @@ def _call(layer: QuantLinear | QuantConv2d, x: Tensor) -> native_prepared.Call |
     else:
         checks.linear(x, weight, inputs, layer.bias)
     factor = layer._buffers.get("input_factor")
-    if dispatch.choose_for(weight, x) is not native_int8 or (
-        factor is not None and factor.device != x.device
-    ):
-        return None
+    if factor is not None and factor.device != x.device:
+        return None, None
+    backend = dispatch.choose_for(weight, x)
+    if backend is not native_int8:
+        return None, backend if x.device.type == "cpu" else None
     if geometry is None:
-        return native_prepared.linear(weight, x.dtype, layer.bias is not None)
-    return native_prepared.conv2d(weight, x.dtype, layer.bias is not None, geometry)
+        return native_prepared.linear(weight, x.dtype, layer.bias is not None), None
+    return native_prepared.conv2d(weight, x.dtype, layer.bias is not None, geometry), None
