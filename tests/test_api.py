@@ -74,6 +74,20 @@ def test_unconditional_pipelines_need_no_prompts() -> None:
     assert plan.layers and plan.options["calibration_rows"] == 8
 
 
+def test_a_recipe_that_needs_no_data_never_calls_the_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = tiny_ddim()
+
+    def called(*_: object, **__: object) -> None:
+        raise AssertionError("the denoiser was called")
+
+    monkeypatch.setattr(type(pipeline.unet), "forward", called)
+    plan = difloat.plan(pipeline, "rtn", "w4a8", progress=False)
+    edges = {name for name, layer in plan.layers.items() if layer.parts[0].weight.format.bits == 8}
+    assert plan.options["calibration_rows"] == 0 and {"conv_in", "conv_out"} <= edges < plan.layers.keys()
+    with pytest.raises(AssertionError, match="was called"):
+        difloat.plan(pipeline, "rtn", "w4a8", activation="static", progress=False)
+
+
 def test_built_in_prompts_are_many_and_different() -> None:
     prompts = api.default_prompts()
     assert len(prompts) == len(set(prompts)) >= 32 and all(prompts)
