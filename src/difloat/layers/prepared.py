@@ -162,7 +162,9 @@ def _call(
         return None, None
     backend = dispatch.choose_for(weight, x)
     if backend is not native_int8:
-        return None, backend if x.device.type == "cpu" else None
+        # Triton multiplies a branch in the same pass, which is the operator's business, also in the interpreter.
+        known = x.device.type == "cpu" and backend is not dispatch.BACKENDS["triton"]
+        return None, backend if known else None
     if geometry is None:
         return native_prepared.linear(weight, x.dtype, layer.bias is not None), None
     return native_prepared.conv2d(weight, x.dtype, layer.bias is not None, geometry), None
