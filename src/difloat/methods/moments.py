@@ -1,0 +1,300 @@
+"""Second moments of what layers are fed: the mean of ``x x^T``, with x rounded as the layer rounds its input.
+
+Inputs come from the float model, which runs as it is while hooks look on. No activation is kept: vectors are drawn from
+every call, added to the matrix of their layer, and let go. Layers that read the same tensor and round it alike, such as query,
+key and value, share a matrix. As many matrices as memory allows are filled in one pass over the calls.
+
+A convolution multiplies its rows with patches. The moments of whole patches, [i * kh * kw] squared, are taken up to a limit of
+bytes. Beyond it those of its input channels are, which say nothing about how the taps of a patch go together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from difloat.calibration.batch_axis import rows_of
+from difloat.kernels import reference
+from difloat.layers import packed
+from difloat.methods import trace
+from difloat.methods.mixed_rows import input_vectors
+from difloat.methods.trace import Call, removed
+from difloat.plan.plan import LayerPlan
+
+_PIECE_BYTES = 1 << 26  # of vectors multiplied at a time
+
+
+@dataclass(frozen=True)
+class MomentSettings:
+    """What is gathered, and what it may take.
+
+    Attributes:
+        fewest, most: Vectors per layer, between which four times the columns of its matrix are drawn; all there are, if fewer.
+        patch_bytes: Of the matrices of one convolution's patches; a larger one is known by its channels.
+        memory_bytes: Of the matrices filled in one pass over the calls; a single layer's may take more.
+        seed: Of the draw.
+    """
+
+    fewest: int = 8192
+    most: int = 16384
+    patch_bytes: int = 64 << 20
+    memory_bytes: int = 1 << 30
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """One distinct input.
+
+    Attributes:
+        names: The layers that read it, in the order of their first call.
+        groups: Matrices, one but for grouped convolutions.
+        columns: Of each.
+        patches: Whether a convolution's columns are the entries of a patch, or its channels.
+        wanted: Vectors to draw.
+    """
+
+    names: tuple[str, ...]
+    groups: int
+    columns: int
+    patches: bool
+    wanted: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of the matrices."""
+        return 4 * self.groups * self.columns**2
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of one input.
+
+    Attributes:
+        source: Whose.
+        matrix: float32 [groups, n, n], the mean of ``x x^T``.
+        vectors: How many x it is the mean of. With fewer than n of them the matrix is singular.
+    """
+
+    source: Source
+    matrix: Tensor = field(repr=False)
+    vectors: int
+
+
+def sources(
+    model: nn.Module, call: Call, plans: Mapping[str, LayerPlan], settings: MomentSettings
+) -> list[Source]:
+    """The distinct inputs of the layers of `plans`, in the order of execution; runs `call` once.
+
+    Raises:
+        ValueError: if the model does not call one of the layers, or the input of one is smoothed or rounded by timestep.
+    """
+    for name, plan in plans.items():
+        if plan.smoothed or plan.input_schedule:
+            raise ValueError(
+                f"inputs of layer {name!r} must be rounded alike at all timesteps and not smoothed, got a plan with factors "
+                "or a schedule; choose a recipe without them"
+            )
+    seen: dict[str, list[tuple[int, int]]] = {}
+    serial, serials = itertools.count(), WeakTensorKeyDictionary()
+
+    def look(name: str, layer: nn.Module, x: Tensor) -> None:
+        if x not in serials:
+            serials[x] = next(serial)
+        seen.setdefault(name, []).append((serials[x], x._version))
+
+    _run(model, [call], {name: look for name in plans})
+    if missing := [name for name in plans if name not in seen]:
+        raise ValueError(
+            f"layer {missing[0]!r} must be called by the model's forward, but a pass did not reach it"
+        )
+    readers: dict[Any, list[str]] = {}
+    for name in seen:
+        readers.setdefault((*seen[name], *_reading(model.get_submodule(name), plans[name])), []).append(name)
+    return [_source(model, names, settings) for names in readers.values()]
+
+
+def _reading(layer: nn.Module, plan: LayerPlan) -> tuple[Any, ...]:
+    """What a layer does with its input before it multiplies, to be compared."""
+    rounding = tuple((part.channels, part.activation) for part in plan.parts if part.activation is not None)
+    stored = tuple(
+        tuple(None if number is None else float(number) for number in (inputs.scale, inputs.zero_point))
+        for inputs in plan.layout.stored_inputs(plan.tensors)
+    )
+    geometry: tuple[Any, ...] = ()
+    if isinstance(layer, nn.Conv2d):
+        padding = (str(layer.padding), layer.padding_mode)
+        geometry = (layer.kernel_size, layer.stride, layer.dilation, layer.groups, *padding)
+    return rounding, stored if rounding else (), geometry
+
+
+def _source(model: nn.Module, names: Sequence[str], settings: MomentSettings) -> Source:
+    layer, channels = model.get_submodule(names[0]), packed.weight_of(model, names[0]).shape[1]
+    groups, taps = 1, 1
+    if isinstance(layer, nn.Conv2d):
+        groups, taps = layer.groups, math.prod(layer.kernel_size)
+    patches = taps > 1 and 4 * groups * (channels * taps) ** 2 <= settings.patch_bytes
+    columns = channels * taps if patches else channels
+    wanted = max(settings.fewest, min(settings.most, 4 * columns))
+    return Source(tuple(names), groups, columns, patches, wanted)
+
+
+def passes(found: Sequence[Source], memory_bytes: int) -> list[list[Source]]:
+    """Which inputs are gathered together: as many in a row as fit into memory, at least one."""
+    result: list[list[Source]] = []
+    free = 0
+    for source in found:
+        if not result or source.nbytes > free:
+            result.append([])
+            free = memory_bytes
+        result[-1].append(source)
+        free -= source.nbytes
+    return result
+
+
+def cost(found: Sequence[Source], settings: MomentSettings) -> dict[str, int]:
+    """What gathering takes.
+
+    Returns:
+        Layers, distinct inputs, passes over the calls, bytes of all matrices and of those held at once, and at most how many
+        multiplications beside the model's own.
+    """
+    together = passes(found, settings.memory_bytes)
+    return {
+        "layers": sum(len(source.names) for source in found),
+        "inputs": len(found),
+        "passes": len(together),
+        "bytes": sum(source.nbytes for source in found),
+        "bytes_at_once": max((sum(source.nbytes for source in some) for some in together), default=0),
+        "multiplications": sum(source.wanted * source.groups * source.columns**2 for source in found),
+    }
+
+
+def gather(
+    model: nn.Module,
+    calls: Sequence[Call],
+    plans: Mapping[str, LayerPlan],
+    settings: MomentSettings,
+    found: Sequence[Source] | None = None,
+) -> Iterator[Moments]:
+    """Moments of the inputs of layers, one distinct input after the other, in the order of execution.
+
+    Which vectors are drawn depends on the seed, the layer and the calls, and not on how many passes memory allows. Products are
+    computed in float32, on accelerators whatever `torch` is set to.
+
+    Args:
+        model: The float denoiser.
+        calls: Calls with calibration rows.
+        plans: How the layers round their inputs; weights are not looked at.
+        settings: See there.
+        found: What `sources` found, if it was asked before.
+
+    Raises:
+        ValueError: as `sources`; if there are no calls; or if an input is not finite (the layer is named).
+    """
+    if not calls:
+        raise ValueError("moments must be gathered from at least one calibration row, got none; collect some")
+    found = sources(model, calls[0], plans, settings) if found is None else found
+    rows = sum(rows_of(*call) for call in calls)
+    seeds = {source.names[0]: settings.seed + number for number, source in enumerate(found)}
+    for together in passes(found, settings.memory_bytes):
+        sums = {s.names[0]: _Sum(s, plans[s.names[0]], seeds[s.names[0]]) for s in together}
+        for call in calls:
+            share = rows_of(*call) / rows
+            for one in sums.values():
+                one.left = math.ceil(one.source.wanted * share)
+            _run(model, [call], {name: one.look for name, one in sums.items()})
+        while sums:
+            yield sums.pop(next(iter(sums))).mean()
+
+
+class _Sum:
+    """The matrix of one input on its way."""
+
+    def __init__(self, source: Source, plan: LayerPlan, seed: int) -> None:
+        self.source, self._plan = source, plan
+        self.left = 0  # vectors still to be drawn from the call that runs
+        self._draw = torch.Generator().manual_seed(seed)
+        self._matrix: Tensor | None = None
+        self._vectors = 0
+
+    def look(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        """Add vectors of an input; of a layer that is called several times, from the first call on until there are enough."""
+        if not x.numel() or not self.left:
+            return
+        source = self.source
+        x = x if x.dim() > 1 else x[None]
+        pieces = x.chunk(math.ceil(4 * self.left * source.groups * source.columns / _PIECE_BYTES))
+        for piece, still in zip(pieces, range(len(pieces), 0, -1), strict=True):
+            rounded = _rounded(piece.detach(), self._plan)
+            count = math.ceil(self.left / still)
+            vectors = self._vectors_of(layer, rounded, count)
+            if not vectors.isfinite().all():
+                raise ValueError(
+                    f"inputs must be finite, got NaN or Inf in layer {name!r}; check the calibration and the model"
+                )
+            product = _product(vectors)
+            self._matrix = product if self._matrix is None else self._matrix.add_(product)
+            self._vectors += vectors.shape[1]
+            self.left -= vectors.shape[1]
+
+    def _vectors_of(self, layer: nn.Module, x: Tensor, count: int) -> Tensor:
+        if not isinstance(layer, nn.Conv2d) or self.source.patches or max(layer.kernel_size) == 1:
+            return input_vectors(layer, x, count, self._draw)
+        pixels = x.movedim(1, -1).flatten(0, 2)
+        chosen = torch.randperm(len(pixels), generator=self._draw)[:count].to(x.device)
+        return pixels[chosen].float().unflatten(1, (layer.groups, -1)).transpose(0, 1)
+
+    def mean(self) -> Moments:
+        if self._matrix is None:
+            raise ValueError(
+                f"layer {self.source.names[0]!r} must be fed something, got inputs without entries"
+            )
+        return Moments(self.source, self._matrix.div_(self._vectors), self._vectors)
+
+
+def _product(vectors: Tensor) -> Tensor:
+    """``sum x x^T`` of [groups, n, d], float32 and without TF32 on an accelerator."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        return vectors.mT @ vectors
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def _rounded(x: Tensor, plan: LayerPlan) -> Tensor:
+    """The input [..., i] or [b, i, h, w] as the layer multiplies it, in float32."""
+    axis = -1 if plan.kind == "linear" else 1
+    inputs = plan.layout.stored_inputs(plan.tensors)
+    if plan.kind == "linear":
+        shape, x = x.shape, x.reshape(-1, x.shape[-1])  # four axes would count as a picture
+    # A grouped convolution reads more channels than its one part says.
+    pieces = [x] if len(plan.parts) == 1 else x.split([part.channels for part in plan.parts], dim=axis)
+    rounded = [
+        reference.round_input(piece.float(), own.scale, own.zero_point, part)
+        for piece, own, part in zip(pieces, inputs, plan.parts, strict=True)
+    ]
+    joined = rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=axis)
+    return joined.reshape(shape) if plan.kind == "linear" else joined
+
+
+def _run(
+    model: nn.Module, calls: Sequence[Call], look: Mapping[str, Callable[[str, nn.Module, Tensor], None]]
+) -> None:
+    """Run calls; whatever the named layers are called with is shown to their function first."""
+
+    def hook_for(name: str) -> Callable[[nn.Module, Tensor], None]:
+        return lambda layer, x: look[name](name, layer, x)
+
+    handles = [trace.before_call(model.get_submodule(name), hook_for(name)) for name in look]
+    with removed(handles), torch.no_grad():
+        for args, kwargs in calls:
+            model(*args, **kwargs)
