@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from difloat.methods.second_order import Rounded, SecondOrderSettings, round_second_order
+from difloat.methods.second_order import Rounded, SecondOrderSettings, nearest_row_error, round_second_order
 from difloat.numbers import formats, rounding
 from difloat.plan import encode
 from difloat.plan.rules import Draft, Rule, asymmetric_integers, draft_layer
@@ -141,6 +141,7 @@ def test_never_above_nearest_and_every_step_lowers_the_error(rule: str) -> None:
         torch.testing.assert_close(found.row_error.double(), error, rtol=1e-3, atol=1e-9)
         if RULES[rule].granularity != "tensor":
             assert (error <= nearest * (1 + 1e-5)).all()
+        torch.testing.assert_close(nearest_row_error(draft, moments), nearest, rtol=1e-4, atol=1e-9)
         totals.append(error.sum())
     assert all(after <= before * (1 + 1e-5) for before, after in zip(totals, totals[1:], strict=False))
     assert totals[1] < 0.9 * totals[0] and totals[3] < totals[1]

@@ -144,6 +144,13 @@ def round_second_order(draft: Draft, moments: Tensor, settings: SecondOrderSetti
     return _assembled(draft, problem, best, error, nearest, damping)
 
 
+def nearest_row_error(draft: Draft, moments: Tensor) -> Tensor:
+    """``e H e^T`` of every output channel, [o], of nearest rounding on the scales given; arguments as `round_second_order`."""
+    problem = _problem(draft, moments)
+    error = problem.row_error(_nearest(problem, *_scales(draft, problem)).values(problem))
+    return error.reshape(draft.weight.shape[0], -1).sum(1)
+
+
 def _problem(draft: Draft, moments: Tensor) -> _Problem:
     weight = draft.weight.detach()
     out_channels, channels = weight.shape[:2]

@@ -144,7 +144,7 @@ class Batch:
         return self.picked[self.rank :: self.world]
 
 
-def _pairs(task: Task) -> list[tuple[int, int]]:
+def guidance_pairs(task: Task) -> list[tuple[int, int]]:
     """Rows without and with condition at the same point of the same trajectory, as far as both were kept."""
     pairs = [(one, two) for two, one in enumerate(task.calibration.beside) if one is not None]
     return [(two, one) for one, two in pairs] if task.calibration.conditional_part == 0 else pairs
@@ -301,7 +301,7 @@ class _Rows:
             calls = (task.calibration.batch(chunk.tolist()) for chunk in chunks)  # one at a time
             outputs = [predict(task.model, *call) for call in calls]
         self.targets = torch.cat(outputs).float()
-        self.pairs = _pairs(task)
+        self.pairs = guidance_pairs(task)
 
     def draw(self, number: int, count: int, seed: int) -> Batch:
         """Batch `number`: along the trajectory, rows of one timestep at random with repeats."""

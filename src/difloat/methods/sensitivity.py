@@ -1,0 +1,180 @@
+"""How much an error in each output channel of a layer changes what the sampler makes of the denoiser's output.
+
+With classifier-free guidance the sampler takes ``u + g (c - u)`` of the outputs without and with condition, so errors of both
+halves of a pair count. A random projection of that, differentiated with respect to what every layer gives, tells of all layers
+at once: with signs r that are independent, the mean of ``(d (r . output) / d y)^2`` is the squared change of the output that an
+independent error in y makes, per unit of that error's square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from difloat import torch_modes
+from difloat.calibration.batch_axis import predict, samples_of
+from difloat.layers import packed
+from difloat.methods.task import Task
+from difloat.methods.trace import Call, removed
+from difloat.methods.training.train import guidance_pairs
+
+
+@dataclass(frozen=True)
+class SensitivitySettings:
+    """What is looked at.
+
+    Attributes:
+        rows: Calibration rows, spread over timesteps; with guidance they come in pairs.
+        rows_per_call: Of a forward and backward pass, which keeps all activations of these rows.
+        probes: Random projections of the output of every call.
+        guidance: The sampler's scale g, where rows come in pairs.
+    """
+
+    rows: int = 48
+    rows_per_call: int = 8
+    probes: int = 1
+    guidance: float = 3.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A call to look at.
+
+    Attributes:
+        call: Arguments of the denoiser.
+        weights: Of every row of it, or of every pair.
+        paired: Whether rows come in pairs, the one without condition first.
+    """
+
+    call: Call
+    weights: tuple[float, ...]
+    paired: bool
+
+
+def probes_of(task: Task, settings: SensitivitySettings, weights: Mapping[float, float]) -> list[Probe]:
+    """Calls with some of a task's calibration rows, in pairs where the sampler was guided.
+
+    Args:
+        task: With calibration rows.
+        settings: See there.
+        weights: Of a squared error of the output at every timestep.
+
+    Raises:
+        ValueError: if there are no rows.
+    """
+    data = task.calibration
+    if not len(data):
+        raise ValueError("sensitivities must be measured on calibration rows, got none; collect some")
+    generator = torch.Generator().manual_seed(task.seed)
+    pairs = guidance_pairs(task)
+    points: Sequence[tuple[int, ...]] = pairs or [(row,) for row in range(len(data))]
+    chosen = _spread(
+        [data.timesteps[point[0]] for point in points], settings.rows // len(points[0]), generator
+    )
+    size = max(1, settings.rows_per_call // len(points[0]))
+    result = []
+    for at in range(0, len(chosen), size):
+        some = [points[index] for index in chosen[at : at + size]]
+        of_points = tuple(weights[data.timesteps[point[0]]] for point in some)
+        result.append(Probe(data.batch([row for point in some for row in point]), of_points, bool(pairs)))
+    return result
+
+
+def _spread(timesteps: Sequence[float], count: int, generator: torch.Generator) -> list[int]:
+    """Entries at all timesteps in turn, in each drawn without repeats; at least one."""
+    waiting: dict[float, list[int]] = {}
+    for index in torch.randperm(len(timesteps), generator=generator).tolist():
+        waiting.setdefault(timesteps[index], []).append(index)
+    turns = [sorted(waiting)[n] for n in torch.randperm(len(waiting), generator=generator).tolist()]
+    chosen: list[int] = []
+    while len(chosen) < max(1, min(count, len(timesteps))):
+        chosen += [waiting[timestep].pop() for timestep in turns if waiting[timestep]]
+    return chosen[: max(1, count)]
+
+
+def sensitivities(
+    model: nn.Module, probes: Sequence[Probe], names: Sequence[str], settings: SensitivitySettings, seed: int
+) -> dict[str, Tensor]:
+    """Squared change of the guided output, summed over its entries, per squared error of an output channel of a layer.
+
+    The error is one that is independent at every position (token or pixel) and in both rows of a pair. Parameters of the model
+    get no gradients, and a second part of the channels of the output, which holds a learned variance, is left out.
+
+    Args:
+        model: The float denoiser.
+        probes: See `probes_of`.
+        names: Layers.
+        settings: `probes` and `guidance` of it.
+        seed: Of the signs.
+
+    Returns:
+        float32 [o] by layer: means over rows, or pairs. Zeros for layers that the output does not depend on.
+
+    Raises:
+        ValueError: if no gradients pass through the model, or they are not finite (the layer is named).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = {name: torch.zeros(packed.weight_of(model, name).shape[0]) for name in names}
+    for probe in probes:
+        outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+        handles = [model.get_submodule(n).register_forward_hook(_keeping(outputs[n])) for n in names]
+        with torch_modes.plain(), removed(handles):
+            args, kwargs = probe.call
+            seen = _seen_by_sampler(predict(model, args, kwargs), probe, settings.guidance)
+            torch_modes.check_gradients(seen)
+            _add_squares(found, outputs, seen, settings.probes, generator)
+    count = settings.probes * sum(len(probe.weights) for probe in probes)
+    for name, gamma in found.items():
+        if not gamma.isfinite().all():
+            raise ValueError(
+                f"gradients must be finite, got NaN or Inf at layer {name!r}; run the model in float32"
+            )
+    return {name: gamma / count for name, gamma in found.items()}
+
+
+def _keeping(outputs: list[Tensor]) -> Callable[..., Tensor]:
+    """A hook that keeps what a layer gives and passes on a copy, so that nothing changes in place what is kept."""
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        kept = output if output.requires_grad else output.detach().requires_grad_()
+        outputs.append(kept)
+        return kept.clone()
+
+    return hook
+
+
+def _seen_by_sampler(output: Tensor, probe: Probe, guidance: float) -> Tensor:
+    """Of every row or pair what the sampler goes on with, times the root of its weight, [n, ...]."""
+    sample = samples_of(*probe.call)[0]
+    if output.dim() > 1 and sample.dim() == output.dim() and output.shape[1] == 2 * sample.shape[1]:
+        output = output[:, : sample.shape[1]]
+    if probe.paired:
+        without, given = output[0::2], output[1::2]
+        output = without + guidance * (given - without)
+    weights = torch.tensor(probe.weights, device=output.device).sqrt()
+    return output.float() * weights.reshape(-1, *[1] * (output.dim() - 1))
+
+
+def _add_squares(
+    found: Mapping[str, Tensor],
+    outputs: Mapping[str, Sequence[Tensor]],
+    seen: Tensor,
+    probes: int,
+    generator: torch.Generator,
+) -> None:
+    """Add the squared gradients of projections of `seen` to the sums of all layers."""
+    flat = [(name, one) for name, several in outputs.items() for one in several]
+    for number in range(probes):
+        signs = torch.randint(2, seen.shape, generator=generator).to(seen) * 2 - 1
+        gradients = torch.autograd.grad(
+            seen, [one for _, one in flat], signs, retain_graph=number + 1 < probes, allow_unused=True
+        )
+        for (name, one), gradient in zip(flat, gradients, strict=True):
+            if gradient is not None:
+                channels = 1 if one.dim() == 4 else -1
+                squares = gradient.float().square().movedim(channels, -1)
+                found[name].add_(squares.reshape(-1, squares.shape[-1]).sum(0).cpu())
