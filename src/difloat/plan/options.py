@@ -78,6 +78,11 @@ _NEEDS = (
         "rows of several widths (mixed=true, less than 8 bits)",
         lambda options, bits: options.mixed and bits.weight < 8,
     ),
+    _Need(
+        ("guidance", "factor_power"),
+        "widths=allocated",
+        lambda options, bits: getattr(options, "widths", "allocated") == "allocated",
+    ),
     _Need(("smoothing",), "at least one stretch", lambda options, bits: options.stretches > 0),
 )
 

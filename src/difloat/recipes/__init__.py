@@ -17,6 +17,7 @@ from difloat.methods.sparsity import mostly_zero
 from difloat.plan import options
 from difloat.plan.plan import Plan
 from difloat.recipes import (
+    auto,
     efficientdm,
     fp4dit,
     guided,
@@ -40,11 +41,7 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "lbfp": Recipe(
-        lbfp.plan,
-        lbfp.Options,
-        "floating point, encoding searched per tensor, learned rounding (arXiv:2408.06995)",
-    ),
+    "lbfp": Recipe(lbfp.plan, lbfp.Options, lbfp.SUMMARY),
     "fp4dit": Recipe(
         fp4dit.plan,
         fp4dit.Options,
@@ -83,6 +80,7 @@ RECIPES: dict[str, Recipe] = {
         integer_transformers.QDiTOptions,
         "integers in groups, online activations per token and group (arXiv:2406.17343)",
     ),
+    "auto": Recipe(auto.plan, auto.Options, auto.SUMMARY),
     "rtn": Recipe(rtn.rtn, rtn.NearestOptions, rtn.SUMMARY, rtn.needs_data),
 }
 

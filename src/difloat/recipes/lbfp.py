@@ -29,6 +29,8 @@ from difloat.plan.specs import Granularity
 
 LARGEST_EXPONENT = 5  # more exponent bits than E5M2 leave no mantissa at 8 bits worth having
 
+SUMMARY = "floating point, encoding searched per tensor, learned rounding (arXiv:2408.06995)"
+
 
 @dataclass(frozen=True)
 class Options:

@@ -1,0 +1,130 @@
+"""Widths by layer and second-order rounding put together: bytes, inputs, models without guidance, what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from difloat import api, recipes
+from difloat.calibration.collect import Calibration, CalibrationSettings, collect
+from difloat.plan import encode
+from difloat.plan.plan import Plan
+from difloat.plan.rules import Bits
+from tiny import PROMPTS, tiny_pixart, tiny_unet
+
+SIZES = {"height": 16, "width": 16}
+PIPELINES = {
+    "unet": (tiny_unet, SIZES),
+    "pixart": (tiny_pixart, {**SIZES, "use_resolution_binning": False, "clean_caption": False}),
+}
+
+
+def calibrated(kind: str, guidance: float = 3.0) -> tuple[Any, Calibration]:
+    build, call = PIPELINES[kind]
+    pipeline = build()
+    settings = CalibrationSettings(samples=32, steps=4, guidance_scale=guidance, prompts_per_batch=4)
+    return pipeline, collect(pipeline, PROMPTS, settings, progress=False, call_kwargs=call)
+
+
+def planned(pipeline: Any, data: Calibration, bits: str = "w4a8", **options: Any) -> Plan:
+    task = api.task_of(pipeline, data, Bits.parse(bits))
+    return recipes.plan(task, "auto", bits, options)
+
+
+def nbytes(plan: Plan) -> int:
+    return sum(layer.nbytes for layer in plan.layers.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "guidance"),
+    [
+        pytest.param("unet", 1.0, marks=pytest.mark.slow),
+        ("pixart", 3.0),
+        pytest.param("unet", 3.0, marks=pytest.mark.slow),
+        pytest.param("pixart", 1.0, marks=pytest.mark.slow),
+    ],
+)
+def test_allocated_widths_take_the_bytes_of_one_width(kind: str, guidance: float) -> None:
+    pipeline, data = calibrated(kind, guidance)
+    same, chosen = (planned(pipeline, data, widths=widths) for widths in ("same", "allocated"))
+    assert 0.995 * nbytes(same) <= nbytes(chosen) <= nbytes(same)
+    widths = {name: layer.parts[0].weight.format.bits for name, layer in chosen.layers.items()}
+    assert len(set(widths.values())) > 2 and chosen.measured["widths"]["optimal"]
+    for name, layer in same.layers.items():
+        assert [p.activation for p in layer.parts] == [p.activation for p in chosen.layers[name].parts]
+        fixed = layer.parts[0].weight.format.bits == 8
+        assert layer.parts[0].weight.format.bits in (4, 8) and (not fixed or widths[name] == 8)
+    report = chosen.measured["closed_form"]["layers"]
+    assert set(report) == set(chosen.layers) and all(one["error"] <= 1 + 1e-5 for one in report.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["w3a16", "w2a4", "w8a8"])
+def test_other_widths(bits: str) -> None:
+    pipeline, data = calibrated("unet")
+    chosen, same = planned(pipeline, data, bits), planned(pipeline, data, bits, widths="same")
+    assert nbytes(chosen) <= nbytes(same)
+    inputs = {p.activation for layer in chosen.layers.values() for p in layer.parts}
+    assert (inputs == {None}) == (bits == "w3a16")
+
+
+def test_groups_and_the_same_result_twice() -> None:
+    pipeline, data = calibrated("pixart")
+    one, two = (planned(pipeline, data, widths="same", group_size=16) for _ in range(2))
+    assert {layer.parts[0].weight.group_size for layer in one.layers.values()} == {16}
+    for name, layer in one.layers.items():
+        assert all(
+            torch.equal(tensor, two.layers[name].tensors[key]) for key, tensor in layer.tensors.items()
+        )
+
+
+class Plain(nn.Module):
+    """Nothing of diffusers: a perceptron in blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        x = self.enter(sample)
+        for block in self.blocks:
+            x = x + block(x.relu())
+        return self.leave(x)
+
+
+def test_a_plain_module_without_sampler_and_guidance() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Plain()
+    draw = torch.Generator().manual_seed(0)
+
+    def loop(module: nn.Module) -> None:
+        for step in range(8):
+            module(torch.randn(8, 8, generator=draw), torch.full((8,), step))
+
+    plans = {
+        widths: api.plan(model, "auto", "w4a8", forward_loop=loop, samples=64, progress=False, widths=widths)
+        for widths in ("same", "allocated")
+    }
+    assert 0.9 * nbytes(plans["same"]) <= nbytes(plans["allocated"]) <= nbytes(plans["same"])
+    error = {}
+    nearest = api.plan(model, "rtn", "w4a8", grid="int", progress=False)
+    x = torch.relu(model.enter(torch.randn(500, 8, generator=draw))).detach()
+    for label, found in (("auto", plans["same"]), ("nearest", nearest)):
+        change = encode.dequantize(found.layers["blocks.0"]) - model.blocks[0].weight.detach()
+        error[label] = float((x @ change.T).square().sum())
+    assert set(plans["allocated"].layers) == {"enter", "leave", "blocks.0", "blocks.1", "blocks.2"}
+    assert error["auto"] < 0.8 * error["nearest"]
+
+
+def test_what_cannot_be_is_refused() -> None:
+    pipeline, data = calibrated("unet")
+    for options in ({"guidance": 2.0}, {"factor_power": 1.0}):
+        with pytest.raises(ValueError, match="must come with widths=allocated"):
+            planned(pipeline, data, widths="same", **options)
+    with pytest.raises(ValueError, match="rows must be at least 1"):
+        planned(pipeline, data, rows=0)
