@@ -25,14 +25,19 @@ from difloat.methods.task import Task
 from difloat.methods.training.fine_tune import Tuning, tune
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, guidance_to_keep
+from difloat.pipelines import denoisers_of
 from difloat.plan import target as targets
 from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.rules import Bits
 
+_SETTINGS = {field.name for field in fields(CalibrationSettings)}
 
-def denoiser(model: Any) -> nn.Module:
-    """The module that is quantized: the denoiser of a pipeline, or the module itself."""
-    return model if isinstance(model, nn.Module) else collect.denoiser_of(model)[1]
+
+def denoiser(model: Any, name: str = "") -> nn.Module:
+    """The module that is quantized: the denoiser of a pipeline, the one called `name` of several, or the module itself."""
+    if isinstance(model, nn.Module):
+        return model
+    return denoisers_of(model)[name] if name else collect.denoiser_of(model)[1]
 
 
 def default_prompts() -> list[str]:
@@ -80,7 +85,7 @@ def plan(
         target: "cpu" restricts every search to formats that CPUs compute in integers; "any" does not.
         exclude: Names of layers or blocks, or patterns like ``*.to_q``, that stay as they are, whatever the recipe.
         components: What of a pipeline to quantize, like ["unet", "text_encoder", "vae=w8a8"]; all but the denoiser without
-            data (`components.parse`). None: the denoiser only.
+            data (`components.parse`). None: the denoiser, or both that share the trajectory, each at its own timesteps.
         device: Where the model is put, stays and computes, see `devices.resolve`; None: where it is, or is offloaded from.
         **options: Fields of `CalibrationSettings` (`samples`, `steps`, `guidance_scale`, `seed`, `memory_bytes`, ...) and of
             the recipe's options.
@@ -88,25 +93,45 @@ def plan(
     Raises:
         ValueError: on an unknown recipe, bits, option or layer, a model without layers to quantize, or values not finite.
     """
-    row, parsed, machine = recipes.lookup(recipe), Bits.parse(bits), targets.check(target)
-    names = {field.name for field in fields(CalibrationSettings)}
-    settings = {name: value for name, value in options.items() if name in names}
-    own = {name: value for name, value in options.items() if name not in names}
+    row, machine = recipes.lookup(recipe), targets.check(target)
+    settings = {name: value for name, value in options.items() if name in _SETTINGS}
+    own = {name: value for name, value in options.items() if name not in _SETTINGS}
+    CalibrationSettings(**settings)
     chosen = recipes.make_options(row, own, bits)  # refuse bad options before hours of calibration
     _check_sampler(model, getattr(chosen, "sampler_power", 0.0), f"{recipe} must be told factor_power=0")
-    excluded(packed.quantizable(denoiser(model)), exclude)
     others = parts.parse(model, components, bits, target)
-    wanted = CalibrationSettings(**settings)
+    widths = parts.denoisers(model, components, bits)
+    for name, width in widths.items():
+        recipes.make_options(row, own, width)
+        excluded(packed.quantizable(denoiser(model, name)), exclude)
     source: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "call_kwargs": call_kwargs}
     source |= {"cache_dir": cache_dir, "cache_key": cache_key, "progress": progress, "device": device}
-    needed = row.needs_data(chosen, parsed)
-    data = calibrate(model, **source, **settings) if needed else _no_rows(model, device)
-    with offloading.lifted(denoiser(model), onload=True):
-        task = replace(task_of(model, data, parsed), seed=wanted.seed, progress=progress, target=machine)
-        task = replace(task, work_dir=None if cache_dir is None else Path(cache_dir))
-        task = replace(task, memory_bytes=wanted.memory_bytes, exclude=tuple(exclude))
-        decided = plan_calibrated(task, recipe, bits, own)
+    task = {"target": machine, "exclude": tuple(exclude), "progress": progress}
+    first, *second = [
+        _decide(model, name, recipe, w, own, task, source | settings) for name, w in widths.items()
+    ]
+    decided = replace(first, components=dict(zip(list(widths)[1:], second, strict=True)))
     return parts.with_components(decided, model, others, progress)
+
+
+def _decide(
+    model: Any,
+    component: str,
+    recipe: str,
+    bits: str,
+    options: Mapping[str, Any],
+    given: Mapping[str, Any],
+    source: Mapping[str, Any],
+) -> Plan:
+    """The plan of one denoiser, with fields of its task as `given`, calibrated from `source` where the recipe needs data."""
+    row, parsed = recipes.lookup(recipe), Bits.parse(bits)
+    wanted = CalibrationSettings(**{key: source[key] for key in _SETTINGS & source.keys()})
+    own = {**given, "seed": wanted.seed, "memory_bytes": wanted.memory_bytes}
+    own |= {"work_dir": Path(source["cache_dir"])} if source["cache_dir"] is not None else {}
+    needed = row.needs_data(recipes.make_options(row, options, bits), parsed)
+    data = calibrate(model, component, **source) if needed else _no_rows(model, component, source["device"])
+    with offloading.lifted(denoiser(model, component), onload=True):
+        return plan_calibrated(replace(task_of(model, data, parsed, component), **own), recipe, bits, options)
 
 
 def repair(
@@ -253,9 +278,9 @@ def _of_8_bits(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def task_of(model: Any, data: Calibration, bits: Bits) -> Task:
-    """What a recipe works on, for a pipeline or a module with its calibration data."""
-    module = denoiser(model)
+def task_of(model: Any, data: Calibration, bits: Bits, component: str = "") -> Task:
+    """What a recipe works on, for a pipeline (its denoiser of that name) or a module with its calibration data."""
+    module = denoiser(model, component)
     workable = install.workable(module)
     if model is module:
         return Task(workable, data, bits)
@@ -264,6 +289,7 @@ def task_of(model: Any, data: Calibration, bits: Bits) -> Task:
 
 def calibrate(
     model: Any,
+    component: str = "",
     *,
     prompts: Sequence[str] | None = None,
     forward_loop: Callable[[nn.Module], object] | None = None,
@@ -274,8 +300,8 @@ def calibrate(
     device: torch.device | str | None = None,
     **settings: Any,
 ) -> Calibration:
-    """The denoiser's inputs along its own trajectories; arguments as for `plan`."""
-    module = denoiser(devices.move(model, device))
+    """The denoiser's inputs along its own trajectories, of several denoisers those of `component`; arguments as for `plan`."""
+    module = denoiser(devices.move(model, device), component)
     check_model(module)
     wanted = CalibrationSettings(**settings)
     if model is not module:
@@ -285,9 +311,12 @@ def calibrate(
                 "leave them out, or pass its denoiser"
             )
         texts = prompts_for(model, prompts)
-        return collect.collect(
-            model, texts, wanted, cache_dir=cache_dir, progress=progress, call_kwargs=call_kwargs
-        )
+        shown: dict[str, Any] = {
+            "progress": progress,
+            "call_kwargs": call_kwargs,
+            "component": component or None,
+        }
+        return collect.collect(model, texts, wanted, cache_dir=cache_dir, **shown)
     if forward_loop is None:
         raise ValueError(
             "a plain module must come with forward_loop, got None; give a function that samples with the module"
@@ -297,9 +326,9 @@ def calibrate(
     )
 
 
-def _no_rows(model: Any, device: torch.device | str | None) -> Calibration:
+def _no_rows(model: Any, component: str, device: torch.device | str | None) -> Calibration:
     """For a recipe that looks at no data: the denoiser is not called."""
-    module = denoiser(devices.move(model, device))
+    module = denoiser(devices.move(model, device), component)
     check_model(module)
     return Calibration([], Shelf(None, 0, {}), next(module.parameters()).device)
 

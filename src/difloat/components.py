@@ -1,4 +1,4 @@
-"""The parts of a pipeline that are no denoiser, text encoders and autoencoder: quantized without data, on request."""
+"""The components of a pipeline: which of its denoisers are quantized, and, without data and on request, what is none."""
 
 from __future__ import annotations
 
@@ -11,12 +11,30 @@ from torch import nn
 from difloat.checkpoint import data_free
 from difloat.checkpoint.data_free import Settings
 from difloat.layers import hooks, offloading
-from difloat.pipelines import denoiser_of
+from difloat.pipelines import denoisers_of
 from difloat.plan.plan import Plan
 
 
+def denoisers(pipeline: Any, wanted: Sequence[str] | None, bits: str) -> dict[str, str]:
+    """Which denoisers are quantized by the recipe, by name, and with which bits.
+
+    Args:
+        pipeline: A diffusers pipeline, or a module, which has one of the name "".
+        wanted: As for `parse`; None: all that share the trajectory.
+        bits: Of all whose bits are not given.
+    """
+    if isinstance(pipeline, nn.Module):
+        return {"": bits}
+    given = None if wanted is None else {n: own for n, _, own in (entry.partition("=") for entry in wanted)}
+    return {
+        name: (given or {}).get(name) or bits
+        for name in denoisers_of(pipeline)
+        if given is None or name in given
+    }
+
+
 def parse(pipeline: Any, wanted: Sequence[str] | None, bits: str, target: str = "any") -> dict[str, Settings]:
-    """What is asked of the components of a pipeline besides the denoiser, by name.
+    """What is asked of the components of a pipeline besides its denoisers, by name.
 
     Args:
         pipeline: A diffusers pipeline, or a module, which has no components.
@@ -31,7 +49,8 @@ def parse(pipeline: Any, wanted: Sequence[str] | None, bits: str, target: str = 
         return {}
     if isinstance(pipeline, nn.Module):
         raise ValueError("components can be chosen for pipelines only, got a module; leave components out")
-    denoiser = denoiser_of(pipeline)[0]
+    own_timesteps = denoisers_of(pipeline)
+    denoiser = next(iter(own_timesteps))
     if denoiser not in wanted:
         raise ValueError(
             f"components must name the denoiser {denoiser!r}, whose bits are those of the call, got {list(wanted)}; "
@@ -43,7 +62,7 @@ def parse(pipeline: Any, wanted: Sequence[str] | None, bits: str, target: str = 
         name, _, own_bits = entry.partition("=")
         if name not in models or (name == denoiser and own_bits):
             raise ValueError(f"components must be among {', '.join(models)}, got {entry!r}")
-        if name != denoiser:
+        if name not in own_timesteps:
             with offloading.lifted(pipeline.components[name]):
                 hooks.check(pipeline.components[name])
             found[name] = data_free.settings({"bits": own_bits or bits, "target": target})
@@ -51,8 +70,8 @@ def parse(pipeline: Any, wanted: Sequence[str] | None, bits: str, target: str = 
 
 
 def with_components(plan: Plan, pipeline: Any, wanted: dict[str, Settings], progress: bool) -> Plan:
-    """The denoiser's plan with those of the other components."""
-    plans = {}
+    """The denoiser's plan, which may have those of further denoisers, with those of the other components."""
+    plans = dict(plan.components)
     for name, settings in wanted.items():
         with offloading.lifted(getattr(pipeline, name), onload=True):
             plans[name] = data_free.plan(getattr(pipeline, name), settings, progress=progress)
@@ -79,7 +98,11 @@ def models(pipeline_or_module: Any, denoiser: nn.Module, plan: Plan) -> list[tup
 def notes(plan: Plan) -> list[str]:
     """A sentence for every component besides the denoiser, for the report."""
     return [
-        f"{name}: {len(own.layers)} layers packed at {own.bits} without data, "
+        f"{name}: {len(own.layers)} layers packed at {own.bits} {_how(own)}, "
         f"{sum(layer.nbytes for layer in own.layers.values()) / 1e6:.2f} MB; {len(own.skipped)} layers left as they are."
         for name, own in plan.components.items()
     ]
+
+
+def _how(plan: Plan) -> str:
+    return "without data" if plan.recipe == data_free.RECIPE else f"by {plan.recipe}, at its own timesteps"

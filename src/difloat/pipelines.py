@@ -161,29 +161,33 @@ def for_pictures(arguments: Mapping[str, Any], pictures: int) -> dict[str, Any]:
     }
 
 
-DENOISER_NAMES = ("transformer", "unet", "prior", "denoiser", "dit")
+DENOISER_NAMES = ("transformer", "unet", "prior", "denoiser", "dit", "decoder", "image_unet")
 
 
-def denoiser_of(pipeline: Any) -> tuple[str, nn.Module]:
-    """Name and module of a pipeline's denoiser: the first of `DENOISER_NAMES` that it has.
+def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The denoisers that share a pipeline's trajectory, by name: *the* denoiser first, then the one of the later timesteps.
+
+    The first is the first of `DENOISER_NAMES` that the pipeline has. The second, which few have (Wan 2.2), is called like it
+    with `_2` behind; each is called at its own timesteps.
 
     Raises:
-        ValueError: None of the components is a denoiser, or two share the trajectory.
+        ValueError: None of the components is a denoiser.
     """
-    for name in DENOISER_NAMES:
-        module = getattr(pipeline, name, None)
-        if isinstance(module, nn.Module):
-            second = f"{name}_2"
-            if isinstance(getattr(pipeline, second, None), nn.Module):
-                raise ValueError(
-                    f"a pipeline must have one denoiser, got {name} and {second}; quantize each as a module, with a "
-                    "forward_loop that samples"
-                )
-            return name, module
+    pairs = [(name, f"{name}_2") for name in DENOISER_NAMES]
+    for pair in pairs:
+        modules = {name: getattr(pipeline, name, None) for name in pair}
+        found = {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
+        if found:
+            return found
     raise ValueError(
         f"a pipeline must have a denoiser named {', '.join(DENOISER_NAMES)}, got {type(pipeline).__name__} "
         "without one; use collect_from_loop with the module and your own sampling loop"
     )
+
+
+def denoiser_of(pipeline: Any) -> tuple[str, nn.Module]:
+    """Name and module of a pipeline's denoiser, of several the first; ValueError as from `denoisers_of`."""
+    return next(iter(denoisers_of(pipeline).items()))
 
 
 def load_prompts(path: str | Path) -> list[str]:

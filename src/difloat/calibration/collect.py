@@ -199,6 +199,7 @@ def collect(
     cache_dir: str | Path | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
+    component: str | None = None,
 ) -> Calibration:
     """Sample with an unmodified pipeline and keep `settings.samples` rows of its denoiser's inputs.
 
@@ -206,7 +207,7 @@ def collect(
     every so many-th batch of prompts, and every process gets all rows: those of a single process, in the same order.
 
     Args:
-        pipeline: Any diffusers pipeline with one denoiser.
+        pipeline: Any diffusers pipeline.
         prompts: Texts, drawn in a seeded order and used again from the start if there are too few; None for a
             pipeline without text. A class-conditional pipeline gets random classes.
         settings: How much, and from which seed.
@@ -215,12 +216,13 @@ def collect(
             folder for what is above the memory budget. Only the main process of a launch reads and writes it.
         progress: Show a progress bar with the time left.
         call_kwargs: More arguments of the pipeline's call, such as `height` or `negative_prompt`.
+        component: Which denoiser, where two share the trajectory, each at timesteps of its own; None: the first.
 
     Raises:
         ValueError: Prompts do not fit the pipeline, NaN or infinity in the inputs, or rows cannot be merged.
         OSError: The disk of `cache_dir` is full.
     """
-    sampling = sampling_of(pipeline, prompts, settings, call_kwargs)
+    sampling = sampling_of(pipeline, prompts, settings, call_kwargs, component)
     distributed.join(sampling.device)
     request = {**sampling.request(), "timesteps": settings.timesteps}
     shelf = open_shelf(cache_dir, settings.memory_bytes, request)
@@ -360,18 +362,12 @@ def sampling_of(
     prompts: Sequence[str] | None,
     settings: CalibrationSettings,
     call_kwargs: Mapping[str, Any] | None,
+    component: str | None = None,
 ) -> Sampling:
     """The batches that a request samples; ValueError where prompts or arguments do not fit the pipeline."""
-    return Sampling(
-        pipeline,
-        prompts,
-        samples=settings.samples,
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        batch=settings.prompts_per_batch,
-        seed=settings.seed,
-        call_kwargs=call_kwargs or {},
-    )
+    own: dict[str, Any] = {"samples": settings.samples, "steps": settings.steps, "seed": settings.seed}
+    own |= {"guidance_scale": settings.guidance_scale, "batch": settings.prompts_per_batch}
+    return Sampling(pipeline, prompts, **own, call_kwargs=call_kwargs or {}, denoiser=component)
 
 
 def finish_recording(recorder: Recorder) -> None:

@@ -18,7 +18,7 @@ from difloat.pipelines import (
     check_call,
     completed,
     condition_of,
-    denoiser_of,
+    denoisers_of,
     draw_classes,
     for_pictures,
     parameters_of,
@@ -70,9 +70,12 @@ class Sampling:
         batch: int,
         seed: int,
         call_kwargs: Mapping[str, Any],
+        denoiser: str | None = None,
     ) -> None:
-        """Check what is given against the pipeline's call."""
-        _, self.denoiser = denoiser_of(pipeline)
+        """Check what is given against the pipeline's call; `denoiser` names the one of interest, None the first."""
+        self._denoisers = denoisers_of(pipeline)
+        self._name = denoiser or next(iter(self._denoisers))
+        self.denoiser = self._denoisers[self._name]
         self.device = devices.home(pipeline)
         self._pipeline = pipeline
         self._batch = batch
@@ -113,7 +116,7 @@ class Sampling:
         call(self._pipeline, kwargs, self._given)
 
     def scheduler(self) -> Any:
-        """A copy of the pipeline's scheduler as the first denoiser call finds it: timesteps, shifts and all are set.
+        """A copy of the pipeline's scheduler as the first call of any denoiser finds it: timesteps, shifts and all are set.
 
         Runs the pipeline up to that call.
 
@@ -130,19 +133,21 @@ class Sampling:
             found.append(copy.deepcopy(self._pipeline.scheduler))
             raise _Stopped
 
-        handle = self.denoiser.register_forward_pre_hook(stop)
-        try:
+        with contextlib.ExitStack() as hooks:
+            for denoiser in self._denoisers.values():
+                hooks.callback(denoiser.register_forward_pre_hook(stop).remove)
             with quiet(self._pipeline), contextlib.suppress(_Stopped):
                 self.run(0)
-        finally:
-            handle.remove()
         return found[0]
 
     def request(self) -> dict[str, Any]:
         """All that decides the rows, as plain data: the cache is valid for exactly this."""
         modules = {n: m for n, m in _components(self._pipeline).items() if isinstance(m, nn.Module)}
         scheduler = getattr(self._pipeline, "scheduler", None)
+        # Named only where it is not the first, so that caches of pipelines with one denoiser stay valid.
+        second = {} if self.denoiser is next(iter(self._denoisers.values())) else {"component": self._name}
         return {
+            **second,
             "pipeline": type(self._pipeline).__qualname__,
             "denoiser": type(self.denoiser).__qualname__,
             "denoiser_config": _described(_config_of(self.denoiser)),
