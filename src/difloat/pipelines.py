@@ -146,19 +146,95 @@ def call(pipeline: Any, arguments: Mapping[str, Any], given: Mapping[str, Any]) 
         ) from error
 
 
-def for_pictures(arguments: Mapping[str, Any], pictures: int) -> dict[str, Any]:
-    """Arguments of one call: a text beside the prompt (`negative_prompt`, `prompt_2`, ...) is repeated for every picture.
+def one_at_a_time(given: Mapping[str, Any]) -> bool:
+    """Whether the user gives pictures, arrays or tensors: pipelines batch them in ways of their own, so samples come singly."""
 
-    Some pipelines do so themselves, others refuse a single text beside several prompts or take it for a single picture.
+    def plain(value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return all(map(plain, value.values()))
+        if isinstance(value, (list, tuple)):
+            return all(map(plain, value))
+        return value is None or isinstance(value, (bool, int, float, str))
+
+    return not all(map(plain, given.values()))
+
+
+def for_pictures(
+    pipeline: Any, arguments: Mapping[str, Any], shown: Mapping[str, Sequence[Any]], pictures: int
+) -> dict[str, Any]:
+    """Arguments of one call that draws so many pictures.
+
+    A text beside the prompt (`negative_prompt`, `prompt_2`, ...) is repeated for every picture: some pipelines do so
+    themselves, others refuse a single text beside several prompts or take it for a single picture. Where samples come singly
+    (`one_at_a_time`), prompt and texts are given as they are and not in a list.
+
+    Args:
+        pipeline: Whose call it is.
+        arguments: Of every call.
+        shown: The prompts or classes, one per picture, by the name of the argument; or nothing.
+        pictures: How many.
     """
 
     def beside_prompt(name: str) -> bool:
         return name.startswith(("negative_prompt", "prompt_"))
 
-    return {
-        name: [value] * pictures if isinstance(value, str) and beside_prompt(name) else value
+    single = pictures == 1 and one_at_a_time(arguments)
+    own = {
+        name: [value] * pictures if isinstance(value, str) and beside_prompt(name) and not single else value
         for name, value in arguments.items()
     }
+    own |= {name: values[0] if single else list(values) for name, values in shown.items()}
+    return own | ({"batch_size": pictures} if "batch_size" in parameters_of(pipeline) else {})
+
+
+def generators_of(arguments: Mapping[str, Any], seeds: Sequence[int]) -> Any:
+    """A generator of every seed, in a list; where samples come singly and there is one seed, the generator itself."""
+    found = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return found[0] if len(found) == 1 and one_at_a_time(arguments) else found
+
+
+def inputs_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """Pictures and masks for a pipeline's call, from `name=FILE` pairs; several files of one name make a list.
+
+    Pictures are RGB, with alpha RGBA; what is called a mask is grey.
+
+    Raises:
+        ValueError: a pair is no `name=FILE`, or the file is no picture.
+        FileNotFoundError: there is no such file.
+    """
+    found: dict[str, list[Any]] = {}
+    for pair in pairs:
+        name, equal, file = pair.partition("=")
+        if not (name and equal and file):
+            raise ValueError(
+                f"an input must be name=FILE, got {pair!r}; write for example image=photo.png or mask_image=mask.png"
+            )
+        found.setdefault(name, []).append(_picture(name, Path(file)))
+    return {name: pictures[0] if len(pictures) == 1 else pictures for name, pictures in found.items()}
+
+
+def _picture(name: str, path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"input {name!r} must be a picture in a file, got '{path}', which is none; check the path"
+        )
+    try:
+        with Image.open(path) as picture:
+            alpha = "A" in picture.getbands() or "transparency" in picture.info
+            return picture.convert("L" if "mask" in name else "RGBA" if alpha else "RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"input {name!r} must be a picture, got '{path}', which does not open as one ({type(error).__name__}); convert it "
+            "to PNG"
+        ) from error
+
+
+def stops_at_latents(pipeline: Any) -> bool:
+    """Whether the pipeline has an autoencoder that its call leaves out for `output_type="latent"`, as its code says."""
+    code = getattr(inspect.unwrap(type(pipeline).__call__), "__code__", None)
+    return getattr(pipeline, "vae", None) is not None and code is not None and "latent" in code.co_consts
 
 
 DENOISER_NAMES = ("transformer", "unet", "prior", "denoiser", "dit", "decoder", "image_unet")

@@ -213,7 +213,7 @@ def _with_pictures(
     drawn = draw(checkpoint.load(out), sampling)
     if not distributed.is_main():
         return None
-    shown = min(sampling.count, SHOWN)
+    left, (right, chosen) = build.shown(reference, SHOWN)[0], build.shown(drawn, SHOWN)
     times = {
         "pictures, full precision": reference.seconds,
         "pictures, quantized and reloaded": drawn.seconds,
@@ -224,10 +224,9 @@ def _with_pictures(
         source,
         {**timings, **times},
         evaluation=judge(reference, drawn, sampling),
-        prompts=[sampling.prompt_of(index) for index in range(shown)],
-        seeds=list(range(shown)),
+        prompts=[f"{sampling.prompt_of(one.sample)}{one.label}" for one in chosen],
+        seeds=[one.sample for one in chosen],
     )
-    left, right = (build.to_uint8(pictures.images[:shown]) for pictures in (reference, drawn))
     build.write(made, left, right, out)
     return made
 

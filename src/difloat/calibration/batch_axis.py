@@ -20,6 +20,20 @@ from difloat.layers.timestep_clock import TIMESTEP_NAMES
 # Position tables have no batch axis, even where their first size happens to equal the batch size.
 SHARED_NAMES = frozenset({"img_ids", "txt_ids", "image_rotary_emb"})
 
+# What a denoiser of videos is given for every frame of every row, the frames of a row one after the other (AnimateDiff).
+FRAMEWISE_NAMES = frozenset(
+    {"encoder_hidden_states", "down_block_additional_residuals", "mid_block_additional_residual"}
+)
+
+
+def entries_per_row(name: str, tensor: Tensor, batch: int) -> bool | int:
+    """Whether the first axis of an argument is the batch, by its length; with several entries per row their number."""
+    if tensor.ndim == 0 or name in SHARED_NAMES:
+        return False
+    if name in FRAMEWISE_NAMES and tensor.ndim >= 3 and len(tensor) > batch and len(tensor) % batch == 0:
+        return len(tensor) // batch
+    return len(tensor) == batch
+
 
 @dataclass(frozen=True)
 class Rows:

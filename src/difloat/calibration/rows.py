@@ -25,6 +25,7 @@ from difloat.calibration.batch_axis import (
     cut,
     decode,
     encode,
+    entries_per_row,
     first_tensor,
     numbers_in,
     per_row_timestep,
@@ -206,7 +207,9 @@ class Recorder:
         for index in range(batch):
             template, leaves, per_row = encoded[index if in_lists else 0]
             keys = tuple(
-                self._store(tensor[index : index + 1]) if split is True else self._store_once(tensor, stored)
+                self._store(tensor[index * int(split) : (index + 1) * int(split)])
+                if split and split != "listed"
+                else self._store_once(tensor, stored)
                 for (_, tensor, _), split in zip(leaves, per_row, strict=True)
             )
             # Samplers that guide by two calls per step show the same timestep again: that is the other part.
@@ -267,13 +270,12 @@ def _check_timestep(name: str, timestep: Tensor, batch: int, in_lists: bool) -> 
 
 def _encoded(
     named: Mapping[str, object], positional: int, batch: int
-) -> tuple[str, list[tuple[str, Tensor, bool]], list[bool | str]]:
-    """A call as JSON, its tensors, and whether each is cut along its first axis, "listed" in a list of rows, or shared."""
+) -> tuple[str, list[tuple[str, Tensor, bool]], list[bool | str | int]]:
+    """A call as JSON, its tensors, and of each how many entries a row has: a number, "listed" in a list, False if shared."""
     leaves: list[tuple[str, Tensor, bool]] = []
     nodes = {name: encode(value, name, leaves) for name, value in named.items()}
-    per_row: list[bool | str] = [
-        "listed" if listed else tensor.ndim > 0 and len(tensor) == batch and name not in SHARED_NAMES
-        for name, tensor, listed in leaves
+    per_row: list[bool | str | int] = [
+        "listed" if listed else entries_per_row(name, tensor, batch) for name, tensor, listed in leaves
     ]
     return json.dumps({"positional": positional, "per_row": per_row, "arguments": nodes}), leaves, per_row
 

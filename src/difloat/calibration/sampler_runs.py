@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
@@ -21,13 +22,18 @@ from difloat.pipelines import (
     denoisers_of,
     draw_classes,
     for_pictures,
+    generators_of,
+    one_at_a_time,
     parameters_of,
     quiet,
+    stops_at_latents,
     takes,
 )
 
 # Seeds of pictures are seed * stride + number, so two runs with different seeds share no picture.
 _SEED_STRIDE = 1_000_003
+# How pipelines call the number of pictures, videos or sounds that they draw for every prompt.
+_SAMPLES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 MOST_SEED = 2**40  # what becomes of it must fit torch's 64 bits
 
 
@@ -78,6 +84,7 @@ class Sampling:
         self.denoiser = self._denoisers[self._name]
         self.device = devices.home(pipeline)
         self._pipeline = pipeline
+        batch = 1 if one_at_a_time(call_kwargs) else batch
         self._batch = batch
         self._seed = seed
         self._parameters = parameters_of(pipeline)
@@ -88,7 +95,7 @@ class Sampling:
         self._prompts = self._checked_prompts(prompts, call_kwargs)
         self._kwargs = self._fixed_kwargs(steps, guidance_scale, call_kwargs)
         self.steps: int = self._kwargs["num_inference_steps"]
-        self.images = batch * int(call_kwargs.get("num_images_per_prompt", 1))
+        self.images = batch * math.prod(int(call_kwargs.get(name) or 1) for name in _SAMPLES_PER_PROMPT)
         self.batches = -(-samples // (self.steps * self.images))
         order = torch.randperm(len(self._prompts), generator=torch.Generator().manual_seed(seed))
         self._prompts = [self._prompts[index] for index in order.tolist()]
@@ -99,20 +106,17 @@ class Sampling:
 
     def run(self, batch: int) -> None:
         """Sample one batch, to latents where the pipeline can stop there."""
-        kwargs = for_pictures(self._kwargs, self._batch)
         numbers = range(batch * self._batch, (batch + 1) * self._batch)
+        shown: dict[str, list[Any]] = {}
         if self._prompts:
-            kwargs["prompt"] = [self._prompts[number % len(self._prompts)] for number in numbers]
-        elif self._condition == "class_labels" and "class_labels" not in kwargs:
+            shown["prompt"] = [self._prompts[number % len(self._prompts)] for number in numbers]
+        elif self._condition == "class_labels" and "class_labels" not in self._kwargs:
             seeds = [self._seed * _SEED_STRIDE + number for number in numbers]
-            kwargs["class_labels"] = draw_classes(self.denoiser, seeds)
-        if "batch_size" in self._parameters:
-            kwargs["batch_size"] = self._batch
+            shown["class_labels"] = draw_classes(self.denoiser, seeds)
+        kwargs = for_pictures(self._pipeline, self._kwargs, shown, self._batch)
         if "generator" in self._parameters:
             start = self._seed * _SEED_STRIDE + batch * self.images
-            kwargs["generator"] = [
-                torch.Generator().manual_seed(start + image) for image in range(self.images)
-            ]
+            kwargs["generator"] = generators_of(self._kwargs, range(start, start + self.images))
         call(self._pipeline, kwargs, self._given)
 
     def scheduler(self) -> Any:
@@ -209,11 +213,9 @@ class Sampling:
                     f"has no guidance, got {guidance_scale}; leave it out"
                 )
             kwargs["guidance_scale"] = guidance_scale
-        output = self._parameters.get("output_type")
-        if output is not None and output.default == "pil":
+        if "output_type" in self._parameters:
             # Only a pipeline with an autoencoder can stop before it; others have pictures all along.
-            has_latents = getattr(self._pipeline, "vae", None) is not None
-            kwargs.setdefault("output_type", "latent" if has_latents else "np")
+            kwargs.setdefault("output_type", "latent" if stops_at_latents(self._pipeline) else "np")
         return kwargs
 
 
@@ -235,4 +237,10 @@ def _described(value: object) -> object:
         return {str(key): _described(value[key]) for key in sorted(value, key=str)}
     if isinstance(value, (list, tuple)):
         return [_described(entry) for entry in value]
+    if hasattr(
+        value, "tobytes"
+    ):  # pictures of PIL and arrays, whose text tells where they are, or not all of them
+        about = f"{type(value).__name__} {getattr(value, 'mode', '')} {getattr(value, 'size', '')} "
+        digest = hashlib.blake2b(about.encode() + value.tobytes(), digest_size=16)
+        return digest.hexdigest()
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)

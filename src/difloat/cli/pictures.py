@@ -30,7 +30,7 @@ from difloat.cli.tables import console
 @app.command()
 def generate(
     source: Source,
-    out: Annotated[Path, typer.Argument(help="Directory for the PNG files.")],
+    out: Annotated[Path, typer.Argument(help="Directory for the PNG files, of sounds NumPy files.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")] = None,
     prompts: Prompts = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures; prompts are used again from the start.")] = 4,
@@ -44,6 +44,7 @@ def generate(
     call: Call = None,
 ) -> None:
     """Draw pictures with a full-precision or quantized pipeline; processes of a launch share them."""
+    import numpy as np
     from PIL import Image
 
     from difloat import distributed, evaluation, run
@@ -72,9 +73,15 @@ def generate(
     if not distributed.is_main():
         return
     out.mkdir(parents=True, exist_ok=True)
-    for number, picture in zip(seeds, build.to_uint8(drawn.images), strict=True):
-        Image.fromarray(picture).save(out / f"{number:05d}.png")
-    console.print(f"{count} pictures in {out}, {drawn.seconds / count:.2f} s each", highlight=False)
+    frames = [""] if drawn.frames == 1 else [f"-{frame:04d}" for frame in range(drawn.frames)]
+    names = [f"{number:05d}{frame}.png" for number in seeds for frame in frames]
+    for name, picture in zip(names, build.to_uint8(drawn.images), strict=False):  # sounds have none
+        Image.fromarray(picture).save(out / name)
+    if drawn.signal is not None:
+        for number, one in zip(seeds, drawn.signal, strict=True):
+            np.save(out / f"{number:05d}.npy", one.numpy())
+    what = "pictures" if drawn.signal is None and drawn.frames == 1 else "samples"
+    console.print(f"{count} {what} in {out}, {drawn.seconds / count:.2f} s each", highlight=False)
 
 
 @app.command()

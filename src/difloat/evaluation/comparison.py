@@ -17,6 +17,7 @@ from difloat.evaluation.picture_metrics import (
     mean_interval,
     perceptual,
     psnr,
+    signal_to_noise,
     ssim,
 )
 from difloat.evaluation.set_distances import (
@@ -89,11 +90,13 @@ def compare(
     retrieval: Callable[[Tensor, list[str]], Tensor] | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """All metrics of a quantized set of pictures against the full-precision set of the same seeds and prompts.
+    """All metrics of a quantized set of samples against the full-precision set of the same seeds and prompts.
 
     Measured where it applies: SSIM for pictures of at least 11 pixels a side, kernel distance for at least 8 pictures
     (with fewer a resample may hold one picture only and has none), distances to data with `data_moments`,
-    retrieval with `captions` and `retrieval`, the trajectory where both sets hold latents.
+    retrieval with `captions` and `retrieval`, the trajectory where both sets hold latents. Of videos the metrics of a
+    picture are means over frames, and distances of sets are not measured. Waveforms and embeddings have one metric of
+    their own, the signal-to-noise ratio.
 
     Args:
         reference: full-precision pictures, at least 2.
@@ -108,12 +111,51 @@ def compare(
     Raises:
         ValueError: the sets do not have one shape, or captions do not count one per picture.
     """
-    values = {"psnr": psnr(reference.images, quantized.images)}
-    if min(reference.images.shape[-2:]) >= 11:
-        values["ssim"] = ssim(reference.images, quantized.images)
-    values["perceptual"] = perceptual(reference.images, quantized.images, feature_maps)
-    metrics = {name: mean_interval(value, seed=seed) for name, value in values.items()}
-    a, b = in_batches(features, reference.images), in_batches(features, quantized.images)
+    if len(reference) != len(quantized) or reference.frames != quantized.frames:
+        got = [(len(drawn), drawn.frames) for drawn in (reference, quantized)]
+        raise ValueError(f"both sets must have as many samples and frames, got {got}; generate both alike.")
+    metrics = _of_pairs(reference, quantized, feature_maps, seed)
+    if len(reference.images) and reference.frames == 1:
+        metrics |= _of_sets(reference.images, quantized.images, features, data_moments, seed)
+    if captions is not None and retrieval is not None and reference.frames == 1:
+        metrics["retrieval"] = _retrieval_estimate(retrieval, quantized.images, captions, seed)
+        metrics["retrieval_of_full_precision"] = _retrieval_estimate(
+            retrieval, reference.images, captions, seed
+        )
+    both = reference.latents is not None and quantized.latents is not None
+    trajectory = latent_error(reference, quantized, seed=seed) if both else None
+    return Evaluation(metrics, len(reference), trajectory, tuple(reference.timesteps))
+
+
+def _of_pairs(
+    reference: Generated,
+    quantized: Generated,
+    feature_maps: Callable[[Tensor], Sequence[Tensor]],
+    seed: int,
+) -> dict[str, Estimate]:
+    """What each sample lost beside its full-precision twin; of a video the mean over its frames."""
+    values: dict[str, Tensor] = {}
+    if len(reference.images):
+        values["psnr"] = psnr(reference.images, quantized.images)
+        if min(reference.images.shape[-2:]) >= 11:
+            values["ssim"] = ssim(reference.images, quantized.images)
+        values["perceptual"] = perceptual(reference.images, quantized.images, feature_maps)
+        values = {name: value.unflatten(0, (-1, reference.frames)).mean(1) for name, value in values.items()}
+    if reference.signal is not None and quantized.signal is not None:
+        values["signal_to_noise"] = signal_to_noise(reference.signal, quantized.signal)
+    return {name: mean_interval(value, seed=seed) for name, value in values.items()}
+
+
+def _of_sets(
+    reference: Tensor,
+    quantized: Tensor,
+    features: Callable[[Tensor], Tensor],
+    data_moments: Moments | None,
+    seed: int,
+) -> dict[str, Estimate]:
+    """Distances between all pictures; frames of a video are no independent draws, so videos have none."""
+    metrics = {}
+    a, b = in_batches(features, reference), in_batches(features, quantized)
     metrics["frechet_to_full_precision"] = frechet_interval(b, a, paired=True, seed=seed)
     if len(a) >= _KERNEL_PICTURES:
         metrics["kernel_distance"] = kernel_interval(b, a, paired=True, seed=seed)
@@ -121,14 +163,7 @@ def compare(
         metrics["frechet_to_data"] = frechet_interval(b, data_moments, seed=seed)
         metrics["frechet_to_data_of_full_precision"] = frechet_interval(a, data_moments, seed=seed)
         metrics["frechet_to_data_ratio"] = frechet_ratio_interval(b, a, data_moments, seed=seed)
-    if captions is not None and retrieval is not None:
-        metrics["retrieval"] = _retrieval_estimate(retrieval, quantized.images, captions, seed)
-        metrics["retrieval_of_full_precision"] = _retrieval_estimate(
-            retrieval, reference.images, captions, seed
-        )
-    both = reference.latents is not None and quantized.latents is not None
-    trajectory = latent_error(reference, quantized, seed=seed) if both else None
-    return Evaluation(metrics, len(reference.images), trajectory, tuple(reference.timesteps))
+    return metrics
 
 
 def _retrieval_estimate(

@@ -1,4 +1,4 @@
-"""Drawing pictures with any diffusers pipeline, each from its own seed, by one process or several."""
+"""Drawing pictures, videos and sounds with any diffusers pipeline, each from its own seed, by one process or several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from difloat import devices, distributed
-from difloat.evaluation.picture_metrics import NotFiniteError
+from difloat.evaluation.outputs import outputs_of
 from difloat.pipelines import (
     call,
     check_call,
@@ -23,6 +23,8 @@ from difloat.pipelines import (
     denoiser_of,
     draw_classes,
     for_pictures,
+    generators_of,
+    one_at_a_time,
     parameters_of,
     quiet,
     takes,
@@ -34,16 +36,25 @@ class Generated:
     """Pictures of one pipeline and how they came about.
 
     Attributes:
-        images: `[n, 3, h, w]` float32 in [0, 1], on the CPU.
+        images: `[n * frames, 3, h, w]` float32 in [0, 1], on the CPU, the frames of a video one after the other; none where
+            the pipeline draws no pictures.
         latents: `[steps, n, ...]`, the sampler's state after every step in the pipeline's own dtype, or None.
         timesteps: of every sampler step, in the sampler's order and unit.
         seconds: wall-clock time of all batches together.
+        frames: of every sample; 1 for pictures.
+        signal: `[n, ...]` float32 on the CPU, what is no picture: waveforms, or the embeddings of a prior; None without.
     """
 
     images: Tensor
     latents: Tensor | None
     timesteps: list[float]
     seconds: float
+    frames: int = 1
+    signal: Tensor | None = None
+
+    def __len__(self) -> int:
+        """How many samples: pictures, videos or sounds."""
+        return len(self.images) // self.frames if self.signal is None else len(self.signal)
 
 
 def generate(
@@ -75,7 +86,7 @@ def generate(
         seeds: one per picture.
         steps: sampler steps; None takes the pipeline's default.
         guidance_scale: None takes the pipeline's default.
-        batch_size: pictures per call.
+        batch_size: pictures per call; 1 where `call_kwargs` holds pictures, arrays or tensors, which go with every sample.
         trajectory: keep the sampler's state after every step.
         progress: show one bar over all pictures instead of the pipeline's own bars.
         call_kwargs: further arguments of the pipeline's call.
@@ -89,6 +100,7 @@ def generate(
 
     if not seeds or batch_size < 1:
         raise ValueError(f"seeds and batch_size must be at least 1, got {len(seeds)} and {batch_size}.")
+    batch_size = 1 if one_at_a_time(call_kwargs or {}) else batch_size
     inputs, arguments = _call_arguments(pipeline, prompts, seeds, steps, guidance_scale, call_kwargs or {})
     batches = [range(n, min(n + batch_size, len(seeds))) for n in range(0, len(seeds), batch_size)]
     distributed.join(devices.home(pipeline))
@@ -103,7 +115,7 @@ def generate(
             )
             done = [batch for batch in distributed.collected(draw) if batch is not None]
             drawn += done
-            bar.update(sum(len(batch.images) for batch in done))
+            bar.update(sum(len(batch) for batch in done))
     return _joined(drawn, time.perf_counter() - start)
 
 
@@ -112,8 +124,15 @@ def _joined(batches: Sequence[Generated], seconds: float) -> Generated:
     if not batches:
         return Generated(torch.zeros(0, 3, 1, 1), None, [], seconds)
     latents = [batch.latents for batch in batches if batch.latents is not None]
-    images = torch.cat([batch.images for batch in batches])
-    return Generated(images, torch.cat(latents, 1) if latents else None, batches[-1].timesteps, seconds)
+    signals = [batch.signal for batch in batches if batch.signal is not None]
+    return Generated(
+        torch.cat([batch.images for batch in batches]),
+        torch.cat(latents, 1) if latents else None,
+        batches[-1].timesteps,
+        seconds,
+        batches[-1].frames,
+        torch.cat(signals) if signals else None,
+    )
 
 
 def _draw(
@@ -129,17 +148,18 @@ def _draw(
     if not batches:
         return None
     (batch,) = batches
-    generators = [torch.Generator().manual_seed(seeds[i]) for i in batch]
+    numbers = [seeds[i] for i in batch]
     shown = {name: [values[i % len(values)] for i in batch] for name, values in inputs.items()}
-    own = for_pictures(arguments, len(batch)) | shown
-    if "batch_size" in parameters_of(pipeline):
-        own["batch_size"] = len(batch)
-    with _recorded_steps(pipeline.scheduler, keep_states=trajectory) as (timesteps, states):
-        own |= {"generator": generators, "output_type": "np"}
+    own = for_pictures(pipeline, arguments, shown, len(batch))
+    own |= {"output_type": "np"} if takes(pipeline, "output_type") else {}
+    own |= {"generator": generators_of(arguments, numbers)} if takes(pipeline, "generator") else {}
+    with _recorded_steps(getattr(pipeline, "scheduler", None), keep_states=trajectory) as (timesteps, states):
         output = call(pipeline, own, given)
-    images = _as_tensor(output.images, [seeds[i] for i in batch])
-    latents = torch.stack([_state_of(state, len(batch)) for state in states]) if trajectory else None
-    return Generated(images, latents, timesteps, 0.0)
+    found = outputs_of(output, numbers)
+    kept = [_state_of(state, len(batch)) for state in states]
+    same = len({state.shape for state in kept}) == 1
+    latents = torch.stack(kept) if trajectory and same and len(kept[0]) == len(batch) else None
+    return Generated(found.images, latents, timesteps, 0.0, found.frames, found.signal)
 
 
 def _call_arguments(
@@ -177,7 +197,10 @@ def _state_of(state: Tensor, pictures: int) -> Tensor:
 
 @contextmanager
 def _recorded_steps(scheduler: Any, *, keep_states: bool) -> Iterator[tuple[list[float], list[Tensor]]]:
-    """Timestep and new state of every `scheduler.step` inside the block."""
+    """Timestep and new state of every `scheduler.step` inside the block; none of a pipeline without a scheduler that steps."""
+    if not hasattr(scheduler, "step"):
+        yield [], []
+        return
     original, was_patched = scheduler.step, "step" in vars(scheduler)
     signature = inspect.signature(original)
     timesteps: list[float] = []
@@ -200,19 +223,3 @@ def _recorded_steps(scheduler: Any, *, keep_states: bool) -> Iterator[tuple[list
             scheduler.step = original
         else:
             del scheduler.step
-
-
-def _as_tensor(images: Any, seeds: Sequence[int]) -> Tensor:
-    batch = torch.as_tensor(images).permute(0, 3, 1, 2).float().contiguous()
-    if len(batch) != len(seeds):
-        raise ValueError(
-            f"a pipeline must give one picture per seed, got {len(batch)} for {len(seeds)}; do not set "
-            "num_images_per_prompt."
-        )
-    broken = [seed for seed, image in zip(seeds, batch, strict=True) if not bool(image.isfinite().all())]
-    if broken:
-        raise NotFiniteError(
-            f"pictures must be finite, got NaN or infinity for seeds {broken[:5]}; the model overflows, keep more "
-            "layers in high precision or sample in a wider dtype."
-        )
-    return batch

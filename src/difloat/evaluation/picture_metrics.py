@@ -44,6 +44,7 @@ METRICS: dict[str, Metric] = {
     "psnr": Metric("PSNR to full precision", "dB", "higher"),
     "ssim": Metric("SSIM to full precision", "", "higher"),
     "perceptual": Metric("Perceptual distance to full precision, emoji features", "", "lower"),
+    "signal_to_noise": Metric("Signal-to-noise ratio of the waveform or embedding", "dB", "higher"),
     "frechet_to_full_precision": Metric("Fréchet distance to full precision, emoji features", "", "lower"),
     "frechet_to_data": Metric("Fréchet distance to data", "", "lower"),
     "frechet_to_data_of_full_precision": Metric("Fréchet distance to data, full precision", "", "lower"),
@@ -74,6 +75,26 @@ def psnr(reference: Tensor, images: Tensor) -> Tensor:
         return peak_signal_noise_ratio(batch, target, data_range=1.0, reduction="none", dim=(1, 2, 3))
 
     return _per_image(ratio, reference, images).clamp(max=PSNR_CAP_DB)
+
+
+def signal_to_noise(reference: Tensor, signals: Tensor) -> Tensor:
+    """Energy of the full-precision signal over that of the difference in dB, `[n]`, cut at `PSNR_CAP_DB` on both sides.
+
+    Args:
+        reference: `[n, ...]`: waveforms, or embeddings.
+        signals: same shape.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if reference.shape != signals.shape:
+        raise ValueError(
+            f"signals must have one shape, got {tuple(reference.shape)} and {tuple(signals.shape)}; generate both alike."
+        )
+    clean = reference.double().flatten(1)
+    energy, error = clean.square().sum(1), (signals.double().flatten(1) - clean).square().sum(1)
+    ratio = 10 * (energy / error).log10()
+    return ratio.nan_to_num(PSNR_CAP_DB).clamp(-PSNR_CAP_DB, PSNR_CAP_DB).float()
 
 
 def ssim(reference: Tensor, images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from difloat.checkpoint.directories import REPORT_FILES, replace_file
-from difloat.evaluation.comparison import Evaluation
+from difloat.evaluation.comparison import Evaluation, Generated
 from difloat.layers.packed import weight_of
 from difloat.plan.encode import dequantize
 from difloat.plan.plan import LayerPlan, Plan
@@ -29,6 +29,7 @@ from difloat.report.render import Histogram, LayerRow, Record
 
 RECORD, PICTURES, PAGE = REPORT_FILES
 _HISTOGRAM_BINS = 96
+_FRAMES = 4  # of a video
 
 
 @dataclass(frozen=True)
@@ -301,6 +302,27 @@ def read(directory: Path) -> tuple[Record, np.ndarray, np.ndarray]:
             arrays["reference"],
             arrays["quantized"],
         )
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture of a report: which sample it is of, and what its caption says of the frame, "" for a picture."""
+
+    sample: int
+    label: str
+
+
+def shown(drawn: Generated, most: int) -> tuple[np.ndarray, list[Shown]]:
+    """Up to `most` pictures, uint8 [n, h, w, 3]: the first samples, of videos up to `_FRAMES` frames, the ends among them."""
+    frames = sorted({round(place) for place in np.linspace(0, drawn.frames - 1, _FRAMES).tolist()})
+    samples = range(min(len(drawn.images) // drawn.frames, most // len(frames)))
+    labels = [f", frame {frame + 1} of {drawn.frames}" if drawn.frames > 1 else "" for frame in frames]
+    chosen = [Shown(sample, label) for sample in samples for label in labels]
+    if not chosen:
+        return no_pictures(), []
+    return to_uint8(
+        drawn.images[[sample * drawn.frames + frame for sample in samples for frame in frames]]
+    ), chosen
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
