@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,12 @@ from torch.utils import _pytree as pytree
 from difloat.layers.timestep_clock import TIMESTEP_NAMES
 
 # Position tables have no batch axis, even where their first size happens to equal the batch size.
-SHARED_NAMES = frozenset({"img_ids", "txt_ids", "image_rotary_emb"})
+SHARED_NAMES = frozenset(
+    {"img_ids", "txt_ids", "image_rotary_emb", "timestep_indices", "token_tags"}
+    | {f"indices_latents{which}" for which in ("", "_clean", "_history_2x", "_history_4x")}
+)
+# What has its batch axis second, behind one for the layers of a language model (HiDream).
+SECOND_AXIS_NAMES = frozenset({"encoder_hidden_states_llama3"})
 
 # What a denoiser of videos is given for every frame of every row, the frames of a row one after the other (AnimateDiff).
 FRAMEWISE_NAMES = frozenset(
@@ -26,13 +31,25 @@ FRAMEWISE_NAMES = frozenset(
 )
 
 
-def entries_per_row(name: str, tensor: Tensor, batch: int) -> bool | int:
-    """Whether the first axis of an argument is the batch, by its length; with several entries per row their number."""
+def entries_per_row(name: str, tensor: Tensor, batch: int) -> bool | int | Literal["second"]:
+    """Whether the first axis of an argument is the batch, by its length; with several entries per row their number.
+
+    "second" where it is the second axis.
+    """
     if tensor.ndim == 0 or name in SHARED_NAMES:
         return False
+    if name in SECOND_AXIS_NAMES and tensor.ndim == 4:
+        return "second" if tensor.shape[1] == batch else False
     if name in FRAMEWISE_NAMES and tensor.ndim >= 3 and len(tensor) > batch and len(tensor) % batch == 0:
         return len(tensor) // batch
     return len(tensor) == batch
+
+
+def own_entries(tensor: Tensor, split: bool | int | str, row: int) -> Tensor:
+    """The entries of one row, as `entries_per_row` counts them; the axis stays."""
+    if split == "second":
+        return tensor[:, row : row + 1]
+    return tensor[row * int(split) : (row + 1) * int(split)]
 
 
 @dataclass(frozen=True)
@@ -185,6 +202,8 @@ def _encode(
         return {kind: [_encode(entry, name, leaves, in_rows) for entry in value]}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {"dict": {key: _encode(entry, key, leaves, in_rows) for key, entry in value.items()}}
+    if isinstance(value, Mapping) and all(type(key) is int for key in value):
+        return {"numbered": {str(key): _encode(entry, name, leaves, in_rows) for key, entry in value.items()}}
     raise ValueError(
         "a denoiser's arguments must be tensors, numbers, strings, None, or lists, tuples, dicts of them, "
         f"got {type(value).__name__} in '{name}'; wrap the denoiser in a module that builds it itself"
@@ -208,6 +227,8 @@ def decode(node: Mapping[str, Any], tensors: Sequence[Any], rows: int, row: int 
         return tensors[content] if row is None else tensors[content][row]
     if kind == "dict":
         return {key: decode(entry, tensors, rows, row) for key, entry in content.items()}
+    if kind == "numbered":
+        return {int(key): decode(entry, tensors, rows, row) for key, entry in content.items()}
     if kind in ("list", "tuple"):
         entries = [decode(entry, tensors, rows, row) for entry in content]
         return entries if kind == "list" else tuple(entries)

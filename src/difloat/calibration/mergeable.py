@@ -16,6 +16,12 @@ _SCALAR_TIMESTEP = (
     "a denoiser must take the timestep as a [batch] tensor (one entry per row), so that rows of different "
     "timesteps can be merged"
 )
+_OWN_ROWS = "a denoiser must return one result per row when it is called with single rows of its own calls"
+_CALLING = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def check_mergeable(module: nn.Module, timesteps: Sequence[float], batch: Batch) -> None:
@@ -29,7 +35,7 @@ def check_mergeable(module: nn.Module, timesteps: Sequence[float], batch: Batch)
         batch: Gives the arguments of some rows.
 
     Raises:
-        ValueError: The module takes only a scalar timestep, or mixes the rows of a batch.
+        ValueError: The module takes only a scalar timestep, mixes the rows of a batch, or cannot be called with one of them.
     """
     other = max(range(len(timesteps)), key=lambda row: abs(timesteps[row] - timesteps[0]))
     if timesteps[other] == timesteps[0]:
@@ -40,11 +46,18 @@ def check_mergeable(module: nn.Module, timesteps: Sequence[float], batch: Batch)
         return list(prediction(module(*args, **kwargs), rows_in_lists(args, kwargs)))
 
     with torch.no_grad():
-        apart = output([0]) + output([other])
+        try:
+            apart = output([0]) + output([other])
+        except _CALLING as error:
+            raise ValueError(f"{_OWN_ROWS}, got {type(error).__name__}: {_first_line(error)}") from error
         try:
             merged = output([0, other])
-        except (RuntimeError, TypeError, IndexError) as error:
-            raise ValueError(f"{_SCALAR_TIMESTEP} in one call, got: {str(error).splitlines()[0]}") from error
+        except _CALLING as error:
+            raise ValueError(f"{_SCALAR_TIMESTEP} in one call, got: {_first_line(error)}") from error
+    if len(apart) != 2:
+        raise ValueError(
+            f"{_OWN_ROWS}, got {len(apart)} results for two rows; what returns features is no denoiser"
+        )
     if [row.shape for row in merged] != [row.shape for row in apart]:
         raise ValueError(f"{_SCALAR_TIMESTEP} in one call, got outputs of other shapes")
     # Half precision sums in another order for another batch size; a wrong timestep is far outside of this.

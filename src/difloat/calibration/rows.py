@@ -28,6 +28,7 @@ from difloat.calibration.batch_axis import (
     entries_per_row,
     first_tensor,
     numbers_in,
+    own_entries,
     per_row_timestep,
     sample_of,
     timestep_name,
@@ -207,9 +208,9 @@ class Recorder:
         for index in range(batch):
             template, leaves, per_row = encoded[index if in_lists else 0]
             keys = tuple(
-                self._store(tensor[index * int(split) : (index + 1) * int(split)])
-                if split and split != "listed"
-                else self._store_once(tensor, stored)
+                self._store_once(tensor, stored)
+                if not split or split == "listed"
+                else self._store(own_entries(tensor, split, index))
                 for (_, tensor, _), split in zip(leaves, per_row, strict=True)
             )
             # Samplers that guide by two calls per step show the same timestep again: that is the other part.
@@ -326,7 +327,7 @@ def merge(rows: Sequence[Row], read: Callable[[str], Tensor]) -> tuple[tuple[Any
         shapes = {(tuple(piece.shape), piece.dtype) for piece in pieces}
         if len(shapes) > 1:
             _refuse_merge(f"a tensor with {sorted(map(str, shapes))}")
-        tensors.append(torch.cat(pieces))
+        tensors.append(torch.cat(pieces, int(split == "second")))
     values = {name: decode(node, tensors, len(rows)) for name, node in template["arguments"].items()}
     names = list(values)
     count = template["positional"]
