@@ -85,7 +85,7 @@ def test_a_text_beside_the_prompt_is_repeated_for_every_picture() -> None:
         "prompt": "d",
         "output_type": "np",
     }
-    assert pipelines.for_pictures(given, 2) == {
+    assert pipelines.for_pictures(FixedSizePipeline(), given, {}, 2) == {
         "negative_prompt": ["", ""],
         "prompt_2": ["a", "a"],
         "negative_prompt_2": ["b", "c"],
