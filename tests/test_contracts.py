@@ -282,7 +282,7 @@ def test_bad_recipes_and_options_are_refused() -> None:
         recipes.make_options(row, {"nope": 1}, "w4a8")
     with pytest.raises(ValueError, match="rounding must be one of"):
         recipes.make_options(row, {"rounding": "up"}, "w4a8")
-    with pytest.raises(ValueError, match="iterations must be a int"):
+    with pytest.raises(ValueError, match="iterations must be a whole number"):
         recipes.make_options(row, {"iterations": "many"}, "w4a8")
     assert recipes.make_options(row, {"keep_8bit": "first, proj", "split": "no"}, "w4a8").keep_8bit == (
         "first",

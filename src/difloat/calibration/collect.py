@@ -11,10 +11,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, final, get_args
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -26,9 +25,10 @@ from difloat.calibration.clean_latents import LastCall, clean_calls
 from difloat.calibration.mergeable import check_mergeable
 from difloat.calibration.row_store import Recorded, Shelf, open_shelf, record_shards
 from difloat.calibration.rows import Recorder, Row, merge, recording, stratified_indices
-from difloat.calibration.sampler_runs import MOST_SEED, Sampling, weights_summary
+from difloat.calibration.sampler_runs import Sampling, weights_summary
 from difloat.calibration.trajectory import conditional_part, rows_before, rows_beside
 from difloat.pipelines import denoiser_of, load_prompts, quiet
+from difloat.plan.request import CalibrationSettings
 
 __all__ = [
     "Calibration",
@@ -38,53 +38,6 @@ __all__ = [
     "denoiser_of",
     "load_prompts",
 ]
-
-_TIMESTEPS = Literal["sampler", "clean"]
-_LEAST = {"samples": 1, "steps": 1, "prompts_per_batch": 1, "seed": 0, "memory_bytes": 0}
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """What to collect; the defaults are written here and nowhere else.
-
-    Attributes:
-        samples: Denoiser input rows kept in all.
-        steps: Sampler steps; None takes the default of the pipeline's call.
-        guidance_scale: Classifier-free guidance; None takes the default of the pipeline's call.
-        prompts_per_batch: Pictures sampled at once. It also sets how many trajectories are drawn.
-        seed: Seed of all noise and of every choice of rows.
-        timesteps: "sampler" follows the sampler's own trajectory; "clean" takes almost clean latents noised at the raw
-            timesteps 0 to 19, conditional only, as the released code of FP4DiT does (see `renoising`).
-        memory_bytes: Rows held in RAM; what is above stays on disk and is read on demand. While a batch of
-            prompts runs, its rows are in RAM on top of this.
-    """
-
-    samples: int = 256
-    steps: int | None = None
-    guidance_scale: float | None = None
-    prompts_per_batch: int = 8
-    seed: int = 0
-    timesteps: _TIMESTEPS = "sampler"
-    memory_bytes: int = 2 << 30
-
-    def __post_init__(self) -> None:
-        if self.timesteps not in get_args(_TIMESTEPS):
-            raise ValueError(
-                f"calibration setting 'timesteps' must be sampler or clean, got {self.timesteps!r}; give another value"
-            )
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if name == "steps" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"calibration setting '{name}' must be a whole number of at least {least}, got {value!r}; "
-                    "give another value"
-                )
-        if self.seed > MOST_SEED:
-            raise ValueError(
-                f"calibration setting 'seed' must be at most {MOST_SEED}, got {self.seed}; give another value"
-            )
 
 
 @final

@@ -34,7 +34,6 @@ from difloat.pipelines import (
 _SEED_STRIDE = 1_000_003
 # How pipelines call the number of pictures, videos or sounds that they draw for every prompt.
 _SAMPLES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
-MOST_SEED = 2**40  # what becomes of it must fit torch's 64 bits
 
 
 def weights_summary(modules: Iterable[nn.Module]) -> str:

@@ -20,14 +20,15 @@ from difloat import torch_modes
 from difloat.layers import dtype_readers, packed, quantizable
 from difloat.methods.input_search import plan_inputs
 from difloat.numbers import formats
-from difloat.plan import options, target
+from difloat.plan import options
+from difloat.plan import target as targets
 from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.rules import Bits, Rule, draft_layer, floating_point
 
 RECIPE = "datafree"
 
 
-@dataclass(frozen=True)
+@options.recipe_options
 class Settings:
     """What is asked for.
 
@@ -46,10 +47,10 @@ class Settings:
     weights: str = "search"
     bits: str = ""
     activations: str = ""
-    group_size: int = 128
-    exclude: tuple[str, ...] = ()
+    group_size: options.Whole = 128
+    exclude: options.Names = ()
     outside: Literal["keep", "8bit"] = "keep"
-    target: str = "any"
+    target: targets.Target = "any"
 
     def widths(self) -> Bits:
         """The widths asked for; ValueError if the formats have others."""
@@ -75,7 +76,6 @@ def settings(values: Mapping[str, Any]) -> Settings:
     """
     found: Settings = options.make_options(Settings, {k: v for k, v in values.items() if v is not None})
     found.widths()
-    target.check(found.target)
     for name in (found.weights, found.activations):
         if name not in ("", "search") and not formats.parse(name).signed:
             raise ValueError(
@@ -163,7 +163,7 @@ def _tied(model: nn.Module) -> set[str]:
 
 
 def _planner(name: str, wanted: Settings, inside: bool) -> Callable[[Tensor], LayerPlan]:
-    bits, machine = wanted.widths(), target.check(wanted.target)
+    bits, machine = wanted.widths(), wanted.target
     width = bits.weight if inside else 8
     searched = wanted.weights == "search" or width != bits.weight
     grid = formats.candidates(width) if searched else (formats.parse(wanted.weights),)
@@ -173,8 +173,8 @@ def _planner(name: str, wanted: Settings, inside: bool) -> Callable[[Tensor], La
         named = wanted.activations if inside else ""
         input_width = bits.activation if inside else 8
         input_format = formats.parse(named) if named else floating_point(input_width)
-        activation = target.restrict(Rule((input_format,), "token", online=True), machine)
-    rule = target.restrict(rule, machine)
+        activation = targets.restrict(Rule((input_format,), "token", online=True), machine)
+    rule = targets.restrict(rule, machine)
 
     def make(weight: Tensor) -> LayerPlan:
         if not bool(weight.isfinite().all()):

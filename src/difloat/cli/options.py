@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from difloat import distributed
-from difloat.calibration.sampler_runs import MOST_SEED
 from difloat.cli.tables import console
+from difloat.plan.request import MOST_SEED
 
 Source = Annotated[
     str,

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from difloat.calibration.sampler_runs import MOST_SEED
 from difloat.cli import tables
 from difloat.cli.app import app
 from difloat.cli.options import (
@@ -25,6 +24,7 @@ from difloat.cli.options import (
     pipeline_of,
 )
 from difloat.cli.tables import console
+from difloat.plan.request import MOST_SEED
 
 
 @app.command()

@@ -3,21 +3,59 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, Field
+from typing_extensions import dataclass_transform
 
 from difloat.numbers import formats
 from difloat.plan.rules import Bits
+from difloat.plan.validation import NotNegative, Positive, Rule, Whole, read, record
 
-_AT_LEAST_ONE = ("iterations", "rounding_rows", "rows", "relation_every")
+__all__ = [
+    "FEW_BITS",
+    "FormatOr",
+    "Names",
+    "NotNegative",
+    "Positive",
+    "Whole",
+    "checked",
+    "make_options",
+    "recipe_options",
+]
+
 FEW_BITS = 4  # up to this width rounding is learned
+Options = TypeVar("Options")
 
 
-def format_field(*words: str) -> Any:
-    """A field for the format of weights: a name, of as many bits as weights have, or one of `words`, the first by default."""
-    return dataclasses.field(default=words[0], metadata={"words": words})
+def _separate(names: Any) -> Any:
+    """The names in a text with commas between them."""
+    if isinstance(names, str):
+        return tuple(name for name in map(str.strip, names.split(",")) if name)
+    return names
+
+
+Names = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_separate),
+    Field(strict=False),
+    Rule("be names with commas between them"),
+]
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, Field))
+def recipe_options(cls: type[Options]) -> type[Options]:
+    """Make a class the options of a recipe: a `validation.record`."""
+    return record("options", each="option {}")(cls)
+
+
+@dataclass(frozen=True)
+class FormatOr:
+    """Marks an option for the format of weights: a name, of as many bits as weights have, or one of `words`."""
+
+    words: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -96,8 +134,9 @@ def checked(options: Any, bits: Bits) -> Any:
     """
     for field in dataclasses.fields(options):
         value, usual = getattr(options, field.name), field.default
-        if "words" in field.metadata:
-            _check_format(field.name, value, field.metadata["words"], bits.weight)
+        for mark in type(options).__pydantic_fields__[field.name].metadata:
+            if isinstance(mark, FormatOr):
+                _check_format(field.name, value, mark.words, bits.weight)
         for need in _NEEDS:
             if field.name in need.names and value != usual and not need.met(options, bits):
                 raise ValueError(
@@ -124,47 +163,14 @@ def _check_format(name: str, value: str, words: tuple[str, ...], bits: int) -> N
         )
 
 
-def make_options(options: type[Any], values: Mapping[str, Any]) -> Any:
+def make_options(options: type[Options], values: Mapping[str, Any]) -> Options:
     """Options of a recipe, of the class `options`, from user values; strings are converted to the field's type.
 
     Raises:
         ValueError: on an unknown option, or a value that is not of the option's type or choices.
     """
-    fields = {field.name for field in dataclasses.fields(options)}
+    fields = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]  # made by `record`
     unknown = sorted(set(values) - fields)
     if unknown:
         raise ValueError(f"options must be among {', '.join(sorted(fields))}, got {', '.join(unknown)}")
-    hints = get_type_hints(options)
-    return options(**{name: _converted(name, value, hints[name]) for name, value in values.items()})
-
-
-def _converted(name: str, value: Any, hint: Any) -> Any:
-    choices = getattr(hint, "__args__", ()) if "Literal" in str(hint) else ()
-    if choices:
-        if value not in choices:
-            raise ValueError(f"option {name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-        return value
-    if str(hint).startswith("tuple"):
-        if not isinstance(value, str | list | tuple):
-            raise ValueError(f"option {name} must be names with commas between them, got {value!r}")
-        items = [item.strip() for item in value.split(",")] if isinstance(value, str) else list(value)
-        return tuple(item for item in items if item)
-    if hint is bool and isinstance(value, str):
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if value.lower() not in words:
-            raise ValueError(f"option {name} must be true or false, got {value!r}")
-        return words[value.lower()]
-    try:
-        converted = hint(value)
-        exact = hint is not int or isinstance(value, str) or converted == value
-    except (TypeError, ValueError, OverflowError):
-        exact = False
-    if not exact:
-        raise ValueError(f"option {name} must be a {hint.__name__}, got {value!r}")
-    if hint is float and not math.isfinite(converted):
-        raise ValueError(f"option {name} must be finite, got {value!r}")
-    if hint in (int, float) and converted < 0:
-        raise ValueError(f"option {name} must not be negative, got {value!r}")
-    if name in _AT_LEAST_ONE and converted < 1:
-        raise ValueError(f"option {name} must be at least 1, got {value!r}")
-    return converted
+    return read(options, values, words=True)

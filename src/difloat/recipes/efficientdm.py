@@ -14,7 +14,7 @@ Differs from the paper: adapters are added to the float weight, not to dequantiz
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from difloat.methods import post_training
@@ -24,10 +24,11 @@ from difloat.methods.trace import Trace
 from difloat.methods.training.fine_tune import Tuning, tune
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, settings_of
+from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import asymmetric_integers
 
 
-@dataclass(frozen=True)
+@recipe_options
 class Options(TrainingSettings):
     """Options of EfficientDM, and those of fine-tuning: `TrainingSettings`.
 
@@ -40,13 +41,13 @@ class Options(TrainingSettings):
         factor_power: Power of the sampler's factors that weighs a timestep's loss, see `Tuning`; 0 is the paper's.
     """
 
-    rank: int = 32
+    rank: Whole = 32
     ranges_by_timestep: bool = True
     rounding: Literal["learned", "nearest"] = "nearest"
-    iterations: int = field(default=RoundingSettings.iterations)
-    rounding_rows: int = field(default=Sequencing.rounding_rows)
-    keep_8bit: tuple[str, ...] = ("first", "last")
-    factor_power: float = 0.0
+    iterations: Positive = field(default=RoundingSettings.iterations)
+    rounding_rows: Positive = field(default=Sequencing.rounding_rows)
+    keep_8bit: Names = ("first", "last")
+    factor_power: NotNegative = 0.0
 
 
 def plan(task: Task, options: Options) -> Outcome:

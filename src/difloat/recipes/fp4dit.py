@@ -16,8 +16,8 @@ Differs from the released code: calibration follows the sampler's own timesteps,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import field, replace
+from typing import Annotated, Literal
 
 from difloat.layers import packed
 from difloat.methods import post_training
@@ -28,7 +28,7 @@ from difloat.numbers import formats
 from difloat.numbers.formats import Format
 from difloat.numbers.scale_grids import ScaleFormat
 from difloat.numbers.search import CLIPS
-from difloat.plan.options import format_field
+from difloat.plan.options import FormatOr, NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import MIN_MAX, Rule
 from difloat.plan.specs import AttentionPlan
 
@@ -36,7 +36,7 @@ SCALE_AWARE_RATE = 0.003  # of variables in units of the weight; both tuned by b
 SIGMA = "PixArtSigmaPipeline"  # the one family whose weights the paper puts on E1M2
 
 
-@dataclass(frozen=True)
+@recipe_options
 class Options:
     """Options of FP4DiT.
 
@@ -57,19 +57,19 @@ class Options:
 
     rounding: Literal["learned", "nearest"] = "learned"
     scale_aware: bool = True
-    learning_rate: float = 0.0
-    group_size: int = 128
+    learning_rate: NotNegative = 0.0
+    group_size: Whole = 128
     scale_format: ScaleFormat = "float32"
-    weight_format: str = format_field("paper", "search")
-    before_gelu: str = format_field("paper", "same")
+    weight_format: Annotated[str, FormatOr(("paper", "search"))] = "paper"
+    before_gelu: Annotated[str, FormatOr(("paper", "same"))] = "paper"
     activation: Literal["online", "static"] = "online"
     attention: bool = True
     softmax: Literal["16", "8"] = "16"
     outside: Literal["keep", "8bit"] = "keep"
     inputs: Literal["quantized", "full"] = "quantized"
-    iterations: int = field(default=RoundingSettings.iterations)
+    iterations: Positive = field(default=RoundingSettings.iterations)
     precision: Literal["float32", "bfloat16"] = "float32"
-    rounding_rows: int = field(default=Sequencing.rounding_rows)
+    rounding_rows: Positive = field(default=Sequencing.rounding_rows)
 
 
 def plan(task: Task, options: Options) -> Outcome:

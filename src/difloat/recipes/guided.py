@@ -13,7 +13,7 @@ Differs from the papers: no page of theirs describes this; what it measures agai
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Literal
 
 from difloat.methods import post_training
@@ -23,10 +23,11 @@ from difloat.methods.trace import Trace
 from difloat.methods.training.fine_tune import Tuning, tune
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, guidance_to_keep, settings_of
+from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import floating_grids
 
 
-@dataclass(frozen=True)
+@recipe_options
 class Options(TrainingSettings):
     """Options of Guided, and those of fine-tuning: `TrainingSettings`.
 
@@ -41,14 +42,14 @@ class Options(TrainingSettings):
     """
 
     rounding: Literal["learned", "nearest"] = "learned"
-    iterations: int = field(default=RoundingSettings.iterations)
-    rounding_rows: int = field(default=Sequencing.rounding_rows)
-    rank: int = 32
+    iterations: Positive = field(default=RoundingSettings.iterations)
+    rounding_rows: Positive = field(default=Sequencing.rounding_rows)
+    rank: Whole = 32
     ranges_by_timestep: bool = False
-    factor_power: float = 2.0
-    keep_8bit: tuple[str, ...] = ("first", "last")
-    guidance_weight: float = 9.0
-    epochs: int = 10
+    factor_power: NotNegative = 2.0
+    keep_8bit: Names = ("first", "last")
+    guidance_weight: NotNegative = 9.0
+    epochs: Whole = 10
 
     @property
     def sampler_power(self) -> float:

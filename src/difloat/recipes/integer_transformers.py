@@ -13,8 +13,6 @@ Differs from the papers: ViDiT-Q's mixed precision over layers and timesteps, Q-
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from difloat.methods import post_training, trace
 from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Smoothing, Task
 from difloat.methods.trace import Trace
 from difloat.numbers import formats
+from difloat.plan.options import NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import MIN_MAX, Rule
 from difloat.plan.specs import Granularity
 
@@ -30,7 +29,7 @@ KEPT = "outside of the blocks"  # embedders and the final projection
 SMALLEST = 1e-5  # largest magnitudes below this (dead channels) count as this
 
 
-@dataclass(frozen=True)
+@recipe_options
 class ViDiTQOptions:
     """Options of ViDiT-Q.
 
@@ -40,9 +39,9 @@ class ViDiTQOptions:
         rows: Calibration rows per stretch.
     """
 
-    smoothing: float = 0.3
-    stretches: int = 2
-    rows: int = 32
+    smoothing: NotNegative = 0.3
+    stretches: Whole = 2
+    rows: Positive = 32
 
 
 def viditq(task: Task, options: ViDiTQOptions) -> Outcome:
@@ -60,7 +59,7 @@ def viditq(task: Task, options: ViDiTQOptions) -> Outcome:
     return post_training.run(task, rules, Sequencing())
 
 
-@dataclass(frozen=True)
+@recipe_options
 class QDiTOptions:
     """Options of Q-DiT.
 
@@ -68,7 +67,7 @@ class QDiTOptions:
         group_size: Input channels that share a scale, of weights and of activations.
     """
 
-    group_size: int = 128
+    group_size: Whole = 128
 
 
 def qdit(task: Task, options: QDiTOptions) -> Outcome:

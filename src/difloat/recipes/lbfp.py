@@ -15,7 +15,7 @@ Differs from the paper: the two inputs of a skip concatenation are quantized apa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from difloat.methods import post_training
@@ -24,6 +24,7 @@ from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.numbers import formats
 from difloat.numbers.formats import Format
+from difloat.plan.options import Names, NotNegative, Positive, recipe_options
 from difloat.plan.rules import Rule
 from difloat.plan.specs import Granularity
 
@@ -32,7 +33,7 @@ LARGEST_EXPONENT = 5  # more exponent bits than E5M2 leave no mantissa at 8 bits
 SUMMARY = "floating point, encoding searched per tensor, learned rounding (arXiv:2408.06995)"
 
 
-@dataclass(frozen=True)
+@recipe_options
 class Options:
     """Options of LBFP.
 
@@ -47,12 +48,12 @@ class Options:
     """
 
     rounding: Literal["learned", "nearest"] = "learned"
-    keep_8bit: tuple[str, ...] = ("first", "last")
+    keep_8bit: Names = ("first", "last")
     split: bool = True
     weight_granularity: Granularity = "tensor"
-    iterations: int = field(default=RoundingSettings.iterations)
-    learning_rate: float = field(default=RoundingSettings.learning_rate)
-    rounding_rows: int = field(default=Sequencing.rounding_rows)
+    iterations: Positive = field(default=RoundingSettings.iterations)
+    learning_rate: NotNegative = field(default=RoundingSettings.learning_rate)
+    rounding_rows: Positive = field(default=Sequencing.rounding_rows)
 
 
 def plan(task: Task, options: Options) -> Outcome:

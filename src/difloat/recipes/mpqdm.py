@@ -22,7 +22,7 @@ New here: `grid=fp`, the same on floating-point grids, signed or unsigned with a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, Literal
 
 from difloat.methods import post_training
@@ -34,10 +34,11 @@ from difloat.methods.training.relation_loss import Kind, RelationSettings, featu
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, settings_of
 from difloat.methods.training.twin_layer import Init
+from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import asymmetric_integers, floating_grids
 
 
-@dataclass(frozen=True)
+@recipe_options
 class Options(TrainingSettings):
     """Options of MPQ-DM, and those of fine-tuning: `TrainingSettings`.
 
@@ -60,14 +61,14 @@ class Options(TrainingSettings):
     candidates: Literal["range", "release"] = field(default=AllocationSettings.candidates)
     scale_inputs: bool = field(default=AllocationSettings.scale_inputs)
     relation: Kind = field(default=RelationSettings.kind)
-    relation_weight: float = field(default=RelationSettings.weight)
-    feature_weight: float = field(default=RelationSettings.feature_weight)
-    relation_every: int = field(default=RelationSettings.every)
+    relation_weight: NotNegative = field(default=RelationSettings.weight)
+    feature_weight: NotNegative = field(default=RelationSettings.feature_weight)
+    relation_every: Positive = field(default=RelationSettings.every)
     features: str = field(default=RelationSettings.module)
-    rank: int = 32
+    rank: Whole = 32
     adapter_init: Init = field(default=Tuning.adapter_init)
     ranges_by_timestep: bool = True
-    keep_8bit: tuple[str, ...] = ("first", "last")
+    keep_8bit: Names = ("first", "last")
 
 
 def plan(task: Task, options: Options) -> Outcome:

@@ -19,7 +19,7 @@ Known trap: adapters whose second factor is zero are equal and give the router n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Literal
 
 from difloat.methods import post_training
@@ -33,15 +33,15 @@ from difloat.methods.training.train import TrainingSettings, settings_of
 from difloat.methods.training.twin_layer import Carry
 from difloat.numbers import formats
 from difloat.numbers.search import CLIPS, ZERO_POINTS
-from difloat.plan.rules import Rule
+from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
+from difloat.plan.rules import LOPSIDED, Rule
 
-HALF = 0.5  # as lopsided as that, an input may take unsigned formats
 NARROW_SIGNED = tuple(0.8 + 0.05 * n for n in range(25))  # third-party: 0.8 to 2.0
 NARROW_UNSIGNED = tuple(0.05 + 0.95 / 24 * n for n in range(25))  # third-party: 0.05 to 1.0
 NARROW_ZEROS = tuple(n / 6 for n in range(7))
 
 
-@dataclass(frozen=True)
+@recipe_options
 class Options(TrainingSettings):
     """Options of MSFP, and those of fine-tuning: `TrainingSettings`.
 
@@ -61,16 +61,16 @@ class Options(TrainingSettings):
     grid: Literal["fp", "int"] = "fp"
     mixup_sign: bool = True
     search: Literal["wide", "narrow"] = "wide"
-    adapters: int = 2
-    rank: int = 32
+    adapters: Whole = 2
+    rank: Whole = 32
     carry: Carry = "merged"
     allocation: Allocation = "learned"
     dfa: bool = True
-    factor_power: float = 1.0
+    factor_power: NotNegative = 1.0
     rounding: Literal["learned", "nearest"] = "nearest"
-    iterations: int = field(default=RoundingSettings.iterations)
-    rounding_rows: int = field(default=Sequencing.rounding_rows)
-    keep_8bit: tuple[str, ...] = ("first", "last")
+    iterations: Positive = field(default=RoundingSettings.iterations)
+    rounding_rows: Positive = field(default=Sequencing.rounding_rows)
+    keep_8bit: Names = ("first", "last")
 
     @property
     def sampler_power(self) -> float:
@@ -116,5 +116,5 @@ def _input(bits: int, options: Options) -> Rule:
         formats=(*rule.formats, *_grids(bits, options, signed=False)),
         zero_points=NARROW_ZEROS if narrow else ZERO_POINTS,
         unsigned_clips=NARROW_UNSIGNED if narrow else None,
-        asymmetry=HALF,
+        asymmetry=LOPSIDED,
     )

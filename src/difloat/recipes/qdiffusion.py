@@ -8,18 +8,19 @@ points are real numbers instead of integers; rounding is learned in 400 steps at
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Literal
 
 from difloat.methods import post_training
 from difloat.methods.learned_rounding import RoundingSettings
 from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
+from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import asymmetric_integers
 from difloat.plan.specs import Granularity
 
 
-@dataclass(frozen=True)
+@recipe_options
 class QDiffusionOptions:
     """Options of Q-Diffusion.
 
@@ -35,14 +36,14 @@ class QDiffusionOptions:
     """
 
     rounding: Literal["learned", "nearest"] = "learned"
-    keep_8bit: tuple[str, ...] = ("first", "last")
+    keep_8bit: Names = ("first", "last")
     split: bool = True
     weight_granularity: Granularity = "channel"
-    group_size: int = 128
+    group_size: Whole = 128
     activation: Literal["static", "online"] = "static"
-    iterations: int = field(default=RoundingSettings.iterations)
-    learning_rate: float = field(default=RoundingSettings.learning_rate)
-    rounding_rows: int = field(default=Sequencing.rounding_rows)
+    iterations: Positive = field(default=RoundingSettings.iterations)
+    learning_rate: NotNegative = field(default=RoundingSettings.learning_rate)
+    rounding_rows: Positive = field(default=Sequencing.rounding_rows)
 
 
 def qdiffusion(task: Task, options: QDiffusionOptions) -> Outcome:

@@ -5,8 +5,7 @@ With groups and scales on the e4m3 grid or on powers of two it makes plans that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from difloat.methods import post_training
 from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
@@ -14,14 +13,14 @@ from difloat.methods.trace import Trace
 from difloat.numbers import formats
 from difloat.numbers.scale_grids import ScaleFormat
 from difloat.numbers.search import CLIPS
-from difloat.plan.options import format_field
+from difloat.plan.options import FormatOr, Names, Whole, recipe_options
 from difloat.plan.rules import MIN_MAX, Rule, floating_point
 from difloat.plan.specs import Granularity
 
 SUMMARY = "rounding to nearest, floating point or integer, no learning; without data unless activation=static"
 
 
-@dataclass(frozen=True)
+@recipe_options
 class NearestOptions:
     """Options of round-to-nearest.
 
@@ -40,11 +39,11 @@ class NearestOptions:
 
     grid: Literal["fp", "int"] = "fp"
     scale: Literal["mse", "minmax"] = "mse"
-    keep_8bit: tuple[str, ...] = ("first", "last")
+    keep_8bit: Names = ("first", "last")
     split: bool = True
     weight_granularity: Granularity = "channel"
-    group_size: int = 128
-    weight_format: str = format_field("")
+    group_size: Whole = 128
+    weight_format: Annotated[str, FormatOr(("",))] = ""
     scale_format: ScaleFormat = "float32"
     activation: Literal["online", "static"] = "online"
 

@@ -25,11 +25,12 @@ from difloat.methods.task import Task
 from difloat.methods.training.resume import Kept
 from difloat.methods.training.student import Student
 from difloat.methods.training.twin_layer import Adaptive
+from difloat.plan.validation import NotNegative, Positive, Whole, record
 
 _TEACHER_ROWS = 16  # of a call
 
 
-@dataclass(frozen=True)
+@record("settings of fine-tuning")
 class TrainingSettings:
     """How a student is trained; a recipe's options are these and its own.
 
@@ -49,38 +50,22 @@ class TrainingSettings:
         patience: Stop after so many epochs without a lower loss; 0: never.
     """
 
-    epochs: int = 40
-    rows: int = 16
-    adapter_rate: float = 0.03
-    range_rate: float = 5e-4
-    scale_rate: float = 1e-3
-    router_rate: float = 1e-3
-    accumulation: int = 1
-    guidance_weight: float = 0.0
-    compare_at: float = 0.0
+    epochs: Whole = 40
+    rows: Positive = 16
+    adapter_rate: NotNegative = 0.03
+    range_rate: NotNegative = 5e-4
+    scale_rate: NotNegative = 1e-3
+    router_rate: NotNegative = 1e-3
+    accumulation: Positive = 1
+    guidance_weight: NotNegative = 0.0
+    compare_at: NotNegative = 0.0
     precision: Literal["no", "bf16", "fp16"] = "no"
-    patience: int = 0
+    patience: Whole = 0
 
     @property
     def sampler_power(self) -> float:
         """Power of the sampler's factors in the loss (`loss_weights`), which plain modules do not have."""
         return 0.0
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 0), ("rows", 1), ("accumulation", 1), ("patience", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        for name in (
-            "adapter_rate",
-            "range_rate",
-            "scale_rate",
-            "router_rate",
-            "guidance_weight",
-            "compare_at",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
 
 
 def settings_of(options: Any, task: Task) -> TrainingSettings:

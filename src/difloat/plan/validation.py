@@ -1,0 +1,208 @@
+"""Plain data that is checked: pydantic dataclasses whose errors are one sentence.
+
+```python
+@record("band of rows")
+class Band:
+    rows: Annotated[int, Field(ge=1, le=LARGEST, title="rows of a band")]
+```
+Nothing is converted: JSON that was damaged or written by hand holds ``true`` where a number belongs, ``1e400`` (which Python
+reads as infinity) or integers of a thousand digits. Only `read` with ``words=True`` takes what a user wrote, such as "7" for 7.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import annotated_types
+import pydantic.dataclasses
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from typing_extensions import dataclass_transform
+
+MOST_ENTRIES = 1 << 20  # of a list
+_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_FIELDS = ("missing", "unexpected_keyword_argument", "unexpected_positional_argument", "dataclass_type")
+Record = TypeVar("Record")
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How an error says what a field must do, where its type does not say it well: "be names with commas between them"."""
+
+    text: str
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, Field))
+def record(noun: str, each: str = "{}") -> Callable[[type[Record]], type[Record]]:
+    """Make a class a frozen pydantic dataclass that takes no unknown field, converts nothing, and says errors in one sentence.
+
+    Args:
+        noun: What one of them is called, like "band of rows".
+        each: How its fields are called, like "option {}"; the title of a field goes before.
+    """
+
+    def made(plain: type[Record]) -> type[Record]:
+        plain.__get_pydantic_core_schema__ = classmethod(_schema)  # type: ignore[attr-defined]
+        cls: Any = pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)(plain)
+        validating = cls.__init__
+
+        @functools.wraps(validating)
+        def init(self: Any, *values: Any, **named: Any) -> None:
+            try:
+                validating(self, *values, **named)
+            except ValidationError as error:
+                raise ValueError(sentence(error, cls)) from error
+
+        cls.__init__, cls.__noun__, cls.__each__ = init, noun, each
+        return cls
+
+    return made
+
+
+def _schema(cls: type[Any], source: Any, handler: Any) -> Any:
+    """The class's own schema: strict in its fields, but a JSON object is as good as an instance."""
+    schema = handler(source)
+    handler.resolve_ref_schema(schema)["strict"] = False
+    return schema
+
+
+def read(cls: type[Record], data: Any, *, words: bool = False) -> Record:
+    """An instance from plain data, such as a JSON object.
+
+    Args:
+        cls: Made by `record`.
+        data: Names and values.
+        words: The values come from a user, who writes "7" for 7 and "yes" for true.
+
+    Raises:
+        ValueError: one sentence about the first field that is missing, unknown, of another type or out of range.
+    """
+    try:
+        found: Record = cls.__pydantic_validator__.validate_python(  # type: ignore[attr-defined]
+            data, strict=False if words else None
+        )
+        return found
+    except ValidationError as error:
+        raise ValueError(sentence(error, cls, words=words)) from error
+
+
+def sentence(error: ValidationError, cls: type[Any], *, words: bool = False) -> str:
+    """What is wrong first, as one sentence: *what* must be *which rule*, got *value*; shorter about a user's `words`."""
+    first = error.errors(include_url=False)[0]
+    kind, found = first["type"], first["input"]
+    if kind == "value_error":
+        return str(first["ctx"]["error"])
+    *outer, last = first["loc"] or ("",)
+    if kind in _FIELDS:
+        inner = [*outer, last] if kind == "dataclass_type" and first["loc"] else outer
+        owner = _record_in(_described(cls, inner)[1]) or cls
+        got = found if kind == "dataclass_type" else last if kind != "missing" else _names(found)
+        return f"{owner.__noun__} must have the fields {_fields(owner)} and no others, got {shown(got)}"
+    called, hint, limits = _described(cls, first["loc"])
+    if words and kind == "greater_than_equal" and first["ctx"]["ge"] == 0:
+        return f"{called} must not be negative, got {shown(found)}"
+    return f"{called} must {_rule(hint, limits)}, got {shown(found)}"
+
+
+def _fields(cls: type[Any]) -> str:
+    """The names of the fields that must be there, and of those that may be."""
+    names: dict[bool, list[str]] = {True: [], False: []}
+    for name, info in sorted(cls.__pydantic_fields__.items()):
+        names[info.is_required()].append(name)
+    needed, optional = (", ".join(names[one]) for one in (True, False))
+    return " and ".join(filter(None, [needed, optional and f"perhaps {optional}"]))
+
+
+def _names(found: Any) -> Any:
+    return (
+        sorted(map(str, found))
+        if isinstance(found, Mapping)
+        else sorted(getattr(found, "kwargs", None) or {})
+    )
+
+
+def _described(cls: type[Any], place: Any) -> tuple[str, Any, list[Any]]:
+    """What the value at a place is called, its type, and what limits it."""
+    called, hint, limits = cls.__noun__, cls, list[Any]()
+    for step in place:
+        if step == "[key]":
+            return f"name in {called}", str, []
+        owner = _record_in(hint)
+        if owner is not None:
+            name = step if isinstance(step, str) else [*owner.__pydantic_fields__][step]
+            info = owner.__pydantic_fields__[name]
+            called, hint, limits = (
+                info.title or owner.__each__.format(name),
+                info.annotation,
+                [*info.metadata],
+            )
+        else:
+            inner = get_args(hint)
+            hint, limits = inner[-1 if len(inner) == 2 and inner[1] is not ... else 0], []
+            called = f"entry of {called}"
+        hint, more = _bare(hint)
+        limits += more
+        titles = [one.title for one in more if isinstance(one, FieldInfo) and one.title]
+        called = titles[0] if titles else called
+    return called, hint, limits
+
+
+def _bare(hint: Any) -> tuple[Any, list[Any]]:
+    """A type without None and annotations, and the annotations with what is in their fields."""
+    found: list[Any] = []
+    while get_origin(hint) in (Annotated, Union, UnionType):
+        if get_origin(hint) is Annotated:
+            hint, *more = get_args(hint)
+            for one in more:
+                found += [one, *(one.metadata if isinstance(one, FieldInfo) else ())]
+        else:
+            hint = next(one for one in get_args(hint) if one is not NoneType)
+    return hint, found
+
+
+def _record_in(hint: Any) -> Any:
+    return hint if get_origin(hint) is None and hasattr(hint, "__noun__") else None
+
+
+def _rule(hint: Any, limits: list[Any]) -> str:
+    for one in limits:
+        if isinstance(one, Rule):
+            return one.text
+    origin = get_origin(hint) or hint
+    if origin is Literal:
+        return f"be one of {', '.join(map(str, get_args(hint)))}"
+    if origin in (int, float):
+        return _range(hint, limits)
+    if isinstance(origin, type) and issubclass(origin, list | tuple):
+        return f"be a list of at most {MOST_ENTRIES} entries"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "be an object"
+    return {bool: "be true or false", str: "be text"}.get(origin, f"be a {getattr(hint, '__name__', hint)}")
+
+
+def _range(hint: type[float], limits: list[Any]) -> str:
+    number = "a whole number" if hint is int else "a finite number"
+    least = next((one.ge for one in limits if isinstance(one, annotated_types.Ge)), None)
+    most = next((one.le for one in limits if isinstance(one, annotated_types.Le)), None)
+    if least is not None and most is not None:
+        return f"be {number} from {least} to {most}"
+    return f"be {number}" + (f" of at least {least}" if least is not None else "")
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: at most 80 characters, a long number by its length (Python refuses to write it out)."""
+    if type(value) is int and value.bit_length() > 200:
+        return f"a whole number of {value.bit_length()} bits"
+    if isinstance(value, Mapping | list | tuple) and len(value) > 16:
+        return f"{type(value).__name__} of {len(value)} entries"
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # a long number somewhere inside
+        return f"{type(value).__name__} with a number of thousands of digits"
