@@ -3,7 +3,7 @@
     python benchmarks/large_model.py --full 2                 # two blocks with all iterations, the rest with few
     python benchmarks/large_model.py --full 2 --work DIR      # keeps calibration and finished blocks: a killed run goes on
 
-Prints what the forecast said before and what the run took; writes benchmarks/results/<name>.json.
+Prints what was counted before, and what the run took beside it; writes benchmarks/results/<name>.json.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 
 from difloat import api, recipes, reference_models, run
 from difloat.calibration.collect import CalibrationSettings
+from difloat.calibration.pace import Pace
 from difloat.estimate import Forecast, forecast
 from difloat.methods import blockwise
 from difloat.methods.learned_rounding import RoundingSettings
@@ -62,7 +63,7 @@ def main() -> None:
         samples=arguments.rows, steps=2, prompts_per_batch=2, memory_bytes=arguments.memory_mb << 20
     )
     options = {"iterations": arguments.iterations, "rounding_rows": arguments.rows}
-    expected = forecast(pipeline, module, PROMPTS, settings, "fp4dit", "w4a6", options)
+    expected = forecast(pipeline, PROMPTS, settings, "fp4dit", "w4a6", options)
     sys.stderr.write(run.describe(expected, settings) + "\n")
     start = time.perf_counter()
     data = api.calibrate(pipeline, prompts=PROMPTS, cache_dir=arguments.work, **vars(settings))
@@ -72,7 +73,7 @@ def main() -> None:
     start = time.perf_counter()
     plan = recipes.plan(task, "fp4dit", "w4a6", options)
     seconds = {"calibration": calibration_s, "plan": time.perf_counter() - start}
-    result = summary(arguments, plan, expected, seconds)
+    result = summary(arguments, plan, expected, data.pace, seconds)
     result["resident_bytes_after_loading"], result["resident_bytes_peak"] = loaded_bytes, peak.take()
     out = Path(__file__).parent / "results" / f"{arguments.name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +143,7 @@ def shorten(full: int, few: int) -> None:
 
 
 def summary(
-    arguments: argparse.Namespace, plan: Plan, expected: Forecast, seconds: dict[str, float]
+    arguments: argparse.Namespace, plan: Plan, expected: Forecast, pace: Pace, seconds: dict[str, float]
 ) -> dict[str, Any]:
     """What was forecast and what was measured; the whole is extrapolated from the blocks with all iterations."""
     blocks = [block["seconds"] for block in plan.measured["blocks"].values()]
@@ -151,12 +152,12 @@ def summary(
     head = ["git", "rev-parse", "--short", "HEAD"]
     return {
         **{name: str(value) for name, value in vars(arguments).items()},
-        "weights": expected.weights,
+        "weights": sum(kind.weights for kind in expected.kinds if kind.packed_bytes),
         "packed_bytes": expected.packed_bytes,
-        "forecast_s": {
-            "calibration": expected.calibration["seconds"],
-            "plan": expected.seconds - expected.calibration["seconds"],
-        },
+        "forecast_rows": dict(expected.computed),
+        "forecast_s": None
+        if pace.row_seconds is None
+        else sum(expected.computed.values()) * pace.row_seconds,
         "measured_s": seconds,
         "plan_s_with_all_iterations_in_every_block": whole,
         "block_s_full": full,

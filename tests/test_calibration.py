@@ -7,6 +7,7 @@ import functools
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,6 @@ from difloat.calibration.collect import (
 )
 from difloat.calibration.loop_identity import fingerprint
 from difloat.calibration.rows import first_tensor, merge
-from difloat.estimate import probe
 from tiny import PROMPTS, tiny_ddim, tiny_pixart, tiny_unet
 
 # diffusers hands torch tensors to numpy 2 in its schedulers.
@@ -302,13 +302,20 @@ def test_full_disk_says_so_and_leaves_nothing(pixart, tmp_path, monkeypatch):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_estimate_is_near_what_collect_needs(pixart):
-    needs, rows = probe(pixart, PROMPTS, SMALL, call_kwargs=PIXART_KWARGS)
-    calibration = collect_pixart(pixart)
-    assert (needs["rows"], needs["batches"], needs["calls"]) == (24, 2, 8)
-    assert 0.7 * calibration.nbytes < needs["disk_bytes"] < 1.5 * calibration.nbytes
-    assert 0 < needs["seconds"] < 30
+def test_the_pace_of_the_denoiser_is_measured_while_it_runs(pixart, tmp_path):
+    start = time.perf_counter()
+    pace = collect_pixart(pixart, cache_dir=tmp_path).pace
+    seconds = time.perf_counter() - start
+    sampling = sampling_of(pixart, PROMPTS, SMALL, PIXART_KWARGS)
+    pictures, parts = sampling.batches * sampling.images, 2
+    assert pace.computed == pictures * sampling.steps * parts and pace.picture_rows == sampling.steps * parts
+    assert pace.timed == pace.computed * (sampling.steps - 1) / sampling.steps, (
+        "the last call of a run is open"
+    )
+    assert 0 < pace.timed * pace.row_seconds < seconds
     assert not pixart.transformer._forward_pre_hooks
+    kept = collect_pixart(pixart, cache_dir=tmp_path).pace
+    assert kept.row_seconds is None is kept.picture_rows, "what is kept is not timed again"
 
 
 @pytest.mark.parametrize(

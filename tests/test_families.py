@@ -23,7 +23,6 @@ import families
 from difloat import evaluate
 from difloat.calibration.collect import Calibration, CalibrationSettings, collect, denoiser_of
 from difloat.calibration.rows import first_tensor
-from difloat.estimate import probe
 from difloat.evaluation.comparison import Generated
 from difloat.layers import dtype_readers, packed, quantizable
 from difloat.layers.packed import QuantConv2d
@@ -248,8 +247,8 @@ def test_guidance_by_two_calls_gives_both_kinds_of_rows() -> None:
         for part in (0, 1)
     }
     assert len(kinds[1]) == 1 < len(kinds[0]) and not kinds[0] & kinds[1]
-    needs, _ = probe(pipeline, PROMPTS, settings, call_kwargs=call)
-    assert needs["calls"] == 2 * probe(pipeline, PROMPTS, settings, call_kwargs=FLUX_SIZE)[0]["calls"] == 8
+    plain = collect(pipeline, PROMPTS, settings, progress=False, call_kwargs=FLUX_SIZE)
+    assert rows.pace.picture_rows == 2 * plain.pace.picture_rows == 2 * settings.steps
     drawn = [
         evaluate.generate(
             pipeline, PROMPTS, seeds=[1, 2, 3], steps=2, batch_size=2, progress=False, call_kwargs=kw

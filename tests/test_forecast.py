@@ -1,188 +1,199 @@
-"""What a run with fine-tuning will take: RAM, packed bytes and seconds, against what real students and plans hold."""
+"""What a run will take: counted without calling the denoiser, and held against what real plans store and real runs compute."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import torch
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
 
 import families
-from difloat import api, estimate, estimate_training, recipes, run
-from difloat.calibration.collect import CalibrationSettings
-from difloat.calibration.rows import first_tensor
+from difloat import api, estimate, recipes, run
+from difloat.calibration.collect import CalibrationSettings, sampling_of
+from difloat.calibration.pace import Pace
 from difloat.estimate import Forecast
-from difloat.layers import packed
-from difloat.methods.post_training import timestep_grid
-from difloat.methods.training.student import Student
+from difloat.methods.cost import remaining
 from difloat.plan.rules import Bits
 from family_table import FAMILIES
-from tiny import PROMPTS, tiny_unet
+from tiny import PROMPTS, tiny_pixart, tiny_unet
 
 # diffusers' DPM solver hands torch tensors to numpy in a way numpy 2 deprecates; nothing here can change that.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 SETTINGS = CalibrationSettings(samples=12, steps=2, prompts_per_batch=2)
-ROW_S = 1.0  # of the denoiser, instead of a measured time
-
-
-@pytest.fixture(autouse=True)
-def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every row takes the denoiser a second, whatever the machine does meanwhile."""
-    probe = estimate.probe
-
-    def steady(*arguments: Any, **named: Any) -> Any:
-        need, rows = probe(*arguments, **named)
-        return {**need, "row_seconds": ROW_S}, rows
-
-    monkeypatch.setattr(estimate, "probe", steady)
+PIXART_KWARGS = {"clean_caption": False, "max_sequence_length": 8}
 
 
 def expected(
-    recipe: str,
-    pipeline: Any = None,
-    settings: CalibrationSettings = SETTINGS,
-    call: Any = None,
-    **options: Any,
+    recipe: str, pipeline: Any = None, bits: str = "w4a4", call: Any = None, **options: Any
 ) -> Forecast:
     pipeline = tiny_unet() if pipeline is None else pipeline
-    arguments = (pipeline, api.denoiser(pipeline), PROMPTS, settings, recipe, "w4a4", options, call)
-    return estimate.forecast(*arguments)
+    return estimate.forecast(pipeline, PROMPTS, SETTINGS, recipe, bits, options, call)
 
 
-def held_bytes(student: Student, call: Any) -> int:
-    """Storages that the graph of a forward pass really holds, but for the model's own tensors."""
-    own = {tensor.untyped_storage()._cdata for tensor in student.module("").state_dict().values()}
-    held: list[torch.Tensor] = []
+@contextmanager
+def counted(module: nn.Module) -> Iterator[list[int]]:
+    """The rows of every call of the module, as they come."""
+    rows: list[int] = []
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        held.append(tensor)
-        return tensor
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows.append(len(args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))))
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = first_tensor(student(*call))
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
-    assert output.requires_grad
-    return sum(size for key, size in storages.items() if key not in own)
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
 
 
-@pytest.mark.parametrize("carry", ["merged", "side"])
-def test_memory_of_fine_tuning_is_what_a_real_student_holds(
-    monkeypatch: pytest.MonkeyPatch, carry: str
-) -> None:
-    monkeypatch.setattr(
-        estimate_training, "_HEAP", 1.0
-    )  # what is in use, not what the C library keeps beside
-    pipeline, rows, rank = tiny_unet(), 5, 4
-    options = {"rows": rows, "rank": rank, "adapters": 2, "carry": carry}
-    said = expected("msfp", pipeline, **options)
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+@pytest.mark.parametrize("bits", ["w4a8", "w8a16"])
+def test_no_recipe_calls_the_denoiser_to_be_forecast(recipe: str, bits: str) -> None:
+    pipeline = tiny_pixart()
+    with counted(pipeline.transformer) as rows:
+        said = expected(recipe, pipeline, bits, PIXART_KWARGS)
+        assert "MB packed" in run.describe(said, SETTINGS)
+    assert rows == [] and 0 < said.packed_bytes < said.float_bytes
 
-    data = api.calibrate(pipeline, prompts=PROMPTS, progress=False, **vars(SETTINGS))
-    task = api.task_of(pipeline, data, Bits.parse("w4a4"))
-    plan = recipes.plan(task, "msfp", "w4a4", {**options, "epochs": 0})
-    generator = torch.Generator().manual_seed(0)
-    kept = ("conv_in", "conv_out")
-    shape = {"adapters": 2, "rank": rank, "input_ranges_by_timestep": False}
-    student = Student(
-        task.model,
-        plan.layers,
-        {},
-        timestep_grid(task),
-        carry=carry,
-        without_adapters=kept,
-        generator=generator,
-        **shape,
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("lbfp", {"rounding": "nearest", "weight_granularity": "channel"}),
+        ("fp4dit", {"rounding": "nearest", "group_size": 16}),
+        ("fp4dit", {"rounding": "nearest", "outside": "8bit", "group_size": 0}),
+        ("viditq", {"stretches": 2}),
+        ("qdit", {"group_size": 16}),
+        ("qdiffusion", {"rounding": "nearest", "weight_granularity": "group", "group_size": 16}),
+        ("rtn", {"weight_granularity": "group", "group_size": 16}),
+        ("msfp", {"adapters": 0}),
+        ("msfp", {"carry": "side", "adapters": 2, "rank": 2, "epochs": 1, "rows": 2, "allocation": "halves"}),
+        (
+            "msfp",
+            {"carry": "merged", "adapters": 2, "rank": 2, "epochs": 1, "rows": 2, "allocation": "halves"},
+        ),
+    ],
+)
+def test_packed_bytes_are_those_of_a_real_plan(recipe: str, options: dict[str, Any]) -> None:
+    pipeline = tiny_pixart()
+    kept = {} if recipe in ("fp4dit", "viditq", "qdit") else {"keep_8bit": ("proj_out",)}
+    said = expected(recipe, pipeline, call=PIXART_KWARGS, **options, **kept)
+    asked = {**vars(SETTINGS), **options, **kept}
+    plan = api.plan(
+        pipeline, recipe, "w4a4", prompts=PROMPTS, progress=False, call_kwargs=PIXART_KWARGS, **asked
     )
-    call = data.batch([data.timesteps.index(data.timesteps[0])] * rows)
-    weights = sum(packed.weight_of(task.model, name).nbytes for name in plan.layers)
-    trained = sum(tensor.nbytes for twin in student.twins for tensor in twin.parameters())
-    outputs = len(data) * 4 * first_tensor(task.model(*data.batch([0])[0], **data.batch([0])[1])).numel()
-    real = weights + 4 * trained + held_bytes(student, call) + outputs
-    assert said.tuning_bytes == pytest.approx(real, rel=0.02)  # routed choices have gradients of a few bytes
-
-
-def test_memory_of_fine_tuning_grows_with_rows_and_is_told_from_the_rest() -> None:
-    few, more, most = (expected("efficientdm", rows=rows).tuning_bytes for rows in (4, 8, 12))
-    assert most - more == pytest.approx(more - few, rel=1e-3) and more - few > 4 * 10_000
-    text = run.describe(expected("efficientdm", rows=4), SETTINGS)
-    assert "RAM: about" in text and "RAM of fine-tuning: about" in text
-    for recipe, options in (("efficientdm", {"epochs": 0}), ("msfp", {"adapters": 0}), ("rtn", {})):
-        untrained = expected(recipe, **options)
-        assert untrained.tuning_bytes == untrained.training_s == 0
-        assert "RAM of fine-tuning" not in run.describe(untrained, SETTINGS)
-
-
-def test_layers_kept_at_8_bits_have_no_adapters_in_the_packed_bytes() -> None:
-    pipeline = tiny_unet()
-    options = {"adapters": 1, "rank": 4, "carry": "side", "epochs": 1, "rows": 2}
-    said = expected("msfp", pipeline, **options)
-    data = api.calibrate(pipeline, prompts=PROMPTS, progress=False, **vars(SETTINGS))
-    plan = recipes.plan(api.task_of(pipeline, data, Bits.parse("w4a4")), "msfp", "w4a4", options)
-    assert plan.layers["conv_in"].side is None and plan.layers["conv_out"].side is None
-    saved = sum(packed.weight_of(pipeline.unet, name).nbytes for name in plan.layers)
+    assert sum(kind.count for kind in said.kinds if kind.packed_bytes) == len(plan.layers)
     stored = sum(layer.nbytes for layer in plan.layers.values())
-    assert said.packed_bytes == said.float_bytes - saved + stored
+    assert sum(kind.packed_bytes for kind in said.kinds) == pytest.approx(stored, rel=0.01)
+    freed = sum(pipeline.transformer.get_submodule(name).weight.nbytes for name in plan.layers)
+    counted_bytes = sum(kind.packed_bytes for kind in said.kinds)
+    assert said.packed_bytes == said.float_bytes - freed + counted_bytes
 
 
-def test_guidance_in_two_calls_takes_no_more_steps() -> None:
+def test_rows_of_a_search_are_those_that_the_denoiser_computes() -> None:
+    pipeline = tiny_unet()
+    data = api.calibrate(pipeline, prompts=PROMPTS, progress=False, **vars(SETTINGS))
+    said = {stretches: expected("viditq", stretches=stretches, rows=4).computed for stretches in (0, 2)}
+    task = api.task_of(pipeline, data, Bits.parse("w4a4"))
+    found = []
+    for stretches in (0, 2):
+        with counted(task.model) as rows:
+            recipes.plan(task, "viditq", "w4a4", {"stretches": stretches, "rows": 4})
+        found.append(sum(rows))
+    # Beside these a model is looked at with two rows at a time, the same with and without smoothing.
+    assert found[1] - found[0] == said[2]["search"] - said[0]["search"] == 2 * 4
+
+
+def test_what_each_stage_computes() -> None:
+    nearest = expected("lbfp", rounding="nearest").computed
+    assert nearest == {"search": 12, "learned rounding": 0, "fine-tuning": 0}
+    learned = expected("lbfp", iterations=10, rounding_rows=5).computed
+    assert learned["learned rounding"] == 4 * 5 + 3 * 10 * 5  # an update takes all five rows, with gradient
+    assert expected("lbfp", bits="w8a8").computed["learned rounding"] == 0, "8 bits are rounded to nearest"
+    assert expected("lbfp", bits="w4a16", rounding="nearest").computed["search"] == 0, "no input is searched"
+    tuned = expected("efficientdm", epochs=3, rows=4).computed["fine-tuning"]
+    assert tuned == 12 + 3 * 3 * 2 * 4  # the teacher's, and two timesteps in three epochs
+    more = expected("efficientdm", epochs=3, rows=4, accumulation=3).computed["fine-tuning"]
+    assert more - 12 == 3 * (tuned - 12)
+    for recipe, options in (("efficientdm", {"epochs": 0}), ("msfp", {"adapters": 0}), ("rtn", {})):
+        assert expected(recipe, **options).computed["fine-tuning"] == 0
+    off, second = (
+        expected("mpqdm", epochs=3, rows=4, relation=kind).computed for kind in ("off", "attached")
+    )
+    assert second["fine-tuning"] - off["fine-tuning"] == 3 * 2 * 4 / 2, "the step before, every second step"
+    assert second["search"] - off["search"] == 12, "the teacher's features"
+
+
+def test_a_recipe_without_data_needs_no_calibration() -> None:
+    said = expected("rtn")
+    assert (said.rows, said.pictures, said.steps) == (0, 0, 0)
+    assert "the denoiser is not called" in run.describe(said, SETTINGS)
+    assert expected("rtn", activation="static").rows == 12
+
+
+def test_layers_that_stay_say_why() -> None:
+    kinds = estimate.forecast(
+        tiny_pixart(), PROMPTS, SETTINGS, "fp4dit", "w4a4", {}, PIXART_KWARGS, ["*.to_q"]
+    ).kinds
+    reasons = {kind.name: kind.inputs for kind in kinds if not kind.packed_bytes}
+    assert reasons["proj_out"] == "outside of the blocks"
+    assert reasons["transformer_blocks.0.attn1.to_q"] == "excluded by the user"
+
+
+def test_calibration_measures_rows_of_a_picture_also_with_guidance_in_two_calls() -> None:
     pipeline = families.flux()
     size = FAMILIES["flux"].call
-    settings = CalibrationSettings(samples=12, steps=2, prompts_per_batch=3)
-    options = {"epochs": 3, "rows": 4, "rank": 2}
     guided = {**size, "true_cfg_scale": 2.0, "negative_prompt": ""}
-    once, twice = (expected("efficientdm", pipeline, settings, call, **options) for call in (size, guided))
-    assert twice.calibration["calls"] / twice.calibration["batches"] == 4
-    forwards = (
-        12 + 2 * 3 * 4 * estimate_training._TRAINING_FORWARDS
-    )  # the teacher's, and two timesteps in three epochs
-    assert once.training_s == twice.training_s == forwards * ROW_S
-    more = expected("efficientdm", pipeline, settings, size, **options, accumulation=3)
-    assert more.training_s - 12 * ROW_S == 3 * (once.training_s - 12 * ROW_S)
+    for call, parts in ((size, 1), (guided, 2)):
+        with counted(pipeline.transformer) as rows:
+            data = api.calibrate(
+                pipeline, prompts=PROMPTS, progress=False, call_kwargs=call, **vars(SETTINGS)
+            )
+        assert data.pace.picture_rows == SETTINGS.steps * parts
+        said = expected("lbfp", pipeline, call=call)
+        # Calls for calibration itself, one more for the proof that rows of different timesteps can be merged.
+        assert data.pace.computed == parts * said.pictures * said.steps <= sum(rows)
+        assert 0 < data.pace.row_seconds < 30
 
 
-def test_choosing_widths_is_part_of_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = recipes.plan
-
-    def slow(*arguments: Any) -> Any:
-        made = plan(*arguments)
-        made.measured["seconds"] |= {"choose widths": 1000.0, "search weights": 0.0}
-        return made
-
-    monkeypatch.setattr(recipes, "plan", slow)
-    said, alike = expected("mpqdm", epochs=0), expected("mpqdm", epochs=0, mixed=False)
-    module = tiny_unet().unet
-    tried = sum(packed.weight_of(module, name).numel() for name in said.trial.layers)
-    assert alike.search_s == 12 * ROW_S  # the inputs' alone
-    # Rows pass for the inputs, the channels' maxima and the held vectors; those of the trial are taken off.
-    passed = 2 * 8 * ROW_S  # two prompts, two parts of guidance, two steps: the rows of a trial
-    assert said.search_s == pytest.approx((1000 - passed) * said.weights / tried + 3 * 12 * ROW_S)
-    short = CalibrationSettings(samples=12, steps=2, prompts_per_batch=2, memory_bytes=1 << 20)
-    more = expected("mpqdm", settings=short, epochs=0)
-    further = (more.search_s - said.search_s) / (12 * ROW_S)  # passes, for vectors that are not held at once
-    assert further >= 1 and further == pytest.approx(round(further))
+def test_what_remains_is_told_in_one_line_from_what_calibration_measured() -> None:
+    pipeline = tiny_unet()
+    data = api.calibrate(pipeline, prompts=PROMPTS, progress=False, **vars(SETTINGS))
+    data.pace = Pace(seconds=8.0, timed=4, computed=16, pictures=4)  # two seconds a row, four rows a picture
+    options = recipes.make_options(recipes.lookup("lbfp"), {"rounding": "nearest"}, "w4a4")
+    cost = recipes.lookup("lbfp").cost(options, Bits.parse("w4a4"))
+    line = remaining(cost, data)
+    assert "\n" not in line and "at most 12 rows" in line and "roughly 24 s" in line
+    assert "as 3.0 pictures take" in line
+    data.pace = Pace()
+    assert "no call of the denoiser was timed" in remaining(cost, data)
 
 
-def test_relations_are_part_of_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate_training, "_relation_s", lambda features, kind: 7.0)
-    options = {"epochs": 4, "rows": 3, "rank": 2, "mixed": False}
-    off, second, every, features = (
-        expected("mpqdm", relation=kind, relation_every=n, **options)
-        for kind, n in (("off", 2), ("attached", 2), ("attached", 1), ("features", 2))
-    )
-    before = estimate_training._STUDENT_FORWARDS * ROW_S
-    assert second.training_s - off.training_s == 12 * ROW_S + 4 * 3 * (before + 7.0)
-    assert every.training_s - off.training_s == 12 * ROW_S + 8 * 3 * (before + 7.0)
-    assert features.training_s - off.training_s == 12 * ROW_S + 4 * 3 * before
-    held = 12 * 64 * 16 * 4  # rows, positions and channels of the last up block, float32
-    assert second.tuning_bytes - off.tuning_bytes == held
-    short = CalibrationSettings(samples=12, steps=2, prompts_per_batch=2, memory_bytes=2 * held)
-    again = expected("mpqdm", settings=short, **options)  # a quarter of that holds half of them
-    assert again.training_s - second.training_s == pytest.approx(4 * 3 * 2 * 0.5 * ROW_S)
-    with pytest.raises(ValueError, match="relation features must come from a module .*'nowhere'"):
-        expected("mpqdm", features="nowhere", **options)
+def test_a_run_says_the_line_once_and_only_beside_progress_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    for progress, times in ((True, 1), (False, 0)):
+        api.plan(
+            tiny_unet(),
+            "lbfp",
+            "w4a8",
+            prompts=PROMPTS,
+            progress=progress,
+            rounding="nearest",
+            **vars(SETTINGS),
+        )
+        assert capsys.readouterr().err.count("to go: at most") == times
+    api.plan(tiny_unet(), "rtn", "w4a8", prompts=PROMPTS, **vars(SETTINGS))
+    assert "to go" not in capsys.readouterr().err, "nothing was calibrated"
 
 
-def test_relations_are_timed() -> None:
-    features = torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))
-    assert all(0 < estimate_training._relation_s(features, kind) < 30 for kind in ("attached", "detached"))
+def test_a_timed_call_is_one() -> None:
+    pipeline = tiny_pixart()
+    sampling = sampling_of(pipeline, PROMPTS, SETTINGS, PIXART_KWARGS)
+    began: list[int] = []
+    handle = pipeline.transformer.register_forward_hook(lambda *_: began.append(1))
+    pace = estimate.time_a_call(pipeline, sampling)
+    handle.remove()
+    assert len(began) == 1 and pace.timed > 0 and 0 < pace.row_seconds < 30
+    assert not pipeline.transformer._forward_pre_hooks
+    assert "s a row: calibration roughly" in run.in_time(expected("lbfp", pipeline, call=PIXART_KWARGS), pace)

@@ -28,7 +28,7 @@ ORDER: tuple[set[str], ...] = (
     {"api", "components", "interchange"},
     {"evaluation"},
     {"report"},
-    {"estimate", "estimate_training", "run", "sources"},
+    {"estimate", "run", "sources"},
     {"cli"},
     {"__init__", "__main__"},
 )  # a folder (or a file beside the folders) imports itself, its neighbours in the same set, and what stands before it

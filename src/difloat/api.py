@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib import resources
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
-from difloat import checkpoint, devices, recipes, torch_modes
+from difloat import checkpoint, devices, distributed, recipes, torch_modes
 from difloat import components as parts
 from difloat.calibration import collect
 from difloat.calibration.collect import Calibration, CalibrationSettings
@@ -20,14 +22,15 @@ from difloat.checkpoint import mark_quantized, unmark_quantized
 from difloat.layers import hooks, install, offloading, packed
 from difloat.layers.exclude import excluded
 from difloat.lora import adapters
-from difloat.methods.post_training import Outcome, timestep_grid
+from difloat.methods.cost import Cost, remaining
 from difloat.methods.task import Task
 from difloat.methods.training.fine_tune import Tuning, tune
+from difloat.methods.training.from_plan import of_8_bits, start_of
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, guidance_to_keep
 from difloat.pipelines import denoisers_of
 from difloat.plan import target as targets
-from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits
 
 _SETTINGS = {field.name for field in fields(CalibrationSettings)}
@@ -94,8 +97,7 @@ def plan(
         ValueError: on an unknown recipe, bits, option or layer, a model without layers to quantize, or values not finite.
     """
     row, machine = recipes.lookup(recipe), targets.check(target)
-    settings = {name: value for name, value in options.items() if name in _SETTINGS}
-    own = {name: value for name, value in options.items() if name not in _SETTINGS}
+    settings, own = _apart(options)
     CalibrationSettings(**settings)
     chosen = recipes.make_options(row, own, bits)  # refuse bad options before hours of calibration
     _check_sampler(model, getattr(chosen, "sampler_power", 0.0), f"{recipe} must be told factor_power=0")
@@ -128,10 +130,24 @@ def _decide(
     wanted = CalibrationSettings(**{key: source[key] for key in _SETTINGS & source.keys()})
     own = {**given, "seed": wanted.seed, "memory_bytes": wanted.memory_bytes}
     own |= {"work_dir": Path(source["cache_dir"])} if source["cache_dir"] is not None else {}
-    needed = row.needs_data(recipes.make_options(row, options, bits), parsed)
+    chosen = recipes.make_options(row, options, bits)
+    needed = row.needs_data(chosen, parsed)
     data = calibrate(model, component, **source) if needed else _no_rows(model, component, source["device"])
+    _say_remaining(row.cost(chosen, parsed), data, source["progress"])
     with offloading.lifted(denoiser(model, component), onload=True):
         return plan_calibrated(replace(task_of(model, data, parsed, component), **own), recipe, bits, options)
+
+
+def _apart(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of `CalibrationSettings`, and the options of a recipe."""
+    settings = {name: value for name, value in options.items() if name in _SETTINGS}
+    return settings, {name: value for name, value in options.items() if name not in _SETTINGS}
+
+
+def _say_remaining(asked: Cost, data: Calibration, progress: bool) -> None:
+    """One line beside the progress bars, before the long part."""
+    if progress and len(data) and distributed.is_main():
+        tqdm.write(remaining(asked, data), file=sys.stderr)
 
 
 def repair(
@@ -189,7 +205,7 @@ def repair(
         task = replace(task, work_dir=work_dir, memory_bytes=wanted.memory_bytes)
         training = replace(training, guidance_weight=(weight := guidance_to_keep(guidance_weight, task)))
         weights = loss_weights(task, 2.0 if dfa else 0.0)
-        tuned = tune(task, _start(plan, task), Tuning(training, 1, rank, weights, _of_8_bits(plan)))
+        tuned = tune(task, start_of(plan, task), Tuning(training, 1, rank, weights, of_8_bits(plan)))
     used = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": weight, "seed": wanted.seed}
     trained = replace(plan, layers=tuned.layers, timesteps=tuned.timesteps, measured=tuned.measured)
     return replace(trained, options={**plan.options, "repair": used})
@@ -243,39 +259,6 @@ def _check_repairable(model: Any, plan: Plan, epochs: int, rank: int) -> None:
         adapters.refuse(module, "quantized")
         with offloading.lifted(module):
             install.check(module, own)
-
-
-def _start(plan: Plan, task: Task) -> Outcome:
-    """Where training starts: the plan, its input ranges by timestep taken over to the timesteps of the calibration."""
-    grid = timestep_grid(task)
-    taken = {name: _on_grid(layer, plan.timesteps, grid) for name, layer in plan.layers.items()}
-    measured: dict[str, Any] = {"seconds": {}, "blocks": {}}
-    timesteps = grid if plan.timesteps else ()
-    return Outcome(taken, dict(plan.skipped), measured, dict(plan.attention), timesteps)
-
-
-def _on_grid(layer: LayerPlan, timesteps: Sequence[float], grid: Sequence[float]) -> LayerPlan:
-    """The layer with an input range for every entry of `grid`: the one at the nearest of the plan's `timesteps`."""
-    if not layer.input_schedule:
-        return layer
-    nearest = [min(range(len(timesteps)), key=lambda n: abs(timesteps[n] - one)) for one in grid]
-    rows, ranges = [layer.input_schedule[n] for n in nearest], max(layer.input_schedule) + 1
-    tensors = {
-        name: tensor.unflatten(0, (ranges, -1))[rows].flatten()
-        if name in ("input_scale", "input_zero_point")
-        else tensor
-        for name, tensor in layer.tensors.items()
-    }
-    return replace(layer, tensors=tensors, input_schedule=tuple(range(len(grid))))
-
-
-def _of_8_bits(plan: Plan) -> tuple[str, ...]:
-    """Layers whose whole weight has 8 bits: as in the recipes, they learn ranges only."""
-    return tuple(
-        name
-        for name, layer in plan.layers.items()
-        if not layer.bands and all(part.weight.format.bits == 8 for part in layer.parts)
-    )
 
 
 def task_of(model: Any, data: Calibration, bits: Bits, component: str = "") -> Task:

@@ -1,9 +1,9 @@
-"""What a run will take, found by trying a little of it: two denoiser calls, and the recipe on one block of every kind."""
+"""What a run will take, counted from the model's structure and the recipe's own cost: the denoiser is not called for it."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,24 +11,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import api, estimate_training, recipes
-from difloat.calibration.collect import Calibration, CalibrationSettings, finish_recording, sampling_of
-from difloat.calibration.row_store import Shelf
+from difloat import recipes
+from difloat.calibration.collect import CalibrationSettings, sampling_of
+from difloat.calibration.pace import Pace
 from difloat.calibration.rows import Recorder, recording
-from difloat.layers import packed
-from difloat.layers.exclude import excluded
-from difloat.methods import mixed_rows
-from difloat.methods.task import Sequencing, Task
-from difloat.pipelines import quiet
-from difloat.plan.plan import Plan
-from difloat.plan.rules import Bits
-from difloat.plan.specs import weight_formats
+from difloat.calibration.sampler_runs import Sampling, Stopped
+from difloat.layers import dtype_readers, packed
+from difloat.layers.exclude import EXCLUDED, excluded
+from difloat.methods.cost import Cost
+from difloat.methods.post_training import keeps_8bit
+from difloat.methods.structure import structure, unread
+from difloat.numbers import formats
+from difloat.pipelines import denoiser_of, quiet
+from difloat.plan.plan import LayerPlan
+from difloat.plan.rules import Bits, Rule
+from difloat.plan.specs import Part, layer_tensor_shapes
 
-_TRIAL_STEPS = (2, 6)  # two lengths tell the cost of a step from the cost of a block
-_LEARNING_BYTES = (
-    40  # per weight of a block in training: neighbours, variable, its gradient and moments, the soft weight
-)
-_PASSES = 4  # over all rows: full precision, quantized, and the block errors before and after
+_WIDE = "8bit"  # what becomes of a layer: this, nothing special, or the reason why it stays
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Layers alike: the first one's name, how many, weights and packed bytes of all (0: they stay), grids in words."""
+
+    name: str
+    count: int
+    weights: int
+    packed_bytes: int
+    weight: str
+    inputs: str
 
 
 @dataclass(frozen=True)
@@ -36,125 +47,26 @@ class Forecast:
     """What a run will take.
 
     Attributes:
-        calibration: See `probe`.
-        trial: Plan of the layers that were tried.
-        counts: By name of a tried layer, how many of its kind there are.
-        weights: In all layers that will be quantized.
+        kinds: Of layers.
         float_bytes: Of the denoiser as it is.
-        packed_bytes: Of the denoiser as it will be, if every adapter is used.
-        learning_bytes: Of the largest block whose rounding is learned, in training; 0 without.
-        tuning_bytes: Of fine-tuning beside both denoisers and the rows, roughly (`forecast_tuning`); 0 without.
-        search_s: Choice of widths, search over weights, and over activations where they are static.
-        rounding_s: Learned rounding of all blocks, its forward passes included; 0 without.
-        training_s: Fine-tuning of the whole denoiser, roughly; 0 without.
+        packed_bytes: Of the denoiser as it will be, if every packed weight of a layer is used.
+        rows: Calibration rows; 0 for a recipe that looks at no data.
+        pictures: That calibration samples for them.
+        steps: Of the sampler, for each picture.
+        computed: Rows that the denoiser computes after calibration, by stage (`Cost.computed`).
     """
 
-    calibration: Mapping[str, float]
-    trial: Plan
-    counts: Mapping[str, int]
-    weights: int
+    kinds: tuple[Kind, ...]
     float_bytes: int
-    packed_bytes: float
-    learning_bytes: int
-    tuning_bytes: int
-    search_s: float
-    rounding_s: float
-    training_s: float
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole run, from the first calibration call to the plan."""
-        return self.calibration["seconds"] + self.search_s + self.rounding_s + self.training_s
-
-    def rows(self) -> list[tuple[str, int, str, str]]:
-        """The plan by kinds of layers: first layer of the kind, how many, weight grid, input grid or the reason to skip."""
-        result = []
-        for name, count in self.counts.items():
-            if name in self.trial.skipped:
-                result.append((name, count, "-", self.trial.skipped[name]))
-                continue
-            layer = self.trial.layers[name]
-            part = layer.parts[0]
-            spec = part.weight
-            size = f" per {spec.group_size}" if spec.group_size else f" per {spec.granularity}"
-            taken, way = part.activation, "-"
-            if taken is not None:
-                found = "online" if taken.online else "static"
-                way = f"{taken.format.name} {found} per {taken.granularity}"
-            names = weight_formats(layer.shape[0], layer.parts, layer.bands)
-            result.append((name, count, names + size, way))
-        return result
-
-
-def probe(
-    pipeline: Any,
-    prompts: Sequence[str] | None,
-    settings: CalibrationSettings,
-    *,
-    call_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, float], Calibration]:
-    """What `collect` will need, from two timed denoiser calls of a run that is then broken off, and the rows of these calls.
-
-    Returns:
-        `rows`, `batches` (pipeline runs), `steps` (of the sampler in each), `calls` (of the denoiser in all; guidance may take
-        two per step), `ram_bytes` (peak of the rows held), `disk_bytes` (of the cache, or of the temporary files above
-        the budget), `seconds`, and `row_seconds` (of the denoiser, per row). The rows are held in RAM.
-    """
-    sampling = sampling_of(pipeline, prompts, settings, call_kwargs)
-    ticks = [time.perf_counter()]
-
-    def tick() -> None:
-        if sampling.device.type == "cuda":
-            torch.cuda.synchronize(sampling.device)
-        ticks.append(time.perf_counter())
-        if len(ticks) == 4:
-            raise _Enough
-
-    everything = 1 << 30
-    recorder = Recorder(sampling.denoiser, everything, torch.Generator().manual_seed(0), on_call=tick)
-    with quiet(pipeline), recording(sampling.denoiser, recorder, sampling.seed(0)):
-        try:
-            sampling.run(0)
-            ticks.append(time.perf_counter())
-        except _Enough:
-            pass
-    finish_recording(recorder)
-    size = {key: blob.nbytes for key, blob in recorder.blobs.items()}
-    shown_at: dict[str, set[float]] = {key: set() for key in size}
-    for row in recorder.rows:
-        for leaf in row.leaves:
-            shown_at[leaf].add(row.timestep)
-    # What one timestep alone shows is taken as new in every row (halves of guidance may share it); what several show
-    # comes once per batch.
-    passing = [sum(size[key] for key in row.leaves if len(shown_at[key]) == 1) for row in recorder.rows]
-    own_bytes = sum(passing) / len(recorder.rows)
-    batch_bytes = sum(size[key] for key, seen in shown_at.items() if len(seen) > 1)
-    calls = sampling.batches * sampling.steps * recorder.calls_per_step
-    total_bytes = int(own_bytes * settings.samples + batch_bytes * sampling.batches)
-    per_batch_bytes = int(own_bytes * 2 * -(-settings.samples // sampling.batches) + batch_bytes)
-    shelf = Shelf(None, everything, {})
-    shelf.put("probe", recorder.rows, recorder.blobs)
-    rows_per_call = len(recorder.rows) / recorder.calls
-    need = {
-        "rows": settings.samples,
-        "batches": sampling.batches,
-        "steps": sampling.steps,
-        "calls": calls,
-        "ram_bytes": min(total_bytes, settings.memory_bytes) + per_batch_bytes,
-        "disk_bytes": total_bytes,
-        "seconds": (ticks[-1] - ticks[-2]) * calls + (ticks[1] - ticks[0]) * sampling.batches,
-        "row_seconds": (ticks[-1] - ticks[-2]) / rows_per_call,
-    }
-    return need, Calibration(shelf.rows, shelf, sampling.device)
-
-
-class _Enough(Exception):
-    """Breaks off the run of `estimate`."""
+    packed_bytes: int
+    rows: int
+    pictures: int
+    steps: int
+    computed: Mapping[str, float]
 
 
 def forecast(
     pipeline: Any,
-    module: nn.Module,
     prompts: Sequence[str] | None,
     settings: CalibrationSettings,
     recipe: str,
@@ -163,110 +75,76 @@ def forecast(
     call_kwargs: Mapping[str, Any] | None = None,
     exclude: Sequence[str] = (),
 ) -> Forecast:
-    """Try a little of a run and extrapolate; nothing is changed.
-
-    Args:
-        pipeline: What calibration samples with.
-        module: Its denoiser.
-        prompts: Of calibration.
-        settings: Of calibration.
-        recipe: Name of the recipe.
-        bits: Like "w4a8".
-        options: Of the recipe.
-        call_kwargs: Further arguments of the pipeline's call.
-        exclude: Layers that stay as they are, see `exclusion`.
-    """
-    need, rows = probe(pipeline, prompts, settings, call_kwargs=call_kwargs)
-    alike = _alike(module, excluded(packed.quantizable(module), exclude))
-    counts = {name: len(names) for name, names in alike.items()}
-    parsed = Bits.parse(bits)
-    task = api.task_of(pipeline, rows, parsed)
-    task = replace(task, seed=settings.seed, progress=False, memory_bytes=settings.memory_bytes)
-    task = replace(task, only=frozenset(counts), exclude=tuple(exclude))
-    made = recipes.make_options(recipes.lookup(recipe), options, bits)
-    learns = getattr(made, "rounding", "nearest") == "learned" and parsed.weight <= 4
-    plans = _tried(task, recipe, bits, options, learns)
-    plan = plans[0]
-    sizes = {name: packed.weight_of(module, name).numel() for name in plan.layers}
-    weights = sum(size * counts[name] for name, size in sizes.items())
+    """Count what a run will take; nothing is run or changed. Arguments as for `api.plan`."""
+    row, parsed, module = recipes.lookup(recipe), Bits.parse(bits), denoiser_of(pipeline)[1]
+    made = recipes.make_options(row, options, bits)
+    asked, needs_data = row.cost(made, parsed), row.needs_data(made, parsed)
+    fates = _fates(module, asked, exclude, needs_data)
+    kinds = tuple(_kind(module, names, asked, fates[names[0]]) for names in _alike(module, fates))
     float_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
-    of_layers = sum(packed.weight_of(module, name).nbytes * counts[name] for name in plan.layers)
-    packed_bytes = sum(layer.nbytes * counts[name] for name, layer in plan.layers.items())
-    used = min(getattr(made, "rounding_rows", 0), settings.samples)
-    tuned = estimate_training.tuning(task, made, plan, alike, need)
-    return Forecast(
-        need,
-        plan,
-        counts,
-        weights,
-        float_bytes,
-        float_bytes - of_layers + packed_bytes + tuned.adapter_bytes,
-        _LEARNING_BYTES * max(_learned(plan, sizes).values()) if learns else 0,
-        tuned.ram_bytes,
-        _search_s(task, made, plan, counts, need, weights / sum(sizes.values())),
-        _learning_s(plans, counts, made.iterations) + _PASSES * used * need["row_seconds"] if learns else 0.0,
-        tuned.seconds,
-    )
+    freed = sum(packed.weight_of(module, name).nbytes for name, fate in fates.items() if fate in ("", _WIDE))
+    total = float_bytes - freed + sum(kind.packed_bytes for kind in kinds)
+    if not needs_data:
+        return Forecast(kinds, float_bytes, total, 0, 0, 0, asked.computed(0, 0))
+    sampling = sampling_of(pipeline, prompts, settings, call_kwargs)
+    computed, pictures = asked.computed(settings.samples, sampling.steps), sampling.batches * sampling.images
+    return Forecast(kinds, float_bytes, total, settings.samples, pictures, sampling.steps, computed)
 
 
-def _tried(task: Task, recipe: str, bits: str, options: Mapping[str, Any], learns: bool) -> list[Plan]:
-    """The recipe on the layers of `task.only`, without fine-tuning; with learned rounding both lengths of a trial."""
-    trials: list[dict[str, Any]] = [{"iterations": steps} for steps in _TRIAL_STEPS] if learns else [{}]
-    # A few rows have no pairs of guidance.
-    of_training = {"epochs": 0, "guidance_weight": 0.0, "compare_at": 0.0}
-    known = recipes.lookup(recipe).options
-    untuned = {name: value for name, value in of_training.items() if hasattr(known, name)}
-    return [recipes.plan(task, recipe, bits, {**options, **untuned, **each}) for each in trials]
+def _fates(module: nn.Module, asked: Cost, exclude: Sequence[str], needs_data: bool) -> dict[str, str]:
+    """What becomes of every layer; where its edges are is read off the structure, so a trace may see fewer of them."""
+    layers, seen = packed.quantizable(module), structure(module)
+    outside = layers.keys() - packed.inside_blocks(module)
+    of_outside = {"keep": "outside of the blocks", "8bit": _WIDE, "as others": ""}[asked.outside]
+    fates = dict.fromkeys(layers, "") | dict.fromkeys(outside, of_outside)
+    fates |= {name: _WIDE for name in layers if keeps_8bit(name, seen, asked.keep_8bit)}
+    fates |= dict.fromkeys(excluded(layers, exclude), EXCLUDED)
+    return fates | ({} if needs_data else unread(module)) | dtype_readers.kept(module)
 
 
-def _search_s(
-    task: Task, made: Any, plan: Plan, counts: Mapping[str, int], need: Mapping[str, float], times: float
-) -> float:
-    """Seconds of all searches, over `times` as many weights as were tried, and of their forward passes over rows."""
-    seconds, row_s = plan.measured["seconds"]["search weights"] * times, need["row_seconds"]
-    if any("input_scale" in layer.tensors for layer in plan.layers.values()):
-        seconds += row_s * min(Sequencing.activation_rows, need["rows"])
-    if not getattr(made, "mixed", False):
-        return seconds
-    tried, rows = (min(mixed_rows.AllocationSettings.rows, n) for n in (len(task.calibration), need["rows"]))
-    free = max(1, task.memory_bytes // mixed_rows.HELD_SHARE)
-    held = sum(min(free, mixed_rows.vectors_of(task.model, name)[1]) * counts[name] for name in plan.layers)
-    passes = math.ceil(held / free)
-    passed_s = tried * (1 + made.scale_inputs) * row_s  # the few inputs of a trial are held in one pass
-    searched_s = max(0.0, plan.measured["seconds"]["choose widths"] - passed_s)
-    return seconds + searched_s * times + rows * (passes + made.scale_inputs) * row_s
-
-
-def _alike(module: nn.Module, left_out: set[str]) -> dict[str, list[str]]:
-    """By layer of one block of every kind the layers at its place in all blocks of that kind, itself first."""
+def _alike(module: nn.Module, fates: Mapping[str, str]) -> list[list[str]]:
+    """The layers at one place in blocks alike; a layer in no block is alone."""
     kinds: dict[tuple[Any, ...], list[list[str]]] = {}
     for unit, members in packed.blocks(module).items():
-        shapes = [
-            (name.removeprefix(unit), tuple(packed.weight_of(module, name).shape), name in left_out)
-            for name in members
-        ]
+        shapes = [(n.removeprefix(unit) or n, packed.weight_of(module, n).shape, fates[n]) for n in members]
         kinds.setdefault(tuple(shapes), []).append(members)
-    return {names[0]: list(names) for units in kinds.values() for names in zip(*units, strict=True)}
+    return [list(names) for units in kinds.values() for names in zip(*units, strict=True)]
 
 
-def _learned(plan: Plan, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Weights of every block that was tried."""
-    return {
-        unit: sum(size for name, size in sizes.items() if _inside(name, unit))
-        for unit in plan.measured["blocks"]
-    }
+def _kind(module: nn.Module, names: Sequence[str], asked: Cost, fate: str) -> Kind:
+    shape, count = tuple(packed.weight_of(module, names[0]).shape), len(names)
+    weights = math.prod(shape) * count
+    if fate not in ("", _WIDE):
+        return Kind(names[0], count, weights, 0, "-", fate)
+    weight, inputs = asked.weight, asked.activation
+    if fate == _WIDE:
+        weight, inputs = _of_8_bits(weight), inputs and _of_8_bits(inputs)
+    part = Part(shape[1], weight.spec(weight.formats[0]), inputs and inputs.spec(inputs.formats[0]))
+    side, variants = (None, 1) if fate == _WIDE and asked.epochs else (asked.side, asked.variants)
+    shapes = layer_tensor_shapes(shape, [part], variants, asked.smoothed, side=side)
+    size = sum(LayerPlan.dtype_of(name).itemsize * math.prod(own) for name, own in shapes.items())
+    return Kind(names[0], count, weights, size * count, _words(weight), _words(inputs) if inputs else "-")
 
 
-def _inside(name: str, unit: str) -> bool:
-    return name == unit or name.startswith(unit + ".")
+def _of_8_bits(rule: Rule) -> Rule:
+    grids = tuple(formats.parse("int8" if own.signed else "uint8") for own in rule.formats)
+    return replace(rule, formats=grids)
 
 
-def _learning_s(plans: Sequence[Plan], counts: Mapping[str, int], iterations: int) -> float:
-    """Seconds of all steps of all blocks, from two trials of different length."""
-    first, second = (plan.measured["blocks"] for plan in plans)
-    steps = _TRIAL_STEPS[1] - _TRIAL_STEPS[0]
-    total = 0.0
-    for unit in first:
-        count = next(n for name, n in counts.items() if _inside(name, unit))
-        total += max(0.0, second[unit]["seconds"] - first[unit]["seconds"]) / steps * count
-    return total * iterations
+def _words(rule: Rule) -> str:
+    shared = f"{rule.granularity} of {rule.group_size}" if rule.group_size else rule.granularity
+    return f"{rule.formats[0].bits} bits per {shared}{', online' * rule.online}"
+
+
+def time_a_call(pipeline: Any, sampling: Sampling) -> Pace:
+    """How fast the first denoiser call of calibration is; the run is broken off at the second one."""
+
+    def stop() -> None:
+        if recorder.calls == 2:
+            raise Stopped
+
+    recorder = Recorder(sampling.denoiser, 1, torch.Generator().manual_seed(0), on_call=stop)
+    held = recording(sampling.denoiser, recorder, sampling.seed(0))
+    with quiet(pipeline), held, contextlib.suppress(Stopped):
+        sampling.run(0)
+    return recorder.pace

@@ -15,6 +15,7 @@ from torch import nn
 from difloat import api, checkpoint, components, distributed, evaluation, recipes, reference_models, sources
 from difloat.calibration import collect
 from difloat.calibration.collect import CalibrationSettings
+from difloat.calibration.pace import Pace
 from difloat.checkpoint import integrity
 from difloat.estimate import Forecast
 from difloat.evaluation.comparison import Evaluation, Generated
@@ -88,27 +89,36 @@ def call_of(source: str, guidance_scale: float | None) -> tuple[float | None, di
 
 def describe(forecast: Forecast, settings: CalibrationSettings) -> str:
     """What a run will take, in lines for people."""
-    need = forecast.calibration
-    held = forecast.float_bytes + forecast.packed_bytes + need["ram_bytes"]
-    before, tuning = held + forecast.learning_bytes + settings.memory_bytes, held + forecast.tuning_bytes
-    taken = [(name, n) for name, n in forecast.counts.items() if name in forecast.trial.layers]
+    taken = [kind for kind in forecast.kinds if kind.packed_bytes]
+    computed = {stage: rows for stage, rows in forecast.computed.items() if rows}
+    stages = ", ".join(f"{stage} {rows:,.0f}" for stage, rows in computed.items())
+    both = (forecast.float_bytes + forecast.packed_bytes) / 1e6
     lines = [
-        f"{sum(n for _, n in taken)} layers, {forecast.weights:,} weights: about {forecast.packed_bytes / 1e6:.2f} MB "
-        f"packed, {forecast.float_bytes / 1e6:.2f} MB as it is",
-        f"calibration: {need['rows']:.0f} rows from {need['calls']:.0f} denoiser calls, about {need['seconds']:.0f} s, "
-        f"{need['disk_bytes'] / 1e6:.0f} MB on disk if a cache is kept",
-        f"search: about {forecast.search_s:.0f} s; learned rounding: about {forecast.rounding_s:.0f} s; "
-        f"fine-tuning: roughly {forecast.training_s:.0f} s; "
-        f"in all about {forecast.seconds:.0f} s, without pictures",
-        f"RAM: about {before / 1e6:.0f} MB for both denoisers, a block in training, and the activations of rows and "
-        f"blocks (--memory-mb), beside the libraries and a call of the pipeline",
+        f"{sum(kind.count for kind in taken)} layers, {sum(kind.weights for kind in taken):,} weights: about "
+        f"{forecast.packed_bytes / 1e6:.2f} MB packed, {forecast.float_bytes / 1e6:.2f} MB as it is"
     ]
-    if forecast.tuning_bytes:
-        lines.append(
-            f"RAM of fine-tuning: about {tuning / 1e6:.0f} MB for both denoisers, rows, adapters, and what a step over the "
-            f"whole denoiser keeps (--set rows=, not --memory-mb), beside the libraries' own"
-        )
+    if not forecast.rows:
+        return f"{lines[0]}\nno calibration: the denoiser is not called; RAM: about {both:.0f} MB for both denoisers"
+    lines += [
+        f"calibration: {forecast.rows:,} rows from {forecast.pictures:,} full-precision pictures of {forecast.steps} steps",
+        f"after it: at most {sum(computed.values()):,.0f} rows of the denoiser{f' ({stages})' * bool(stages)}, and the search "
+        f"over weights; a picture takes {forecast.steps} rows, {2 * forecast.steps} with guidance in two parts",
+        f"RAM: about {both:.0f} MB for both denoisers, and up to {settings.memory_bytes / 1e6:.0f} MB (--memory-mb) each for "
+        "calibration rows and for activations, beside what is trained, the libraries and a call of the pipeline",
+    ]
     return "\n".join(lines)
+
+
+def in_time(forecast: Forecast, pace: Pace) -> str:
+    """The same in seconds, from a timed call of the denoiser."""
+    if pace.row_seconds is None:
+        return "no time: the call of a sampler of one step is followed by none"
+    after_s = sum(forecast.computed.values()) * pace.row_seconds
+    picture_s = forecast.steps * pace.row_seconds
+    return (
+        f"{pace.row_seconds:.2g} s a row: calibration roughly {forecast.pictures * picture_s:,.0f} s, twice that with guidance "
+        f"in two parts; after it at most {after_s:,.0f} s and the search over weights; without pictures of the report"
+    )
 
 
 def draw(pipeline: Any, sampling: Sampling, *, progress: bool = True) -> Generated:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from difloat.calibration.rows import Recorder, recording
+from difloat.calibration.sampler_runs import Sampling
 from difloat.layers.timestep_clock import TIMESTEP_NAMES
 
 RAW_TIMESTEPS = 20  # arXiv:2503.15465, code: `range(20)` for PixArt
@@ -66,3 +68,13 @@ def clean_calls(
         noise = torch.randn(sample.shape, generator=generator).to(sample)
         noisy = scheduler.add_noise(sample, noise, timestep)
         yield {**call, sample_name: noisy.to(sample.dtype), names[0]: timestep.to(sample.device)}
+
+
+def record_clean(pipeline: Any, sampling: Sampling, batch: int, recorder: Recorder) -> None:
+    """Sample a batch to its last step and record calls at the raw timesteps from there."""
+    last = LastCall(sampling.denoiser)
+    with recording(sampling.denoiser, last, sampling.seed(batch)):
+        sampling.run(batch)
+    generator = torch.Generator().manual_seed(sampling.seed(batch))
+    for call in clean_calls(pipeline.scheduler, last, sampling.images, generator):
+        recorder(sampling.denoiser, (), call)

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from difloat import devices, distributed, torch_modes
 from difloat.calibration import loop_identity
-from difloat.calibration.clean_latents import LastCall, clean_calls
+from difloat.calibration.clean_latents import record_clean
 from difloat.calibration.mergeable import check_mergeable
+from difloat.calibration.pace import Pace, joined
 from difloat.calibration.row_store import Recorded, Shelf, open_shelf, record_shards
 from difloat.calibration.rows import Recorder, Row, merge, recording, stratified_indices
 from difloat.calibration.sampler_runs import Sampling, weights_summary
@@ -50,11 +51,12 @@ class Calibration:
         shelf: Shelf,
         device: torch.device,
         scheduler: Callable[[], Any] | None = None,
+        pace: Pace | None = None,
     ) -> None:
-        """Rows whose tensors are on `shelf`; `batch` puts them on `device`; `scheduler` gives the pipeline's, ready to step."""
+        """Rows whose tensors are on `shelf`; `batch` puts them on `device`; `pace` was measured."""
         self._rows = list(rows)
         self._shelf = shelf
-        self.device, self.scheduler = device, scheduler
+        self.device, self.scheduler, self.pace = device, scheduler, pace or Pace()
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -180,6 +182,7 @@ def collect(
     request = {**sampling.request(), "timesteps": settings.timesteps}
     shelf = open_shelf(cache_dir, settings.memory_bytes, request)
     shown = progress and distributed.is_main()
+    paces: list[Pace] = []
     bar = tqdm(total=sampling.batches * sampling.steps, desc="calibrate", unit="call", disable=not shown)
     with bar, quiet(pipeline):
         batch = 0
@@ -188,14 +191,14 @@ def collect(
             turn = range(
                 batch, batch + min(distributed.count(), planned if planned > 0 else distributed.count())
             )
-            record = partial(_record_batch, pipeline, sampling, settings, on_call=bar.update)
+            record = partial(_record_batch, pipeline, sampling, settings, paces, on_call=bar.update)
             for recorded in record_shards(shelf, {_shard(number): number for number in turn}, record):
                 if batch < sampling.batches or len(shelf.rows) < settings.samples:
                     with distributed.together():
                         shelf.put(_shard(batch), *recorded)
                     batch += 1
             bar.update(max(0, batch * sampling.steps - bar.n))  # of other processes and earlier runs
-    return _finish(sampling.denoiser, shelf, settings, sampling.device, sampling.scheduler)
+    return _finish(sampling.denoiser, shelf, settings, sampling.device, joined(paces), sampling.scheduler)
 
 
 def _shard(batch: int) -> str:
@@ -206,11 +209,12 @@ def _record_batch(
     pipeline: Any,
     sampling: Sampling,
     settings: CalibrationSettings,
+    paces: list[Pace],
     batch: int,
     *,
     on_call: Callable[[], object],
 ) -> Recorded:
-    """Sample one batch and keep its share of the rows."""
+    """Sample one batch and keep its share of the rows; `paces` gets how fast that went."""
     recorder = Recorder(
         sampling.denoiser,
         -(-settings.samples // sampling.batches),
@@ -222,20 +226,11 @@ def _record_batch(
     if settings.timesteps == "sampler":
         with recording(sampling.denoiser, recorder, sampling.seed(batch)):
             sampling.run(batch)
+        paces.append(recorder.pace)
     else:
-        _record_clean(pipeline, sampling, batch, recorder)
+        record_clean(pipeline, sampling, batch, recorder)
     finish_recording(recorder)
     return recorder.rows, recorder.blobs
-
-
-def _record_clean(pipeline: Any, sampling: Sampling, batch: int, recorder: Recorder) -> None:
-    """Sample a batch to its last step and record calls at the raw timesteps from there."""
-    last = LastCall(sampling.denoiser)
-    with recording(sampling.denoiser, last, sampling.seed(batch)):
-        sampling.run(batch)
-    generator = torch.Generator().manual_seed(sampling.seed(batch))
-    for call in clean_calls(pipeline.scheduler, last, sampling.images, generator):
-        recorder(sampling.denoiser, (), call)
 
 
 @torch_modes.without_autocast()
@@ -279,8 +274,8 @@ def collect_from_loop(
     }
     distributed.join(devices.home(module))
     shelf = open_shelf(cache_dir, settings.memory_bytes, request)
-    _collect_loop(module, forward_loop, settings, shelf, progress)
-    return _finish(module, shelf, settings, devices.home(module))
+    paces = _collect_loop(module, forward_loop, settings, shelf, progress)
+    return _finish(module, shelf, settings, devices.home(module), joined(paces))
 
 
 def _collect_loop(
@@ -289,8 +284,9 @@ def _collect_loop(
     settings: CalibrationSettings,
     shelf: Shelf,
     progress: bool,
-) -> None:
-    """Put the rows of a loop on the shelf, those of an earlier run if they began with the same call."""
+) -> list[Pace]:
+    """Put the rows of a loop on the shelf, those of an earlier run if they began with the same call; how fast it went."""
+    paces: list[Pace] = []
     first = loop_identity.FirstCall(module)
 
     def record(batch: int) -> Recorded:
@@ -301,6 +297,7 @@ def _collect_loop(
             with recording(module, recorder, settings.seed), recording(module, first, settings.seed):
                 forward_loop(module)
             finish_recording(recorder)
+            paces.append(recorder.pace)
             return recorder.rows, recorder.blobs
 
     begun = partial(first.of_loop, forward_loop, settings.seed)
@@ -308,6 +305,7 @@ def _collect_loop(
     (recorded,) = record_shards(shelf, {f"loop-{digest}": 0}, record)
     with distributed.together():
         shelf.put(f"loop-{first.digest}", *recorded)
+    return paces
 
 
 def sampling_of(
@@ -338,12 +336,13 @@ def _finish(
     shelf: Shelf,
     settings: CalibrationSettings,
     device: torch.device,
+    pace: Pace,
     scheduler: Callable[[], Any] | None = None,
 ) -> Calibration:
     """Cut to the number of rows asked for and prove that rows of different timesteps can be merged."""
     rows = shelf.rows
     generator = torch.Generator().manual_seed(settings.seed)
     keep = stratified_indices(rows, min(settings.samples, len(rows)), generator)
-    calibration = Calibration([rows[index] for index in keep], shelf, device, scheduler)
+    calibration = Calibration([rows[index] for index in keep], shelf, device, scheduler, pace)
     check_mergeable(module, calibration.timesteps, calibration.batch)
     return calibration

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from difloat.calibration.batch_axis import (
     timestep_name,
     timestep_values,
 )
+from difloat.calibration.pace import Pace
 from difloat.calibration.trajectory import Course
 
 __all__ = [
@@ -143,6 +145,8 @@ class Recorder:
         self.rows: list[Row] = []
         self.blobs: dict[str, Tensor] = {}
         self.calls = 0
+        self.pace = Pace()
+        self._newest: tuple[float, int] | None = None  # when the newest call began, and its rows
         self._limit = limit
         self._generator = generator
         self._images = images
@@ -161,12 +165,22 @@ class Recorder:
         """Take the rows of one call."""
         # Tensors made in inference mode can never enter autograd, so the copies are made outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self._take(args, kwargs)
+            count = self._take(args, kwargs)
         self.calls += 1
+        self._time(count)
         if len(self.rows) > 2 * self._capacity():
             self.thin()
         if self._on_call is not None:
             self._on_call()
+
+    def _time(self, count: int) -> None:
+        """Note that a call of `count` rows begins, and with it what the one before it took."""
+        now = time.perf_counter()  # a GPU has been waited for: the call's tensors were copied from it
+        pace, newest = self.pace, self._newest
+        seconds, timed = (0.0, 0) if newest is None else (now - newest[0], newest[1])
+        pictures = self._images or 0
+        self.pace = Pace(pace.seconds + seconds, pace.timed + timed, pace.computed + count, pictures)
+        self._newest = now, count
 
     @property
     def calls_per_step(self) -> int:
@@ -183,7 +197,8 @@ class Recorder:
         needed = {leaf for row in self.rows for leaf in row.leaves}
         self.blobs = {key: blob for key, blob in self.blobs.items() if key in needed}
 
-    def _take(self, args: tuple[Any, ...], kwargs: Mapping[str, object]) -> None:
+    def _take(self, args: tuple[Any, ...], kwargs: Mapping[str, object]) -> int:
+        """Keep the rows of one call; how many there were."""
         names = self._names + [f"argument {index}" for index in range(len(self._names), len(args))]
         named = dict(zip(names, args, strict=False)) | dict(kwargs)
         sample_name, batch = sample_of(named)
@@ -217,6 +232,7 @@ class Recorder:
             part = index * parts // batch if parts > 1 else self._seen[values[0]] if self._images else 0
             self.rows.append(Row(values[index], part, template, keys, *self._point(index)))
         self._seen[values[0]] += 1
+        return batch
 
     def _point(self, index: int) -> tuple[str, int]:
         """Trajectory and step of entry `index` of the current call."""

@@ -48,8 +48,8 @@ def weights_summary(modules: Iterable[nn.Module]) -> str:
     return digest.hexdigest()
 
 
-class _Stopped(Exception):
-    """Ends a run at the denoiser's first call."""
+class Stopped(Exception):
+    """Raised at a call of the denoiser to end a run there."""
 
 
 @final
@@ -134,12 +134,12 @@ class Sampling:
 
         def stop(*_: Any) -> None:
             found.append(copy.deepcopy(self._pipeline.scheduler))
-            raise _Stopped
+            raise Stopped
 
         with contextlib.ExitStack() as hooks:
             for denoiser in self._denoisers.values():
                 hooks.callback(denoiser.register_forward_pre_hook(stop).remove)
-            with quiet(self._pipeline), contextlib.suppress(_Stopped):
+            with quiet(self._pipeline), contextlib.suppress(Stopped):
                 self.run(0)
         return found[0]
 

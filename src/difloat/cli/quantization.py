@@ -95,7 +95,7 @@ def quantize(
         )
         if needs_data or dry_run:
             given = (texts, settings, recipe, bits, chosen, arguments, left_out)
-            tables.announce(pipeline, *given, table=dry_run)
+            tables.announce(pipeline, *given, dry=dry_run)
         if dry_run:
             return
         count = _pictures(api.denoiser(pipeline), images)

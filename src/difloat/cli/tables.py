@@ -32,24 +32,28 @@ def announce(
     call: dict[str, Any],
     exclude: list[str],
     *,
-    table: bool,
+    dry: bool,
 ) -> None:
-    """Print what a run will take, and the plan by kinds of layers."""
-    from difloat import api, estimate, run
+    """Print what a run will take; for a dry run the plan by kinds of layers too, and times from one call of the denoiser."""
+    from difloat import estimate, run
+    from difloat.calibration import collect
 
-    expected = estimate.forecast(
-        pipeline, api.denoiser(pipeline), texts, settings, recipe, bits, chosen, call, exclude
-    )
+    expected = estimate.forecast(pipeline, texts, settings, recipe, bits, chosen, call, exclude)
     heading = f"{recipe} {bits}{''.join(f', {key}={value}' for key, value in chosen.items())}: "
     console.print(heading + run.describe(expected, settings), highlight=False, soft_wrap=True)
-    if not table:
+    if not dry:
         return
     kinds = Table(
         Column("first layer of its kind", overflow="fold"), "layers", "weights", "inputs, or why it stays"
     )
-    for name, count, weights, inputs in expected.rows():
-        kinds.add_row(name, str(count), weights, inputs)
+    for kind in expected.kinds:
+        kinds.add_row(kind.name, str(kind.count), kind.weight, kind.inputs)
     console.print(kinds)
+    if expected.rows:
+        console.print("times need one timed call of the denoiser: it is made now", highlight=False)
+        sampling = collect.sampling_of(pipeline, texts, settings, call)
+        pace = estimate.time_a_call(pipeline, sampling)
+        console.print(run.in_time(expected, pace), highlight=False, soft_wrap=True)
 
 
 def interval(low: float, high: float) -> str:

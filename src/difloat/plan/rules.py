@@ -112,6 +112,12 @@ def floating_point(bits: int) -> Format:
     return Format(True, exponent_bits, bits - 1 - exponent_bits)
 
 
+def more_mantissa(bits: int) -> Format:
+    """The formats of FP4DiT (arXiv:2503.15465): two exponent bits, three at 8 bits (E2M1, E2M3, E3M4)."""
+    exponent_bits = min(3 if bits == 8 else 2, bits - 1)
+    return Format(True, exponent_bits, bits - 1 - exponent_bits)
+
+
 def asymmetric_integers(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
     """Unsigned integers with a real zero point, both ends of the range searched by squared error."""
     grid = (formats.parse(f"uint{bits}"),)

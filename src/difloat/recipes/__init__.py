@@ -12,6 +12,7 @@ from typing import Any
 
 from difloat import torch_modes
 from difloat.layers import quantizable
+from difloat.methods.cost import Cost
 from difloat.methods.post_training import Bits, Outcome, Task
 from difloat.methods.sparsity import mostly_zero
 from difloat.plan import options
@@ -32,56 +33,54 @@ from difloat.recipes import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the table: the function, its options, one line for people who choose, and whether it looks at data."""
+    """A row of the table: the function, its options, a line for people who choose, its cost, and whether it looks at data."""
 
     plan: Callable[[Task, Any], Outcome]
     options: type[Any]
     summary: str
+    cost: Callable[[Any, Bits], Cost]
     needs_data: Callable[[Any, Bits], bool] = lambda options, bits: True
 
 
 RECIPES: dict[str, Recipe] = {
-    "lbfp": Recipe(lbfp.plan, lbfp.Options, lbfp.SUMMARY),
+    "lbfp": Recipe(lbfp.plan, lbfp.Options, lbfp.SUMMARY, lbfp.cost),
     "fp4dit": Recipe(
         fp4dit.plan,
         fp4dit.Options,
         "diffusion transformers: FP weights in groups, scale-aware rounding, online activations (arXiv:2503.15465)",
+        fp4dit.cost,
     ),
     "msfp": Recipe(
         msfp.plan,
         msfp.Options,
         "4-bit weights and activations: mixup-sign formats, adapters by timestep, fine-tuned (arXiv:2505.21591)",
+        msfp.cost,
     ),
     "mpqdm": Recipe(
         mpqdm.plan,
         mpqdm.Options,
         "2 to 4 bits: rows of several widths inside a layer, relation distillation, fine-tuned (arXiv:2412.11549)",
+        mpqdm.cost,
     ),
-    "guided": Recipe(
-        guided.plan,
-        guided.Options,
-        "2 to 4 bits, our own: formats by search, learned rounding, fine-tuned without losing guidance",
-    ),
-    "efficientdm": Recipe(
-        efficientdm.plan,
-        efficientdm.Options,
-        "integers, adapters and input ranges by timestep, fine-tuned (arXiv:2310.03270)",
-    ),
+    "guided": Recipe(guided.plan, guided.Options, guided.SUMMARY, guided.cost),
+    "efficientdm": Recipe(efficientdm.plan, efficientdm.Options, efficientdm.SUMMARY, efficientdm.cost),
     "qdiffusion": Recipe(
-        qdiffusion.qdiffusion, qdiffusion.QDiffusionOptions, "integers, AdaRound by block (arXiv:2302.04304)"
+        qdiffusion.qdiffusion, qdiffusion.QDiffusionOptions, qdiffusion.SUMMARY, qdiffusion.cost
     ),
     "viditq": Recipe(
         integer_transformers.viditq,
         integer_transformers.ViDiTQOptions,
         "integers, online activations per token, smoothing by timestep (arXiv:2406.02540)",
+        integer_transformers.viditq_cost,
     ),
     "qdit": Recipe(
         integer_transformers.qdit,
         integer_transformers.QDiTOptions,
         "integers in groups, online activations per token and group (arXiv:2406.17343)",
+        integer_transformers.qdit_cost,
     ),
-    "auto": Recipe(auto.plan, auto.Options, auto.SUMMARY),
-    "rtn": Recipe(rtn.rtn, rtn.NearestOptions, rtn.SUMMARY, rtn.needs_data),
+    "auto": Recipe(auto.plan, auto.Options, auto.SUMMARY, auto.cost),
+    "rtn": Recipe(rtn.rtn, rtn.NearestOptions, rtn.SUMMARY, rtn.cost, rtn.needs_data),
 }
 
 

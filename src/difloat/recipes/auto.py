@@ -12,18 +12,20 @@ wait for each other; columns keep their order. Bits such as w4a8 mean the bytes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from difloat import distributed
 from difloat.methods import closed_form, post_training
 from difloat.methods.closed_form import ClosedFormSettings
-from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task, timed
+from difloat.methods.cost import WITH_GRADIENT, Cost
+from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task, timed
 from difloat.methods.second_order import SecondOrderSettings
 from difloat.methods.sensitivity import SensitivitySettings
 from difloat.methods.trace import Trace
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.numbers import formats
+from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import MIN_MAX, Rule, asymmetric_integers
 
 SUMMARY = (
@@ -31,7 +33,7 @@ SUMMARY = (
 )
 
 
-@dataclass(frozen=True)
+@recipe_options
 class Options:
     """Options of Auto.
 
@@ -50,11 +52,11 @@ class Options:
     widths: Literal["allocated", "same"] = "allocated"
     refit: bool = True
     sweep: bool = True
-    guidance: float = 3.0
-    factor_power: float = 2.0
-    group_size: int = 0
-    keep_8bit: tuple[str, ...] = ("first", "last")
-    rows: int = 128
+    guidance: NotNegative = 3.0
+    factor_power: NotNegative = 2.0
+    group_size: Whole = 0
+    keep_8bit: Names = ("first", "last")
+    rows: Positive = 128
 
 
 def plan(task: Task, options: Options) -> Outcome:
@@ -62,18 +64,12 @@ def plan(task: Task, options: Options) -> Outcome:
     kept: dict[str, bool] = {}
     largest = [1]  # bytes of a row's data in the layer where they are most
 
-    def weight(bits: int) -> Rule:
-        size = options.group_size or None
-        return asymmetric_integers(bits, "group" if size else "channel", size)
-
     def rules(name: str, seen: Trace) -> LayerRules:
         kept[name] = post_training.keeps_8bit(name, seen, options.keep_8bit)
         largest[0] = seen.row_bytes
-        asked = weight(8 if kept[name] else task.bits.weight)
-        if task.bits.activation is None:
-            return LayerRules(asked, None)
-        grid = formats.parse(f"int{8 if kept[name] else task.bits.activation}")
-        return LayerRules(asked, Rule((grid,), "token", clips=MIN_MAX, online=True))
+        asked = _weight(8 if kept[name] else task.bits.weight, options)
+        inputs = task.bits.activation and (8 if kept[name] else task.bits.activation)
+        return LayerRules(asked, _inputs(inputs))
 
     outcome = post_training.run(task, rules, Sequencing())
 
@@ -90,12 +86,31 @@ def plan(task: Task, options: Options) -> Outcome:
             with timed(measured, "choose widths"):
                 by_time = loss_weights(task, options.factor_power if task.scheduler is not None else 0.0)
                 fixed = [name for name in layers if kept[name]]
-                chosen, found = closed_form.widths(task, layers, inputs, weight, fixed, by_time, settings)
+                chosen, found = closed_form.widths(
+                    task, layers, inputs, lambda width: _weight(width, options), fixed, by_time, settings
+                )
             bits |= chosen
             measured["widths"] = {"bits": chosen, "optimal": found.optimal, "bytes": found.size}
         with timed(measured, "round weights"):
-            asked = {name: weight(bits[name]) for name in layers}
+            asked = {name: _weight(bits[name], options) for name in layers}
             layers, measured["closed_form"] = closed_form.round_anew(task, layers, inputs, asked, settings)
         return replace(outcome, layers=layers, measured=measured)
 
     return distributed.on_main(finish)
+
+
+def cost(options: Options, bits: Bits) -> Cost:
+    """What Auto asks of the denoiser and stores: moments once or twice, and sensitivities, with gradient, for widths."""
+    passes = (options.rows,)
+    if options.widths == "allocated":
+        passes += (options.rows, WITH_GRADIENT * SensitivitySettings.rows * SensitivitySettings.probes)
+    return Cost(_weight(bits.weight, options), _inputs(bits.activation), options.keep_8bit, passes=passes)
+
+
+def _weight(bits: int, options: Options) -> Rule:
+    size = options.group_size or None
+    return asymmetric_integers(bits, "group" if size else "channel", size)
+
+
+def _inputs(bits: int | None) -> Rule | None:
+    return bits and Rule((formats.parse(f"int{bits}"),), "token", clips=MIN_MAX, online=True)

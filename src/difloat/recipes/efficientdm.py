@@ -18,14 +18,17 @@ from dataclasses import field
 from typing import Literal
 
 from difloat.methods import post_training
+from difloat.methods.cost import Cost, learned, trained
 from difloat.methods.learned_rounding import RoundingSettings
-from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.methods.training.fine_tune import Tuning, tune
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, settings_of
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import asymmetric_integers
+
+SUMMARY = "integers, adapters and input ranges by timestep, fine-tuned (arXiv:2310.03270)"
 
 
 @recipe_options
@@ -48,6 +51,13 @@ class Options(TrainingSettings):
     rounding_rows: Positive = field(default=Sequencing.rounding_rows)
     keep_8bit: Names = ("first", "last")
     factor_power: NotNegative = 0.0
+
+
+def cost(options: Options, bits: Bits) -> Cost:
+    """What EfficientDM asks of the denoiser and stores."""
+    inputs = None if bits.activation is None else asymmetric_integers(bits.activation, "tensor")
+    asked = Cost(asymmetric_integers(bits.weight, "channel"), inputs, options.keep_8bit)
+    return trained(learned(asked, options, bits), options)
 
 
 def plan(task: Task, options: Options) -> Outcome:

@@ -1,7 +1,7 @@
 """FP4DiT: floating-point post-training quantization of diffusion transformers (arXiv:2503.15465, Chen, Mills, Niu).
 
 Paper -> here:
-  group-wise weights, E3M0 before GELU, E2M1 (PixArt-Sigma: E1M2) elsewhere   `_weight_formats`
+  group-wise weights, E3M0 before GELU, E2M1 (PixArt-Sigma: E1M2) elsewhere   `_formats`
   scale-aware AdaRound (Eq. 4, 8), block by block                             `methods.adaround`, `methods.blockwise`
   online activations, one scale per token; q, k, v per token and head         `Rule(online=True)`, `attention`
   the embedders and the final projection stay in high precision               `outside`: what is in no list of blocks
@@ -21,19 +21,18 @@ from typing import Annotated, Literal
 
 from difloat.layers import packed
 from difloat.methods import post_training
+from difloat.methods.cost import Cost, learned
 from difloat.methods.learned_rounding import RoundingSettings
-from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.numbers import formats
-from difloat.numbers.formats import Format
 from difloat.numbers.scale_grids import ScaleFormat
 from difloat.numbers.search import CLIPS
 from difloat.plan.options import FormatOr, NotNegative, Positive, Whole, recipe_options
-from difloat.plan.rules import MIN_MAX, Rule
-from difloat.plan.specs import AttentionPlan
+from difloat.plan.rules import MIN_MAX, Rule, more_mantissa
+from difloat.plan.specs import AttentionPlan, Granularity
 
 SCALE_AWARE_RATE = 0.003  # of variables in units of the weight; both tuned by benchmarks/rounding_rates.py
-SIGMA = "PixArtSigmaPipeline"  # the one family whose weights the paper puts on E1M2
 
 
 @recipe_options
@@ -79,42 +78,43 @@ def plan(task: Task, options: Options) -> Outcome:
     def rules(name: str, seen: Trace) -> LayerRules | str:
         if name not in inside and options.outside == "keep":
             return "outside of the blocks"
-        weight_bits = task.bits.weight if name in inside else 8
+        bits = task.bits.weight if name in inside else 8
         fixed = options.weight_format != "search" and options.scale_format == "float32"
-        pipeline = task.pipeline if name in inside else None
-        found = _weight_formats(weight_bits, name in seen.before_gelu, pipeline, options)
-        activation = None
-        if task.bits.activation is not None:
-            grid = (default_format(task.bits.activation if name in inside else 8),)
-            activation = Rule(grid) if options.activation == "static" else Rule(grid, "token", online=True)
+        found = _formats(bits, name in seen.before_gelu, task.pipeline if name in inside else None, options)
+        activation = _input(task.bits.activation and (task.bits.activation if name in inside else 8), options)
         size, clips = options.group_size or None, MIN_MAX if fixed else CLIPS
         weight = Rule(found, "group" if size else "channel", size, clips, scales=options.scale_format)
-        return LayerRules(weight, activation, options.rounding == "learned" and weight_bits <= 4)
+        return LayerRules(weight, activation, options.rounding == "learned" and bits <= 4)
 
-    default_rate = SCALE_AWARE_RATE if options.scale_aware else RoundingSettings.learning_rate
-    rounding = RoundingSettings(options.iterations, learning_rate=options.learning_rate or default_rate)
+    rate = SCALE_AWARE_RATE if options.scale_aware else RoundingSettings.learning_rate
+    rounding = RoundingSettings(options.iterations, learning_rate=options.learning_rate or rate)
     rounding = replace(rounding, scale_aware=options.scale_aware, precision=options.precision)
-    sequencing = Sequencing(True, rounding, options.inputs, options.rounding_rows)
-    bits = task.bits.activation if options.attention else None
-    operand = default_format(bits) if bits is not None else None
+    settings = Sequencing(True, rounding, options.inputs, options.rounding_rows)
+    operand = more_mantissa(task.bits.activation) if options.attention and task.bits.activation else None
     softmax = formats.parse("ue4m4") if options.softmax == "8" else None
     attention = AttentionPlan(operand, softmax) if operand or softmax else None
-    return post_training.run(task, rules, sequencing, attention)
+    return post_training.run(task, rules, settings, attention)
 
 
-def _weight_formats(
-    bits: int, before_gelu: bool, pipeline: str | None, options: Options
-) -> tuple[Format, ...]:
-    named = options.before_gelu if before_gelu else "same"
+def cost(options: Options, bits: Bits) -> Cost:
+    """What FP4DiT asks of the denoiser and stores."""
+    size = options.group_size or None
+    weight = Rule((more_mantissa(bits.weight),), "group" if size else "channel", size)
+    return learned(Cost(weight, _input(bits.activation, options), (), options.outside), options, bits)
+
+
+def _input(bits: int | None, options: Options) -> Rule | None:
+    way: Granularity = "token" if options.activation == "online" else "tensor"
+    return Rule((more_mantissa(bits),), way, online=way == "token") if bits else None
+
+
+def _formats(bits: int, gelu: bool, pipeline: str | None, options: Options) -> tuple[formats.Format, ...]:
+    named = options.before_gelu if gelu else "same"
     if pipeline is not None and named == "paper" and bits == 4:
         return (formats.parse("e3m0"),)
     named = options.weight_format if named in ("paper", "same") else named
-    if pipeline is None or named == "paper":  # outside of the blocks, or by default
-        return (formats.parse("e1m2") if bits == 4 and pipeline == SIGMA else default_format(bits),)
+    if pipeline is None or named == "paper":  # outside of the blocks, or by default: one family is on E1M2
+        return (
+            formats.parse("e1m2") if bits == 4 and pipeline == "PixArtSigmaPipeline" else more_mantissa(bits),
+        )
     return formats.candidates(bits) if named == "search" else (formats.parse(named),)
-
-
-def default_format(bits: int) -> Format:
-    """E2M1 at 4 bits, E2M3 at 6, E3M4 at 8: two exponent bits, three at 8 bits."""
-    exponent_bits = min(3 if bits == 8 else 2, bits - 1)
-    return Format(True, exponent_bits, bits - 1 - exponent_bits)

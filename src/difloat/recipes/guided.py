@@ -17,14 +17,17 @@ from dataclasses import field, replace
 from typing import Literal
 
 from difloat.methods import post_training
+from difloat.methods.cost import Cost, learned, trained
 from difloat.methods.learned_rounding import RoundingSettings
-from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.methods.training.fine_tune import Tuning, tune
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, guidance_to_keep, settings_of
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import floating_grids
+
+SUMMARY = "2 to 4 bits, our own: formats by search, learned rounding, fine-tuned without losing guidance"
 
 
 @recipe_options
@@ -55,6 +58,13 @@ class Options(TrainingSettings):
     def sampler_power(self) -> float:
         """Power of the sampler's factors in the loss; a plain module has no sampler, there it must be 0."""
         return self.factor_power if self.epochs else 0.0
+
+
+def cost(options: Options, bits: Bits) -> Cost:
+    """What Guided asks of the denoiser and stores."""
+    inputs = None if bits.activation is None else floating_grids(bits.activation, "tensor")
+    asked = Cost(floating_grids(bits.weight, "channel"), inputs, options.keep_8bit)
+    return trained(learned(asked, options, bits), options)
 
 
 def plan(task: Task, options: Options) -> Outcome:

@@ -13,12 +13,13 @@ Differs from the papers: ViDiT-Q's mixed precision over layers and timesteps, Q-
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import replace
 
 from difloat.layers import packed
-from difloat.methods import post_training, trace
-from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Smoothing, Task
+from difloat.methods import post_training
+from difloat.methods.cost import Cost
+from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
+from difloat.methods.smoothing_factors import smoothing_factors
 from difloat.methods.trace import Trace
 from difloat.numbers import formats
 from difloat.plan.options import NotNegative, Positive, Whole, recipe_options
@@ -26,7 +27,6 @@ from difloat.plan.rules import MIN_MAX, Rule
 from difloat.plan.specs import Granularity
 
 KEPT = "outside of the blocks"  # embedders and the final projection
-SMALLEST = 1e-5  # largest magnitudes below this (dead channels) count as this
 
 
 @recipe_options
@@ -47,16 +47,26 @@ class ViDiTQOptions:
 def viditq(task: Task, options: ViDiTQOptions) -> Outcome:
     """Quantize the task's model by ViDiT-Q."""
     inside = packed.inside_blocks(task.model)
-    smoothing = _smoothing(task, inside, options) if options.stretches else {}
+    asked = (options.smoothing, options.stretches, options.rows)
+    smoothing = smoothing_factors(task, inside, *asked) if options.stretches else {}
 
     def rules(name: str, seen: Trace) -> LayerRules | str:
         if name not in inside:
             return KEPT
         return LayerRules(
-            _ends(task.bits.weight, "channel"), _online(task, "token"), smoothing=smoothing.get(name)
+            _ends(task.bits.weight, "channel"), _online(task.bits, "token"), smoothing=smoothing.get(name)
         )
 
     return post_training.run(task, rules, Sequencing())
+
+
+def viditq_cost(options: ViDiTQOptions, bits: Bits) -> Cost:
+    """What ViDiT-Q asks of the denoiser and stores."""
+    asked, count = (
+        Cost(_ends(bits.weight, "channel"), _online(bits, "token"), outside="keep"),
+        options.stretches,
+    )
+    return replace(asked, variants=max(1, count), smoothed=count > 0, passes=(options.rows,) * count)
 
 
 @recipe_options
@@ -78,9 +88,15 @@ def qdit(task: Task, options: QDiTOptions) -> Outcome:
         if name not in inside:
             return KEPT
         size = options.group_size
-        return LayerRules(_ends(task.bits.weight, "group", size), _online(task, "group", size))
+        return LayerRules(_ends(task.bits.weight, "group", size), _online(task.bits, "group", size))
 
     return post_training.run(task, rules, Sequencing())
+
+
+def qdit_cost(options: QDiTOptions, bits: Bits) -> Cost:
+    """What Q-DiT asks of the denoiser and stores."""
+    size = options.group_size
+    return Cost(_ends(bits.weight, "group", size), _online(bits, "group", size), outside="keep")
 
 
 def _ends(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
@@ -89,27 +105,8 @@ def _ends(bits: int, granularity: Granularity, group_size: int | None = None) ->
     return Rule(grid, granularity, group_size, clips=MIN_MAX, zero_points=MIN_MAX)
 
 
-def _online(task: Task, granularity: Granularity, group_size: int | None = None) -> Rule | None:
-    if task.bits.activation is None:
+def _online(bits: Bits, granularity: Granularity, group_size: int | None = None) -> Rule | None:
+    if bits.activation is None:
         return None
-    grid = (formats.parse(f"uint{task.bits.activation}"),)
+    grid = (formats.parse(f"uint{bits.activation}"),)
     return Rule(grid, granularity, group_size, zero_points=MIN_MAX, online=True)
-
-
-def _smoothing(task: Task, names: list[str], options: ViDiTQOptions) -> dict[str, Smoothing]:
-    """Factors of every layer for every stretch of the sampler's timesteps."""
-    grid = post_training.timestep_grid(task)
-    schedule = tuple(place * options.stretches // len(grid) for place in range(len(grid)))
-    stretch_of = dict(zip(grid, schedule, strict=True))
-    factors: dict[str, list[Tensor]] = {}
-    for stretch in sorted(set(schedule)):
-        rows = [i for i, t in enumerate(task.calibration.timesteps) if stretch_of[t] == stretch]
-        calls = [task.calibration.batch(rows[: options.rows])]
-        for name, largest in trace.channel_maxima(task.model, names, calls).items():
-            weight = packed.weight_of(task.model, name).detach().float()
-            if largest.numel() == weight.shape[1]:  # grouped convolutions read their input in pieces
-                of_weight = weight.abs().transpose(0, 1).flatten(1).amax(1).clamp_min(SMALLEST)
-                divisor = largest.clamp_min(SMALLEST) ** options.smoothing
-                factors.setdefault(name, []).append(of_weight ** (1 - options.smoothing) / divisor)
-    named = schedule if options.stretches > 1 else ()
-    return {name: Smoothing(torch.stack(found), named) for name, found in factors.items()}

@@ -19,8 +19,9 @@ from dataclasses import field
 from typing import Literal
 
 from difloat.methods import post_training
+from difloat.methods.cost import Cost, learned
 from difloat.methods.learned_rounding import RoundingSettings
-from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.numbers import formats
 from difloat.numbers.formats import Format
@@ -71,6 +72,13 @@ def plan(task: Task, options: Options) -> Outcome:
     rounding = RoundingSettings(iterations=options.iterations, learning_rate=options.learning_rate)
     sequencing = Sequencing(split=options.split, rounding=rounding, rounding_rows=options.rounding_rows)
     return post_training.run(task, rules, sequencing)
+
+
+def cost(options: Options, bits: Bits) -> Cost:
+    """What LBFP asks of the denoiser and stores."""
+    weight = Rule(encodings(bits.weight), options.weight_granularity)
+    inputs = None if bits.activation is None else Rule(encodings(bits.activation))
+    return learned(Cost(weight, inputs, options.keep_8bit), options, bits)
 
 
 def encodings(bits: int) -> tuple[Format, ...]:

@@ -26,8 +26,9 @@ from dataclasses import field, replace
 from typing import Any, Literal
 
 from difloat.methods import post_training
+from difloat.methods.cost import ALL_ROWS, Cost, trained
 from difloat.methods.mixed_rows import AllocationSettings, Criterion, allocate, summary
-from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.methods.training.fine_tune import Tuning, tune
 from difloat.methods.training.relation_loss import Kind, RelationSettings, feature_module
@@ -69,6 +70,16 @@ class Options(TrainingSettings):
     adapter_init: Init = field(default=Tuning.adapter_init)
     ranges_by_timestep: bool = True
     keep_8bit: Names = ("first", "last")
+
+
+def cost(options: Options, bits: Bits) -> Cost:
+    """What MPQ-DM asks of the denoiser and stores; a layer's widths are counted at their mean."""
+    rule = {"int": asymmetric_integers, "fp": floating_grids}[options.grid]
+    scaled, related = options.mixed and options.scale_inputs, options.epochs > 0 and options.relation != "off"
+    inputs = None if bits.activation is None else rule(bits.activation, "tensor")
+    asked = trained(Cost(rule(bits.weight, "channel"), inputs, options.keep_8bit), options)
+    passes = (AllocationSettings.rows,) * (options.mixed + scaled) + (ALL_ROWS,) * related
+    return replace(asked, smoothed=scaled, passes=passes, beside=related / options.relation_every)
 
 
 def plan(task: Task, options: Options) -> Outcome:

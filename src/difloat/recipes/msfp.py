@@ -23,8 +23,10 @@ from dataclasses import field, replace
 from typing import Literal
 
 from difloat.methods import post_training
+from difloat.methods.cost import Cost, learned, trained
 from difloat.methods.learned_rounding import RoundingSettings
-from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.mixup_sign import input_rule
+from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.methods.training.fine_tune import Tuning, tune
 from difloat.methods.training.student import Allocation
@@ -32,13 +34,9 @@ from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, settings_of
 from difloat.methods.training.twin_layer import Carry
 from difloat.numbers import formats
-from difloat.numbers.search import CLIPS, ZERO_POINTS
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
-from difloat.plan.rules import LOPSIDED, Rule
-
-NARROW_SIGNED = tuple(0.8 + 0.05 * n for n in range(25))  # third-party: 0.8 to 2.0
-NARROW_UNSIGNED = tuple(0.05 + 0.95 / 24 * n for n in range(25))  # third-party: 0.05 to 1.0
-NARROW_ZEROS = tuple(n / 6 for n in range(7))
+from difloat.plan.rules import Rule
+from difloat.plan.specs import Side
 
 
 @recipe_options
@@ -92,12 +90,23 @@ def plan(task: Task, options: Options) -> Outcome:
         return LayerRules(weight, None if own is None else _input(own, options), learn)
 
     rounding = RoundingSettings(iterations=options.iterations)
-    sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
-    outcome = post_training.run(task, rules, sequencing)
+    outcome = post_training.run(task, rules, Sequencing(True, rounding, rounding_rows=options.rounding_rows))
     if not options.adapters:
         return outcome
     tuning = Tuning(settings, options.adapters, options.rank, weights, tuple(kept), carry=options.carry)
     return tune(task, outcome, replace(tuning, allocation=options.allocation))
+
+
+def cost(options: Options, bits: Bits) -> Cost:
+    """What MSFP asks of the denoiser and stores."""
+    inputs = None if bits.activation is None else _input(bits.activation, options)
+    plain = Cost(Rule(_grids(bits.weight, options), "channel"), inputs, options.keep_8bit)
+    asked = learned(plain, options, bits)
+    if not options.adapters or not options.epochs:
+        return asked
+    if options.carry == "merged" or not options.rank:
+        return replace(trained(asked, options), variants=options.adapters if options.rank else 1)
+    return replace(trained(asked, options), side=Side(options.rank, tuple(range(options.adapters))))
 
 
 def _grids(bits: int, options: Options, *, signed: bool = True) -> tuple[formats.Format, ...]:
@@ -107,14 +116,5 @@ def _grids(bits: int, options: Options, *, signed: bool = True) -> tuple[formats
 
 
 def _input(bits: int, options: Options) -> Rule:
-    narrow = options.search == "narrow"
-    rule = Rule(_grids(bits, options), clips=NARROW_SIGNED if narrow else CLIPS)
-    if not options.mixup_sign:
-        return rule
-    return replace(
-        rule,
-        formats=(*rule.formats, *_grids(bits, options, signed=False)),
-        zero_points=NARROW_ZEROS if narrow else ZERO_POINTS,
-        unsigned_clips=NARROW_UNSIGNED if narrow else None,
-        asymmetry=LOPSIDED,
-    )
+    unsigned = _grids(bits, options, signed=False) if options.mixup_sign else ()
+    return input_rule(_grids(bits, options), unsigned, narrow=options.search == "narrow")

@@ -12,12 +12,15 @@ from dataclasses import field, replace
 from typing import Literal
 
 from difloat.methods import post_training
+from difloat.methods.cost import Cost, learned
 from difloat.methods.learned_rounding import RoundingSettings
-from difloat.methods.post_training import LayerRules, Outcome, Sequencing, Task
+from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
-from difloat.plan.rules import asymmetric_integers
+from difloat.plan.rules import Rule, asymmetric_integers
 from difloat.plan.specs import Granularity
+
+SUMMARY = "integers, AdaRound by block (arXiv:2302.04304)"
 
 
 @recipe_options
@@ -52,17 +55,27 @@ def qdiffusion(task: Task, options: QDiffusionOptions) -> Outcome:
     def rules(name: str, seen: Trace) -> LayerRules:
         kept = post_training.keeps_8bit(name, seen, options.keep_8bit)
         weight_bits = 8 if kept else task.bits.weight
-        group_size = options.group_size if options.weight_granularity == "group" else None
-        weight = asymmetric_integers(weight_bits, options.weight_granularity, group_size)
-        activation = None
+        weight, activation = _weight(weight_bits, options), None
         if task.bits.activation is not None:
-            online = options.activation == "online"
-            activation = asymmetric_integers(
-                8 if kept else task.bits.activation, "token" if online else "tensor"
-            )
-            activation = replace(activation, online=online)
+            activation = _input(8 if kept else task.bits.activation, options)
         return LayerRules(weight, activation, learn=options.rounding == "learned" and weight_bits <= 4)
 
     rounding = RoundingSettings(iterations=options.iterations, learning_rate=options.learning_rate)
     sequencing = Sequencing(split=options.split, rounding=rounding, rounding_rows=options.rounding_rows)
     return post_training.run(task, rules, sequencing)
+
+
+def cost(options: QDiffusionOptions, bits: Bits) -> Cost:
+    """What Q-Diffusion asks of the denoiser and stores."""
+    inputs = None if bits.activation is None else _input(bits.activation, options)
+    return learned(Cost(_weight(bits.weight, options), inputs, options.keep_8bit), options, bits)
+
+
+def _weight(bits: int, options: QDiffusionOptions) -> Rule:
+    group_size = options.group_size if options.weight_granularity == "group" else None
+    return asymmetric_integers(bits, options.weight_granularity, group_size)
+
+
+def _input(bits: int, options: QDiffusionOptions) -> Rule:
+    online = options.activation == "online"
+    return replace(asymmetric_integers(bits, "token" if online else "tensor"), online=online)

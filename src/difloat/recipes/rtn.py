@@ -5,9 +5,11 @@ With groups and scales on the e4m3 grid or on powers of two it makes plans that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from difloat.methods import post_training
+from difloat.methods.cost import Cost
 from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.numbers import formats
@@ -56,26 +58,38 @@ def needs_data(options: NearestOptions, bits: Bits) -> bool:
 def rtn(task: Task, options: NearestOptions) -> Outcome:
     """Quantize the task's model by rounding to nearest."""
 
-    def grid(bits: int) -> tuple[formats.Format, ...]:
-        if options.grid == "int":
-            return (formats.parse(f"int{bits}"),)
-        return (floating_point(bits),)
-
-    wanted = formats.parse(options.weight_format) if options.weight_format else grid(task.bits.weight)[0]
-    group_size = options.group_size if options.weight_granularity == "group" else None
-
     def rules(name: str, seen: Trace) -> LayerRules:
         kept = post_training.keeps_8bit(name, seen, options.keep_8bit)
-        clips = CLIPS if options.scale == "mse" else MIN_MAX
-        candidates = grid(8) if kept and wanted.bits != 8 else (wanted,)
-        weight = Rule(
-            candidates, options.weight_granularity, group_size, clips=clips, scales=options.scale_format
-        )
+        weight = _weight(task.bits.weight, options, kept)
         if task.bits.activation is None:
             return LayerRules(weight, None)
-        activation_grid = grid(8 if kept else task.bits.activation)
-        if options.activation == "online":
-            return LayerRules(weight, Rule(activation_grid, "token", online=True))
-        return LayerRules(weight, Rule(activation_grid, clips=clips))
+        return LayerRules(weight, _input(8 if kept else task.bits.activation, options))
 
     return post_training.run(task, rules, Sequencing(split=options.split))
+
+
+def cost(options: NearestOptions, bits: Bits) -> Cost:
+    """What rounding to nearest asks of the denoiser and stores."""
+    inputs = None if bits.activation is None else _input(bits.activation, options)
+    return Cost(_weight(bits.weight, options, False), inputs, options.keep_8bit)
+
+
+def _weight(bits: int, options: NearestOptions, kept: bool) -> Rule:
+    wanted = formats.parse(options.weight_format) if options.weight_format else _grid(bits, options)
+    grid = _grid(8, options) if kept and wanted.bits != 8 else wanted
+    size = options.group_size if options.weight_granularity == "group" else None
+    return Rule((grid,), options.weight_granularity, size, _clips(options), scales=options.scale_format)
+
+
+def _input(bits: int, options: NearestOptions) -> Rule:
+    if options.activation == "online":
+        return Rule((_grid(bits, options),), "token", online=True)
+    return Rule((_grid(bits, options),), clips=_clips(options))
+
+
+def _grid(bits: int, options: NearestOptions) -> formats.Format:
+    return formats.parse(f"int{bits}") if options.grid == "int" else floating_point(bits)
+
+
+def _clips(options: NearestOptions) -> Sequence[float]:
+    return CLIPS if options.scale == "mse" else MIN_MAX
