@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from difloat.kernels import dispatch
-from difloat.layers import attention, fast_attention, install
+from difloat.layers import attention, install
 from difloat.layers import packed as layers
 from difloat.numbers.formats import parse
 from difloat.plan.encode import plan_layer
@@ -146,7 +146,7 @@ def variants(
     packed = quantized(half)
     fast_half, fast_packed = install.shadow(half), install.shadow(packed)
     for fast in (fast_half, fast_packed):
-        fast_attention.accelerate(fast)
+        attention.accelerate(fast)
     small = cast(call, torch.bfloat16)
 
     def forward(module: nn.Module, arguments: dict[str, Any], backend: str) -> Callable[[], Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 import tiny
 from difloat.kernels import attention as kernels
 from difloat.kernels import dispatch, native_library
-from difloat.layers import attention, fast_attention
+from difloat.layers import attention
 from difloat.numbers.formats import parse
 from difloat.numbers.rounding import round_
 from difloat.plan.specs import AttentionPlan
@@ -122,14 +123,14 @@ def test_a_model_gives_the_same_pictures_through_its_own_processors(build, gener
     with torch.no_grad():
         before = model(**call, return_dict=False)[0]
         signature = inspect.signature(next(iter(model.attn_processors.values())).__call__)
-        count = fast_attention.accelerate(model)
-        assert count == len(model.attn_processors) > 1 and fast_attention.accelerate(model) == 0
+        count = attention.accelerate(model)
+        assert count == len(model.attn_processors) > 1 and attention.accelerate(model) == 0
         processor = next(iter(model.attn_processors.values()))
         assert inspect.signature(processor.__call__) == signature
         after = model(**call, return_dict=False)[0]
         assert len(used) == count and any(mask is not None for mask in used)
         assert torch.equal(copy.deepcopy(model)(**call, return_dict=False)[0], after)
-        fast_attention.restore(model)
+        attention.undo_acceleration(model)
         assert torch.equal(model(**call, return_dict=False)[0], before)
     assert len(used) == 2 * count
     # bfloat16 keeps 8 bits; a dozen layers add up their roundings.
@@ -249,3 +250,40 @@ def test_a_planned_model_runs_on_the_unit(generator, monkeypatch) -> None:
             slow = model(**call, return_dict=False)[0].float()
     assert len(calls) == len(names)
     assert (fast - slow).pow(2).mean() <= (2.0**-5) ** 2 * slow.pow(2).mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fast_first", [True, False])
+def test_one_processor_is_fast_and_quantized_in_any_order(fast_first, generator, monkeypatch) -> None:
+    model = tiny.tiny_pixart().transformer.bfloat16()
+    name, module = next((n, m) for n, m in model.named_modules() if attention.has_processor(m))
+    before = type(module.processor)
+    grids = plan("e5m2", "")  # on no unit: operands are rounded, and the rest is left to whoever is around
+    if fast_first:
+        attention.accelerate(model)
+    attention.install(model, {name: grids})
+    if not fast_first:
+        attention.accelerate(model)
+    calls = []
+    real = attention._fast
+    monkeypatch.setattr(attention, "_fast", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    tokens = torch.randn(2, 16, module.query_dim, generator=generator).bfloat16()
+    both = module(tokens)
+    assert calls == [1] and attention.plan_of(module) is grids
+    pickled = pickle.loads(pickle.dumps(module.processor))
+    assert pickled.difloat_fast and pickled.difloat_attention == grids
+    module.set_processor(
+        before()
+    )  # what a user sets is quantized at the next call, and fast only if asked for
+    planned = module(tokens)
+    assert calls == [1] and not torch.equal(planned, torch.zeros_like(planned))
+    attention.accelerate(model)
+    assert torch.equal(module(tokens), both) and calls == [1, 1]
+    attention.undo_acceleration(model)
+    assert torch.equal(module(tokens), planned) and calls == [1, 1]
+    attention.accelerate(model)
+    attention.restore(model)
+    assert attention.plan_of(module) is None and module.processor.difloat_fast
+    assert not torch.equal(module(tokens), both) and calls == [1, 1, 1]
+    attention.undo_acceleration(model)
+    assert type(module.processor) is before and vars(module.processor) == vars(before())

@@ -1,8 +1,8 @@
-"""Quantized attention: query, key, value and the attention map on low-bit grids.
+"""Quantized and fast attention: query, key, value and the attention map on low-bit grids, and a kernel for what is on none.
 
-It enters through diffusers' attention processors. A processor calls `scaled_dot_product_attention` once the heads are split;
-while it runs, that call is answered here. So every processor of every model keeps its own projections, norms and position
-embeddings, and no module is patched.
+Both enter through diffusers' attention processors. A processor calls `scaled_dot_product_attention` once the heads are split;
+while it runs, that call is answered here. So every processor of every model keeps its own projections, norms, position
+embeddings and masks, and no module is patched.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -45,22 +46,23 @@ class _Kept:
         self.plan = plan
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        processor = module.processor
-        inner = getattr(processor, "original", processor)  # fast attention wraps the processor
-        if getattr(inner, "difloat_attention", None) is not self.plan:
-            module.processor = _wrapped(processor, _quantized(inner, self.plan))
+        if getattr(module.processor, "difloat_attention", None) is not self.plan:
+            module.processor = _answered(module.processor, self.plan, _is_fast(module.processor))
 
 
-def _quantized(processor: Any, plan: AttentionPlan) -> Any:
-    processor = copy.copy(_plain(processor))
-    processor.__class__ = _quantized_class(type(processor))
-    processor.difloat_attention = plan
+def _answered(processor: Any, plan: AttentionPlan | None, fast: bool) -> Any:
+    """A copy of the processor whose attention is quantized, fast, both, or neither."""
+    processor = _plain(processor)
+    if plan is None and not fast:
+        return processor
+    processor = copy.copy(processor)
+    processor.__class__ = _answered_class(type(processor))
+    processor.difloat_attention, processor.difloat_fast = plan, fast
     return processor
 
 
-def _wrapped(old: Any, inner: Any) -> Any:
-    """The processor in whatever wrapped the old one."""
-    return type(old)(inner) if hasattr(old, "original") else inner
+def _is_fast(processor: Any) -> bool:
+    return getattr(processor, "difloat_fast", False)
 
 
 def check(model: nn.Module, plans: Mapping[str, AttentionPlan]) -> None:
@@ -84,7 +86,7 @@ def install(model: nn.Module, plans: Mapping[str, AttentionPlan]) -> None:
     for name, plan in plans.items():
         module = model.get_submodule(name)
         _forget(module)
-        module.processor = _quantized(module.processor, plan)
+        module.processor = _answered(module.processor, plan, _is_fast(module.processor))
         module.register_forward_pre_hook(_Kept(plan))
 
 
@@ -93,8 +95,31 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if plan_of(module) is not None:
             _forget(module)
-            processor = module.processor
-            module.processor = _wrapped(processor, _plain(getattr(processor, "original", processor)))
+            module.processor = _answered(module.processor, None, _is_fast(module.processor))
+
+
+def accelerate(model: nn.Module) -> int:
+    """Let a diffusers model's attention be computed by `kernels.attention` where that can, in place; returns how many changed.
+
+    Only bfloat16 on the CPU without gradients changes; anything else is computed as before. Processors that are modules
+    themselves (they hold weights), or bare functions, are left alone. Not stored in checkpoints.
+    """
+    modules = [module for module in model.modules() if has_processor(module)]
+    slow = [
+        m
+        for m in modules
+        if not _is_fast(m.processor) and not isinstance(m.processor, nn.Module | FunctionType)
+    ]
+    for module in slow:
+        module.processor = _answered(module.processor, plan_of(module), fast=True)
+    return len(slow)
+
+
+def undo_acceleration(model: nn.Module) -> None:
+    """Undo `accelerate`; what is quantized stays quantized."""
+    for module in model.modules():
+        if has_processor(module) and _is_fast(module.processor):
+            module.processor = _answered(module.processor, plan_of(module), fast=False)
 
 
 def _forget(module: nn.Module) -> None:
@@ -109,14 +134,15 @@ def _plain(processor: Any) -> Any:
         return processor
     plain = copy.copy(processor)
     plain.__class__ = type(processor).__mro__[1]
-    vars(plain).pop("difloat_attention", None)
+    for name in ("difloat_attention", "difloat_fast"):
+        vars(plain).pop(name, None)
     return plain
 
 
-_CLASSES: dict[type[Any], type[Any]] = {}  # quantized subclasses by the class they are made from
+_CLASSES: dict[type[Any], type[Any]] = {}  # answered subclasses by the class they are made from
 
 
-def _quantized_class(processor_class: type[Any]) -> type[Any]:
+def _answered_class(processor_class: type[Any]) -> type[Any]:
     """A subclass under the same name, since diffusers looks at names and signatures of processors."""
     if processor_class in _CLASSES:
         return _CLASSES[processor_class]
@@ -124,7 +150,15 @@ def _quantized_class(processor_class: type[Any]) -> type[Any]:
 
     @functools.wraps(plain_call)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        answered: list[AttentionPlan] = []
+        if not self.difloat_fast:
+            return planned(self, *args, **kwargs)
+        with _Answering(None, []):  # around the plan's: what a plan leaves to torch is fast, too
+            return planned(self, *args, **kwargs)
+
+    def planned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.difloat_attention is None:
+            return plain_call(self, *args, **kwargs)
+        answered: list[AttentionPlan | None] = []
         with _Answering(self.difloat_attention, answered):
             result = plain_call(self, *args, **kwargs)
         if not answered:
@@ -140,20 +174,20 @@ def _quantized_class(processor_class: type[Any]) -> type[Any]:
 
 
 def _reduce(processor: Any) -> tuple[Any, ...]:
-    """How a quantized processor is copied and pickled: its class, made here, cannot be found by its name."""
+    """How an answered processor is copied and pickled: its class, made here, cannot be found by its name."""
     return _made_again, (type(processor).__mro__[1], vars(processor))
 
 
 def _made_again(processor_class: type[Any], state: dict[str, Any]) -> Any:
-    processor = object.__new__(_quantized_class(processor_class))
+    processor = object.__new__(_answered_class(processor_class))
     vars(processor).update(state)
     return processor
 
 
 class _Answering(TorchFunctionMode):
-    """Answers calls of `scaled_dot_product_attention` with quantized ones."""
+    """Answers calls of `scaled_dot_product_attention` with quantized ones, without a plan with fast ones."""
 
-    def __init__(self, plan: AttentionPlan, answered: list[AttentionPlan]) -> None:
+    def __init__(self, plan: AttentionPlan | None, answered: list[AttentionPlan | None]) -> None:
         super().__init__()
         # A list of the caller's, since torch.compile keeps no attributes that are written while a mode is active.
         self.plan, self.answered = plan, answered
@@ -162,7 +196,25 @@ class _Answering(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         self.answered.append(self.plan)
-        return attend(self.plan, *args, **(kwargs or {}))
+        return (_fast if self.plan is None else functools.partial(attend, self.plan))(*args, **(kwargs or {}))
+
+
+def _fast(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if dropout_p or is_causal or enable_gqa or not kernels.supports(query, key, value, attn_mask):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.difloat.attention(query, key, value, attn_mask, factor)
 
 
 def attend(
