@@ -126,5 +126,5 @@ def test_what_cannot_be_is_refused() -> None:
     for options in ({"guidance": 2.0}, {"factor_power": 1.0}):
         with pytest.raises(ValueError, match="must come with widths=allocated"):
             planned(pipeline, data, widths="same", **options)
-    with pytest.raises(ValueError, match="rows must be at least 1"):
+    with pytest.raises(ValueError, match="rows must be a whole number of at least 1"):
         planned(pipeline, data, rows=0)
