@@ -22,9 +22,9 @@ from difloat.numbers import integer_grids
 from difloat.numbers.formats import Format
 from difloat.plan.specs import Part
 
-ABI = 3
+ABI = 4
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_UNITS = ("avx512", "avx2")
+UNITS = ("avx512", "avx512vl", "avxvnni", "avx2")  # from the fastest to the slowest
 _VARIABLE = "DIFLOAT_CPU_ISA"
 _IMPORTED_IN = os.getpid()  # another process than this one was forked
 _SMALL = 1 << 18  # products; fewer are not worth waking a second thread
@@ -239,7 +239,7 @@ def built() -> bool:
 @cache
 def machine() -> dict[str, bool]:
     """Which units this machine can run, ``avx512_bf16`` (attention) among them; all False if the library was not built."""
-    names = (*_UNITS, "avx512_bf16")
+    names = (*UNITS, "avx512_bf16")
     if not built():
         return dict.fromkeys(names, False)
     library = ctypes.CDLL(str(_FOLDER / "libdifloat_machine.so"))
@@ -253,10 +253,10 @@ def machine() -> dict[str, bool]:
 @cache
 def unit() -> str | None:
     """The unit in use, or None: the best that the machine and ``DIFLOAT_CPU_ISA`` allow."""
-    cap = os.environ.get(_VARIABLE, _UNITS[0])
-    if cap not in (*_UNITS, "none"):
-        raise ValueError(f"{_VARIABLE} must be one of {', '.join(_UNITS)} or none, got {cap!r}")
-    allowed = () if cap == "none" else _UNITS[_UNITS.index(cap) :]
+    cap = os.environ.get(_VARIABLE, UNITS[0])
+    if cap not in (*UNITS, "none"):
+        raise ValueError(f"{_VARIABLE} must be one of {', '.join(UNITS)} or none, got {cap!r}")
+    allowed = () if cap == "none" else UNITS[UNITS.index(cap) :]
     return next((name for name in allowed if machine()[name]), None)
 
 
@@ -269,10 +269,9 @@ def library() -> Any:
     pointers = [ctypes.POINTER(kind) for kind in (Input, Weight, Output, Geometry)]
     loaded.difloat_linear.argtypes = [*pointers[:3], ctypes.c_int]
     loaded.difloat_conv2d.argtypes = [*pointers, ctypes.c_int]
-    if name == "avx512":
-        table = ctypes.POINTER(ctypes.c_float)
-        loaded.difloat_decode.argtypes = [pointers[1], table, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
-        loaded.difloat_round.argtypes = [pointers[0], ctypes.c_void_p, ctypes.c_int]
+    table = ctypes.POINTER(ctypes.c_float)
+    loaded.difloat_decode.argtypes = [pointers[1], table, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    loaded.difloat_round.argtypes = [pointers[0], ctypes.c_void_p, ctypes.c_int]
     if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
         os.register_at_fork(after_in_child=_compute_alone)
     return loaded

@@ -109,7 +109,8 @@ static int conv_of(const difloat_input& x, const difloat_weight& w, const difloa
             start[row] = pixel * buffer.stride, sums[row] = total, scale[row] = scales[b];
             bias_row[row] = vertical.class_of[y] * (int32_t)horizontal.inside.size() + horizontal.class_of[c];
         }
-        const Operand operand{values, start, sums, scale, bias_row, rows, taps.data(), x.grid.shift, origin};
+        const Operand operand{values, start, sums, scale, bias_row, rows, taps.data(), x.grid.shift, origin,
+                              integer_of(x.grid, x.grid.minimum), integer_of(x.grid, x.grid.maximum)};
         const int64_t size = TYPE == DIFLOAT_F32 ? 4 : 2;
         const difloat_output here{(char*)out.data + first * pixels * w.rows * size, out.bias};
         product<TYPE>(w, operand, classes, here, memory + own, threads);

@@ -67,6 +67,9 @@ static inline float origin_of(const difloat_input& x) {
     return x.online ? 0.0f : x.zero_point;
 }
 
+// The integer that a value of the grid becomes.
+static inline int32_t integer_of(const difloat_grid& grid, float value) { return (int32_t)(value * grid.multiplier) - grid.shift; }
+
 template <int TYPE>
 static int linear_of(const difloat_input& x, const difloat_weight& w, const difloat_output& out, int threads) {
     const Classes one{1, nullptr};
@@ -80,12 +83,11 @@ static int linear_of(const difloat_input& x, const difloat_weight& w, const difl
         const int64_t rows = std::min(at_once, x.rows - first);
         quantize_rows<TYPE>(x, first, rows, shared, w, block, threads);
         const int64_t taps = 0;
-        const Operand operand{block.values, block.start, block.sums, block.scale, nullptr, rows, &taps, x.grid.shift, origin};
+        const Operand operand{block.values, block.start, block.sums, block.scale, nullptr, rows, &taps, x.grid.shift, origin,
+                              integer_of(x.grid, x.grid.minimum), integer_of(x.grid, x.grid.maximum)};
         const int64_t size = TYPE == DIFLOAT_F32 ? 4 : 2;
         const difloat_output here{(char*)out.data + first * w.rows * size, out.bias};
-#ifdef __AVX512VBMI__
         if (few_rows<TYPE>(w, operand, block.values, here, threads)) continue;
-#endif
         product<TYPE>(w, operand, one, here, memory + block_bytes, threads);
     }
     return 0;

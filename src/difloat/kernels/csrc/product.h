@@ -20,6 +20,7 @@ struct Operand {
     const int64_t* taps;  // [taps of the weight] distance of the taps
     int32_t shift;        // integers are this much below what they stand for
     float origin;         // value of the integer 0 before the shift
+    int32_t lowest, highest;  // possible integers
 };
 
 // Bias of every class of rows, [classes][WIDTH]; `inside` says which taps see the picture.
@@ -35,28 +36,6 @@ struct Panel {
     int32_t* shifted;  // [groups][WIDTH] the shift times the sum of the weight's integers
     uint8_t* gathered;
 };
-
-static inline I32 broadcast_quad(const int8_t* p) {
-    int32_t quad;
-    memcpy(&quad, p, 4);
-    return set_int(quad);
-}
-
-// acc += rows x weights over `quads` quads.
-template <int ROWS>
-static INLINE void accumulate(I32 (&acc)[ROWS][VECTORS], const int8_t* const (&row)[ROWS], int64_t offset, int64_t quads,
-                              const uint8_t* weights) {
-    const int8_t* a[ROWS];
-    repeat<ROWS>([&](auto i) UNROLLED { a[i] = row[i] + offset; });
-    for (int64_t q = 0; q < quads; q++) {
-        I32 b[VECTORS];
-        repeat<VECTORS>([&](auto v) UNROLLED { b[v] = load_int(weights + (q * VECTORS + v) * LANES * 4); });
-        repeat<ROWS>([&](auto i) UNROLLED {
-            const I32 x = broadcast_quad(a[i] + 4 * q);
-            repeat<VECTORS>([&](auto v) UNROLLED { acc[i][v] = dot(acc[i][v], b[v], x); });
-        });
-    }
-}
 
 template <int TYPE>
 static inline void write(void* out, int64_t at, F32 value) {
@@ -82,9 +61,9 @@ static inline void write_row(void* out, int64_t at, int64_t count, const F32 (&v
 }
 
 // ROWS rows by one panel, from `row` on. Sums of a group are exact; groups are added up in float32.
-template <int ROWS, int TYPE>
-static __attribute__((noinline)) void tile(const difloat_weight& w, const Operand& x, const Panel& p, int64_t row, int64_t first,
-                                           void* out) {
+template <int ROWS, int TYPE, class Multiplier>
+static NOINLINE void tile(const Multiplier& multiplier, const difloat_weight& w, const Operand& x, const Panel& p, int64_t row,
+                          int64_t first, void* out) {
     const int8_t* rows[ROWS];
     for (int i = 0; i < ROWS; i++) rows[i] = x.values + x.start[row + i];
     const int64_t quads = quads_of(w.channels), group_quads = (w.group_channels + 3) / 4;
@@ -108,7 +87,7 @@ static __attribute__((noinline)) void tile(const difloat_weight& w, const Operan
         }
         const int64_t count = w.taps == 1 ? std::min(group_quads, quads - g * group_quads) : quads;
         for (int64_t t = 0; t < w.taps; t++, weights += count * WIDTH * 4)
-            accumulate<ROWS>(acc, rows, x.taps[t] + g * group_quads * 4, count, weights);
+            multiplier.template accumulate<ROWS>(acc, rows, x.taps[t] + g * group_quads * 4, count, weights);
         repeat<ROWS>([&](auto i) UNROLLED {
             repeat<VECTORS>([&](auto v) UNROLLED {
                 const int64_t at = g * WIDTH + v * LANES;
@@ -127,20 +106,24 @@ static __attribute__((noinline)) void tile(const difloat_weight& w, const Operan
     }
 }
 
-template <int ROWS, int TYPE>
-static void tile_of(int64_t rows, const difloat_weight& w, const Operand& x, const Panel& p, int64_t row, int64_t first, void* out) {
-    if (rows == ROWS) return tile<ROWS, TYPE>(w, x, p, row, first, out);
-    if constexpr (ROWS > 1) tile_of<ROWS - 1, TYPE>(rows, w, x, p, row, first, out);
+template <int ROWS, int TYPE, class Multiplier>
+static void tile_of(int64_t rows, const Multiplier& multiplier, const difloat_weight& w, const Operand& x, const Panel& p,
+                    int64_t row, int64_t first, void* out) {
+    if (rows == ROWS) return tile<ROWS, TYPE>(multiplier, w, x, p, row, first, out);
+    if constexpr (ROWS > 1) tile_of<ROWS - 1, TYPE>(rows, multiplier, w, x, p, row, first, out);
 }
 
 // All rows from `begin` to `end` by one panel, in tiles of nearly equal height.
 template <int TYPE>
 static void stripe(const difloat_weight& w, const Operand& x, const Panel& p, int64_t begin, int64_t end, int64_t first, void* out) {
-    for (int64_t tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; tiles--) {
-        const int64_t rows = (end - begin + tiles - 1) / tiles;
-        tile_of<TILE_ROWS, TYPE>(rows, w, x, p, begin, first, out);
-        begin += rows;
-    }
+    with_multiplier(w, x.lowest, x.highest, [&](const auto& multiplier) {
+        int64_t row = begin;
+        for (int64_t tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; tiles--) {
+            const int64_t rows = (end - row + tiles - 1) / tiles;
+            tile_of<TILE_ROWS, TYPE>(rows, multiplier, w, x, p, row, first, out);
+            row += rows;
+        }
+    });
 }
 
 // Bias table of a panel: the bias, and the origin times the weights of the taps that see the input. And the sums that take back

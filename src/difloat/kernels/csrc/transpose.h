@@ -4,7 +4,7 @@
 
 namespace difloat {
 
-#ifdef __AVX512F__
+#ifdef DIFLOAT_VECTORS_512
 
 // Transpose 16 x 16 dwords in registers.
 static INLINE void transpose(I32 (&r)[16]) {
