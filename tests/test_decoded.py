@@ -6,15 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mixed_rows
 from difloat.cli import kernel_summary
-from difloat.kernels import dispatch, native_decode
+from difloat.kernels import derived, dispatch, native_decode, reference
 from difloat.layers import install
 from difloat.numbers.formats import parse
 from difloat.plan.encode import plan_layer
 from difloat.plan.specs import Part, QuantSpec
+from difloat.plan.weight import Inputs
 from test_backends import compute
 
-pytestmark = pytest.mark.skipif("decoded" not in dispatch.available(), reason="no native unit with AVX-512")
+pytestmark = pytest.mark.skipif(
+    "decoded" not in dispatch.available(), reason="no unit of the native library here"
+)
 
 ACTIVATIONS = {
     "none": None,
@@ -156,3 +160,60 @@ def test_chosen_by_itself_and_named() -> None:
         assert kernel_summary.layers(model) == [
             "1 x e2m1 x e3m4: decoded to floats, backend decoded (e3m4 activations are no int8 integers)"
         ]
+
+
+@pytest.fixture
+def allowed(monkeypatch):
+    """Sets how many megabytes of decoded weights are kept."""
+
+    def allow(text: str) -> None:
+        monkeypatch.setenv("DIFLOAT_DECODED_MB", text)
+        native_decode.allowed_bytes.cache_clear()
+
+    yield allow
+    monkeypatch.undo()
+    native_decode.allowed_bytes.cache_clear()
+
+
+def test_decoded_weights_are_kept_as_far_as_allowed(allowed, generator, monkeypatch) -> None:
+    before = derived.bytes_of("decoded")
+    first, second = (arguments((300, 500), Part(500, WEIGHTS[2], None), generator) for _ in range(2))
+    x = torch.randn(4, 500, generator=generator)
+    allowed("1")  # 600,000 bytes each
+    for found in (first, second):
+        one, other = both(compute, x, *found)
+        assert torch.equal(one, other)
+    assert derived.bytes_of("decoded") - before == 300 * 500 * 4
+    made = []
+    decode_into = native_decode._decode_into
+    monkeypatch.setattr(native_decode, "_decode_into", lambda *a: (made.append(1), decode_into(*a)))
+    for found in (first, second):
+        one, other = both(compute, x, *found)
+        assert torch.equal(one, other)
+    assert len(made) == 1  # the second layer had no room
+    first[0][0].random_(generator=generator)  # loaded again in place
+    one, other = both(compute, x, *first)
+    assert torch.equal(one, other) and len(made) == 2
+    for tensors, _ in (first, second):
+        tensors.clear()
+    del found
+    assert derived.bytes_of("decoded") == before
+
+
+def test_kept_rows_of_several_widths_are_the_reference(allowed, generator) -> None:
+    allowed("10")
+    specs = [mixed_rows.spec_of("e2m1"), mixed_rows.spec_of("e4m3")]
+    weight = mixed_rows.mixed((24, 48), specs, (10, 14), generator, activation=None).joined.weight()
+    x, before = torch.randn(3, 48, generator=generator), derived.bytes_of("decoded")
+    expected = reference.linear(x, weight, Inputs(), None)
+    for _ in range(2):
+        assert torch.equal(native_decode.linear(x, weight, Inputs(), None), expected)
+    assert derived.bytes_of("decoded") - before == 24 * 48 * 4
+
+
+def test_a_limit_that_is_no_number_is_refused(allowed) -> None:
+    allowed("half")
+    with pytest.raises(
+        ValueError, match="DIFLOAT_DECODED_MB must be a whole number of megabytes, got 'half'"
+    ):
+        native_decode.allowed_bytes()

@@ -25,19 +25,34 @@ def derived(what: Hashable, sources: tuple[Tensor, ...], make: Callable[[], Deri
         sources: Tensors it is made from.
         make: Makes it.
     """
+    found: Derived | None = found_again(what, sources)
+    if found is not None:
+        return found
+    _forget()
+    versions, value = _versions(sources), make()
+    references = tuple(StorageWeakRef(source.untyped_storage()) for source in sources)
+    _entries[_key(what, sources)] = (references, versions, value)
+    return value
+
+
+def found_again(what: Hashable, sources: tuple[Tensor, ...]) -> Any:
+    """What `derived` keeps under this name for these sources; None if there is nothing, or the sources were written to."""
+    found = _entries.get(_key(what, sources))
+    if found is None or found[1] != _versions(sources) or any(ref.expired() for ref in found[0]):
+        return None
+    return found[2]
+
+
+def _key(what: Hashable, sources: tuple[Tensor, ...]) -> Hashable:
     # A weak reference keeps the storage's header, so its address names no other storage while the entry is there.
-    key = (
+    return (
         what,
         *((s.untyped_storage()._cdata, s.storage_offset(), s.shape, s.stride(), s.dtype) for s in sources),
     )
-    versions = tuple(0 if source.is_inference() else source._version for source in sources)
-    found = _entries.get(key)
-    if found is not None and found[1] == versions and not any(ref.expired() for ref in found[0]):
-        return found[2]
-    _forget()
-    value = make()
-    _entries[key] = (tuple(StorageWeakRef(s.untyped_storage()) for s in sources), versions, value)
-    return value
+
+
+def _versions(sources: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(0 if source.is_inference() else source._version for source in sources)
 
 
 def _forget() -> None:
@@ -49,5 +64,15 @@ def _forget() -> None:
 def resident_bytes() -> int:
     """Bytes of all tensors that are kept now."""
     _forget()
-    kept = [value if isinstance(value, tuple) else (value,) for _, _, value in _entries.values()]
-    return sum(item.nbytes for items in kept for item in items if isinstance(item, Tensor))
+    return sum(_bytes(value) for _, _, value in _entries.values())
+
+
+def bytes_of(kind: str) -> int:
+    """Bytes of all tensors that are kept now under names that begin with `kind`."""
+    _forget()
+    return sum(_bytes(entry[2]) for key, entry in _entries.items() if key[0][0] == kind)
+
+
+def _bytes(value: Any) -> int:
+    items = value if isinstance(value, tuple) else (value,)
+    return sum(item.nbytes for item in items if isinstance(item, Tensor))

@@ -1,15 +1,17 @@
 """Backend "decoded": the native library rounds activations and decodes weights, torch multiplies.
 
 For what has no product in integers: formats that do not fit int8 (E4M3, E3M4, ...) and activations that stay as they are.
-Weights stay packed; one layer at a time is decoded into a buffer that all layers of a thread share. Results are the
-reference's, bit for bit.
+Weights stay packed; one layer at a time is decoded into a buffer that all layers of a thread share. As many megabytes of
+decoded weights as ``DIFLOAT_DECODED_MB`` says (0 without it) are kept instead, layer by layer in the order of their first
+calls. Results are the reference's, bit for bit.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -17,13 +19,31 @@ from torch import Tensor
 from torch.nn import functional
 
 from difloat.kernels import native_library
+from difloat.kernels.derived import bytes_of, derived, found_again
 from difloat.kernels.geometry import Geometry
-from difloat.kernels.pieces import restored
+from difloat.kernels.pieces import part_key, restored
 from difloat.plan.specs import Part, QuantSpec
 from difloat.plan.weight import Inputs, PackedWeight, Weight
 
 _GROUP_MULTIPLE = 16  # channels: scales change between whole vectors
+_VARIABLE = "DIFLOAT_DECODED_MB"
+_KIND = "decoded"
 _buffers = threading.local()
+
+
+@cache
+def allowed_bytes() -> int:
+    """How many bytes of decoded weights may be kept, by the environment variable.
+
+    Raises:
+        ValueError: if it is no whole number.
+    """
+    text = os.environ.get(_VARIABLE, "0")
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(
+            f"{_VARIABLE} must be a whole number of megabytes, got {text!r}; write for example 500"
+        )
+    return int(text) * 10**6
 
 
 def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
@@ -91,17 +111,37 @@ def _rounded(rows: Tensor, inputs: Inputs, part: Part) -> Tensor:
 
 
 def _decoded(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight [o, i, *k], channels last and in the order of the float layer, in this thread's buffer.
+    """The weight [o, i, *k], channels last and in the order of the float layer: kept if there is room for it.
 
-    It is gone with the next layer.
+    Otherwise it lies in this thread's buffer and is gone with the next layer.
     """
+    size = weight.out_channels * math.prod(weight.kernel) * weight.part.channels * _bytes(dtype)
+    if size > allowed_bytes():
+        return _decode(weight, dtype, _buffer)
+    what = (_KIND, part_key(weight.bands), dtype)
+    sources: list[Tensor] = [] if weight.row_band is None else [weight.row_band]
+    for piece in weight.bands:
+        sources += [piece.codes, piece.scale, *([] if piece.zero_point is None else [piece.zero_point])]
+    kept: Tensor | None = found_again(what, tuple(sources))
+    if kept is not None:
+        return kept
+    if size + bytes_of(_KIND) > allowed_bytes():
+        return _decode(weight, dtype, _buffer)
+    return derived(what, tuple(sources), lambda: _decode(weight, dtype, _memory))
+
+
+def _decode(weight: Weight, dtype: torch.dtype, memory: Callable[[int, torch.dtype], Tensor]) -> Tensor:
     shape = (weight.out_channels, *weight.kernel, weight.part.channels)
-    stored = _buffer(math.prod(shape), dtype).view(shape)
+    stored = memory(math.prod(shape), dtype).view(shape)
     start = 0
     for piece in weight.bands:
         _decode_into(stored[start : start + piece.rows], piece)
         start += piece.rows
     return restored(weight, stored).movedim(-1, 1)
+
+
+def _memory(count: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(count, dtype=dtype)
 
 
 def _decode_into(out: Tensor, piece: PackedWeight) -> None:

@@ -162,20 +162,25 @@ static int64_t place(const difloat_weight& w, const Classes& classes, char* base
     return round_up(at - base, 4096);
 }
 
-// The whole product. Panels are shared out among the threads; where there are too few, the rows are cut as well.
+constexpr int64_t FEWEST_IN_BLOCK = 64;  // rows; unpacking a panel costs about as much as multiplying four
+
+// The whole product. Rows are cut into blocks that stay in the second-level cache while all panels pass. Panels are shared out among the threads; where there are too few, the rows are cut as well.
 template <int TYPE>
 static void product(const difloat_weight& w, const Operand& x, const Classes& classes, const difloat_output& out, char* scratch,
                     int threads) {
     const int64_t panels = (w.rows + WIDTH - 1) / WIDTH, bytes = place(w, classes, nullptr, nullptr);
     int64_t cuts = 1;
     if (panels % threads && panels < 8 * threads) cuts = std::min<int64_t>(threads, (x.rows + 31) / 32);
+    const int64_t reach = x.rows ? x.start[x.rows - 1] - x.start[0] : 0;  // bytes of activations
+    const int64_t block = second_level_cache() / 2;
+    cuts = std::max(cuts, std::min((reach + block - 1) / block, x.rows / FEWEST_IN_BLOCK));
 #pragma omp parallel num_threads(threads)
     {
         Panel p;
         place(w, classes, scratch + omp_get_thread_num() * bytes, &p);
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t task = 0; task < panels * cuts; task++) {
-            const int64_t first = task / cuts * WIDTH, cut = task % cuts;
+            const int64_t first = task % panels * WIDTH, cut = task / panels;
             unpack_panel(w, first, p.weights, p.gathered);
             unpack_scales(w, first, p.scale, p.zero);
             make_bias(w, x, classes, out.bias, first, p);

@@ -67,6 +67,11 @@ static inline void store_int8(int8_t* p, I32 x) {
     _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
 }
 
+static inline void store_int8_four(int8_t* p, const I32 (&x)[4]) {
+    const I32 bytes = _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+    store_int(p, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+}
+
 static inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 static inline F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
 static inline F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }

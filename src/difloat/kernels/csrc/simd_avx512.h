@@ -39,6 +39,9 @@ static inline void store_half(uint16_t* p, F32 x) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 static inline void store_int8(int8_t* p, I32 x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
+static inline void store_int8_four(int8_t* p, const I32 (&x)[4]) {
+    for (int i = 0; i < 4; i++) store_int8(p + i * LANES, x[i]);
+}
 static inline void store_low16(uint16_t* p, I32 x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x)); }
 
 static inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
