@@ -13,7 +13,11 @@ static INLINE I32 broadcast_quad(const int8_t* p) {
     return set_int(quad);
 }
 
+constexpr int MOST_SPREAD = 1;  // a panel takes this much room at most, compared with bytes
+
 struct Dot {
+    static constexpr int SPREAD = 1;
+    static void prepare(uint8_t*, int64_t) {}
     Dot few() const { return *this; }
     static INLINE I32 add(I32 acc, I32 weights, I32 activations) { return dot(acc, weights, activations); }
 

@@ -35,9 +35,13 @@ static INLINE void settle(I32& sum) {
 #endif
 }
 
+constexpr int MOST_SPREAD = 2;  // a panel takes this much room at most, compared with bytes
+
 // STEPS sums of two products in 16 bits, then 32.
 template <int STEPS>
 struct Narrow {
+    static constexpr int SPREAD = 1;
+    static void prepare(uint8_t*, int64_t) {}
     Narrow<1> few() const { return {}; }
     static INLINE I32 add(I32 acc, I32 weights, I32 activations) { return dot(acc, weights, activations); }
 
@@ -78,8 +82,18 @@ struct Narrow {
     }
 };
 
-// Operands of 16 bits. Activations are widened a piece of a row at a time, weights at every use: that is once for all rows.
+// Operands of 16 bits. Weights are widened in the panel, activations a piece of a row at a time.
 struct Wide {
+    static constexpr int SPREAD = 2;
+
+    // Bytes of a panel to words, in place: from the last vector on, since everything moves backwards.
+    static void prepare(uint8_t* panel, int64_t bytes) {
+        for (int64_t at = bytes - (int64_t)sizeof(I32); at >= 0; at -= sizeof(I32)) {
+            const I32 w = load_int(panel + at);
+            store_int(panel + 2 * at + sizeof(I32), odd_weights(w));
+            store_int(panel + 2 * at, even_weights(w));
+        }
+    }
     Wide few() const { return *this; }
     static constexpr int64_t PIECE = 256;  // quads
 
@@ -110,8 +124,8 @@ struct Wide {
             for (int64_t q = 0; q < count; q++) {
                 I32 low[VECTORS], high[VECTORS];
                 repeat<VECTORS>([&](auto v) UNROLLED {
-                    const I32 w = load_int(weights + ((first + q) * VECTORS + v) * LANES * 4);
-                    low[v] = even_weights(w), high[v] = odd_weights(w);
+                    const uint8_t* from = weights + ((first + q) * VECTORS + v) * LANES * 4 * SPREAD;
+                    low[v] = load_int(from), high[v] = load_int(from + sizeof(I32));
                 });
                 repeat<ROWS>([&](auto i) UNROLLED {
                     const I32 x = set_int(even[i][q]), y = set_int(odd[i][q]);

@@ -86,7 +86,7 @@ static NOINLINE void tile(const Multiplier& multiplier, const difloat_weight& w,
             });
         }
         const int64_t count = w.taps == 1 ? std::min(group_quads, quads - g * group_quads) : quads;
-        for (int64_t t = 0; t < w.taps; t++, weights += count * WIDTH * 4)
+        for (int64_t t = 0; t < w.taps; t++, weights += count * WIDTH * 4 * Multiplier::SPREAD)
             multiplier.template accumulate<ROWS>(acc, rows, x.taps[t] + g * group_quads * 4, count, weights);
         repeat<ROWS>([&](auto i) UNROLLED {
             repeat<VECTORS>([&](auto v) UNROLLED {
@@ -117,6 +117,7 @@ static void tile_of(int64_t rows, const Multiplier& multiplier, const difloat_we
 template <int TYPE>
 static void stripe(const difloat_weight& w, const Operand& x, const Panel& p, int64_t begin, int64_t end, int64_t first, void* out) {
     with_multiplier(w, x.lowest, x.highest, [&](const auto& multiplier) {
+        multiplier.prepare(p.weights, panel_bytes(w));
         int64_t row = begin;
         for (int64_t tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; tiles--) {
             const int64_t rows = (end - row + tiles - 1) / tiles;
@@ -151,7 +152,7 @@ static int64_t place(const difloat_weight& w, const Classes& classes, char* base
     };
     const int64_t row = WIDTH * sizeof(float);
     Panel p;
-    p.weights = (uint8_t*)take(panel_bytes(w));
+    p.weights = (uint8_t*)take(MOST_SPREAD * panel_bytes(w));
     p.scale = (float*)take(w.groups * row);
     p.zero = (float*)take(w.zero ? w.groups * row : 0);
     p.bias = (float*)take(classes.count * row);
