@@ -7,8 +7,11 @@ scales are 1, so every result is a whole number times a power of two that float3
 from __future__ import annotations
 
 import hashlib
+import shutil
+import subprocess
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,7 +123,7 @@ def rounding_digest(generator: torch.Generator) -> str:
 
 
 HERE = [name for name in native_library.UNITS if native_library.machine()[name]]
-pytestmark = pytest.mark.skipif(not HERE, reason="no unit of the native library here")
+needs_unit = pytest.mark.skipif(not HERE, reason="no unit of the native library here")
 
 
 @pytest.fixture(params=HERE)
@@ -143,6 +146,7 @@ def test_sums_are_exact(unit: str) -> None:
         check_conv2d(parse(weights), parse(inputs), number, generator)
 
 
+@needs_unit
 def test_units_round_alike() -> None:
     """What comes after the sums is the same on every unit."""
     digests = {}
@@ -167,3 +171,40 @@ def test_weights_are_decoded_as_the_reference_does(unit: str) -> None:
         x = torch.randn(3, channels, generator=generator)
         expected = reference.linear(x, stored, Inputs(), None)
         assert torch.equal(native_decode.linear(x, stored, Inputs(), None), expected), name
+
+
+CONTRACT = Path(__file__).with_name("unit_contract.cpp")
+SOURCES = Path(native_library.__file__).parent / "csrc"
+FLAGS = ["-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", f"-I{SOURCES}", str(CONTRACT)]
+
+
+def count_of(command: list[str]) -> str:
+    """What the contract prints."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@needs_unit
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles a program with g++")
+def test_every_bit_is_that_of_plain_loops(tmp_path: Path) -> None:
+    subprocess.run(["g++", "-O1", *FLAGS, "-c", "-o", tmp_path / "contract.o"], check=True)
+    for name in HERE:
+        library = native_library._FOLDER / f"libdifloat_{name}.so"
+        links = [library, f"-Wl,-rpath,{library.parent}", "-fopenmp", "-o", tmp_path / name]
+        subprocess.run(["g++", tmp_path / "contract.o", *links], check=True)
+        assert count_of([str(tmp_path / name), "400"]).startswith("400 layers")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64")),
+    reason="compiles for ARM with g++-aarch64-linux-gnu and runs it with qemu-user",
+)
+def test_every_bit_is_that_of_plain_loops_on_arm(tmp_path: Path) -> None:
+    """The ARM unit, whole contract and fuzz, on an emulated processor."""
+    unit = ["-march=armv8.2-a+dotprod", str(SOURCES / "unit_neon.cpp"), "-static", "-Wall", "-Wextra"]
+    ignored = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    output = ["-o", str(tmp_path / "contract")]
+    subprocess.run(["aarch64-linux-gnu-g++", "-O2", *FLAGS, *unit, *ignored, *output], check=True)
+    assert count_of(["qemu-aarch64", str(tmp_path / "contract"), "500"]).startswith("500 layers")

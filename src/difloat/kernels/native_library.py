@@ -24,7 +24,7 @@ from difloat.plan.specs import Part
 
 ABI = 4
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-UNITS = ("avx512", "avx512vl", "avxvnni", "avx2")  # from the fastest to the slowest
+UNITS = ("avx512", "avx512vl", "avxvnni", "avx2", "neon")  # from the fastest to the slowest
 _VARIABLE = "DIFLOAT_CPU_ISA"
 _IMPORTED_IN = os.getpid()  # another process than this one was forked
 _SMALL = 1 << 18  # products; fewer are not worth waking a second thread
@@ -238,7 +238,7 @@ def built() -> bool:
 
 @cache
 def machine() -> dict[str, bool]:
-    """Which units this machine can run, ``avx512_bf16`` (attention) among them; all False if the library was not built."""
+    """Which units this machine can run and the compiler built, ``avx512_bf16`` (attention) among them."""
     names = (*UNITS, "avx512_bf16")
     if not built():
         return dict.fromkeys(names, False)
@@ -247,7 +247,9 @@ def machine() -> dict[str, bool]:
         raise ImportError(
             f"native library must have interface {ABI}, got {library.difloat_abi()}; build it again with `make native`"
         )
-    return {name: bool(getattr(library, f"difloat_has_{name}")()) for name in names}
+    files = {name: "attention" if name == "avx512_bf16" else name for name in names}
+    there = {name: (_FOLDER / f"libdifloat_{file}.so").is_file() for name, file in files.items()}
+    return {name: there[name] and bool(getattr(library, f"difloat_has_{name}")()) for name in names}
 
 
 @cache

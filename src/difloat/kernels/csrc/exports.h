@@ -10,13 +10,30 @@
 #include "decode.h"
 // clang-format on
 
+namespace difloat {
+
+// A weight as the products of this unit take it.
+struct Taken {
+    difloat_weight weight;
+    uint8_t table[256];
+
+    explicit Taken(const difloat_weight& w) : weight(w) {
+#ifdef DIFLOAT_SIGNED_WEIGHTS
+        for (int code = 0; code < 256; code++) table[code] = w.table[code] ^ 128;  // as int8: 128 less
+        weight.table = table, weight.minimum += 128;
+#endif
+    }
+};
+
+}  // namespace difloat
+
 EXPORT int difloat_linear(const difloat_input* x, const difloat_weight* weight, const difloat_output* out, int threads) {
-    return difloat::linear(*x, *weight, *out, threads);
+    return difloat::linear(*x, difloat::Taken(*weight).weight, *out, threads);
 }
 
 EXPORT int difloat_conv2d(const difloat_input* x, const difloat_weight* weight, const difloat_output* out,
                           const difloat_geometry* geometry, int threads) {
-    return difloat::conv(*x, *weight, *out, *geometry, threads);
+    return difloat::conv(*x, difloat::Taken(*weight).weight, *out, *geometry, threads);
 }
 
 EXPORT int difloat_decode(const difloat_weight* weight, const float* values, void* out, int type, int threads) {

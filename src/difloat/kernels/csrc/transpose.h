@@ -33,6 +33,15 @@ static INLINE void transpose(I32 (&r)[16]) {
     });
 }
 
+#elif defined(__ARM_NEON)
+
+// Transpose 4 x 4 dwords in registers.
+static INLINE void transpose(I32 (&r)[4]) {
+    const int32x4_t a = vtrn1q_s32(r[0], r[1]), b = vtrn2q_s32(r[0], r[1]), c = vtrn1q_s32(r[2], r[3]), d = vtrn2q_s32(r[2], r[3]);
+    r[0] = vcombine_s32(vget_low_s32(a), vget_low_s32(c)), r[1] = vcombine_s32(vget_low_s32(b), vget_low_s32(d));
+    r[2] = vcombine_s32(vget_high_s32(a), vget_high_s32(c)), r[3] = vcombine_s32(vget_high_s32(b), vget_high_s32(d));
+}
+
 #else
 
 // Transpose 8 x 8 dwords in registers.
