@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from difloat.plan.specs import Granularity, Part, QuantSpec
 MIN_MAX: tuple[float, ...] = (1.0,)
 
 
+FEW_BITS = 4  # up to this width inputs need groups
+_LEVELS = {2: "t2g", 3: "t3g", 4: "iq4nl"}  # with more levels, integers are as good
 LOPSIDED = 0.5  # from here on unsigned formats are tried for an input
 
 
@@ -126,6 +129,28 @@ def asymmetric_integers(bits: int, granularity: Granularity, group_size: int | N
     return Rule(grid, granularity, group_size, clips=clips, zero_points=zero_points)
 
 
+def levels_or_integers(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
+    """A table of levels made for normal weights up to 4 bits, with scales of either sign; above, asymmetric integers."""
+    if bits not in _LEVELS:
+        return asymmetric_integers(bits, granularity, group_size)
+    return Rule((formats.parse(_LEVELS[bits]),), granularity, group_size)
+
+
+def online_integers(bits: int | None, group_size: int) -> Rule | None:
+    """Inputs with scales from the data: of up to 4 bits per token and group of channels, with a zero point; else per token.
+
+    Args:
+        bits: Of an input; None: it stays as it is.
+        group_size: Channels of a group; 0: one scale per token at every width.
+    """
+    if bits is None:
+        return None
+    if bits > FEW_BITS or not group_size:
+        return Rule((formats.parse(f"int{bits}"),), "token", clips=MIN_MAX, online=True)
+    grid = (formats.parse(f"uint{bits}"),)
+    return Rule(grid, "group", group_size, clips=MIN_MAX, zero_points=MIN_MAX, online=True)
+
+
 def floating_grids(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
     """Every floating-point format of the width; unsigned ones with a zero point, of whole tensors only where one side is short.
 
@@ -216,29 +241,42 @@ def draft_layer(weight: Tensor, splits: Sequence[int], rule: Rule) -> Draft:
 
 @dataclass(frozen=True)
 class Bits:
-    """Widths of weights and activations; `activation` None leaves activations as they are."""
+    """Widths of weights and activations.
+
+    Attributes:
+        weight: Of weights; of a fractional average the whole number above it.
+        activation: Of activations; None leaves them as they are.
+        average: What weights have on average, where that is no whole number; only recipes that choose widths by layer can.
+    """
 
     weight: int
     activation: int | None
+    average: float | None = None
+
+    @property
+    def mean(self) -> float:
+        """Bits of a weight on average."""
+        return self.weight if self.average is None else self.average
 
     @staticmethod
     def parse(text: str) -> Bits:
-        """Read "w4a8"; 16 or 32 activation bits mean unquantized. ValueError on anything else."""
-        match = re.fullmatch(r"w([0-9]+)a([0-9]+)", text.strip().lower())
+        """Read "w4a8" or "w3.5a8"; 16 or 32 activation bits mean unquantized. ValueError on anything else."""
+        match = re.fullmatch(r"w([0-9]{1,2}(?:\.[0-9]{1,3})?)a([0-9]{1,2})", text.strip().lower())
         if not match:
             raise ValueError(
-                f"bits must look like 'w4a8', got {text!r}; write weight bits and activation bits"
+                f"bits must look like 'w4a8' or 'w3.5a8', got {text!r}; write weight bits and activation bits"
             )
-        weight, activation = int(match.group(1)), int(match.group(2))
-        if not 2 <= weight <= 8 or not (2 <= activation <= 8 or activation in (16, 32)):
+        mean, activation = float(match.group(1)), int(match.group(2))
+        if not 2 <= mean <= 8 or not (2 <= activation <= 8 or activation in (16, 32)):
             raise ValueError(
                 f"bits must be 2 to 8 for weights and 2 to 8, 16 or 32 for activations, got {text!r}"
             )
-        return Bits(weight, activation if activation <= 8 else None)
+        weight = math.ceil(mean)
+        return Bits(weight, activation if activation <= 8 else None, None if mean == weight else mean)
 
     def __str__(self) -> str:
         """As `parse` reads it: "w4a8", "w4a16" where activations stay."""
-        return f"w{self.weight}a{self.activation or 16}"
+        return f"w{self.mean:g}a{self.activation or 16}"
 
 
 QUANTILES = (0.0, 0.01, 0.5, 0.99, 1.0)  # of an input, by which its shape is reported

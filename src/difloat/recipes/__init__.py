@@ -33,13 +33,14 @@ from difloat.recipes import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the table: the function, its options, a line for people who choose, its cost, and whether it looks at data."""
+    """A row: the function, its options, a line for people who choose, its cost, whether it needs data, whether bits may be 3.5."""
 
     plan: Callable[[Task, Any], Outcome]
     options: type[Any]
     summary: str
     cost: Callable[[Any, Bits], Cost]
     needs_data: Callable[[Any, Bits], bool] = lambda options, bits: True
+    averages: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
@@ -79,7 +80,7 @@ RECIPES: dict[str, Recipe] = {
         "integers in groups, online activations per token and group (arXiv:2406.17343)",
         integer_transformers.qdit_cost,
     ),
-    "auto": Recipe(auto.plan, auto.Options, auto.SUMMARY, auto.cost),
+    "auto": Recipe(auto.plan, auto.Options, auto.SUMMARY, auto.cost, averages=True),
     "rtn": Recipe(rtn.rtn, rtn.NearestOptions, rtn.SUMMARY, rtn.cost, rtn.needs_data),
 }
 
@@ -93,7 +94,7 @@ def lookup(name: str) -> Recipe:
 
 def make_options(recipe: Recipe, values: Mapping[str, Any], bits: str) -> Any:
     """Options of a recipe from user values; ValueError as from `options.make_options` and `options.checked`."""
-    return options.checked(options.make_options(recipe.options, values), Bits.parse(bits))
+    return options.checked(options.make_options(recipe.options, values), Bits.parse(bits), recipe.averages)
 
 
 @torch_modes.plain()

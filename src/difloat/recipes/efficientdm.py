@@ -69,7 +69,7 @@ def plan(task: Task, options: Options) -> Outcome:
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = post_training.keeps_8bit(name, seen, options.keep_8bit)
         kept.extend([name] if keeps else [])
-        bits = 8 if keeps else task.bits.weight
+        bits = 8 if keeps else task.bits_of(name)
         weight = asymmetric_integers(bits, "channel")
         learn = options.rounding == "learned" and bits <= 4
         if task.bits.activation is None:

@@ -78,7 +78,7 @@ def plan(task: Task, options: Options) -> Outcome:
     def rules(name: str, seen: Trace) -> LayerRules | str:
         if name not in inside and options.outside == "keep":
             return "outside of the blocks"
-        bits = task.bits.weight if name in inside else 8
+        bits = task.bits_of(name) if name in inside else 8
         fixed = options.weight_format != "search" and options.scale_format == "float32"
         found = _formats(bits, name in seen.before_gelu, task.pipeline if name in inside else None, options)
         activation = _input(task.bits.activation and (task.bits.activation if name in inside else 8), options)

@@ -62,7 +62,7 @@ def plan(task: Task, options: Options) -> Outcome:
 
     def rules(name: str, seen: Trace) -> LayerRules:
         kept = post_training.keeps_8bit(name, seen, options.keep_8bit)
-        weight_bits = 8 if kept else task.bits.weight
+        weight_bits = 8 if kept else task.bits_of(name)
         weight = Rule(encodings(weight_bits), options.weight_granularity)
         activation = None
         if task.bits.activation is not None:

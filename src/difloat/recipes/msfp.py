@@ -84,7 +84,7 @@ def plan(task: Task, options: Options) -> Outcome:
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = post_training.keeps_8bit(name, seen, options.keep_8bit)
         kept.extend([name] if keeps else [])
-        bits = 8 if keeps else task.bits.weight
+        bits = 8 if keeps else task.bits_of(name)
         weight, learn = Rule(_grids(bits, options), "channel"), options.rounding == "learned" and bits <= 4
         own = task.bits.activation and (8 if keeps else task.bits.activation)
         return LayerRules(weight, None if own is None else _input(own, options), learn)

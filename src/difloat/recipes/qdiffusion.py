@@ -54,7 +54,7 @@ def qdiffusion(task: Task, options: QDiffusionOptions) -> Outcome:
 
     def rules(name: str, seen: Trace) -> LayerRules:
         kept = post_training.keeps_8bit(name, seen, options.keep_8bit)
-        weight_bits = 8 if kept else task.bits.weight
+        weight_bits = 8 if kept else task.bits_of(name)
         weight, activation = _weight(weight_bits, options), None
         if task.bits.activation is not None:
             activation = _input(8 if kept else task.bits.activation, options)

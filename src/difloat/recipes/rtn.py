@@ -60,7 +60,7 @@ def rtn(task: Task, options: NearestOptions) -> Outcome:
 
     def rules(name: str, seen: Trace) -> LayerRules:
         kept = post_training.keeps_8bit(name, seen, options.keep_8bit)
-        weight = _weight(task.bits.weight, options, kept)
+        weight = _weight(task.bits_of(name), options, kept)
         if task.bits.activation is None:
             return LayerRules(weight, None)
         return LayerRules(weight, _input(8 if kept else task.bits.activation, options))
