@@ -30,7 +30,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Problem:
-    """What to round: target [g, n, r]; moments [g, n, n], dead inputs with a diagonal of 1; owner int64 [g, r], whose scales."""
+    """What to round: target [g, n, r], moments [g, n, n], dead inputs with a diagonal of 1; owner int64 [g, r] of scales."""
 
     target: Tensor
     moments: Tensor

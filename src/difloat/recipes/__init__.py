@@ -33,7 +33,7 @@ from difloat.recipes import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row: the function, its options, a line for people who choose, its cost, whether it needs data, whether bits may be 3.5."""
+    """A row: the function, its options, a line for people who choose, its cost, whether it needs data, takes w3.5."""
 
     plan: Callable[[Task, Any], Outcome]
     options: type[Any]
