@@ -16,11 +16,11 @@ import difloat
 ROOT = Path(difloat.__file__).parent
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 ORDER: tuple[set[str], ...] = (
-    {"numbers", "torch_modes"},
+    {"cache_entries", "numbers", "torch_modes"},
     {"plan"},
     {"kernels"},
     {"layers"},
-    {"cache_entries", "devices", "distributed", "pipelines"},
+    {"devices", "distributed", "pipelines"},
     {"calibration"},
     {"lora", "methods"},
     {"recipes"},

@@ -426,7 +426,7 @@ def test_no_more_than_one_byte_per_weight_is_kept(generator) -> None:
     if "cpu" in FAST:
         with dispatch.use_backend("cpu"), torch.no_grad():
             layer(x)
-        assert derived.resident_bytes() == kept
+        assert derived.resident_bytes() == kept + 40 * 4  # and the row that every place holds
 
 
 # Timesteps

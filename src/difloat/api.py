@@ -21,7 +21,7 @@ from difloat.calibration.row_store import Shelf
 from difloat.checkpoint import mark_quantized, unmark_quantized
 from difloat.layers import hooks, install, offloading, packed
 from difloat.layers.exclude import excluded
-from difloat.lora import adapters
+from difloat.lora import wrapped
 from difloat.methods.cost import Cost, remaining
 from difloat.methods.task import Task
 from difloat.methods.training.fine_tune import Tuning, tune
@@ -256,7 +256,7 @@ def _check_repairable(model: Any, plan: Plan, epochs: int, rank: int) -> None:
                 "quantize with adapters=1 (msfp) or stretches=1 (viditq)"
             )
     for module, own in parts.models(model, denoiser(model), plan):
-        adapters.refuse(module, "quantized")
+        wrapped.refuse(module, "quantized")
         with offloading.lifted(module):
             install.check(module, own)
 
@@ -324,7 +324,7 @@ def plan_calibrated(task: Task, recipe: str, bits: str, options: Mapping[str, An
 def check_model(module: nn.Module) -> None:
     """Refuse models, and modes of torch, that cannot be quantized (in) before any work is done."""
     torch_modes.check_defaults()
-    adapters.refuse(module, "quantized")
+    wrapped.refuse(module, "quantized")
     with offloading.lifted(module):
         hooks.check(module)
         _check_layers(module)
@@ -351,7 +351,7 @@ def apply(model: Any, plan: Plan) -> Any:
     """
     work = parts.models(model, denoiser(model), plan)
     for module, own in work:
-        adapters.refuse(module, "quantized")
+        wrapped.refuse(module, "quantized")
         with offloading.lifted(module):
             install.check(module, own)
     for module, own in work:

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from rich.filesize import decimal
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -112,7 +113,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         full = OSError(
-            f"the disk must have {len(content) / 2**20:.1f} MiB free for '{path}', got a full one; free some "
+            f"the disk must have {decimal(len(content))} free for '{path}', got a full one; free some "
             "space and run again, finished shards are kept"
         )
         full.errno = error.errno

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from rich.filesize import decimal
 from torch import nn
 
 from difloat.checkpoint import data_free
@@ -99,7 +100,8 @@ def notes(plan: Plan) -> list[str]:
     """A sentence for every component besides the denoiser, for the report."""
     return [
         f"{name}: {len(own.layers)} layers packed at {own.bits} {_how(own)}, "
-        f"{sum(layer.nbytes for layer in own.layers.values()) / 1e6:.2f} MB; {len(own.skipped)} layers left as they are."
+        f"{decimal(sum(layer.nbytes for layer in own.layers.values()), precision=2)}; "
+        f"{len(own.skipped)} layers left as they are."
         for name, own in plan.components.items()
     ]
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -165,6 +167,31 @@ def collected(work: Callable[[], T]) -> list[T]:
     with _meeting():
         torch.distributed.gather_object(mine, results or None, dst=0, group=_launch.group)
     return results
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The model, or with several processes one around it that averages gradients over them in the backward pass."""
+    return model if count() == 1 else DistributedDataParallel(model)
+
+
+def exchange_gradients(model: nn.Module, *, now: bool) -> AbstractContextManager[None]:
+    """For a forward and backward pass of what `data_parallel` gave; unless `now`, gradients add up where they are."""
+    if now or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    kept: AbstractContextManager[None] = model.no_sync()
+    return kept
+
+
+def summed(mine: Tensor) -> Tensor:
+    """Sum of a tensor over the processes, without gradients between them; on the device where the models compute.
+
+    The processes meet as those of data-parallel training do, so all must call this, and one that fails is not waited for.
+    """
+    if count() == 1:
+        return mine
+    total = mine.clone()
+    torch.distributed.all_reduce(total)
+    return total
 
 
 def sentence(error: BaseException) -> str:

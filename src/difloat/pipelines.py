@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 # How configs of class-conditional denoisers, transformers and U-Nets, call the number of their classes.
 _CLASS_COUNTS = ("num_embeds_ada_norm", "num_class_embeds")
@@ -148,15 +149,8 @@ def call(pipeline: Any, arguments: Mapping[str, Any], given: Mapping[str, Any]) 
 
 def one_at_a_time(given: Mapping[str, Any]) -> bool:
     """Whether the user gives pictures, arrays or tensors: pipelines batch them in ways of their own, so samples come singly."""
-
-    def plain(value: Any) -> bool:
-        if isinstance(value, Mapping):
-            return all(map(plain, value.values()))
-        if isinstance(value, (list, tuple)):
-            return all(map(plain, value))
-        return value is None or isinstance(value, (bool, int, float, str))
-
-    return not all(map(plain, given.values()))
+    leaves = pytree.tree_leaves(dict(given))
+    return not all(leaf is None or isinstance(leaf, (bool, int, float, str)) for leaf in leaves)
 
 
 def for_pictures(

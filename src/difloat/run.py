@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
 from torch import nn
 
 from difloat import api, checkpoint, components, distributed, evaluation, recipes, reference_models, sources
@@ -92,18 +93,26 @@ def describe(forecast: Forecast, settings: CalibrationSettings) -> str:
     taken = [kind for kind in forecast.kinds if kind.packed_bytes]
     computed = {stage: rows for stage, rows in forecast.computed.items() if rows}
     stages = ", ".join(f"{stage} {rows:,.0f}" for stage, rows in computed.items())
-    both = (forecast.float_bytes + forecast.packed_bytes) / 1e6
+    packed, floats, both, kept = (
+        decimal(round(size), precision=2)
+        for size in (
+            forecast.packed_bytes,
+            forecast.float_bytes,
+            forecast.packed_bytes + forecast.float_bytes,
+            settings.memory_bytes,
+        )
+    )
     lines = [
         f"{sum(kind.count for kind in taken)} layers, {sum(kind.weights for kind in taken):,} weights: about "
-        f"{forecast.packed_bytes / 1e6:.2f} MB packed, {forecast.float_bytes / 1e6:.2f} MB as it is"
+        f"{packed} packed, {floats} as it is"
     ]
     if not forecast.rows:
-        return f"{lines[0]}\nno calibration: the denoiser is not called; RAM: about {both:.0f} MB for both denoisers"
+        return f"{lines[0]}\nno calibration: the denoiser is not called; RAM: about {both} for both denoisers"
     lines += [
         f"calibration: {forecast.rows:,} rows from {forecast.pictures:,} full-precision pictures of {forecast.steps} steps",
         f"after it: at most {sum(computed.values()):,.0f} rows of the denoiser{f' ({stages})' * bool(stages)}, and the search "
         f"over weights; a picture takes {forecast.steps} rows, {2 * forecast.steps} with guidance in two parts",
-        f"RAM: about {both:.0f} MB for both denoisers, and up to {settings.memory_bytes / 1e6:.0f} MB (--memory-mb) each for "
+        f"RAM: about {both} for both denoisers, and up to {kept} (--memory-mb) each for "
         "calibration rows and for activations, beside what is trained, the libraries and a call of the pipeline",
     ]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 from rich.table import Table
 
 from difloat.cli import tables
@@ -49,7 +50,7 @@ def inspect(
     weights = sum(math.prod(shape) for _, _, shape, _, _ in rows)
     console.print(
         f"{type(module).__name__}: {quantized} quantized and {len(rows) - quantized} float layers, {weights:,} weights "
-        f"in them, {found.stored_bytes / 1e6:.2f} MB in its files"
+        f"in them, {decimal(found.stored_bytes, precision=2)} in its files"
     )
     if kernels:
         console.print(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 
 from difloat.cli.app import app
 from difloat.cli.options import Checkpoint, Overwrite, claimed, pipeline_of
@@ -32,7 +33,9 @@ def export(
     from difloat import interchange
 
     file = interchange.export_checkpoint(directory, out, to, component=component)
-    console.print(f"{to} file {file}, {file.stat().st_size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
+    console.print(
+        f"{to} file {file}, {decimal(file.stat().st_size, precision=2)}", highlight=False, soft_wrap=True
+    )
 
 
 @app.command("import")

@@ -7,11 +7,12 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Column, Table
 
 from difloat.numbers import formats
 from difloat.report.record import zeros_note
-from difloat.report.text import bytes_text, size_text
+from difloat.report.text import size_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,9 +83,9 @@ def print_summary(made: Record) -> None:
     change = size_text(made.original_bytes, made.packed_bytes, 2)
     table.add_row(
         "denoiser on disk",
-        f"{made.packed_bytes / 1e6:.2f} MB",
+        decimal(made.packed_bytes, precision=2),
         f"{change}, {made.effective_bits:.2f} bits a weight",
-        f"{made.original_bytes / 1e6:.2f} MB",
+        decimal(made.original_bytes, precision=2),
     )
     console.print(table)
     zeros = sum(row.zeros * row.bytes_before for row in made.layers) / sum(
@@ -110,7 +111,7 @@ def _left(made: Record) -> str:
     rest = len(made.skipped) - len(layers)
     named = ", ".join(name for name, _, _ in layers[:_NAMES]) + ", ..." * (len(layers) > _NAMES)
     told = f"left in float: {named or 'no layer'}"
-    size = bytes_text(sum(size for _, _, size in layers))
+    size = decimal(sum(size for _, _, size in layers), precision=2)
     return (
         told
         + f" ({len(layers)} layers, {size})" * bool(layers)

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from difloat.kernels import native_library
-from difloat.kernels.geometry import Geometry
-from difloat.kernels.pieces import restored
+from difloat.kernels import checks, native_library, native_prepared
+from difloat.kernels.geometry import Geometry, memory_format
 from difloat.plan.specs import Part, QuantSpec
-from difloat.plan.weight import Inputs, PackedWeight, Weight
+from difloat.plan.weight import Inputs, Weight
 
 _GROUP_MULTIPLE = 16  # channels: scales change between whole vectors
 _buffers = threading.local()
@@ -49,71 +48,114 @@ def _rounds(spec: QuantSpec | None, x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
     """See `reference.linear`; decoded, rows of all widths are alike, so one product does."""
-    spec = weight.part.activation
-    rows = x.reshape(-1, weight.part.channels if spec is None or not spec.group_size else spec.group_size)
-    rounded = _rounded(rows, inputs, weight.part).reshape(x.shape)
-    shift = None if bias is None else bias.to(x.dtype)
-    return functional.linear(rounded, _decoded(weight, x.dtype), shift)
+    return prepared_linear(weight, x.dtype)(x, inputs.scale, inputs.zero_point, bias)
 
 
 def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """See `reference.conv2d`, in one product."""
-    last = torch.channels_last
-    dense = x.contiguous(memory_format=last) if x.is_contiguous(memory_format=last) else x.contiguous()
-    pictures = dense.as_strided((x.shape[0], math.prod(x.shape[1:])), (math.prod(x.shape[1:]), 1))
-    rounded = _rounded(pictures, inputs, weight.part).as_strided(x.shape, dense.stride())
-    shift = None if bias is None else bias.to(x.dtype)
-    return geometry.convolve(rounded, _decoded(weight, x.dtype), shift)
+    return prepared_conv2d(weight, x.dtype, geometry)(x, inputs.scale, inputs.zero_point, bias)
 
 
-def _rounded(rows: Tensor, inputs: Inputs, part: Part) -> Tensor:
-    """Rows, each with a scale of its own where scales are found per token, on their grid; dense."""
+def prepared_linear(weight: Weight, dtype: torch.dtype) -> native_prepared.Call:
+    """`linear` for one weight and inputs of one dtype whose width was checked; see `native_prepared`."""
+    spec = weight.part.activation
+    width = weight.part.channels if spec is None or not spec.group_size else spec.group_size
+    rounded, decoded = _rounding(weight.part, dtype), _decoding(weight, dtype)
+
+    def call(x: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+        rows = rounded(x.reshape(-1, width), scale, zero).reshape(x.shape)
+        return functional.linear(rows, decoded(), None if bias is None else bias.to(dtype))
+
+    return call
+
+
+def prepared_conv2d(weight: Weight, dtype: torch.dtype, geometry: Geometry) -> native_prepared.Call:
+    """`conv2d` likewise, in the memory format of the operator's results."""
+    rounded, decoded = _rounding(weight.part, dtype), _decoding(weight, dtype)
+    last, kernel = torch.channels_last, tuple(weight.kernel)
+    weight_last = weight.row_band is None and memory_format(weight.bands[0].codes) == last
+    sizes: set[torch.Size] = set()  # of pictures that the kernel reaches
+
+    def call(x: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+        shape = x.shape
+        if shape not in sizes:
+            checks.reach(shape[2:], kernel, geometry)
+            if len(sizes) >= native_prepared.MOST_SIZES:
+                sizes.clear()
+            sizes.add(shape)
+        input_last = x.is_contiguous(memory_format=last)
+        dense = x.contiguous(memory_format=last) if input_last else x.contiguous()
+        values = shape[1] * shape[2] * shape[3]
+        pictures = dense.as_strided((shape[0], values), (values, 1))
+        rows = rounded(pictures, scale, zero).as_strided(shape, dense.stride())
+        out = geometry.convolve(rows, decoded(), None if bias is None else bias.to(dtype))
+        as_last = weight_last or (input_last and not x.is_contiguous())
+        return out.contiguous(memory_format=last if as_last else torch.contiguous_format)
+
+    return call
+
+
+def _rounding(part: Part, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+    """Puts rows, each with a scale of its own where scales are found per token, on their grid; dense."""
     spec = part.activation
-    if spec is None or not rows.numel():
-        return rows
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    out = rows.new_empty(rows.shape)
-    online = 0 if not spec.online else 2 if spec.granularity == "tensor" else 1
-    source = native_library.Input(
-        rows.data_ptr(),
-        *rows.shape,
-        rows.stride(0),
-        native_library.TYPES[rows.dtype],
-        online,
-        1.0 if inputs.scale is None else float(inputs.scale),
-        0.0 if inputs.zero_point is None else float(inputs.zero_point),
+    if spec is None:
+        return lambda rows, scale, zero: rows
+    round_rows, from_kind = native_library.library().difloat_round, native_library.Input.from_buffer_copy
+    grid, online = (
         native_library.any_grid(spec.format),
+        0 if not spec.online else 2 if spec.granularity == "tensor" else 1,
     )
-    native_library.check(
-        native_library.library().difloat_round(source, out.data_ptr(), native_library.threads())
-    )
-    return out
+    kind = native_library.Input(None, 0, 0, 0, native_library.TYPES[dtype], online, 1.0, 0.0, grid)
+
+    def rounded(rows: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+        if not rows.numel():
+            return rows
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        out = rows.new_empty(rows.shape)
+        source = from_kind(kind)
+        source.data, source.stride = rows.data_ptr(), rows.stride(0)
+        source.rows, source.channels = rows.shape
+        if scale is not None:
+            source.scale = float(scale)
+        if zero is not None:
+            source.zero_point = float(zero)
+        status = round_rows(source, out.data_ptr(), native_library.threads())
+        if status:
+            native_library.check(status)
+        return out
+
+    return rounded
 
 
-def _decoded(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight [o, i, *k], channels last and in the order of the float layer, in this thread's buffer.
+def _decoding(weight: Weight, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Makes the weight [o, i, *k], channels last and in the order of the float layer, in this thread's buffer.
 
     It is gone with the next layer.
     """
+    decode, kind = native_library.library().difloat_decode, native_library.TYPES[dtype]
     shape = (weight.out_channels, *weight.kernel, weight.part.channels)
-    stored = _buffer(math.prod(shape), dtype).view(shape)
-    start = 0
+    order = native_prepared.channel_order(weight)
+    bands, start, count = [], 0, math.prod(shape)
+    row_bytes = _bytes(dtype) * math.prod(shape[1:])
     for piece in weight.bands:
-        _decode_into(stored[start : start + piece.rows], piece)
+        codes, zero = piece.codes, piece.zero_point
+        addresses = codes.data_ptr(), piece.scale.data_ptr(), None if zero is None else zero.data_ptr()
+        struct = native_library.weight(*addresses, codes.shape, codes.stride(), piece.part, None)
+        bands.append((struct, native_library.values(piece.spec.format), start))
         start += piece.rows
-    return restored(weight, stored).movedim(-1, 1)
 
+    def decoded() -> Tensor:
+        stored = _buffer(count, dtype).view(shape)
+        threads = native_library.threads()
+        for struct, values, before in bands if count else ():
+            to = stored.data_ptr() + (row_bytes * before if order is None else 0)
+            channel = None if order is None else order.data_ptr() + 4 * before
+            status = decode(struct, values, channel, to, kind, threads)
+            if status:
+                native_library.check(status)
+        return stored.movedim(-1, 1)
 
-def _decode_into(out: Tensor, piece: PackedWeight) -> None:
-    codes, zero = piece.codes, piece.zero_point
-    addresses = codes.data_ptr(), piece.scale.data_ptr(), None if zero is None else zero.data_ptr()
-    source = native_library.weight(*addresses, codes.shape, codes.stride(), piece.part, None)
-    found = native_library.values(piece.spec.format)
-    kind, threads = native_library.TYPES[out.dtype], native_library.threads()
-    if out.numel():
-        native_library.check(
-            native_library.library().difloat_decode(source, found, out.data_ptr(), kind, threads)
-        )
+    return decoded
 
 
 def _buffer(count: int, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ from difloat.numbers import integer_grids
 from difloat.numbers.formats import Format
 from difloat.plan.specs import Part
 
-ABI = 3
+ABI = 4
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _UNITS = ("avx512", "avx2")
 _VARIABLE = "DIFLOAT_CPU_ISA"
@@ -87,7 +87,12 @@ class Weight(ctypes.Structure):
 class Output(ctypes.Structure):
     """``difloat_output``."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("channel", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+    ]
 
 
 class Geometry(ctypes.Structure):
@@ -266,13 +271,13 @@ def library() -> Any:
     name = unit()
     assert name is not None
     loaded = ctypes.CDLL(str(_FOLDER / f"libdifloat_{name}.so"))
-    pointers = [ctypes.POINTER(kind) for kind in (Input, Weight, Output, Geometry)]
-    loaded.difloat_linear.argtypes = [*pointers[:3], ctypes.c_int]
-    loaded.difloat_conv2d.argtypes = [*pointers, ctypes.c_int]
+    source, bands, result, geometry = (ctypes.POINTER(kind) for kind in (Input, Weight, Output, Geometry))
+    loaded.difloat_linear.argtypes = [source, bands, ctypes.c_int, result, ctypes.c_int]
+    loaded.difloat_conv2d.argtypes = [source, bands, ctypes.c_int, result, geometry, ctypes.c_int]
     if name == "avx512":
-        table = ctypes.POINTER(ctypes.c_float)
-        loaded.difloat_decode.argtypes = [pointers[1], table, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
-        loaded.difloat_round.argtypes = [pointers[0], ctypes.c_void_p, ctypes.c_int]
+        table, address = ctypes.POINTER(ctypes.c_float), ctypes.c_void_p
+        loaded.difloat_decode.argtypes = [bands, table, address, address, ctypes.c_int, ctypes.c_int]
+        loaded.difloat_round.argtypes = [source, address, ctypes.c_int]
     if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
         os.register_at_fork(after_in_child=_compute_alone)
     return loaded

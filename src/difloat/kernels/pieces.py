@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from difloat.kernels.derived import derived
 from difloat.plan.scales import row_places
-from difloat.plan.weight import Inputs, PackedWeight, Weight
-
-CHUNK_ROWS = 256
+from difloat.plan.weight import PackedWeight, Weight
 
 
 def order(row_band: Tensor) -> Tensor:
@@ -35,54 +32,6 @@ def as_stored(weight: Weight, vector: Tensor | None) -> Tensor | None:
     if vector is None or weight.row_band is None:
         return vector
     return vector.index_select(0, order(weight.row_band))
-
-
-def by_piece(
-    run: Callable[..., Tensor],
-    x: Tensor,
-    weight: Weight,
-    inputs: Inputs,
-    bias: Tensor | None,
-    *geometry: Any,
-) -> Tensor:
-    """A layer computed piece by piece: the input is rounded anew for each, and the results are put in order once.
-
-    Args:
-        run: Computes one `PackedWeight`, with the arguments of `linear` or `conv2d` of a backend.
-        x: The input.
-        weight: Of one part.
-        inputs: Its input scale and zero point.
-        bias: [o] or None.
-        *geometry: Of a convolution.
-    """
-    if weight.row_band is None:
-        return run(x, weight.bands[0], inputs, bias, *geometry)
-    results, shift = [], as_stored(weight, bias)
-    shifts: Sequence[Tensor | None] = [None] * len(weight.bands)
-    if shift is not None:
-        shifts = shift.split([piece.rows for piece in weight.bands])
-    for piece, own in zip(weight.bands, shifts, strict=True):
-        result = run(x, piece, inputs, own, *geometry)
-        results.append(result.permute(0, 2, 3, 1) if geometry else result)
-    out = joined(results, places(weight.row_band))
-    return out.permute(0, 3, 1, 2) if geometry else out
-
-
-def joined(results: Sequence[Tensor], row_places: Tensor) -> Tensor:
-    """Results [..., rows] of the bands side by side, in the order of the float layer's rows."""
-    count = row_places.shape[0]
-    out = results[0].new_empty((*results[0].shape[:-1], count))
-    rows, flat = out.view(-1, count), []  # loops, since every comprehension is a call of its own
-    for result in results:
-        flat.append(result.reshape(-1, result.shape[-1]))
-    # In float32, which torch reorders five times as fast as half precision, and in pieces that stay in the cache.
-    for start in range(0, rows.shape[0], CHUNK_ROWS):
-        chunks = []
-        for result in flat:
-            chunks.append(result[start : start + CHUNK_ROWS])
-        target = rows[start : start + CHUNK_ROWS]
-        target.copy_(torch.cat(chunks, -1).float().index_select(-1, row_places))
-    return out
 
 
 def shapes(weight: Weight) -> list[tuple[int, ...]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from difloat.kernels import checks, dispatch, native_int8, native_prepared, operators
+from difloat.kernels import checks, dispatch, native_decode, native_int8, native_prepared, operators
 from difloat.kernels.geometry import Geometry
 
 if TYPE_CHECKING:
@@ -33,6 +33,10 @@ _BUFFERS = (
 
 
 _MOST_KEPT = 16
+_PREPARES = {
+    native_int8: (native_prepared.linear, native_prepared.conv2d),
+    native_decode: (native_decode.prepared_linear, native_decode.prepared_conv2d),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,10 +165,9 @@ def _call(
     if factor is not None and factor.device != x.device:
         return None, None
     backend = dispatch.choose_for(weight, x)
-    if backend is not native_int8:
+    if backend not in _PREPARES:
         # Triton multiplies a branch in the same pass, which is the operator's business, also in the interpreter.
         known = x.device.type == "cpu" and backend is not dispatch.BACKENDS["triton"]
         return None, backend if known else None
-    if geometry is None:
-        return native_prepared.linear(weight, x.dtype, layer.bias is not None), None
-    return native_prepared.conv2d(weight, x.dtype, layer.bias is not None, geometry), None
+    linear, conv2d = _PREPARES[backend]
+    return linear(weight, x.dtype) if geometry is None else conv2d(weight, x.dtype, geometry), None

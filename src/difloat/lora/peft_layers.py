@@ -1,7 +1,8 @@
 """PEFT's LoRA layers around quantized ones: the same side branch, but merging goes through the packed weight.
 
-PEFT adds an adapter by wrapping a layer. Its own wrappers merge by writing floats into `weight`, which is packed here. PEFT has
-no table of layer types, so the wrapper's class is exchanged the moment it takes a quantized layer (`lora.on_wrapped`); that
+PEFT adds an adapter by wrapping a layer. Its own wrappers merge by writing floats into `weight`, which is packed here. PEFT's
+own table of further layer types belongs to one configuration (`LoraConfig._register_custom_module`), and diffusers makes that
+configuration itself. So the wrapper's class is exchanged the moment it takes a quantized layer (`wrapped.on_wrapped`), which
 reaches every way in: `pipeline.load_lora_weights`, `model.add_adapter`, `peft.inject_adapter_in_model`, `peft.get_peft_model`.
 
 Importing this module imports PEFT.

@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from difloat.checkpoint.directories import CARD, CARD_MARK, replace_file
 from difloat.report import build
 from difloat.report.render import Record
@@ -85,9 +87,9 @@ def body(made: Record, base_model: str) -> str:
             f"# {_text(base_model)}, {_text(made.recipe)} {_text(made.bits)}",
             "",
             f"The denoiser of [{_text(base_model)}](https://huggingface.co/{base_model}), quantized by difloat with the recipe "
-            f"{_text(made.recipe)} at {_text(made.bits)}: {made.packed_bytes / 1e6:.2f} MB instead of "
-            f"{made.original_bytes / 1e6:.2f} MB in 16 bits ({change}), {made.effective_bits:.2f} bits per quantized weight "
-            "with scales.",
+            f"{_text(made.recipe)} at {_text(made.bits)}: {decimal(made.packed_bytes, precision=2)} instead of "
+            f"{decimal(made.original_bytes, precision=2)} in 16 bits ({change}), {made.effective_bits:.2f} bits per "
+            "quantized weight with scales.",
             "",
             "## Use",
             "",

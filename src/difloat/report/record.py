@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich.filesize import decimal
+from torch.utils import _pytree as pytree
+
 from difloat.methods.sparsity import MOSTLY, rounded_away
-from difloat.report.text import bytes_text, number_text, size_text
+from difloat.report.text import number_text, size_text
 
 NO_LAYER = (
     "no layer to quantize"  # how reasons of modules end that no recipe could quantize: norms, embeddings
@@ -152,7 +155,7 @@ class Record:
         if not several or taken < _FAR_MORE * nominal:
             return ""
         return (
-            f"{len(several)} layers take {bytes_text(taken)}, {taken / nominal:.1f} times what one weight of "
+            f"{len(several)} layers take {decimal(taken, precision=2)}, {taken / nominal:.1f} times what one weight of "
             f"{self.weight_bits_nominal:g} bits takes ({several[0].name}: "
             f"{several[0].note}); msfp --set adapters=1 and viditq --set stretches=1 keep one weight"
         )
@@ -161,8 +164,8 @@ class Record:
     def summary(self) -> str:
         """One sentence: model, recipe, size and the first metrics."""
         packed, original = (
-            bytes_text(self.packed_bytes),
-            bytes_text(self.original_bytes),
+            decimal(self.packed_bytes, precision=2),
+            decimal(self.original_bytes, precision=2),
         )
         change = size_text(self.original_bytes, self.packed_bytes)
         size = f"{change} ({packed} instead of {original})"
@@ -214,8 +217,7 @@ def record_from_json(text: str) -> Record:
 
 
 def _without_specials(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_specials(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_specials(item) for item in value]
-    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+    """JSON has no infinities and no NaN: they become texts in a dict."""
+    return pytree.tree_map_only(
+        float, lambda number: number if math.isfinite(number) else {"float": str(number)}, value
+    )

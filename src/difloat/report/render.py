@@ -11,11 +11,13 @@ import math
 import os
 import platform
 import re
+from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.filesize import decimal
 
 from difloat.checkpoint.directories import replace_file
 from difloat.numbers import formats
@@ -134,7 +136,8 @@ def _page(record: Record, reference: np.ndarray, quantized: np.ndarray) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    for name in ("bytes", "number", "db", "percent", "duration", "sortable"):
+    environment.filters["bytes"] = partial(decimal, precision=2)
+    for name in ("number", "db", "percent", "duration", "sortable"):
         environment.filters[name] = getattr(text, f"{name}_text")
     template = (
         resources.files("difloat").joinpath("assets").joinpath("report.html.j2").read_text(encoding="utf-8")

@@ -1,25 +1,8 @@
-"""Numbers as a reader wants them: sizes, shares, times."""
+"""Numbers as a reader wants them: shares, times, how much smaller."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
-def bytes_text(size_bytes: float) -> str:
-    """A size in decimal units with three digits, such as ``6.01 MB``."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size_bytes >= unit:
-            digits = 2 if size_bytes < 10 * unit else 1 if size_bytes < 100 * unit else 0
-            return f"{size_bytes / unit:.{digits}f} {name}"
-    return f"{size_bytes:.0f} B"
 
 
 def number_text(value: float | None) -> str:

@@ -9,11 +9,11 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int difloat_linear(const difloat_input* x, const difloat_weight* weight, const difloat_output* out, int threads) {
-    return difloat::linear(*x, *weight, *out, threads);
+EXPORT int difloat_linear(const difloat_input* x, const difloat_weight* bands, int count, const difloat_output* out, int threads) {
+    return difloat::linear(*x, bands, count, *out, threads);
 }
 
-EXPORT int difloat_conv2d(const difloat_input* x, const difloat_weight* weight, const difloat_output* out,
+EXPORT int difloat_conv2d(const difloat_input* x, const difloat_weight* bands, int count, const difloat_output* out,
                           const difloat_geometry* geometry, int threads) {
-    return difloat::conv(*x, *weight, *out, *geometry, threads);
+    return difloat::conv(*x, bands, count, *out, *geometry, threads);
 }

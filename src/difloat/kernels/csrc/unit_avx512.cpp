@@ -11,19 +11,19 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int difloat_linear(const difloat_input* x, const difloat_weight* weight, const difloat_output* out, int threads) {
-    return difloat::linear(*x, *weight, *out, threads);
+EXPORT int difloat_linear(const difloat_input* x, const difloat_weight* bands, int count, const difloat_output* out, int threads) {
+    return difloat::linear(*x, bands, count, *out, threads);
 }
 
-EXPORT int difloat_conv2d(const difloat_input* x, const difloat_weight* weight, const difloat_output* out,
+EXPORT int difloat_conv2d(const difloat_input* x, const difloat_weight* bands, int count, const difloat_output* out,
                           const difloat_geometry* geometry, int threads) {
-    return difloat::conv(*x, *weight, *out, *geometry, threads);
+    return difloat::conv(*x, bands, count, *out, *geometry, threads);
 }
 
-EXPORT int difloat_decode(const difloat_weight* weight, const float* values, void* out, int type, int threads) {
-    if (type == DIFLOAT_BF16) return difloat::decode<DIFLOAT_BF16>(*weight, values, out, threads);
-    if (type == DIFLOAT_F16) return difloat::decode<DIFLOAT_F16>(*weight, values, out, threads);
-    return difloat::decode<DIFLOAT_F32>(*weight, values, out, threads);
+EXPORT int difloat_decode(const difloat_weight* weight, const float* values, const int32_t* channel, void* out, int type, int threads) {
+    if (type == DIFLOAT_BF16) return difloat::decode<DIFLOAT_BF16>(*weight, values, channel, out, threads);
+    if (type == DIFLOAT_F16) return difloat::decode<DIFLOAT_F16>(*weight, values, channel, out, threads);
+    return difloat::decode<DIFLOAT_F32>(*weight, values, channel, out, threads);
 }
 
 EXPORT int difloat_round(const difloat_input* x, void* out, int threads) {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from difloat.cache_entries import whole_file
 from difloat.kernels.triton.operands import DTYPES, Operands, step_words
 
 _MOST_SPLITS = 32
@@ -214,6 +214,5 @@ def _store(device: str, tiles: dict[str, Tile]) -> None:
     path = cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({key: asdict(tile) for key, tile in sorted(tiles.items())}, indent=1)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text + "\n")
-    os.replace(file.name, path)
+    with whole_file(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")

@@ -40,7 +40,7 @@ class Kept:
         twins = [twin for twin in student.twins if isinstance(twin, Adaptive)]
         facts = {
             **made_of,
-            "layout": 3,
+            "layout": 4,
             "rows": task.calibration.fingerprint,
             "seed": task.seed,
             "grid": student.grid,

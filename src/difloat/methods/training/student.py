@@ -86,6 +86,8 @@ class Student(nn.Module):
         adapter_init: What they started from.
     """
 
+    _mixed: torch.dtype | None = None  # what `mixed_precision` says
+
     def __init__(
         self,
         model: nn.Module,
@@ -155,7 +157,9 @@ class Student(nn.Module):
             assert isinstance(twin, Adaptive)
             twin.entry = entry
             twin.choice = None if choices is None else choices[number]
-        return self._model[0](*args, **kwargs)
+        device = next(self._model[0].parameters()).device.type
+        with torch.autocast(device, self._mixed, enabled=self._mixed is not None):
+            return self._model[0](*args, **kwargs)
 
     def _choices(self, entry: int) -> Tensor | None:
         """One-hot [layers, adapters] of a grid entry; None with one adapter."""
@@ -166,6 +170,15 @@ class Student(nn.Module):
             return None
         device = next(self._model[0].parameters()).device
         return F.one_hot(self._table[entry], self.adapters).float().to(device)
+
+    @contextmanager
+    def mixed_precision(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Inside, calls compute under `torch.autocast` in `dtype`; None computes in the dtypes of the weights."""
+        before, self._mixed = self._mixed, dtype
+        try:
+            yield
+        finally:
+            self._mixed = before
 
     @contextmanager
     def aside(self) -> Iterator[None]:

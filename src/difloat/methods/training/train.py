@@ -1,7 +1,7 @@
 """Fine-tuning of a quantized model by distillation along full-precision trajectories: one loop for all recipes.
 
 No data: the student sees the inputs that the full-precision sampler gave its denoiser, timestep by timestep, and learns the
-teacher's outputs. Runs under `accelerate` (mixed precision, gradient accumulation, several processes); rows are drawn from
+teacher's outputs. Runs in mixed precision, with accumulated gradients and in several processes; rows are drawn from
 seed and step alone, so a resumed or parallel run sees those of an uninterrupted single one. Gradients that pass a float16
 denoiser are scaled, as they would vanish. Memory: the student, its gradients and AdamW's two moments for what is trained, the
 activations of one batch, and the teacher's outputs of all rows.
@@ -10,8 +10,7 @@ activations of one batch, and the teacher's outputs of all rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from difloat import distributed, torch_modes
+from difloat import devices, distributed, torch_modes
 from difloat.calibration.batch_axis import first_tensor, predict, rows_in_lists
 from difloat.methods.task import Task
 from difloat.methods.training.resume import Kept
@@ -28,6 +27,7 @@ from difloat.methods.training.twin_layer import Adaptive
 from difloat.plan.validation import NotNegative, Positive, Whole, record
 
 _TEACHER_ROWS = 16  # of a call
+_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of mixed precision
 
 
 @record("settings of fine-tuning")
@@ -46,7 +46,7 @@ class TrainingSettings:
         guidance_weight: Of the squared part of the guidance direction that the student loses, see `lost_guidance`.
         compare_at: Guidance scale at which pairs of guidance are compared, as the released code of MPQ-DM does; 0: every output
             by itself.
-        precision: Mixed precision of `accelerate`.
+        precision: In which `torch.autocast` computes the student; master weights and moments stay in float32.
         patience: Stop after so many epochs without a lower loss; 0: never.
     """
 
@@ -160,13 +160,13 @@ def train(
     Returns:
         Mean loss of every epoch.
     """
+    distributed.join(devices.home(task.model))
     _check(task, settings)
-    with _accelerator(task, settings) as accelerator:
-        return _train(accelerator, task, student, settings, weights, extra, note)
+    with student.mixed_precision(_DTYPES[settings.precision]):
+        return _train(task, student, settings, weights, extra, note)
 
 
 def _train(
-    accelerator: Any,
     task: Task,
     student: Student,
     settings: TrainingSettings,
@@ -174,17 +174,17 @@ def _train(
     extra: Extra | None,
     note: str,
 ) -> list[float]:
-    data = _Rows(task, accelerator)
+    data = _Rows(task)
     groups = _groups(student, settings)
     base = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps = settings.epochs * len(data.grid)
-    model, optimizer = accelerator.prepare(student, optimizer)
-    scaler = _scaler(task, accelerator)
+    model = distributed.data_parallel(student)
+    scaler = _scaler(task, settings)
     made_of = {"settings": repr(settings), "weights": sorted(weights.items()), "extra": note}
     state = Kept(task, student, optimizer, scaler, made_of)
     losses = state.restore(distributed.on_main(state.read))
-    bar = tqdm(total=steps, desc="fine-tune", disable=not (task.progress and accelerator.is_main_process))
+    bar = tqdm(total=steps, desc="fine-tune", disable=not (task.progress and distributed.is_main()))
     bar.update(len(losses))
     done = _done(losses, len(data.grid), settings)
     with bar, distributed.apart():
@@ -195,43 +195,35 @@ def _train(
             loss = torch.zeros(())
             for part in range(settings.accumulation):
                 batch = data.draw(step * settings.accumulation + part, settings.rows, task.seed)
-                with accelerator.accumulate(model):
+                last = part + 1 == settings.accumulation
+                with distributed.exchange_gradients(model, now=last):
                     call = task.calibration.batch(batch.rows)
                     output = first_tensor(model(*call), rows_in_lists(*call))
                     part_loss = weights[batch.timestep] * data.loss(output.float(), batch, settings)
                     if extra is not None:
                         part_loss = part_loss + extra(student, step, batch, output)
                     torch_modes.check_gradients(part_loss)
-                    accelerator.backward(scaler.scale(part_loss))
-                    if accelerator.sync_gradients:
-                        scaler.step(optimizer)
-                        scaler.update()
-                    optimizer.zero_grad()
+                    scaler.scale(part_loss / settings.accumulation).backward()
                 loss = loss + part_loss.detach().cpu() / settings.accumulation
-            losses.append(float(_mean(loss, accelerator)))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses.append(float(distributed.summed(loss.to(data.targets.device))) / distributed.count())
             _check_loss(losses)
             done = _done(losses, len(data.grid), settings)
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
-            if accelerator.is_main_process:
+            if distributed.is_main():
                 state.keep(losses, force=done)
-    accelerator.wait_for_everyone()
-    return _by_epoch(losses, len(data.grid))
+    with distributed.together():  # the main process has kept the last state
+        return _by_epoch(losses, len(data.grid))
 
 
-def _scaler(task: Task, accelerator: Any) -> Any:
-    """Scales losses where gradients pass a float16 denoiser that no mixed precision of `accelerate` scales them for."""
-    device = next(task.model.parameters()).device.type
-    halves = any(parameter.dtype == torch.float16 for parameter in task.model.parameters())
-    return torch.amp.GradScaler(device, enabled=halves and accelerator.scaler is None)
-
-
-def _mean(loss: Tensor, accelerator: Any) -> Tensor:
-    """Over the processes; one alone leaves the number where it is."""
-    if accelerator.num_processes == 1:
-        return loss
-    mean: Tensor = accelerator.reduce(loss.to(accelerator.device), "mean")
-    return mean
+def _scaler(task: Task, settings: TrainingSettings) -> torch.amp.GradScaler:
+    """Scales losses where gradients pass numbers in float16, which would round small ones to nothing."""
+    parameters = list(task.model.parameters())
+    halves = settings.precision == "fp16" or any(one.dtype == torch.float16 for one in parameters)
+    return torch.amp.GradScaler(parameters[0].device.type, enabled=halves)
 
 
 def _check_loss(losses: list[float]) -> None:
@@ -242,41 +234,10 @@ def _check_loss(losses: list[float]) -> None:
         )
 
 
-@contextmanager
-def _accelerator(task: Task, settings: TrainingSettings) -> Iterator[Any]:
-    """An `Accelerator`; its process-wide state is afterwards what it was: the next run may want another precision or device.
-
-    Raises:
-        ValueError: if the process has an `Accelerator` of another precision already.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    states: list[Any] = [AcceleratorState, GradientState, PartialState]
-    before = [dict(state._shared_state) for state in states]
-    if before[0] and AcceleratorState().mixed_precision != settings.precision:
-        raise ValueError(
-            f"precision must be that of the process's Accelerator, {AcceleratorState().mixed_precision!r}, got "
-            f"{settings.precision!r}; say precision={AcceleratorState().mixed_precision}"
-        )
-    try:
-        yield Accelerator(
-            device_placement=False,  # everything is where the denoiser is
-            mixed_precision=settings.precision,
-            gradient_accumulation_steps=settings.accumulation,
-            cpu=next(task.model.parameters()).device.type == "cpu",
-        )
-    finally:
-        for state, shared in zip(states, before, strict=True):
-            state._shared_state.clear()
-            state._shared_state.update(shared)
-
-
 class _Rows:
     """Calibration rows by timestep, with the teacher's outputs; every process takes its share of a batch."""
 
-    def __init__(self, task: Task, accelerator: Any) -> None:
-        self.accelerator = accelerator
+    def __init__(self, task: Task) -> None:
         self.by_timestep: dict[float, list[int]] = {}
         for row, timestep in enumerate(task.calibration.timesteps):
             self.by_timestep.setdefault(timestep, []).append(row)
@@ -294,9 +255,7 @@ class _Rows:
         rows = torch.tensor(self.by_timestep[timestep])
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         picked = rows[torch.randint(len(rows), (count,), generator=generator)]
-        return Batch(
-            timestep, picked.tolist(), self.accelerator.process_index, self.accelerator.num_processes
-        )
+        return Batch(timestep, picked.tolist(), distributed.number(), distributed.count())
 
     def loss(self, output: Tensor, batch: Batch, settings: TrainingSettings) -> Tensor:
         """Mean squared error, and what the pairs among the rows say of guidance; a row drawn twice is in one pair.
@@ -323,12 +282,7 @@ class _Rows:
 
     def _total(self, mine: Tensor) -> Tensor:
         """Sum over processes whose gradient, averaged over them as training does, is that of the sum."""
-        world = self.accelerator.num_processes
-        if world == 1:
-            return mine
-        total = self.accelerator.reduce(mine.detach().clone(), "sum")
-        result: Tensor = total + world * (mine - mine.detach())
-        return result
+        return distributed.summed(mine.detach()) + distributed.count() * (mine - mine.detach())
 
 
 def lost_guidance(along: Tensor, power: Tensor, count: int) -> Tensor:
