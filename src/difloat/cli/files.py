@@ -30,11 +30,18 @@ def export(
     ],
     to: Kind,
     component: Annotated[str | None, typer.Option(help="Of the pipeline, if several are quantized.")] = None,
+    names: Annotated[
+        str,
+        typer.Option(
+            help="Of the tensors: source (of the single file that the model came from), diffusers, or auto: the first for "
+            "comfy and gguf if there is one."
+        ),
+    ] = "auto",
 ) -> None:
     """Write a checkpoint's quantized model for another program; what the file cannot hold exactly is refused."""
     from difloat import interchange
 
-    file = interchange.export_checkpoint(directory, out, to, component=component)
+    file = interchange.export_checkpoint(directory, out, to, component=component, names=names)
     console.print(f"{to} file {file}, {file.stat().st_size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
 
 

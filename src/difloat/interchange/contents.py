@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from difloat.checkpoint import source_names
 from difloat.checkpoint.layout import CONFIG, INPUT_BUNDLE, read_json
 from difloat.checkpoint.save_load import components, read_plan
 from difloat.checkpoint.verify import read_layers
@@ -26,12 +27,14 @@ class Contents:
         others: All other tensors, by full name, as they are stored.
         config: Of the model, without what says how it is quantized.
         options: Of the plan.
+        source_names: What `checkpoint.source_names` keeps, or None.
     """
 
     layers: Mapping[str, LayerPlan] = field(repr=False)
     others: Mapping[str, Tensor] = field(repr=False)
     config: Mapping[str, Any]
     options: Mapping[str, Any]
+    source_names: Mapping[str, Any] | None = field(default=None, repr=False)
 
 
 def model_directory(directory: str | os.PathLike[str], component: str | None) -> Path:
@@ -63,4 +66,6 @@ def read_contents(directory: Path, to: str) -> Contents:
         with safe_open(path, framework="pt") as opened:
             others |= {name: opened.get_tensor(name) for name in opened.keys() if name not in own}
     config = {k: v for k, v in read_json(directory / CONFIG).items() if k != "quantization_config"}
-    return Contents(dict(read_layers(plan, stored)), others, config, plan.options)
+    return Contents(
+        dict(read_layers(plan, stored)), others, config, plan.options, source_names.read(directory)
+    )

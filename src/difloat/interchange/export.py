@@ -16,11 +16,14 @@ from difloat.checkpoint.layout import CONFIG, write_json
 from difloat.interchange import gguf_files
 from difloat.interchange.contents import Contents, model_directory, read_contents
 from difloat.interchange.layers import NEUTRAL_INPUT_SCALE, encode, obstacle
+from difloat.interchange.rename import renamed
 from difloat.interchange.schemes import DIALECTS, Scheme
 from difloat.plan.plan import LayerPlan
 
 INPUT_SCALES = "input_scales"  # of imported files, kept in the options of the plan
 TARGETS = (*DIALECTS, "gguf")
+NAMES = ("auto", "source", "diffusers")
+_UNDER_SOURCE_NAMES = ("comfy", "gguf")
 _WEIGHTS = "diffusion_pytorch_model"
 
 
@@ -31,10 +34,11 @@ def export_checkpoint(
     *,
     component: str | None = None,
     input_scales: Mapping[str, float] | None = None,
+    names: str = "auto",
 ) -> Path:
     """Write the quantized model of a checkpoint as a file that other programs read; every value stays what it is.
 
-    Tensors that are not quantized are copied as they are stored; names are those of the diffusers model.
+    Tensors that are not quantized are copied as they are stored.
 
     Args:
         directory: A difloat checkpoint, of a pipeline or a model.
@@ -42,6 +46,9 @@ def export_checkpoint(
         to: One of `TARGETS`.
         component: Of the pipeline; None if only one is quantized.
         input_scales: For NVFP4, what the reader divides its own 4-bit inputs by, by layer; others get a neutral one.
+
+        names: "source", those of the single file that the model came from; "diffusers", those of its model; "auto", the first
+            for programs that know no others (ComfyUI, GGUF) where the model came from such a file, else the second.
 
     Returns:
         The weights' file.
@@ -53,10 +60,12 @@ def export_checkpoint(
     """
     if to not in TARGETS:
         raise ValueError(f"format must be one of {', '.join(TARGETS)}, got {to!r}")
+    if names not in NAMES:
+        raise ValueError(f"names must be one of {', '.join(NAMES)}, got {names!r}")
     source, target = model_directory(Path(directory), component), Path(out)
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise FileExistsError(f"output must be new, got {str(out)!r}, which exists; choose another name")
-    contents = read_contents(source, to)
+    contents = _named(read_contents(source, to), to, names)
     ending = ".gguf" if to == "gguf" else ".safetensors"
     file = target if target.suffix == ending else target / f"{_WEIGHTS}{ending}"
     if to == "gguf":
@@ -66,6 +75,17 @@ def export_checkpoint(
     if file != target:
         write_json(target / CONFIG, dict(contents.config))
     return file
+
+
+def _named(contents: Contents, to: str, names: str) -> Contents:
+    kept = contents.source_names
+    if names == "source" and kept is None:
+        raise ValueError(
+            "names must be diffusers for a model that came under them or in a way that is not known, got 'source'; leave it out"
+        )
+    if kept is None or names == "diffusers" or (names == "auto" and to not in _UNDER_SOURCE_NAMES):
+        return contents
+    return renamed(contents, kept)
 
 
 def _write_safetensors(contents: Contents, file: Path, to: str, input_scales: Mapping[str, float]) -> None:
