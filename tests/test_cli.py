@@ -779,7 +779,7 @@ def test_export_validate_import(run: Run, source: Path, checkpoint: Path, tmp_pa
     bad = run("validate", file)
     assert bad.code == 1 and "weight_scale_2 must be beside the weight, but is missing" in bad.out
     refused(run("export", checkpoint, tmp_path / "no", "--to", "nvfp4"), "without loss", "--bits w4a16")
-    refused(run("export", own, tmp_path / "no", "--to", "gguf"), "one of nvfp4, fp8, mxfp4, comfy")
+    refused(run("export", own, tmp_path / "no", "--to", "onnx"), "one of nvfp4, fp8, mxfp4, comfy")
     refused(run("import", file, tmp_path / "no", "--from", "nvfp4", "--into", source), "weight_scale_2")
     refused(run("validate", tmp_path / "no"), "does not exist")
     assert not (tmp_path / "no").exists()

@@ -23,10 +23,12 @@ from torch import nn
 
 from difloat import reference_models
 from difloat.checkpoint import outline
+from difloat.checkpoint import source_names as kept_names
 from difloat.checkpoint.layout import CONFIG, read_json, stored_dtypes
 from difloat.checkpoint.remote_code import INDEX
 from difloat.checkpoint.save_load import dtype_argument
-from difloat.pipelines import DENOISER_NAMES
+from difloat.interchange import gguf_files, source_names
+from difloat.pipelines import DENOISER_NAMES, denoiser_of
 
 DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
 _WHOLE = (
@@ -254,12 +256,16 @@ def _from_file(path: Path, source: Source, device: torch.device | str) -> Any:
     from diffusers.loaders import single_file_utils
 
     with _load_errors(source.name):
-        state = single_file_utils.load_single_file_checkpoint(str(path))
+        if path.suffix == gguf_files.SUFFIX:
+            state, stored = _float_gguf(path)
+        else:
+            state = single_file_utils.load_single_file_checkpoint(str(path))
+            floats = Counter(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+            stored = floats.most_common(1)[0][0]
         repository = single_file_utils.fetch_diffusers_config(state)["pretrained_model_name_or_path"]
-    floats = Counter(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    dtype = computed_in(floats.most_common(1)[0][0], source.dtype, device)
+    dtype = computed_in(stored, source.dtype, device)
     whole = any(name.startswith(_WHOLE) for name in state)
-    del state
+    what: Any = dict(state) if path.suffix == gguf_files.SUFFIX else str(path)
     base = source.base or (repository if whole else None)
     if base is None:
         raise ValueError(
@@ -270,11 +276,28 @@ def _from_file(path: Path, source: Source, device: torch.device | str) -> Any:
     with _load_errors(source.name):
         if whole:
             pipeline_class: Any = getattr(diffusers, index["_class_name"])
-            return pipeline_class.from_single_file(str(path), config=base, torch_dtype=dtype)
+            pipeline = pipeline_class.from_single_file(what, config=base, torch_dtype=dtype)
+            _keep_names(denoiser_of(pipeline)[1], state, whole)
+            return pipeline
         name = next(name for name in DENOISER_NAMES if index.get(name, [None])[0])
         model_class: Any = getattr(diffusers, index[name][1])
-        module = model_class.from_single_file(str(path), config=base, subfolder=name, torch_dtype=dtype)
+        module = model_class.from_single_file(what, config=base, subfolder=name, torch_dtype=dtype)
+        _keep_names(module, state, whole)
     return _in_base({name: module}, source, device)
+
+
+def _keep_names(module: nn.Module, state: Mapping[str, torch.Tensor], whole: bool) -> None:
+    """Note on a model under which names its tensors came, so that an export can give them back."""
+    if (names := source_names.find(module, state, keep_unused=not whole)) is not None:
+        kept_names.keep(module, names)
+
+
+def _float_gguf(path: Path) -> tuple[dict[str, torch.Tensor], torch.dtype]:
+    """The float weights of a GGUF file, and what its values are taken to be stored in: blocks are products with a float16."""
+    state, counts = gguf_files.read(path)
+    wide = counts["F32"] > counts.total() - counts["F32"]
+    bfloat16 = counts["BF16"] > counts.total() - counts["BF16"]
+    return state, torch.float32 if wide else torch.bfloat16 if bfloat16 else torch.float16
 
 
 def _index_of(base: str, source: Source) -> Mapping[str, Any]:

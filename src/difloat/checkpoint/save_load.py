@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from difloat import torch_modes
-from difloat.checkpoint import integrity, rebuild
+from difloat.checkpoint import integrity, rebuild, source_names
 from difloat.checkpoint.directories import resolved, whole_directory
 from difloat.checkpoint.layout import (
     CONFIG,
@@ -166,6 +166,8 @@ def _save(
             options = {} if max_shard_bytes is None else {"max_shard_size": max_shard_bytes}
             pipeline_or_module.save_pretrained(str(partial), **options)
             _clean_configs(partial, {partial / name for name in quantized})
+            for name, model in quantized.items():
+                source_names.write(model, partial / name)
             if remote_code:
                 write_loaders(partial, quantized)
         else:
@@ -306,6 +308,8 @@ def _load(
                 "into must be None for a pipeline, got a module; pass the directory of one component"
             )
         model = _load_pipeline(root, loaded, dtype)
+        for name, path in found.items():
+            _keep_names(getattr(model, name), path)
     elif into is not None:
         plan, stored = loaded[""]
         model = load_into(into, plan, stored, dtype, device)
@@ -313,7 +317,14 @@ def _load(
         return model
     else:
         model = _load_model(root, *loaded[""], dtype)
+        _keep_names(model, root)
     return model if device is None else model.to(device)
+
+
+def _keep_names(model: nn.Module, directory: Path) -> None:
+    """Note on a loaded model under which names it came, so that it is saved with them again."""
+    if (names := source_names.read(directory)) is not None:
+        source_names.keep(model, names)
 
 
 def _load_model(root: Path, plan: Plan, stored: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> Any:

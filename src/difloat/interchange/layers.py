@@ -22,22 +22,17 @@ _NEIGHBOURS = range(-2, 3)  # units in the last place; a quotient of rounded num
 
 def obstacle(layer: LayerPlan, scheme: Scheme) -> str:
     """Why the layout cannot hold the layer without loss, as the end of "layer L ...", with what to do; "" if it can."""
-    if layer.schedule or layer.input_schedule or layer.smoothed:
-        return "depends on the timestep or smooths its input; quantize without"
-    if layer.bands or layer.side is not None:
-        return "has rows of several widths or adapters beside its weight; quantize with a recipe without"
+    if problem := obstacle_of_structure(layer):
+        return problem
     if layer.kind != "linear":
         return "is a convolution; keep it as it is with --exclude"
-    if len(layer.parts) != 1:
-        return "has parts with scales of their own; quantize with --set split=false"
     part = layer.parts[0]
     if part.weight.zero_point:
         return "has zero points; quantize with a recipe without"
     own_inputs = QuantSpec(scheme.element, "token", online=True)
-    if part.activation is not None and (scheme.group_size != 0 or part.activation != own_inputs):
-        return (
-            f"quantizes its input to {part.activation.format.name}; quantize weights only, like --bits w4a16"
-        )
+    if scheme.group_size != 0 or part.activation != own_inputs:
+        if problem := obstacle_of_inputs(layer):
+            return problem
     if problem := _obstacle_of_codes(layer, scheme):
         return problem
     if layer.shape[1] % (scheme.group_size or 1) and scheme.padded_to == 1:
@@ -49,6 +44,25 @@ def obstacle(layer: LayerPlan, scheme: Scheme) -> str:
     if scheme.scales == "e4m3" and split_scales(scales) is None:
         return "has scales that are no e4m3 numbers times one float32 number; quantize with --set scale_format=e4m3"
     return ""
+
+
+def obstacle_of_structure(layer: LayerPlan) -> str:
+    """Why no foreign layout holds the layer: it is more than one weight with the same input at all timesteps; "" if not."""
+    if layer.schedule or layer.input_schedule or layer.smoothed:
+        return "depends on the timestep or smooths its input; quantize without"
+    if layer.bands or layer.side is not None:
+        return "has rows of several widths or adapters beside its weight; quantize with a recipe without"
+    if len(layer.parts) != 1:
+        return "has parts with scales of their own; quantize with --set split=false"
+    return ""
+
+
+def obstacle_of_inputs(layer: LayerPlan) -> str:
+    """Why a layout that says nothing of inputs does not hold the layer; "" if it does."""
+    activation = layer.parts[0].activation
+    if activation is None:
+        return ""
+    return f"quantizes its input to {activation.format.name}; quantize weights only, like --bits w4a16"
 
 
 def _obstacle_of_codes(layer: LayerPlan, scheme: Scheme) -> str:

@@ -1,7 +1,8 @@
 """Scales on a grid of their own: what foreign file formats and 4-bit tensor cores ask for.
 
 NVFP4 stores the scale of every group as an e4m3 number, times one float32 scale of the whole tensor; the MX formats store
-a power of two (OCP Microscaling Formats v1.0, section 5). A plan whose scales were searched on such a grid can be exported
+a power of two (OCP Microscaling Formats v1.0, section 5); GGUF stores a float16 number, and for the types that have one its
+zero point as another. A plan whose scales were searched on such a grid can be exported
 without any loss (`interchange`).
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from difloat.numbers import formats, rounding
 from difloat.numbers.formats import Format
 
-ScaleFormat = Literal["float32", "e4m3", "e8m0"]
+ScaleFormat = Literal["float32", "e4m3", "e8m0", "float16"]
 Snap = Callable[[Tensor, Format], Tensor]
 
 _GRID = formats.parse("e4m3fn")  # of group scales, hardware's own: no 480
@@ -25,6 +26,7 @@ _GLOBAL_BITS = (
     8  # significant bits of the tensor's scale, so that its products with e4m3 numbers are exact in float32
 )
 _SMALLEST_SHARED = -100  # exponent; its product with the smallest e4m3 number is no subnormal
+_SMALLEST_FLOAT16 = 2.0**-24
 _LARGEST_EXPONENT = 127  # of e8m0, and of float32
 
 
@@ -38,6 +40,8 @@ def snapping(rows: Tensor, scale_format: ScaleFormat) -> Snap | None:
         raise ValueError(f"scale_format must be one of {get_args(ScaleFormat)}, got {scale_format!r}")
     if scale_format == "float32":
         return None
+    if scale_format == "float16":
+        return lambda scale, format: _float16(scale.clamp_min(_SMALLEST_FLOAT16))
     if scale_format == "e8m0":
         return lambda scale, format: _power_of_two(scale)
     reach = float(rows.detach().abs().max())
@@ -48,6 +52,17 @@ def snapping(rows: Tensor, scale_format: ScaleFormat) -> Snap | None:
         return rounding.round_to(inside, _GRID) * shared
 
     return snap
+
+
+def snap_zero_points(zero_points: Tensor, scale_format: ScaleFormat) -> Tensor:
+    """Zero points moved to the grid of the scales; float32 ones stay what they are."""
+    return _float16(zero_points) if scale_format == "float16" else zero_points
+
+
+def _float16(values: Tensor) -> Tensor:
+    """The nearest finite float16 numbers, in the dtype of `values`."""
+    largest = torch.finfo(torch.float16).max
+    return values.clamp(-largest, largest).to(torch.float16).to(values.dtype)
 
 
 def shared_scale(largest: float) -> float:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from difloat.numbers import rounding
 from difloat.numbers.formats import Format
-from difloat.numbers.scale_grids import Snap
+from difloat.numbers.scale_grids import ScaleFormat, Snap, snap_zero_points
 
 CLIPS = tuple(percent / 100 for percent in range(20, 121))
 """Fractions of the reach that `search` tries as clip values; at 4 bits the best is usually near 0.6."""
@@ -93,6 +94,7 @@ def search(
     zero_points: Sequence[float] | None = None,
     refine: int = 1,
     snap: Snap | None = None,
+    zero_format: ScaleFormat = "float32",
 ) -> Found:
     """The one format for all rows, and the scale and zero point of every row, with the lowest squared error.
 
@@ -108,6 +110,7 @@ def search(
             `ZERO_POINTS`. None: no zero point, and unsigned formats need rows without negative values.
         refine: Rounds of a finer grid between the neighbours of each winner.
         snap: Moves the candidate scales of a format to the nearest that are allowed; the errors are those of the moved.
+        zero_format: Grid of the zero points; the errors are those of zero points on it.
 
     Raises:
         ValueError: if rows are empty or hold NaN or Inf, if a fraction is not usable, or if an unsigned
@@ -116,7 +119,8 @@ def search(
     expected: dict[str, float] = {}
 
     def best(of: Tensor, candidates: Sequence[Format]) -> dict[str, Found]:
-        return best_per_format(of, candidates, clips=clips, zero_points=zero_points, refine=refine, snap=snap)
+        asked: dict[str, Any] = {"clips": clips, "zero_points": zero_points, "refine": refine, "snap": snap}
+        return best_per_format(of, candidates, **asked, zero_format=zero_format)
 
     _check(rows, formats, clips, zero_points)
     if len(formats) > 1 and len(rows) > 4 * _SAMPLE_ROWS:
@@ -160,6 +164,7 @@ def best_per_format(
     zero_points: Sequence[float] | None = None,
     refine: int = 1,
     snap: Snap | None = None,
+    zero_format: ScaleFormat = "float32",
 ) -> dict[str, Found]:
     """Like `search`, but the best of every format, by its name: whoever mixes formats compares row by row."""
     _check(rows, formats, clips, zero_points)
@@ -177,7 +182,7 @@ def best_per_format(
             if mirrored not in sorted_rows:
                 sorted_rows[mirrored] = _sort(block.abs() if mirrored else block, low.double(), high.double())
             axes = (clip_axis, zero_axis[format.signed])
-            best = _search_block(sorted_rows[mirrored], format, *axes, refine, snap)
+            best = _search_block(sorted_rows[mirrored], format, *axes, refine, snap, zero_format)
             if format.levels and not mirrored:  # the sign of the scale is one more candidate
                 turned = _search_block(sorted_rows[mirrored], format.mirrored(), *axes, refine, snap)
                 better = turned[2] < best[2]
@@ -255,7 +260,13 @@ def _sort(rows: Tensor, low: Tensor, high: Tensor) -> _SortedRows:
 
 
 def _search_block(
-    rows: _SortedRows, format: Format, clips: Tensor, zeros: Tensor, refine: int, snap: Snap | None
+    rows: _SortedRows,
+    format: Format,
+    clips: Tensor,
+    zeros: Tensor,
+    refine: int,
+    snap: Snap | None,
+    zero_format: ScaleFormat = "float32",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Best scale, zero point and error of the rows, each [r]; fractions `clips` [1, c] and `zeros` [1, z]."""
     count = rows.low.shape[0]
@@ -264,6 +275,7 @@ def _search_block(
         scale, zero_point = _candidates(rows, format, clips, zeros)
         if snap is not None:
             scale = snap(scale, format)
+        zero_point = snap_zero_points(zero_point, zero_format)
         error = _errors(rows, format, scale, zero_point)
         winner = error.argmin(dim=1, keepdim=True)
         if remaining:

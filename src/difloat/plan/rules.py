@@ -52,7 +52,7 @@ class Rule:
         unsigned_clips: Candidate ranges of unsigned formats, if others than `clips`.
         asymmetry: Unsigned formats are tried beside the signed ones where the values are at least so lopsided
             (`lopsidedness`); 0: everywhere.
-        scales: Grid that the scales are restricted to; only without zero points.
+        scales: Grid that the scales are restricted to; with zero points "float16", which they are restricted to as well.
     """
 
     formats: tuple[Format, ...]
@@ -66,8 +66,10 @@ class Rule:
     scales: ScaleFormat = "float32"
 
     def __post_init__(self) -> None:
-        if self.scales != "float32" and self.zero_points is not None:
-            raise ValueError(f"scales must be float32 where there are zero points, got {self.scales!r}")
+        if self.scales not in ("float32", "float16") and self.zero_points is not None:
+            raise ValueError(
+                f"scales must be float32 where there are zero points, or float16, got {self.scales!r}"
+            )
 
     def spec(self, format: Format) -> QuantSpec:
         """The specification that results when the search chose `format`."""
@@ -83,6 +85,7 @@ class Rule:
             clips, refine = coarse(self.clips, self.formats[0])
             snap = snapping(rows, self.scales)
             return search(rows, self.formats, clips=clips, refine=refine, snap=snap)
+        snap = snapping(rows, self.scales)
         signed = [f for f in self.formats if f.signed]
         unsigned = [f for f in self.formats if not f.signed]
         if signed and self.asymmetry and lopsidedness(rows) < self.asymmetry:
@@ -90,11 +93,12 @@ class Rule:
         found = []
         if signed:
             clips, refine = coarse(self.clips, signed[0])
-            found.append(search(rows, signed, clips=clips, refine=refine))
+            found.append(search(rows, signed, clips=clips, refine=refine, snap=snap))
         if unsigned:
             clips = self.unsigned_clips or self.clips
             offsets = _offsets(rows, self.zero_points) if self.asymmetry else self.zero_points
-            found.append(search(rows, unsigned, clips=clips, zero_points=offsets))
+            asked = {"clips": clips, "zero_points": offsets}
+            found.append(search(rows, unsigned, **asked, snap=snap, zero_format=self.scales))
         return min(found, key=lambda one: float(one.error.sum()))
 
 

@@ -34,8 +34,8 @@ class NearestOptions:
         weight_granularity: What shares a weight scale.
         group_size: Input channels per weight scale, with granularity "group".
         weight_format: Name of the format of weights at the width asked for; "" takes the one of `grid`.
-        scale_format: Grid of weight scales: "float32", "e4m3" (times one float32 number per tensor, as NVFP4 stores them) or
-            "e8m0" (powers of two, as MX formats do).
+        scale_format: Grid of weight scales: "float32", "e4m3" (times one float32 number per tensor, as NVFP4 stores them),
+            "e8m0" (powers of two, as MX formats do) or "float16" (as GGUF does).
         activation: "online" per token, which needs no data, or "static" per tensor from calibration.
     """
 
