@@ -1,8 +1,8 @@
-"""Backend "decoded": the native library rounds activations and decodes weights, torch multiplies.
+"""Backend "decoded": the native library rounds activations and decodes weights, and torch multiplies.
 
-For what has no product in integers: formats that do not fit int8 (E4M3, E3M4, ...) and activations that stay as they are.
-Weights stay packed; one layer at a time is decoded into a buffer that all layers of a thread share. Results are the
-reference's, bit for bit.
+It serves layers without a product in integers: formats that do not fit int8 (E4M3, E3M4, ...), and activations that stay as
+they are. Weights stay packed. One layer at a time is decoded into a buffer that all layers of a thread share. Results are
+those of the reference, bit for bit.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _rounds(spec: QuantSpec | None, x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
-    """See `reference.linear`; decoded, rows of all widths are alike, so one product does."""
+    """The linear layer of `reference.linear`. Decoded rows of all widths are alike, so it takes one product."""
     spec = weight.part.activation
     rows = x.reshape(-1, weight.part.channels if spec is None or not spec.group_size else spec.group_size)
     rounded = _rounded(rows, inputs, weight.part).reshape(x.shape)
@@ -57,8 +57,9 @@ def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Te
 
 
 def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """See `reference.conv2d`, in one product."""
+    """The convolution of `reference.conv2d`, as one convolution of torch."""
     last = torch.channels_last
+    # A picture is one row of the rounding, in whatever order its numbers lie in memory.
     dense = x.contiguous(memory_format=last) if x.is_contiguous(memory_format=last) else x.contiguous()
     pictures = dense.as_strided((x.shape[0], math.prod(x.shape[1:])), (math.prod(x.shape[1:]), 1))
     rounded = _rounded(pictures, inputs, weight.part).as_strided(x.shape, dense.stride())
@@ -67,12 +68,13 @@ def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geome
 
 
 def _rounded(rows: Tensor, inputs: Inputs, part: Part) -> Tensor:
-    """Rows, each with a scale of its own where scales are found per token, on their grid; dense."""
+    """Rows [t, i] rounded to their grid, as a dense tensor. Where scales are found per token, every row has its own."""
     spec = part.activation
     if spec is None or not rows.numel():
         return rows
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = rows.new_empty(rows.shape)
+    # 0 stands for a stored scale, 1 for a scale per row, 2 for one of the whole tensor.
     online = 0 if not spec.online else 2 if spec.granularity == "tensor" else 1
     source = native_library.Input(
         rows.data_ptr(),
@@ -91,11 +93,11 @@ def _rounded(rows: Tensor, inputs: Inputs, part: Part) -> Tensor:
 
 
 def _decoded(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight [o, i, *k], channels last and in the order of the float layer, in this thread's buffer.
+    """The weight [o, i, *k] in the order of the float layer's rows, channels last, in this thread's buffer.
 
-    It is gone with the next layer.
+    The next layer overwrites it.
     """
-    shape = (weight.out_channels, *weight.kernel, weight.part.channels)
+    shape = (weight.out_channels, *weight.kernel, weight.part.channels)  # [o, *k, i]
     stored = _buffer(math.prod(shape), dtype).view(shape)
     start = 0
     for piece in weight.bands:
@@ -117,7 +119,7 @@ def _decode_into(out: Tensor, piece: PackedWeight) -> None:
 
 
 def _buffer(count: int, dtype: torch.dtype) -> Tensor:
-    """Memory for `count` numbers that stays: getting pages from the system costs as much as filling them."""
+    """Memory for `count` numbers, which is kept because getting pages from the system costs as much as filling them."""
     found: Tensor | None = getattr(_buffers, "memory", None)
     size = count * _bytes(dtype)
     if found is None or found.numel() < size:

@@ -1,6 +1,6 @@
-"""Backend "cpu": the native library. Packed weights are read as they are stored; nothing else stays in memory.
+"""Backend "cpu": the native library reads packed weights as they are stored, and keeps nothing else in memory.
 
-One call quantizes the input, multiplies in integers and writes the result in the input's dtype (``csrc/``; docs/kernels.md).
+One call quantizes the input, multiplies in integers and writes the result in the input's dtype (``csrc/``, docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _range(part: Part) -> int:
 
 
 def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
-    """See `reference.linear`; [..., i] to [..., o], piece by piece."""
+    """The linear layer of `reference.linear`, from [..., i] to [..., o], piece by piece."""
     return by_piece(_linear, x, weight, inputs, bias)
 
 
@@ -75,7 +75,7 @@ def _linear(x: Tensor, piece: PackedWeight, inputs: Inputs, bias: Tensor | None)
 
 
 def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """See `reference.conv2d`, piece by piece; the result is channels last."""
+    """The convolution of `reference.conv2d`, piece by piece. The result is channels last."""
     return by_piece(_conv2d, x, weight, inputs, bias, geometry)
 
 
@@ -89,6 +89,7 @@ def _conv2d(
     if not out.numel():
         return out.permute(0, 3, 1, 2)
     pictures = x.contiguous(memory_format=torch.channels_last)
+    # Channels last, so that a pixel is a row [b * h * w, i] as a token is.
     pixels = pictures.as_strided((batch * math.prod(size), channels), (channels, 1))
     source = _input(pixels, x.dtype, inputs, piece.part)
     shift = _shift(bias)
@@ -104,7 +105,7 @@ def _conv2d(
 def native_geometry(
     geometry: Geometry, batch: int, size: Sequence[int], kernel: Sequence[int]
 ) -> native_library.Geometry:
-    """A convolution's geometry on `batch` pictures of `size` as the library reads it."""
+    """The geometry of a convolution on `batch` pictures of `size`, as the library reads it."""
     pair, extent = ctypes.c_int64 * 2, geometry.size(size, kernel)
     numbers = (size, kernel, geometry.stride, geometry.padding, geometry.dilation, extent)
     return native_library.Geometry(batch, *[pair(*two) for two in numbers])
@@ -127,7 +128,7 @@ def _input(rows: Tensor, dtype: torch.dtype, inputs: Inputs, part: Part) -> nati
 
 @cache
 def input_kind(part: Part, dtype: torch.dtype) -> native_library.Input:
-    """What all inputs of a part have in common: copying it is faster than filling in every field."""
+    """The fields that all inputs of a part have in common. Copying them is faster than filling in every field."""
     spec = part.activation
     assert spec is not None
     online = 0 if not spec.online else 1 if spec.granularity == "token" else 2
@@ -145,15 +146,14 @@ def input_kind(part: Part, dtype: torch.dtype) -> native_library.Input:
 
 
 def native_weight(piece: PackedWeight) -> native_library.Weight:
-    """The struct holds addresses: its tensors must outlive it."""
+    """The struct of a packed weight, which holds addresses. Its tensors must outlive it."""
     zero = None if piece.zero_point is None else piece.zero_point.data_ptr()
     addresses = piece.codes.data_ptr(), piece.scale.data_ptr(), zero
     return _weight_at(*addresses, piece.codes.shape, piece.codes.stride(), piece.part)
 
 
-@lru_cache(
-    maxsize=1 << 14
-)  # layers of a large model; a filled-in struct is a quarter of a small layer's time
+# As many as a large model has layers, since filling in a struct takes a quarter of a small layer's time.
+@lru_cache(maxsize=1 << 14)
 def _weight_at(
     data: int, scale: int, zero: int | None, shape: Sequence[int], stride: Sequence[int], part: Part
 ) -> native_library.Weight:

@@ -1,4 +1,4 @@
-"""Calls of the native library prepared once per layer: what is left per call is reading the input and calling.
+"""Calls of the native library that are prepared once per layer, so that each call only reads its input and calls.
 
 A prepared call holds addresses and no tensors, so that a layer that is offloaded gives its memory back. Its caller knows
 whether the tensors still lie where they lay (`layers.prepared`). Structs that change are made per call, so threads share none.
@@ -19,13 +19,13 @@ from difloat.kernels.native_int8 import input_kind, native_geometry, native_weig
 from difloat.plan.weight import Weight
 
 Call = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
-"""Input, its scale, its zero point and the bias to the result."""
+"""A function of the input, its scale, its zero point and the bias, which returns the result."""
 
 _MOST_SIZES = 64  # of pictures, whose geometry is kept
 
 
 def linear(weight: Weight, dtype: torch.dtype, has_bias: bool) -> Call:
-    """`native_int8.linear` for one weight of one part, and inputs of one dtype whose width was checked."""
+    """`native_int8.linear` prepared for the weight of one part, and for inputs of one dtype whose width was checked."""
     product, bands, order, places = _bands(weight, native_library.library().difloat_linear, has_bias)
     kind, channels, out_channels = input_kind(weight.part, dtype), weight.part.channels, weight.out_channels
     from_kind, output = native_library.Input.from_buffer_copy, native_library.Output
@@ -44,6 +44,7 @@ def linear(weight: Weight, dtype: torch.dtype, has_bias: bool) -> Call:
         if zero is not None:
             source.zero_point = float(zero)
         if bias is not None and order is not None:
+            # Bands compute the rows in their stored order, so the bias is put in that order.
             bias = bias.index_select(0, order)
         results = []
         for struct, start, stop in bands:
@@ -62,7 +63,7 @@ def linear(weight: Weight, dtype: torch.dtype, has_bias: bool) -> Call:
 
 
 def conv2d(weight: Weight, dtype: torch.dtype, has_bias: bool, geometry: Geometry) -> Call:
-    """`native_int8.conv2d` likewise, in the memory format that `operators.conv2d` gives its results."""
+    """`native_int8.conv2d` prepared for the weight of one part, in the memory format that `operators.conv2d` gives results."""
     product, bands, order, places = _bands(weight, native_library.library().difloat_conv2d, has_bias)
     kind, channels, out_channels = input_kind(weight.part, dtype), weight.part.channels, weight.out_channels
     from_kind, output, last = (
@@ -71,6 +72,7 @@ def conv2d(weight: Weight, dtype: torch.dtype, has_bias: bool, geometry: Geometr
         torch.channels_last,
     )
     terms, kernel = channels * math.prod(weight.kernel), tuple(weight.kernel)
+    # Bands are cut out of one row of bytes, so only a single one has a layout of its own.
     weight_last = places is None and memory_format(weight.bands[0].codes) == last
     sizes: dict[tuple[int, int, int], Any] = {}
 
@@ -116,7 +118,7 @@ def conv2d(weight: Weight, dtype: torch.dtype, has_bias: bool, geometry: Geometr
 def _bands(
     weight: Weight, product: Any, has_bias: bool
 ) -> tuple[Any, list[tuple[Any, int, int]], Tensor | None, Tensor | None]:
-    """The library's function, every band's struct with its rows, and the order of the rows where there are several bands."""
+    """The library's function, the struct and rows of every band, and the two orders of rows where there are several bands."""
     bands, start = [], 0
     for piece in weight.bands:
         bands.append((native_weight(piece), start, start + piece.rows))
