@@ -115,10 +115,9 @@ def diagnose(
 
     >>> import difloat
     >>> original, quantized = difloat.reference("emoji-unet"), difloat.reference("emoji-unet")
-    >>> _ = difloat.quantize(quantized, "rtn", "w2a16", progress=False)
-    >>> found = difloat.diagnose(
-    ...     original, quantized, prompts=["red apple"], samples=2, images=1, steps=1, progress=False
-    ... )
+    >>> _ = difloat.quantize(quantized, "rtn", "w2a16", exclude=["down_blocks", "up_blocks"], progress=False)
+    >>> few = {"prompts": ["red apple"], "samples": 2, "images": 1, "steps": 1, "progress": False}
+    >>> found = difloat.diagnose(original, quantized, **few)
     >>> found.layers[0].error >= found.layers[-1].error, found.after <= found.before
     (True, True)
 

@@ -76,34 +76,28 @@ def generate(
     """One sample per seed from any diffusers pipeline, the same one for every batch size up to float rounding.
 
     >>> import difloat
-    >>> pipeline = difloat.reference("emoji-unet")
-    >>> drawn = generate(pipeline, ["red apple"], seeds=[0, 1], steps=1, progress=False)
-    >>> drawn.images.shape
+    >>> generate(difloat.reference("emoji-unet"), ["red apple"], seeds=[0, 1], steps=1, progress=False).images.shape
     torch.Size([2, 3, 64, 64])
 
-    Sample i is drawn with its own CPU generator of `seeds[i]` and prompt `prompts[i % len(prompts)]`. Sampler states are taken
-    from the scheduler's `step`, which every pipeline calls, so nothing depends on a pipeline's callbacks. Further arguments
-    that the call needs are completed by `difloat.pipelines.completed`.
+    Sample i is drawn with its own CPU generator of `seeds[i]` and prompt `prompts[i % len(prompts)]`. Sampler states come from
+    the scheduler's `step`, and so depend on no pipeline's callbacks. `pipelines.completed` adds what else a call needs.
 
-    In a launch of several processes (`difloat.distributed`) all must call this with the same arguments. With n processes each
-    draws every n-th batch, so that every batch is one that a single process would draw. The main process gets all samples,
-    and the others get none.
+    In a launch of several processes (`difloat.distributed`) all must call this with the same arguments. Each draws some of
+    the batches that a single process would draw. The main process gets all samples, and the others get none.
 
     Args:
         pipeline: A diffusers pipeline.
-        prompts: Texts, or classes for class-conditional pipelines, which are recycled. None is for unconditional pipelines,
-            and lets class-conditional ones draw a class with each seed.
+        prompts: Texts or classes, which are recycled. With None, a class-conditional pipeline draws a class with each seed.
         seeds: One seed per sample.
         steps: How many steps the sampler takes, or None for the pipeline's default.
         guidance_scale: The factor of classifier-free guidance, or None for the pipeline's default.
-        batch_size: How many samples a call draws. It is 1 where `call_kwargs` holds pictures, arrays or tensors, which go with
-            every sample.
+        batch_size: How many samples a call draws. It is 1 where `call_kwargs` holds pictures, arrays or tensors.
         trajectory: Whether to keep the sampler's state after every step.
         progress: Whether to show one bar over all samples instead of the pipeline's own bars.
         call_kwargs: Further arguments of the pipeline's call.
 
     Raises:
-        ValueError: if there are no seeds, prompts or arguments do not fit the pipeline, or a sample has NaN or infinity.
+        ValueError: if there are no seeds, prompts or arguments do not fit, or a sample is not finite.
         ProcessError: if another process of the launch failed.
     """
     from tqdm.auto import tqdm
