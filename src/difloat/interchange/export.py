@@ -1,4 +1,4 @@
-"""From a difloat checkpoint to a file of another program."""
+"""Export of a difloat checkpoint to a file of another program."""
 
 from __future__ import annotations
 
@@ -32,9 +32,17 @@ def export_checkpoint(
     component: str | None = None,
     input_scales: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write the quantized model of a checkpoint as a file that other programs read; every value stays what it is.
+    """Write the quantized model of a checkpoint as a file that other programs read. Every value stays what it is.
 
-    Tensors that are not quantized are copied as they are stored; names are those of the diffusers model.
+    >>> import difloat
+    >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
+    >>> options = {"scale_format": "e8m0", "weight_granularity": "group", "group_size": 32, "keep_8bit": ()}
+    >>> _ = difloat.quantize(model, "rtn", "w4a16", progress=False, **options)
+    >>> file = export_checkpoint(difloat.save(model, "model"), "exported.safetensors", "mxfp4")
+    >>> sorted(safetensors.torch.load_file(file))
+    ['0.bias', '0.weight', '0.weight_scale']
+
+    Tensors that are not quantized are copied as they are stored, and names are those of the diffusers model.
 
     Args:
         directory: A difloat checkpoint, of a pipeline or a model.
@@ -92,7 +100,7 @@ def _encoded(
     to: str,
     input_scales: Mapping[str, float],
 ) -> tuple[dict[str, Tensor], dict[str, Scheme]]:
-    """All tensors of the file, and the layout of every quantized layer."""
+    """All tensors of the file, and the layout of every quantized layer by name."""
     if plan.attention:
         name = next(iter(plan.attention))
         raise ValueError(
