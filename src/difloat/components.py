@@ -1,4 +1,4 @@
-"""The components of a pipeline: which of its denoisers are quantized, and, without data and on request, what is none."""
+"""The components of a pipeline that are quantized: its denoisers by a recipe, and others on request, without data."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from difloat.plan.plan import Plan
 
 
 def denoisers(pipeline: Any, wanted: Sequence[str] | None, bits: str) -> dict[str, str]:
-    """Which denoisers are quantized by the recipe, by name, and with which bits.
+    """The denoisers that the recipe quantizes, by name, with their bits.
 
     Args:
-        pipeline: A diffusers pipeline, or a module, which has one of the name "".
-        wanted: As for `parse`; None: all that share the trajectory.
-        bits: Of all whose bits are not given.
+        pipeline: A diffusers pipeline, or a module, which is a denoiser with the empty name.
+        wanted: Names of components, as `parse` takes them. None takes all denoisers that share the trajectory.
+        bits: The bits of all denoisers whose bits are not given.
     """
     if isinstance(pipeline, nn.Module):
         return {"": bits}
@@ -35,13 +35,13 @@ def denoisers(pipeline: Any, wanted: Sequence[str] | None, bits: str) -> dict[st
 
 
 def parse(pipeline: Any, wanted: Sequence[str] | None, bits: str, target: str = "any") -> dict[str, Settings]:
-    """What is asked of the components of a pipeline besides its denoisers, by name.
+    """The settings of the quantized components of a pipeline besides its denoisers, by name.
 
     Args:
         pipeline: A diffusers pipeline, or a module, which has no components.
-        wanted: Names of components, the denoiser among them; "vae=w8a8" gives one other bits than the rest. None: none.
-        bits: Of all whose bits are not given.
-        target: As for `difloat.plan`.
+        wanted: Names of components, the denoiser among them, or None for no others. "vae=w8a8" gives one its own bits.
+        bits: The bits of all components whose bits are not given.
+        target: "cpu" for formats that CPUs compute in integers, or "any".
 
     Raises:
         ValueError: if a name is no model of the pipeline, or the denoiser is not among them.
@@ -71,7 +71,7 @@ def parse(pipeline: Any, wanted: Sequence[str] | None, bits: str, target: str = 
 
 
 def with_components(plan: Plan, pipeline: Any, wanted: dict[str, Settings], progress: bool) -> Plan:
-    """The denoiser's plan, which may have those of further denoisers, with those of the other components."""
+    """The denoiser's plan, which may hold plans of further denoisers, with the plans of the other components added."""
     plans = dict(plan.components)
     for name, settings in wanted.items():
         with offloading.lifted(getattr(pipeline, name), onload=True):
@@ -80,7 +80,7 @@ def with_components(plan: Plan, pipeline: Any, wanted: dict[str, Settings], prog
 
 
 def models(pipeline_or_module: Any, denoiser: nn.Module, plan: Plan) -> list[tuple[nn.Module, Plan]]:
-    """Every model that a plan is about, with its part of the plan.
+    """Every model that a plan is made for, with its own part of the plan.
 
     Raises:
         ValueError: if the plan names a component that is not there.
@@ -97,7 +97,7 @@ def models(pipeline_or_module: Any, denoiser: nn.Module, plan: Plan) -> list[tup
 
 
 def notes(plan: Plan) -> list[str]:
-    """A sentence for every component besides the denoiser, for the report."""
+    """A sentence for the report about every component besides the denoiser."""
     return [
         f"{name}: {len(own.layers)} layers packed at {own.bits} {_how(own)}, "
         f"{decimal(sum(layer.nbytes for layer in own.layers.values()), precision=2)}; "

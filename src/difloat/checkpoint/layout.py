@@ -37,7 +37,17 @@ _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read; the message is one sentence that says what to do."""
+    """A checkpoint cannot be written or read. The message is one sentence that says what to do.
+
+    >>> import difloat
+    >>> try:
+    ...     difloat.load(".")
+    ... except (difloat.CheckpointError, FileNotFoundError) as error:
+    ...     print(type(error).__name__)
+    FileNotFoundError
+    >>> issubclass(difloat.CheckpointError, ValueError)
+    True
+    """
 
 
 @dataclass(frozen=True)

@@ -132,21 +132,27 @@ def save(
     max_shard_bytes: int | None = None,
     remote_code: bool = False,
 ) -> Path:
-    """Write a pipeline, a diffusers model or a plain module with its quantized layers; returns the directory.
+    """Write a pipeline, a diffusers model or a plain module with its quantized layers, and return the directory.
+
+    >>> import difloat
+    >>> model = nn.Sequential(nn.Linear(16, 32))
+    >>> _ = difloat.quantize(model, "rtn", "w4a8", progress=False)
+    >>> sorted(path.name for path in difloat.save(model, "model").iterdir())
+    ['config.json', 'difloat.json', 'model.safetensors']
 
     Args:
-        pipeline_or_module: Quantized by `difloat.apply`; of a pipeline every component is written.
-        directory: Made if it does not exist, parents too.
-        overwrite: Replace a directory that `save` has written, with its report and card; any other one that is not empty is
-            refused, and one that holds a file of the user's too.
-        max_shard_bytes: Split the tensors into files of at most this size; None for one file (diffusers: 10 GB).
-        remote_code: Add a loader of a few lines, so that `AutoModel.from_pretrained(..., trust_remote_code=True)` loads a
-            component where difloat is installed but not imported.
+        pipeline_or_module: A model that `difloat.apply` has quantized. All components of a pipeline are written.
+        directory: The directory to write, which is made if it does not exist, with its parents.
+        overwrite: Whether to replace a directory that `save` has written, with its report and card. A directory with a file
+            of the user's is refused.
+        max_shard_bytes: The most bytes of a file that tensors are split into. None is for one file (diffusers: 10 GB).
+        remote_code: Whether to add a loader of a few lines, so that `AutoModel.from_pretrained(..., trust_remote_code=True)`
+            loads a component where difloat is installed but not imported.
 
     Raises:
-        ValueError: if nothing in it is quantized, or remote code is asked for a plain module.
+        ValueError: if nothing is quantized, or remote code is asked for a plain module.
         CheckpointError: if a model is not what its config builds (fused projections, adapters, modules added later), the
-            directory is in use for something else, another run is at work on it, or the disk is full; nothing is left behind.
+            directory is in use for something else, another run is at work on it, or the disk is full. Nothing is left then.
     """
     with offloading.all_lifted(pipeline_or_module):
         return _save(pipeline_or_module, resolved(directory), overwrite, max_shard_bytes, remote_code)
@@ -272,17 +278,24 @@ def load(
 ) -> Any:
     """Read a checkpoint: a diffusers pipeline, a diffusers model, or the layers and tensors of a plain module.
 
+    >>> import difloat
+    >>> model = nn.Sequential(nn.Linear(16, 32))
+    >>> _ = difloat.quantize(model, "rtn", "w4a8", progress=False)
+    >>> again = load(difloat.save(model, "model"), into=nn.Sequential(nn.Linear(16, 32)))
+    >>> torch.equal(again[0].weight, model[0].weight)
+    True
+
     Args:
-        directory: What `save` or `save_pretrained` has written.
-        into: A plain module of the same architecture, float or quantized, also on the meta device; changed in place.
-        dtype: Of all that is not quantized; None keeps what is stored. Codes and float32 vectors never change.
-        device: Where to put it; None is the CPU, for `into` the device that it is on.
-        verify: Compare every file with its hash in the manifest right before it is read, which reads all files once more;
-            None does what the environment variable ``DIFLOAT_VERIFY`` says (1 or 0), which `from_pretrained` obeys as well.
+        directory: A directory that `save` or `save_pretrained` has written.
+        into: A plain module of the same architecture, float or quantized, also on the meta device. It is changed in place.
+        dtype: The dtype of all that is not quantized, or None for the stored one. Codes and float32 vectors never change.
+        device: Where to put the model. None is the CPU, or the device that `into` is on.
+        verify: Whether to compare every file with its hash in the manifest right before it is read, which reads all files
+            once more. None does what the environment variable ``DIFLOAT_VERIFY`` says (1 or 0), as `from_pretrained` does.
 
     Raises:
-        FileNotFoundError: if something is missing, with `verify` also the manifest.
-        CheckpointError: if something is damaged, of another version, or not of this model; `into` is then unchanged.
+        FileNotFoundError: if a file is missing, or with `verify` the manifest.
+        CheckpointError: if a file is damaged, of another version, or not of this model. `into` is unchanged then.
     """
     root, proven = Path(directory), integrity.wanted(verify)
     found = components(root)

@@ -1,4 +1,4 @@
-"""Files of other programs: writing them without any loss, reading them, and saying what is wrong with one."""
+"""Files of other programs: exporting them without any loss, importing them, and validating them."""
 
 from difloat.interchange.export import export_checkpoint
 from difloat.interchange.import_ import import_into, model_of

@@ -1,4 +1,4 @@
-"""From a difloat checkpoint to a file of another program."""
+"""Export of a difloat checkpoint to a file of another program."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def export_checkpoint(
     input_scales: Mapping[str, float] | None = None,
     names: str = "auto",
 ) -> Path:
-    """Write the quantized model of a checkpoint as a file that other programs read; every value stays what it is.
+    """Write the quantized model of a checkpoint as a file that other programs read. Every value stays what it is.
 
     Tensors that are not quantized are copied as they are stored.
 

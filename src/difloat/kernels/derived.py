@@ -1,8 +1,7 @@
-"""What a backend derives from packed weights and keeps: once per weight, forgotten with it.
+"""A cache of what backends derive from packed weights: made once per weight, and forgotten with it.
 
-Entries are tied to the memory of the packed tensor (views of one parameter share it) and to its version counter, so a weight
-that is loaded again in place is derived again. What is written through ``tensor.data`` is not seen; autograd does not see it
-either.
+Entries are tied to the memory of the packed tensor, which views of one parameter share, and to its version counter. So a weight
+that is loaded again in place is derived again. A write through ``tensor.data`` is not noticed, as autograd does not notice it.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ def derived(what: Hashable, sources: tuple[Tensor, ...], make: Callable[[], Deri
     """The result of `make`, kept as long as the memory of all `sources` lives and is not written to.
 
     Args:
-        what: Names the derivation, with all settings it depends on besides the sources.
-        sources: Tensors it is made from.
-        make: Makes it.
+        what: A name of the derivation, with all settings that it depends on besides the sources.
+        sources: The tensors that the result is made from.
+        make: A function that makes the result.
     """
     # A weak reference keeps the storage's header, so its address names no other storage while the entry is there.
     key = (
@@ -47,7 +46,7 @@ def _forget() -> None:
 
 
 def resident_bytes() -> int:
-    """Bytes of all tensors that are kept now."""
+    """The bytes of all tensors that the cache holds now."""
     _forget()
     kept = [value if isinstance(value, tuple) else (value,) for _, _, value in _entries.values()]
     return sum(item.nbytes for items in kept for item in items if isinstance(item, Tensor))

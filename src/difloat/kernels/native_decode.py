@@ -1,8 +1,8 @@
-"""Backend "decoded": the native library rounds activations and decodes weights, torch multiplies.
+"""Backend "decoded": the native library rounds activations and decodes weights, and torch multiplies.
 
-For what has no product in integers: formats that do not fit int8 (E4M3, E3M4, ...) and activations that stay as they are.
-Weights stay packed; one layer at a time is decoded into a buffer that all layers of a thread share. Results are the
-reference's, bit for bit.
+It serves layers without a product in integers: formats that do not fit int8 (E4M3, E3M4, ...), and activations that stay as
+they are. Weights stay packed. One layer at a time is decoded into a buffer that all layers of a thread share. Results are
+those of the reference, bit for bit.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _rounding(part: Part, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None
 def _decoding(weight: Weight, dtype: torch.dtype) -> Callable[[], Tensor]:
     """Makes the weight [o, i, *k], channels last and in the order of the float layer, in this thread's buffer.
 
-    It is gone with the next layer.
+    The next layer overwrites it.
     """
     decode, kind = native_library.library().difloat_decode, native_library.TYPES[dtype]
     shape = (weight.out_channels, *weight.kernel, weight.part.channels)
@@ -159,7 +159,7 @@ def _decoding(weight: Weight, dtype: torch.dtype) -> Callable[[], Tensor]:
 
 
 def _buffer(count: int, dtype: torch.dtype) -> Tensor:
-    """Memory for `count` numbers that stays: getting pages from the system costs as much as filling them."""
+    """Memory for `count` numbers, which is kept because getting pages from the system costs as much as filling them."""
     found: Tensor | None = getattr(_buffers, "memory", None)
     size = count * _bytes(dtype)
     if found is None or found.numel() < size:

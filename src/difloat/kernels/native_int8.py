@@ -1,6 +1,6 @@
-"""Backend "cpu": the native library. Packed weights are read as they are stored; nothing else stays in memory.
+"""Backend "cpu": the native library reads packed weights as they are stored, and keeps nothing else in memory.
 
-One call quantizes the input, multiplies in integers and writes the result in the input's dtype (``csrc/``; docs/kernels.md).
+One call quantizes the input, multiplies in integers and writes the result in the input's dtype (``csrc/``, docs/kernels.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calls of the native library prepared once per layer: what is left per call is reading the input and calling.
+"""Calls of the native library that are prepared once per layer, so that each call only reads its input and calls.
 
 The input is rounded once for all rows, however many widths they have, and every row of the weight writes its output channel
 where the float layer has it.
@@ -26,7 +26,7 @@ from difloat.plan.specs import Part
 from difloat.plan.weight import PackedWeight, Weight
 
 Call = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
-"""Input, its scale, its zero point and the bias to the result."""
+"""A function of the input, its scale, its zero point and the bias, which returns the result."""
 
 MOST_SIZES = 64  # of pictures, whose geometry is kept
 

@@ -1,8 +1,8 @@
-"""The call of a packed layer, prepared once: choosing the backend and checking what is stored costs more than a small layer.
+"""The call of a packed layer, prepared once, because choosing a backend and checking tensors costs more than a small layer.
 
-A layer keeps one `Prepared` per dtype, device and class of token counts. Per call only the input is looked at, and whether the
-stored tensors are the same objects at the same addresses: offloading, loading and moving give others, which are prepared again.
-Whatever autograd, a compiler, a tracer or another kind of tensor must see goes through `torch.ops.difloat` instead.
+A layer keeps one `Prepared` per dtype, device and class of token counts. A call looks at its input, and at whether the stored
+tensors are the same objects at the same addresses. Offloading, loading and moving give others, which are prepared again.
+Calls that autograd, a compiler, a tracer or a subclass of tensors must see go through `torch.ops.difloat` instead.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ _PREPARES = {
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What a call of one layer needs.
+    """A prepared call of one layer.
 
     Attributes:
-        call: Computes it; None where it is computed another way.
-        direct: The backend that does it past torch's dispatcher; None for the general way.
-        epoch: Of the choice of backends (`dispatch.epoch`).
-        held: Of every stored tensor whether it is a parameter, its name, a reference that keeps nothing alive, its address.
-        bias: Whether there was one.
-        version: Of the order of rows, from which things are derived; -1 without one.
+        call: The function that computes the layer, or None where it is computed another way.
+        direct: The backend that computes the layer past torch's dispatcher, or None for the general way.
+        epoch: The count of changes of the backend (`dispatch.epoch`) at which the call was prepared.
+        held: For every stored tensor whether it is a parameter, its name, a weak reference to it, and its address.
+        bias: Whether the layer had a bias.
+        version: The version counter of the order of rows, from which other tensors are derived, or -1 without one.
     """
 
     call: native_prepared.Call | None
@@ -61,12 +61,12 @@ class Prepared:
 
 
 def computed(layer: QuantLinear | QuantConv2d, x: Tensor, axis: int) -> Tensor | None:
-    """The layer's result without its branch by a prepared call; None where the general way must be taken.
+    """The layer's result without its branch by a prepared call, or None where the general way must be taken.
 
     Args:
         layer: The layer.
-        x: Its input, as it came.
-        axis: Of the input channels: -1, or 1 for pictures.
+        x: The input of the layer, as it came.
+        axis: The axis of the input channels, which is -1 for tokens and 1 for pictures.
     """
     parameters, buffers, kept = layer._parameters, layer._buffers, layer._prepared
     bias = parameters["bias"]
@@ -76,7 +76,7 @@ def computed(layer: QuantLinear | QuantConv2d, x: Tensor, axis: int) -> Tensor |
     if x.dim() != axes if axes == 4 else x.dim() < 1:
         return None
     if x.shape[axis] != channels or x.layout is not torch.strided:
-        return None  # refused there, in a sentence
+        return None  # the general way refuses it in a sentence
     key = (x.dtype, x.device, bisect_right(dispatch.classes(axes), x.numel() // channels))
     prepared = kept.get(key)
     good = (
@@ -104,9 +104,8 @@ def computed(layer: QuantLinear | QuantConv2d, x: Tensor, axis: int) -> Tensor |
     if prepared.call is None and direct is not None:
         weight, (inputs,) = layer.packed_weight()
         if (geometry := layer.geometry()) is None:
-            result: Tensor = direct.linear(
-                x, weight, inputs, bias
-            )  # what is stored was checked when it was prepared
+            # The stored tensors were checked when the call was prepared.
+            result: Tensor = direct.linear(x, weight, inputs, bias)
             return result
         return operators.run_conv2d(x, weight, inputs, bias, geometry)
     assert prepared.call is not None
@@ -114,10 +113,10 @@ def computed(layer: QuantLinear | QuantConv2d, x: Tensor, axis: int) -> Tensor |
 
 
 def prepare(layer: QuantLinear | QuantConv2d, x: Tensor) -> Prepared:
-    """What calls of a layer with inputs like `x` need, after its tensors were checked.
+    """Check the tensors of a layer and prepare its call for inputs like `x`.
 
     Raises:
-        ValueError: a stored tensor does not fit.
+        ValueError: if a stored tensor does not fit.
     """
     buffers, bias = layer._buffers, layer._parameters["bias"]
     row_band = buffers.get("row_band")
@@ -139,7 +138,7 @@ def prepare(layer: QuantLinear | QuantConv2d, x: Tensor) -> Prepared:
 
 
 def _is_plain(layer: QuantLinear | QuantConv2d, stored: list[Tensor | None]) -> bool:
-    """Whether nothing depends on the timestep, there is one part, and tensors count their versions."""
+    """Whether a layer can be prepared: nothing depends on the timestep, there is one part, and tensors count versions."""
     if layer.schedule or layer.input_schedule or len(layer.parts) > 1 or layer.input_dtype is not None:
         return False
     if len(layer.float_shape) == 4:
@@ -152,7 +151,7 @@ def _is_plain(layer: QuantLinear | QuantConv2d, stored: list[Tensor | None]) -> 
 def _call(
     layer: QuantLinear | QuantConv2d, x: Tensor
 ) -> tuple[native_prepared.Call | None, ModuleType | None]:
-    """The call by the native library, or another backend of the CPU that computes the layer."""
+    """The call of the native library, or another backend of the CPU that computes the layer."""
     weight, (inputs,) = layer.packed_weight()
     geometry: Geometry | None = None
     if len(layer.float_shape) == 4:
