@@ -99,7 +99,7 @@ def quantize(
         if dry_run:
             return
         count = _pictures(api.denoiser(pipeline), images)
-        sampling = run.Sampling(texts, count, steps, guidance, _PICTURES, arguments)
+        sampling = run.Sampling(texts, count, steps, guidance, _PICTURES, arguments, _kept(cache))
         everything: dict[str, Any] = {"cache_dir": cache, "call_kwargs": arguments, "target": machine}
         everything |= {**vars(settings), **chosen, "components": others, "exclude": left_out}
         _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
@@ -119,6 +119,11 @@ def _pictures(module: Any, images: int | None) -> int:
     if images is not None:
         return images
     return _IMAGES if sum(weight.numel() for weight in module.parameters()) <= _LARGE else 0
+
+
+def _kept(cache: Path | None) -> Path | None:
+    """The folder of full-precision pictures in a cache."""
+    return None if cache is None else cache / "pictures"
 
 
 def _check_images(images: int | None) -> None:
@@ -211,7 +216,7 @@ def repair(
             samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
         )
         count = _pictures(api.denoiser(pipeline), images)
-        sampling = run.Sampling(texts, count, steps, guidance, _PICTURES, arguments)
+        sampling = run.Sampling(texts, count, steps, guidance, _PICTURES, arguments, _kept(cache))
         everything = {"cache_dir": cache, "call_kwargs": arguments, **training, **vars(settings)}
         start = time.perf_counter()
         plan = api.repair(pipeline, plan, prompts=texts, **everything)
