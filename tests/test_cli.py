@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from difloat import cli
+from difloat import cli, sources
 from difloat import run as study
 from difloat.cache_entries import CacheWarning
 from difloat.checkpoint import CheckpointError, directories
@@ -269,6 +269,34 @@ def test_layers_with_two_weights_are_not_kept_at_more_bits(run: Run, source: Pat
     for histogram in made.histograms:  # the grid is that of the weight that is drawn
         assert min(histogram.grid) < 0 < max(histogram.grid)
         assert max(histogram.grid) - min(histogram.grid) < 1.3 * (histogram.edges[-1] - histogram.edges[0])
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize("images", [0, 2])
+def test_files_keep_the_dtype_they_came_with_whatever_computes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bfloat16: bool, images: int
+) -> None:
+    """Calibrated on a CPU, which computes float16 in another dtype; the autoencoder is kept in float32."""
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    pipeline = tiny_pixart()
+    pipeline.transformer.half(), pipeline.text_encoder.half()
+    pipeline.save_pretrained(plain)
+    monkeypatch.setattr(sources, "_computes_bfloat16", lambda: bfloat16)
+    result = run("quantize", plain, out, "--images", images, "--dtype", "auto", *FAST)
+    assert result.code == 0, result.err
+    for file in plain.rglob("*.safetensors"):
+        before, after = load_file(file), load_file(out / file.relative_to(plain))
+        kept = {
+            name for name in before.keys() & after.keys() if after[name].dtype != torch.uint8
+        }  # not codes
+        assert kept >= before.keys() if "transformer" not in file.parts else len(kept) > 10
+        assert all(
+            before[name].dtype == after[name].dtype and before[name].equal(after[name]) for name in kept
+        )
+        if "transformer" not in file.parts:
+            assert (out / file.relative_to(plain)).stat().st_size <= file.stat().st_size + 64
+    assert run("verify", out).code == 0
+    assert len(json.loads((out / "report.json").read_text())["quality"]) > 2 * bool(images) - 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

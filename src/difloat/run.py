@@ -8,13 +8,24 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from difloat import api, checkpoint, components, distributed, evaluation, recipes, reference_models, sources
+from difloat import (
+    api,
+    checkpoint,
+    components,
+    devices,
+    distributed,
+    evaluation,
+    recipes,
+    reference_models,
+    sources,
+)
 from difloat.calibration import collect
 from difloat.calibration.collect import CalibrationSettings
 from difloat.calibration.pace import Pace
@@ -173,7 +184,7 @@ def judge(reference: Generated, quantized: Generated, sampling: Sampling) -> Eva
 def finish(
     pipeline: Any,
     plan: Plan,
-    source: str,
+    source: sources.Source,
     out: Path,
     sampling: Sampling,
     *,
@@ -186,9 +197,9 @@ def finish(
     the drawing; the main one writes. All must see the directory `out`.
 
     Args:
-        pipeline: Float; quantized on return.
+        pipeline: Float; quantized on return, and in the dtypes of the files that it came from, whatever it computed in.
         plan: Made for it.
-        source: How the user calls it.
+        source: Where it came from.
         out: Directory of the checkpoint and the report.
         sampling: Pictures for the report; a count of 0 leaves them out.
         seconds: Timings so far.
@@ -200,28 +211,47 @@ def finish(
     Raises:
         CheckpointError: what was written does not verify.
     """
+    sources.load_into(pipeline, replace(source, dtype="stored"), devices.home(pipeline))
     parts = {"": api.denoiser(pipeline)} | {name: getattr(pipeline, name) for name in plan.components}
     floats = {name: install.shadow(part) for name, part in parts.items()}
     timings = dict(seconds)
     api.apply(pipeline, plan)
     start = time.perf_counter()
-    distributed.on_main(lambda: _save(pipeline, out, overwrite))
+    with sources.as_in_files(pipeline, source):
+        distributed.on_main(lambda: _save(pipeline, out, overwrite))
     timings["saving and verifying"] = time.perf_counter() - start
     made = None
     if distributed.is_main():
         notes = [*notes_of(plan.recipe), *components.notes(plan)]
-        made = build.build(floats[""], plan, name=source, timings=timings, notes=notes)
+        made = build.build(floats[""], plan, name=source.name, timings=timings, notes=notes)
         empty = build.no_pictures()
         build.write(made, empty, empty, out)
     if not sampling.count:
         return made
-    with _in_place(pipeline, floats):
-        reference = draw(pipeline, sampling, kept=sampling.kept)
-    drawn = draw(checkpoint.load(out), sampling)
+    reference, dtype = _reference(pipeline, floats, source, sampling)
+    drawn = draw(checkpoint.load(out, dtype=dtype), sampling)
     return None if made is None else _with_pictures(made, reference, drawn, sampling, out)
 
 
-def draw_later(reference: Generated, out: Path, sampling: Sampling, folder: Path) -> Record | None:
+def _reference(
+    pipeline: Any, floats: Mapping[str, nn.Module], source: sources.Source, sampling: Sampling
+) -> tuple[Generated, torch.dtype | None]:
+    """Pictures of full precision, and the dtype that they were computed in; None if it is that of the files.
+
+    The models at hand draw them, unless they are not in the dtype that the source is to be computed in.
+    """
+    device = devices.home(pipeline)
+    with _in_place(pipeline, floats):
+        if sources.has_dtypes(pipeline, source, device):
+            return draw(pipeline, sampling, kept=sampling.kept), None
+    computing = devices.move(sources.load(source, device), device)
+    dtype = next(tensor.dtype for tensor in denoiser_of(computing)[1].parameters())
+    return draw(computing, sampling, kept=sampling.kept), dtype
+
+
+def draw_later(
+    reference: Generated, out: Path, sampling: Sampling, folder: Path, dtype: torch.dtype | None = None
+) -> Record | None:
     """Draw with a finished checkpoint what full precision has drawn, compare, and complete the checkpoint's report.
 
     Args:
@@ -229,6 +259,7 @@ def draw_later(reference: Generated, out: Path, sampling: Sampling, folder: Path
         out: Directory of the checkpoint and its report; nothing in it changes until all pictures are drawn.
         sampling: How they were drawn.
         folder: Holds what is drawn until the report is written, so that a killed run goes on from there.
+        dtype: In which to compute; None: that of the files.
 
     Returns:
         What the report shows; None on processes of a launch that do not write.
@@ -239,7 +270,7 @@ def draw_later(reference: Generated, out: Path, sampling: Sampling, folder: Path
     """
     made = build.read(out)[0]
     own = folder / f"of-{hashlib.sha256((out / MANIFEST).read_bytes()).hexdigest()[:32]}"
-    drawn = draw(checkpoint.load(out), sampling, kept=own)
+    drawn = draw(checkpoint.load(out, dtype=dtype), sampling, kept=own)
     if not distributed.is_main():
         return None
     made = _with_pictures(made, reference, drawn, sampling, out)

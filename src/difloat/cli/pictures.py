@@ -183,8 +183,9 @@ def _drawn_later(
     folder = cache if cache is not None else _kept_by_default()
     sampling = run.Sampling(texts, count, steps, guidance, batch, arguments)
     reference = run.draw(pipeline, sampling, kept=folder)
+    dtype = next(tensor.dtype for tensor in api.denoiser(pipeline).parameters())
     del pipeline  # the checkpoint takes its place in memory
-    return run.draw_later(reference, out, sampling, folder)
+    return run.draw_later(reference, out, sampling, folder, dtype)
 
 
 def _kept_by_default() -> Path:
