@@ -24,7 +24,7 @@ from torch import nn
 from difloat import reference_models
 from difloat.checkpoint import outline
 from difloat.checkpoint import source_names as kept_names
-from difloat.checkpoint.layout import CONFIG, read_json, stored_dtypes
+from difloat.checkpoint.layout import CONFIG, dtypes_of_tensors, read_json, stored_dtypes
 from difloat.checkpoint.remote_code import INDEX
 from difloat.checkpoint.save_load import dtype_argument
 from difloat.interchange import gguf_files, source_names
@@ -51,7 +51,7 @@ class Source:
         revision: Branch, tag or commit on the hub.
         variant: Of the files, like "fp16"; None takes the only one that there is.
         dtype: In which to compute: "auto" is as stored, except that CPUs compute float16 as bfloat16 where they have its
-            instructions and as float32 elsewhere; "stored" is as stored in any case.
+            instructions and as float32 elsewhere; "stored" is as stored in any case, every component of a directory in its own.
     """
 
     name: str
@@ -85,6 +85,73 @@ def load(source: Source, device: torch.device | str = "cpu") -> Any:
     if (path / INDEX).is_file():
         return _from_directory(path, source, device)
     return _component(path, source, device)
+
+
+def load_into(pipeline: Any, source: Source, device: torch.device | str = "cpu") -> None:
+    """Load a source once more into its own pipeline, in the dtypes that the source says; nothing if it has them already.
+
+    The models that it holds are let go before, so that memory holds one of both.
+
+    Args:
+        pipeline: As `load` gave it for this source with any dtype, its models still in float.
+        source: With the dtype that is wanted now.
+        device: As for `load`; the models are put there.
+
+    Raises:
+        FileNotFoundError: as `load`.
+        ValueError: as `load`.
+    """
+    if has_dtypes(pipeline, source, device):
+        return
+    names = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
+    for name in names:
+        vars(pipeline)[name] = None  # assigned, it would be noted in the pipeline's config
+    again = load(source, device)
+    for name in names:
+        setattr(pipeline, name, getattr(again, name).to(torch.device(device)))
+
+
+def has_dtypes(pipeline: Any, source: Source, device: torch.device | str = "cpu") -> bool:
+    """Whether most values of every model are in the dtype that loading gives; False of single files, where loading tells."""
+    if source.embedded:
+        return True
+    path = located(source)
+    if source.base is not None or not (path / INDEX).is_file():
+        return False
+    wanted = _dtypes(path, source.dtype, device)
+    for name in stored_dtypes_of(path):
+        counts: Counter[torch.dtype] = Counter()
+        for tensor in getattr(pipeline, name).parameters():
+            counts[tensor.dtype] += tensor.numel()
+        if counts.most_common(1)[0][0] != (wanted[name] if isinstance(wanted, dict) else wanted):
+            return False
+    return True
+
+
+@contextmanager
+def as_in_files(pipeline: Any, source: Source) -> Iterator[None]:
+    """Inside, floating tensors of a pipeline have the dtypes that the files of its source have them in, to be saved so.
+
+    Libraries load some tensors of half-precision files in float32 (T5's last projections), which would be written so. Tensors
+    that are not in the files of a directory by their name and shape stay as they are.
+    """
+    changed = []
+    path = None if source.embedded else located(source)
+    for name, part in pipeline.components.items() if path is not None else ():
+        folder = path / name
+        if source.base is not None or not (folder / CONFIG).is_file() or not isinstance(part, nn.Module):
+            continue
+        dtypes = dtypes_of_tensors(folder)
+        for key, tensor in part.state_dict(keep_vars=True).items():
+            wanted, shape = dtypes.get(key, (tensor.dtype, tensor.shape))
+            if tensor.is_floating_point() and tensor.dtype != wanted and tuple(tensor.shape) == tuple(shape):
+                changed.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(wanted)
+    try:
+        yield
+    finally:
+        for tensor, before in changed:
+            tensor.data = before
 
 
 def outlined(source: Source) -> outline.Outline:
@@ -214,6 +281,8 @@ def _from_directory(path: Path, source: Source, device: torch.device | str, **pa
 
 def _dtypes(path: Path, dtype: str, device: torch.device | str) -> Any:
     """One dtype for all components where values of several do not fit together: that of the most values."""
+    if dtype == "stored":
+        return {"default": torch.float32} | stored_dtypes_of(path)
     counts: Counter[torch.dtype] = Counter()
     for config in path.glob(f"*/{CONFIG}"):
         counts.update(stored_dtypes(config.parent))

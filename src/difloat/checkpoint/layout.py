@@ -385,14 +385,22 @@ def common_dtype(plan: Plan | None, stored: Mapping[str, StoredTensor]) -> torch
     return _TORCH_DTYPES[max(counts, key=lambda dtype: (counts[dtype], dtype))] if counts else torch.float32
 
 
-def stored_dtypes(directory: Path) -> Counter[torch.dtype]:
-    """How many floating values of a model directory are stored in which dtype; none where there are no safetensors."""
-    counts: Counter[torch.dtype] = Counter()
+def dtypes_of_tensors(directory: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every floating tensor of a model directory, by name; none where there are no safetensors."""
     try:
         stored = read_headers(directory)
     except FileNotFoundError:
-        return counts
-    for tensor in stored.values():
-        if tensor.dtype in _TORCH_DTYPES:
-            counts[_TORCH_DTYPES[tensor.dtype]] += math.prod(tensor.shape)
+        return {}
+    return {
+        name: (_TORCH_DTYPES[tensor.dtype], tuple(tensor.shape))
+        for name, tensor in stored.items()
+        if tensor.dtype in _TORCH_DTYPES
+    }
+
+
+def stored_dtypes(directory: Path) -> Counter[torch.dtype]:
+    """How many floating values of a model directory are stored in which dtype; none where there are no safetensors."""
+    counts: Counter[torch.dtype] = Counter()
+    for dtype, shape in dtypes_of_tensors(directory).values():
+        counts[dtype] += math.prod(shape)
     return counts

@@ -1,4 +1,4 @@
-"""Commands that look at what is there: inspect, report, card, verify."""
+"""Commands that look at what is there: inspect, card, verify."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import typer
 from rich.filesize import decimal
 from rich.table import Table
 
-from difloat.cli import tables
 from difloat.cli.app import app
 from difloat.cli.options import Checkpoint, Revision, Source
 from difloat.cli.tables import console
@@ -58,18 +57,6 @@ def inspect(
             highlight=False,
             soft_wrap=True,
         )
-
-
-@app.command()
-def report(directory: Checkpoint) -> None:
-    """Make report.html again from the data beside a checkpoint."""
-    from difloat.report import build
-    from difloat.report import render as pages
-
-    made, left, right = build.read(directory)
-    tables.print_summary(made)
-    page = pages.render(made, left, right, directory / build.PAGE)
-    console.print(f"report     {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()

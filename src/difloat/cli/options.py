@@ -115,7 +115,7 @@ def meet() -> None:
     console.quiet = not distributed.is_main()
 
 
-def pipeline_of(source: str, **where: Any) -> Any:
+def pipeline_of(name: str, **where: Any) -> Any:
     """Load a pipeline without the loading bars and hints of diffusers and transformers: we have our own.
 
     `where` are fields of `sources.Source`.
@@ -128,7 +128,7 @@ def pipeline_of(source: str, **where: Any) -> Any:
     for logging in (diffusers_logging, transformers_logging):
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-    return run.load_pipeline(source, **where)
+    return run.load_pipeline(name, **where)
 
 
 def check_out(out: Path, overwrite: bool, cache: Path | None = None) -> None:

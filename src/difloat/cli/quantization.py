@@ -73,7 +73,7 @@ def quantize(
     overwrite: Overwrite = False,
 ) -> None:
     """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
-    from difloat import api, run
+    from difloat import api, run, sources
     from difloat.calibration import collect
     from difloat.plan import target as targets
 
@@ -81,10 +81,10 @@ def quantize(
     machine = targets.check(target)
     chosen, needs_data = _asked(recipe, option or [], bits)
     _check_images(images)
-    where = {"base": base, "revision": revision, "variant": variant}
-    where["dtype"] = "stored" if not needs_data and dtype == "auto" else dtype  # then nothing is computed
+    where = sources.Source(source, base, revision, variant, dtype)
+    as_stored = not needs_data and dtype == "auto"  # then nothing is computed
     with claimed(out, overwrite, cache, dry_run):
-        pipeline = pipeline_of(source, **where)
+        pipeline = pipeline_of(**{**vars(where), "dtype": "stored" if as_stored else dtype})
         api.check_model(api.denoiser(pipeline))
         texts = run.prompts_of(pipeline, source, prompts)
         guidance, arguments = call_of(pipeline, source, guidance, call)
@@ -99,10 +99,10 @@ def quantize(
         if dry_run:
             return
         count = _pictures(api.denoiser(pipeline), images)
-        sampling = run.Sampling(texts, count, steps, guidance, _PICTURES, arguments)
+        sampling = run.Sampling(texts, count, steps, guidance, _PICTURES, arguments, _kept(cache))
         everything: dict[str, Any] = {"cache_dir": cache, "call_kwargs": arguments, "target": machine}
         everything |= {**vars(settings), **chosen, "components": others, "exclude": left_out}
-        _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
+        _carry_out(pipeline, where, out, recipe, bits, sampling, everything, overwrite)
 
 
 def _asked(recipe: str, options: list[str], bits: str) -> tuple[dict[str, str], bool]:
@@ -119,6 +119,11 @@ def _pictures(module: Any, images: int | None) -> int:
     if images is not None:
         return images
     return _IMAGES if sum(weight.numel() for weight in module.parameters()) <= _LARGE else 0
+
+
+def _kept(cache: Path | None) -> Path | None:
+    """The folder of full-precision pictures in a cache."""
+    return None if cache is None else cache / "pictures"
 
 
 def _check_images(images: int | None) -> None:
@@ -138,7 +143,7 @@ def _check_parts(pipeline: Any, exclude: list[str], others: list[str] | None, bi
 
 def _carry_out(
     pipeline: Any,
-    source: str,
+    source: Any,
     out: Path,
     recipe: str,
     bits: str,
@@ -197,7 +202,7 @@ def repair(
     --set adapters=1, of viditq those with --set stretches=1.
     Input ranges by timestep stay apart; other quantized components stay as they are.
     """
-    from difloat import api, run
+    from difloat import api, run, sources
     from difloat.calibration import collect
 
     meet()
@@ -211,12 +216,13 @@ def repair(
             samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
         )
         count = _pictures(api.denoiser(pipeline), images)
-        sampling = run.Sampling(texts, count, steps, guidance, _PICTURES, arguments)
+        sampling = run.Sampling(texts, count, steps, guidance, _PICTURES, arguments, _kept(cache))
         everything = {"cache_dir": cache, "call_kwargs": arguments, **training, **vars(settings)}
         start = time.perf_counter()
         plan = api.repair(pipeline, plan, prompts=texts, **everything)
         seconds = _beside(plan, time.perf_counter() - start)
-        made = run.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
+        where = sources.Source(source)
+        made = run.finish(pipeline, plan, where, out, sampling, seconds=seconds, overwrite=overwrite)
         if made is not None:
             tables.print_made(made, out)
 

@@ -120,10 +120,10 @@ def generate(
             done = [batch for batch in distributed.collected(draw) if batch is not None]
             drawn += done
             bar.update(sum(len(batch) for batch in done))
-    return _joined(drawn, time.perf_counter() - start)
+    return joined(drawn, time.perf_counter() - start)
 
 
-def _joined(batches: Sequence[Generated], seconds: float) -> Generated:
+def joined(batches: Sequence[Generated], seconds: float) -> Generated:
     """All batches as one set, which has no pictures if there are none."""
     if not batches:
         return Generated(torch.zeros(0, 3, 1, 1), None, [], seconds)

@@ -8,7 +8,7 @@ import resource
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -155,21 +155,15 @@ def build(
     plan: Plan,
     *,
     name: str,
-    evaluation: Evaluation | None = None,
-    prompts: Sequence[str] = (),
-    seeds: Sequence[int] = (),
     timings: Mapping[str, float] | None = None,
     notes: Sequence[str] = (),
 ) -> Record:
-    """The record of a quantization run.
+    """The record of a quantization run, without pictures; `with_pictures` adds what they say.
 
     Args:
         model: The float denoiser.
         plan: What was decided for it.
         name: How the user calls the model.
-        evaluation: What the pictures say, if there are any.
-        prompts: Of the pictures in the report.
-        seeds: Likewise.
         timings: Seconds besides those the plan measured.
         notes: What the paper leaves open and how it was decided.
     """
@@ -193,11 +187,8 @@ def build(
         weight_bits_nominal=float(plan.bits[1:].split("a")[0]),
         layers=rows,
         skipped=_skipped(model, plan),
-        quality=[] if evaluation is None else quality_rows(evaluation),
-        samples=0 if evaluation is None else evaluation.samples,
-        prompts=list(prompts),
-        seeds=list(seeds),
-        trajectory=_trajectory(evaluation),
+        quality=[],
+        samples=0,
         histograms=worst_histograms(model, plan, rows),
         ranges=[
             render.TokenRanges(layer, list(found), list(found.values()))
@@ -209,6 +200,34 @@ def build(
         timings=[*plan.measured.get("seconds", {}).items(), *(timings or {}).items()],
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
+    )
+
+
+def with_pictures(
+    made: Record,
+    evaluation: Evaluation,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    times: Mapping[str, float],
+) -> Record:
+    """A record with what pictures say, in the place of what earlier ones said.
+
+    Args:
+        made: Of the run that made the checkpoint.
+        evaluation: Of all pictures.
+        prompts: Of the pictures that are shown.
+        seeds: Likewise.
+        times: What drawing took, in seconds, by what was drawn.
+    """
+    others = [(name, seconds) for name, seconds in made.timings if name not in times]
+    return replace(
+        made,
+        quality=quality_rows(evaluation),
+        samples=evaluation.samples,
+        prompts=list(prompts),
+        seeds=list(seeds),
+        trajectory=_trajectory(evaluation),
+        timings=[*others, *times.items()],
     )
 
 
@@ -262,8 +281,8 @@ def _skipped(model: nn.Module, plan: Plan) -> list[tuple[str, str, int]]:
     return skipped
 
 
-def _trajectory(evaluation: Evaluation | None) -> dict[str, list[float]] | None:
-    if evaluation is None or evaluation.trajectory is None:
+def _trajectory(evaluation: Evaluation) -> dict[str, list[float]] | None:
+    if evaluation.trajectory is None:
         return None
     columns = {
         key: [getattr(step, key) for step in evaluation.trajectory] for key in ("value", "low", "high")
