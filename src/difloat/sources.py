@@ -24,9 +24,10 @@ from torch import nn
 from difloat import reference_models
 from difloat.checkpoint import outline
 from difloat.checkpoint import source_names as kept_names
-from difloat.checkpoint.layout import CONFIG, dtypes_of_tensors, read_json, stored_dtypes
+from difloat.checkpoint.layout import CONFIG, read_json
 from difloat.checkpoint.remote_code import INDEX
 from difloat.checkpoint.save_load import dtype_argument
+from difloat.checkpoint.stored_dtypes import dtypes_of_tensors, stored_dtypes
 from difloat.interchange import gguf_files, source_names
 from difloat.pipelines import DENOISER_NAMES, denoiser_of
 

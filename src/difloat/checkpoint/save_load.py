@@ -26,7 +26,6 @@ from difloat.checkpoint.layout import (
     CheckpointError,
     StoredTensor,
     check_headers,
-    common_dtype,
     is_file_name,
     parse_config,
     quantization_config,
@@ -38,6 +37,7 @@ from difloat.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from difloat.checkpoint.plain_modules import load_into, write_module
 from difloat.checkpoint.remote_code import INDEX as PIPELINE_INDEX
 from difloat.checkpoint.remote_code import write_loaders
+from difloat.checkpoint.stored_dtypes import common_dtype
 from difloat.layers import attention, offloading
 from difloat.layers.install import clock_of
 from difloat.layers.packed import QuantizedLayer

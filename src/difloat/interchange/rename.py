@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def _joined(source: str, pieces: list[tuple[LayerPlan, slice]], shape: Sequence[
     for key in ("weight_scale", "weight_zero_point"):
         if key in first.tensors:
             tensors[key] = torch.cat([_of_rows(layer, key, at, part) for layer, at in pieces])
-    kind = "linear" if len(shape) == 2 else "conv2d"
+    kind: Literal["linear", "conv2d"] = "linear" if len(shape) == 2 else "conv2d"
     return replace(first, kind=kind, shape=tuple(shape), parts=(part,), tensors=tensors)
 
 

@@ -105,7 +105,8 @@ def _conversion(model: nn.Module) -> Convert | None:
     name = single_file_model._get_single_file_loadable_mapping_class(type(model))
     if name is None:
         return None
-    function: Convert = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+    entries: Mapping[str, Any] = single_file_model.SINGLE_FILE_LOADABLE_CLASSES
+    function: Convert = entries[name]["checkpoint_mapping_fn"]
     return function
 
 

@@ -97,8 +97,9 @@ class Rule:
         if unsigned:
             clips = self.unsigned_clips or self.clips
             offsets = _offsets(rows, self.zero_points) if self.asymmetry else self.zero_points
-            asked = {"clips": clips, "zero_points": offsets}
-            found.append(search(rows, unsigned, **asked, snap=snap, zero_format=self.scales))
+            found.append(
+                search(rows, unsigned, clips=clips, zero_points=offsets, snap=snap, zero_format=self.scales)
+            )
         return min(found, key=lambda one: float(one.error.sum()))
 
 
