@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from difloat import api, recipes, reference_models, run
+from difloat import api, job, recipes, reference_models, run
 from difloat.calibration.collect import CalibrationSettings
 from difloat.calibration.pace import Pace
 from difloat.estimate import Forecast, forecast
@@ -63,7 +63,8 @@ def main() -> None:
         samples=arguments.rows, steps=2, prompts_per_batch=2, memory_bytes=arguments.memory_mb << 20
     )
     options = {"iterations": arguments.iterations, "rounding_rows": arguments.rows}
-    expected = forecast(pipeline, PROMPTS, settings, "fp4dit", "w4a6", options)
+    asked = job.request("fp4dit", "w4a6", options, settings)
+    expected = forecast(job.fit(pipeline, asked), PROMPTS)
     sys.stderr.write(run.describe(expected, settings) + "\n")
     start = time.perf_counter()
     data = api.calibrate(pipeline, prompts=PROMPTS, cache_dir=arguments.work, **vars(settings))

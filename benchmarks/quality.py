@@ -24,7 +24,7 @@ import torch
 from quality_rows import MODELS, PAPERS, Row
 from quality_tables import seed_table, table
 
-from difloat import api, run
+from difloat import api, recipes, run
 from difloat.evaluation.comparison import Generated
 from difloat.layers import install, packed
 from difloat.plan.rules import Bits
@@ -115,7 +115,7 @@ def measure_row(
     """Quantize by one configuration, draw, judge; the pipeline is as before on return."""
     start = time.perf_counter()
     task = replace(api.task_of(pipeline, data, Bits.parse(row.bits)), seed=row.seed)
-    plan = api.plan_calibrated(task, row.recipe, row.bits, row.options)
+    plan = recipes.plan(task, row.recipe, row.bits, row.options)
     seconds = time.perf_counter() - start
     twin = install.apply(install.shadow(module), plan)
     name = next(key for key, value in pipeline.components.items() if value is module)

@@ -462,7 +462,7 @@ def test_full_memory_is_one_sentence(
 ) -> None:
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 3 TB")):
 
-        def fill(*_: object, error: BaseException = error) -> None:
+        def fill(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
         monkeypatch.setattr(study, "load_pipeline", fill)

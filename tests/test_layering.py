@@ -25,7 +25,7 @@ ORDER: tuple[set[str], ...] = (
     {"lora", "methods"},
     {"recipes"},
     {"checkpoint", "reference_models"},
-    {"api", "components", "interchange"},
+    {"api", "components", "interchange", "job"},
     {"evaluation"},
     {"report"},
     {"estimate", "run", "sources"},

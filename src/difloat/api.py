@@ -13,14 +13,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from difloat import checkpoint, devices, distributed, recipes, torch_modes
+from difloat import checkpoint, devices, distributed, job, recipes
 from difloat import components as parts
 from difloat.calibration import collect
 from difloat.calibration.collect import Calibration, CalibrationSettings
 from difloat.calibration.row_store import Shelf
 from difloat.checkpoint import mark_quantized, unmark_quantized
-from difloat.layers import hooks, install, offloading, packed
-from difloat.layers.exclude import excluded
+from difloat.components import denoiser as denoiser
+from difloat.job import Job
+from difloat.layers import install, offloading, packed
 from difloat.lora import wrapped
 from difloat.methods.cost import Cost, remaining
 from difloat.methods.task import Task
@@ -28,19 +29,11 @@ from difloat.methods.training.fine_tune import Tuning, tune
 from difloat.methods.training.from_plan import of_8_bits, start_of
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, guidance_to_keep
-from difloat.pipelines import denoisers_of
-from difloat.plan import target as targets
 from difloat.plan.plan import Plan
+from difloat.plan.request import RepairSettings, Request
 from difloat.plan.rules import Bits
 
 _SETTINGS = {field.name for field in fields(CalibrationSettings)}
-
-
-def denoiser(model: Any, name: str = "") -> nn.Module:
-    """The module that is quantized: the denoiser of a pipeline, the one with this name of several, or the module itself."""
-    if isinstance(model, nn.Module):
-        return model
-    return denoisers_of(model)[name] if name else collect.denoiser_of(model)[1]
 
 
 def default_prompts() -> list[str]:
@@ -57,8 +50,8 @@ def prompts_for(pipeline: Any, prompts: Sequence[str] | None) -> list[str] | Non
 
 def plan(
     model: Any,
-    recipe: str = "lbfp",
-    bits: str = "w4a8",
+    recipe: str = Request.recipe,
+    bits: str = str(Request.bits),
     *,
     prompts: Sequence[str] | None = None,
     forward_loop: Callable[[nn.Module], object] | None = None,
@@ -66,8 +59,8 @@ def plan(
     cache_key: str | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
-    target: str = "any",
-    exclude: Sequence[str] = (),
+    target: str = Request.target,
+    exclude: Sequence[str] = Request.exclude,
     components: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     **options: Any,
@@ -97,46 +90,57 @@ def plan(
     Raises:
         ValueError: if a recipe, bits, option or layer is unknown, nothing can be quantized, or a weight is not finite.
     """
-    row, machine = recipes.lookup(recipe), targets.check(target)
     settings, own = _apart(options)
-    CalibrationSettings(**settings)
-    chosen = recipes.make_options(row, own, bits)  # refuse bad options before hours of calibration
-    _check_sampler(model, getattr(chosen, "sampler_power", 0.0), f"{recipe} must be told factor_power=0")
-    others = parts.parse(model, components, bits, target)
-    widths = parts.denoisers(model, components, bits)
-    for name, width in widths.items():
-        recipes.make_options(row, own, width)
-        excluded(packed.quantizable(denoiser(model, name)), exclude)
-    source: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "call_kwargs": call_kwargs}
-    source |= {"cache_dir": cache_dir, "cache_key": cache_key, "progress": progress, "device": device}
-    task = {"target": machine, "exclude": tuple(exclude), "progress": progress}
-    first, *second = [
-        _decide(model, name, recipe, w, own, task, source | settings) for name, w in widths.items()
-    ]
-    decided = replace(first, components=dict(zip(list(widths)[1:], second, strict=True)))
-    return parts.with_components(decided, model, others, progress)
+    asked = job.request(
+        recipe,
+        bits,
+        own,
+        CalibrationSettings(**settings),
+        target=target,
+        exclude=exclude,
+        components=components,
+        device=device,
+        cache=cache_dir,
+    )
+    fitted = job.fit(model, asked)
+    given: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "cache_key": cache_key}
+    return decide(fitted, **given, progress=progress, call_kwargs=call_kwargs)
 
 
-def _decide(
-    model: Any,
-    component: str,
-    recipe: str,
-    bits: str,
-    options: Mapping[str, Any],
-    given: Mapping[str, Any],
-    source: Mapping[str, Any],
-) -> Plan:
-    """The plan of one denoiser, calibrated from `source` where the recipe needs data. `given` are fields of its task."""
-    row, parsed = recipes.lookup(recipe), Bits.parse(bits)
-    wanted = CalibrationSettings(**{key: source[key] for key in _SETTINGS & source.keys()})
-    own = {**given, "seed": wanted.seed, "memory_bytes": wanted.memory_bytes}
-    own |= {"work_dir": Path(source["cache_dir"])} if source["cache_dir"] is not None else {}
-    chosen = recipes.make_options(row, options, bits)
-    needed = row.needs_data(chosen, parsed)
-    data = calibrate(model, component, **source) if needed else _no_rows(model, component, source["device"])
-    _say_remaining(row.cost(chosen, parsed), data, source["progress"])
-    with offloading.lifted(denoiser(model, component), onload=True):
-        return plan_calibrated(replace(task_of(model, data, parsed, component), **own), recipe, bits, options)
+def decide(fitted: Job, *, progress: bool = True, **data: Any) -> Plan:
+    """`plan` of what is checked already.
+
+    Args:
+        fitted: What is asked for, and of which model.
+        progress: Show progress bars.
+        **data: `prompts`, `forward_loop`, `cache_key` and `call_kwargs` as for `plan`.
+    """
+    devices.move(fitted.model, fitted.request.device)
+    first, *second = [_decide(fitted, name, progress, data) for name in fitted.denoisers]
+    decided = replace(first, components=dict(zip(list(fitted.denoisers)[1:], second, strict=True)))
+    return parts.with_components(decided, fitted.model, fitted.others, progress)
+
+
+def _decide(fitted: Job, name: str, progress: bool, data: Mapping[str, Any]) -> Plan:
+    """The plan of one denoiser, calibrated where the recipe needs data."""
+    asked, bits, model = fitted.request, fitted.denoisers[name], fitted.model
+    settings = asked.calibration
+    if fitted.needs_data(bits):
+        rows = _collect(model, name, settings, cache_dir=asked.cache, progress=progress, **data)
+        _say_remaining(fitted.cost(bits), rows, progress)
+    else:  # the denoiser is not called
+        rows = Calibration([], Shelf(None, 0, {}), next(denoiser(model, name).parameters()).device)
+    with offloading.lifted(denoiser(model, name), onload=True):
+        task = replace(
+            task_of(model, rows, bits, name),
+            seed=settings.seed,
+            memory_bytes=settings.memory_bytes,
+            work_dir=asked.cache,
+            target=asked.target,
+            exclude=fitted.exclusions[name],
+            progress=progress,
+        )
+        return recipes.decide(task, asked.recipe, asked.options)
 
 
 def _apart(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -155,10 +159,10 @@ def repair(
     model: Any,
     plan: Plan,
     *,
-    epochs: int = 10,
-    rank: int = 32,
-    dfa: bool = True,
-    guidance_weight: float = 9.0,
+    epochs: int = RepairSettings.epochs,
+    rank: int = RepairSettings.rank,
+    dfa: bool = RepairSettings.dfa,
+    guidance_weight: float = RepairSettings.guidance_weight,
     prompts: Sequence[str] | None = None,
     forward_loop: Callable[[nn.Module], object] | None = None,
     cache_dir: str | Path | None = None,
@@ -195,22 +199,31 @@ def repair(
     Raises:
         ValueError: if a layer has several weights or adapters, the plan is of another model, or a number is out of range.
     """
-    training = TrainingSettings(epochs, guidance_weight=guidance_weight)
-    _check_repairable(model, plan, epochs, rank)
-    _check_sampler(model, float(dfa), "repair must be told dfa=False")
-    source: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "device": device}
-    source |= {"cache_dir": cache_dir, "cache_key": cache_key}
-    data = calibrate(model, **source, progress=progress, call_kwargs=call_kwargs, **settings)
-    wanted, work_dir = CalibrationSettings(**settings), None if cache_dir is None else Path(cache_dir)
+    asked, wanted = RepairSettings(epochs, rank, dfa, guidance_weight), CalibrationSettings(**settings)
+    _check_repairable(model, plan, dfa)
+    job.check_model(denoiser(devices.move(model, device)))
+    source: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "cache_key": cache_key}
+    source |= {"cache_dir": cache_dir, "progress": progress, "call_kwargs": call_kwargs}
+    data = _collect(model, "", wanted, **source)
     with offloading.lifted(denoiser(model), onload=True):
-        task = replace(task_of(model, data, Bits.parse(plan.bits)), seed=wanted.seed, progress=progress)
-        task = replace(task, work_dir=work_dir, memory_bytes=wanted.memory_bytes)
-        training = replace(training, guidance_weight=(weight := guidance_to_keep(guidance_weight, task)))
-        weights = loss_weights(task, 2.0 if dfa else 0.0)
-        tuned = tune(task, start_of(plan, task), Tuning(training, 1, rank, weights, of_8_bits(plan)))
-    used = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": weight, "seed": wanted.seed}
+        task = replace(
+            task_of(model, data, Bits.parse(plan.bits)),
+            seed=wanted.seed,
+            progress=progress,
+            work_dir=None if cache_dir is None else Path(cache_dir),
+            memory_bytes=wanted.memory_bytes,
+        )
+        return _trained(plan, task, asked)
+
+
+def _trained(plan: Plan, task: Task, asked: RepairSettings) -> Plan:
+    """The plan with the task's layers as fine-tuned, and what that was asked for among its options."""
+    asked = replace(asked, guidance_weight=guidance_to_keep(asked.guidance_weight, task))
+    training = TrainingSettings(asked.epochs, guidance_weight=asked.guidance_weight)
+    weights = loss_weights(task, 2.0 if asked.dfa else 0.0)
+    tuned = tune(task, start_of(plan, task), Tuning(training, 1, asked.rank, weights, of_8_bits(plan)))
     trained = replace(plan, layers=tuned.layers, timesteps=tuned.timesteps, measured=tuned.measured)
-    return replace(trained, options={**plan.options, "repair": used})
+    return replace(trained, options={**plan.options, "repair": {**vars(asked), "seed": task.seed}})
 
 
 def plan_of(model: Any) -> Plan:
@@ -233,19 +246,7 @@ def _quantized(module: nn.Module) -> bool:
     return any(isinstance(part, packed.QuantizedLayer) for part in module.modules())
 
 
-def _check_sampler(model: Any, power: float, way_out: str) -> None:
-    """Refuse a loss that is weighted by the sampler where there is none, before anything is calibrated."""
-    if power and isinstance(model, nn.Module):
-        raise ValueError(
-            f"{way_out} for a plain module, got one with a loss weighted by the sampler's steps; pass it, or pass the pipeline"
-        )
-
-
-def _check_repairable(model: Any, plan: Plan, epochs: int, rank: int) -> None:
-    if not isinstance(rank, int) or rank < 0 or not epochs:
-        raise ValueError(
-            f"epochs must be at least 1 and rank a whole number of at least 0, got {epochs!r} and {rank!r}"
-        )
+def _check_repairable(model: Any, plan: Plan, dfa: bool) -> None:
     for name, layer in plan.layers.items():
         if layer.side is not None:
             raise ValueError(
@@ -261,6 +262,7 @@ def _check_repairable(model: Any, plan: Plan, epochs: int, rank: int) -> None:
         wrapped.refuse(module, "quantized")
         with offloading.lifted(module):
             install.check(module, own)
+    job.check_sampler(model, float(dfa), "repair must be told dfa=False")
 
 
 def task_of(model: Any, data: Calibration, bits: Bits, component: str = "") -> Task:
@@ -286,9 +288,27 @@ def calibrate(
     **settings: Any,
 ) -> Calibration:
     """The inputs of a denoiser, of several the one called `component`, along its own trajectories. `plan` has the arguments."""
-    module = denoiser(devices.move(model, device), component)
-    check_model(module)
     wanted = CalibrationSettings(**settings)
+    job.check_model(denoiser(devices.move(model, device), component))
+    given: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "call_kwargs": call_kwargs}
+    given |= {"cache_dir": cache_dir, "cache_key": cache_key, "progress": progress}
+    return _collect(model, component, wanted, **given)
+
+
+def _collect(
+    model: Any,
+    component: str,
+    wanted: CalibrationSettings,
+    *,
+    prompts: Sequence[str] | None = None,
+    forward_loop: Callable[[nn.Module], object] | None = None,
+    cache_dir: Path | str | None = None,
+    cache_key: str | None = None,
+    progress: bool = True,
+    call_kwargs: Mapping[str, Any] | None = None,
+) -> Calibration:
+    """`calibrate` of a model that is checked already."""
+    module = denoiser(model, component)
     if model is not module:
         if forward_loop is not None or cache_key is not None:
             raise ValueError(
@@ -309,40 +329,6 @@ def calibrate(
     return collect.collect_from_loop(
         module, forward_loop, wanted, cache_dir=cache_dir, cache_key=cache_key, progress=progress
     )
-
-
-def _no_rows(model: Any, component: str, device: torch.device | str | None) -> Calibration:
-    """The empty calibration of a recipe that looks at no data, for which the denoiser is not called."""
-    module = denoiser(devices.move(model, device), component)
-    check_model(module)
-    return Calibration([], Shelf(None, 0, {}), next(module.parameters()).device)
-
-
-def plan_calibrated(task: Task, recipe: str, bits: str, options: Mapping[str, Any]) -> Plan:
-    """`plan` with calibration data at hand, to try several recipes on the same data."""
-    return recipes.plan(task, recipe, bits, options)
-
-
-def check_model(module: nn.Module) -> None:
-    """Refuse models that cannot be quantized, and modes of torch that they cannot be quantized in, before any work."""
-    torch_modes.check_defaults()
-    wrapped.refuse(module, "quantized")
-    with offloading.lifted(module):
-        hooks.check(module)
-        _check_layers(module)
-
-
-def _check_layers(module: nn.Module) -> None:
-    found = packed.quantizable(module)
-    if not found:
-        raise ValueError(
-            "model must have linear or convolution layers in float, got none; is it quantized already?"
-        )
-    for name, layer in found.items():
-        if not bool(layer.weight.isfinite().all()):
-            raise ValueError(
-                f"weights must be finite, got NaN or Inf in layer {name!r}; repair the checkpoint"
-            )
 
 
 def apply(model: Any, plan: Plan) -> Any:
@@ -367,7 +353,9 @@ def apply(model: Any, plan: Plan) -> Any:
     return model
 
 
-def quantize(model: Any, recipe: str = "lbfp", bits: str = "w4a8", **arguments: Any) -> Plan:
+def quantize(
+    model: Any, recipe: str = Request.recipe, bits: str = str(Request.bits), **arguments: Any
+) -> Plan:
     """`plan` and `apply` in one. It takes the arguments of `plan`, changes the model in place and returns the plan.
 
     >>> model = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 16))

@@ -35,6 +35,7 @@ from difloat.checkpoint.manifest import MANIFEST
 from difloat.estimate import Forecast
 from difloat.evaluation import kept_pictures
 from difloat.evaluation.comparison import Evaluation, Generated
+from difloat.evaluation.generation import PER_CALL
 from difloat.layers import install
 from difloat.pipelines import denoiser_of
 from difloat.plan.plan import Plan
@@ -63,7 +64,7 @@ class Sampling:
     count: int
     steps: int | None = None
     guidance_scale: float | None = None
-    batch_size: int = 50
+    batch_size: int = PER_CALL
     call_kwargs: Mapping[str, Any] | None = None
     kept: Path | None = None
 
@@ -82,19 +83,25 @@ class Sampling:
         return self.prompts is not None and set(self.captions) <= set(reference_models.captions())
 
 
-def load_pipeline(source: str, **where: Any) -> Any:
-    """The pipeline behind what a user names; `where` are further fields of `sources.Source`.
+def load_pipeline(source: str, device: torch.device | str | None = None, **where: Any) -> Any:
+    """The pipeline behind what a user names.
+
+    Args:
+        source: As the user names it.
+        device: Where it is put, see `devices.resolve`; None: the CPU.
+        **where: Further fields of `sources.Source`.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or it is a component without its pipeline.
-        ValueError: it does not load.
+        ValueError: it does not load, or there is no such device.
     """
-    found = sources.load(sources.Source(source, **where))
+    place = devices.resolve("cpu" if device is None else device)
+    found = sources.load(sources.Source(source, **where), place)
     if isinstance(found, nn.Module):
         raise FileNotFoundError(
             f"source must hold model_index.json, got {source!r} without; it is one component, name its pipeline with --base"
         )
-    return found
+    return devices.move(found, place)
 
 
 def prompts_of(pipeline: Any, source: str, path: Path | None) -> list[str] | None:
@@ -238,7 +245,7 @@ def finish(
     if not sampling.count:
         return made
     reference, dtype = _reference(pipeline, floats, source, sampling)
-    drawn = draw(checkpoint.load(out, dtype=dtype), sampling)
+    drawn = draw(checkpoint.load(out, dtype=dtype, device=devices.home(pipeline)), sampling)
     return None if made is None else _with_pictures(made, reference, drawn, sampling, out)
 
 
@@ -259,7 +266,12 @@ def _reference(
 
 
 def draw_later(
-    reference: Generated, out: Path, sampling: Sampling, folder: Path, dtype: torch.dtype | None = None
+    reference: Generated,
+    out: Path,
+    sampling: Sampling,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> Record | None:
     """Draw with a finished checkpoint what full precision has drawn, compare, and complete the checkpoint's report.
 
@@ -269,6 +281,7 @@ def draw_later(
         sampling: How they were drawn.
         folder: Holds what is drawn until the report is written, so that a killed run goes on from there.
         dtype: In which to compute; None: that of the files.
+        device: Where to compute; None: on the CPU.
 
     Returns:
         What the report shows; None on processes of a launch that do not write.
@@ -279,7 +292,7 @@ def draw_later(
     """
     made = build.read(out)[0]
     own = folder / f"of-{hashlib.sha256((out / MANIFEST).read_bytes()).hexdigest()[:32]}"
-    drawn = draw(checkpoint.load(out, dtype=dtype), sampling, kept=own)
+    drawn = draw(checkpoint.load(out, dtype=dtype, device=device), sampling, kept=own)
     if not distributed.is_main():
         return None
     made = _with_pictures(made, reference, drawn, sampling, out)

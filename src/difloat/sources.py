@@ -50,9 +50,10 @@ class Source:
         name: An embedded model, a directory, ``owner/model`` on a hub, or a file that holds a checkpoint.
         base: Directory or hub name of the pipeline that a file or a component belongs to.
         revision: Branch, tag or commit on the hub.
-        variant: Of the files, like "fp16"; None takes the only one that there is.
-        dtype: In which to compute: "auto" is as stored, except that CPUs compute float16 as bfloat16 where they have its
-            instructions and as float32 elsewhere; "stored" is as stored in any case, every component of a directory in its own.
+        variant: Variant of the files, like "fp16". If it is left out, the only one that there is.
+        dtype: What is computed in: "auto" is as stored, except that CPUs compute float16 as bfloat16 where they have its
+            instructions and as float32 elsewhere; "stored" is as stored in any case, every component of a directory in its own;
+            else float32, bfloat16 or float16.
     """
 
     name: str

@@ -6,14 +6,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import torch
 import typer
 from rich.table import Table
 
 from difloat.cli import tables
 from difloat.cli.app import app
 from difloat.cli.options import (
+    AUTO,
     Batch,
     Call,
+    Device,
     Guidance,
     Loras,
     Prompts,
@@ -25,6 +28,7 @@ from difloat.cli.options import (
     pipeline_of,
 )
 from difloat.cli.tables import console
+from difloat.evaluation.generation import PER_CALL
 from difloat.plan.request import MOST_SEED
 
 if TYPE_CHECKING:
@@ -54,6 +58,7 @@ def generate(
     batch: Batch = 8,
     lora: Loras = None,
     call: Call = None,
+    device: Device = AUTO,
 ) -> None:
     """Draw pictures with a full-precision or quantized pipeline; processes of a launch share them."""
     import numpy as np
@@ -64,10 +69,10 @@ def generate(
     from difloat.lora import adapters
     from difloat.report import build
 
-    meet()
+    place = meet(device)
     if resolved(out).exists() and not out.is_dir():
         raise NotADirectoryError(f"output must be a directory, got the file {str(out)!r}; choose another")
-    pipeline = pipeline_of(source)
+    pipeline = pipeline_of(source, place)
     for number, (file, weight) in enumerate(loras_of(lora or [])):
         adapters.load(pipeline, file, f"lora{number}", weight)
     texts = list(prompt) if prompt else run.prompts_of(pipeline, source, prompts)
@@ -106,7 +111,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=2, help="Pictures per model.")] = 64,
     steps: Steps = None,
     guidance: Guidance = None,
-    batch: Batch = 50,
+    batch: Batch = PER_CALL,
     call: Call = None,
     fail_under: Annotated[
         list[str] | None,
@@ -116,6 +121,7 @@ def evaluate(
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the evaluation as JSON.")] = None,
     cache: Pictures = None,
+    device: Device = AUTO,
 ) -> None:
     """Compare a quantized pipeline with the full-precision one; processes of a launch share the pictures."""
     from difloat import distributed, run
@@ -125,8 +131,8 @@ def evaluate(
     rules = [gates.parse(rule) for rule in fail_under or []]  # a misspelled gate must not cost the pictures
     if save is not None and not resolved(save, "--save").parent.is_dir():
         raise FileNotFoundError(f"--save must name a file in a directory that is there, got {str(save)!r}")
-    meet()
-    first, second = pipeline_of(reference), pipeline_of(quantized)
+    place = meet(device)
+    first, second = pipeline_of(reference, place), pipeline_of(quantized, place)
     texts = run.prompts_of(first, reference, prompts)
     guidance, arguments = call_of(first, reference, guidance, call)
     sampling = run.Sampling(texts, samples, steps, guidance, batch, arguments)
@@ -166,13 +172,14 @@ def _drawn_later(
     batch: int,
     call: list[str] | None,
     cache: Path | None,
+    device: torch.device,
 ) -> Record | None:
     """Draw with the pipeline, free it, draw with the checkpoint; whatever fails, the pictures drawn so far are kept."""
     from difloat import api, run
     from difloat.report import build
 
     before = build.read(out)[0]
-    pipeline = pipeline_of(source)
+    pipeline = pipeline_of(source, device)
     if (got := type(api.denoiser(pipeline)).__name__) != before.model_class:
         raise ValueError(
             f"source must be the pipeline that {str(out)!r} was made from, with a {before.model_class}, got one with a {got}; "
@@ -185,7 +192,7 @@ def _drawn_later(
     reference = run.draw(pipeline, sampling, kept=folder)
     dtype = next(tensor.dtype for tensor in api.denoiser(pipeline).parameters())
     del pipeline  # the checkpoint takes its place in memory
-    return run.draw_later(reference, out, sampling, folder, dtype)
+    return run.draw_later(reference, out, sampling, folder, dtype, device)
 
 
 def _kept_by_default() -> Path:
@@ -216,6 +223,7 @@ def report(
             "Default: difloat/pictures in the user's cache (XDG_CACHE_HOME)."
         ),
     ] = None,
+    device: Device = AUTO,
 ) -> None:
     """Make a checkpoint's report.html again; with the pipeline it was made from, draw pictures and complete it."""
     from difloat.report import build
@@ -231,9 +239,18 @@ def report(
         page = pages.render(made, left, right, Path(source) / build.PAGE)
         console.print(f"report     {page}", highlight=False, soft_wrap=True)
         return
-    meet()
+    place = meet(device)
     complete = _drawn_later(
-        source, out, _IMAGES if images is None else images, prompts, steps, guidance, batch, call, cache
+        source,
+        out,
+        _IMAGES if images is None else images,
+        prompts,
+        steps,
+        guidance,
+        batch,
+        call,
+        cache,
+        place,
     )
     if complete is not None:
         tables.print_made(complete, out)

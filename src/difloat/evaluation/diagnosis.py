@@ -12,9 +12,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -25,10 +26,33 @@ from difloat.evaluation.picture_metrics import NotFiniteError
 from difloat.layers import install, packed
 from difloat.layers.packed import QuantizedLayer
 from difloat.methods.trace import Call, removed, tensors_of
+from difloat.plan.request import MOST_SEED
+from difloat.plan.validation import Positive, Rule, record
 
 _TIMESTEPS = 6  # of the trajectory that errors are measured at, evenly spread
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 _FINITE_GOAL = 1.0  # relative error to reach where the quantized model draws no finite pictures at all
+
+
+@record("settings of a diagnosis")
+class DiagnosisSettings:
+    """How a diagnosis is made.
+
+    Attributes:
+        samples: Denoiser inputs that errors are measured on.
+        images: Pictures per sampling run.
+        steps: Sampler steps. If it is left out, as many as the pipeline's call takes by itself.
+        guidance_scale: Scale of classifier-free guidance. If it is left out, the one that the pipeline's call takes by itself.
+        share: Share of today's error that is good enough; 0.5 halves it.
+        seed: Seed of everything random.
+    """
+
+    samples: Positive = 24
+    images: Positive = 2
+    steps: Positive | None = None
+    guidance_scale: float | None = None
+    share: Annotated[float, Field(gt=0, lt=1), Rule("be between 0 and 1")] = 0.5
+    seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
 
 
 @dataclass
@@ -102,14 +126,9 @@ def diagnose(
     quantized_pipeline: Any,
     *,
     prompts: Sequence[str] | None = None,
-    samples: int = 24,
-    images: int = 2,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
     call_kwargs: Mapping[str, Any] | None = None,
-    share: float = 0.5,
-    seed: int = 0,
     progress: bool = True,
+    **settings: Any,
 ) -> Diagnosis:
     """Find the layers whose quantization costs most. Both pipelines are as before on return.
 
@@ -125,34 +144,34 @@ def diagnose(
         float_pipeline: The pipeline in full precision.
         quantized_pipeline: The pipeline that was quantized from it, of the same dtype, on the same device.
         prompts: The texts to sample with. None takes general built-in ones.
-        samples: How many denoiser inputs errors are measured on.
-        images: How many pictures a sampling run draws.
-        steps: How many steps the sampler takes, or None for the pipeline's default.
-        guidance_scale: The factor of classifier-free guidance, or None for the pipeline's default.
         call_kwargs: Further arguments of the pipeline's call.
-        share: The share of its present value that the error has to come down to.
-        seed: The seed of everything random.
         progress: Whether to show progress bars.
+        **settings: Fields of `DiagnosisSettings`.
 
     Raises:
-        ValueError: if the pipelines do not belong together.
+        ValueError: if the pipelines do not belong together, or a setting is not allowed.
     """
+    wanted = DiagnosisSettings(**settings)
     original, quantized = api.denoiser(float_pipeline), api.denoiser(quantized_pipeline)
     _check(original, quantized)
-    if not 0 < share < 1:
-        raise ValueError(f"share must be between 0 and 1, got {share}; 0.5 halves the error")
     texts = api.prompts_for(float_pipeline, prompts)
-    sampler: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "call_kwargs": call_kwargs}
+    sampler: dict[str, Any] = {"steps": wanted.steps, "guidance_scale": wanted.guidance_scale}
+    sampler |= {"call_kwargs": call_kwargs}
     data = api.calibrate(
-        float_pipeline, prompts=texts, progress=progress, samples=samples, seed=seed, **sampler
+        float_pipeline,
+        prompts=texts,
+        progress=progress,
+        samples=wanted.samples,
+        seed=wanted.seed,
+        **sampler,
     )
     units = _units(original, quantized)
     blocks, found = _measure(original, quantized, _calls(data), units)
-    seeds = range(seed, seed + images)
-    drawn = {"prompts": texts, "seeds": seeds, "batch_size": images, "progress": progress, **sampler}
+    seeds = range(wanted.seed, wanted.seed + wanted.images)
+    drawn = {"prompts": texts, "seeds": seeds, "batch_size": wanted.images, "progress": progress, **sampler}
     trials = _Trials(float_pipeline, quantized_pipeline, drawn)
     before = trials.error_without([])
-    goal = share * before if math.isfinite(before) else _FINITE_GOAL
+    goal = wanted.share * before if math.isfinite(before) else _FINITE_GOAL
     ranked = [[layer.name for layer in found if layer.name in units[block.name]] for block in blocks]
     order = {layer.name: rank for rank, layer in enumerate(found)}
     exclude, after = _fewest(ranked, order, trials.error_without, goal) if before > 0 else ((), before)

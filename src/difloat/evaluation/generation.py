@@ -30,6 +30,8 @@ from difloat.pipelines import (
     takes,
 )
 
+PER_CALL = 50  # pictures of a call of the pipeline
+
 
 @dataclass(frozen=True, eq=False)
 class Generated:
@@ -68,7 +70,7 @@ def generate(
     seeds: Sequence[int],
     steps: int | None = None,
     guidance_scale: float | None = None,
-    batch_size: int = 50,
+    batch_size: int = PER_CALL,
     trajectory: bool = False,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,

@@ -27,6 +27,24 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return found
 
 
+def check_weights(model: nn.Module) -> None:
+    """Look at every weight that can be quantized.
+
+    Raises:
+        ValueError: there is none, or one holds NaN or infinity (the layer is named).
+    """
+    found = quantizable(model)
+    if not found:
+        raise ValueError(
+            "model must have linear or convolution layers in float, got none; is it quantized already?"
+        )
+    for name, layer in found.items():
+        if not bool(layer.weight.isfinite().all()):
+            raise ValueError(
+                f"weights must be finite, got NaN or Inf in layer {name!r}; repair the checkpoint"
+            )
+
+
 def places(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     """Every parent and child name under which a module is registered in a model, which is mostly one pair."""
     module = model.get_submodule(name)

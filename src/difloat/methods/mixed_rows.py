@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 from difloat import distributed
 from difloat.calibration.batch_axis import rows_of
 from difloat.layers import packed
-from difloat.layers.exclude import excluded
 from difloat.methods import trace
 from difloat.methods.task import MixedRows, Smoothing, Task
 from difloat.methods.trace import Call, removed
@@ -186,8 +185,11 @@ def _allocate(
     generator = torch.Generator().manual_seed(task.seed)
     rows = task.calibration.stratified(min(settings.rows, len(task.calibration)), generator)
     seen = trace.trace(task.model, task.calibration.batch(rows[:2]))
-    left_out = excluded(packed.quantizable(task.model), task.exclude)
-    names = [name for name in seen.order if (task.only is None or name in task.only) and name not in left_out]
+    names = [
+        name
+        for name in seen.order
+        if (task.only is None or name in task.only) and name not in task.exclude.names
+    ]
     calls = task.calls(rows, seen.row_bytes)
     largest = trace.channel_maxima(task.model, names, calls) if settings.scale_inputs else {}
     bits, found = task.bits.weight, {}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from difloat.calibration.collect import Calibration
+from difloat.layers.exclude import Exclusion
 from difloat.methods.learned_rounding import RoundingSettings
 from difloat.methods.trace import Call
 from difloat.plan.rules import Bits, Rule
@@ -34,7 +35,7 @@ class Task:
         scheduler: Gives the pipeline's scheduler as its call sets it for the first step; None for a plain module.
         target: The machine whose fast formats the recipe's candidates are restricted to.
         only: Quantize no other layers than these, to try a recipe on a few; None: all.
-        exclude: What the user keeps out of quantization, whatever the recipe; patterns of `exclusion.matches`.
+        exclude: What the user keeps out of quantization, whatever the recipe.
         layer_bits: Weight bits of some layers, for recipes with one width: in place of that width, but not of 8 bits of edges.
         memory_bytes: What activations may take while blocks are worked on; bounds the rows, not the result's size.
     """
@@ -49,7 +50,7 @@ class Task:
     pipeline: str = ""
     target: Target = "any"
     only: frozenset[str] | None = None
-    exclude: tuple[str, ...] = ()
+    exclude: Exclusion = Exclusion()
     scheduler: Callable[[], Any] | None = None
     layer_bits: Mapping[str, int] = field(default_factory=dict)
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -252,11 +253,13 @@ class Bits:
         weight: Of weights; of a fractional average the whole number above it.
         activation: Of activations; None leaves them as they are.
         average: What weights have on average, where that is no whole number; only recipes that choose widths by layer can.
+        wide: How it was written that activations stay: a16 and a32 mean the same.
     """
 
     weight: int
     activation: int | None
     average: float | None = None
+    wide: Literal[16, 32] = field(default=16, compare=False, repr=False)
 
     @property
     def mean(self) -> float:
@@ -277,11 +280,14 @@ class Bits:
                 f"bits must be 2 to 8 for weights and 2 to 8, 16 or 32 for activations, got {text!r}"
             )
         weight = math.ceil(mean)
-        return Bits(weight, activation if activation <= 8 else None, None if mean == weight else mean)
+        average = None if mean == weight else mean
+        if activation > 8:
+            return Bits(weight, None, average, 32 if activation == 32 else 16)
+        return Bits(weight, activation, average)
 
     def __str__(self) -> str:
-        """As `parse` reads it: "w4a8", "w4a16" where activations stay."""
-        return f"w{self.mean:g}a{self.activation or 16}"
+        """As `parse` reads it: "w4a8"; where activations stay, "w4a16" or "w4a32", as it was written."""
+        return f"w{self.mean:g}a{self.activation or self.wide}"
 
 
 QUANTILES = (0.0, 0.01, 0.5, 0.99, 1.0)  # of an input, by which its shape is reported

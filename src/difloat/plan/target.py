@@ -10,15 +10,6 @@ from difloat.numbers.integer_grids import grid_of
 from difloat.plan.rules import Rule
 
 Target = Literal["any", "cpu"]
-TARGETS: tuple[Target, ...] = ("any", "cpu")
-
-
-def check(target: str) -> Target:
-    """`target` itself; ValueError if there is no such target."""
-    for known in TARGETS:
-        if target == known:
-            return known
-    raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
 
 
 def fits(format: Format, target: Target) -> bool:

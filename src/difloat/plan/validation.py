@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import re
 from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -147,14 +149,14 @@ def _described(cls: type[Any], place: Any) -> tuple[str, Any, list[Any]]:
             inner = get_args(hint)
             hint, limits = inner[-1 if len(inner) == 2 and inner[1] is not ... else 0], []
             called = f"entry of {called}"
-        hint, more = _bare(hint)
+        hint, more = bare(hint)
         limits += more
         titles = [one.title for one in more if isinstance(one, FieldInfo) and one.title]
         called = titles[0] if titles else called
     return called, hint, limits
 
 
-def _bare(hint: Any) -> tuple[Any, list[Any]]:
+def bare(hint: Any) -> tuple[Any, list[Any]]:
     """A type without None and annotations, and the annotations with what is in their fields."""
     found: list[Any] = []
     while get_origin(hint) in (Annotated, Union, UnionType):
@@ -165,6 +167,19 @@ def _bare(hint: Any) -> tuple[Any, list[Any]]:
         else:
             hint = next(one for one in get_args(hint) if one is not NoneType)
     return hint, found
+
+
+def descriptions(cls: type[Any]) -> dict[str, str]:
+    """What the docstring of a class says of each of its fields, under "Attributes:"."""
+    _, _, attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+    found: dict[str, str] = {}
+    for line in attributes.splitlines():
+        if match := re.match(r"    (\w+): (.*)", line):
+            name = match[1]
+            found[name] = match[2]
+        elif line.strip():
+            found[name] += f" {line.strip()}"
+    return found
 
 
 def _record_in(hint: Any) -> Any:

@@ -57,12 +57,7 @@ RECIPES: dict[str, Recipe] = {
         "4-bit weights and activations: mixup-sign formats, adapters by timestep, fine-tuned (arXiv:2505.21591)",
         msfp.cost,
     ),
-    "mpqdm": Recipe(
-        mpqdm.plan,
-        mpqdm.Options,
-        "2 to 4 bits: rows of several widths inside a layer, relation distillation, fine-tuned (arXiv:2412.11549)",
-        mpqdm.cost,
-    ),
+    "mpqdm": Recipe(mpqdm.plan, mpqdm.Options, mpqdm.SUMMARY, mpqdm.cost),
     "guided": Recipe(guided.plan, guided.Options, guided.SUMMARY, guided.cost),
     "efficientdm": Recipe(efficientdm.plan, efficientdm.Options, efficientdm.SUMMARY, efficientdm.cost),
     "qdiffusion": Recipe(
@@ -97,18 +92,23 @@ def make_options(recipe: Recipe, values: Mapping[str, Any], bits: str) -> Any:
     return options.checked(options.make_options(recipe.options, values), Bits.parse(bits), recipe.averages)
 
 
-@torch_modes.plain()
 def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
-    """Decide everything about the task's model; the model stays untouched."""
-    settings = make_options(lookup(recipe), chosen, bits)
+    """`decide` for a task that nothing was checked of: its weights are looked at, and options made of what a user chose."""
+    quantizable.check_weights(task.model)
+    return decide(task, recipe, make_options(lookup(recipe), chosen, bits))
+
+
+@torch_modes.plain()
+def decide(task: Task, recipe: str, settings: Any) -> Plan:
+    """Decide everything about the task's model, with the recipe's options as made; the model stays untouched."""
     outcome = lookup(recipe).plan(task, settings)
-    rows = len(task.calibration)
-    stored = {**dataclasses.asdict(settings), **outcome.used, "seed": task.seed, "calibration_rows": rows}
+    stored = {**dataclasses.asdict(settings), **outcome.used, "seed": task.seed}
+    stored |= {"calibration_rows": len(task.calibration)}
     stored |= {"target": task.target} if task.target != "any" else {}
-    stored |= {"exclude": list(task.exclude)} if task.exclude else {}
+    stored |= {"exclude": list(task.exclude.patterns)} if task.exclude.patterns else {}
     return Plan(
         recipe,
-        bits.strip().lower(),
+        str(task.bits),
         outcome.layers,
         {**outcome.skipped, **quantizable.staying_float(task.model)},
         stored,

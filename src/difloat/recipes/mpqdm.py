@@ -38,6 +38,10 @@ from difloat.methods.training.twin_layer import Init
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import asymmetric_integers, floating_grids
 
+SUMMARY = (
+    "2 to 4 bits: rows of several widths inside a layer, relation distillation, fine-tuned (arXiv:2412.11549)"
+)
+
 
 @recipe_options
 class Options(TrainingSettings):
