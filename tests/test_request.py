@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 ONCE = (options.make_options, Bits.parse, excluded, check_weights)
 FLAGS = {"guidance_scale": "--guidance", "memory_bytes": "--memory-mb"}
-COMPUTING = ("quantize", "repair", "demo", "generate", "evaluate", "diagnose")
+COMPUTING = ("quantize", "repair", "demo", "generate", "evaluate", "diagnose", "report")
 
 
 @contextmanager
@@ -197,6 +197,7 @@ def test_a_device_that_is_not_there_is_bad_input_of_every_command(
     out = tmp_path / "out"
     places = {"quantize": [source, out], "repair": [source, source, out], "demo": ["--out", out]}
     places |= {"generate": [source, out], "evaluate": [source, source], "diagnose": [source, source]}
+    places |= {"report": [source, source]}
     for name in COMPUTING:
         assert command(monkeypatch, name, *places[name], "--device", device) == 2, name
         err = capsys.readouterr().err
