@@ -55,7 +55,7 @@ def flat(layer: LayerPlan) -> LayerPlan:
     codes = layer.codes()[0].reshape(rows, -1)
     tensors = {**layer.tensors, "weight": packing.pack(codes, part.weight.format.bits)}
     columns = codes.shape[1]
-    return LayerPlan("linear", (rows, columns), (replace(part, channels=columns),), tensors)
+    return LayerPlan("linear", (rows, columns), (replace(part, channels=columns),), tensors=tensors)
 
 
 def obstacle(layer: LayerPlan) -> str:

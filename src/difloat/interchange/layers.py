@@ -211,7 +211,7 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
         "weight": packing.pack(codes, scheme.element.bits),
         "weight_scale": torch.where(flat == 0, smallest, flat).reshape(-1).contiguous(),
     }
-    return LayerPlan("linear", shape, (Part(columns, spec),), stored)
+    return LayerPlan("linear", shape, (Part(columns, spec),), tensors=stored)
 
 
 def _decoded_scales(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Tensor:

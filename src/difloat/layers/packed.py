@@ -122,7 +122,7 @@ class QuantizedLayer(HoldsPackedWeight):
         """The layer's state as an entry of a plan, whose tensors are shared and not copied."""
         kind: Literal["linear", "conv2d"] = "linear" if len(self.float_shape) == 2 else "conv2d"
         fields = (self.smoothed, self.schedule, self.input_schedule, self.bands, self.side)
-        empty = LayerPlan(kind, self.float_shape, self.parts, {}, *fields)
+        empty = LayerPlan(kind, self.float_shape, self.parts, *fields, tensors={})
         return with_changes(
             empty, tensors={name: self._tensor(name).detach() for name in empty.tensor_shapes()}
         )

@@ -59,7 +59,7 @@ def plan_layer(
         if vectors := [vector.reshape(-1).float() for vector in given if vector is not None]:
             tensors[name] = torch.cat(vectors)
     kind: Literal["linear", "conv2d"] = "linear" if weight.dim() == 2 else "conv2d"
-    layer = LayerPlan(kind, tuple(weight.shape), tuple(parts), tensors)
+    layer = LayerPlan(kind, tuple(weight.shape), tuple(parts), tensors=tensors)
     got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if got != shapes:
         raise ValueError(f"scales must fit the parts, expected shapes {shapes}, got {got}")

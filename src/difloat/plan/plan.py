@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from difloat.numbers.packing import unpack
-from difloat.plan import json_fields
-from difloat.plan.specs import SIDE, AttentionPlan, Band, Part, Side, layer_tensor_shapes, schedule_of
+from difloat.plan.specs import SIDE, AttentionPlan, Band, Part, Schedule, Side, layer_tensor_shapes
+from difloat.plan.validation import LARGEST, LISTED, OPTIONAL, Rule, record, shown
 from difloat.plan.weight import Layout, Weight, layout, pack
 
 PLAN_VERSION = 1
@@ -28,19 +29,20 @@ _DTYPES = {"weight": torch.uint8, "row_band": torch.uint8, **dict.fromkeys(SIDE,
 _INPUT_SIDE = ("input_scale", "input_zero_point", "input_factor")  # what the bands of a layer have in common
 
 
-@dataclass(frozen=True)
-class LayerPlan:
-    """The formats and stored tensors of one quantized layer.
+def _given(side: Any) -> Any:
+    if side is None:
+        raise ValueError("side branch must be left out of a layer that has none, got None")
+    return side
+
+
+@record("plan of a layer")
+class LayerSpec:
+    """The formats of one quantized layer, and what its tensors are laid out by: all that a file says in JSON.
 
     Attributes:
         kind: "linear" or "conv2d".
         shape: The shape [o, i, *k] of the float weight.
         parts: The cuts along the input channels, whose `channels` add up to i.
-        tensors: The layer's stored state besides its bias. `weight` is uint8 with the parts' packed rows side by side. The
-            others are float32 vectors, part after part: `weight_scale`, and where the specs ask for them
-            `weight_zero_point`, `input_scale` and `input_zero_point`. A smoothed layer has `input_factor`, by which its input
-            is multiplied channel by channel before it is quantized, and which its weight undoes. A layer whose rows have
-            several widths has `row_band` (uint8 [o]), the band of every output channel.
         smoothed: Whether there is an `input_factor`.
         schedule: The number of the weight variant (with its scales and factors) for every entry of the plan's timesteps. It
             is empty with one variant. Variants are stored one after the other along the first axis.
@@ -52,71 +54,28 @@ class LayerPlan:
             [pairs * o, rank].
     """
 
-    kind: Literal["linear", "conv2d"]
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
-    tensors: Mapping[str, Tensor] = field(repr=False)
-    smoothed: bool = False
-    schedule: tuple[int, ...] = ()
-    input_schedule: tuple[int, ...] = ()
-    bands: tuple[Band, ...] = ()
-    side: Side | None = None
+    kind: Annotated[Literal["linear", "conv2d"], Field(title="kind of a layer"), Rule("be linear or conv2d")]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=LARGEST, title="size in a shape")], ...], LISTED]
+    parts: Annotated[tuple[Part, ...], LISTED, Field(title="parts of a layer")]
+    smoothed: Annotated[bool, OPTIONAL] = False
+    schedule: Annotated[Schedule, OPTIONAL] = ()
+    input_schedule: Annotated[Schedule, OPTIONAL] = ()
+    bands: Annotated[tuple[Band, ...], LISTED, OPTIONAL, Field(title="bands of a layer")] = ()
+    side: Annotated[Side | None, OPTIONAL, BeforeValidator(_given)] = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data of everything but the tensors."""
-        parts = [part.to_json() for part in self.parts]
-        optional = {
-            "smoothed": self.smoothed,
-            "schedule": list(self.schedule),
-            "input_schedule": list(self.input_schedule),
-            "bands": [band.to_json() for band in self.bands],
-            "side": None if self.side is None else self.side.to_json(),
-        }
-        present = {name: value for name, value in optional.items() if value}
-        return {"kind": self.kind, "shape": list(self.shape), "parts": parts, **present}
+    def __post_init__(self) -> None:
+        if len(self.shape) != {"linear": 2, "conv2d": 4}[self.kind]:
+            raise ValueError(f"a {self.kind} weight cannot have the shape {shown(self.shape)}")
+        pairs = 0 if self.side is None else self.side.rank * self.side.pairs
+        if math.prod(self.shape) * max(1, pairs) > LARGEST:
+            raise ValueError(f"a layer must be of a possible size, got {self.shape} and {pairs} pairs")
 
-    @staticmethod
-    def from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerPlan:
-        """The layer of `to_json`'s data and its tensors.
-
-        Raises:
-            ValueError: if fields or shapes do not fit.
-        """
-        layer = replace(LayerPlan.without_tensors(data), tensors=tensors)
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> LayerPlan:
+        """The layer with its stored tensors; ValueError where their shapes do not fit."""
         got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if got != (expected := layer.tensor_shapes()):
+        if got != (expected := self.tensor_shapes()):
             raise ValueError(f"tensors of a layer must have the shapes {expected}, got {got}")
-        return layer
-
-    @staticmethod
-    def without_tensors(data: Mapping[str, Any]) -> LayerPlan:
-        """The layer of `to_json`'s data before any tensor is at hand.
-
-        Raises:
-            ValueError: if a field has a wrong name, type or range.
-        """
-        optional = ("smoothed", "schedule", "input_schedule", "bands", "side")
-        json_fields.json_object(data, "plan of a layer", ["kind", "shape", "parts"], optional)
-        if (kind := data["kind"]) not in ("linear", "conv2d"):
-            raise ValueError(f"kind of a layer must be linear or conv2d, got {json_fields.shown(kind)}")
-        sizes = json_fields.entries(data["shape"], "shape")
-        layer = LayerPlan(
-            kind,
-            tuple(json_fields.whole_number(size, "size in a shape") for size in sizes),
-            tuple(map(Part.from_json, json_fields.entries(data["parts"], "parts of a layer"))),
-            {},
-            json_fields.flag(data.get("smoothed", False), "smoothed"),
-            schedule_of(data.get("schedule", ()), "schedule"),
-            schedule_of(data.get("input_schedule", ()), "input_schedule"),
-            tuple(map(Band.from_json, json_fields.entries(data.get("bands", ()), "bands of a layer"))),
-            Side.from_json(data["side"]) if "side" in data else None,
-        )
-        if len(layer.shape) != {"linear": 2, "conv2d": 4}[kind]:
-            raise ValueError(f"a {kind} weight cannot have the shape {json_fields.shown(layer.shape)}")
-        pairs = 0 if layer.side is None else layer.side.rank * layer.side.pairs
-        if math.prod(layer.shape) * max(1, pairs) > json_fields.LARGEST:
-            raise ValueError(f"a layer must be of a possible size, got {layer.shape} and {pairs} pairs")
-        return layer
+        return LayerPlan(**{one.name: getattr(self, one.name) for one in fields(LayerSpec)}, tensors=tensors)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that the stored tensors must have, by name."""
@@ -133,6 +92,21 @@ class LayerPlan:
     def variants(self) -> int:
         """How many weights are stored."""
         return max(self.schedule, default=0) + 1
+
+
+@dataclass(frozen=True)
+class LayerPlan(LayerSpec):
+    """The formats and stored tensors of one quantized layer.
+
+    Attributes:
+        tensors: The layer's stored state besides its bias. `weight` is uint8 with the parts' packed rows side by side. The
+            others are float32 vectors, part after part: `weight_scale`, and where the specs ask for them
+            `weight_zero_point`, `input_scale` and `input_zero_point`. A smoothed layer has `input_factor`, by which its input
+            is multiplied channel by channel before it is quantized, and which its weight undoes. A layer whose rows have
+            several widths has `row_band` (uint8 [o]), the band of every output channel.
+    """
+
+    tensors: Mapping[str, Tensor] = field(kw_only=True, repr=False)
 
     def variant(self, number: int) -> LayerPlan:
         """The layer with only one of its weights. Its tensors are views."""
@@ -229,17 +203,3 @@ class Plan:
             raise ValueError(
                 f"schedules must have an entry for each of the {len(self.timesteps)} timesteps, got {sorted(lengths)}"
             )
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the tensors, ready for `json.dumps`. `attention` and `timesteps` are left out where empty."""
-        data = {
-            "version": PLAN_VERSION,
-            "recipe": self.recipe,
-            "bits": self.bits,
-            "options": dict(self.options),
-            "layers": {name: layer.to_json() for name, layer in self.layers.items()},
-            "skipped": dict(self.skipped),
-        }
-        attention = {"attention": {name: entry.to_json() for name, entry in self.attention.items()}}
-        optional = attention | {"timesteps": list(self.timesteps)}
-        return data | {name: value for name, value in optional.items() if value}

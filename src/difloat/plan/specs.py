@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer
 
 from difloat.numbers import formats
 from difloat.numbers.formats import Format
 from difloat.numbers.packing import packed_channels
-from difloat.plan import json_fields
+from difloat.plan.validation import LARGEST, LISTED, OPTIONAL, Rule, plain, record
 
 MOST_BANDS = 256  # a byte names the band of a row
 MOST_IN_A_GROUP = 1 << 16  # input channels; a row is filled up to its groups when scales are laid over it
@@ -17,7 +19,20 @@ MOST_VARIANTS = 1024  # weights, input ranges or low-rank pairs of one layer
 Granularity = Literal["tensor", "channel", "group", "token"]
 
 
-@dataclass(frozen=True)
+def _grid(name: Any) -> Any:
+    return formats.parse(name) if isinstance(name, str) else name
+
+
+Grid = Annotated[
+    InstanceOf[Format],
+    BeforeValidator(_grid),
+    PlainSerializer(lambda format: format.name, return_type=str),
+    Rule("be text"),
+]
+Schedule = Annotated[tuple[Annotated[int, Field(ge=0, le=MOST_VARIANTS - 1)], ...], LISTED]
+
+
+@record("quantization spec")
 class QuantSpec:
     """How one tensor is quantized.
 
@@ -31,49 +46,19 @@ class QuantSpec:
         zero_point: A real offset is added after the grid (``value * scale + zero_point``).
     """
 
-    format: Format
+    format: Grid
     granularity: Granularity = "tensor"
-    group_size: int | None = None
-    online: bool = False
-    zero_point: bool = False
+    group_size: Annotated[Annotated[int, Field(ge=1, le=MOST_IN_A_GROUP)] | None, OPTIONAL] = None
+    online: Annotated[bool, OPTIONAL] = False
+    zero_point: Annotated[bool, OPTIONAL] = False
 
     def __post_init__(self) -> None:
-        if self.granularity not in get_args(Granularity):
-            raise ValueError(f"granularity must be one of {get_args(Granularity)}, got {self.granularity!r}")
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError(
                 f"group_size must be given exactly with granularity 'group', got {self.group_size!r}"
             )
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
         if self.granularity == "token" and not self.online:
             raise ValueError("granularity 'token' must be online, since tokens are not known beforehand")
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, with the format by name."""
-        data: dict[str, Any] = {"format": self.format.name, "granularity": self.granularity}
-        if self.group_size is not None:
-            data["group_size"] = self.group_size
-        if self.online:
-            data["online"] = True
-        if self.zero_point:
-            data["zero_point"] = True
-        return data
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> QuantSpec:
-        """Inverse of `to_json`; ValueError on an unknown field, format or value."""
-        optional = ("granularity", "group_size", "online", "zero_point")
-        given = json_fields.json_object(data, "quantization spec", ["format"], optional)
-        size = given.get("group_size")
-        granularity = json_fields.text(given.get("granularity", "tensor"), "granularity")
-        return QuantSpec(
-            formats.parse(json_fields.text(given["format"], "format")),
-            granularity,  # type: ignore[arg-type]  # checked there
-            None if size is None else json_fields.whole_number(size, "group_size", 1, MOST_IN_A_GROUP),
-            json_fields.flag(given.get("online", False), "online"),
-            json_fields.flag(given.get("zero_point", False), "zero_point"),
-        )
 
     def scale_count(self, out_channels: int, in_channels: int) -> int:
         """How many scales a weight of this shape stores."""
@@ -95,40 +80,22 @@ def _check_activation(spec: QuantSpec) -> None:
         )
 
 
-@dataclass(frozen=True)
+@record("part of a layer")
 class Part:
     """A run of input channels of one layer with its own formats; `activation` None leaves the input as it is."""
 
-    channels: int
+    channels: Annotated[int, Field(ge=1, le=LARGEST, title="channels of a part")]
     weight: QuantSpec
-    activation: QuantSpec | None = None
+    activation: Annotated[QuantSpec | None, OPTIONAL] = None
 
     def __post_init__(self) -> None:
-        if self.channels < 1:
-            raise ValueError(f"channels of a part must be at least 1, got {self.channels}")
         if self.weight.online or self.weight.granularity == "token":
-            raise ValueError(f"weight scales must be stored, got an online spec {self.weight.to_json()}")
+            raise ValueError(f"weight scales must be stored, got an online spec {plain(self.weight)}")
         if self.activation is not None:
             _check_activation(self.activation)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data that `from_json` reads."""
-        data = {"channels": self.channels, "weight": self.weight.to_json()}
-        return data if self.activation is None else {**data, "activation": self.activation.to_json()}
 
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Part:
-        """Inverse of `to_json`; ValueError on missing or unknown fields."""
-        json_fields.json_object(data, "part of a layer", ["channels", "weight"], ["activation"])
-        activation = data.get("activation")
-        return Part(
-            json_fields.whole_number(data["channels"], "channels of a part"),
-            QuantSpec.from_json(data["weight"]),
-            None if activation is None else QuantSpec.from_json(activation),
-        )
-
-
-@dataclass(frozen=True)
+@record("band of rows")
 class Band:
     """Rows (output channels) of one layer with their own weight formats, in a layer whose rows have several widths.
 
@@ -137,11 +104,11 @@ class Band:
         weights: Spec of the weight in every part of the layer.
     """
 
-    rows: int
-    weights: tuple[QuantSpec, ...]
+    rows: Annotated[int, Field(ge=1, le=LARGEST, title="rows of a band")]
+    weights: Annotated[tuple[QuantSpec, ...], LISTED, Field(title="weights of a band")]
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or not self.weights:
+        if not self.weights:
             raise ValueError(f"a band must have rows and a weight spec per part, got {self.rows} rows")
 
     def parts(self, of_layer: Sequence[Part]) -> tuple[Part, ...]:
@@ -149,32 +116,11 @@ class Band:
         pairs = zip(of_layer, self.weights, strict=True)
         return tuple(replace(part, weight=weight) for part, weight in pairs)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data that `from_json` reads."""
-        return {"rows": self.rows, "weights": [spec.to_json() for spec in self.weights]}
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Band:
-        """Inverse of `to_json`; ValueError on missing or unknown fields."""
-        json_fields.json_object(data, "band of rows", ["rows", "weights"])
-        weights = json_fields.entries(data["weights"], "weights of a band")
-        return Band(
-            json_fields.whole_number(data["rows"], "rows of a band"), tuple(map(QuantSpec.from_json, weights))
-        )
-
-
-def schedule_of(value: Any, what: str) -> tuple[int, ...]:
-    """Which variant belongs to each entry of a plan's timesteps, from JSON; ValueError unless a list of small whole numbers."""
-    return tuple(
-        json_fields.whole_number(entry, f"entry of the {what}", 0, MOST_VARIANTS - 1)
-        for entry in json_fields.entries(value, what)
-    )
-
 
 SIDE = ("side_down", "side_up")  # what a side branch stores, one pair after the other
 
 
-@dataclass(frozen=True)
+@record("side branch")
 class Side:
     """Low-rank pairs beside the packed weight of a layer, which adds ``up (down x)`` of its input before that is rounded.
 
@@ -183,16 +129,8 @@ class Side:
         schedule: Which pair belongs to each entry of the plan's timesteps; empty with one pair.
     """
 
-    rank: int
-    schedule: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        numbers = (self.rank - 1, *self.schedule)
-        if any(type(number) is not int or number < 0 for number in numbers):
-            raise ValueError(
-                f"a side branch must have a rank of at least 1 and a schedule of pairs, got {self.rank!r:.80} and "
-                f"{self.schedule!r:.80}"
-            )
+    rank: Annotated[int, Field(ge=1, le=LARGEST, title="rank of a side branch")]
+    schedule: Annotated[Schedule, OPTIONAL, Field(title="schedule of a side branch")] = ()
 
     @property
     def pairs(self) -> int:
@@ -204,19 +142,6 @@ class Side:
         out_channels, *inner = shape
         shapes = (self.pairs * self.rank, *inner), (self.pairs * out_channels, self.rank)
         return dict(zip(SIDE, shapes, strict=True))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data that `from_json` reads."""
-        return {"rank": self.rank} | ({"schedule": list(self.schedule)} if self.schedule else {})
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Side:
-        """Inverse of `to_json`; ValueError on missing or unknown fields."""
-        json_fields.json_object(data, "side branch", ["rank"], ["schedule"])
-        return Side(
-            json_fields.whole_number(data["rank"], "rank of a side branch"),
-            schedule_of(data.get("schedule", ()), "schedule of a side branch"),
-        )
 
 
 def rows_of_parts(out_channels: int, parts: Sequence[Part], bands: Sequence[Band] = ()) -> list[Band]:
@@ -290,7 +215,7 @@ def weight_formats(out_channels: int, parts: Sequence[Part], bands: Sequence[Ban
     return " + ".join(dict.fromkeys(names))
 
 
-@dataclass(frozen=True)
+@record("attention plan")
 class AttentionPlan:
     """What is rounded inside one attention; nothing is stored for it, all scales come from the data or the grid.
 
@@ -300,24 +225,11 @@ class AttentionPlan:
         softmax: Unsigned grid of the attention map, whose largest value stands for 1; None leaves the map.
     """
 
-    operand: Format | None = None
-    softmax: Format | None = None
+    operand: Annotated[Grid | None, OPTIONAL] = None
+    softmax: Annotated[Grid | None, OPTIONAL] = None
 
     def __post_init__(self) -> None:
         if self.operand is None and self.softmax is None:
             raise ValueError("an attention plan must quantize its operands or its map, got neither")
         if self.softmax is not None and self.softmax.min < 0:
             raise ValueError(f"grid of an attention map must be unsigned, got {self.softmax.name}")
-
-    def to_json(self) -> dict[str, str]:
-        """Names of the grids that are there."""
-        grids = {"operand": self.operand, "softmax": self.softmax}
-        return {name: grid.name for name, grid in grids.items() if grid is not None}
-
-    @staticmethod
-    def from_json(data: Mapping[str, str]) -> AttentionPlan:
-        """Inverse of `to_json`; ValueError on an unknown field or format."""
-        json_fields.json_object(data, "attention plan", [], ["operand", "softmax"])
-        return AttentionPlan(
-            **{name: formats.parse(json_fields.text(grid, name)) for name, grid in data.items()}
-        )

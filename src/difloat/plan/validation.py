@@ -25,7 +25,13 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from typing_extensions import dataclass_transform
 
+# No size in a plan is larger: no layer has more values, and products of two still fit 64 bits twice over.
+LARGEST = 2**40
 MOST_ENTRIES = 1 << 20  # of a list
+OPTIONAL = Field(
+    exclude_if=lambda value: not value
+)  # of what JSON leaves out at its default: empty, false or None
+LISTED = Field(strict=False, max_length=MOST_ENTRIES)  # of a tuple, which JSON holds as a list
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _FIELDS = ("missing", "unexpected_keyword_argument", "unexpected_positional_argument", "dataclass_type")
 Record = TypeVar("Record")
@@ -93,6 +99,16 @@ def read(cls: type[Record], data: Any, *, words: bool = False) -> Record:
         return found
     except ValidationError as error:
         raise ValueError(sentence(error, cls, words=words)) from error
+
+
+def plain(instance: Any) -> dict[str, Any]:
+    """The JSON object that `read` makes an equal instance of; `OPTIONAL` fields are left out at their defaults.
+
+    Raises:
+        ValueError: if a field of any type holds what JSON does not.
+    """
+    found: dict[str, Any] = type(instance).__pydantic_serializer__.to_python(instance, mode="json")
+    return found
 
 
 def sentence(error: ValidationError, cls: type[Any], *, words: bool = False) -> str:

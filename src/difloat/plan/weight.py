@@ -17,6 +17,7 @@ from torch import Tensor
 
 from difloat.numbers.packing import packed_channels
 from difloat.plan.specs import Band, Part, QuantSpec, rows_of_parts
+from difloat.plan.validation import plain, read
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,13 +127,13 @@ class Weight:
 @cache
 def parts_text(parts: tuple[Part, ...]) -> str:
     """One part of a layer in all bands of rows, as the string that operators take."""
-    return json.dumps([part.to_json() for part in parts])
+    return json.dumps([plain(part) for part in parts])
 
 
 @cache
 def parts_of(text: str) -> tuple[Part, ...]:
     """Inverse of `parts_text`."""
-    return tuple(Part.from_json(data) for data in json.loads(text))
+    return tuple(read(Part, data) for data in json.loads(text))
 
 
 @dataclass(frozen=True)

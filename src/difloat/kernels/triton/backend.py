@@ -25,6 +25,7 @@ from difloat.kernels.pieces import as_stored, restored
 from difloat.kernels.triton import operands as triton_operands
 from difloat.kernels.triton.operands import Operands
 from difloat.plan.specs import Part
+from difloat.plan.validation import plain
 from difloat.plan.weight import Inputs, Weight
 
 _MOST_PRODUCTS = 2**31 // 128**2  # of int8 numbers whose sum surely fits int32
@@ -99,7 +100,7 @@ def _required(part: Part, x: Tensor, planes: int = 0) -> Operands:
     operands = _operands(part, x, planes)
     if operands is None:
         raise ValueError(
-            f"formats must fit one type of tensor core operands, got {part.to_json()} for a {x.dtype} input on "
+            f"formats must fit one type of tensor core operands, got {plain(part)} for a {x.dtype} input on "
             f"{x.device}; ask supports() first"
         )
     return operands

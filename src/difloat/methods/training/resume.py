@@ -16,6 +16,7 @@ from difloat.calibration.rows import content_hash
 from difloat.methods.task import Task
 from difloat.methods.training.student import Student
 from difloat.methods.training.twin_layer import Adaptive
+from difloat.plan.validation import plain
 
 _SAVE_EVERY_S = 60.0
 
@@ -49,7 +50,7 @@ class Kept:
             "init": student.adapter_init,
             "allocation": student.allocation,
             "parameters": [tuple(parameter.shape) for parameter in student.parameters()],
-            "layers": [twin.plan.to_json() for twin in twins],
+            "layers": [plain(twin.plan) for twin in twins],
             "starts": [_hashes({**twin.plan.tensors, "base": twin.base}) for twin in twins],
         }
         name = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
