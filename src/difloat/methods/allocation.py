@@ -152,7 +152,8 @@ def _look(
     weight, splits = packed.weight_of(task.model, name), [part.channels for part in plan.parts]
     rules = tuple(restrict(rule, task.target) for rule in rules)
     middle = min(rules, key=lambda rule: abs(rule.formats[0].bits - 4))
-    nearest = nearest_row_error(draft_layer(weight, splits, middle), moments.matrix).cpu()
+    # Of rows that are rounded exactly, float32 sums may come out a little below zero.
+    nearest = nearest_row_error(draft_layer(weight, splits, middle), moments.matrix).cpu().clamp_min(0)
     chosen = torch.arange(len(weight))
     if len(weight) > _SAMPLE_ROWS and moments.source.groups == 1:
         draw = torch.Generator().manual_seed(task.seed)
@@ -165,7 +166,7 @@ def _look(
             ratios.append(ratios[-1] / 4 ** (rule.formats[0].bits - before.formats[0].bits))
             continue
         done = round_second_order(draft_layer(some, splits, rule), moments.matrix, settings.rounding, solved)
-        ratios.append(float(done.row_error.sum()) / base if base else 0.0)
+        ratios.append(max(0.0, float(done.row_error.sum())) / base if base else 0.0)
     return _Layer(plan, rules, gamma.double() * nearest.double(), tuple(ratios), moments.source.groups == 1)
 
 
