@@ -14,6 +14,8 @@ from difloat.calibration.collect import Calibration, CalibrationSettings, collec
 from difloat.plan import encode
 from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits
+from difloat.report import build
+from difloat.report.record import record_from_json, record_to_json
 from tiny import PROMPTS, tiny_pixart, tiny_unet
 
 SIZES = {"height": 16, "width": 16}
@@ -158,6 +160,12 @@ def test_rows_that_matter_most_get_most_bits() -> None:
         report = plan.measured["widths"]["formats"][name]
         assert report == "/".join(band.weights[0].format.name for band in layer.bands)
     assert mixed
+    record = build.build(api.denoiser(pipeline), plan, name="tiny")
+    assert {share.layer for share in record.shares} == set(plan.measured["widths"]["formats"])
+    for share in record.shares:
+        assert share.bits == 8 * plan.layers[share.layer].nbytes / share.weights
+        assert [bits for bits, _ in share.errors] == sorted(bits for bits, _ in share.errors)
+    assert record_from_json(record_to_json(record)).shares == record.shares
 
 
 def test_what_cannot_be_is_refused() -> None:
