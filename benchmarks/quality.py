@@ -115,6 +115,10 @@ def measure_row(
     """Quantize by one configuration, draw, judge; the pipeline is as before on return."""
     start = time.perf_counter()
     task = replace(api.task_of(pipeline, data, Bits.parse(row.bits)), seed=row.seed)
+    if row.allocated is not None:
+        chosen = recipes.plan(task, "auto", row.bits, row.allocated)
+        widths = {name: layer.parts[0].weight.format.bits for name, layer in chosen.layers.items()}
+        task = replace(task, layer_bits=widths)
     plan = recipes.plan(task, row.recipe, row.bits, row.options)
     seconds = time.perf_counter() - start
     twin = install.apply(install.shadow(module), plan)
@@ -131,7 +135,7 @@ def measure_row(
     return {
         "recipe": row.recipe,
         "bits": row.bits,
-        "options": dict(plan.options),
+        "options": dict(plan.options) | ({} if row.allocated is None else {"allocated": row.allocated}),
         "metrics": {key: vars(value) for key, value in evaluation.metrics.items()},
         "packed_bytes": size.packed_bytes,
         "original_bytes": size.original_bytes,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,12 @@ from torch import Tensor, nn
 
 from difloat import api, recipes
 from difloat.calibration.collect import Calibration, CalibrationSettings, collect
+from difloat.methods import allocation, closed_form
 from difloat.plan import encode
 from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits
+from difloat.report import build
+from difloat.report.record import record_from_json, record_to_json
 from tiny import PROMPTS, tiny_pixart, tiny_unet
 
 SIZES = {"height": 16, "width": 16}
@@ -158,6 +163,42 @@ def test_rows_that_matter_most_get_most_bits() -> None:
         report = plan.measured["widths"]["formats"][name]
         assert report == "/".join(band.weights[0].format.name for band in layer.bands)
     assert mixed
+    record = build.build(api.denoiser(pipeline), plan, name="tiny")
+    assert {share.layer for share in record.shares} == set(plan.measured["widths"]["formats"])
+    for share in record.shares:
+        assert share.bits == 8 * plan.layers[share.layer].nbytes / share.weights
+        assert [bits for bits, _ in share.errors] == sorted(bits for bits, _ in share.errors)
+    assert record_from_json(record_to_json(record)).shares == record.shares
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, data = calibrated("pixart")
+    task = api.task_of(pipeline, data, Bits.parse("w4a8"))
+    whole = recipes.plan(task, "auto", "w4a8", {})
+    rounded: list[str] = []
+    second = closed_form.round_second_order
+
+    def killed(*arguments: Any) -> Any:
+        rounded.append("once")
+        if len(rounded) == 10:
+            raise KeyboardInterrupt
+        return second(*arguments)
+
+    kept = replace(task, work_dir=tmp_path)
+    monkeypatch.setattr(closed_form, "round_second_order", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recipes.plan(kept, "auto", "w4a8", {})
+    before = len(rounded)
+    monkeypatch.setattr(allocation, "round_second_order", None)  # what was looked at is not looked at again
+    monkeypatch.setattr(allocation, "sensitivities", None)
+    resumed = recipes.plan(kept, "auto", "w4a8", {})
+    bands = sum(max(1, len(layer.bands)) for layer in whole.layers.values())
+    assert len(rounded) - before < bands - 5
+    for name, layer in whole.layers.items():
+        other = resumed.layers[name]
+        assert layer.to_json() == other.to_json()
+        assert all(torch.equal(tensor, other.tensors[key]) for key, tensor in layer.tensors.items())
+    assert whole.measured["closed_form"] == resumed.measured["closed_form"]
 
 
 def test_what_cannot_be_is_refused() -> None:

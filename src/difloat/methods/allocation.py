@@ -11,6 +11,7 @@ them, and the budget (`methods.budget`) then chooses between these and one width
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,8 @@ from tqdm.auto import tqdm
 from difloat.layers import packed
 from difloat.methods.budget import Allotment, Candidate, allot
 from difloat.methods.closed_form import Asked, ClosedFormSettings, Inputs
-from difloat.methods.moments import Moments, gather
+from difloat.methods.finished import facts_of
+from difloat.methods.moments import Moments, Source, gather
 from difloat.methods.second_order import factor, nearest_row_error, round_second_order
 from difloat.methods.sensitivity import SensitivitySettings, probes_of, sensitivities
 from difloat.methods.task import MixedRows, Task
@@ -123,14 +125,37 @@ def choose(
     """
     budget = _budget(task, plans, fixed, offers, settings.size)
     by_time = loss_weights(task, settings.factor_power if task.scheduler is not None else 0.0)
-    probes = probes_of(task, settings.sensitivity, by_time)
-    gamma = sensitivities(task.model, probes, list(offers), settings.sensitivity, task.seed)
+    gamma = _gamma(task, plans, inputs, list(offers), by_time, settings.sensitivity)
     known: dict[str, _Layer] = {}
-    gathered = gather(task.model, inputs.calls, plans, rounding.moments, inputs.found)
-    for moments in tqdm(gathered, desc="choose widths", total=len(inputs.found), disable=not task.progress):
-        for name in moments.source.names:
-            if name in offers:
-                known[name] = _look(task, name, plans[name], offers[name], moments, gamma[name], rounding)
+    open_: list[Source] = []
+    facts = {
+        source: ["looked at", repr(rounding), repr([offers.get(name) for name in source.names])]
+        + facts_of(task, source.names, plans)
+        for source in inputs.found
+    }
+    for source in inputs.found:
+        kept = inputs.finished.read(facts[source])
+        if kept is None:
+            open_.append(source)
+            continue
+        for name in kept[1]:
+            nearest, ratios = kept[0][f"{name}.nearest"], kept[0][f"{name}.ratios"]
+            known[name] = _layer(task, plans[name], offers[name], nearest, ratios, gamma[name], source)
+    gathered = gather(task.model, inputs.calls, plans, rounding.moments, open_) if open_ else ()
+    with tqdm(desc="choose widths", total=len(inputs.found), disable=not task.progress) as bar:
+        bar.update(len(inputs.found) - len(open_))
+        for moments in gathered:
+            seen: dict[str, Tensor] = {}
+            for name in (name for name in moments.source.names if name in offers):
+                nearest, ratios = _look(task, name, plans[name], offers[name], moments, rounding)
+                seen |= {f"{name}.nearest": nearest, f"{name}.ratios": ratios}
+                known[name] = _layer(
+                    task, plans[name], offers[name], nearest, ratios, gamma[name], moments.source
+                )
+            inputs.finished.write(
+                facts[moments.source], seen, {n: "" for n in moments.source.names if n in offers}
+            )
+            bar.update()
     every = {name: _candidates(known[name], settings.by) for name in offers}
     found = allot({name: [one for _, one in candidates] for name, candidates in every.items()}, budget)
     listed = {
@@ -140,19 +165,43 @@ def choose(
     return Choice({name: every[name][pick][0] for name, pick in found.picks.items()}, found, listed)
 
 
+def _gamma(
+    task: Task,
+    plans: Mapping[str, LayerPlan],
+    inputs: Inputs,
+    names: list[str],
+    by_time: Mapping[float, float],
+    settings: SensitivitySettings,
+) -> dict[str, Tensor]:
+    """Sensitivities of the output, [o] by layer."""
+    facts = [
+        "sensitivities",
+        repr(settings),
+        json.dumps(sorted(by_time.items())),
+        *facts_of(task, names, plans),
+    ]
+    kept = inputs.finished.read(facts)
+    if kept is not None:
+        return kept[0]
+    gamma = sensitivities(task.model, probes_of(task, settings, by_time), names, settings, task.seed)
+    inputs.finished.write(facts, gamma, {})
+    return gamma
+
+
 def _look(
     task: Task,
     name: str,
     plan: LayerPlan,
     rules: Sequence[Rule],
     moments: Moments,
-    gamma: Tensor,
     settings: ClosedFormSettings,
-) -> _Layer:
+) -> tuple[Tensor, Tensor]:
+    """Errors of rows when they are rounded to nearest at one width, [o], and what every width makes of them, [widths]."""
     weight, splits = packed.weight_of(task.model, name), [part.channels for part in plan.parts]
-    rules = tuple(restrict(rule, task.target) for rule in rules)
+    rules = [restrict(rule, task.target) for rule in rules]
     middle = min(rules, key=lambda rule: abs(rule.formats[0].bits - 4))
-    nearest = nearest_row_error(draft_layer(weight, splits, middle), moments.matrix).cpu()
+    # Of rows that are rounded exactly, float32 sums may come out a little below zero.
+    nearest = nearest_row_error(draft_layer(weight, splits, middle), moments.matrix).cpu().clamp_min(0)
     chosen = torch.arange(len(weight))
     if len(weight) > _SAMPLE_ROWS and moments.source.groups == 1:
         draw = torch.Generator().manual_seed(task.seed)
@@ -165,8 +214,21 @@ def _look(
             ratios.append(ratios[-1] / 4 ** (rule.formats[0].bits - before.formats[0].bits))
             continue
         done = round_second_order(draft_layer(some, splits, rule), moments.matrix, settings.rounding, solved)
-        ratios.append(float(done.row_error.sum()) / base if base else 0.0)
-    return _Layer(plan, rules, gamma.double() * nearest.double(), tuple(ratios), moments.source.groups == 1)
+        ratios.append(max(0.0, float(done.row_error.sum())) / base if base else 0.0)
+    return nearest, torch.tensor(ratios, dtype=torch.float64)
+
+
+def _layer(
+    task: Task,
+    plan: LayerPlan,
+    rules: Sequence[Rule],
+    nearest: Tensor,
+    ratios: Tensor,
+    gamma: Tensor,
+    source: Source,
+) -> _Layer:
+    known = tuple(restrict(rule, task.target) for rule in rules)
+    return _Layer(plan, known, gamma.double() * nearest.double(), tuple(ratios.tolist()), source.groups == 1)
 
 
 def _candidates(layer: _Layer, by: Literal["rows", "layers"]) -> list[tuple[Asked, Candidate]]:

@@ -6,15 +6,18 @@ another one, since inputs are those that the float model makes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from difloat.layers import packed
-from difloat.methods.moments import MomentSettings, Source, cost, gather, sources
+from difloat.methods.finished import Finished, facts_of
+from difloat.methods.moments import Moments, MomentSettings, Source, cost, gather, sources
 from difloat.methods.second_order import SecondOrderSettings, factor, round_second_order
 from difloat.methods.task import MixedRows, Task
 from difloat.methods.trace import Call
@@ -44,10 +47,11 @@ class ClosedFormSettings:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Calls that give layers their inputs, and the distinct inputs among them."""
+    """Calls that give layers their inputs, the distinct inputs among them, and what an earlier run finished."""
 
     calls: list[Call]
     found: list[Source]
+    finished: Finished
 
 
 def inputs_of(
@@ -63,7 +67,7 @@ def inputs_of(
     generator = torch.Generator().manual_seed(task.seed)
     rows = task.calibration.stratified(min(settings.rows, len(task.calibration)), generator)
     calls = task.calls(rows, row_bytes)
-    return Inputs(calls, sources(task.model, calls[0], plans, settings.moments))
+    return Inputs(calls, sources(task.model, calls[0], plans, settings.moments), Finished.of(task, len(rows)))
 
 
 def round_anew(
@@ -86,29 +90,98 @@ def round_anew(
         The layers in the order of `plans`; what gathering took; and by layer the error relative to nearest rounding on the
         searched scales, the damping, and how many input vectors the moments are of.
     """
-    done, report = {}, {}
-    gathered = gather(task.model, inputs.calls, plans, settings.moments, inputs.found)
-    for moments in tqdm(gathered, desc="round weights", total=len(inputs.found), disable=not task.progress):
-        try:
-            known = factor(moments.matrix, settings.rounding)
-            for name in moments.source.names:
-                bands = _bands(task, name, plans[name], asked[name])
-                found = [round_second_order(d, moments.matrix, settings.rounding, known) for d in bands]
-                order = getattr(asked[name], "order", torch.arange(plans[name].shape[0]))
-                done[name] = _with_inputs(join_rows([one.plan() for one in found], order), plans[name])
-                error, nearest = (
-                    float(sum(own.sum() for own in of))
-                    for of in ([one.row_error for one in found], [one.nearest_error for one in found])
-                )
-                report[name] = {
-                    "error": error / nearest if nearest else 1.0,
-                    "damping": known.damping,
-                    "vectors": moments.vectors,
-                }
-        except ValueError as error:
-            raise ValueError(f"layer {moments.source.names[0]!r}: {error}") from error
+    done: dict[str, LayerPlan] = {}
+    report: dict[str, Any] = {}
+    open_: list[Source] = []
+    facts = {source: _facts(task, source, plans, asked, settings) for source in inputs.found}
+    for source in inputs.found:
+        kept = inputs.finished.read(facts[source])
+        if kept is None:
+            open_.append(source)
+        else:
+            _take(done, report, source, *kept)
+    gathered = gather(task.model, inputs.calls, plans, settings.moments, open_) if open_ else ()
+    with tqdm(desc="round weights", total=len(inputs.found), disable=not task.progress) as bar:
+        bar.update(len(inputs.found) - len(open_))
+        for moments in gathered:
+            rounded, said = _round(task, plans, asked, moments, settings)
+            _keep(inputs.finished, facts[moments.source], moments.source, rounded, said)
+            done |= rounded
+            report |= said
+            bar.update()
     layers = {name: done[name] for name in plans}
-    return layers, {"moments": cost(inputs.found, settings.moments), "layers": report}
+    ordered = {name: report[name] for name in plans}
+    return layers, {"moments": cost(inputs.found, settings.moments), "layers": ordered}
+
+
+def _round(
+    task: Task,
+    plans: Mapping[str, LayerPlan],
+    asked: Mapping[str, Asked],
+    moments: Moments,
+    settings: ClosedFormSettings,
+) -> tuple[dict[str, LayerPlan], dict[str, dict[str, float]]]:
+    """The layers that read one input, and what is reported of them."""
+    done, report = {}, {}
+    try:
+        known = factor(moments.matrix, settings.rounding)
+        for name in moments.source.names:
+            drafts = _bands(task, name, plans[name], asked[name])
+            bands = [round_second_order(d, moments.matrix, settings.rounding, known) for d in drafts]
+            order = getattr(asked[name], "order", torch.arange(plans[name].shape[0]))
+            done[name] = _with_inputs(join_rows([band.plan() for band in bands], order), plans[name])
+            error = sum(float(band.row_error.sum()) for band in bands)
+            nearest = sum(float(band.nearest_error.sum()) for band in bands)
+            share = error / nearest if nearest else 1.0
+            report[name] = {"error": share, "damping": known.damping, "vectors": moments.vectors}
+    except ValueError as error:
+        raise ValueError(f"layer {moments.source.names[0]!r}: {error}") from error
+    return done, report
+
+
+def _facts(
+    task: Task,
+    source: Source,
+    plans: Mapping[str, LayerPlan],
+    asked: Mapping[str, Asked],
+    settings: ClosedFormSettings,
+) -> list[str]:
+    """Everything that the rounded layers of one input depend on."""
+    wanted = [
+        [repr(of.rules), list(of.counts), of.order.tolist()] if isinstance(of, MixedRows) else repr(of)
+        for of in (asked[name] for name in source.names)
+    ]
+    return ["rounded", repr(settings), json.dumps(wanted), *facts_of(task, source.names, plans)]
+
+
+def _keep(
+    finished: Finished,
+    facts: Sequence[str],
+    source: Source,
+    layers: Mapping[str, LayerPlan],
+    report: Mapping[str, Any],
+) -> None:
+    tensors = {
+        f"{number}.{key}": tensor
+        for number, name in enumerate(source.names)
+        for key, tensor in layers[name].tensors.items()
+    }
+    texts = {name: json.dumps([layers[name].to_json(), report[name]]) for name in source.names}
+    finished.write(facts, tensors, texts)
+
+
+def _take(
+    done: dict[str, LayerPlan],
+    report: dict[str, Any],
+    source: Source,
+    tensors: Mapping[str, Tensor],
+    texts: Mapping[str, str],
+) -> None:
+    """Add what `_keep` kept."""
+    for number, name in enumerate(source.names):
+        data, report[name] = json.loads(texts[name])
+        own = {k.split(".", 1)[1]: t for k, t in tensors.items() if k.split(".", 1)[0] == str(number)}
+        done[name] = LayerPlan.from_json(data, own)
 
 
 def _bands(task: Task, name: str, plan: LayerPlan, asked: Asked) -> list[Draft]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,7 +187,7 @@ def gather(
 ) -> Iterator[Moments]:
     """Moments of the inputs of layers, one distinct input after the other, in the order of execution.
 
-    Which vectors are drawn depends on the seed, the layer and the calls, and not on how many passes memory allows. Products are
+    Which vectors are drawn depends on the seed, the layer and the calls, not on how many passes memory allows. Products are
     computed in float32, on accelerators whatever `torch` is set to.
 
     Args:
@@ -203,7 +204,7 @@ def gather(
         raise ValueError("moments must be gathered from at least one calibration row, got none; collect some")
     found = sources(model, calls[0], plans, settings) if found is None else found
     rows = sum(rows_of(*call) for call in calls)
-    seeds = {source.names[0]: settings.seed + number for number, source in enumerate(found)}
+    seeds = {source.names[0]: settings.seed + zlib.crc32(source.names[0].encode()) for source in found}
     for together in passes(found, settings.memory_bytes):
         sums = {s.names[0]: _Sum(s, plans[s.names[0]], seeds[s.names[0]]) for s in together}
         for call in calls:

@@ -21,6 +21,7 @@ from difloat.recipes import (
     auto,
     efficientdm,
     fp4dit,
+    gptq,
     guided,
     integer_transformers,
     lbfp,
@@ -76,6 +77,7 @@ RECIPES: dict[str, Recipe] = {
         integer_transformers.qdit_cost,
     ),
     "auto": Recipe(auto.plan, auto.Options, auto.SUMMARY, auto.cost, averages=True),
+    "gptq": Recipe(gptq.plan, gptq.Options, gptq.SUMMARY, gptq.cost),
     "rtn": Recipe(rtn.rtn, rtn.NearestOptions, rtn.SUMMARY, rtn.cost, rtn.needs_data),
 }
 

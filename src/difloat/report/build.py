@@ -196,6 +196,7 @@ def build(
         ],
         inputs=_inputs(plan),
         adapters=_adapters(plan),
+        shares=_shares(plan),
         attention=_attention(plan),
         timings=[*plan.measured.get("seconds", {}).items(), *(timings or {}).items()],
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -249,6 +250,18 @@ def _adapters(plan: Plan) -> render.AdapterTable | None:
     if not table or not any(map(any, table)):
         return None
     return render.AdapterTable(list(reversed(plan.measured["grid"])), list(plan.layers), table[::-1])
+
+
+def _shares(plan: Plan) -> list[render.Share]:
+    """What the layers got of a budget; none where a recipe gives all of them the same bits."""
+    found = plan.measured.get("widths", {})
+    shares = []
+    for name, formats_of in found.get("formats", {}).items():
+        layer = plan.layers[name]
+        weights = math.prod(layer.shape)
+        errors = [(8 * nbytes / weights, error) for _, nbytes, error in found["offers"][name]]
+        shares.append(render.Share(name, formats_of, weights, 8 * layer.nbytes / weights, errors))
+    return shares
 
 
 def _attention(plan: Plan) -> str:

@@ -217,3 +217,26 @@ def _for_html(svg: str) -> str:
     for colour, variable in _CSS.items():
         text = text.replace(colour, variable)
     return text
+
+
+def bought(shares: Sequence[tuple[float, Sequence[tuple[float, float]]]], salt: str) -> Markup:
+    """What bytes buy: of every layer the error over bits per weight as a faint curve, and a dot at the bits that it got.
+
+    Args:
+        shares: The bits of every layer, and its pairs of bits and error, ascending in bits.
+        salt: Makes the element's ids differ from those of other figures of the page.
+    """
+
+    def draw(axes: Axes) -> None:
+        for bits, errors in shares:
+            known = [(b, e) for b, e in errors if e > 0]
+            if len(known) < 2:
+                continue
+            x, y = zip(*known, strict=True)
+            axes.plot(x, y, color=_FAINT, linewidth=0.8)
+            axes.plot(bits, np.exp(np.interp(bits, x, np.log(y))), ".", color=_QUANTIZED, markersize=6)
+        axes.set_yscale("log")
+        axes.set_xlabel("bits per weight", color=_INK)
+        axes.set_ylabel("squared error of the output", color=_INK)
+
+    return _svg(draw, (7.2, 3.2), salt)

@@ -89,6 +89,26 @@ class InputShape:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What a layer got of a budget of bytes.
+
+    Attributes:
+        layer: Its name.
+        formats: Of its weights, from the rows with most bits on.
+        weights: How many it has.
+        bits: Of a weight on average, scales and all.
+        errors: What its rounding does to the output at every bits per weight that it could have had for all of its rows, as
+            pairs of both.
+    """
+
+    layer: str
+    formats: str
+    weights: int
+    bits: float
+    errors: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class AdapterTable:
     """Which of its adapters every layer uses: `table` has a row per timestep (in the sampler's order), a column per layer."""
 
@@ -134,6 +154,7 @@ class Record:
     ranges: list[TokenRanges] = field(default_factory=list)
     inputs: list[InputShape] = field(default_factory=list)
     adapters: AdapterTable | None = None
+    shares: list[Share] = field(default_factory=list)
     attention: str = ""
     timings: list[tuple[str, float]] = field(default_factory=list)
     peak_memory_bytes: int | None = None
@@ -204,6 +225,10 @@ def record_from_json(text: str) -> Record:
             row.pop("output_error_db", None)  # of earlier versions, which never knew it
         data["layers"] = [LayerRow(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
         data["histograms"] = [Histogram(**histogram) for histogram in data["histograms"]]
+        data["shares"] = [
+            Share(**{**share, "errors": [tuple(pair) for pair in share["errors"]]})
+            for share in data.get("shares", [])
+        ]
         data["ranges"] = [TokenRanges(**ranges) for ranges in data["ranges"]]
         data["inputs"] = [InputShape(**shape) for shape in data["inputs"]]
         data["adapters"] = data["adapters"] and AdapterTable(**data["adapters"])

@@ -28,6 +28,7 @@ from difloat.report.record import (
     InputShape,
     LayerRow,
     Record,
+    Share,
     TokenRanges,
     record_from_json,
     record_to_json,
@@ -43,6 +44,7 @@ __all__ = [
     "InputShape",
     "LayerRow",
     "Record",
+    "Share",
     "TokenRanges",
     "machine",
     "record_from_json",
@@ -168,6 +170,9 @@ def _page(record: Record, reference: np.ndarray, quantized: np.ndarray) -> str:
         lopsided=sorted((i for i in record.inputs if i.asymmetric), key=lambda i: -i.lopsided),
         router=figures.adapters(record.adapters.timesteps, record.adapters.table, "adapters")
         if record.adapters
+        else None,
+        bought=figures.bought([(share.bits, share.errors) for share in record.shares], "bought")
+        if record.shares
         else None,
         trajectory=figures.trajectory(**record.trajectory) if record.trajectory else None,
         reasons=_by_reason(record.skipped),
