@@ -10,12 +10,12 @@ built with as many of its 24 layers as ``--text-layers`` says, since all of them
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from torch import nn
 
@@ -26,14 +26,12 @@ _TOKENS = {"sd15": 77, "pixart": 120}
 
 def main() -> None:
     """Build one pipeline and save it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("model", choices=sorted(MODELS))
     parser.add_argument("directory", type=Path)
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--text-layers", type=int, default=2, help="layers of T5-XXL")
-    arguments = parser.parse_args()
+    arguments = harness.arguments(parser)
     dtype = getattr(torch, arguments.dtype)
     pipeline = MODELS[arguments.model](dtype, arguments.text_layers)
     pipeline.save_pretrained(arguments.directory)

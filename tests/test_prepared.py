@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import difloat
 from difloat.kernels import dispatch, native_library
 from difloat.layers import install
 from difloat.layers.packed import QuantizedLayer
@@ -22,6 +23,7 @@ from difloat.numbers.formats import parse
 from difloat.plan.plan import LayerPlan
 from difloat.plan.specs import QuantSpec
 from mixed_rows import STATIC, TOKEN, mixed, spec_of
+from tiny import PROMPTS, tiny_pixart
 
 pytestmark = pytest.mark.skipif(
     native_library.unit() is None, reason="calls are prepared for the native library, which was not built"
@@ -111,6 +113,57 @@ def test_prepared_calls_are_the_operators_bit_for_bit(kernel, several, activatio
                 assert torch.equal(got, expected) and got.dtype == dtype
                 assert got.stride() == expected.stride() or not tokens
     assert layer._prepared
+
+
+@needs_decoding
+def test_few_python_calls_in_every_layer_of_the_default_recipe(generator) -> None:
+    """Which chooses formats that an integer product computes, and others."""
+    pipeline = tiny_pixart()
+    cheap = {"iterations": 2, "rounding_rows": 4}
+    difloat.quantize(
+        pipeline, recipe="lbfp", bits="w4a8", prompts=PROMPTS, samples=8, steps=2, progress=False, **cheap
+    )
+    backends = set()
+    for layer in (one for one in pipeline.transformer.modules() if isinstance(one, QuantizedLayer)):
+        picture = [8, 8] if len(layer.float_shape) == 4 else []
+        x = torch.randn((2, layer.float_shape[1], *picture), generator=generator)
+        assert python_calls(lambda layer=layer, x=x: layer(x)) <= 15
+        weight, _ = layer.packed_weight()
+        backends.add(dispatch.choose_for(weight, x).__name__.rpartition(".")[2])
+    assert backends == {"native_int8", "native_decode"}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("kernel", "several"), KINDS)
+def test_parts_of_the_input_are_prepared_too(kernel, several, activation, generator) -> None:
+    """A skip concatenation's features, each with a scale of its own; also behind factors of the input."""
+    shape = (10, 12) if kernel is None else (10, 12, kernel, kernel)
+    names, counts = (("uint2", "int4"), (4, 6)) if several else (("int4",), (10,))
+    for factors in (None, torch.rand(12, generator=generator) + 0.5):
+        plan = mixed(
+            shape,
+            [spec_of(name) for name in names],
+            counts,
+            generator,
+            channels=(8, 4),
+            activation=activation,
+            factors=factors,
+        ).joined
+        if "input_scale" in plan.tensors:
+            plan.tensors["input_scale"][1] *= 0.5
+        model = nn.Sequential(nn.Linear(12, 10) if kernel is None else nn.Conv2d(12, 10, kernel, padding=1))
+        install.install(model, "0", plan)
+        layer = model[0]
+        with torch.no_grad():
+            for tokens in (2, 0, 70 if kernel is None else 3):
+                x = input_of(layer, generator, tokens).bfloat16()
+                for one in [x, x.to(memory_format=torch.channels_last)] if kernel else [x]:
+                    got, expected = layer(one), general(layer, one)
+                    assert torch.equal(got, expected) and got.stride() == expected.stride()
+        assert all(kept.call is not None for kept in layer._prepared.values())
+        with pytest.raises(ValueError, match="must have 12 channels"):
+            layer(x[:, :8])
+        assert python_calls(lambda layer=layer, x=x: layer(x)) <= 24  # without a prepared call about 200
 
 
 BANDS = {  # names of formats and sizes of groups

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from difloat.kernels import checks, dispatch, native_decode, native_int8, native_prepared, operators
-from difloat.kernels.geometry import Geometry
+from difloat.plan.weight import Layout
 
 if TYPE_CHECKING:
     from difloat.layers.packed import QuantConv2d, QuantLinear
@@ -72,7 +73,7 @@ def computed(layer: QuantLinear | QuantConv2d, x: Tensor, axis: int) -> Tensor |
     bias = parameters["bias"]
     if kept is None or operators.needs_operator(x, bias):
         return None
-    channels, axes = layer.parts[0].channels, len(layer.float_shape)
+    channels, axes = layer.float_shape[1], len(layer.float_shape)
     if x.dim() != axes if axes == 4 else x.dim() < 1:
         return None
     if x.shape[axis] != channels or x.layout is not torch.strided:
@@ -138,8 +139,8 @@ def prepare(layer: QuantLinear | QuantConv2d, x: Tensor) -> Prepared:
 
 
 def _is_plain(layer: QuantLinear | QuantConv2d, stored: list[Tensor | None]) -> bool:
-    """Whether a layer can be prepared: nothing depends on the timestep, there is one part, and tensors count versions."""
-    if layer.schedule or layer.input_schedule or len(layer.parts) > 1 or layer.input_dtype is not None:
+    """Whether a layer can be prepared: nothing depends on the timestep, and tensors count versions."""
+    if layer.schedule or layer.input_schedule or layer.input_dtype is not None:
         return False
     if len(layer.float_shape) == 4:
         geometry = layer.geometry()
@@ -151,22 +152,46 @@ def _is_plain(layer: QuantLinear | QuantConv2d, stored: list[Tensor | None]) -> 
 def _call(
     layer: QuantLinear | QuantConv2d, x: Tensor
 ) -> tuple[native_prepared.Call | None, ModuleType | None]:
-    """The call of the native library, or another backend of the CPU that computes the layer."""
-    weight, (inputs,) = layer.packed_weight()
-    geometry: Geometry | None = None
-    if len(layer.float_shape) == 4:
-        geometry = layer.geometry()
-        assert geometry is not None
-        checks.conv2d(x, weight, inputs, layer.bias, geometry)
-    else:
-        checks.linear(x, weight, inputs, layer.bias)
+    """The call of the native library, or another backend of the CPU that computes a layer of one part."""
+    weight, inputs = layer.packed_weight()
+    geometry = layer.geometry() if len(layer.float_shape) == 4 else None
+    axis = -1 if geometry is None else 1
     factor = layer._buffers.get("input_factor")
     if factor is not None and factor.device != x.device:
         return None, None
-    backend = dispatch.choose_for(weight, x)
-    if backend not in _PREPARES:
-        # Triton multiplies a branch in the same pass, which is the operator's business, also in the interpreter.
-        known = x.device.type == "cpu" and backend is not dispatch.BACKENDS["triton"]
-        return None, backend if known else None
-    linear, conv2d = _PREPARES[backend]
-    return linear(weight, x.dtype) if geometry is None else conv2d(weight, x.dtype, geometry), None
+    calls: list[native_prepared.Call] = []
+    parts = weight.parts()
+    pieces = x.split([part.part.channels for part in parts], dim=axis)
+    for part, piece, own in zip(parts, pieces, inputs, strict=True):
+        bias = None if calls else layer.bias
+        if geometry is None:
+            checks.linear(piece, part, own, bias)
+        else:
+            checks.conv2d(piece, part, own, bias, geometry)
+        backend = dispatch.choose_for(part, piece)
+        if backend not in _PREPARES:
+            # Triton multiplies a branch in the same pass, which is the operator's business, also in the interpreter.
+            known = x.device.type == "cpu" and backend is not dispatch.BACKENDS["triton"]
+            return None, backend if known and len(parts) == 1 else None
+        linear, conv2d = _PREPARES[backend]
+        calls.append(linear(part, x.dtype) if geometry is None else conv2d(part, x.dtype, geometry))
+    return calls[0] if len(calls) == 1 else _sum(calls, layer.layout, axis), None
+
+
+def _sum(calls: Sequence[native_prepared.Call], layout: Layout, axis: int) -> native_prepared.Call:
+    """The sum over parts, each of which reads its own input channels."""
+    widths = [column[0].part.channels for column in layout.places]
+    pairs = list(zip(calls, layout.inputs, strict=True))
+
+    def call(x: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+        total: Tensor | None = None
+        # Of `torch`: the method of the same name is a Python function.
+        for piece, (part, (at, zero_at)) in zip(torch.split_with_sizes(x, widths, axis), pairs, strict=True):
+            own = None if scale is None or at is None else scale[at]
+            own_zero = None if zero is None or zero_at is None else zero[zero_at]
+            term = part(piece, own, own_zero, bias if total is None else None)
+            total = term if total is None else total + term
+        assert total is not None
+        return total
+
+    return call

@@ -44,18 +44,18 @@ static inline I32 broadcast_quad(const int8_t* p) {
     return set_int(quad);
 }
 
-// acc += rows x weights over `quads` quads.
-template <int ROWS>
-static INLINE void accumulate(I32 (&acc)[ROWS][VECTORS], const int8_t* const (&row)[ROWS], int64_t offset, int64_t quads,
+// acc += rows x weights over `quads` quads, for the first USED vectors of the panel.
+template <int ROWS, int USED>
+static INLINE void accumulate(I32 (&acc)[ROWS][USED], const int8_t* const (&row)[ROWS], int64_t offset, int64_t quads,
                               const uint8_t* weights) {
     const int8_t* a[ROWS];
     repeat<ROWS>([&](auto i) UNROLLED { a[i] = row[i] + offset; });
     for (int64_t q = 0; q < quads; q++) {
-        I32 b[VECTORS];
-        repeat<VECTORS>([&](auto v) UNROLLED { b[v] = load_int(weights + (q * VECTORS + v) * LANES * 4); });
+        I32 b[USED];
+        repeat<USED>([&](auto v) UNROLLED { b[v] = load_int(weights + (q * VECTORS + v) * LANES * 4); });
         repeat<ROWS>([&](auto i) UNROLLED {
             const I32 x = broadcast_quad(a[i] + 4 * q);
-            repeat<VECTORS>([&](auto v) UNROLLED { acc[i][v] = dot(acc[i][v], b[v], x); });
+            repeat<USED>([&](auto v) UNROLLED { acc[i][v] = dot(acc[i][v], b[v], x); });
         });
     }
 }
@@ -82,16 +82,16 @@ static inline void copy_row(const difloat_output& out, int64_t row, int64_t firs
     for (int64_t n = 0; n < count; n++) memcpy(to + out.channel[first + n] * sizeof(Number), numbers + n * sizeof(Number), sizeof(Number));
 }
 
-// Likewise of at most WIDTH sums; a whole vector at a time where there is room for it.
-template <int TYPE>
-static inline void write_row(const difloat_output& out, int64_t row, int64_t first, int64_t count, const F32 (&values)[VECTORS]) {
-    if (count >= WIDTH && !out.channel) {
-        for (int v = 0; v < VECTORS; v++) write<TYPE>(out.data, row * out.stride + first + v * LANES, values[v]);
+// Likewise of at most USED vectors of sums; a whole vector at a time where there is room for it.
+template <int TYPE, int USED>
+static inline void write_row(const difloat_output& out, int64_t row, int64_t first, int64_t count, const F32 (&values)[USED]) {
+    if (count >= USED * LANES && !out.channel) {
+        for (int v = 0; v < USED; v++) write<TYPE>(out.data, row * out.stride + first + v * LANES, values[v]);
         return;
     }
-    alignas(64) char buffer[WIDTH * 4];
-    for (int v = 0; v < VECTORS; v++) write<TYPE>(buffer, v * LANES, values[v]);
-    copy_row<TYPE>(out, row, first, std::min<int64_t>(count, WIDTH), buffer);
+    alignas(64) char buffer[USED * LANES * 4];
+    for (int v = 0; v < USED; v++) write<TYPE>(buffer, v * LANES, values[v]);
+    copy_row<TYPE>(out, row, first, std::min<int64_t>(count, USED * LANES), buffer);
 }
 
 // The result from row `row` on, for a band of the weight that has `start` rows before it.
@@ -104,36 +104,36 @@ static inline difloat_output part_of(difloat_output out, int64_t row, int64_t st
     return out;
 }
 
-// ROWS rows by one panel, from `row` on. Sums of a group are exact; groups are added up in float32.
-template <int ROWS, int TYPE>
+// ROWS rows by the first USED vectors of one panel, from `row` on. Sums of a group are exact; groups are added up in float32.
+template <int ROWS, int TYPE, int USED>
 static __attribute__((noinline)) void tile(const difloat_weight& w, const Operand& x, const Panel& p, int64_t row, int64_t first,
                                            const difloat_output& out) {
     const int8_t* rows[ROWS];
     for (int i = 0; i < ROWS; i++) rows[i] = x.values + x.start[row + i];
     const int64_t quads = quads_of(w.channels), group_quads = (w.group_channels + 3) / 4;
-    alignas(64) float total[ROWS][VECTORS][LANES] = {};
+    alignas(64) float total[ROWS][USED][LANES] = {};
     const uint8_t* weights = p.weights;
     for (int64_t g = 0; g < w.groups; g++) {
-        I32 acc[ROWS][VECTORS];
+        I32 acc[ROWS][USED];
         int32_t sums[ROWS];
         repeat<ROWS>([&](auto i) UNROLLED {
             sums[i] = x.sums[(row + i) * w.groups + g];
-            repeat<VECTORS>([&](auto v) UNROLLED { acc[i][v] = set_int(w.minimum * sums[i]); });
+            repeat<USED>([&](auto v) UNROLLED { acc[i][v] = set_int(w.minimum * sums[i]); });
         });
         if (x.shift) {
             const int64_t there = std::min(w.group_channels, w.channels - g * w.group_channels);
             repeat<ROWS>([&](auto i) UNROLLED {
                 sums[i] += x.shift * (int32_t)(there * w.taps);
-                repeat<VECTORS>([&](auto v) UNROLLED {
+                repeat<USED>([&](auto v) UNROLLED {
                     acc[i][v] = add_int(acc[i][v], load_int((const uint8_t*)(p.shifted + g * WIDTH + v * LANES)));
                 });
             });
         }
         const int64_t count = w.taps == 1 ? std::min(group_quads, quads - g * group_quads) : quads;
         for (int64_t t = 0; t < w.taps; t++, weights += count * WIDTH * 4)
-            accumulate<ROWS>(acc, rows, x.taps[t] + g * group_quads * 4, count, weights);
+            accumulate<ROWS, USED>(acc, rows, x.taps[t] + g * group_quads * 4, count, weights);
         repeat<ROWS>([&](auto i) UNROLLED {
-            repeat<VECTORS>([&](auto v) UNROLLED {
+            repeat<USED>([&](auto v) UNROLLED {
                 const int64_t at = g * WIDTH + v * LANES;
                 F32 value = fma(to_float(acc[i][v]), load(p.scale + at), load(total[i][v]));
                 if (w.zero) value = fma(set((float)sums[i]), load(p.zero + at), value);
@@ -144,26 +144,26 @@ static __attribute__((noinline)) void tile(const difloat_weight& w, const Operan
     for (int i = 0; i < ROWS; i++) {
         const F32 scale = set(x.scale[row + i]);
         const float* bias = p.bias + (x.bias_row ? x.bias_row[row + i] : 0) * WIDTH;
-        F32 values[VECTORS];
-        for (int v = 0; v < VECTORS; v++) values[v] = fma(load(total[i][v]), scale, load(bias + v * LANES));
-        write_row<TYPE>(out, row + i, first, w.rows - first, values);
+        F32 values[USED];
+        for (int v = 0; v < USED; v++) values[v] = fma(load(total[i][v]), scale, load(bias + v * LANES));
+        write_row<TYPE, USED>(out, row + i, first, w.rows - first, values);
     }
 }
 
-template <int ROWS, int TYPE>
+template <int ROWS, int TYPE, int USED>
 static void tile_of(int64_t rows, const difloat_weight& w, const Operand& x, const Panel& p, int64_t row, int64_t first,
                     const difloat_output& out) {
-    if (rows == ROWS) return tile<ROWS, TYPE>(w, x, p, row, first, out);
-    if constexpr (ROWS > 1) tile_of<ROWS - 1, TYPE>(rows, w, x, p, row, first, out);
+    if (rows == ROWS) return tile<ROWS, TYPE, USED>(w, x, p, row, first, out);
+    if constexpr (ROWS > 1) tile_of<ROWS - 1, TYPE, USED>(rows, w, x, p, row, first, out);
 }
 
 // All rows from `begin` to `end` by one panel, in tiles of nearly equal height.
-template <int TYPE>
+template <int TYPE, int USED>
 static void stripe(const difloat_weight& w, const Operand& x, const Panel& p, int64_t begin, int64_t end, int64_t first,
                    const difloat_output& out) {
     for (int64_t tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; tiles--) {
         const int64_t rows = (end - begin + tiles - 1) / tiles;
-        tile_of<TILE_ROWS, TYPE>(rows, w, x, p, begin, first, out);
+        tile_of<TILE_ROWS, TYPE, USED>(rows, w, x, p, begin, first, out);
         begin += rows;
     }
 }
@@ -228,7 +228,9 @@ static void product(const difloat_weight& w, const Operand& x, const Classes& cl
             unpack_panel(w, first, p.weights, p.gathered);
             unpack_scales(w, first, p.scale, p.zero);
             make_bias(w, x, classes, out, first, p);
-            stripe<TYPE>(w, x, p, x.rows * cut / cuts, x.rows * (cut + 1) / cuts, first, out);
+            const int64_t begin = x.rows * cut / cuts, end = x.rows * (cut + 1) / cuts;
+            if (vectors_of(w, first) == VECTORS) stripe<TYPE, VECTORS>(w, x, p, begin, end, first, out);
+            else stripe<TYPE, VECTORS / 2>(w, x, p, begin, end, first, out);
         }
     }
 }
