@@ -47,12 +47,12 @@ class Forecast:
     """What a run will take.
 
     Attributes:
-        kinds: Of layers.
-        float_bytes: Of the denoiser as it is.
-        packed_bytes: Of the denoiser as it will be, if every packed weight of a layer is used.
+        kinds: The kinds of layers.
+        float_bytes: The bytes of the denoiser as it is.
+        packed_bytes: The bytes of the quantized denoiser, if every packed weight of a layer is used.
         rows: Calibration rows; 0 for a recipe that looks at no data.
         pictures: That calibration samples for them.
-        steps: Of the sampler, for each picture.
+        steps: The steps of the sampler for each picture.
         computed: Rows that the denoiser computes after calibration, by stage (`Cost.computed`).
     """
 
@@ -75,7 +75,7 @@ def forecast(
     call_kwargs: Mapping[str, Any] | None = None,
     exclude: Sequence[str] = (),
 ) -> Forecast:
-    """Count what a run will take; nothing is run or changed. Arguments as for `api.plan`."""
+    """Count the cost of a run, without running or changing anything. The arguments are those of `api.plan`."""
     row, parsed, module = recipes.lookup(recipe), Bits.parse(bits), denoiser_of(pipeline)[1]
     made = recipes.make_options(row, options, bits)
     asked, needs_data = row.cost(made, parsed), row.needs_data(made, parsed)
