@@ -1,9 +1,10 @@
-"""Examples in docstrings run."""
+"""Examples in docstrings run, and every public function and class has one."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ import torch
 import difloat
 
 PACKAGE = Path(difloat.__file__).parent
+NAMESPACES = ("formats", "evaluate", "lora", "interchange")
 
 
 def _modules() -> Iterator[ModuleType]:
@@ -43,3 +45,25 @@ def test_examples_run(name: str, tmp_path, monkeypatch) -> None:
         torch.manual_seed(0)
         failed, attempted = runner.run(EXAMPLES[name], out=report.append)
     assert attempted and not failed, "".join(report)
+
+
+def _public() -> dict[str, object]:
+    """Functions and classes that a user of the package reaches by ``difloat.name`` or ``difloat.namespace.name``."""
+    found = {name: getattr(difloat, name) for name in difloat.__all__}
+    for space in NAMESPACES:
+        module = found.pop(space)
+        names = getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")])
+        for name in names:
+            member = getattr(module, name)
+            # Without an `__all__` the names that a module imports are not its own.
+            if hasattr(module, "__all__") or getattr(member, "__module__", None) == module.__name__:
+                found[f"{space}.{name}"] = member
+    return {
+        name: member for name, member in found.items() if inspect.isclass(member) or inspect.isroutine(member)
+    }
+
+
+@pytest.mark.parametrize("name", _public())
+def test_public_names_have_an_example(name: str) -> None:
+    """An example of a function or class is in its own docstring, so that ``help`` shows it."""
+    assert ">>> " in (_public()[name].__doc__ or ""), f"difloat.{name} must show an example, got none"

@@ -1,4 +1,4 @@
-"""Several processes on one job, as `accelerate launch` or torchrun start them: they share work, results and failures.
+"""Several processes on one job, as `accelerate launch` or torchrun start them, which share work, results and failures.
 
 All of them run the same program and meet in the functions below, in the same order. Without a launch, before `join` and inside
 `on_main` there is one process: nothing is imported and nothing exchanged. A failure of one reaches the others when they meet
@@ -21,13 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
-# How launchers tell a process how many there are; the names that accelerate reads.
+# Variables by which launchers tell a process how many there are, under the names that accelerate reads.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _PATIENCE = timedelta(days=30)  # the others wait while the main process learns rounding, which may take days
 
 
 class ProcessError(ValueError):
-    """Another process of the launch failed; the message is its own."""
+    """Another process of the launch failed. The message is that of the other process."""
 
 
 @dataclass
@@ -46,10 +46,10 @@ _launch = _Launch()
 
 
 def join(device: torch.device | str) -> None:
-    """Meet the other processes of a launch, all of which must call this; does nothing without one, or again.
+    """Meet the other processes of a launch, all of which must call this. Without a launch, or again, nothing happens.
 
     Args:
-        device: Where the models compute; on a GPU `accelerate` gives every process of a machine its own.
+        device: The device of the models. On GPUs `accelerate` gives every process of a machine its own.
     """
     if _launch.group is not None or _size_of_launch() < 2:
         return

@@ -48,12 +48,12 @@ class Forecast:
     """What a run will take.
 
     Attributes:
-        kinds: Of layers.
-        float_bytes: Of the denoiser as it is.
-        packed_bytes: Of the denoiser as it will be, if every packed weight of a layer is used.
+        kinds: The kinds of layers.
+        float_bytes: The bytes of the denoiser as it is.
+        packed_bytes: The bytes of the quantized denoiser, if every packed weight of a layer is used.
         rows: Calibration rows; 0 for a recipe that looks at no data.
         pictures: That calibration samples for them.
-        steps: Of the sampler, for each picture.
+        steps: The steps of the sampler for each picture.
         computed: Rows that the denoiser computes after calibration, by stage (`Cost.computed`).
     """
 

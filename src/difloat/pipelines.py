@@ -1,4 +1,4 @@
-"""Facts about a diffusers pipeline: its denoiser, and what its call needs besides what the user gives."""
+"""Facts about a diffusers pipeline: its denoiser, and the arguments that its call needs besides those of the user."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Condition = Literal["prompt", "class_labels"]
 
 
 def parameters_of(pipeline: Any) -> Mapping[str, inspect.Parameter]:
-    """Parameters of the pipeline's call by name."""
+    """The parameters of the pipeline's call by name."""
     return inspect.signature(pipeline.__call__).parameters
 
 
@@ -55,7 +55,7 @@ def takes(pipeline: Any, name: str) -> bool:
 
 
 def class_count(denoiser: nn.Module) -> int | None:
-    """Classes that a class-conditional denoiser was made for, by its config; None if it knows no classes."""
+    """The number of classes of a class-conditional denoiser by its config, or None if it has no classes."""
     config = dict(getattr(denoiser, "config", {}))
     return next((int(config[name]) for name in _CLASS_COUNTS if config.get(name) is not None), None)
 
@@ -105,11 +105,11 @@ def completed(pipeline: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_call(pipeline: Any, steps: int | None, given: Mapping[str, Any]) -> None:
-    """Refuse what no pipeline can do with, before it is called.
+    """Refuse arguments that no pipeline can use, before it is called.
 
     Args:
         pipeline: A diffusers pipeline.
-        steps: Of the sampler; None: its default.
+        steps: How many steps the sampler takes, or None for its default.
         given: Further arguments of the call.
 
     Raises:
@@ -129,7 +129,7 @@ def check_call(pipeline: Any, steps: int | None, given: Mapping[str, Any]) -> No
 
 
 def call(pipeline: Any, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """What a pipeline gives for `arguments`; where it fails on what the user has `given` of them, that is said.
+    """The output of a pipeline for some arguments. If it fails where the user gave some of them, the error names these.
 
     Raises:
         ValueError: if the call fails with an error of its code, and there are `given` arguments.
@@ -163,8 +163,8 @@ def for_pictures(
     (`one_at_a_time`), prompt and texts are given as they are and not in a list.
 
     Args:
-        pipeline: Whose call it is.
-        arguments: Of every call.
+        pipeline: The pipeline that is called.
+        arguments: The arguments of every call.
         shown: The prompts or classes, one per picture, by the name of the argument; or nothing.
         pictures: How many.
     """
@@ -182,13 +182,13 @@ def for_pictures(
 
 
 def generators_of(arguments: Mapping[str, Any], seeds: Sequence[int]) -> Any:
-    """A generator of every seed, in a list; where samples come singly and there is one seed, the generator itself."""
+    """A list with a generator for every seed, or the generator itself where samples come singly and there is one seed."""
     found = [torch.Generator().manual_seed(seed) for seed in seeds]
     return found[0] if len(found) == 1 and one_at_a_time(arguments) else found
 
 
 def inputs_of(pairs: Sequence[str]) -> dict[str, Any]:
-    """Pictures and masks for a pipeline's call, from `name=FILE` pairs; several files of one name make a list.
+    """Pictures and masks for a pipeline's call, from `name=FILE` pairs. Several files of one name make a list.
 
     Pictures are RGB, with alpha RGBA; what is called a mask is grey.
 

@@ -40,18 +40,20 @@ def export_checkpoint(
 
     Tensors that are not quantized are copied as they are stored.
 
+    >>> import difloat
+    >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
+    >>> _ = difloat.quantize(model, "rtn", "w8a16", weight_format="e4m3fn", progress=False)
+    >>> export_checkpoint(difloat.save(model, "model"), "exported.safetensors", "fp8").name
+    'exported.safetensors'
+
     Args:
         directory: A difloat checkpoint, of a pipeline or a model.
         out: A new file that ends in ``.safetensors`` (``.gguf``), or a new directory for it and the model's `config.json`.
         to: One of `TARGETS`.
-        component: Of the pipeline; None if only one is quantized.
-        input_scales: For NVFP4, what the reader divides its own 4-bit inputs by, by layer; others get a neutral one.
-
-        names: "source", those of the single file that the model came from; "diffusers", those of its model; "auto", the first
-            for programs that know no others (ComfyUI, GGUF) where the model came from such a file, else the second.
-
-    Returns:
-        The weights' file.
+        component: The component of the pipeline, or None if only one is quantized.
+        input_scales: For NVFP4, by layer, the divisors of the reader's own 4-bit inputs. Other layers get a neutral one.
+        names: "source" for the names of the single file that the model came from, or "diffusers" for those of its model.
+            "auto" takes the first for programs that know no others (ComfyUI, GGUF) where there was such a file.
 
     Raises:
         ValueError: if a layer cannot be written without loss, or is not there.

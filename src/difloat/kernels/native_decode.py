@@ -47,17 +47,17 @@ def _rounds(spec: QuantSpec | None, x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
-    """See `reference.linear`; decoded, rows of all widths are alike, so one product does."""
+    """The linear layer of `reference.linear`. Decoded rows of all widths are alike, so it takes one product."""
     return prepared_linear(weight, x.dtype)(x, inputs.scale, inputs.zero_point, bias)
 
 
 def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """See `reference.conv2d`, in one product."""
+    """The convolution of `reference.conv2d`, as one convolution of torch."""
     return prepared_conv2d(weight, x.dtype, geometry)(x, inputs.scale, inputs.zero_point, bias)
 
 
 def prepared_linear(weight: Weight, dtype: torch.dtype) -> native_prepared.Call:
-    """`linear` for one weight and inputs of one dtype whose width was checked; see `native_prepared`."""
+    """`linear` prepared for one weight, and for inputs of one dtype whose width was checked (`native_prepared`)."""
     spec = weight.part.activation
     width = weight.part.channels if spec is None or not spec.group_size else spec.group_size
     rounded, decoded = _rounding(weight.part, dtype), _decoding(weight, dtype)
@@ -70,7 +70,7 @@ def prepared_linear(weight: Weight, dtype: torch.dtype) -> native_prepared.Call:
 
 
 def prepared_conv2d(weight: Weight, dtype: torch.dtype, geometry: Geometry) -> native_prepared.Call:
-    """`conv2d` likewise, in the memory format of the operator's results."""
+    """`conv2d` prepared for one weight, with results in the memory format of the operator."""
     rounded, decoded = _rounding(weight.part, dtype), _decoding(weight, dtype)
     last, kernel = torch.channels_last, tuple(weight.kernel)
     weight_last = weight.row_band is None and memory_format(weight.bands[0].codes) == last
@@ -84,6 +84,7 @@ def prepared_conv2d(weight: Weight, dtype: torch.dtype, geometry: Geometry) -> n
                 sizes.clear()
             sizes.add(shape)
         input_last = x.is_contiguous(memory_format=last)
+        # A picture is one row of the rounding, in whatever order its numbers lie in memory.
         dense = x.contiguous(memory_format=last) if input_last else x.contiguous()
         values = shape[1] * shape[2] * shape[3]
         pictures = dense.as_strided((shape[0], values), (values, 1))
@@ -96,7 +97,7 @@ def prepared_conv2d(weight: Weight, dtype: torch.dtype, geometry: Geometry) -> n
 
 
 def _rounding(part: Part, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
-    """Puts rows, each with a scale of its own where scales are found per token, on their grid; dense."""
+    """A function that rounds rows [t, i] to their grid, densely. Where scales are found per token, every row has its own."""
     spec = part.activation
     if spec is None:
         return lambda rows, scale, zero: rows
@@ -128,12 +129,12 @@ def _rounding(part: Part, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None
 
 
 def _decoding(weight: Weight, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Makes the weight [o, i, *k], channels last and in the order of the float layer, in this thread's buffer.
+    """A function that decodes the weight [o, i, *k] in the float layer's order, channels last, into this thread's buffer.
 
     The next layer overwrites it.
     """
     decode, kind = native_library.library().difloat_decode, native_library.TYPES[dtype]
-    shape = (weight.out_channels, *weight.kernel, weight.part.channels)
+    shape = (weight.out_channels, *weight.kernel, weight.part.channels)  # [o, *k, i]
     order = native_prepared.channel_order(weight)
     bands, start, count = [], 0, math.prod(shape)
     row_bytes = _bytes(dtype) * math.prod(shape[1:])

@@ -49,11 +49,11 @@ def _range(part: Part) -> int:
 
 
 def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
-    """See `reference.linear`; [..., i] to [..., o]."""
+    """The linear layer of `reference.linear`, from [..., i] to [..., o]."""
     return native_prepared.linear(weight, x.dtype)(x, inputs.scale, inputs.zero_point, bias)
 
 
 def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """See `reference.conv2d`."""
+    """The convolution of `reference.conv2d`."""
     call = native_prepared.conv2d(weight, x.dtype, geometry)
     return call(x, inputs.scale, inputs.zero_point, bias)

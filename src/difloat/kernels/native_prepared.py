@@ -68,12 +68,13 @@ def linear(weight: Weight, dtype: torch.dtype) -> Call:
 
 
 def conv2d(weight: Weight, dtype: torch.dtype, geometry: Geometry) -> Call:
-    """Likewise of a convolution [b, i, h, w] to [b, o, h', w'], in the memory format of the operator's results."""
+    """A prepared convolution from [b, i, h, w] to [b, o, h', w'], with results in the memory format of the operator."""
     product, output = native_library.library().difloat_conv2d, native_library.Output
     bands, order = _bands(weight), channel_order(weight)
     kind, channels, out_channels = input_kind(weight.part, dtype), weight.part.channels, weight.out_channels
     from_kind, last = native_library.Input.from_buffer_copy, torch.channels_last
     terms, kernel = channels * math.prod(weight.kernel), tuple(weight.kernel)
+    # Bands are cut out of one row of bytes, so only a single one has a layout of its own.
     weight_last = order is None and memory_format(weight.bands[0].codes) == last
     sizes: dict[tuple[int, int, int], Any] = {}
 
@@ -111,7 +112,7 @@ def conv2d(weight: Weight, dtype: torch.dtype, geometry: Geometry) -> Call:
 
 
 def _bands(weight: Weight) -> list[tuple[Any, int, int]]:
-    """The weight's structs, how many there are and how many rows lie before them; one entry for bands grouped alike."""
+    """The weight's structs, how many there are, and how many rows lie before them. Bands grouped alike share an entry."""
     found, start = [], 0
     for _, alike in groupby(weight.bands, lambda piece: piece.spec.group_size or weight.part.channels):
         members = list(alike)
@@ -122,13 +123,13 @@ def _bands(weight: Weight) -> list[tuple[Any, int, int]]:
 
 
 def channel_order(weight: Weight) -> Tensor | None:
-    """The output channel that every stored row is, int32 [o]; None where they lie in that order."""
+    """The output channel of every stored row, int32 [o], or None where rows lie in the order of the float layer."""
     return None if weight.row_band is None else pieces.order(weight.row_band)
 
 
 @cache
 def input_kind(part: Part, dtype: torch.dtype) -> native_library.Input:
-    """What all inputs of a part have in common: copying it is faster than filling in every field."""
+    """The fields that all inputs of a part have in common. Copying them is faster than filling in every field."""
     spec = part.activation
     assert spec is not None
     grid = native_library.grid(spec.format)
@@ -138,7 +139,7 @@ def input_kind(part: Part, dtype: torch.dtype) -> native_library.Input:
 
 
 def _online(part: Part) -> int:
-    """Where scales of inputs come from, as the library is told."""
+    """The source of an input's scales in the library's numbers: 0 is stored, 1 per token, 2 per tensor."""
     spec = part.activation
     assert spec is not None
     return 0 if not spec.online else 1 if spec.granularity == "token" else 2
@@ -147,20 +148,20 @@ def _online(part: Part) -> int:
 def native_geometry(
     geometry: Geometry, batch: int, size: Sequence[int], kernel: Sequence[int]
 ) -> native_library.Geometry:
-    """A convolution's geometry on `batch` pictures of `size` as the library reads it."""
+    """The geometry of a convolution on `batch` pictures of `size`, as the library reads it."""
     pair, extent = ctypes.c_int64 * 2, geometry.size(size, kernel)
     numbers = (size, kernel, geometry.stride, geometry.padding, geometry.dilation, extent)
     return native_library.Geometry(batch, *[pair(*two) for two in numbers])
 
 
 def native_weight(piece: PackedWeight) -> native_library.Weight:
-    """The struct holds addresses: its tensors must outlive it."""
+    """The struct of a packed weight, which holds addresses. Its tensors must outlive it."""
     zero = None if piece.zero_point is None else piece.zero_point.data_ptr()
     addresses = piece.codes.data_ptr(), piece.scale.data_ptr(), zero
     return _weight_at(*addresses, piece.codes.shape, piece.codes.stride(), piece.part)
 
 
-# As many as the layers of a large model; filling in a struct takes a quarter of a small layer's time.
+# As many as a large model has layers, since filling in a struct takes a quarter of a small layer's time.
 @lru_cache(maxsize=1 << 14)
 def _weight_at(
     data: int, scale: int, zero: int | None, shape: Sequence[int], stride: Sequence[int], part: Part

@@ -1,6 +1,6 @@
 """LoRA on quantized models: loading, weighting, merging, saving.
 
-Everything that diffusers and PEFT offer works on quantized layers too; the functions here do the same for every model, also
+Everything that diffusers and PEFT offer works on quantized layers too. The functions here do the same for every model, also for
 those that diffusers gives no LoRA methods (PixArt, HunyuanDiT, DiT), and say what merging cost. They take a pipeline or a
 module.
 """
@@ -23,23 +23,33 @@ from difloat.lora.wrapped import components, is_wrapper, loaded, weights, wrappe
 def load(
     pipeline_or_module: Any, source: str | os.PathLike[str], name: str = "default", weight: float = 1.0
 ) -> None:
-    """Load a LoRA and use it beside those that are in use.
+    """Load a LoRA and use it together with those that are in use.
 
-    A pipeline with `load_lora_weights` does it by that, so every dialect is read that diffusers reads. For other pipelines and
-    for modules the keys must be those of PEFT, `<layer>.lora_A.weight`, with any one prefix before the names of the denoiser's
-    layers (the component's name, `diffusion_model.`, `base_model.model.`) or none. Keys with another prefix than the
-    component's name are read so in every pipeline.
+    >>> import difloat, peft
+    >>> config = peft.LoraConfig(target_modules=["0"], r=2)
+    >>> trained = peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(16, 16)), "style")
+    >>> file = difloat.lora.save(trained, "style")                         # as diffusers and PEFT write it
+    >>> model = nn.Sequential(nn.Linear(16, 16))
+    >>> _ = difloat.quantize(model, "rtn", "w8a16", progress=False)
+    >>> difloat.lora.load(model, file, "style", weight=0.8)
+    >>> difloat.lora.weights(model)
+    {'style': 0.8}
+
+    A pipeline with `load_lora_weights` loads by that, so it reads every dialect that diffusers reads. For other pipelines and
+    for modules the keys must be those of PEFT, `<layer>.lora_A.weight`. They may have one prefix before the names of the
+    denoiser's layers, such as the component's name, `diffusion_model.` or `base_model.model.`. Keys with another prefix than
+    the component's name are read so in every pipeline.
 
     Args:
-        pipeline_or_module: Float or quantized.
+        pipeline_or_module: A float or quantized pipeline or module.
         source: A safetensors file, or a directory as diffusers or PEFT save it.
-        name: How to call it; not taken yet.
-        weight: Factor of its change.
+        name: A name for the LoRA that is not taken yet.
+        weight: The factor of its change.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the name is taken, the file is no LoRA of this model, or a value in it is not finite; nothing is
-            loaded then.
+        ValueError: if the name is taken, the file is no LoRA of this model, or a value in it is not finite. Nothing is loaded
+            then.
     """
     if name in (taken := loaded(pipeline_or_module)):
         raise ValueError(f"name of a LoRA must be new, got {name!r} beside {taken}; choose another")
@@ -61,12 +71,18 @@ def load(
 
 
 def save(pipeline_or_module: Any, directory: str | os.PathLike[str], name: str | None = None) -> Path:
-    """Write a LoRA as diffusers does; float and quantized models of the same architecture load it. Returns the file.
+    """Write a LoRA as diffusers does, and return the file. Float and quantized models of the same architecture load it.
+
+    >>> import difloat, peft
+    >>> config = peft.LoraConfig(target_modules=["0"], r=2)
+    >>> trained = peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(16, 16)), "style")
+    >>> difloat.lora.save(trained, "style").name
+    'pytorch_lora_weights.safetensors'
 
     Args:
-        pipeline_or_module: Of a pipeline every component's part of the LoRA is written, its name before the keys.
-        directory: Made if it does not exist; a LoRA that is there is replaced.
-        name: Of the LoRA; None if there is only one.
+        pipeline_or_module: A pipeline or module with LoRAs. A component of a pipeline has its name before its keys.
+        directory: The directory to write, which is made if it does not exist. A LoRA in it is replaced.
+        name: The name of the LoRA, or None if there is only one.
 
     Raises:
         ValueError: if there is no LoRA of that name.
@@ -101,7 +117,14 @@ def save(pipeline_or_module: Any, directory: str | os.PathLike[str], name: str |
 
 
 def set_weights(pipeline_or_module: Any, weights: Mapping[str, float]) -> None:
-    """Use exactly these LoRAs, with these factors; none at all switches them off and keeps them loaded.
+    """Use exactly these LoRAs, with these factors. An empty mapping switches all off and keeps them loaded.
+
+    >>> import difloat, peft
+    >>> config = peft.LoraConfig(target_modules=["0"], r=2)
+    >>> model = peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(16, 16)), "style")
+    >>> difloat.lora.set_weights(model, {"style": 0.5})
+    >>> difloat.lora.weights(model)
+    {'style': 0.5}
 
     Raises:
         ValueError: if one is not loaded, or LoRAs are merged, whose weights are fixed.
@@ -123,20 +146,28 @@ def set_weights(pipeline_or_module: Any, weights: Mapping[str, float]) -> None:
 
 
 def merge(pipeline_or_module: Any, names: Sequence[str] | None = None) -> dict[str, float]:
-    """Add LoRAs to the packed weights and round again, until `unmerge`; the model is as fast as without them then.
+    """Add LoRAs to the packed weights and round again, until `unmerge`. The model is then as fast as without them.
 
-    Low-bit grids take small changes badly: where every weight moves by less than half a step, nothing arrives. To keep all
-    of it, leave the LoRA unmerged, or merge it into the float model and quantize that.
+    >>> import difloat, peft
+    >>> model, config = nn.Sequential(nn.Linear(16, 16)), peft.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    >>> _ = difloat.quantize(model, "rtn", "w8a16", progress=False)
+    >>> _ = peft.inject_adapter_in_model(config, model, "style")
+    >>> round(difloat.lora.merge(model)["0"], 1)                           # the share of the change that arrived
+    1.0
+    >>> difloat.lora.unmerge(model)
+
+    Low-bit grids take small changes badly. Where every weight moves by less than half a step, nothing arrives. A LoRA that
+    stays unmerged, or is merged into the float model before that is quantized, arrives whole.
 
     Args:
-        pipeline_or_module: With LoRAs; both float and quantized layers are merged.
-        names: Which; None for those in use.
+        pipeline_or_module: A pipeline or module with LoRAs, whose float and quantized layers are both merged.
+        names: The names of the LoRAs, or None for those in use.
 
     Returns:
-        For every quantized layer what share of the change (its squared norm) survived rounding, by name.
+        The share of the change (its squared norm) that survived rounding, by the names of the quantized layers.
 
     Raises:
-        ValueError: if there is no such LoRA or a layer cannot take one (grouped convolutions); nothing is merged then.
+        ValueError: if there is no such LoRA, or a layer cannot take one (grouped convolutions). Nothing is merged then.
     """
     chosen = list(weights(pipeline_or_module)) if names is None else list(names)
     if not chosen or (unknown := set(chosen) - set(loaded(pipeline_or_module))):
@@ -161,14 +192,35 @@ def merge(pipeline_or_module: Any, names: Sequence[str] | None = None) -> dict[s
 
 
 def unmerge(pipeline_or_module: Any) -> None:
-    """Undo `merge` (or `fuse_lora`): quantized layers get the very bytes back that they had; does nothing without."""
+    """Undo `merge` or `fuse_lora`. Quantized layers get back the very bytes that they had.
+
+    >>> import difloat, peft
+    >>> model, config = nn.Sequential(nn.Linear(16, 16)), peft.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    >>> _ = difloat.quantize(model, "rtn", "w8a16", progress=False)
+    >>> before = model[0].packed.clone()
+    >>> _ = peft.inject_adapter_in_model(config, model, "style")
+    >>> _ = difloat.lora.merge(model)
+    >>> difloat.lora.unmerge(model)
+    >>> bool((model[0].base_layer.packed == before).all())
+    True
+    """
     for _, _, wrapper in wrapped_layers(pipeline_or_module):
         if wrapper.merged:
             wrapper.unmerge()
 
 
 def unload(pipeline_or_module: Any) -> None:
-    """Take all LoRAs out of the model; what is merged stays in the weights, for good."""
+    """Take all LoRAs out of the model. Those that are merged stay in the weights for good.
+
+    >>> import difloat, peft
+    >>> config = peft.LoraConfig(target_modules=["0"], r=2)
+    >>> model = peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(16, 16)), "style")
+    >>> difloat.lora.unload(model)
+    >>> model
+    Sequential(
+      (0): Linear(in_features=16, out_features=16, bias=True)
+    )
+    """
     from diffusers.loaders import PeftAdapterMixin
 
     for module in components(pipeline_or_module).values():
@@ -186,7 +238,7 @@ def _denoiser(pipeline_or_module: Any) -> tuple[str, nn.Module]:
 
 
 def _inject(module: nn.Module, stored: Stored, prefix: str, name: str) -> None:
-    """Put a LoRA of PEFT's keys into a module; ValueError if it is none or does not fit."""
+    """Put a LoRA with PEFT's keys into a module, or raise a ValueError if it is none or does not fit."""
     from peft import inject_adapter_in_model, set_peft_model_state_dict
 
     state, config = stored.for_peft(module, prefix)

@@ -1,4 +1,4 @@
-"""Files of LoRAs as diffusers and PEFT write them: what they hold, and what PEFT must be told to take it in."""
+"""Files of LoRAs as diffusers and PEFT write them: their tensors, and the configuration with which PEFT loads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _METADATA = "lora_adapter_metadata"  # under this key of a header diffusers keeps the configuration
 _FACTOR = re.compile(r"\.lora_(A|B)\.(weight|bias)$")
@@ -24,9 +24,9 @@ class Stored:
     """A LoRA's file.
 
     Attributes:
-        file: Where it lies.
-        tensors: By key; all finite.
-        header: Texts beside them.
+        file: The path of the file.
+        tensors: The tensors by key, all finite.
+        header: The texts of the file's header.
     """
 
     file: Path
@@ -35,11 +35,11 @@ class Stored:
 
     @property
     def by_peft(self) -> bool:
-        """Whether PEFT wrote it, whose keys diffusers' pipelines do not read."""
+        """Whether PEFT wrote the file, whose keys diffusers' pipelines do not read."""
         return self.file.name == _PEFT_FILE
 
     def prefix(self, module: nn.Module) -> str | None:
-        """What stands before the layers' names in all keys; None if they are not all PEFT's, of layers of `module`."""
+        """The prefix before the layers' names in all keys, or None if the keys are not all PEFT's, of layers of the module."""
         inside = {name for name, _ in module.named_modules() if name}
         targets = {_FACTOR.sub("", key) for key in self.tensors}
         if not targets or any(_FACTOR.search(key) is None for key in self.tensors):
@@ -51,10 +51,10 @@ class Stored:
         )
 
     def for_peft(self, module: nn.Module, prefix: str) -> tuple[dict[str, Tensor], Any]:
-        """Tensors without a prefix, and the configuration with which PEFT takes them in.
+        """The tensors without a prefix, and the configuration with which PEFT loads them.
 
         Raises:
-            ValueError: A key is not PEFT's, names no layer of `module`, or there is none.
+            ValueError: if a key is not PEFT's or names no layer of the module, or there is no key.
         """
         state = {key.removeprefix(prefix): tensor for key, tensor in self.tensors.items()}
         inside = {name for name, _ in module.named_modules()}
@@ -72,7 +72,7 @@ class Stored:
         return state, self._config(prefix, state)
 
     def _config(self, prefix: str, state: dict[str, Tensor]) -> Any:
-        """PEFT's configuration: from the header, beside the file, or from the shapes with all factors 1."""
+        """PEFT's configuration from the header, or from the file beside it, or from the shapes with all factors 1."""
         from diffusers.utils import get_peft_kwargs
         from peft import LoraConfig
 
@@ -93,8 +93,8 @@ def read(source: Path) -> Stored:
     """Read a safetensors file or pickle of a LoRA, or the one in a directory as diffusers or PEFT save it.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A tensor is not finite, and every picture would not be either.
+        FileNotFoundError: if there is no such file.
+        ValueError: if a tensor is not finite, since no picture would be either.
     """
     candidates = [source] if source.is_file() else [source / LORA_FILE, source / _PEFT_FILE]
     file = next((each for each in candidates if each.is_file()), None)

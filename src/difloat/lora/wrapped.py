@@ -1,4 +1,4 @@
-"""Layers that PEFT wrapped around others: which there are, what they hold, and how they get to know packed weights."""
+"""The layers that PEFT wraps around others: finding them, reading their adapters, and teaching them packed weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from difloat.layers.packed import QuantizedLayer, when_first_made
 
 
 def on_wrapped(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Hook of torch, called whenever a module gets a child: lets wrappers of PEFT know packed weights.
+    """Let a wrapper of PEFT know packed weights. Torch calls this hook whenever a module gets a child.
 
     Raises:
         ValueError: if the wrapper is of a method that needs the float weight.
@@ -30,14 +30,14 @@ when_first_made.append(partial(register_module_module_registration_hook, on_wrap
 
 
 def components(pipeline_or_module: Any) -> dict[str, nn.Module]:
-    """Modules of a pipeline by name; a module on its own under the empty one."""
+    """The modules of a pipeline by name. A module on its own has the empty name."""
     if isinstance(pipeline_or_module, nn.Module):
         return {"": pipeline_or_module}
     return {n: c for n, c in pipeline_or_module.components.items() if isinstance(c, nn.Module)}
 
 
 def wrapped_layers(pipeline_or_module: Any) -> Iterator[tuple[str, str, Any]]:
-    """Every wrapped layer: prefix of its component, its name, the wrapper."""
+    """Every wrapped layer, as the prefix of its component, its name, and the wrapper."""
     for component, module in components(pipeline_or_module).items():
         for name, layer in module.named_modules():
             if is_wrapper(layer):
@@ -45,7 +45,13 @@ def wrapped_layers(pipeline_or_module: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def loaded(pipeline_or_module: Any) -> list[str]:
-    """Names of all adapters that are loaded, in use or not."""
+    """The names of all adapters that are loaded, whether they are in use or not.
+
+    >>> import difloat, peft
+    >>> config = peft.LoraConfig(target_modules=["0"], r=2)
+    >>> difloat.lora.loaded(peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(16, 16)), "style"))
+    ['style']
+    """
     names: dict[str, None] = {}
     for _, _, wrapper in wrapped_layers(pipeline_or_module):
         for kind in wrapper.adapter_layer_names:
@@ -54,12 +60,19 @@ def loaded(pipeline_or_module: Any) -> list[str]:
 
 
 def weights(pipeline_or_module: Any) -> dict[str, float]:
-    """The LoRAs in use and their factors; what `set_weights` takes."""
+    """The LoRAs in use and their factors, as `set_weights` takes them.
+
+    >>> import difloat, peft
+    >>> config = peft.LoraConfig(target_modules=["0"], r=2)
+    >>> difloat.lora.weights(peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(16, 16)), "style"))
+    {'style': 1.0}
+    """
     found: dict[str, float] = {}
     for _, _, wrapper in wrapped_layers(pipeline_or_module):
         if not wrapper.disable_adapters:
             for name in wrapper.active_adapters:
                 if name in wrapper.scaling and name not in found:
+                    # PEFT keeps weight times alpha / rank only, so the weight is found by setting it to 1 for a moment.
                     now = wrapper.scaling[name]
                     wrapper.set_scale(name, 1.0)
                     found[name] = float(now / wrapper.scaling[name])
@@ -68,7 +81,7 @@ def weights(pipeline_or_module: Any) -> dict[str, float]:
 
 
 def refuse(pipeline_or_module: Any, purpose: str) -> None:
-    """ValueError if adapters are loaded: their wrappers hide the layers that a plan names."""
+    """Raise a ValueError if adapters are loaded, whose wrappers hide the layers that a plan names."""
     if found := loaded(pipeline_or_module):
         raise ValueError(
             f"model must have no adapters to be {purpose}, got {found}; call fuse_lora (if they shall stay in the weights) "
@@ -77,6 +90,6 @@ def refuse(pipeline_or_module: Any, purpose: str) -> None:
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's around another; without PEFT imported there are none."""
+    """Whether a module is one of PEFT's around another. Without PEFT imported there is none."""
     peft = sys.modules.get("peft.tuners.tuners_utils")
     return peft is not None and isinstance(module, peft.BaseTunerLayer)

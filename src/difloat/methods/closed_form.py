@@ -25,6 +25,7 @@ from difloat.plan.encode import join_rows
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Draft, Rule, draft_layer
 from difloat.plan.target import restrict
+from difloat.plan.validation import plain, read
 
 Asked = Rule | MixedRows
 """What is asked of a weight: one rule for all of its rows, or one for every band of them."""
@@ -166,7 +167,7 @@ def _keep(
         for number, name in enumerate(source.names)
         for key, tensor in layers[name].tensors.items()
     }
-    texts = {name: json.dumps([layers[name].to_json(), report[name]]) for name in source.names}
+    texts = {name: json.dumps([plain(layers[name]), report[name]]) for name in source.names}
     finished.write(facts, tensors, texts)
 
 
@@ -181,7 +182,7 @@ def _take(
     for number, name in enumerate(source.names):
         data, report[name] = json.loads(texts[name])
         own = {k.split(".", 1)[1]: t for k, t in tensors.items() if k.split(".", 1)[0] == str(number)}
-        done[name] = LayerPlan.from_json(data, own)
+        done[name] = read(LayerPlan, data).with_tensors(own)
 
 
 def _bands(task: Task, name: str, plan: LayerPlan, asked: Asked) -> list[Draft]:

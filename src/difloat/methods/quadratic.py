@@ -1,7 +1,8 @@
-"""Rounding a weight as a quadratic problem: columns [groups, columns, rows], moments, and which rows share scales.
+"""Rounding of a weight as a quadratic problem: columns [groups, columns, rows], moments, and the rows that share scales.
 
-A column is one step of second-order rounding, rows go together. Groups are those of a convolution. If moments know channels
-only, every tap of a convolution makes rows of its own, which share the scales of their output channel.
+A column is one step of second-order rounding, and rows go together. Groups are those of a convolution. If moments know channels
+only, every tap of a convolution makes rows of its own, which share the scales of their output channel. Margins write g for
+groups, n for columns, r for rows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from difloat.plan.rules import Draft
 
 @dataclass(frozen=True)
 class Unit:
-    """A run of columns that share scales: one part, or one group of it."""
+    """A run of columns that share scales, which is one part or one group of it."""
 
     start: int
     stop: int
@@ -30,7 +31,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class Problem:
-    """What to round: target [g, n, r], moments [g, n, n], dead inputs with a diagonal of 1; owner int64 [g, r] of scales."""
+    """The problem of rounding one weight.
+
+    Attributes:
+        target: The float weight [g, n, r], which is zero for dead inputs.
+        moments: The mean of ``x x^T``, [g, n, n], with a diagonal of 1 for dead inputs.
+        owner: int64 [g, r], the number of the scales that a row has.
+        owners: How many different numbers those are.
+        units: The runs of columns that share scales.
+    """
 
     target: Tensor
     moments: Tensor
@@ -45,20 +54,20 @@ class Problem:
 
     def row_error(self, values: Tensor) -> Tensor:
         """``e H e^T`` of every row, [g, r]."""
-        change = values - self.target
+        change = values - self.target  # [g, n, r]
         return (change * (self.moments @ change)).sum(1)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """An answer: levels [g, n, r], values of the format; steps and shifts [units, owners]."""
+    """A solution: the levels [g, n, r], which are values of the format, and the steps and shifts [units, owners]."""
 
     levels: Tensor
     steps: Tensor
     shifts: Tensor
 
     def values(self, problem: Problem) -> Tensor:
-        """What the levels stand for, [g, n, r]."""
+        """The weights [g, n, r] that the levels stand for."""
         out = torch.empty_like(self.levels)
         for number, unit in enumerate(problem.units):
             step, shift = (of[number][problem.owner][:, None] for of in (self.steps, self.shifts))
@@ -71,7 +80,7 @@ def problem_of(draft: Draft, moments: Tensor) -> Problem:
 
     Args:
         draft: Weight, formats, scales and zero points.
-        moments: [n, n], or [groups, n, n] of a grouped convolution, with n as `second_order.round_second_order` says.
+        moments: The mean of ``x x^T`` as `second_order.round_second_order` takes it.
 
     Raises:
         ValueError: if moments do not fit the weight or are not finite, or parts have scales of several granularities.
@@ -87,7 +96,7 @@ def problem_of(draft: Draft, moments: Tensor) -> Problem:
             f"moments must be [n, n] or [groups, n, n] with n in {sorted(wanted)} for a weight {list(weight.shape)}, got "
             f"{list(moments.shape)}; gather them from this layer's inputs"
         )
-    diagonal = stacked.diagonal(dim1=1, dim2=2)
+    diagonal = stacked.diagonal(dim1=1, dim2=2)  # [g, n]
     if not stacked.isfinite().all() or bool((diagonal < 0).any()):
         raise ValueError(
             "moments must be finite and their diagonal not negative, got others; look for NaN in the inputs"
@@ -99,6 +108,7 @@ def problem_of(draft: Draft, moments: Tensor) -> Problem:
     owner = torch.zeros(out_channels, dtype=torch.int64) if per_tensor else torch.arange(out_channels)
     target = _columns_of(weight.to(stacked.device, stacked.dtype), groups, own)
     return Problem(
+        # A weight of an input that is always 0 changes nothing, and 0 is on every grid with a zero.
         target.masked_fill((diagonal == 0)[:, :, None], 0.0),
         alive(stacked),
         owner.repeat_interleave(own).view(groups, -1).to(stacked.device),
@@ -120,8 +130,8 @@ def _columns_of(weight: Tensor, groups: int, own: int) -> Tensor:
 
 
 def weight_of(columns: Tensor, shape: Sequence[int]) -> Tensor:
-    """Inverse of `_columns_of`."""
-    rows = columns.transpose(1, 2).flatten(0, 1)
+    """The weight [o, i, *k] of columns that `_columns_of` made."""
+    rows = columns.transpose(1, 2).flatten(0, 1)  # [g * r, n]
     if len(rows) == shape[0]:
         return rows.reshape(shape)
     return rows.unflatten(0, (shape[0], -1)).transpose(1, 2).reshape(shape)
@@ -150,15 +160,15 @@ def scales_of(draft: Draft, problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def round_levels(values: Tensor, step: Tensor, shift: Tensor, format: Format) -> Tensor:
-    """The nearest values of the format; arguments as they broadcast."""
+    """The nearest values of a format under steps and shifts that broadcast with the values."""
     return rounding.round_(((values - shift) / step).contiguous(), format)
 
 
 def nearest(problem: Problem, steps: Tensor, shifts: Tensor) -> Solution:
-    """Every weight at the grid value nearest to it, on the scales given."""
+    """The solution with every weight at the grid value nearest to it, on the scales given."""
     levels = torch.empty_like(problem.target)
     for number, unit in enumerate(problem.units):
-        step, shift = (of[number][problem.owner][:, None] for of in (steps, shifts))
+        step, shift = (of[number][problem.owner][:, None] for of in (steps, shifts))  # [g, 1, r]
         columns = slice(unit.start, unit.stop)
         levels[:, columns] = round_levels(problem.target[:, columns], step, shift, unit.format)
     return Solution(levels, steps, shifts)

@@ -1,15 +1,16 @@
 """Second-order rounding of a weight on any grid: GPTQ (arXiv:2210.17323) in its LDL form, refitted and swept once.
 
-The error of a row is ``e H e^T`` with ``e = q - w`` and H the mean of ``x x^T`` over input vectors. With ``H = U U^T``, U
-upper triangular, it is ``sum_j U_jj^2 (e_j + a_j)^2``, where ``a_j = sum_{i<j} e_i U_ij / U_jj`` holds the errors of the
-columns before j. So column after column is rounded to the grid value nearest to ``w_j - a_j``: no inverse is needed, and scales
+The error of a row is ``e H e^T`` with ``e = q - w`` and H the mean of ``x x^T`` over input vectors. With ``H = U U^T`` and an
+upper triangular U it is ``sum_j U_jj^2 (e_j + a_j)^2``, where ``a_j = sum_{i<j} e_i U_ij / U_jj`` holds the errors of the
+columns before j. So column after column is rounded to the grid value nearest to ``w_j - a_j``. No inverse is needed, and scales
 and zero points are those that the search found.
 
 The better of this and nearest rounding goes on, chosen apart for all rows that share a scale. With its grid values held, scales
-and zero points are fitted by least squares under H, and then every weight is moved to its best grid value given all others.
+and zero points are fitted by least squares under H. Then every weight is moved to its best grid value given all others.
 
-A problem is laid out as [groups, columns, rows]: a column is one step, rows go together. Groups are those of a convolution. If
-moments know channels only, every tap of a convolution makes rows of its own, which share the scales of their output channel.
+A problem is laid out as [groups, columns, rows]. A column is one step, and rows go together. Groups are those of a convolution.
+If moments know channels only, every tap of a convolution makes rows of its own, which share the scales of their output channel.
+Margins write g for groups, n for columns, r for rows.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ class SecondOrderSettings:
     """How a weight is rounded.
 
     Attributes:
-        damping: Added to the diagonal of H, times its mean; ten times as much, up to six times, where H is not definite.
-        by_diagonal: Columns by falling diagonal of H in place of their own order; scales stay with their columns.
-        refit: Fit scales and zero points; not for scales that are restricted to a grid.
-        sweep: Move every weight once to its best grid value given the others.
-        rounds: Of fit and sweep.
+        damping: The share of the mean diagonal of H that is added to its diagonal. Where H is not definite it grows tenfold, up
+            to six times.
+        by_diagonal: Whether columns go by falling diagonal of H instead of in their own order. Scales stay with their columns.
+        refit: Whether to fit scales and zero points, which must not be restricted to a grid then.
+        sweep: Whether to move every weight once to its best grid value given the others.
+        rounds: How many rounds of fit and sweep there are.
     """
 
     damping: float = 0.01
@@ -55,11 +57,11 @@ class Rounded:
     """A weight on its grid.
 
     Attributes:
-        draft: With the scales and zero points that belong to `weight`.
-        weight: float32 [o, i, *k], values on the grid.
-        row_error: ``e H e^T`` of every output channel, [o], under the moments as given (undamped).
-        nearest_error: The same of nearest rounding on the scales given.
-        damping: The share of the mean diagonal that was needed, the largest of all groups.
+        draft: The draft with the scales and zero points that belong to the weight.
+        weight: float32 [o, i, *k] with values on the grid.
+        row_error: ``e H e^T`` of every output channel, [o], under the moments without damping.
+        nearest_error: ``e H e^T`` of every output channel for nearest rounding on the scales given.
+        damping: The share of the mean diagonal that was needed, which is the largest of all groups.
     """
 
     draft: Draft
@@ -69,18 +71,19 @@ class Rounded:
     damping: float
 
     def plan(self) -> LayerPlan:
-        """Encode and pack it, without inputs."""
+        """The encoded and packed layer, without inputs."""
         return self.draft.plan(self.weight)
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What feeding errors forward needs of moments, whatever weight they round.
+    """The factorised moments by which errors are fed forward, for any weight that reads the input.
 
     Attributes:
-        order: int64 [g, n], the columns as they are rounded.
-        upper: The upper triangular B [g, n, n] with a diagonal of ones, ``H = B D B^T`` for the damped H in that order.
-        damping: The share of the mean diagonal that was needed, the largest of all groups.
+        order: int64 [g, n], the columns in the order in which they are rounded.
+        upper: The upper triangular B [g, n, n] with a diagonal of ones, such that ``H = B D B^T`` for the damped H in that
+            order.
+        damping: The share of the mean diagonal that was needed, which is the largest of all groups.
     """
 
     order: Tensor = field(repr=False)
@@ -96,11 +99,11 @@ def factor(moments: Tensor, settings: SecondOrderSettings) -> Factor:
     """
     alive = quadratic.alive(moments if moments.dim() == 3 else moments[None])
     groups, count, _ = alive.shape
-    order = torch.arange(count, device=alive.device).expand(groups, -1)
+    order = torch.arange(count, device=alive.device).expand(groups, -1)  # [g, n]
     if settings.by_diagonal:
         order = alive.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
         alive = alive.gather(1, order[:, :, None].expand(-1, -1, count))
-        alive = alive.gather(2, order[:, None].expand(-1, count, -1))
+        alive = alive.gather(2, order[:, None].expand(-1, count, -1))  # [g, n, n] in the new order
     return Factor(order, *_upper(alive, settings.damping))
 
 
@@ -111,11 +114,11 @@ def round_second_order(
 
     Args:
         draft: Weight, formats, scales and zero points, as `draft_layer` finds them.
-        moments: Mean of ``x x^T``, float32 or float64 (what all is computed in), [n, n], or [groups, n, n] of a grouped
-            convolution. n is ``i * kh * kw`` in the order of the flattened weight, or i: then all taps of a convolution take
-            the same moments and count as independent.
-        settings: See there.
-        known: What `factor` made of these moments with these settings; None: it is made here.
+        moments: The mean of ``x x^T``, [n, n], or [groups, n, n] of a grouped convolution. Its dtype, float32 or float64, is
+            that of the computation. n is ``i * kh * kw`` in the order of the flattened weight, or i. With i all taps of a
+            convolution take the same moments and count as independent.
+        settings: How the weight is rounded.
+        known: The result of `factor` for these moments and settings, or None to make it here.
 
     Raises:
         ValueError: if moments do not fit the weight, are not finite, or cannot be factorised even with the largest damping.
@@ -132,7 +135,7 @@ def round_second_order(
 
 
 def nearest_row_error(draft: Draft, moments: Tensor) -> Tensor:
-    """``e H e^T`` of every output channel, [o], of nearest rounding on the scales given; arguments as `round_second_order`."""
+    """``e H e^T`` of every output channel, [o], for nearest rounding of a draft under moments as `round_second_order` takes."""
     problem = quadratic.problem_of(draft, moments)
     error = problem.row_error(
         quadratic.nearest(problem, *quadratic.scales_of(draft, problem)).values(problem)
@@ -141,11 +144,12 @@ def nearest_row_error(draft: Draft, moments: Tensor) -> Tensor:
 
 
 def _upper(moments: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The upper triangular B [g, n, n] with a diagonal of ones, ``H = B D B^T`` for the damped H, and the largest damping."""
-    mean = moments.diagonal(dim1=1, dim2=2).mean(1)
+    """The upper triangular B [g, n, n] of `Factor` for moments that are damped as needed, and the largest damping."""
+    mean = moments.diagonal(dim1=1, dim2=2).mean(1)  # [g]
     shares = torch.full_like(mean, damping)
     for _ in range(_TRIES):
         damped = moments + torch.diag_embed((shares * mean)[:, None].expand(-1, moments.shape[1]))
+        # Flipped in both axes, the lower triangular factor is the upper one that runs from the first column on.
         lower, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
         if not failed.any():
             upper = lower.flip(1, 2)
@@ -158,24 +162,26 @@ def _upper(moments: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 def _feed_forward(problem: Problem, steps: Tensor, shifts: Tensor, known: Factor) -> Solution:
-    """Column after column, with the errors of those before fed forward.
+    """The solution by rounding column after column, with the errors of the columns before fed forward.
 
     Groups that are ordered apart have one part only, hence one format.
     """
     count, order, upper = problem.target.shape[1], known.order, known.upper
-    rows = order[:, :, None].expand_as(problem.target)
+    rows = order[:, :, None].expand_as(problem.target)  # [g, n, r]
     target, units = problem.target.gather(1, rows), quadratic.unit_of(problem)[order]  # [g, n]
     formats = [problem.units[number].format for number in units[0].tolist()]
     levels, errors = torch.empty_like(target), torch.zeros_like(target)
     for start in range(0, count, _BLOCK):
         stop = min(start + _BLOCK, count)
+        # The errors of all blocks before reach this block in one matrix product, [g, columns of the block, r].
         wanted = target[:, start:stop] - upper[:, :start, start:stop].mT @ errors[:, :start]
         for column in range(start, stop):
             at, unit = column - start, units[:, column, None]
-            step, shift = steps[unit, problem.owner], shifts[unit, problem.owner]
+            step, shift = steps[unit, problem.owner], shifts[unit, problem.owner]  # [g, r]
             levels[:, column] = quadratic.round_levels(wanted[:, at], step, shift, formats[column])
-            error = levels[:, column] * step + shift - target[:, column]
+            error = levels[:, column] * step + shift - target[:, column]  # [g, r]
             errors[:, column] = error
+            # Within a block every error reaches the columns after it at once.
             wanted[:, at + 1 :] -= upper[:, column, column + 1 : stop, None] * error[:, None]
     return Solution(torch.empty_like(levels).scatter_(1, rows, levels), steps, shifts)
 
@@ -192,43 +198,46 @@ def _polish(problem: Problem, start: Solution, settings: SecondOrderSettings) ->
 
 
 def _refit(problem: Problem, solution: Solution, gradient: Tensor) -> Solution:
-    """Least squares of scale and zero point under H, unit after unit, with the levels held; `gradient` is used up.
+    """Fit scale and zero point by least squares under H, unit after unit, with the levels held. `gradient` is overwritten.
 
-    The error is a quadratic function of both, so what a fit saves is known before it is made, and one that saves nothing, with
-    the rounding of the stored float32 numbers, is left out.
+    The error is a quadratic function of both, so the gain of a fit is known before it is made. A fit that gains nothing, once
+    its numbers are rounded to float32, is left out.
     """
     steps, shifts = solution.steps.clone(), solution.shifts.clone()
     for number, unit in enumerate(problem.units):
         columns = slice(unit.start, unit.stop)
         levels, own = solution.levels[:, columns], problem.moments[:, columns, columns]
-        product = own @ levels
+        product = own @ levels  # [g, columns of the unit, r]
+        # The second derivatives by step, by step and shift, by shift, and below the first ones, all halved.
         bent = [(levels * product).sum(1), product.sum(1), own.sum((1, 2))[:, None].expand_as(problem.owner)]
         sloped = [(levels * gradient[:, columns]).sum(1), gradient[:, columns].sum(1)]
-        a11, a12, a22 = map(problem.per_owner, bent)
-        g1, g2 = map(problem.per_owner, sloped)
-        by_step = torch.where(a11 > 0, -g1 / a11.clamp_min(1e-300), 0.0)
+        a11, a12, a22 = map(problem.per_owner, bent)  # [owners] each
+        g1, g2 = map(problem.per_owner, sloped)  # [owners] each
+        by_step = torch.where(a11 > 0, -g1 / a11.clamp_min(1e-300), 0.0)  # Newton's step is exact
         by_shift = torch.zeros_like(by_step)
         if unit.shifted:
-            determinant = a11 * a22 - a12 * a12
+            determinant = a11 * a22 - a12 * a12  # 0 where all levels are equal
             solvable, divisor = determinant > _INDEPENDENT * a11 * a22, determinant.clamp_min(1e-300)
             by_step = torch.where(solvable, (a12 * g2 - a22 * g1) / divisor, by_step)
             by_shift = torch.where(solvable, (a12 * g1 - a11 * g2) / divisor, by_shift)
         step, shift = ((of[number] + by).float() for of, by in ((steps, by_step), (shifts, by_shift)))
+        # What is stored is float32, so the gain is that of the rounded numbers.
         by_step, by_shift = step - steps[number].double(), shift - shifts[number].double()
         gained = 2 * (by_step * g1 + by_shift * g2) + (
             by_step.square() * a11 + 2 * by_step * by_shift * a12 + by_shift.square() * a22
         )
+        # A fit may turn the sign of a scale or shrink it to nothing where levels hardly vary; such a fit is not taken.
         taken = (gained < 0) & (step / steps[number] > _LEAST_SHARE)
         by_step, by_shift = by_step.where(taken, 0.0), by_shift.where(taken, 0.0)
         steps[number] = torch.where(taken, step.to(steps), steps[number])
         shifts[number] = torch.where(taken, shift.to(shifts), shifts[number])
         change = (levels * by_step[problem.owner][:, None] + by_shift[problem.owner][:, None]).to(levels)
-        gradient += problem.moments[:, :, columns] @ change
+        gradient += problem.moments[:, :, columns] @ change  # so the next unit sees this one's change
     return Solution(solution.levels, steps, shifts)
 
 
 def _sweep(problem: Problem, solution: Solution, gradient: Tensor) -> Solution:
-    """Every weight moved to the grid value nearest to its optimum given all others, column after column."""
+    """Move every weight to the grid value nearest to its optimum given all others, column after column."""
     levels, values = solution.levels.clone(), solution.values(problem)
     units, count = quadratic.unit_of(problem).tolist(), values.shape[1]
     for start in range(0, count, _BLOCK):
@@ -238,6 +247,7 @@ def _sweep(problem: Problem, solution: Solution, gradient: Tensor) -> Solution:
         for column in range(start, stop):
             at, unit = column - start, units[column]
             step, shift = solution.steps[unit][problem.owner], solution.shifts[unit][problem.owner]
+            # The optimum of one weight alone, by the derivative and the second derivative of the error.
             best = values[:, column] - slope[:, at] / inner[:, at, at, None]
             levels[:, column] = quadratic.round_levels(best, step, shift, problem.units[unit].format)
             moved[:, at] = levels[:, column] * step + shift - values[:, column]
@@ -247,12 +257,12 @@ def _sweep(problem: Problem, solution: Solution, gradient: Tensor) -> Solution:
 
 
 def _best(problem: Problem, found: Sequence[Solution]) -> tuple[Solution, Tensor]:
-    """Of several solutions the best for every owner of scales (of equals the first), and the error of its rows [g, r]."""
+    """The best of several solutions for every owner of scales (of equals the first), and the error of its rows [g, r]."""
     best, error = found[0], problem.row_error(found[0].values(problem))
     for other in found[1:]:
-        others = problem.row_error(other.values(problem))
-        better = problem.per_owner(others) < problem.per_owner(error)
-        rows = better[problem.owner]
+        others = problem.row_error(other.values(problem))  # [g, r]
+        better = problem.per_owner(others) < problem.per_owner(error)  # [owners]
+        rows = better[problem.owner]  # [g, r]
         best = Solution(
             torch.where(rows[:, None], other.levels, best.levels),
             torch.where(better, other.steps, best.steps),

@@ -68,8 +68,7 @@ class Found:
         scale: float32 [r]. A scale is positive, but for a table that is not symmetric it may be negative.
         zero_point: float32 [r], a real number. It is zero for signed formats and where none was searched.
         error: float64 [r], the sum of squared errors with exactly these float32 scales and zero points.
-        error_by_format: The lowest total error of every candidate format by its name. For a format that a sample of the rows
-            ruled out it is extrapolated from the sample.
+        error_by_format: The lowest total error of every candidate format by name, extrapolated if a sample ruled it out.
     """
 
     format: Format
@@ -111,8 +110,7 @@ def search(
         zero_format: Grid of the zero points; the errors are those of zero points on it.
 
     Raises:
-        ValueError: if rows are empty or hold NaN or Inf, if a fraction is not usable, or if an unsigned format without zero
-            point meets a negative value.
+        ValueError: if rows are empty or not finite, a fraction is not usable, or an unsigned format meets a negative value.
     """
     expected: dict[str, float] = {}
 

@@ -1,4 +1,4 @@
-"""What a recipe asks of a tensor, and the draft of a layer that answers it."""
+"""The rule that a recipe gives for a tensor, and the draft of a layer that fulfils it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LOPSIDED = 0.5  # from here on unsigned formats are tried for an input
 
 @dataclass(frozen=True)
 class Rule:
-    """What a recipe asks of one tensor; the search fills in the rest.
+    """A recipe's rule for one tensor. The search decides what the rule leaves open.
 
     Attributes:
         formats: Candidates; the one with the lowest squared error is taken.
@@ -105,10 +105,13 @@ class Rule:
 
 
 def lopsidedness(values: Tensor) -> float:
-    """1 minus the shorter side of the values over the longer one: 0 symmetric around zero, 1 on one side of it.
+    """1 minus the shorter side of the values over the longer one, which is 0 for symmetric values and 1 for one-sided ones.
 
-    Of the extremes or of the 1 % and 99 % quantiles, whichever is more lopsided: a single outlier on the shorter side does not
-    make values symmetric. It only says whether both signs are worth trying; the squared error decides.
+    >>> lopsidedness(torch.linspace(-1, 1, 101)) < 0.01, lopsidedness(torch.linspace(0, 1, 101))
+    (True, 1.0)
+
+    It is taken of the extremes or of the 1 % and 99 % quantiles, whichever is more lopsided, so that a single outlier on the
+    shorter side does not make values symmetric. It only says whether both signs are worth trying. The squared error decides.
     """
     low, high = (float(end) for end in values.aminmax())
     _, inner_low, _, inner_high, _ = quantiles(values)
@@ -116,7 +119,11 @@ def lopsidedness(values: Tensor) -> float:
 
 
 def floating_point(bits: int) -> Format:
-    """The usual format of a width: two exponent bits below 8 bits, four at 8 (E2M1, E2M3, E4M3)."""
+    """The usual format of a width, which has two exponent bits below 8 bits and four at 8 (E2M1, E2M3, E4M3).
+
+    >>> floating_point(4).name, floating_point(8).name
+    ('e2m1', 'e4m3')
+    """
     exponent_bits = min(4 if bits == 8 else 2, bits - 1)
     return Format(True, exponent_bits, bits - 1 - exponent_bits)
 

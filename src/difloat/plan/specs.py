@@ -1,4 +1,4 @@
-"""How a format is laid over a tensor: what shares a scale, where the scale comes from. Plain data, no tensors."""
+"""Specifications of quantized tensors: the format, what shares a scale, and where the scale comes from, as plain data."""
 
 from __future__ import annotations
 
@@ -34,16 +34,20 @@ Schedule = Annotated[tuple[Annotated[int, Field(ge=0, le=MOST_VARIANTS - 1)], ..
 
 @record("quantization spec")
 class QuantSpec:
-    """How one tensor is quantized.
+    """The quantization of one tensor.
+
+    >>> spec = QuantSpec(formats.parse("e2m1"), "group", group_size=32)
+    >>> spec.scale_count(out_channels=16, in_channels=64)
+    32
 
     Attributes:
-        format: The grid.
-        granularity: What shares a scale: the tensor, an output channel (weights), a token (activations: one row along the
-            channel axis), or `group_size` input channels of one output channel or one token.
-        group_size: Input channels per group; only with granularity "group".
-        online: The scale comes from the data at run time, nothing is stored: the largest magnitude becomes the largest value
-            of the grid; with a zero point the smallest value becomes the smallest of the grid as well.
-        zero_point: A real offset is added after the grid (``value * scale + zero_point``).
+        format: The format whose values are the grid.
+        granularity: What shares a scale: the tensor, an output channel (of weights), a token (of activations, which is one
+            row along the channel axis), or a group of input channels of one output channel or one token.
+        group_size: Input channels per group, which only granularity "group" has.
+        online: Whether the scale comes from the data at run time. Then nothing is stored, and the largest magnitude becomes
+            the largest value of the grid. With a zero point the smallest value becomes the smallest of the grid as well.
+        zero_point: Whether a real offset is added after the grid (``value * scale + zero_point``).
     """
 
     format: Grid
@@ -61,7 +65,7 @@ class QuantSpec:
             raise ValueError("granularity 'token' must be online, since tokens are not known beforehand")
 
     def scale_count(self, out_channels: int, in_channels: int) -> int:
-        """How many scales a weight of this shape stores."""
+        """The number of scales that a weight of this shape stores."""
         if self.granularity == "tensor":
             return 1
         return out_channels * (-(-in_channels // self.group_size) if self.group_size else 1)
@@ -82,7 +86,11 @@ def _check_activation(spec: QuantSpec) -> None:
 
 @record("part of a layer")
 class Part:
-    """A run of input channels of one layer with its own formats; `activation` None leaves the input as it is."""
+    """A run of input channels of one layer with its own formats. With an `activation` of None the input stays as it is.
+
+    >>> Part(64, QuantSpec(formats.parse("e2m1")), QuantSpec(formats.parse("e4m3"), "token", online=True)).channels
+    64
+    """
 
     channels: Annotated[int, Field(ge=1, le=LARGEST, title="channels of a part")]
     weight: QuantSpec
@@ -100,8 +108,8 @@ class Band:
     """Rows (output channels) of one layer with their own weight formats, in a layer whose rows have several widths.
 
     Attributes:
-        rows: How many.
-        weights: Spec of the weight in every part of the layer.
+        rows: The number of rows.
+        weights: The spec of the weight in every part of the layer.
     """
 
     rows: Annotated[int, Field(ge=1, le=LARGEST, title="rows of a band")]
@@ -112,7 +120,7 @@ class Band:
             raise ValueError(f"a band must have rows and a weight spec per part, got {self.rows} rows")
 
     def parts(self, of_layer: Sequence[Part]) -> tuple[Part, ...]:
-        """The layer's parts as these rows have them: their own weight specs, the layer's channels and activations."""
+        """The layer's parts with the weight specs of these rows, and the layer's channels and activations."""
         pairs = zip(of_layer, self.weights, strict=True)
         return tuple(replace(part, weight=weight) for part, weight in pairs)
 
@@ -122,11 +130,11 @@ SIDE = ("side_down", "side_up")  # what a side branch stores, one pair after the
 
 @record("side branch")
 class Side:
-    """Low-rank pairs beside the packed weight of a layer, which adds ``up (down x)`` of its input before that is rounded.
+    """Low-rank pairs beside the packed weight of a layer, which add ``up (down x)`` of the unrounded input.
 
     Attributes:
-        rank: Of every pair.
-        schedule: Which pair belongs to each entry of the plan's timesteps; empty with one pair.
+        rank: The rank of every pair.
+        schedule: The number of the pair for each entry of the plan's timesteps, or empty with one pair.
     """
 
     rank: Annotated[int, Field(ge=1, le=LARGEST, title="rank of a side branch")]
@@ -134,18 +142,18 @@ class Side:
 
     @property
     def pairs(self) -> int:
-        """How many pairs are stored."""
+        """The number of pairs that are stored."""
         return max(self.schedule, default=0) + 1
 
     def tensor_shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the stored factors for a weight of `shape` [o, i, *k], one pair after the other along the first axis."""
+        """The shapes of the stored factors for a weight [o, i, *k]. Pairs follow each other along the first axis."""
         out_channels, *inner = shape
         shapes = (self.pairs * self.rank, *inner), (self.pairs * out_channels, self.rank)
         return dict(zip(SIDE, shapes, strict=True))
 
 
 def rows_of_parts(out_channels: int, parts: Sequence[Part], bands: Sequence[Band] = ()) -> list[Band]:
-    """The bands of a layer; one with all rows if all have the same formats."""
+    """The bands of a layer, which is one with all rows if all have the same formats."""
     return list(bands) or [Band(out_channels, tuple(part.weight for part in parts))]
 
 
@@ -158,7 +166,10 @@ def layer_tensor_shapes(
     bands: Sequence[Band] = (),
     side: Side | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the stored tensors of a layer whose float weight has `shape` [o, i, *k].
+    """The shapes of the stored tensors of a layer whose float weight has a shape [o, i, *k].
+
+    >>> layer_tensor_shapes((16, 64), [Part(64, QuantSpec(formats.parse("e2m1"), "channel"))])
+    {'weight': (16, 32), 'weight_scale': (16,)}
 
     Raises:
         ValueError: if the parts do not add up to the input channels, or the bands to the output channels.
@@ -207,7 +218,7 @@ def _check_bands(out_channels: int, parts: Sequence[Part], bands: Sequence[Band]
 
 
 def weight_formats(out_channels: int, parts: Sequence[Part], bands: Sequence[Band] = ()) -> str:
-    """Names of a layer's weight formats: "e2m1 + int8" with two parts, "uint1/uint2/uint3" with rows of three widths."""
+    """The names of a layer's weight formats, like "e2m1 + int8" for two parts, "uint1/uint2" for rows of two widths."""
     found = rows_of_parts(out_channels, parts, bands)
     names = [
         "/".join(dict.fromkeys(band.weights[n].format.name for band in found)) for n in range(len(parts))
@@ -217,12 +228,15 @@ def weight_formats(out_channels: int, parts: Sequence[Part], bands: Sequence[Ban
 
 @record("attention plan")
 class AttentionPlan:
-    """What is rounded inside one attention; nothing is stored for it, all scales come from the data or the grid.
+    """The quantization inside one attention. Nothing is stored, since all scales come from the data or the grid.
+
+    >>> plain(AttentionPlan(operand=formats.parse("int8"), softmax=formats.parse("uint8")))
+    {'operand': 'int8', 'softmax': 'uint8'}
 
     Attributes:
-        operand: Grid of query, key and value after the heads are split, one online scale per token and head; None
-            leaves them.
-        softmax: Unsigned grid of the attention map, whose largest value stands for 1; None leaves the map.
+        operand: The grid of query, key and value after the heads are split, with one online scale per token and head. None
+            leaves them unrounded.
+        softmax: The unsigned grid of the attention map, whose largest value stands for 1. None leaves the map unrounded.
     """
 
     operand: Annotated[Grid | None, OPTIONAL] = None

@@ -51,7 +51,7 @@ class Options:
             all weigh alike.
         group_size: Input channels per weight scale; 0: one scale per output channel.
         input_group: Input channels per scale and zero point of inputs of up to 4 bits; 0: one scale per token, as at 8 bits.
-        keep_8bit: As in LBFP.
+        keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
         rows: Calibration rows that moments are gathered from.
     """
 

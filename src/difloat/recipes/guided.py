@@ -35,12 +35,12 @@ class Options(TrainingSettings):
     """Options of Guided, and those of fine-tuning: `TrainingSettings`.
 
     Attributes:
-        rounding: Of weights with at most 4 bits: "learned" as in LBFP, or "nearest".
-        iterations, rounding_rows: Of learned rounding, as in LBFP.
-        rank: Of the adapters.
+        rounding: "learned" as in LBFP, or "nearest", for weights with at most 4 bits.
+        iterations, rounding_rows: The options of learned rounding, as in LBFP.
+        rank: The rank of the adapters.
         ranges_by_timestep: Learn input ranges apart for every timestep.
         factor_power: Power of the sampler's factors that weighs a timestep's loss, see `Tuning`; 0 for plain modules.
-        keep_8bit: As in LBFP.
+        keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
         guidance_weight, epochs: As in `TrainingSettings`; without guidance in the sampler 0, 0 epochs: no fine-tuning.
     """
 
@@ -56,7 +56,7 @@ class Options(TrainingSettings):
 
     @property
     def sampler_power(self) -> float:
-        """Power of the sampler's factors in the loss; a plain module has no sampler, there it must be 0."""
+        """The power of the sampler's factors in the loss, which must be 0 for a plain module, which has no sampler."""
         return self.factor_power if self.epochs else 0.0
 
 

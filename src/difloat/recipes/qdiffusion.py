@@ -28,9 +28,9 @@ class QDiffusionOptions:
     """Options of Q-Diffusion.
 
     Attributes:
-        rounding: Of weights with at most 4 bits: "learned" (AdaRound) or "nearest".
-        keep_8bit: As in LBFP.
-        split: As in LBFP.
+        rounding: "learned" (AdaRound) or "nearest" for weights with at most 4 bits.
+        keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
+        split: Whether the two inputs of a skip concatenation are quantized apart.
         weight_granularity: What shares a weight scale.
         group_size: Input channels per weight scale, with granularity "group".
         activation: "static" per tensor as in the paper, or "online" per token.

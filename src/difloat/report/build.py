@@ -1,4 +1,4 @@
-"""Filling the report: what a plan did to each layer, what it saved, what it cost."""
+"""The record of a report, filled from a model, its plan and its evaluation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FRAMES = 4  # of a video
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model before (every value in 16 bits) and after, and the bits a quantized weight really takes."""
+    """The bytes of a model before (every value in 16 bits) and after, and the bits that a quantized weight really takes."""
 
     original_bytes: int
     packed_bytes: int
@@ -42,7 +42,7 @@ class Sizes:
 
 
 def sizes(model: nn.Module, plan: Plan) -> Sizes:
-    """Sizes of `model` (float or already quantized) under `plan`; what is not quantized keeps the model's dtype."""
+    """The sizes of a float or quantized model under a plan. Tensors that are not quantized keep the model's dtype."""
     weights = sum(math.prod(layer.shape) for layer in plan.layers.values())
     packed = sum(layer.nbytes for layer in plan.layers.values())
     own = {f"{name}.{tensor}" for name, layer in plan.layers.items() for tensor in layer.tensors}
@@ -53,7 +53,7 @@ def sizes(model: nn.Module, plan: Plan) -> Sizes:
 
 
 def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
-    """One row of the report for a layer whose float weight is `weight`."""
+    """The row of the report for a layer with this float weight."""
     quantized, weight = dequantize(layer), weight.detach().float()
     specs = [
         spec for band in rows_of_parts(layer.shape[0], layer.parts, layer.bands) for spec in band.weights
@@ -82,7 +82,7 @@ def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
 
 
 def _by_timestep(layer: LayerPlan) -> str:
-    """What the bytes hold beside or instead of one weight."""
+    """A phrase about the weights by timestep and adapters that the layer's bytes hold, or "" for one weight."""
     weights = f"{layer.variants} packed weights, one per stretch of timesteps" if layer.schedule else ""
     if layer.side is None:
         return weights
@@ -103,7 +103,7 @@ def _mode(specs: Sequence[QuantSpec]) -> str:
 def worst_histograms(
     model: nn.Module, plan: Plan, rows: Sequence[LayerRow], count: int = 4
 ) -> list[Histogram]:
-    """Histograms of the float weights with the largest relative error, with the grid of the first scale."""
+    """The histograms of the float weights with the largest relative error, with the grid of the first scale."""
     worst = sorted(rows, key=lambda row: row.weight_error_db, reverse=True)[:count]
     result = []
     for row in worst:
@@ -126,7 +126,7 @@ def worst_histograms(
 
 
 def quality_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Rows of the quality table; full precision's own value stands beside the metrics that have one."""
+    """The rows of the quality table. Metrics that full precision has a value of show it as their reference."""
     full = {
         name: metric for name, metric in evaluation.metrics.items() if name.endswith("_of_full_precision")
     }
@@ -233,7 +233,7 @@ def with_pictures(
 
 
 def _inputs(plan: Plan) -> list[render.InputShape]:
-    """What a recipe that looks for asymmetric inputs found, part by part."""
+    """The shapes of inputs that a recipe which looks for asymmetric inputs measured, part by part."""
     rows = []
     for name, shapes in plan.measured.get("inputs", {}).items():
         for number, shape in enumerate(shapes):
@@ -245,7 +245,7 @@ def _inputs(plan: Plan) -> list[render.InputShape]:
 
 
 def _adapters(plan: Plan) -> render.AdapterTable | None:
-    """The router's table, where layers have several adapters; in the sampler's order, from the first timestep on."""
+    """The router's table where layers have several adapters, in the sampler's order from the first timestep on."""
     table = plan.measured.get("router")
     if not table or not any(map(any, table)):
         return None
@@ -265,7 +265,7 @@ def _shares(plan: Plan) -> list[render.Share]:
 
 
 def _attention(plan: Plan) -> str:
-    """What is quantized inside attention, in a sentence; empty if nothing is."""
+    """A sentence about what is quantized inside attention, or "" if nothing is."""
     if not plan.attention:
         return ""
     entry = next(iter(plan.attention.values()))
@@ -279,7 +279,7 @@ def _attention(plan: Plan) -> str:
 
 
 def _skipped(model: nn.Module, plan: Plan) -> list[tuple[str, str, int]]:
-    """Everything that holds parameters and stays in high precision, with the reason and its bytes."""
+    """The modules that hold parameters and stay in high precision, with their reasons and bytes."""
     # Parameters of the model itself, such as PixArt's table of shifts, have no name of their own.
     skipped = [
         (name or "the model itself", reason, _bytes(model, name)) for name, reason in plan.skipped.items()
@@ -308,7 +308,7 @@ def _bytes(model: nn.Module, name: str) -> int:
 
 
 def write(record: Record, reference: np.ndarray, quantized: np.ndarray, directory: Path) -> Path:
-    """Write page, data and pictures into `directory`, so that `read` can make the page again; returns the page."""
+    """Write page, data and pictures into a directory, from which `read` can make the page again. Return the page."""
     directory.mkdir(parents=True, exist_ok=True)
     pictures = io.BytesIO()
     np.savez_compressed(pictures, reference=reference, quantized=quantized)
@@ -318,7 +318,7 @@ def write(record: Record, reference: np.ndarray, quantized: np.ndarray, director
 
 
 def read(directory: Path) -> tuple[Record, np.ndarray, np.ndarray]:
-    """What `write` stored.
+    """The record and the pictures that `write` stored.
 
     Raises:
         FileNotFoundError: if there is no report in the directory.
@@ -338,14 +338,14 @@ def read(directory: Path) -> tuple[Record, np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture of a report: which sample it is of, and what its caption says of the frame, "" for a picture."""
+    """A picture of a report: the number of its sample, and the caption of its frame, which is "" for a picture."""
 
     sample: int
     label: str
 
 
 def shown(drawn: Generated, most: int) -> tuple[np.ndarray, list[Shown]]:
-    """Up to `most` pictures, uint8 [n, h, w, 3]: the first samples, of videos up to `_FRAMES` frames, the ends among them."""
+    """Up to `most` pictures, uint8 [n, h, w, 3]: the first samples, and of videos up to `_FRAMES` frames with both ends."""
     frames = sorted({round(place) for place in np.linspace(0, drawn.frames - 1, _FRAMES).tolist()})
     samples = range(min(len(drawn.images) // drawn.frames, most // len(frames)))
     labels = [f", frame {frame + 1} of {drawn.frames}" if drawn.frames > 1 else "" for frame in frames]

@@ -1,4 +1,4 @@
-"""What a report holds, as plain data that survives JSON."""
+"""The data of a report, as plain records that survive JSON."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from torch.utils import _pytree as pytree
 from difloat.methods.sparsity import MOSTLY, rounded_away
 from difloat.report.text import number_text, size_text
 
-NO_LAYER = (
-    "no layer to quantize"  # how reasons of modules end that no recipe could quantize: norms, embeddings
-)
+NO_LAYER = "no layer to quantize"  # ends the reasons of modules that no recipe could quantize, such as norms
 _SHOWN = 3  # layers that a note names
 _FAR_MORE = 1.5
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One quantized layer. Errors are ten times the decimal logarithm of the relative squared error: -20 dB is 1 %.
+    """One quantized layer of a report.
 
-    Fields: `kind` is ``linear`` or ``conv2d``; `activation_mode` reads like ``static per tensor`` or ``-``; `parts` counts
-    input segments quantized apart (2: split skip concatenation); `zeros` is the share of weights that are exactly 0;
-    `integer_grid` says that the weight format counts as an integer format; `bytes` include scales and adapters.
+    Errors are ten times the decimal logarithm of the relative squared error, so -20 dB is 1 %. `kind` is ``linear`` or
+    ``conv2d``. `activation_mode` reads like ``static per tensor`` or ``-``. `parts` counts runs of input channels that are
+    quantized apart, which is 2 for a split skip concatenation. `zeros` is the share of weights that are exactly 0.
+    `integer_grid` says that the weight format counts as an integer format. `bytes` include scales and adapters.
     """
 
     name: str
@@ -50,7 +49,7 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Values of a layer and the grid they are rounded to: `edges` (one more than `counts`) and `grid` in real units."""
+    """The values of a layer and the grid they are rounded to. `edges` (one more than `counts`) and `grid` are real units."""
 
     layer: str
     edges: list[float]
@@ -61,7 +60,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class TokenRanges:
-    """How far the tokens of a layer's input reach: `quantiles` (smallest, 10 %, median, 90 %, largest) per timestep."""
+    """The reach of the tokens of a layer's input: `quantiles` (smallest, 10 %, median, 90 %, largest) per timestep."""
 
     layer: str
     timesteps: list[float]
@@ -70,10 +69,10 @@ class TokenRanges:
 
 @dataclass(frozen=True)
 class InputShape:
-    """A static input that may be asymmetric: `quantiles` (smallest, 1 %, median, 99 %, largest), and what was chosen for it.
+    """A static input that may be asymmetric: its `quantiles` (smallest, 1 %, median, 99 %, largest) and the chosen format.
 
-    `lopsided` is 1 minus the shorter side of the values over the longer one, in the extremes or the 1 % and 99 % quantiles,
-    whichever is more: 0 symmetric, 1 on one side of zero.
+    `lopsided` is 1 minus the shorter side of the values over the longer one, in the extremes or in the 1 % and 99 % quantiles,
+    whichever is more. It is 0 for symmetric values, and 1 for values on one side of zero.
     """
 
     layer: str
@@ -110,7 +109,7 @@ class Share:
 
 @dataclass(frozen=True)
 class AdapterTable:
-    """Which of its adapters every layer uses: `table` has a row per timestep (in the sampler's order), a column per layer."""
+    """The adapter of every layer: `table` has a row per timestep, in the sampler's order, and a column per layer."""
 
     timesteps: list[float]
     layers: list[str]
@@ -119,13 +118,13 @@ class AdapterTable:
 
 @dataclass(frozen=True)
 class Record:
-    """Everything the report shows but the pictures; plain data that survives JSON.
+    """Everything that the report shows besides pictures, as plain data that survives JSON.
 
-    Fields: `created` is an ISO date; `recipe_notes` says what the paper leaves open and what was taken; `skipped` holds
-    (layer, reason, bytes) of what stayed in high precision; each entry of `quality` has the keys name, label, value, low,
-    high (95 % interval), unit, better (``higher`` or ``lower``) and reference (full precision's value or None);
-    `attention` is a sentence about what is quantized inside attention, or empty;
-    `trajectory` has timesteps, value, low, high, one per sampler step; `timings` are (name, seconds).
+    `created` is an ISO date. `recipe_notes` say what the paper leaves open and what was taken. `skipped` holds (layer, reason,
+    bytes) of what stayed in high precision. Each entry of `quality` has the keys name, label, value, low, high (95 %
+    interval), unit, better (``higher`` or ``lower``) and reference (full precision's value or None). `attention` is a sentence
+    about what is quantized inside attention, or empty. `trajectory` has timesteps, value, low and high, one per sampler step.
+    `timings` are (name, seconds).
     """
 
     title: str
@@ -161,14 +160,15 @@ class Record:
 
     @property
     def left_float(self) -> list[tuple[str, str, int]]:
-        """The layers among `skipped`: what could have been quantized, by kind, and was not."""
+        """The layers among `skipped`, which could have been quantized by their kind, and were not."""
         return [entry for entry in self.skipped if not entry[1].endswith(NO_LAYER)]
 
     @property
     def size_remark(self) -> str:
-        """Why the quantized layers take far more than their bits say, in a sentence; empty if they do not.
+        """A sentence about why the quantized layers take far more than their bits say, or "" if they do not.
 
-        That is so where layers hold a packed weight for each of several adapters or stretches of timesteps, or adapters beside.
+        That is so where layers hold a packed weight for each of several adapters or stretches of timesteps, or have adapters
+        beside their weights.
         """
         several = [row for row in self.layers if row.note]
         nominal = sum(math.prod(row.shape) for row in several) * self.weight_bits_nominal / 8
@@ -183,7 +183,7 @@ class Record:
 
     @property
     def summary(self) -> str:
-        """One sentence: model, recipe, size and the first metrics."""
+        """One sentence with model, recipe, size and the first metrics."""
         packed, original = (
             decimal(self.packed_bytes, precision=2),
             decimal(self.original_bytes, precision=2),
@@ -195,7 +195,7 @@ class Record:
 
 
 def zeros_note(rows: Sequence[LayerRow]) -> str:
-    """A sentence about the layers of which little is left (`MOSTLY`), the emptiest first; empty if there is none."""
+    """A sentence about the layers of which little is left (`MOSTLY`), the emptiest first, or "" if there is none."""
     lost = {row.name: rounded_away(row.zeros, row.zeros_before) for row in rows}
     names = sorted((name for name, share in lost.items() if share > MOSTLY), key=lambda name: -lost[name])
     if not names:
@@ -209,7 +209,7 @@ def zeros_note(rows: Sequence[LayerRow]) -> str:
 
 
 def record_to_json(record: Record) -> str:
-    """The record as strict JSON text; Inf and NaN become ``{"float": "inf"}``. Inverse of `record_from_json`."""
+    """The record as strict JSON text, which `record_from_json` reads. Inf and NaN become ``{"float": "inf"}``."""
     return json.dumps(_without_specials(asdict(record)), indent=1, ensure_ascii=False, allow_nan=False)
 
 

@@ -1,10 +1,10 @@
 """Fine-tuning of a quantized model by distillation along full-precision trajectories: one loop for all recipes.
 
-No data: the student sees the inputs that the full-precision sampler gave its denoiser, timestep by timestep, and learns the
-teacher's outputs. Runs in mixed precision, with accumulated gradients and in several processes; rows are drawn from
-seed and step alone, so a resumed or parallel run sees those of an uninterrupted single one. Gradients that pass a float16
-denoiser are scaled, as they would vanish. Memory: the student, its gradients and AdamW's two moments for what is trained, the
-activations of one batch, and the teacher's outputs of all rows.
+It needs no data. The student sees the inputs that the full-precision sampler gave its denoiser, timestep by timestep, and
+learns the teacher's outputs. It runs in mixed precision, with accumulated gradients and in several processes. Rows are drawn
+from seed and step alone, so a resumed or parallel run sees those of an uninterrupted single one. Gradients that pass a float16
+denoiser are scaled, as they would vanish. Memory holds the student, the gradients and AdamW's two moments of what is trained,
+the activations of one batch, and the teacher's outputs of all rows.
 """
 
 from __future__ import annotations
@@ -69,7 +69,11 @@ class TrainingSettings:
 
 
 def settings_of(options: Any, task: Task) -> TrainingSettings:
-    """The settings that a recipe's options name, the others at their defaults; ValueError if the task cannot be trained so."""
+    """The settings that a recipe's options name, with the others at their defaults.
+
+    Raises:
+        ValueError: if the task cannot be trained with them.
+    """
     names = [one.name for one in fields(TrainingSettings) if hasattr(options, one.name)]
     settings = TrainingSettings(**{name: getattr(options, name) for name in names})
     _check(task, settings)
@@ -77,7 +81,7 @@ def settings_of(options: Any, task: Task) -> TrainingSettings:
 
 
 def guidance_to_keep(weight: float, task: Task) -> float:
-    """`weight`, or 0 where the calibration rows have no pairs of guidance: there is nothing to lose then."""
+    """The weight, or 0 where the calibration rows have no pairs of guidance, so that there is nothing to lose."""
     return weight if any(other is not None for other in task.calibration.beside) else 0.0
 
 
@@ -112,10 +116,10 @@ class Batch:
     """The calibration rows of one step.
 
     Attributes:
-        timestep: Of all of them.
-        picked: Row numbers, of all processes together.
-        rank: Of this process.
-        world: How many processes there are; every one takes each `world`-th row.
+        timestep: The timestep of all of them.
+        picked: The numbers of the rows, of all processes together.
+        rank: The number of this process.
+        world: How many processes there are, each of which takes every `world`-th row.
     """
 
     timestep: float
@@ -125,7 +129,7 @@ class Batch:
 
     @property
     def rows(self) -> list[int]:
-        """Those of this process."""
+        """The rows of this process."""
         return self.picked[self.rank :: self.world]
 
 
@@ -146,19 +150,19 @@ def train(
     extra: Extra | None = None,
     note: str = "",
 ) -> list[float]:
-    """Train `student` in place.
+    """Train a student in place.
 
     Args:
-        task: Teacher, rows, seed; with a `work_dir` the run is kept there and goes on after a kill.
-        student: See there; its grid must hold the timesteps of the rows.
-        settings: See there.
-        weights: Of the squared error at each timestep of the grid.
-        extra: Further loss of a step, from the student, the step, its rows and the student's output for this process's rows.
-            Of several processes the mean over them counts.
-        note: Says what `weights` and `extra` are: a kept state of a run with others is not gone on with.
+        task: The teacher, its rows and the seed. With a `work_dir` the run is kept there and goes on after a kill.
+        student: The student, whose grid must hold the timesteps of the rows.
+        settings: The settings of the training.
+        weights: The weight of the squared error at each timestep of the grid.
+        extra: A function that returns a further loss of a step, from the student, the step, its rows and the student's output
+            for this process's rows. The mean over several processes counts.
+        note: A text about `weights` and `extra`, since a kept state of a run with others must not be continued.
 
     Returns:
-        Mean loss of every epoch.
+        The mean loss of every epoch.
     """
     distributed.join(devices.home(task.model))
     _check(task, settings)
@@ -220,7 +224,7 @@ def _train(
 
 
 def _scaler(task: Task, settings: TrainingSettings) -> torch.amp.GradScaler:
-    """Scales losses where gradients pass numbers in float16, which would round small ones to nothing."""
+    """A scaler of losses, which is on where gradients pass float16 numbers, which would round small ones to nothing."""
     parameters = list(task.model.parameters())
     halves = settings.precision == "fp16" or any(one.dtype == torch.float16 for one in parameters)
     return torch.amp.GradScaler(parameters[0].device.type, enabled=halves)
@@ -250,7 +254,7 @@ class _Rows:
         self.pairs = guidance_pairs(task)
 
     def draw(self, number: int, count: int, seed: int) -> Batch:
-        """Batch `number`: along the trajectory, rows of one timestep at random with repeats."""
+        """The batch of a number along the trajectory: rows of one timestep at random, with repeats."""
         timestep = self.grid[number % len(self.grid)]
         rows = torch.tensor(self.by_timestep[timestep])
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -258,11 +262,11 @@ class _Rows:
         return Batch(timestep, picked.tolist(), distributed.number(), distributed.count())
 
     def loss(self, output: Tensor, batch: Batch, settings: TrainingSettings) -> Tensor:
-        """Mean squared error, and what the pairs among the rows say of guidance; a row drawn twice is in one pair.
+        """The mean squared error, plus the lost guidance of the pairs among the rows. A row drawn twice is in one pair.
 
         The mean over processes is that over all rows, however unevenly they are shared.
         """
-        error = output - self.targets[batch.rows]
+        error = output - self.targets[batch.rows]  # [rows, ...]
         share = len(batch.rows) * batch.world / len(batch.picked)
         place = {row: number for number, row in enumerate(batch.picked)}
         pairs = [(place[one], place[two]) for one, two in self.pairs if one in place and two in place]
@@ -273,7 +277,7 @@ class _Rows:
         if settings.compare_at:  # in one process only, see `_check`
             compared = error[one] + settings.compare_at * (error[two] - error[one])
         targets = self.targets[batch.picked]
-        each = targets[two] - targets[one]
+        each = targets[two] - targets[one]  # [pairs, ...]
         # A row between two others (guidance with three parts) is in two pairs.
         direction = torch.zeros_like(targets).index_add_(0, two, each).index_add_(0, one, -each)
         along = (error * direction[batch.rank :: batch.world]).sum()
@@ -281,31 +285,31 @@ class _Rows:
         return share * compared.square().mean() + settings.guidance_weight * kept
 
     def _total(self, mine: Tensor) -> Tensor:
-        """Sum over processes whose gradient, averaged over them as training does, is that of the sum."""
+        """The sum over processes, whose gradient, averaged over them as training does, is that of the sum."""
         return distributed.summed(mine.detach()) + distributed.count() * (mine - mine.detach())
 
 
 def lost_guidance(along: Tensor, power: Tensor, count: int) -> Tensor:
-    """Mean square of what the student's guidance direction lacks along the teacher's, taken over all pairs together.
+    """The mean square of what the student's guidance direction lacks along the teacher's, over all pairs together.
 
-    The squared error alone is lowest for a student that responds less than it should: what it cannot know from few bits it
-    leaves out. Guidance multiplies what is left by its scale, and all steps lose it alike, so it adds up along the trajectory
-    where other errors cancel.
+    The squared error alone is lowest for a student that responds less than it should, since it leaves out what it cannot know
+    from few bits. Guidance multiplies the rest by its scale, and all steps lose it alike. So the loss adds up along the
+    trajectory, where other errors cancel.
 
     Args:
-        along: Sum over all pairs and values of the error of the direction (conditional minus unconditional output) times the
-            teacher's direction.
-        power: Sum of the squares of the teacher's direction.
+        along: The sum over all pairs and values of the error of the direction (conditional minus unconditional output) times
+            the teacher's direction.
+        power: The sum of the squares of the teacher's direction.
         count: How many values the directions have.
 
     Returns:
-        A scalar: the squared slope of the error over the direction, times the direction's mean square.
+        A scalar, which is the squared slope of the error over the direction, times the direction's mean square.
     """
     return along.square() / (power.clamp_min(1e-12) * count)
 
 
 def _groups(student: Student, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """Parameter groups with their rates, which are in units of each layer's own steps."""
+    """The parameter groups with their rates, which are in units of each layer's own steps."""
     groups: list[dict[str, Any]] = []
     for twin in student.twins:
         assert isinstance(twin, Adaptive)
