@@ -625,6 +625,25 @@ def test_kept_pictures_are_of_one_model_and_one_call_only(tmp_path: Path) -> Non
     assert files() == 10 and same.images.equal(first.images)
 
 
+def test_a_model_is_quantized_from_disk_to_disk(run: Run, source: Path, tmp_path: Path) -> None:
+    rtn = ["quantize", source, tmp_path / "out", "--recipe", "rtn", "--offload", "disk"]
+    result = run(*rtn)
+    assert result.code == 0 and "layers quantized" in result.out, result
+    assert run("verify", tmp_path / "out").code == 0
+    assert (
+        run(
+            "report", source, tmp_path / "out", "--images", 2, "--steps", 2, "--cache", tmp_path / "kept"
+        ).code
+        == 0
+    )
+    refused(run(*rtn), "--overwrite")
+    other = ["quantize", source, tmp_path / "other"]
+    refused(run(*other, "--offload", "disk"), "must need no data to be streamed")
+    refused(run(*other, "--recipe", "rtn", "--offload", "cpu"), "--offload must be disk or none")
+    refused(run(*other, "--recipe", "rtn", "--offload", "disk", "--images", 2), "without --images")
+    assert not (tmp_path / "other").exists()
+
+
 def test_pictures_are_drawn_later_only_with_both_models_of_one_kind(
     run: Run, checkpoint: Path, tmp_path: Path
 ) -> None:
