@@ -57,11 +57,11 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, default=Path("real_models.json"), help="where measurements are added"
     )
-    parser.add_argument("command", nargs="*", help="of difloat, after --")
-    arguments = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)  # what follows is a command of difloat
+    arguments = parser.parse_args(sys.argv[1:end])
     dtype = getattr(torch, arguments.dtype)
     if arguments.model == "measure":
-        add(arguments.json, measure(arguments.name, arguments.command))
+        add(arguments.json, measure(arguments.name, sys.argv[end + 1 :]))
     elif arguments.model == "table":
         print(table(json.loads(Path(arguments.name).read_text(encoding="utf-8"))))
     elif arguments.model == "flux":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -48,12 +49,20 @@ def learn_blocks(
         seen: What a forward pass showed.
         settings: See there.
         generator: Draws the calibration rows.
-        measured: Gets errors and seconds of every block under "blocks", and the rows used under "rounding_rows".
+        measured: Gets errors and seconds of every block under "blocks", and the rows used under "rounding_rows", which are
+            said at once where memory holds fewer than are asked for.
 
     Returns: The learned layers.
     """
     units = _units(task.model, drafts)
-    count = min(settings.rounding_rows, len(task.calibration), max(1, task.memory_bytes // seen.row_bytes))
+    wanted = min(settings.rounding_rows, len(task.calibration))
+    count = min(wanted, max(1, task.memory_bytes // seen.row_bytes))
+    if count < wanted and task.progress:
+        needed_mb = -(-wanted * seen.row_bytes // (1 << 20))
+        tqdm.write(
+            f"rounding is learned on {count} of {wanted} rows, as memory may hold no more; --memory-mb {needed_mb} holds all",
+            file=sys.stderr,
+        )
     rows = task.calibration.stratified(count, generator)
     calls = task.calls(rows, seen.row_bytes)
     measured["rounding_rows"] = count
