@@ -249,3 +249,13 @@ def test_rows_that_memory_does_not_hold_are_said_and_stored(
         and f"rounding is learned on {rows} of 8 rows" in said
         and "--memory-mb 1 holds all" in said
     )
+
+
+def test_models_of_dtypes_that_do_not_fit_are_named() -> None:
+    pipeline = tiny_pixart()
+    pipeline.transformer.transformer_blocks[1].bfloat16()
+    with pytest.raises(ValueError, match="must compute in one dtype") as caught:
+        difloat.plan(pipeline, "lbfp", prompts=PROMPTS, samples=4, steps=2, **FAST)
+    assert "float32 in text_encoder" in str(caught.value) and "bfloat16 and float32 in transformer" in str(
+        caught.value
+    )

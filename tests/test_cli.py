@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -314,6 +315,21 @@ def test_checkpoints_in_half_precision(run: Run, tmp_path: Path, dtype: torch.dt
     assert {pipeline.text_encoder.dtype, pipeline.vae.dtype, pipeline.unet.conv_norm_out.weight.dtype} == {
         expected
     }
+
+
+def test_a_full_accelerator_says_what_to_set(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(PixArtTransformer2DModel, "forward", full)
+    cache = tmp_path / "cache"
+    result = run(
+        "quantize", source, tmp_path / "out", "--call", "clean_caption=false", "--cache", cache, *FAST
+    )
+    refused(result, "memory of the accelerator", "--memory-mb", "--batch 1", "--call height=256", "--cache")
+    assert cache.is_dir() and not (tmp_path / "out").exists()
 
 
 def test_what_nobody_foresaw_is_neither_a_gate_nor_bad_input(
