@@ -254,12 +254,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise FileNotFoundError(
             f"{name!r} must be in the hub's cache where there is no network, but is not; hf download {name} where there is one"
         ) from error
-    except (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        OSError,
-        *(() if client is None else (client.HTTPError,)),
-    ) as error:
+    except unanswered as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise FileNotFoundError(
             f"{name!r} must be a pipeline on the hub, but does not load ({reason}); check its name and the network, or hf "
