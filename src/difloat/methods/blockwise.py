@@ -49,8 +49,7 @@ def learn_blocks(
         seen: What a forward pass showed.
         settings: See there.
         generator: Draws the calibration rows.
-        measured: Gets errors and seconds of every block under "blocks", and the rows used under "rounding_rows", which are
-            said at once where memory holds fewer than are asked for.
+        measured: Gets errors and seconds of every block under "blocks", and the rows used under "rounding_rows".
 
     Returns: The learned layers.
     """
