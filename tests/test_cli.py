@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -314,6 +315,21 @@ def test_checkpoints_in_half_precision(run: Run, tmp_path: Path, dtype: torch.dt
     assert {pipeline.text_encoder.dtype, pipeline.vae.dtype, pipeline.unet.conv_norm_out.weight.dtype} == {
         expected
     }
+
+
+def test_a_full_accelerator_says_what_to_set(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(PixArtTransformer2DModel, "forward", full)
+    cache = tmp_path / "cache"
+    result = run(
+        "quantize", source, tmp_path / "out", "--call", "clean_caption=false", "--cache", cache, *FAST
+    )
+    refused(result, "memory of the accelerator", "--memory-mb", "--batch 1", "--call height=256", "--cache")
+    assert cache.is_dir() and not (tmp_path / "out").exists()
 
 
 def test_what_nobody_foresaw_is_neither_a_gate_nor_bad_input(
@@ -623,6 +639,25 @@ def test_kept_pictures_are_of_one_model_and_one_call_only(tmp_path: Path) -> Non
     with pytest.warns(CacheWarning, match="damaged"):
         same = kept_pictures.draw_kept(tiny_pixart(), PROMPTS, tmp_path, seeds=[0, 1], **call)
     assert files() == 10 and same.images.equal(first.images)
+
+
+def test_a_model_is_quantized_from_disk_to_disk(run: Run, source: Path, tmp_path: Path) -> None:
+    rtn = ["quantize", source, tmp_path / "out", "--recipe", "rtn", "--offload", "disk"]
+    result = run(*rtn)
+    assert result.code == 0 and "layers quantized" in result.out, result
+    assert run("verify", tmp_path / "out").code == 0
+    assert (
+        run(
+            "report", source, tmp_path / "out", "--images", 2, "--steps", 2, "--cache", tmp_path / "kept"
+        ).code
+        == 0
+    )
+    refused(run(*rtn), "--overwrite")
+    other = ["quantize", source, tmp_path / "other"]
+    refused(run(*other, "--offload", "disk"), "must need no data to be streamed")
+    refused(run(*other, "--recipe", "rtn", "--offload", "cpu"), "--offload must be disk or none")
+    refused(run(*other, "--recipe", "rtn", "--offload", "disk", "--images", 2), "without --images")
+    assert not (tmp_path / "other").exists()
 
 
 def test_pictures_are_drawn_later_only_with_both_models_of_one_kind(

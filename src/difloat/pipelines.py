@@ -132,12 +132,17 @@ def call(pipeline: Any, arguments: Mapping[str, Any], given: Mapping[str, Any]) 
     """The output of a pipeline for some arguments. If it fails where the user gave some of them, the error names these.
 
     Raises:
-        ValueError: if the call fails with an error of its code, and there are `given` arguments.
+        ValueError: if the call fails with an error of its code, and there are `given` arguments, or its models are in dtypes
+            that do not fit together.
     """
     try:
         return pipeline(**arguments)
     except _UNFORESEEN as error:
-        if not given:
+        if isinstance(error, RuntimeError) and (mixed := _mixed_dtypes(pipeline, str(error))):
+            raise ValueError(
+                f"{type(pipeline).__name__} must compute in one dtype, but holds {mixed}; load it in one, like --dtype float32"
+            ) from error
+        if not given or isinstance(error, torch.OutOfMemoryError):
             raise
         shown = ", ".join(f"{name}={value!r:.40}" for name, value in given.items())
         reason = " ".join(str(error).split())[:200]
@@ -145,6 +150,20 @@ def call(pipeline: Any, arguments: Mapping[str, Any], given: Mapping[str, Any]) 
             f"{type(pipeline).__name__} must be able to run with the call arguments {shown}, but raised "
             f"{type(error).__name__} ({reason}); leave one out or give another value"
         ) from error
+
+
+def _mixed_dtypes(pipeline: Any, reason: str) -> str:
+    """The dtypes of a pipeline's models in words, where a call failed over several of them; else empty."""
+    if "dtype" not in reason and "scalar type" not in reason and "should be the same" not in reason:
+        return ""
+    found: dict[str, set[str]] = {}
+    for name, part in getattr(pipeline, "components", {}).items():
+        for tensor in part.parameters() if isinstance(part, nn.Module) else ():
+            if tensor.is_floating_point():
+                found.setdefault(name, set()).add(str(tensor.dtype).removeprefix("torch."))
+    if len(set().union(*found.values())) < 2:
+        return ""
+    return ", ".join(f"{' and '.join(sorted(dtypes))} in {name}" for name, dtypes in found.items())
 
 
 def one_at_a_time(given: Mapping[str, Any]) -> bool:

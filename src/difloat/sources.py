@@ -11,6 +11,7 @@ Files say in which dtype a model is kept, the machine in which it computes: CPUs
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -235,6 +236,9 @@ def _hub_errors(name: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
+    client: Any = sys.modules.get("httpx")  # what newer versions of the library ask the hub with
+    unanswered: tuple[type[Exception], ...] = (EntryNotFoundError, HfHubHTTPError, OSError)
+    unanswered += () if client is None else (client.HTTPError,)
     try:
         yield
     except GatedRepoError as error:
@@ -250,7 +254,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise FileNotFoundError(
             f"{name!r} must be in the hub's cache where there is no network, but is not; hf download {name} where there is one"
         ) from error
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except unanswered as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise FileNotFoundError(
             f"{name!r} must be a pipeline on the hub, but does not load ({reason}); check its name and the network, or hf "

@@ -171,7 +171,7 @@ def _save(
         if hasattr(pipeline_or_module, "save_pretrained"):
             options = {} if max_shard_bytes is None else {"max_shard_size": max_shard_bytes}
             pipeline_or_module.save_pretrained(str(partial), **options)
-            _clean_configs(partial, {partial / name for name in quantized})
+            clean_configs(partial, {partial / name for name in quantized})
             for name, model in quantized.items():
                 source_names.write(model, partial / name)
             if remote_code:
@@ -219,7 +219,7 @@ def _is_of(value: Any, library: str, class_name: str) -> bool:
     return module is not None and isinstance(value, getattr(module, class_name))
 
 
-def _clean_configs(directory: Path, quantized: set[Path]) -> None:
+def clean_configs(directory: Path, quantized: set[Path]) -> None:
     """Make the files independent of where their model came from, and those with a plan compact."""
     for path in [*directory.rglob(f"*{CONFIG}"), *directory.glob(PIPELINE_INDEX)]:
         config = {key: value for key, value in read_json(path).items() if key not in _ORIGIN}

@@ -60,6 +60,12 @@ Setting = Annotated[
     list[str] | None,
     typer.Option("--set", help="Option of the recipe, like --set rounding=nearest; repeatable."),
 ]
+Offload = Annotated[
+    str,
+    typer.Option(
+        help="disk: read and write block by block, for models larger than the memory; plans that need no data. Or none."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, size, memory and time, stop.")]
 
 _OPTIONS_OF_THEIR_OWN = {

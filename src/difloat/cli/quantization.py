@@ -19,6 +19,7 @@ from difloat.cli.options import (
     Device,
     DryRun,
     Images,
+    Offload,
     Overwrite,
     Prompts,
     Setting,
@@ -51,6 +52,7 @@ def quantize(
     call: Call = None,
     images: Images = None,
     device: Device = AUTO,
+    offload: Offload = "none",
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -62,6 +64,9 @@ def quantize(
     needs_data = job.needs_data(request, request.bits)
     _check_images(images)
     origin = SourceFields(source, **where)
+    if _from_disk(offload, images or request.components or dry_run):
+        _stream(origin, out, request, overwrite)
+        return
     as_stored = not needs_data and origin.dtype == "auto"  # then nothing is computed
     with claimed(out, overwrite, request.cache, dry_run):
         pipeline = pipeline_of(
@@ -77,6 +82,27 @@ def quantize(
             return
         sampling = _sampling(pipeline, texts, images, calibration, arguments, request.cache)
         _carry_out(fitted, origin, out, sampling, overwrite)
+
+
+def _from_disk(offload: str, more: Any) -> bool:
+    """Whether a model is quantized block by block from files to files, which allows no `more`."""
+    if offload not in ("none", "disk"):
+        raise ValueError(f"--offload must be disk or none, got {offload!r}; choose one of these")
+    if offload == "disk" and more:
+        raise ValueError(
+            "--offload disk must come without --images, --components and --dry-run, got one of them; leave it out, and draw "
+            "pictures with difloat report afterwards"
+        )
+    return offload == "disk"
+
+
+def _stream(source: Any, out: Path, request: Any, overwrite: bool) -> None:
+    from difloat import run_from_disk
+
+    with claimed(out, overwrite):
+        made = run_from_disk.quantize(source, out, request, overwrite=overwrite)
+    if made is not None:
+        tables.print_made(made, out)
 
 
 def _sampling(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from difloat.layers import dtype_readers
 
@@ -39,10 +39,13 @@ def check_weights(model: nn.Module) -> None:
             "model must have linear or convolution layers in float, got none; is it quantized already?"
         )
     for name, layer in found.items():
-        if not bool(layer.weight.isfinite().all()):
-            raise ValueError(
-                f"weights must be finite, got NaN or Inf in layer {name!r}; repair the checkpoint"
-            )
+        check_weight(name, layer.weight)
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """Refuse the weight of the layer `name` with a ValueError if it holds NaN or infinity."""
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"weights must be finite, got NaN or Inf in layer {name!r}; repair the checkpoint")
 
 
 def places(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:

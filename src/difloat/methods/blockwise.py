@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -53,7 +54,7 @@ def learn_blocks(
     Returns: The learned layers.
     """
     units = _units(task.model, drafts)
-    count = min(settings.rounding_rows, len(task.calibration), max(1, task.memory_bytes // seen.row_bytes))
+    count = _rows_held(task, settings, seen)
     rows = task.calibration.stratified(count, generator)
     calls = task.calls(rows, seen.row_bytes)
     measured["rounding_rows"] = count
@@ -90,6 +91,19 @@ def learn_blocks(
             malloc_trim.release()
             measured["blocks"][unit] = {**errors, "seconds": time.perf_counter() - start}
     return done
+
+
+def _rows_held(task: Task, settings: Sequencing, seen: Trace) -> int:
+    """How many of the rows asked for memory holds; said if it is not all of them."""
+    wanted = min(settings.rounding_rows, len(task.calibration))
+    count = min(wanted, max(1, task.memory_bytes // seen.row_bytes))
+    if count < wanted and task.progress:
+        needed_mb = -(-wanted * seen.row_bytes // (1 << 20))
+        tqdm.write(
+            f"rounding is learned on {count} of {wanted} rows, as memory may hold no more; --memory-mb {needed_mb} holds all",
+            file=sys.stderr,
+        )
+    return count
 
 
 def _codes_and_errors(

@@ -172,7 +172,10 @@ def _decide(
     by_time = any(plan.schedule for plan in plans.values())
     if wanted and task.only is None and len(task.calibration):
         measured["ranges"] = _widest_ranges(task, list(wanted))
-    return Outcome(plans, skipped, measured, entries, timestep_grid(task) if by_time else ())
+    asked = min(settings.rounding_rows, len(task.calibration))
+    cut = learn and measured["rounding_rows"] < asked  # by memory; else the option says it
+    used = {"rounding_rows": measured["rounding_rows"]} if cut else {}
+    return Outcome(plans, skipped, measured, entries, timestep_grid(task) if by_time else (), used)
 
 
 def _widest_ranges(task: Task, names: list[str]) -> dict[str, dict[float, list[float]]]:

@@ -87,4 +87,4 @@ def plan(task: Task, options: Options) -> Outcome:
     sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
     outcome = post_training.run(task, rules, sequencing)
     tuning = Tuning(settings, 1, options.rank, weights, tuple(kept), options.ranges_by_timestep)
-    return replace(tune(task, outcome, tuning), used={"guidance_weight": guidance})
+    return replace(tune(task, outcome, tuning), used={**outcome.used, "guidance_weight": guidance})

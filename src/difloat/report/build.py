@@ -157,6 +157,7 @@ def build(
     name: str,
     timings: Mapping[str, float] | None = None,
     notes: Sequence[str] = (),
+    rows: Sequence[LayerRow] | None = None,
 ) -> Record:
     """The record of a quantization run, without pictures; `with_pictures` adds what they say.
 
@@ -166,8 +167,11 @@ def build(
         name: How the user calls the model.
         timings: Seconds besides those the plan measured.
         notes: What the paper leaves open and how it was decided.
+        rows: Of the layers, where neither the model's nor the plan's values are in memory any more; then there are no
+            histograms. None: they are made here.
     """
-    rows = [layer_row(key, layer, weight_of(model, key)) for key, layer in plan.layers.items()]
+    known = rows is not None
+    rows = rows or [layer_row(key, layer, weight_of(model, key)) for key, layer in plan.layers.items()]
     size = sizes(model, plan)
     return Record(
         title=f"{name}, {plan.recipe} {plan.bits}",
@@ -185,11 +189,11 @@ def build(
         packed_bytes=size.packed_bytes,
         effective_bits=size.effective_bits,
         weight_bits_nominal=float(plan.bits[1:].split("a")[0]),
-        layers=rows,
+        layers=list(rows),
         skipped=_skipped(model, plan),
         quality=[],
         samples=0,
-        histograms=worst_histograms(model, plan, rows),
+        histograms=[] if known else worst_histograms(model, plan, rows),
         ranges=[
             render.TokenRanges(layer, list(found), list(found.values()))
             for layer, found in plan.measured.get("ranges", {}).items()
