@@ -297,7 +297,9 @@ def test_loss_and_taken_names_are_refused_and_leave_nothing(tmp_path: Path) -> N
     for kind, words in (("fp8", "grid of e2m1, not e4m3fn"), ("mxfp4", "finer than 32")):
         with pytest.raises(ValueError, match=words):
             interchange.export_checkpoint(tmp_path / "own", tmp_path / "out.safetensors", kind)
-    with pytest.raises(ValueError, match="format must be one of nvfp4, fp8, mxfp4, comfy, gguf, got 'onnx'"):
+    with pytest.raises(
+        ValueError, match="format must be one of nvfp4, fp8, mxfp4, comfy, gguf, openvino, got 'onnx'"
+    ):
         interchange.export_checkpoint(tmp_path / "own", tmp_path / "out.safetensors", "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
     (tmp_path / "out.safetensors").write_bytes(b"mine")
