@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -18,12 +19,14 @@ from difloat.api import prompts_for
 from difloat.cache_entries import whole_file
 from difloat.checkpoint.layout import CONFIG, write_json
 from difloat.checkpoint.remote_code import INDEX as PIPELINE_INDEX
-from difloat.interchange import gguf_files, openvino_ir
+from difloat.checkpoint.save_load import read_plan
+from difloat.interchange import comfy, gguf_files, openvino_ir
 from difloat.interchange.contents import Contents, model_directory, read_contents
 from difloat.interchange.layers import NEUTRAL_INPUT_SCALE, encode, obstacle
 from difloat.interchange.rename import renamed
 from difloat.interchange.schemes import DIALECTS, Scheme
 from difloat.pipelines import denoisers_of
+from difloat.plan.encode import dequantize
 from difloat.plan.plan import LayerPlan
 
 INPUT_SCALES = "input_scales"  # of imported files, kept in the options of the plan
@@ -85,6 +88,11 @@ def export_checkpoint(
     return file
 
 
+def remarks_of(directory: str | os.PathLike[str], to: str, component: str | None = None) -> list[str]:
+    """What a reader does otherwise than the checkpoint, as sentences: inputs that it rounds, layers that it holds in float."""
+    return comfy.remarks(read_plan(model_directory(Path(directory), component))[0]) if to == "comfy" else []
+
+
 def _write_openvino(root: Path, source: Path, contents: Contents, file: Path) -> None:
     if not (root / PIPELINE_INDEX).is_file():
         raise ValueError(
@@ -117,21 +125,28 @@ def _named(contents: Contents, to: str, names: str) -> Contents:
 
 
 def _write_safetensors(contents: Contents, file: Path, to: str, input_scales: Mapping[str, float]) -> None:
-    given = {**contents.options.get(INPUT_SCALES, {}), **input_scales}
-    if unknown := sorted(given.keys() - contents.layers.keys()):
+    own = {k: v for k, v in contents.options.get(INPUT_SCALES, {}).items() if k in contents.layers}
+    if unknown := sorted(input_scales.keys() - contents.layers.keys()):
         raise ValueError(f"input_scales must name quantized layers, got {unknown[0]!r}; leave it out")
+    given = {**own, **input_scales}
     tensors: dict[str, Tensor] = {}
-    layouts: dict[str, Scheme] = {}
+    marks: dict[str, Mapping[str, Any]] = {}
     for name, layer in contents.layers.items():
-        layouts[name] = _layout(name, layer, DIALECTS[to], to)
-        encoded = encode(layer, layouts[name], float(given.get(name, NEUTRAL_INPUT_SCALE)))
+        if to == "comfy" and comfy.decoded(layer):
+            tensors[f"{name}.weight"] = dequantize(layer)
+            continue
+        if to == "comfy" and layer.side is not None:
+            encoded, marks[name] = comfy.encode_with_branch(name, layer)
+        else:
+            scheme = _layout(name, layer, DIALECTS[to], to)
+            encoded = encode(layer, scheme, float(given.get(name, NEUTRAL_INPUT_SCALE)))
+            marks[name] = comfy.mark(scheme, contents)
         tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in encoded.items()}
     tensors |= contents.others
     metadata = {"format": "pt"}
     if to == "comfy":
-        layers = {name: {"format": scheme.comfy_format} for name, scheme in layouts.items()}
-        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
-        tensors |= {f"{name}.comfy_quant": _as_bytes(entry) for name, entry in layers.items()}
+        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": marks})
+        tensors |= {f"{name}.comfy_quant": _as_bytes(entry) for name, entry in marks.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as partial:
         safetensors.torch.save_file(tensors, partial, metadata=metadata)
