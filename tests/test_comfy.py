@@ -126,11 +126,22 @@ def test_a_branch_in_int4_is_multiplied_as_ours(tmp_path: Path) -> None:
     model = api.apply(Net(), Plan("rtn", "w4a4", {"layer": layer}))
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), comfy_kitchen.use_backend("eager"):
-        theirs = torch.nn.functional.linear(
-            x.half(), read(tensors, mark, layer.shape), model.layer.bias.half()
-        )
+        # In float32: they compute in the dtype of the scales, whose numbers stay those of the file.
+        wide = {key: t.float() for key, t in tensors.items() if t.dtype == torch.float16}
+        smooth, down = wide["layer.weight_smooth_factor"], wide["layer.weight_proj_down"]
+        act, scales, low = comfy_kitchen.quantize_svdquant_w4a4(x, smooth=smooth, lora_down=down)
+        theirs = comfy_kitchen.scaled_mm_svdquant_w4a4(
+            act=act,
+            wgt=tensors["layer.weight"],
+            ascales=scales,
+            wscales=wide["layer.weight_scale"],
+            lora_act_in=low,
+            lora_up=wide["layer.weight_proj_up"],
+            bias=model.layer.bias,
+        )[: len(x)]
         ours = model.layer(x)
     assert float((ours - theirs).abs().max()) <= 1e-5 * float(ours.abs().max())
+    assert {name.removeprefix("layer.weight") for name in tensors} >= _suffixes(tensors, layer)
     codes = packed_int4(tensors["layer.weight"])
     weight = codes * tensors["layer.weight_scale"].float().t().repeat_interleave(64, 1)
     assert torch.equal(weight, dequantize(replace(layer, side=None)))
