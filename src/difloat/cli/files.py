@@ -15,7 +15,7 @@ from difloat.cli.tables import console
 Kind = Annotated[
     str,
     typer.Option(
-        help="nvfp4 or fp8 (diffusers' bfl backend, ModelOpt), mxfp4, comfy (ComfyUI) or gguf; docs/files.md compares them."
+        help="nvfp4 or fp8 (diffusers' bfl backend, ModelOpt), mxfp4, comfy (ComfyUI), gguf or openvino."
     ),
 ]
 Source = Annotated[
@@ -27,7 +27,8 @@ Source = Annotated[
 def export(
     directory: Checkpoint,
     out: Annotated[
-        Path, typer.Argument(help="A new .safetensors (.gguf) file, or a directory for it and config.json.")
+        Path,
+        typer.Argument(help="A new .safetensors (.gguf, .xml) file, or a directory for it and config.json."),
     ],
     to: Kind,
     component: Annotated[str | None, typer.Option(help="Of the pipeline, if several are quantized.")] = None,

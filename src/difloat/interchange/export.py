@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from difloat import checkpoint
+from difloat.api import prompts_for
 from difloat.cache_entries import whole_file
 from difloat.checkpoint.layout import CONFIG, write_json
-from difloat.interchange import gguf_files
+from difloat.checkpoint.remote_code import INDEX as PIPELINE_INDEX
+from difloat.checkpoint.save_load import read_plan
+from difloat.interchange import comfy, gguf_files, openvino_ir
 from difloat.interchange.contents import Contents, model_directory, read_contents
 from difloat.interchange.layers import NEUTRAL_INPUT_SCALE, encode, obstacle
 from difloat.interchange.rename import renamed
 from difloat.interchange.schemes import DIALECTS, Scheme
+from difloat.pipelines import denoisers_of
+from difloat.plan.encode import dequantize
 from difloat.plan.plan import LayerPlan
 
 INPUT_SCALES = "input_scales"  # of imported files, kept in the options of the plan
-TARGETS = (*DIALECTS, "gguf")
+TARGETS = (*DIALECTS, "gguf", "openvino")
 NAMES = ("auto", "source", "diffusers")
 _UNDER_SOURCE_NAMES = ("comfy", "gguf")
 _WEIGHTS = "diffusion_pytorch_model"
@@ -68,15 +77,42 @@ def export_checkpoint(
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise FileExistsError(f"output must be new, got {str(out)!r}, which exists; choose another name")
     contents = _named(read_contents(source, to), to, names)
-    ending = ".gguf" if to == "gguf" else ".safetensors"
+    ending = {"gguf": gguf_files.SUFFIX, "openvino": openvino_ir.SUFFIX}.get(to, ".safetensors")
     file = target if target.suffix == ending else target / f"{_WEIGHTS}{ending}"
-    if to == "gguf":
+    if to == "openvino":
+        _write_openvino(Path(directory), source, contents, file)
+    elif to == "gguf":
         gguf_files.write(contents, file)
     else:
         _write_safetensors(contents, file, to, input_scales or {})
     if file != target:
         write_json(target / CONFIG, dict(contents.config))
     return file
+
+
+def remarks_of(directory: str | os.PathLike[str], to: str, component: str | None = None) -> list[str]:
+    """What a reader does otherwise than the checkpoint, as sentences: inputs that it rounds, layers that it holds in float."""
+    return comfy.remarks(read_plan(model_directory(Path(directory), component))[0]) if to == "comfy" else []
+
+
+def _write_openvino(root: Path, source: Path, contents: Contents, file: Path) -> None:
+    if not (root / PIPELINE_INDEX).is_file():
+        raise ValueError(
+            f"checkpoint must be of a pipeline to be traced for openvino, got one model in {str(root)!r}; quantize the pipeline"
+        )
+    openvino_ir.package()
+    pipeline = checkpoint.load(root)
+    if source.name not in denoisers_of(pipeline):
+        raise ValueError(
+            f"component must be a denoiser for openvino, got {source.name!r}; name one of {', '.join(denoisers_of(pipeline))}"
+        )
+    call = openvino_ir.example_call(pipeline, source.name, prompts_for(pipeline, None))
+    with TemporaryDirectory() as folder:
+        made = Path(folder) / file.name
+        openvino_ir.write(getattr(pipeline, source.name), contents.layers, call, made)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for part in (made.with_suffix(".bin"), made):
+            shutil.move(part, file.with_suffix(part.suffix))
 
 
 def _named(contents: Contents, to: str, names: str) -> Contents:
@@ -91,21 +127,28 @@ def _named(contents: Contents, to: str, names: str) -> Contents:
 
 
 def _write_safetensors(contents: Contents, file: Path, to: str, input_scales: Mapping[str, float]) -> None:
-    given = {**contents.options.get(INPUT_SCALES, {}), **input_scales}
-    if unknown := sorted(given.keys() - contents.layers.keys()):
+    own = {k: v for k, v in contents.options.get(INPUT_SCALES, {}).items() if k in contents.layers}
+    if unknown := sorted(input_scales.keys() - contents.layers.keys()):
         raise ValueError(f"input_scales must name quantized layers, got {unknown[0]!r}; leave it out")
+    given = {**own, **input_scales}
     tensors: dict[str, Tensor] = {}
-    layouts: dict[str, Scheme] = {}
+    marks: dict[str, Mapping[str, Any]] = {}
     for name, layer in contents.layers.items():
-        layouts[name] = _layout(name, layer, DIALECTS[to], to)
-        encoded = encode(layer, layouts[name], float(given.get(name, NEUTRAL_INPUT_SCALE)))
+        if to == "comfy" and comfy.decoded(layer):
+            tensors[f"{name}.weight"] = dequantize(layer)
+            continue
+        if to == "comfy" and layer.side is not None:
+            encoded, marks[name] = comfy.encode_with_branch(name, layer)
+        else:
+            scheme = _layout(name, layer, DIALECTS[to], to)
+            encoded = encode(layer, scheme, float(given.get(name, NEUTRAL_INPUT_SCALE)))
+            marks[name] = comfy.mark(scheme, contents)
         tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in encoded.items()}
     tensors |= contents.others
     metadata = {"format": "pt"}
     if to == "comfy":
-        layers = {name: {"format": scheme.comfy_format} for name, scheme in layouts.items()}
-        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
-        tensors |= {f"{name}.comfy_quant": _as_bytes(entry) for name, entry in layers.items()}
+        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": marks})
+        tensors |= {f"{name}.comfy_quant": _as_bytes(entry) for name, entry in marks.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as partial:
         safetensors.torch.save_file(tensors, partial, metadata=metadata)

@@ -68,7 +68,10 @@ def obstacle_of_inputs(layer: LayerPlan) -> str:
 def _obstacle_of_codes(layer: LayerPlan, scheme: Scheme) -> str:
     own, wanted = layer.parts[0].weight.format, scheme.element
     table, kept = torch.tensor(own.decode_table), torch.tensor(wanted.decode_table)
-    if own.bits != wanted.bits or own.integer or own.exponent_bits != wanted.exponent_bits:
+    kinds = [
+        (format.bits, format.integer, format.exponent_bits, bool(format.levels)) for format in (own, wanted)
+    ]
+    if kinds[0] != kinds[1] or not own.signed:
         return f"is on the grid of {own.name}, not {wanted.name}; quantize with --set weight_format={wanted.name}"
     codes = layer.codes()[0].unique().long()
     if not torch.equal(table[codes], kept[codes]):

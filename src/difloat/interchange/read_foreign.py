@@ -62,7 +62,9 @@ class Foreign:
         for name, entry in found.items():
             if not isinstance(entry, dict) or not isinstance(entry.get("format"), str):
                 raise ValueError(f"mark of layer {name!r} must hold a format, got {entry!r:.80}")
-        return {name: entry["format"] for name, entry in found.items()}
+        # Rotated weights are another layout, whose name no plan has.
+        turned = {name: " rotated" if entry.get("convrot") else "" for name, entry in found.items()}
+        return {name: entry["format"] + turned[name] for name, entry in found.items()}
 
 
 def _json(text: str | bytes, name: str) -> dict[str, Any]:

@@ -53,6 +53,8 @@ class Scheme:
         """The dtype of the stored weight."""
         if self.element.bits == 4:
             return torch.uint8
+        if self.element.integer:
+            return torch.int8
         return torch.float8_e4m3fn if self.element.mantissa_bits == 3 else torch.float8_e5m2
 
     @property
@@ -83,11 +85,12 @@ class Scheme:
         if self.group_size is None:
             return ()
         if not self.group_size:
-            return (rows,)
+            return (rows, 1) if self.element.integer else (rows,)
         return tile_shape(rows, columns) if self.tiled else (rows, columns)
 
 
 _E2M1, _E4M3, _E5M2 = formats.parse("e2m1"), formats.parse("e4m3fn"), formats.parse("e5m2ieee")
+_INT8 = formats.parse("int8")
 
 NVFP4 = Scheme("NVFP4", _E2M1, "e4m3", 16, input_scale=True)
 FP8_ROWS = Scheme("FP8 per row", _E4M3, "float32", 0)
@@ -106,6 +109,7 @@ COMFY = (
     Scheme("ComfyUI float8_e4m3fn", _E4M3, "float32", None, comfy_format="float8_e4m3fn"),
     Scheme("ComfyUI float8_e5m2", _E5M2, "float32", None, comfy_format="float8_e5m2"),
     Scheme("ComfyUI mxfp8", _E4M3, "e8m0", 32, tiled=True, padded_to=32, comfy_format="mxfp8"),
+    Scheme("ComfyUI int8", _INT8, "float32", 0, comfy_format="int8_tensorwise"),
 )
 
 DIALECTS: dict[str, tuple[Scheme, ...]] = {
