@@ -22,7 +22,9 @@ def main() -> None:
     """Exit with a message at the first thing that is not so."""
     if importlib.metadata.version("difloat") != difloat.__version__:
         sys.exit(f"version {importlib.metadata.version('difloat')} is not {difloat.__version__}")
-    print("difloat", difloat.__version__, "from", difloat.__file__, "| compiler:", shutil.which("c++") or "none")
+    print(
+        "difloat", difloat.__version__, "from", difloat.__file__, "| compiler:", shutil.which("c++") or "none"
+    )
     unit = native_library.unit()
     print("unit of the native library:", unit, "| backends:", ", ".join(dispatch.available()))
     if platform.system() == "Linux" and unit is None:

@@ -10,12 +10,8 @@ by squared error. Prints and writes benchmarks/results/binary-residual.json.
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-
+import harness
 import torch
-from quantization_time import commit
 from torch import Tensor
 
 from difloat import api, run
@@ -25,9 +21,6 @@ from difloat.numbers.rounding import round_to
 from difloat.numbers.search import search
 from difloat.plan.rules import asymmetric_integers
 from difloat.reference_models import NAMES
-from difloat.report import render
-
-OUT = Path(__file__).parent / "results/binary-residual.json"
 
 
 def searched(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,8 +54,7 @@ def range_for_the_sum(rows: Tensor, bits: int) -> Tensor:
 
 def main() -> None:
     """Measure both models."""
-    # kernels.py here is not the package that transformers looks for
-    sys.path.remove(str(Path(__file__).resolve().parent))
+    options = harness.arguments(harness.parser(__doc__, out=harness.RESULTS / "binary-residual.json"))
     results = {}
     for model in NAMES:
         module = api.denoiser(run.load_pipeline(model))
@@ -80,12 +72,7 @@ def main() -> None:
                 "residual_with_its_own_range_over_wider": anew / wider_sum,
             }
             print(model, bits, results[f"{model}, {bits} + 1 bits"])
-    facts = {
-        "commit": commit(),
-        "machine": render.machine(),
-        "command": "python benchmarks/binary_residual.py",
-    }
-    OUT.write_text(json.dumps({**facts, "errors": results}, indent=1) + "\n")
+    harness.write(options.out, {"errors": results})
 
 
 if __name__ == "__main__":

@@ -1,26 +1,36 @@
-"""How large and how tangled the source is: lines, functions, arguments, comments, import chains, Python calls per layer call.
+"""Size and structure of the source: lines, functions, arguments, comments, duplicates, import chains, Python calls of layers.
 
-python benchmarks/code_metrics.py                 # this checkout
-python benchmarks/code_metrics.py --root OTHER    # another one (for a table of before and after)
+python benchmarks/code_metrics.py                    # this checkout, as JSON
+python benchmarks/code_metrics.py --root OTHER       # another checkout, as JSON
+python benchmarks/code_metrics.py --against 9cfdd59  # a Markdown table of that commit and this checkout
 
-Prints one JSON object. Everything but the Python calls is counted in the text of the source; those are counted by
-`sys.setprofile` while packed layers of the imported package run once, warm.
+Everything but the Python calls is counted in the text of the source. Those are counted by `sys.setprofile` while packed layers
+of the imported package run once, warm. A comment line is one with a comment at its end or on its own, directives to tools
+(`# type:`, `# noqa`, `# fmt:`) aside. A duplicate pair is two places whose code is the same for at least six lines, with
+docstrings, comments, imports, blank lines and lines of brackets left out. A longer run counts once.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import io
 import json
 import statistics
 import subprocess
 import sys
+import tarfile
+import tempfile
+import tokenize
 from collections.abc import Container, Iterator
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+_DIRECTIVES = ("# type:", "# noqa", "# fmt:")
+_RUN = 6  # lines of a duplicate
 _CALLS = """
 import json, sys, torch
 from torch import nn
@@ -68,22 +78,58 @@ print(json.dumps(result))
 
 
 def main() -> None:
-    """Measure a checkout and print what was found."""
+    """Measure a checkout, or two, and print what was found."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", type=Path, default=ROOT, help="checkout to measure")
-    root = parser.parse_args().root
+    parser.add_argument("--against", help="commit to compare with, as a Markdown table")
+    given = parser.parse_args()
+    if given.against is None:
+        print(json.dumps(measure(given.root), indent=2))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        archive = subprocess.run(
+            ["git", "archive", given.against, "src"], cwd=given.root, capture_output=True, check=True
+        )
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+            tar.extractall(folder, filter="data")
+        print(table(given.against, measure(Path(folder)), measure(given.root)))
+
+
+def measure(root: Path) -> dict[str, Any]:
+    """All numbers of one checkout."""
     package = root / "src" / "difloat"
     files = sorted(package.rglob("*.py"))
-    found = {
+    return {
         "lines": {"all": sum(map(_lines, files)), **_lines_by_folder(package, files)},
         "functions": _functions(files),
-        "comment lines, %": _comments(files),
+        "lines with a comment, %": _comments(files),
+        "duplicate pairs of six lines": _duplicates(files),
         "longest import chain": _longest_chain(package, files),
         "Python calls per layer call": _calls(root),
     }
-    print(json.dumps(found, indent=2))
+
+
+def table(commit: str, before: dict[str, Any], after: dict[str, Any]) -> str:
+    """A Markdown table of two checkouts. Folders that only one of them has are shown with a dash."""
+    rows = [(f"| | {commit} | now |", "|---|---|---|")]
+    pairs: list[tuple[str, Any, Any]] = []
+    for name in ["all", *sorted((before["lines"].keys() | after["lines"].keys()) - {"all"})]:
+        label = "lines of `src`" if name == "all" else f"lines of `{name}/`"
+        label = "lines beside the folders" if name == "beside the folders" else label
+        pairs.append((label, before["lines"].get(name, "-"), after["lines"].get(name, "-")))
+    for name in after["functions"]:
+        pairs.append((f"functions: {name}", before["functions"][name], after["functions"][name]))
+    for name in ("lines with a comment, %", "duplicate pairs of six lines"):
+        pairs.append((name, before[name], after[name]))
+    chains = len(before["longest import chain"]), len(after["longest import chain"])
+    pairs.append(("modules of the longest import chain", *chains))
+    for name, count in after["Python calls per layer call"].items():
+        pairs.append(
+            (f"Python calls of a {name} layer", before["Python calls per layer call"].get(name, "-"), count)
+        )
+    return "\n".join([*rows[0], *(f"| {name} | {old} | {new} |" for name, old, new in pairs)])
 
 
 def _lines(path: Path) -> int:
@@ -124,8 +170,40 @@ def _functions(files: list[Path]) -> dict[str, float]:
 
 
 def _comments(files: list[Path]) -> float:
-    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-    return round(100 * sum(line.lstrip().startswith("#") for line in lines) / len(lines), 1)
+    lines, commented = 0, 0
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        lines += len(text.splitlines())
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        comments = (token for token in tokens if token.type == tokenize.COMMENT)
+        commented += sum(not token.string.startswith(_DIRECTIVES) for token in comments)
+    return round(100 * commented / lines, 1)
+
+
+def _duplicates(files: list[Path]) -> int:
+    places: dict[tuple[str, ...], list[tuple[Path, int]]] = {}
+    for path in files:
+        code = _code_lines(path)
+        for start in range(len(code) - _RUN + 1):
+            places.setdefault(tuple(code[start : start + _RUN]), []).append((path, start))
+    pairs = {pair for same in places.values() for pair in combinations(same, 2)}
+    return sum(((one, at - 1), (other, then - 1)) not in pairs for (one, at), (other, then) in pairs)
+
+
+def _code_lines(path: Path) -> list[str]:
+    """The lines of code of a file, without indentation, docstrings, comments, imports and lines of brackets."""
+    text = path.read_text(encoding="utf-8")
+    left_out: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if docstring or isinstance(node, ast.Import | ast.ImportFrom):
+            left_out |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    stripped = ((number, line.split("  # ")[0].strip()) for number, line in enumerate(text.splitlines(), 1))
+    return [
+        line
+        for number, line in stripped
+        if number not in left_out and line.strip("()[]{},: ") and not line.startswith("#")
+    ]
 
 
 def _longest_chain(package: Path, files: list[Path]) -> list[str]:

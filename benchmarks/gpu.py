@@ -13,10 +13,7 @@ Prints tables and writes ``benchmarks/results/gpu-<device>.json``.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +36,6 @@ from difloat.numbers.packing import packed_channels
 from difloat.plan.specs import Part, QuantSpec
 from difloat.plan.weight import Inputs, PackedWeight, Weight
 
-ROOT = Path(__file__).resolve().parent.parent
 LINEARS = {  # in, out
     "PixArt attention": (1152, 1152),
     "PixArt MLP in": (1152, 4608),
@@ -521,13 +518,8 @@ def machine(run: Run) -> dict[str, Any]:
 
 def write(run: Run, seconds: float, path: Path | None) -> Path:
     """Store everything as JSON."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
-    )
     where = machine(run)
     data = {
-        "commit": found.stdout.strip() or None,
-        "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
         "machine": where,
         "seconds": seconds,
         "limits": run.limits,
@@ -535,30 +527,23 @@ def write(run: Run, seconds: float, path: Path | None) -> Path:
         "rows": run.rows,
     }
     label = "".join(c if c.isalnum() else "-" for c in where["device"].lower())
-    path = path or ROOT / f"benchmarks/results/gpu-{label}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    path = path or harness.RESULTS / f"gpu-{label}.json"
+    harness.write(path, data)
     return path
 
 
 def main() -> None:
     """Check, measure, write."""
-    sys.path.remove(
-        str(Path(__file__).resolve().parent)
-    )  # kernels.py here is not the package that transformers looks for
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=("checks", *PARTS), help="these parts alone")
     parser.add_argument("--minutes", type=float, default=7.5, help="what is not begun by then is left out")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes in Triton's interpreter")
     parser.add_argument("--out", type=Path, help="another file for the result")
-    options = parser.parse_args()
+    options = harness.arguments(parser)
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("a CUDA device must be there, got none; --rehearse runs tiny shapes in the interpreter")
     start = time.monotonic()
     device = torch.device("cpu" if options.rehearse else "cuda")
-    torch.manual_seed(0)
     run = Run(device, start + 60 * options.minutes, options.rehearse, {}, [])
     run.limits.update(measure_limits(run))
     for name, value in run.limits.items():

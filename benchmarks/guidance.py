@@ -14,42 +14,32 @@ benchmarks/results/guidance.json and prints a Markdown table.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
-from quantization_time import commit
 from torch import Tensor, nn
 
 from difloat import api, checkpoint, run
 from difloat.calibration.collect import Calibration
 from difloat.calibration.rows import first_tensor
 from difloat.reference_models import NAMES
-from difloat.report import render
 
-RESULTS = Path(__file__).parent / "results" / "guidance.json"
+RESULTS = harness.RESULTS / "guidance.json"
 STEPS, SEED = 20, 1
 
 
 def main() -> None:
     """Measure every checkpoint, store, print."""
-    # kernels.py here is not the package that transformers looks for
-    sys.path.remove(str(Path(__file__).resolve().parent))
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__, threads=harness.all_threads())
     parser.add_argument("model", choices=NAMES, help="in full precision")
     parser.add_argument(
         "checkpoints", nargs="+", type=Path, help="quantized from it; the folder's name is the row's"
     )
     parser.add_argument("--rows", type=int, default=640)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = harness.arguments(parser)
     pipeline = run.load_pipeline(arguments.model)
     guidance, call = run.call_of(arguments.model, None)
     data = api.calibrate(
@@ -61,17 +51,14 @@ def main() -> None:
         guidance_scale=guidance,
         seed=SEED,
     )
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = {}
     for folder in arguments.checkpoints:
         quantized = api.denoiser(checkpoint.load(folder))
         results[f"{arguments.model} | {folder.name}"] = {
             **compare(api.denoiser(pipeline), quantized, data, float(guidance or 1)),
-            "commit": commit(),
-            "machine": render.machine(),
-            "command": f"benchmarks/guidance.py {arguments.model} {folder.name} --rows {arguments.rows}",
+            **harness.facts(),
         }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    sys.stdout.write(table(results))
+    sys.stdout.write(table(harness.add(RESULTS, results)))
 
 
 @torch.no_grad()

@@ -30,11 +30,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from quantization_time import ROOT, commit, machine
+import harness
 
-sys.path.remove(str(Path(__file__).resolve().parent))  # kernels.py there is not the package of that name
-sys.path.append(str(ROOT / "benchmarks/inside_diffusers"))
-OUT = ROOT / "benchmarks/results/integration.json"
+harness.hide_folder()
+sys.path.append(str(harness.ROOT / "benchmarks/inside_diffusers"))
+OUT = harness.RESULTS / "integration.json"
 PACKAGES = ["diffusers", "transformers", "peft", "accelerate", "safetensors", "torch"]
 Cell = dict[str, str]
 
@@ -167,8 +167,10 @@ def matrix() -> dict[str, dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "tests/test_matrix.py", "-q", "-m", "not gpu"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests")))}
-        subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, env=environment)
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(map(str, (harness.ROOT / "src", harness.ROOT / "tests")))
+        }
+        subprocess.run([*command, f"--junitxml={report}"], cwd=harness.ROOT, env=environment)
         cases = ElementTree.parse(report).getroot().iter("testcase")
         rows: dict[str, dict[str, str]] = {}
         for case in cases:
@@ -263,18 +265,15 @@ def round_trips(columns: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Run, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__, out=OUT)
     parser.add_argument("--library", help="only columns whose name has this in it; no results written")
     parser.add_argument("--only", help="only steps whose title has this in it; no results written")
     parser.add_argument("--limit-s", type=float, default=120, help="for one step")
     parser.add_argument("--matrix", action="store_true", help="difloat's kinds of layers by modes, too")
     parser.add_argument("--table", action="store_true", help="print the last run, try nothing")
-    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # of a part in a process of its own
     parser.add_argument("--column", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = harness.arguments(parser)
     if options.table:
         sys.stdout.write(table(json.loads(options.out.read_text())))
     elif options.column:
@@ -285,13 +284,11 @@ def main() -> None:
 
         prepare(options.work)
     else:
-        command = " ".join(["python", "benchmarks/integration.py", *sys.argv[1:]])
-        result = {"commit": commit(), "command": command, "machine": machine(), **compare(options)}
+        result = {**harness.facts(), **compare(options)}
         result["matrix"] = matrix() if options.matrix else {}
         sys.stdout.write(table(result))
         if not (options.only or options.library):
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            harness.write(options.out, result)
 
 
 if __name__ == "__main__":

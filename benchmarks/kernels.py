@@ -17,16 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
-from quantization_time import ROOT, commit, machine
 from torch import Tensor
 from torch.nn import functional
 
@@ -55,24 +52,14 @@ CONV = [  # batch, in, out, side, kernel: Stable Diffusion's U-Net at 512 pixels
     (2, 640, 640, 32, 1),
 ]
 ATTENTION = [(2, 16, 1024, 1024, 72), (2, 16, 1024, 120, 72), (2, 8, 4096, 4096, 40), (2, 8, 1024, 1024, 80)]
-CAPS = ["DIFLOAT_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"]
 Contestants = dict[str, Callable[[], object]]
 
 
 def interleaved(contestants: Contestants, repeats: int, pause_s: float) -> dict[str, dict[str, float]]:
     """Median and minimum of every contestant, in milliseconds."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    names = list(contestants)
-    for turn in range(repeats):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            time.sleep(pause_s)
-            contestants[name]()
-            start = time.perf_counter()
-            contestants[name]()
-            times[name].append(1000 * (time.perf_counter() - start))
-    return {
-        name: {"median_ms": statistics.median(found), "min_ms": min(found)} for name, found in times.items()
-    }
+    times = harness.interleaved(contestants, repeats, pause_s=pause_s, prelude=True)
+    found = harness.medians(times)
+    return {name: {"median_ms": 1000 * found[name], "min_ms": 1000 * min(times[name])} for name in times}
 
 
 def layer(shape: tuple[int, ...], weight: str, activation: str, group: int | None = None) -> list[Any]:
@@ -283,14 +270,7 @@ def tables(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run, print and write."""
-    sys.path.remove(
-        str(Path(__file__).resolve().parent)
-    )  # kernels.py here is not the package that transformers looks for
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch and of the native library")
-    parser.add_argument("--repeats", type=int, default=11, help="repetitions; the median counts")
+    parser = harness.parser(__doc__, threads=2, repeats=11, out=harness.RESULTS / "kernels.json")
     parser.add_argument("--pause-s", type=float, default=0.012, help="before every call")
     parser.add_argument("--only", nargs="+", default=["linear", "conv2d", "attention"], help="kinds")
     parser.add_argument("--quick", action="store_true", help="a few shapes, no results written")
@@ -298,26 +278,19 @@ def main() -> None:
     parser.add_argument(
         "--table", action="store_true", help="print the tables of the last run, measure nothing"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/kernels.json")
-    options = parser.parse_args()
+    options = harness.arguments(parser)
     if options.table:
         sys.stdout.write(tables(json.loads(options.out.read_text())))
         return
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
     with torch.no_grad():
         rows = run(options)
-    where = f"{machine()['cpu']}, {options.threads} threads"
+    where = f"{harness.machine()['cpu']}, {options.threads} threads"
     if options.dispatch:
         table = {"measured_on": where, **dispatch_table(rows)}
-        path = ROOT / "src/difloat/kernels/dispatch.json"
+        path = harness.ROOT / "src/difloat/kernels/dispatch.json"
         path.write_text(json.dumps(table, indent=2) + "\n")
     if not options.quick:
-        caps = [f"{name}={os.environ[name]}" for name in CAPS if name in os.environ]
-        command = " ".join([*caps, "python", "benchmarks/kernels.py", *sys.argv[1:]])
-        result = {"commit": commit(), "command": command, "machine": machine(), "rows": rows}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        harness.write(options.out, {"rows": rows})
 
 
 if __name__ == "__main__":

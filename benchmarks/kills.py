@@ -9,7 +9,6 @@ end. Its checkpoint must have the bytes of the undisturbed one, and nothing may 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -19,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import harness
 
 QUICK = ["--samples", "16", "--steps", "4", "--images", "0"]
 OPTIONS = ["rounding=learned", "iterations=4", "rounding_rows=8", "epochs=1", "rank=2", "adapters=1"]
@@ -98,14 +99,12 @@ def round_of(
 
 def main() -> None:
     """Run the rounds and print what came of them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--model", default="emoji-unet")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path)
-    arguments = parser.parse_args()
+    arguments = harness.arguments(parser)
     draw = random.Random(arguments.seed)
     results = []
     with tempfile.TemporaryDirectory() as name:
@@ -132,7 +131,7 @@ def main() -> None:
         f"{good} of {len(results)} runs after a kill gave the bytes of the undisturbed run ({seconds:.0f} s)"
     )
     if arguments.save is not None:
-        arguments.save.write_text(json.dumps({"seconds": seconds, "rounds": results}, indent=1) + "\n")
+        harness.write(arguments.save, {"seconds": seconds, "rounds": results})
     raise SystemExit(good != len(results))
 
 

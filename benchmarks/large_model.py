@@ -9,9 +9,7 @@ Prints what was counted before, and what the run took beside it; writes benchmar
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -19,9 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 
-from difloat import api, recipes, reference_models, run
+from difloat import api, job, recipes, reference_models, run
 from difloat.calibration.collect import CalibrationSettings
 from difloat.calibration.pace import Pace
 from difloat.estimate import Forecast, forecast
@@ -30,19 +29,13 @@ from difloat.methods.learned_rounding import RoundingSettings
 from difloat.methods.task import Task
 from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits
-from difloat.report import render
 
 PROMPTS = ["a red cat", "a blue house", "a bird on a tree", "two boats"]
 
 
 def main() -> None:
     """Run once and write the result."""
-    sys.path.remove(
-        str(Path(__file__).resolve().parent)
-    )  # kernels.py here is not the package that transformers looks for
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__, threads=harness.all_threads())
     parser.add_argument("--blocks", type=int, default=28, help="transformer blocks")
     parser.add_argument("--latent", type=int, default=64, help="latent size; 64 is 512 pixels, 1024 tokens")
     parser.add_argument("--full", type=int, default=2, help="blocks that get all iterations")
@@ -50,11 +43,9 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=4, help="iterations of the other blocks")
     parser.add_argument("--rows", type=int, default=16, help="calibration rows")
     parser.add_argument("--memory-mb", type=int, default=2048, help="for calibration and for activations")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--work", type=Path, help="where calibration and finished blocks are kept")
     parser.add_argument("--name", default="large-model", help="of the file of results")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = harness.arguments(parser)
     peak = PeakMemory()
     pipeline = build(arguments.blocks, arguments.latent)
     module = pipeline.transformer
@@ -63,7 +54,8 @@ def main() -> None:
         samples=arguments.rows, steps=2, prompts_per_batch=2, memory_bytes=arguments.memory_mb << 20
     )
     options = {"iterations": arguments.iterations, "rounding_rows": arguments.rows}
-    expected = forecast(pipeline, PROMPTS, settings, "fp4dit", "w4a6", options)
+    asked = job.request("fp4dit", "w4a6", options, settings)
+    expected = forecast(job.fit(pipeline, asked), PROMPTS)
     sys.stderr.write(run.describe(expected, settings) + "\n")
     start = time.perf_counter()
     data = api.calibrate(pipeline, prompts=PROMPTS, cache_dir=arguments.work, **vars(settings))
@@ -75,10 +67,7 @@ def main() -> None:
     seconds = {"calibration": calibration_s, "plan": time.perf_counter() - start}
     result = summary(arguments, plan, expected, data.pace, seconds)
     result["resident_bytes_after_loading"], result["resident_bytes_peak"] = loaded_bytes, peak.take()
-    out = Path(__file__).parent / "results" / f"{arguments.name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    harness.write(harness.RESULTS / f"{arguments.name}.json", result, show=True)
 
 
 def build(blocks: int, latent: int) -> Any:
@@ -149,7 +138,6 @@ def summary(
     blocks = [block["seconds"] for block in plan.measured["blocks"].values()]
     full, few = blocks[: arguments.full], blocks[arguments.full :]
     whole = seconds["plan"] - sum(few) + len(few) * sum(full) / len(full)
-    head = ["git", "rev-parse", "--short", "HEAD"]
     return {
         **{name: str(value) for name, value in vars(arguments).items()},
         "weights": sum(kind.weights for kind in expected.kinds if kind.packed_bytes),
@@ -165,11 +153,6 @@ def summary(
         "seconds": plan.measured["seconds"],
         "rounding_rows": plan.measured["rounding_rows"],
         "errors": plan.measured["blocks"],
-        "commit": subprocess.run(
-            head, capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip(),
-        "machine": render.machine(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 

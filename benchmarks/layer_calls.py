@@ -7,12 +7,11 @@ Plain layers, layers with rows of two widths and layers with a low-rank branch, 
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import harness
 import torch
 from torch import Tensor, nn
 
@@ -69,18 +68,15 @@ def python_calls(run: Callable[[], object]) -> int:
 
 def microseconds(run: Callable[[], object]) -> float:
     """The fastest of several rounds, per call."""
-    best = float("inf")
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for _ in range(REPEATS):
-            run()
-        best = min(best, time.perf_counter() - start)
-    return 1e6 * best / REPEATS
+    return 1e6 * harness.fastest(run, ROUNDS, REPEATS)
 
 
 @torch.no_grad()
 def main() -> None:
-    """Measure and print."""
+    """Measure, write and print."""
+    options = harness.arguments(
+        harness.parser(__doc__, threads=harness.all_threads(), out=harness.RESULTS / "layer-calls.json")
+    )
     rows = []
     for layer_type in ("linear", "conv2d"):
         for kind in ("plain", "mixed", "branch"):
@@ -99,7 +95,7 @@ def main() -> None:
                 run = lambda layer=model[0], x=x: layer(x)  # noqa: E731
                 facts = {"layer": layer_type, "kind": kind, "tokens": tokens}
                 rows.append({**facts, "calls": python_calls(run), "us": round(microseconds(run), 1)})
-    print(json.dumps({"backend": dispatch.backend(), "torch": torch.__version__, "rows": rows}, indent=1))
+    harness.write(options.out, {"backend": dispatch.backend(), "rows": rows}, show=True)
 
 
 if __name__ == "__main__":

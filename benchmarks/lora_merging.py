@@ -10,23 +10,18 @@ Writes ``benchmarks/results/lora_merging.json``.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import platform
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from torch import Tensor
 
 import difloat
 from difloat import run
 
-ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = ("w3a8", "w4a8", "w6a8", "w8a8")
 
 
@@ -69,30 +64,18 @@ def measure(source: Path, recipe: str, bits: str, samples: int) -> dict[str, flo
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description="What merging a LoRA into a packed model costs.")
+    parser = harness.parser(__doc__, out=harness.RESULTS / "lora_merging.json")
     parser.add_argument("lora", type=Path, help="directory of a LoRA of emoji-unet")
     parser.add_argument("--recipe", default="rtn")
     parser.add_argument("--samples", type=int, default=64, help="calibration rows")
     parser.add_argument("--widths", nargs="+", default=list(WIDTHS))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/lora_merging.json")
-    options = parser.parse_args()
+    options = harness.arguments(parser)
     warnings.filterwarnings("ignore", "rounding took away")  # it is what is measured
     errors = {}
     for bits in options.widths:
         errors[bits] = measure(options.lora, options.recipe, bits, options.samples)
         print(bits, "  ".join(f"{name} {value:.3f}" for name, value in errors[bits].items()))
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    machine = {"processor": platform.machine(), "torch": torch.__version__}
-    record = {
-        "command": sys.argv,
-        "commit": commit,
-        "machine": machine,
-        "recipe": options.recipe,
-        "error": errors,
-    }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    harness.write(options.out, {"recipe": options.recipe, "error": errors})
 
 
 if __name__ == "__main__":

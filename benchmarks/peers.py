@@ -17,13 +17,12 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import torch
-from quantization_time import ROOT, commit, machine
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -233,7 +232,7 @@ CONTESTANTS: dict[str, Callable[[Tensor, Tensor], Call]] = {
     "sdnq int8": sdnq("int8"),
     "sdnq uint4": sdnq("uint4"),
 }
-PACKAGES = ["openvino", "onnxruntime", "bitsandbytes", "optimum-quanto", "torchao", "sdnq"]
+PACKAGES = ("torch", "openvino", "onnxruntime", "bitsandbytes", "optimum-quanto", "torchao", "sdnq")
 
 
 def _first(result: object) -> Tensor:
@@ -274,17 +273,6 @@ def race(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[str, 
     return {**row, "missing": missing}
 
 
-def versions() -> dict[str, str]:
-    """Of the libraries, or "not installed"."""
-    found = {"torch": torch.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def table(result: dict[str, Any]) -> str:
     """Speed over torch's bfloat16, as Markdown; the last column is their geometric mean."""
     rows = result["rows"]
@@ -307,38 +295,23 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run, print and write."""
-    sys.path.remove(str(Path(__file__).resolve().parent))  # kernels.py there is not the package of that name
     warnings.simplefilter("ignore")  # of the other libraries
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=11, help="repetitions; the median counts")
+    parser = harness.parser(__doc__, threads=2, repeats=11, out=harness.RESULTS / "peers.json")
     parser.add_argument("--pause-s", type=float, default=0.012, help="before every call")
     parser.add_argument("--quick", action="store_true", help="one shape, no results written")
     parser.add_argument(
         "--table", action="store_true", help="print the table of the last run, measure nothing"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/peers.json")
-    options = parser.parse_args()
+    options = harness.arguments(parser)
     if options.table:
         sys.stdout.write(table(json.loads(options.out.read_text())))
         return
-    torch.set_num_threads(options.threads)
     with torch.no_grad():
         rows = [race(shape, options) for shape in (SHAPES[1:2] if options.quick else SHAPES)]
-    command = " ".join(["python", "benchmarks/peers.py", *sys.argv[1:]])
-    result = {
-        "commit": commit(),
-        "command": command,
-        "machine": machine(),
-        "versions": versions(),
-        "rows": rows,
-    }
+    result = {**harness.facts(), "versions": harness.versions(PACKAGES), "rows": rows}
     sys.stdout.write(table(result))
     if not options.quick:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        harness.write(options.out, result)
 
 
 if __name__ == "__main__":

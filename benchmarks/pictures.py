@@ -9,25 +9,18 @@ The first row is full precision. Beside the picture goes a JSON with the PSNR of
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]  # a sibling called kernels.py would shadow a package of that name
-
+import harness
 import numpy as np
-import torch
 from PIL import Image
 
 from difloat import api, evaluate, reference_models
 from difloat.evaluation.picture_metrics import mean_interval, psnr
-from difloat.report import build, render
+from difloat.report import build
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = (
     "red apple",
     "cat face",
@@ -137,16 +130,14 @@ def columns(name: str, strip: Strip, steps: int, samples: int) -> tuple[np.ndarr
 
 def main() -> None:
     """Draw, write the strip and the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--strip", choices=STRIPS, default="readme")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--samples", type=int, default=160, help="calibration rows")
-    options = parser.parse_args()
+    options = harness.arguments(parser)
     strip = STRIPS[options.strip]
-    out = options.out or ROOT / strip.out
+    out = options.out or harness.ROOT / strip.out
     blocks, numbers = [], {}
     for name in strip.models:
         pictures, numbers[name] = columns(name, strip, options.steps, options.samples)
@@ -154,14 +145,7 @@ def main() -> None:
             np.concatenate(list(np.concatenate(list(pictures.transpose(1, 0, 2, 3, 4)), axis=2)), axis=0)
         )
     Image.fromarray(np.concatenate(blocks, axis=1)).save(out, optimize=True)
-    data = {
-        "command": " ".join(["python benchmarks/pictures.py", *sys.argv[1:]]),
-        "prompts": list(strip.prompts),
-        "psnr_db": numbers,
-        "versions": render.versions(),
-        "threads": torch.get_num_threads(),
-    }
-    out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    harness.write(out.with_suffix(".json"), {"prompts": list(strip.prompts), "psnr_db": numbers})
     print(f"{out.name}, {out.stat().st_size} bytes")
 
 

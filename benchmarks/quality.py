@@ -11,37 +11,29 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from quality_rows import MODELS, PAPERS, Row
 from quality_tables import seed_table, table
 
-from difloat import api, run
+from difloat import api, recipes, run
 from difloat.evaluation.comparison import Generated
 from difloat.layers import install, packed
 from difloat.plan.rules import Bits
 from difloat.reference_models import NAMES
 from difloat.report import build, render
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def main() -> None:
     """Measure what is missing, or print the tables."""
-    sys.path.remove(
-        str(Path(__file__).resolve().parent)
-    )  # kernels.py here is not the package that transformers looks for
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__, threads=harness.all_threads())
     parser.add_argument("paper", choices=PAPERS)
     parser.add_argument("--models", nargs="+", choices=NAMES, help="default: those of the paper's table")
     parser.add_argument("--samples", type=int, default=1000)
@@ -50,17 +42,15 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("build/quality"), help="kept pictures and calibration data"
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rows", nargs="+", type=int, help="only these rows of the table, counted from 0")
     parser.add_argument("--table", action="store_true", help="print the tables and measure nothing")
-    arguments = parser.parse_args()
-    path = RESULTS / f"quality-{arguments.paper}.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    arguments = harness.arguments(parser)
+    path = harness.RESULTS / f"quality-{arguments.paper}.json"
+    results = harness.stored(path)
     if arguments.table:
         order = [row.label for row in PAPERS[arguments.paper]]
         sys.stdout.write(table(results, order) + seed_table(results, order))
         return
-    torch.set_num_threads(arguments.threads)
     for model in arguments.models or MODELS[arguments.paper]:
         measure_model(arguments, model, results, path)
 
@@ -97,16 +87,7 @@ def measure_model(arguments: argparse.Namespace, model: str, results: dict[str, 
             seed=row.seed,
         )
         results[key] = {**setting, **measure_row(row, pipeline, module, data, reference, sampling)}
-        store(path, key, results[key])
-
-
-def store(path: Path, key: str, row: dict[str, Any]) -> None:
-    """Add a row to the file, which another process that measures another model may have changed meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    there = json.loads(path.read_text()) if path.exists() else {}
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps({**there, key: row}, indent=1) + "\n")
-    os.replace(part, path)
+        harness.add(path, {key: results[key]})  # another process may measure another model meanwhile
 
 
 def measure_row(
@@ -115,7 +96,11 @@ def measure_row(
     """Quantize by one configuration, draw, judge; the pipeline is as before on return."""
     start = time.perf_counter()
     task = replace(api.task_of(pipeline, data, Bits.parse(row.bits)), seed=row.seed)
-    plan = api.plan_calibrated(task, row.recipe, row.bits, row.options)
+    if row.allocated is not None:
+        chosen = recipes.plan(task, "auto", row.bits, row.allocated)
+        widths = {name: layer.parts[0].weight.format.bits for name, layer in chosen.layers.items()}
+        task = replace(task, layer_bits=widths)
+    plan = recipes.plan(task, row.recipe, row.bits, row.options)
     seconds = time.perf_counter() - start
     twin = install.apply(install.shadow(module), plan)
     name = next(key for key, value in pipeline.components.items() if value is module)
@@ -131,7 +116,7 @@ def measure_row(
     return {
         "recipe": row.recipe,
         "bits": row.bits,
-        "options": dict(plan.options),
+        "options": dict(plan.options) | ({} if row.allocated is None else {"allocated": row.allocated}),
         "metrics": {key: vars(value) for key, value in evaluation.metrics.items()},
         "packed_bytes": size.packed_bytes,
         "original_bytes": size.original_bytes,
@@ -141,7 +126,7 @@ def measure_row(
         "quantize_s": seconds,
         "draw_s": drawn.seconds,
         "draw_full_precision_s": reference.seconds,
-        "commit": commit(),
+        "commit": harness.commit(),
         "machine": render.machine(),
         "command": " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv),
     }
@@ -165,16 +150,6 @@ def fingerprint(module: Any) -> str:
     for tensor in module.state_dict().values():
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()[:12]
-
-
-def commit() -> str:
-    """The commit the code is at, with a plus if files differ from it."""
-    here = Path(__file__).parent
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain", "--", "src"], cwd=here.parent, capture_output=True, text=True
-    )
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ from difloat.reference_models import NAMES
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration of a table; `timesteps` as in the calibration settings, `seed` of calibration and recipe."""
+    """One configuration of a table; `timesteps` as in the calibration settings, `seed` of calibration and recipe.
+
+    With `allocated`, layers have the weight bits that recipe auto with these options gives them.
+    """
 
     label: str
     recipe: str
@@ -18,6 +21,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     timesteps: str = "sampler"
     seed: int = 0
+    allocated: dict[str, Any] | None = None
 
 
 def seeds(label: str, recipe: str, bits: str, options: dict[str, Any], count: int = 3) -> list[Row]:
@@ -221,7 +225,33 @@ PAPERS: dict[str, list[Row]] = {
         Row("W4A4 guided, not fine-tuned", "guided", "w4a4", {"epochs": 0}),
     ],
 }
+INTEGER_LAYERS: dict[str, Any] = {"widths": "layers", "grid": "integer"}
+PAPERS["auto"] = [
+    Row("W4A8 auto", "auto", "w4a8"),
+    Row("W3A8 auto", "auto", "w3a8"),
+    Row("W2A8 auto", "auto", "w2a8"),
+    Row("W8A8 auto", "auto", "w8a8"),
+    Row("W4A4 auto", "auto", "w4a4"),
+    Row("W2A4 auto", "auto", "w2a4"),
+    Row("W4A8 auto, bits by layer", "auto", "w4a8", {"widths": "layers"}),
+    Row("W4A8 auto, bits by layer, integers", "auto", "w4a8", INTEGER_LAYERS),
+    Row("W4A8 auto, same bits", "auto", "w4a8", {"widths": "same"}),
+    Row("W4A8 auto, same bits, integers", "auto", "w4a8", {"widths": "same", "grid": "integer"}),
+    Row("W4A8 GPTQ", "gptq", "w4a8"),
+    Row("W4A8 Q-Diffusion, bits by layer", "qdiffusion", "w4a8", allocated=INTEGER_LAYERS),
+    Row(
+        "W4A8 Q-Diffusion nearest, bits by layer",
+        "qdiffusion",
+        "w4a8",
+        {"rounding": "nearest"},
+        allocated=INTEGER_LAYERS,
+    ),
+    Row("W4A8 auto, seed 1", "auto", "w4a8", seed=1),
+    Row("W4A8 auto, seed 2", "auto", "w4a8", seed=2),
+    Row("W4A4 auto, inputs per token", "auto", "w4a4", {"input_group": 0}),
+]
 MODELS = {
+    "auto": NAMES,
     "lbfp": NAMES,
     "fp4dit": ("emoji-pixart",),
     "msfp": NAMES,

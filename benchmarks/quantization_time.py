@@ -11,16 +11,7 @@ Writes ``benchmarks/results/quantization_time.json``.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-
+import harness
 import torch
 from torch import Tensor
 
@@ -28,7 +19,6 @@ from difloat.numbers.formats import Format, candidates
 from difloat.numbers.rounding import round_to
 from difloat.numbers.search import CLIPS, search
 
-ROOT = Path(__file__).resolve().parent.parent
 WIDTH, BLOCKS = 1152, 28
 SHAPES = {  # out, in: how many of them in the whole model
     (WIDTH, WIDTH): 8 * BLOCKS + 1,  # q, k, v, out of self- and cross-attention; timestep embedding
@@ -53,13 +43,6 @@ def brute_force(weight: Tensor, formats: tuple[Format, ...]) -> dict[str, float]
     return lowest
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Wall-clock time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def compare(repeats: int) -> dict[str, object]:
     """Part 1: medians of runs side by side, and how far the two results are apart."""
     formats = candidates(4)
@@ -74,11 +57,7 @@ def compare(repeats: int) -> dict[str, object]:
     def theirs() -> None:
         truth.update(brute_force(weight, formats))
 
-    times: dict[str, list[float]] = {"search": [], "brute_force": []}
-    for _ in range(repeats):
-        times["search"].append(seconds(ours))
-        times["brute_force"].append(seconds(theirs))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians = harness.medians(harness.interleaved({"search": ours, "brute_force": theirs}, repeats))
     return {
         "shape": list(weight.shape),
         "candidates": len(formats) * len(CLIPS),
@@ -100,8 +79,10 @@ def whole_model(blocks: int) -> dict[str, object]:
         for _ in range(max(1, count * blocks // BLOCKS)):
             weight = torch.randn(shape, generator=generator) * 0.02
             parameters += weight.numel()
-            spent["per_tensor_s"] += seconds(lambda weight=weight: search(weight.view(1, -1), formats))
-            spent["per_channel_s"] += seconds(lambda weight=weight: search(weight, formats))
+            spent["per_tensor_s"] += harness.seconds(
+                lambda weight=weight: search(weight.view(1, -1), formats)
+            )
+            spent["per_channel_s"] += harness.seconds(lambda weight=weight: search(weight, formats))
     return {
         "formats": names,
         "blocks": blocks,
@@ -111,45 +92,15 @@ def whole_model(blocks: int) -> dict[str, object]:
     }
 
 
-def machine() -> dict[str, object]:
-    """Where this was measured."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
-def commit() -> str | None:
-    """The commit with a plus sign if files differ from it; None before the first one."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
-    )
-    return found.stdout.strip() or None
-
-
 def main() -> None:
     """Run both parts, write and show the result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of part 1; the median counts")
+    parser = harness.parser(__doc__, threads=2, repeats=3, out=harness.RESULTS / "quantization_time.json")
     parser.add_argument(
         "--blocks", type=int, default=BLOCKS, help="blocks of the model; fewer for a quick look"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quantization_time.json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = harness.arguments(parser)
     results = {"one_weight": compare(options.repeats), "whole_model": whole_model(options.blocks)}
-    command = " ".join(["python", "benchmarks/quantization_time.py", *sys.argv[1:]])
-    text = json.dumps({"commit": commit(), "command": command, "machine": machine(), **results}, indent=2)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text + "\n")
-    sys.stdout.write(text + "\n")
+    harness.write(options.out, results, show=True)
 
 
 if __name__ == "__main__":

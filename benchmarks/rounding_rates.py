@@ -8,15 +8,12 @@ not used for learning. Writes benchmarks/results/rounding-rates-<model>.json; wh
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 
 from difloat import api, run
@@ -29,7 +26,6 @@ from difloat.plan.encode import dequantize
 from difloat.plan.rules import MIN_MAX, Draft, Rule, asymmetric_integers, draft_layer
 from difloat.recipes import lbfp
 from difloat.reference_models import NAMES
-from difloat.report import render
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)  # scale-aware variables are in units of the weight
@@ -56,18 +52,12 @@ GRIDS = {
 
 def main() -> None:
     """Run the sweep and write the result."""
-    sys.path.remove(
-        str(Path(__file__).resolve().parent)
-    )  # kernels.py here is not the package that transformers looks for
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__, threads=harness.all_threads())
     parser.add_argument("--model", choices=NAMES, default="emoji-pixart")
     parser.add_argument("--blocks", type=int, default=4, help="blocks of the model, evenly spaced")
     parser.add_argument("--iterations", type=int, default=RoundingSettings.iterations)
     parser.add_argument("--rows", type=int, default=192, help="calibration rows; a third is held out")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    arguments = parser.parse_args()
+    arguments = harness.arguments(parser)
     torch.set_num_threads(arguments.threads)
     pipeline = run.load_pipeline(arguments.model)
     guidance, call = run.call_of(arguments.model, None)
@@ -81,9 +71,8 @@ def main() -> None:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     cut = 2 * len(order) // 3
     splits = [order[:cut], order[cut:]]
-    out = Path(__file__).parent / "results" / f"rounding-rates-{arguments.model}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(out.read_text())["held_out_error_over_nearest"] if out.exists() else {}
+    out = harness.RESULTS / f"rounding-rates-{arguments.model}.json"
+    known = harness.stored(out).get("held_out_error_over_nearest", {})
     results = {
         name: {
             str(rate): known.get(name, {}).get(str(rate))
@@ -92,13 +81,7 @@ def main() -> None:
         }
         for name, grid in GRIDS.items()
     }
-    facts = {
-        **vars(arguments),
-        "machine": render.machine(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-    out.write_text(json.dumps({**facts, "held_out_error_over_nearest": results}, indent=1) + "\n")
-    sys.stdout.write(json.dumps(results, indent=1) + "\n")
+    harness.write(out, {**vars(arguments), "held_out_error_over_nearest": results}, show=True)
 
 
 def sweep(

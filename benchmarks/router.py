@@ -9,10 +9,11 @@ format was chosen, and how many layers use which adapter at how many timesteps. 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from pathlib import Path
+
+import harness
 
 from difloat.report import build, figures
 from difloat.report.record import Record
@@ -47,14 +48,10 @@ def described(found: Record) -> str:
 
 def main() -> None:
     """Read, print, draw."""
-    # kernels.py here is not the package that transformers looks for
-    sys.path.remove(str(Path(__file__).resolve().parent))
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("figure", type=Path, help="an SVG file")
-    arguments = parser.parse_args()
+    arguments = harness.arguments(parser)
     found, *_ = build.read(arguments.checkpoint)
     sys.stdout.write(described(found))
     if found.adapters is not None:

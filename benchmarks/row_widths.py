@@ -9,15 +9,11 @@ search of ranges further inside brings at few bits, on Laplacian rows. Writes be
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, get_args
 
+import harness
 import torch
 
 from difloat import api, run
@@ -27,7 +23,6 @@ from difloat.numbers import formats
 from difloat.numbers.search import OFFSETS, SHRUNK
 from difloat.plan.rules import MIN_MAX, Bits, Rule, asymmetric_integers
 from difloat.reference_models import NAMES
-from difloat.report import render
 
 ROW_VALUES = 1008
 RANGES = {
@@ -40,17 +35,11 @@ RANGES = {
 
 def main() -> None:
     """Decide for every setting and write what came out."""
-    # kernels.py here is not the package that transformers looks for
-    sys.path.remove(str(Path(__file__).resolve().parent))
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__, threads=harness.all_threads())
     parser.add_argument("--model", choices=NAMES, default="emoji-unet")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--samples", type=int, default=256, help="calibration rows")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = harness.arguments(parser)
     pipeline = run.load_pipeline(arguments.model)
     guidance, call = run.call_of(arguments.model, None)
     data = api.calibrate(
@@ -72,15 +61,11 @@ def main() -> None:
     }
     facts = {
         **vars(arguments),
-        "machine": render.machine(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "rows_with_the_step_before": sum(before is not None for before in data.before) / len(data),
         "laplacian_rows": {f"uint{bits}": ranges(bits) for bits in (1, 2, 3, 4)},
         "decisions": decisions,
     }
-    out = Path(__file__).parent / "results" / f"row-widths-{arguments.model}.json"
-    out.write_text(json.dumps(facts, indent=1) + "\n")
-    sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+    harness.write(harness.RESULTS / f"row-widths-{arguments.model}.json", facts, show=True)
 
 
 def decide(task: Task, criterion: Criterion, rule_of: Any) -> dict[str, float]:

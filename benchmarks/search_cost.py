@@ -10,11 +10,10 @@ squared error the first loses.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Iterator
 
+import harness
 import torch
 from torch import Tensor
 
@@ -29,19 +28,16 @@ _BITS, _GROUPS = (3, 4, 6, 8), (0, 128, 32)
 
 
 def main() -> None:
-    """Measure and print one JSON object."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure, write and print one JSON object."""
+    parser = harness.parser(__doc__, threads=1, out=harness.RESULTS / "search_cost.json")
     parser.add_argument("--models", nargs="*", default=list(reference_models.NAMES))
-    models = parser.parse_args().models
-    torch.set_num_threads(1)
+    options = harness.arguments(parser)
     result = {
-        f"{bits} bits, {f'groups of {size}' if size else 'per channel'}": compared(models, bits, size)
+        f"{bits} bits, {f'groups of {size}' if size else 'per channel'}": compared(options.models, bits, size)
         for bits in _BITS
         for size in _GROUPS
     }
-    print(json.dumps(result, indent=1))
+    harness.write(options.out, {"searches": result}, show=True)
 
 
 def weights(models: list[str]) -> Iterator[Tensor]:

@@ -8,26 +8,20 @@ and writes benchmarks/results/smoothing-cost.json.
 
 from __future__ import annotations
 
-import json
-import statistics
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import harness
 import torch
-from quantization_time import commit
 from torch import nn
 
 from difloat.layers import install
 from difloat.numbers import formats
 from difloat.plan.encode import plan_layer
 from difloat.plan.specs import Part, QuantSpec
-from difloat.report import render
 
-OUT = Path(__file__).parent / "results/smoothing-cost.json"
-REPEATS = 30
+WARMUP, REPEATS = 3, 30
 CASES = {
     "linear 1152 -> 1152, 2048 tokens": ((1152, 1152), (2048, 1152)),
     "linear 1152 -> 4608, 2048 tokens": ((4608, 1152), (2048, 1152)),
@@ -71,31 +65,20 @@ def measured(shape: tuple[int, ...], x_shape: tuple[int, ...]) -> dict[str, Any]
     if x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)
     models = {"plain": layer_of(shape, False), "scaled": layer_of(shape, True)}
-    times: dict[str, list[float]] = {name: [] for name in models}
+    calls = {name: partial(model, x) for name, model in models.items()}
     with torch.no_grad():
-        for repeat in range(REPEATS + 3):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(x)
-                if repeat >= 3:
-                    times[name].append(time.perf_counter() - start)
-    medians = {f"{name}_s": statistics.median(found) for name, found in times.items()}
-    return {**medians, "ratio": medians["scaled_s"] / medians["plain_s"]}
+        harness.interleaved(calls, WARMUP)
+        found = harness.medians(harness.interleaved(calls, REPEATS))
+    return {"plain_s": found["plain"], "scaled_s": found["scaled"], "ratio": found["scaled"] / found["plain"]}
 
 
 def main() -> None:
     """Measure all cases."""
-    # kernels.py here is not the package that transformers looks for
-    sys.path.remove(str(Path(__file__).resolve().parent))
+    options = harness.arguments(harness.parser(__doc__, out=harness.RESULTS / "smoothing-cost.json"))
     results = {name: measured(*shapes) for name, shapes in CASES.items()}
     for name, found in results.items():
         print(f"{name}: {found['ratio']:.3f}")
-    facts = {
-        "commit": commit(),
-        "machine": render.machine(),
-        "command": "python benchmarks/smoothing_cost.py",
-    }
-    OUT.write_text(json.dumps({**facts, "layers": results}, indent=1) + "\n")
+    harness.write(options.out, {"layers": results})
 
 
 if __name__ == "__main__":

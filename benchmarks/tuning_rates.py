@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 
 from difloat import api
@@ -33,7 +32,6 @@ from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits
 from difloat.recipes import mpqdm, msfp
 from difloat.reference_models import NAMES
-from difloat.report import render
 
 RUNS: list[dict[str, Any]] = [
     *({"adapter_rate": rate} for rate in (0.0004, 0.004, 0.01, 0.03, 0.1, 0.3)),
@@ -49,27 +47,21 @@ STARTS: dict[str, Callable[[Task], Outcome]] = {
 
 def main() -> None:
     """Run what is missing and write the result."""
-    sys.path.remove(
-        str(Path(__file__).resolve().parent)
-    )  # kernels.py here is not the package that transformers looks for
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__, threads=harness.all_threads())
     parser.add_argument("--model", choices=NAMES, default="emoji-unet")
     parser.add_argument("--bits", default="w4a4")
     parser.add_argument("--recipe", choices=STARTS, default="msfp", help="whose plan is tuned")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rows", type=int, default=384, help="calibration rows; a third is held out")
     parser.add_argument("--runs", nargs="+", type=int, help="only these runs, counted from 0")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    out = Path(__file__).parent / "results" / f"tuning-rates-{arguments.model}.json"
-    results = json.loads(out.read_text()) if out.exists() else {}
+    arguments = harness.arguments(parser)
+    out = harness.RESULTS / f"tuning-rates-{arguments.model}.json"
+    results = harness.stored(out)
     train, held_out = split(arguments)
     model = train.model
     outcome = STARTS[arguments.recipe](train)
     before = error(model, outcome, held_out)
+    alike = dict.fromkeys(train.calibration.timesteps, 1.0)
     for number, run in enumerate(RUNS):
         start = {} if arguments.recipe == "msfp" else {"recipe": arguments.recipe}
         name = json.dumps({**start, "bits": arguments.bits, "epochs": arguments.epochs, **run})
@@ -80,17 +72,15 @@ def main() -> None:
         settings = replace(TrainingSettings(epochs=arguments.epochs), **rates)
         eight = (n for n, plan in outcome.layers.items() if plan.parts[0].weight.format.bits == 8)
         kept = tuple(outcome.measured.get("kept_8bit", eight))
-        tuned = tune(train, outcome, Tuning(settings, 1, 32, 0.0, kept, by_timestep))
+        tuned = tune(train, outcome, Tuning(settings, 1, 32, alike, kept, by_timestep))
         result = {
             "held_out_error_over_untrained": error(model, tuned, held_out) / before,
             "losses": tuned.measured["losses"],
             "seconds": tuned.measured["seconds"]["fine-tune"],
             "settings": asdict(settings),
-            "machine": render.machine(),
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            **harness.facts(),
         }
-        there = json.loads(out.read_text()) if out.exists() else {}  # another process may run other rates
-        out.write_text(json.dumps({**there, name: result}, indent=1) + "\n")
+        harness.add(out, {name: result})  # another process may run other rates
         sys.stderr.write(f"{name}: {result['held_out_error_over_untrained']:.4f}\n")
 
 

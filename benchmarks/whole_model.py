@@ -15,19 +15,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
-from quantization_time import ROOT, commit, machine
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -178,23 +175,6 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for m in found for tensor in [*m.parameters(), *m.buffers()])
 
 
-def timed(ways: dict[str, Callable[[], Tensor]], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every variant and repetition, interleaved; ends early when the budget is spent."""
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    names, begin = list(ways), time.perf_counter()
-    for turn in range(options.repeats):
-        for way in names[turn % len(names) :] + names[: turn % len(names)]:
-            time.sleep(0.05)
-            start = time.perf_counter()
-            ways[way]()
-            times[way].append(time.perf_counter() - start)
-        spent = time.perf_counter() - begin
-        sys.stderr.write(f"repetition {turn + 1} of {options.repeats}, {spent:.0f} s\n")
-        if spent * (turn + 2) / (turn + 1) > options.budget_s:
-            break
-    return times
-
-
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One model: times of all variants, distances of their outputs from float32 or bfloat16, bytes."""
     with _NoInitialization():
@@ -206,7 +186,15 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     for way, run in ways.items():  # the untimed first call
         outputs[way] = run().float()
         sys.stderr.write(f"{name}: {way} runs\n")
-    times = timed(ways, options)
+    times = harness.interleaved(
+        ways,
+        options.repeats,
+        pause_s=0.05,
+        budget_s=options.budget_s,
+        after_turn=lambda turn, spent: sys.stderr.write(
+            f"repetition {turn} of {options.repeats}, {spent:.0f} s\n"
+        ),
+    )
     base, half = outputs.get("torch fp32", outputs["torch bf16"]), statistics.median(times["torch bf16"])
     rows = {}
     for way, found in times.items():
@@ -238,25 +226,15 @@ def profile(name: str, options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run, print and write."""
-    sys.path.remove(
-        str(Path(__file__).resolve().parent)
-    )  # kernels.py here is not the package that transformers looks for
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__, threads=2, repeats=5, out=harness.RESULTS / "whole_model.json")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5, help="the median counts")
     parser.add_argument(
         "--budget-s", type=float, default=900.0, help="per model: no further repetition after it"
     )
     parser.add_argument("--profile", action="store_true", help="print where the time goes instead")
     parser.add_argument("--layers", type=int, help="fewer blocks, for a quick look")
     parser.add_argument("--no-float", action="store_true", help="leave float32 out")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/whole_model.json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    options = harness.arguments(parser)
     if options.profile:
         with torch.no_grad():
             for name in options.models:
@@ -265,10 +243,7 @@ def main() -> None:
     with torch.no_grad():
         models = [measure(name, options) for name in options.models]
     if options.layers is None:
-        command = " ".join(["python", "benchmarks/whole_model.py", *sys.argv[1:]])
-        result = {"commit": commit(), "command": command, "machine": machine(), "models": models}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        harness.write(options.out, {"models": models})
 
 
 if __name__ == "__main__":

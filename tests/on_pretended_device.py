@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 import difloat
 import pretend_device
-from difloat import api, devices, evaluation, recipes
+from difloat import api, checkpoint, cli, devices, evaluation, recipes
 from difloat.evaluation import picture_metrics
 from difloat.kernels import dispatch
 from difloat.numbers import formats, search
@@ -188,3 +189,52 @@ def test_offloaded_models_are_not_moved_away(pretended: torch.device) -> None:
         ValueError, match="^an offloaded model must stay on the device that it is offloaded from, cpu"
     ):
         devices.move(model, pretended)
+
+
+@pytest.mark.usefixtures("same_arithmetic")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_commands_compute_on_the_device_they_are_told(
+    pretended: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, made = tmp_path / "source", tmp_path / "made"
+    tiny_pixart().save_pretrained(source)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    real = checkpoint.save
+
+    def save(pipeline: Any, directory: Path, **options: Any) -> Path:
+        assert {tensor.device for tensor in pipeline.transformer.parameters()} == {pretended}
+        # `empty_layers.as_stored` tells other names of a packed weight by its address, and pretended tensors have none.
+        saved = real(pipeline.to("cpu"), directory, **options)
+        pipeline.to(pretended)
+        return saved
+
+    def command(*words: object) -> None:
+        common = ["--steps", 2, "--prompts", tmp_path / "prompts.txt", "--device", pretended]
+        common += ["--call", "use_resolution_binning=false"]
+        monkeypatch.setattr("sys.argv", ["difloat", *map(str, [*words, *common])])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code, words
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    quick = ["--samples", 8, "--images"]
+    command("quantize", source, made, *quick, 2, "--recipe", "rtn", "--set", "activation=static")
+    command("repair", source, made, tmp_path / "repaired", *quick, 0, "--epochs", 1, "--rank", 2, "--no-dfa")
+    devices_of_calls: set[torch.device] = set()
+
+    def note(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        devices_of_calls.add((args[0] if args else kwargs["hidden_states"]).device)
+
+    monkeypatch.setattr(type(tiny_pixart().transformer), "__call__", _noting(note))
+    command("generate", made, tmp_path / "drawn", "--count", 1)
+    command("evaluate", source, made, "--samples", 2)
+    command("diagnose", source, made, "--samples", 2, "--images", 1)
+    assert devices_of_calls == {pretended}
+
+
+def _noting(note: Any) -> Any:
+    def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        note(module, args, kwargs)
+        return torch.nn.Module.__call__(module, *args, **kwargs)
+
+    return call

@@ -16,6 +16,7 @@ import difloat
 from difloat import recipes
 from difloat.calibration.collect import CalibrationSettings, collect_from_loop
 from difloat.layers import install
+from difloat.layers.exclude import Exclusion
 from difloat.methods import mixed_rows
 from difloat.methods.mixed_rows import (
     Allocation,
@@ -335,7 +336,7 @@ def test_mixed_layers_compute_with_their_dequantized_weight() -> None:
 
 
 def test_excluded_layers_take_no_part_and_formats_are_those_of_the_target() -> None:
-    task = prepared("w4a8", exclude=("linear",), target="cpu")
+    task = prepared("w4a8", exclude=Exclusion(("linear",), frozenset({"linear"})), target="cpu")
     found = mixed_rows.allocate(task, lambda bits: floating_grids(bits, "channel"), AllocationSettings())
     assert set(found) == {"conv", "grouped"}
     chosen = [

@@ -12,7 +12,7 @@ import difloat
 from difloat import api
 from difloat.checkpoint import data_free
 from difloat.layers import packed
-from tiny import tiny_ddim, tiny_pixart
+from tiny import PROMPTS, tiny_ddim, tiny_pixart
 
 FAST = {"rounding": "nearest", "weight_granularity": "tensor", "progress": False}
 
@@ -219,3 +219,43 @@ def test_a_channels_last_model_learns_rounding_as_any_other() -> None:
         for n in one.layers
     ]
     assert min(same) > 0.8 and any(m.weight.stride(1) == 1 for m in packed.quantizable(last.unet).values())
+
+
+@pytest.mark.parametrize("recipe", ["lbfp", "guided"])
+def test_rows_that_memory_does_not_hold_are_said_and_stored(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast = {"samples": 8, "steps": 2, "iterations": 2, "rounding_rows": 8, "rounding": "learned"}
+    fast |= {"epochs": 0} if recipe == "guided" else {}
+    call = {"use_resolution_binning": False}
+
+    def made(memory_bytes: int) -> tuple[int, str]:
+        plan = difloat.plan(
+            tiny_pixart(),
+            recipe,
+            "w4a8",
+            prompts=PROMPTS,
+            call_kwargs=call,
+            memory_bytes=memory_bytes,
+            **fast,
+        )
+        return plan.options["rounding_rows"], capsys.readouterr().err
+
+    rows, said = made(1 << 20)
+    assert rows == 8 and "--memory-mb" not in said
+    rows, said = made(100_000)
+    assert (
+        1 <= rows < 8
+        and f"rounding is learned on {rows} of 8 rows" in said
+        and "--memory-mb 1 holds all" in said
+    )
+
+
+def test_models_of_dtypes_that_do_not_fit_are_named() -> None:
+    pipeline = tiny_pixart()
+    pipeline.transformer.transformer_blocks[1].bfloat16()
+    with pytest.raises(ValueError, match="must compute in one dtype") as caught:
+        difloat.plan(pipeline, "lbfp", prompts=PROMPTS, samples=4, steps=2, **FAST)
+    assert "float32 in text_encoder" in str(caught.value) and "bfloat16 and float32 in transformer" in str(
+        caught.value
+    )

@@ -13,6 +13,7 @@ from difloat.layers import attention
 from difloat.numbers.formats import parse
 from difloat.plan.scales import fake_quantize
 from difloat.plan.specs import AttentionPlan
+from difloat.plan.validation import read
 from tiny import tiny_pixart
 
 OPERANDS, MAP = AttentionPlan(parse("e2m3")), AttentionPlan(None, parse("ue4m4"))
@@ -114,7 +115,7 @@ def test_bad_plans_are_refused() -> None:
     with pytest.raises(ValueError, match="must be unsigned, got e2m1"):
         AttentionPlan(None, parse("e2m1"))
     with pytest.raises(ValueError, match="and no others, got"):
-        AttentionPlan.from_json({"operands": "e2m3"})
+        read(AttentionPlan, {"operands": "e2m3"})
     with pytest.raises(ValueError, match="'proj_out' is no attention"):
         attention.install(tiny_pixart().transformer, {"proj_out": OPERANDS})
     with pytest.raises(ValueError, match="dropout must be 0"):

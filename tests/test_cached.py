@@ -18,6 +18,7 @@ import difloat
 from difloat.cache_entries import CacheWarning, read_entry, write_atomically, write_entry
 from difloat.calibration.collect import CalibrationSettings, collect
 from difloat.plan.plan import Plan
+from difloat.plan.validation import plain
 from test_calibration import PROMPTS, DotPipeline
 from test_finetune import Denoiser, sample_with
 
@@ -36,7 +37,7 @@ def made(cache: Path) -> Plan:
 
 def same(one: Plan, two: Plan) -> bool:
     return one.layers.keys() == two.layers.keys() and all(
-        layer.to_json() == two.layers[name].to_json()
+        plain(layer) == plain(two.layers[name])
         and all(torch.equal(tensor, two.layers[name].tensors[key]) for key, tensor in layer.tensors.items())
         for name, layer in one.layers.items()
     )

@@ -17,12 +17,15 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from difloat import cli
+from difloat import cli, sources
 from difloat import run as study
+from difloat.cache_entries import CacheWarning
 from difloat.checkpoint import CheckpointError, directories
+from difloat.evaluation import kept_pictures
 from difloat.kernels.dispatch import use_backend
 from difloat.recipes import RECIPES
 from difloat.report import build
@@ -154,8 +157,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, source: Path, tmp_
         "lbfp w4a8",
         "iterations=2",
         "27 layers",
-        "MB packed",
-        "MB as it is",
+        "kB packed",
+        "kB as it is",
         "full-precision pictures of",
         "learned rounding",
         "4 bits per tensor",
@@ -269,6 +272,34 @@ def test_layers_with_two_weights_are_not_kept_at_more_bits(run: Run, source: Pat
         assert max(histogram.grid) - min(histogram.grid) < 1.3 * (histogram.edges[-1] - histogram.edges[0])
 
 
+@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize("images", [0, 2])
+def test_files_keep_the_dtype_they_came_with_whatever_computes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bfloat16: bool, images: int
+) -> None:
+    """Calibrated on a CPU, which computes float16 in another dtype; the autoencoder is kept in float32."""
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    pipeline = tiny_pixart()
+    pipeline.transformer.half(), pipeline.text_encoder.half()
+    pipeline.save_pretrained(plain)
+    monkeypatch.setattr(sources, "_computes_bfloat16", lambda: bfloat16)
+    result = run("quantize", plain, out, "--images", images, "--dtype", "auto", *FAST)
+    assert result.code == 0, result.err
+    for file in plain.rglob("*.safetensors"):
+        before, after = load_file(file), load_file(out / file.relative_to(plain))
+        kept = {
+            name for name in before.keys() & after.keys() if after[name].dtype != torch.uint8
+        }  # not codes
+        assert kept >= before.keys() if "transformer" not in file.parts else len(kept) > 10
+        assert all(
+            before[name].dtype == after[name].dtype and before[name].equal(after[name]) for name in kept
+        )
+        if "transformer" not in file.parts:
+            assert (out / file.relative_to(plain)).stat().st_size <= file.stat().st_size + 64
+    assert run("verify", out).code == 0
+    assert len(json.loads((out / "report.json").read_text())["quality"]) > 2 * bool(images) - 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_checkpoints_in_half_precision(run: Run, tmp_path: Path, dtype: torch.dtype) -> None:
     """As fine-tuned models are shipped; transformers and diffusers each load them in another dtype."""
@@ -284,6 +315,21 @@ def test_checkpoints_in_half_precision(run: Run, tmp_path: Path, dtype: torch.dt
     assert {pipeline.text_encoder.dtype, pipeline.vae.dtype, pipeline.unet.conv_norm_out.weight.dtype} == {
         expected
     }
+
+
+def test_a_full_accelerator_says_what_to_set(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(PixArtTransformer2DModel, "forward", full)
+    cache = tmp_path / "cache"
+    result = run(
+        "quantize", source, tmp_path / "out", "--call", "clean_caption=false", "--cache", cache, *FAST
+    )
+    refused(result, "memory of the accelerator", "--memory-mb", "--batch 1", "--call height=256", "--cache")
+    assert cache.is_dir() and not (tmp_path / "out").exists()
 
 
 def test_what_nobody_foresaw_is_neither_a_gate_nor_bad_input(
@@ -432,7 +478,7 @@ def test_full_memory_is_one_sentence(
 ) -> None:
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 3 TB")):
 
-        def fill(*_: object, error: BaseException = error) -> None:
+        def fill(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
         monkeypatch.setattr(study, "load_pipeline", fill)
@@ -524,6 +570,106 @@ def test_report_makes_the_same_page_again(run: Run, checkpoint: Path) -> None:
     page.unlink()
     result = run("report", checkpoint)
     assert result.code == 0 and str(page) in result.out.replace(" ", "") and page.read_bytes() == before
+
+
+def test_report_draws_pictures_later_in_pieces_and_goes_on_where_it_was_killed(
+    run: Run, source: Path, copy_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, cache = tmp_path / "out", tmp_path / "cache"
+    rtn = ["--recipe", "rtn", "--bits", "w4a8", "--images", 0, "--steps", 2]
+    assert run("quantize", source, checkpoint, *rtn).code == 0
+    other, before = copy_of(checkpoint), (checkpoint / "report.json").read_bytes()
+    words = [source, "--images", 5, "--steps", 2, "--batch", 2, "--cache", cache]
+    draw, drawn = kept_pictures.generate, []
+
+    def breaking(pipeline, *arguments, **options):
+        drawn.append(options["seeds"])
+        if len(drawn) == 4:  # the first batch of the quantized model; three are of full precision
+            raise ValueError("the light must stay on, got darkness")
+        return draw(pipeline, *arguments, **options)
+
+    monkeypatch.setattr(kept_pictures, "generate", breaking)
+    broken = run("report", words[0], checkpoint, *words[1:])
+    assert broken.code == 2 and "the light must stay on" in broken.err
+    assert (checkpoint / "report.json").read_bytes() == before and run("verify", checkpoint).code == 0
+    assert drawn == [[0, 1], [2, 3], [4], [0, 1]] and len(list(cache.glob("picture-*"))) == 5
+    done = run("report", words[0], checkpoint, *words[1:])
+    assert done.code == 0 and drawn[4:] == [[0, 1], [2, 3], [4]] and "5 of 5 pictures are kept in" in done.err
+    assert [
+        path.name for path in cache.iterdir() if path.is_dir()
+    ] == []  # the checkpoint's own are in the report now
+    assert run("report", words[0], other, *words[1:], "--cache", tmp_path / "empty").code == 0
+    kept, anew = (json.loads((out / "report.json").read_text()) for out in (checkpoint, other))
+    assert (
+        kept["quality"] == anew["quality"]
+        and kept["trajectory"] == anew["trajectory"]
+        and kept["samples"] == 5
+    )
+    assert all(
+        (left == right).all()
+        for left, right in zip(build.read(checkpoint)[1:], build.read(other)[1:], strict=True)
+    )
+    assert len(build.read(checkpoint)[1]) == 5 and b"PSNR" in (checkpoint / "report.html").read_bytes()
+
+
+def test_kept_pictures_are_of_one_model_and_one_call_only(tmp_path: Path) -> None:
+    pipeline = tiny_pixart()
+    call = {"steps": 3, "call_kwargs": {"use_resolution_binning": False}, "progress": False}
+
+    def files() -> int:
+        return len(list(tmp_path.iterdir()))
+
+    first = kept_pictures.draw_kept(pipeline, PROMPTS, tmp_path, seeds=[0, 1], **call)
+    damaged = next(tmp_path.iterdir())
+    assert files() == 2
+    again = kept_pictures.draw_kept(pipeline, PROMPTS, tmp_path, seeds=[0, 1], **call)
+    assert files() == 2 and again.images.equal(first.images) and again.latents.equal(first.latents)
+    assert again.timesteps == first.timesteps and again.seconds == pytest.approx(first.seconds)
+    kept_pictures.draw_kept(pipeline, PROMPTS, tmp_path, seeds=[0, 1], **{**call, "steps": 2})
+    assert files() == 4
+    kept_pictures.draw_kept(pipeline, PROMPTS[1:], tmp_path, seeds=[0, 1], **call)
+    assert files() == 6
+    kept_pictures.draw_kept(pipeline, PROMPTS, tmp_path, seeds=[0, 1], guidance_scale=3.0, **call)
+    assert files() == 8
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias[3] += 1e-3  # one value of all
+    changed = kept_pictures.draw_kept(pipeline, PROMPTS, tmp_path, seeds=[0, 1], **call)
+    assert files() == 10 and not changed.images.equal(first.images)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.warns(CacheWarning, match="damaged"):
+        same = kept_pictures.draw_kept(tiny_pixart(), PROMPTS, tmp_path, seeds=[0, 1], **call)
+    assert files() == 10 and same.images.equal(first.images)
+
+
+def test_a_model_is_quantized_from_disk_to_disk(run: Run, source: Path, tmp_path: Path) -> None:
+    rtn = ["quantize", source, tmp_path / "out", "--recipe", "rtn", "--offload", "disk"]
+    result = run(*rtn)
+    assert result.code == 0 and "layers quantized" in result.out, result
+    assert run("verify", tmp_path / "out").code == 0
+    assert (
+        run(
+            "report", source, tmp_path / "out", "--images", 2, "--steps", 2, "--cache", tmp_path / "kept"
+        ).code
+        == 0
+    )
+    refused(run(*rtn), "--overwrite")
+    other = ["quantize", source, tmp_path / "other"]
+    refused(run(*other, "--offload", "disk"), "must need no data to be streamed")
+    refused(run(*other, "--recipe", "rtn", "--offload", "cpu"), "--offload must be disk or none")
+    refused(run(*other, "--recipe", "rtn", "--offload", "disk", "--images", 2), "without --images")
+    assert not (tmp_path / "other").exists()
+
+
+def test_pictures_are_drawn_later_only_with_both_models_of_one_kind(
+    run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    refused(run("report", checkpoint, "--images", 2), "drawn with two models")
+    other = tmp_path / "other"
+    tiny_unet().save_pretrained(other)
+    refused(
+        run("report", other, checkpoint, "--images", 2), "must be the pipeline", "PixArtTransformer2DModel"
+    )
+    refused(run("report", other, tmp_path), "report.json")
 
 
 def test_verify_proves_a_checkpoint_and_names_what_was_tampered_with(
@@ -779,7 +925,7 @@ def test_export_validate_import(run: Run, source: Path, checkpoint: Path, tmp_pa
     bad = run("validate", file)
     assert bad.code == 1 and "weight_scale_2 must be beside the weight, but is missing" in bad.out
     refused(run("export", checkpoint, tmp_path / "no", "--to", "nvfp4"), "without loss", "--bits w4a16")
-    refused(run("export", own, tmp_path / "no", "--to", "gguf"), "one of nvfp4, fp8, mxfp4, comfy")
+    refused(run("export", own, tmp_path / "no", "--to", "onnx"), "one of nvfp4, fp8, mxfp4, comfy")
     refused(run("import", file, tmp_path / "no", "--from", "nvfp4", "--into", source), "weight_scale_2")
     refused(run("validate", tmp_path / "no"), "does not exist")
     assert not (tmp_path / "no").exists()

@@ -15,6 +15,7 @@ import difloat
 from difloat import checkpoint, components
 from difloat.checkpoint import data_free
 from difloat.layers.packed import QuantizedLayer
+from difloat.plan.rules import Bits
 from tiny import tiny_pixart, tiny_unet, tiny_vae
 
 SAMPLING = {"samples": 8, "steps": 2, "prompts_per_batch": 2, "progress": False}
@@ -83,7 +84,7 @@ def test_components_must_be_models_of_the_pipeline_with_its_denoiser() -> None:
 
 def test_a_plan_for_another_pipeline_changes_nothing() -> None:
     pipeline = tiny_unet()
-    settings = components.parse(pipeline, ["unet", "text_encoder"], "w4a8")
+    settings = components.parse(pipeline, {"unet": None, "text_encoder": None}, Bits(4, 8))
     plan = components.with_components(difloat.Plan("rtn", "w4a8", {}), pipeline, settings, progress=False)
     other = tiny_pixart()
     with pytest.raises(ValueError, match="plan must fit the model"):

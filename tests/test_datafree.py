@@ -44,10 +44,10 @@ def test_bad_settings_are_refused_in_one_sentence(values, message) -> None:
 
 
 def test_widths_follow_from_formats() -> None:
-    assert (settings().widths().weight, settings().widths().activation) == (4, 8)
-    found = settings(weights="e3m2", activations="e2m3").widths()
+    assert (settings().widths.weight, settings().widths.activation) == (4, 8)
+    found = settings(weights="e3m2", activations="e2m3").widths
     assert (found.weight, found.activation) == (6, 6)
-    assert settings(bits="w3a16").widths().activation is None
+    assert settings(bits="w3a16").widths.activation is None
 
 
 def test_blocks_are_quantized_and_what_a_model_has_once_is_kept(unet) -> None:

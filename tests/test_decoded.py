@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import mixed_rows
 from difloat.cli import kernel_summary
-from difloat.kernels import derived, dispatch, native_decode, reference
+from difloat.kernels import dispatch, native_decode, reference
 from difloat.layers import install
 from difloat.numbers.formats import parse
 from difloat.plan.encode import plan_layer
@@ -175,40 +177,80 @@ def allowed(monkeypatch):
     native_decode.allowed_bytes.cache_clear()
 
 
-def test_decoded_weights_are_kept_as_far_as_allowed(allowed, generator, monkeypatch) -> None:
-    before = derived.bytes_of("decoded")
-    first, second = (arguments((300, 500), Part(500, WEIGHTS[2], None), generator) for _ in range(2))
-    x = torch.randn(4, 500, generator=generator)
-    allowed("1")  # 600,000 bytes each
-    for found in (first, second):
-        one, other = both(compute, x, *found)
+def installed(spec: QuantSpec, generator: torch.Generator) -> nn.Module:
+    """A layer of 500 to 300 channels whose inputs stay floats: 600,000 bytes decoded."""
+    model, part = nn.Sequential(nn.Linear(500, 300)), Part(500, spec)
+    weight = torch.randn(300, 500, generator=generator)
+    install.install(model, "0", plan_layer(weight, [part], [weight.abs().amax(1) / spec.format.max]))
+    return model
+
+
+def both_layers(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    results = []
+    with torch.no_grad():
+        for name in ("reference", "decoded", "decoded"):
+            with dispatch.use_backend(name):
+                results.append(model(x))
+                model(x)  # prepared now
+                results.append(model(x))
+    assert torch.equal(results[1], results[0]) and torch.equal(results[3], results[5])
+    return results[0], results[3]
+
+
+def test_decoded_weights_are_kept_as_far_as_allowed(allowed, generator) -> None:
+    before = native_decode.kept_bytes()
+    allowed("1")
+    first, second = installed(WEIGHTS[2], generator), installed(WEIGHTS[2], generator)
+    x, kept = torch.randn(4, 500, generator=generator), []
+    with torch.no_grad(), dispatch.use_backend("decoded"):
+        for model in (first, second, first):
+            result = model(x)
+            kept.append(native_decode.kept_bytes() - before)
+            assert torch.equal(result, model(x))
+    assert kept == [600_000] * 3  # the second had no room
+    with torch.no_grad():
+        for model in (first, second):
+            one, other = both_layers(model, x)
+            assert torch.equal(one, other)
+        first[0].weight.random_(generator=generator)  # loaded again in place
+        one, other = both_layers(first, x)
         assert torch.equal(one, other)
-    assert derived.bytes_of("decoded") - before == 300 * 500 * 4
-    made = []
-    decode_into = native_decode._decode_into
-    monkeypatch.setattr(native_decode, "_decode_into", lambda *a: (made.append(1), decode_into(*a)))
-    for found in (first, second):
-        one, other = both(compute, x, *found)
-        assert torch.equal(one, other)
-    assert len(made) == 1  # the second layer had no room
-    first[0][0].random_(generator=generator)  # loaded again in place
-    one, other = both(compute, x, *first)
-    assert torch.equal(one, other) and len(made) == 2
-    for tensors, _ in (first, second):
-        tensors.clear()
-    del found
-    assert derived.bytes_of("decoded") == before
+    del first, second, model
+    gc.collect()
+    assert native_decode.kept_bytes() == before
+
+
+def test_a_kept_weight_is_decoded_once(allowed, generator, monkeypatch) -> None:
+    allowed("1")
+    model, x, calls = installed(WEIGHTS[0], generator), torch.randn(4, 500, generator=generator), []
+    decoding = native_decode._decoding
+
+    def counted(*arguments: object) -> object:
+        decode = decoding(*arguments)
+        return lambda: (calls.append(1), decode())[1]
+
+    monkeypatch.setattr(native_decode, "_decoding", counted)
+    with torch.no_grad(), dispatch.use_backend("decoded"):
+        for _ in range(5):
+            model(x)
+        assert len(calls) == 1
+        model[0].weight_scale.mul_(2)
+        twice = model(x)
+    assert len(calls) == 2
+    with torch.no_grad(), dispatch.use_backend("reference"):
+        assert torch.equal(model(x), twice)
 
 
 def test_kept_rows_of_several_widths_are_the_reference(allowed, generator) -> None:
     allowed("10")
     specs = [mixed_rows.spec_of("e2m1"), mixed_rows.spec_of("e4m3")]
     weight = mixed_rows.mixed((24, 48), specs, (10, 14), generator, activation=None).joined.weight()
-    x, before = torch.randn(3, 48, generator=generator), derived.bytes_of("decoded")
+    x, before = torch.randn(3, 48, generator=generator), native_decode.kept_bytes()
     expected = reference.linear(x, weight, Inputs(), None)
+    call = native_decode.prepared_linear(weight, torch.float32)
     for _ in range(2):
-        assert torch.equal(native_decode.linear(x, weight, Inputs(), None), expected)
-    assert derived.bytes_of("decoded") - before == 24 * 48 * 4
+        assert torch.equal(call(x, None, None, None), expected)
+    assert native_decode.kept_bytes() - before == 24 * 48 * 4
 
 
 def test_a_limit_that_is_no_number_is_refused(allowed) -> None:

@@ -9,7 +9,6 @@ import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -288,7 +287,7 @@ def in_two_ways() -> dict[str, Student]:
     task = replace(task, calibration=Guided(task.calibration))
     student = student_of(task, plans, adapters=1)
     relations = RelationLoss(task, student, RelationSettings(every=1, module="conv_in"))
-    settings = replace(SETTINGS, guidance_weight=20.0, rows=6)
+    settings = replace(SETTINGS, guidance_weight=20.0, rows=6, accumulation=2)
     train(task, student, settings, dict.fromkeys(student.grid, 1.0), relations)
     return {"plain": plain, "all": student}
 
@@ -472,8 +471,7 @@ def test_pairs_of_guidance_enter_the_loss_once(conditional: int) -> None:
     task = prepared()[0]
     task = replace(task, calibration=Guided(task.calibration, conditional))
     settings = replace(SETTINGS, guidance_weight=3.0)
-    accelerator = SimpleNamespace(process_index=0, num_processes=1)
-    data = finetune._Rows(task, accelerator)
+    data = finetune._Rows(task)
     (first, second), (other, _), *_ = [(a, b) for b, a in enumerate(task.calibration.beside) if a is not None]
     rows = [first, second, other, first, second]  # drawn twice; `other` without its half
     batch = Batch(500.0, rows)
@@ -618,7 +616,7 @@ def test_calibration_rows_come_to_the_device_a_few_at_a_time(monkeypatch: pytest
         return made
 
     monkeypatch.setattr(type(task.calibration), "batch", counted)
-    finetune._Rows(task, SimpleNamespace(process_index=0, num_processes=1))
+    finetune._Rows(task)
     assert len(alive) == 6 and max(alive) <= 2
 
 
@@ -629,7 +627,7 @@ def test_a_row_between_two_others_is_in_two_pairs() -> None:
     three.beside = [None] * len(three)
     three.beside[rows[1]], three.beside[rows[2]] = rows[0], rows[1]
     task = replace(task, calibration=three)
-    data = finetune._Rows(task, SimpleNamespace(process_index=0, num_processes=1))
+    data = finetune._Rows(task)
     output = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(2))
     error, targets = output - data.targets[rows], data.targets[rows]
     missing = lost(torch.cat([error[1:] - error[:-1]]), torch.cat([targets[1:] - targets[:-1]]))
@@ -667,15 +665,35 @@ def test_accumulated_batches_make_one_step() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), once.parameters(), strict=True))
 
 
-def test_mixed_precision_trains_about_the_same() -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains_about_the_same(precision: str) -> None:
     task, plans = prepared()
     full, half = (
-        trained(task, student_of(task, plans), replace(SETTINGS, precision=p)) for p in ("no", "bf16")
+        trained(task, student_of(task, plans), replace(SETTINGS, precision=p)) for p in ("no", precision)
     )
     assert half != full and half == pytest.approx(full, rel=0.1)
-    Accelerator(cpu=True, mixed_precision="bf16")  # the user's own
+
+
+def test_mixed_precision_scales_losses_in_float16_and_ends_with_training(tmp_path: Path) -> None:
+    task, plans = prepared(tmp_path)
+    student = student_of(task, plans)
+    trained(task, student, replace(SETTINGS, epochs=1, precision="fp16"))
+    (kept,) = tmp_path.glob("fine-tuning-*.safetensors")
+    entry = read_entry(kept, kept.name)
+    assert entry is not None and json.loads(entry[1]["scaler"])["scale"] > 1
+    _, (args, kwargs) = by_timestep(task)[0]
+    assert student(args, kwargs).dtype == torch.float32
+    with student.mixed_precision(torch.float16):
+        assert student(args, kwargs).dtype == torch.float16
+
+
+def test_an_accelerator_of_the_user_has_no_say() -> None:
+    """Its precision is that of the user's own training."""
+    task, plans = prepared()
+    expected = trained(task, student_of(task, plans))
+    Accelerator(cpu=True, mixed_precision="bf16")
     try:
-        with pytest.raises(ValueError, match="must be that of the process's Accelerator, 'bf16', got 'no'"):
-            trained(task, student_of(task, plans))
+        assert trained(task, student_of(task, plans)) == expected
+        assert AcceleratorState().mixed_precision == "bf16"
     finally:
-        AcceleratorState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from rich.filesize import decimal
 from torch import nn
 
 import families
-from difloat import api, estimate, recipes, run
+from difloat import api, estimate, job, recipes, run
 from difloat.calibration.collect import CalibrationSettings, sampling_of
 from difloat.calibration.pace import Pace
 from difloat.estimate import Forecast
@@ -30,7 +31,8 @@ def expected(
     recipe: str, pipeline: Any = None, bits: str = "w4a4", call: Any = None, **options: Any
 ) -> Forecast:
     pipeline = tiny_unet() if pipeline is None else pipeline
-    return estimate.forecast(pipeline, PROMPTS, SETTINGS, recipe, bits, options, call)
+    fitted = job.fit(pipeline, job.request(recipe, bits, options, SETTINGS))
+    return estimate.forecast(fitted, PROMPTS, call)
 
 
 @contextmanager
@@ -54,7 +56,7 @@ def test_no_recipe_calls_the_denoiser_to_be_forecast(recipe: str, bits: str) -> 
     pipeline = tiny_pixart()
     with counted(pipeline.transformer) as rows:
         said = expected(recipe, pipeline, bits, PIXART_KWARGS)
-        assert "MB packed" in run.describe(said, SETTINGS)
+        assert f"{decimal(round(said.packed_bytes), precision=2)} packed" in run.describe(said, SETTINGS)
     assert rows == [] and 0 < said.packed_bytes < said.float_bytes
 
 
@@ -134,9 +136,8 @@ def test_a_recipe_without_data_needs_no_calibration() -> None:
 
 
 def test_layers_that_stay_say_why() -> None:
-    kinds = estimate.forecast(
-        tiny_pixart(), PROMPTS, SETTINGS, "fp4dit", "w4a4", {}, PIXART_KWARGS, ["*.to_q"]
-    ).kinds
+    asked = job.request("fp4dit", "w4a4", {}, SETTINGS, exclude=["*.to_q"])
+    kinds = estimate.forecast(job.fit(tiny_pixart(), asked), PROMPTS, PIXART_KWARGS).kinds
     reasons = {kind.name: kind.inputs for kind in kinds if not kind.packed_bytes}
     assert reasons["proj_out"] == "outside of the blocks"
     assert reasons["transformer_blocks.0.attn1.to_q"] == "excluded by the user"

@@ -26,8 +26,9 @@ from difloat.layers import attention, install
 from difloat.layers import packed as layers
 from difloat.layers.packed import QuantizedLayer
 from difloat.numbers import formats
-from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.plan import LayerSpec, Plan
 from difloat.plan.specs import AttentionPlan, Part, QuantSpec
+from difloat.plan.validation import plain, read
 from test_checkpoint import contents, quantized, same_state, saved, set_tensor, simple_layer, tiny
 from test_diffusers import output, quantized_pipeline
 from tiny import tiny_pixart, tiny_unet
@@ -244,9 +245,9 @@ def test_timesteps_of_a_plan_are_finite_and_ascend(timesteps):
 @pytest.mark.parametrize("schedule", [[0.0], [True], [-1], [10**9], ["0"], "01", 7, [math.inf]])
 @pytest.mark.parametrize("field", ["schedule", "input_schedule"])
 def test_schedules_are_small_whole_numbers(field, schedule):
-    data = simple_layer(torch.ones(2, 3), [Part(3, E2M1)]).to_json()
+    data = plain(simple_layer(torch.ones(2, 3), [Part(3, E2M1)]))
     with pytest.raises(ValueError, match="schedule"):
-        LayerPlan.without_tensors({**data, field: schedule})
+        read(LayerSpec, {**data, field: schedule})
 
 
 def test_a_name_that_is_twice_in_an_object_is_refused(tmp_path):

@@ -26,7 +26,7 @@ from difloat.plan.encode import dequantize, plan_layer
 from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.specs import Part, QuantSpec
 
-COMFY_NVFP4, COMFY_FP8, COMFY_E5M2, COMFY_MXFP8 = COMFY
+COMFY_NVFP4, COMFY_FP8, COMFY_E5M2, COMFY_MXFP8, COMFY_INT8 = COMFY
 SCHEMES = [NVFP4, FP8_ROWS, MXFP4, *COMFY]
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]  # OCP MX v1.0, table 5
 
@@ -65,6 +65,8 @@ def decoded_by_hand(tensors: dict[str, Tensor], scheme, shape: tuple[int, int]) 
                 byte = int(raw[row, column // 2])
                 upper = (column % 2 == 0) == scheme.high_first
                 value = E2M1[byte >> 4 if upper else byte & 15]
+            elif scheme.element.integer:
+                value = int(raw[row, column]) - 256 * (int(raw[row, column]) > 127)
             else:
                 value = float(torch.tensor([raw[row, column]]).view(fp8).float())
             if scheme.group_size:
@@ -297,8 +299,10 @@ def test_loss_and_taken_names_are_refused_and_leave_nothing(tmp_path: Path) -> N
     for kind, words in (("fp8", "grid of e2m1, not e4m3fn"), ("mxfp4", "finer than 32")):
         with pytest.raises(ValueError, match=words):
             interchange.export_checkpoint(tmp_path / "own", tmp_path / "out.safetensors", kind)
-    with pytest.raises(ValueError, match="format must be one of nvfp4, fp8, mxfp4, comfy, got 'gguf'"):
-        interchange.export_checkpoint(tmp_path / "own", tmp_path / "out.safetensors", "gguf")
+    with pytest.raises(
+        ValueError, match="format must be one of nvfp4, fp8, mxfp4, comfy, gguf, openvino, got 'onnx'"
+    ):
+        interchange.export_checkpoint(tmp_path / "own", tmp_path / "out.safetensors", "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
     (tmp_path / "out.safetensors").write_bytes(b"mine")
     with pytest.raises(FileExistsError, match="output must be new"):

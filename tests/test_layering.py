@@ -16,19 +16,19 @@ import difloat
 ROOT = Path(difloat.__file__).parent
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 ORDER: tuple[set[str], ...] = (
-    {"numbers", "torch_modes"},
+    {"cache_entries", "numbers", "torch_modes"},
     {"plan"},
     {"kernels"},
     {"layers"},
-    {"cache_entries", "devices", "distributed", "pipelines"},
+    {"devices", "distributed", "pipelines"},
     {"calibration"},
     {"lora", "methods"},
     {"recipes"},
     {"checkpoint", "reference_models"},
-    {"api", "components", "interchange"},
+    {"api", "components", "interchange", "job"},
     {"evaluation"},
     {"report"},
-    {"estimate", "run", "sources"},
+    {"estimate", "run", "run_from_disk", "sources"},
     {"cli"},
     {"__init__", "__main__"},
 )  # a folder (or a file beside the folders) imports itself, its neighbours in the same set, and what stands before it

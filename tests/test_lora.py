@@ -24,6 +24,7 @@ from difloat.layers import install
 from difloat.layers.packed import QuantizedLayer
 from difloat.lora import adapters
 from difloat.lora.peft_layers import PackedConv2d, PackedLinear
+from difloat.lora.wrapped import wrapped_layers
 from difloat.numbers import formats
 from difloat.plan import encode
 from difloat.plan.add_delta import add_to_weight
@@ -78,7 +79,7 @@ def same(left: dict[str, LayerPlan], right: dict[str, LayerPlan]) -> bool:
 
 
 def wrappers(module: nn.Module) -> dict[str, Any]:
-    return {name: wrapper for _, name, wrapper in adapters._wrappers(module)}
+    return {name: wrapper for _, name, wrapper in wrapped_layers(module)}
 
 
 @pytest.fixture(scope="module")

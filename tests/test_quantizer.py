@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from difloat.checkpoint.layout import quantization_config
 from difloat.numbers import formats, rounding
 from difloat.numbers.formats import parse
 from difloat.plan.encode import dequantize, plan_layer
-from difloat.plan.plan import LayerPlan, Plan
+from difloat.plan.plan import LayerPlan, LayerSpec, Plan
 from difloat.plan.scales import expand_scale, fake_quantize, rows_of
 from difloat.plan.specs import Part, QuantSpec, layer_tensor_shapes
+from difloat.plan.validation import plain, read
 
 FORMATS = [
     "e2m1",
@@ -224,7 +226,7 @@ ACTIVATIONS = [
 @pytest.mark.parametrize(("granularity", "group_size"), LAYOUTS)
 def test_specs_and_parts_survive_json(granularity, group_size, activation) -> None:
     part = Part(12, QuantSpec(parse("ue2m2"), granularity, group_size, zero_point=True), activation)
-    assert Part.from_json(json.loads(json.dumps(part.to_json()))) == part
+    assert read(Part, json.loads(json.dumps(plain(part)))) == part
 
 
 def test_layer_plan_survives_json(generator) -> None:
@@ -240,10 +242,10 @@ def test_layer_plan_survives_json(generator) -> None:
         input_zero_points=[torch.tensor(-1.0), None],
     )
     assert {name: tuple(t.shape) for name, t in layer.tensors.items()} == layer_tensor_shapes((2, 7), parts)
-    again = LayerPlan.from_json(json.loads(json.dumps(layer.to_json())), layer.tensors)
+    again = read(LayerSpec, json.loads(json.dumps(plain(layer)))).with_tensors(layer.tensors)
     assert (again.kind, again.shape, again.parts) == (layer.kind, layer.shape, layer.parts)
     plan = Plan("lbfp", "w4a8", {"proj": layer}, {"out": "last layer"}, {"steps": 20})
-    data = json.loads(json.dumps(plan.to_json()))
+    data = json.loads(json.dumps(quantization_config(plan)))
     assert data["layers"]["proj"]["shape"] == [2, 7]
     assert (data["recipe"], data["bits"], data["skipped"], data["options"]) == (
         "lbfp",
@@ -258,25 +260,28 @@ REFUSALS = [
     (lambda: QuantSpec(E2M1, "row"), "granularity must be one of"),
     (lambda: QuantSpec(E2M1, "group"), "group_size must be given exactly"),
     (lambda: QuantSpec(E2M1, "tensor", 8), "group_size must be given exactly"),
-    (lambda: QuantSpec(E2M1, "group", 0), "group_size must be at least 1, got 0"),
+    (lambda: QuantSpec(E2M1, "group", 0), "group_size must be a whole number from 1 to 65536, got 0"),
     (lambda: QuantSpec(E2M1, "token"), "'token' must be online"),
-    (lambda: QuantSpec.from_json({"format": "e2m1", "scale": 1}), "and no others, got"),
-    (lambda: QuantSpec.from_json({"granularity": "tensor"}), "must have the fields format"),
-    (lambda: QuantSpec.from_json({"format": "fp4"}), "format must be eXmY"),
-    (lambda: Part(0, QuantSpec(E2M1)), "at least 1, got 0"),
+    (lambda: read(QuantSpec, {"format": "e2m1", "scale": 1}), "and no others, got"),
+    (lambda: read(QuantSpec, {"granularity": "tensor"}), "must have the fields format"),
+    (lambda: read(QuantSpec, {"format": "fp4"}), "format must be eXmY"),
+    (
+        lambda: Part(0, QuantSpec(E2M1)),
+        "channels of a part must be a whole number from 1 to 1099511627776, got 0",
+    ),
     (lambda: Part(4, QuantSpec(E2M1, "token", online=True)), "weight scales must be stored"),
     (
         lambda: Part(4, QuantSpec(E2M1), QuantSpec(E2M1, "channel")),
         "must be 'tensor', 'token' or 'group', got 'channel'",
     ),
     (lambda: Part(4, QuantSpec(E2M1), QuantSpec(E2M1, "group", 2)), "'group' must be online"),
-    (lambda: Part.from_json({"channels": 4}), "must have the fields channels, weight"),
+    (lambda: read(Part, {"channels": 4}), "must have the fields channels, weight"),
     (
-        lambda: Part.from_json({"channels": 4, "weight": {"format": "e2m1"}, "x": 1}),
+        lambda: read(Part, {"channels": 4, "weight": {"format": "e2m1"}, "x": 1}),
         "must have the fields channels, weight",
     ),
     (
-        lambda: LayerPlan.from_json({"kind": "conv1d", "shape": [1, 1], "parts": []}, {}),
+        lambda: read(LayerSpec, {"kind": "conv1d", "shape": [1, 1], "parts": []}),
         "kind of a layer must be linear or conv2d",
     ),
     (
@@ -311,7 +316,7 @@ def test_tensors_of_other_shapes_are_refused() -> None:
         "extra": torch.ones(1),
     }.items():
         with pytest.raises(ValueError, match="tensors of a layer must have the shapes"):
-            LayerPlan.from_json(layer.to_json(), {**layer.tensors, name: wrong})
+            read(LayerSpec, plain(layer)).with_tensors({**layer.tensors, name: wrong})
 
 
 def test_every_searchable_format_can_be_stored() -> None:

@@ -15,7 +15,7 @@ import pytest
 from difloat.evaluation.picture_metrics import METRICS
 from difloat.report import figures, render
 from difloat.report import text as text_module
-from difloat.report.text import bytes_text, db_text, duration_text, number_text, percent_text, sortable_text
+from difloat.report.text import db_text, duration_text, number_text, percent_text, sortable_text
 
 _VOID = {"meta", "img", "input", "br", "link", "hr"}
 
@@ -334,8 +334,6 @@ def test_pictures_shrink_until_they_fit(monkeypatch):
 @pytest.mark.parametrize(
     ("function", "value", "text"),
     [
-        (bytes_text, 999, "999 B"),
-        (bytes_text, 6_010_000, "6.01 MB"),
         (number_text, 0.1, "0.100"),
         (number_text, None, "–"),
         (db_text, -math.inf, "exact"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import oracles
 from difloat.numbers import search as module
+from difloat.numbers import sorted_rows
 from difloat.numbers.formats import Format, candidates, parse
 from difloat.numbers.rounding import round_to
 from difloat.numbers.search import CLIPS, ZERO_POINTS, Found, best_per_format, search
@@ -99,7 +100,7 @@ def test_rows_do_not_depend_on_each_other(weights: Tensor, monkeypatch: pytest.M
     formats = [parse("e2m1"), parse("int4")]
     together = best_per_format(weights, formats)
     monkeypatch.setattr(module, "_BLOCK", 2 * weights.shape[1])  # also: the size of a block does not matter
-    monkeypatch.setattr(module, "_CHUNK", 1)
+    monkeypatch.setattr(sorted_rows, "_CHUNK", 1)
     apart = best_per_format(weights, formats)
     for index in range(len(weights)):
         alone = best_per_format(weights[index : index + 1], formats)

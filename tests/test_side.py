@@ -23,8 +23,9 @@ from difloat.methods.training.twin_layer import Adaptive, stored_bytes
 from difloat.numbers.formats import parse
 from difloat.plan.add_delta import add_to_weight
 from difloat.plan.encode import dequantize, plan_layer
-from difloat.plan.plan import SIDE, LayerPlan, Plan
+from difloat.plan.plan import SIDE, LayerPlan, LayerSpec, Plan
 from difloat.plan.specs import Part, QuantSpec, Side
+from difloat.plan.validation import plain, read
 from difloat.plan.weight import Branch, Weight
 from difloat.report import build
 from test_finetune import Denoiser
@@ -178,7 +179,7 @@ def test_a_plan_survives_json_and_its_file(model: Denoiser, tmp_path: Path) -> N
     for places in (PLACES, [1, 1, 1]):
         plan = planned(model, places)
         layer = plan.layers["conv_out"]
-        again = LayerPlan.from_json(json.loads(json.dumps(layer.to_json())), layer.tensors)
+        again = read(LayerSpec, json.loads(json.dumps(plain(layer)))).with_tensors(layer.tensors)
         assert (again.side, again.schedules) == (layer.side, layer.schedules)
         quantized = api.apply(install.shadow(model), plan)
         out = difloat.save(quantized, tmp_path / f"{places[0]}")

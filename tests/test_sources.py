@@ -106,6 +106,44 @@ def test_a_hub_name_is_read_from_the_cache_without_a_network(directory: Path, tm
     assert "'owner/other' must be" in second and "hub" in second
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("gated", "must be open to you on the hub, but asks for consent; accept its licence"),
+        ("missing", "model must exist on the hub, got 'owner/model'; check the spelling"),
+        ("revision", "revision must exist on the hub"),
+        ("offline", "must be in the hub's cache where there is no network"),
+        ("no network", "check its name and the network, or hf download owner/model"),
+        ("timeout", "check its name and the network, or hf download owner/model"),
+    ],
+)
+def test_what_a_hub_does_not_give_is_one_sentence(
+    kind: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import requests
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import errors
+
+    answer = requests.Response()
+    raised: dict[str, Exception] = {
+        "gated": errors.GatedRepoError("gated", response=answer),
+        "missing": errors.RepositoryNotFoundError("missing", response=answer),
+        "revision": errors.RevisionNotFoundError("revision", response=answer),
+        "offline": errors.LocalEntryNotFoundError("offline"),
+        "no network": requests.ConnectionError("[Errno -2] Name or service not known"),
+        "timeout": requests.Timeout("timed out"),
+    }
+
+    def download(*arguments: object, **options: object) -> None:
+        raise raised[kind]
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=said) as caught:
+        sources.load(Source("owner/model"))
+    assert "\n" not in str(caught.value)
+
+
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="a hub name like owner/model or one of emoji"):
         sources.load(Source("no-such-directory"))

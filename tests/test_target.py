@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from difloat import recipes
+from difloat import job, recipes
 from difloat.calibration.collect import CalibrationSettings, collect, denoiser_of
 from difloat.methods.post_training import Bits, Task
 from difloat.numbers.formats import candidates, parse
 from difloat.numbers.integer_grids import grid_of
 from difloat.plan.rules import Rule
-from difloat.plan.target import check, restrict
+from difloat.plan.target import restrict
 from difloat.recipes.lbfp import encodings
 from tiny import tiny_pixart
 
@@ -33,7 +33,7 @@ def test_what_fits_nowhere_gives_way() -> None:
 
 def test_unknown_target_is_one_sentence() -> None:
     with pytest.raises(ValueError, match="target must be one of any, cpu, got 'tpu'"):
-        check("tpu")
+        job.request("rtn", "w4a8", {}, target="tpu")
 
 
 @pytest.mark.parametrize("recipe", ["lbfp", "rtn"])

@@ -14,9 +14,9 @@
 #include "difloat.h"
 
 extern "C" {
-int difloat_linear(const difloat_input*, const difloat_weight*, const difloat_output*, int);
-int difloat_conv2d(const difloat_input*, const difloat_weight*, const difloat_output*, const difloat_geometry*, int);
-int difloat_decode(const difloat_weight*, const float*, void*, int, int);
+int difloat_linear(const difloat_input*, const difloat_weight*, int, const difloat_output*, int);
+int difloat_conv2d(const difloat_input*, const difloat_weight*, int, const difloat_output*, const difloat_geometry*, int);
+int difloat_decode(const difloat_weight*, const float*, const int32_t*, void*, int, int);
 int difloat_round(const difloat_input*, void*, int);
 }
 
@@ -188,6 +188,23 @@ static std::vector<float> random_bias(int64_t rows) {
     return bias;
 }
 
+static std::vector<int32_t> random_order(int64_t rows) {
+    std::vector<int32_t> order;
+    for (int64_t i = 0; i < rows; i++) order.push_back((int32_t)i);
+    std::shuffle(order.begin(), order.end(), engine);
+    return order;
+}
+
+// The weight as it is, or as two bands of its rows.
+static std::vector<difloat_weight> cut(const difloat_weight& w) {
+    if (w.rows < 2 || below(2)) return {w};
+    difloat_weight first = w, second = w;
+    first.rows = 1 + below(w.rows - 1), second.rows = w.rows - first.rows;
+    second.data += first.rows * w.row_stride, second.scale += first.rows * w.scale_stride;
+    if (w.zero) second.zero += first.rows * w.scale_stride;
+    return {first, second};
+}
+
 static void check_linear() {
     const int64_t channels = pick<int64_t>({1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 64, 65, 100, 128, 130, 200, 300, 1100});
     const int64_t rows = pick<int64_t>({1, 2, 3, 4, 5, 6, 7, 9, 13, 40}), group = below(3) ? 0 : pick<int64_t>({16, 32, 64});
@@ -198,14 +215,19 @@ static void check_linear() {
     const int size = x.input.type == DIFLOAT_F32 ? 4 : 2;
     std::vector<char> found(rows * w.weight.rows * size), expected(found.size());
     const bool biased = below(2);
-    const difloat_output out{found.data(), biased ? bias.data() : nullptr};
-    if (difloat_linear(&x.input, &w.weight, &out, 1)) exit(2);
+    const std::vector<int32_t> order = random_order(w.weight.rows);
+    const bool ordered = below(2);
+    const difloat_output out{found.data(), biased ? bias.data() : nullptr, ordered ? order.data() : nullptr, w.weight.rows};
+    const std::vector<difloat_weight> bands = cut(w.weight);
+    if (difloat_linear(&x.input, bands.data(), bands.size(), &out, 1)) exit(2);
     for (int64_t t = 0; t < rows; t++) {
         const float scale = x.scale_of(t, 1);
         const auto at = [&](int64_t, int64_t c) { return x.grid.integer_of(x.at(t, c) / scale) + grid.shift; };
-        for (int64_t o = 0; o < w.weight.rows; o++)
-            put(expected.data(), t * w.weight.rows + o, x.input.type,
-                one_result(w, o, at, scale / grid.multiplier, biased ? bias[o] : 0));
+        for (int64_t o = 0; o < w.weight.rows; o++) {
+            const int64_t to = ordered ? order[o] : o;
+            put(expected.data(), t * w.weight.rows + to, x.input.type,
+                one_result(w, o, at, scale / grid.multiplier, biased ? bias[to] : 0));
+        }
     }
     compare(found, expected, x.input.type, "linear");
 }
@@ -224,8 +246,9 @@ static void check_conv2d() {
     const std::vector<float> bias = random_bias(w.weight.rows);
     const int size = x.input.type == DIFLOAT_F32 ? 4 : 2;
     std::vector<char> found(g.batch * g.out[0] * g.out[1] * w.weight.rows * size), expected(found.size());
-    const difloat_output out{found.data(), bias.data()};
-    if (difloat_conv2d(&x.input, &w.weight, &out, &g, 1)) exit(2);
+    const difloat_output out{found.data(), bias.data(), nullptr, w.weight.rows};
+    const std::vector<difloat_weight> bands = cut(w.weight);
+    if (difloat_conv2d(&x.input, bands.data(), bands.size(), &out, &g, 1)) exit(2);
     int64_t at_result = 0;
     for (int64_t place = 0; place < g.batch * g.out[0] * g.out[1]; place++) {
         const int64_t b = place / (g.out[0] * g.out[1]), y = place / g.out[1] % g.out[0], c0 = place % g.out[1];
@@ -248,7 +271,7 @@ static void check_decode() {
     const difloat_weight& s = w.weight;
     const int type = (int)below(3), size = type == DIFLOAT_F32 ? 4 : 2;
     std::vector<char> found(s.rows * taps * channels * size), expected(found.size());
-    if (difloat_decode(&s, w.values.data(), found.data(), type, 1)) exit(2);
+    if (difloat_decode(&s, w.values.data(), nullptr, found.data(), type, 1)) exit(2);
     for (int64_t i = 0; i < s.rows * taps * channels; i++) {
         const int64_t row = i / channels / taps, c = i % channels;
         const int64_t place = s.scale_stride ? row * s.scale_stride + c / s.group_channels : 0;

@@ -1,4 +1,4 @@
-"""difloat: low-bit floating-point quantization of diffusion models.
+"""Low-bit floating-point quantization of diffusion models.
 
 ```python
 import difloat

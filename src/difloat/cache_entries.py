@@ -1,4 +1,4 @@
-"""Entries of a cache: files of tensors that know what they are and the hash of all their bytes.
+"""Entries of a cache: files of tensors that carry their key and the hash of all their bytes.
 
 Whatever happened to an entry since it was written (cut short, a byte flipped, another file in its place) counts as if it
 were missing, with a warning in one sentence, so a run makes it again and ends as if nothing had happened.
@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from rich.filesize import decimal
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -32,16 +33,16 @@ class CacheWarning(UserWarning):
 
 
 def write_entry(path: Path, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """Write tensors (on the CPU) and texts as an entry that `read_entry` proves later; it appears whole or not at all.
+    """Write tensors (on the CPU) and texts as an entry that `read_entry` proves later. It appears whole or not at all.
 
     Args:
-        path: Of the file; its folder must exist.
-        key: What the entry is of: an entry of another key is not taken for it, wherever it lies.
-        tensors: By name.
-        facts: By name.
+        path: The path of the file, whose folder must exist.
+        key: The identity of the entry. An entry of another key is not taken for it, wherever it lies.
+        tensors: The tensors by name.
+        facts: The texts by name.
 
     Raises:
-        OSError: The disk is full; nothing is left behind.
+        OSError: if the disk is full. Nothing is left behind.
     """
     text = json.dumps({"blake2b": "0" * _HEX, "facts": dict(facts)}, separators=(",", ":"))
     content = save(dict(tensors), metadata={_ENTRY: text})
@@ -50,7 +51,7 @@ def write_entry(path: Path, key: str, tensors: Mapping[str, Tensor], facts: Mapp
 
 
 def read_entry(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """What `write_entry` wrote under this key; None if nothing is there, or, with a `CacheWarning`, anything else."""
+    """The tensors and texts of an entry with this key, or None if there is none, with a `CacheWarning` if it is damaged."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -68,14 +69,14 @@ def read_entry(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]]
 
 
 def _place(content: bytes) -> tuple[int, int]:
-    """Where the hash stands in an entry."""
+    """The place of the hash in an entry."""
     found = _PLACE.search(content)
     assert found is not None
     return found.span(1)
 
 
 def _digest(key: str, content: bytes) -> str:
-    """Hash of an entry's key and of all its bytes, those of the hash taken as zeros."""
+    """The hash of an entry's key and of all its bytes, with those of the hash taken as zeros."""
     start, end = _place(content)
     digest = hashlib.blake2b(f"{key}\n".encode(), digest_size=_HEX // 2)
     whole = memoryview(content)
@@ -86,7 +87,7 @@ def _digest(key: str, content: bytes) -> str:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; on success the file takes the place of `path`, otherwise nothing is left."""
+    """A name beside a path to write to. On success the file takes the place of the path, otherwise nothing is left."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
@@ -96,10 +97,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it; removes what killed processes left of the same file.
+    """Write a file under a temporary name, then rename it. Leftovers of killed processes are removed.
 
     Raises:
-        OSError: The disk is full; nothing is left behind.
+        OSError: if the disk is full. Nothing is left behind.
     """
     for leftover in path.parent.glob(f".{path.name}.*"):
         with contextlib.suppress(FileNotFoundError):  # another run may have removed it
@@ -112,7 +113,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         full = OSError(
-            f"the disk must have {len(content) / 2**20:.1f} MiB free for '{path}', got a full one; free some "
+            f"the disk must have {decimal(len(content))} free for '{path}', got a full one; free some "
             "space and run again, finished shards are kept"
         )
         full.errno = error.errno

@@ -1,4 +1,4 @@
-"""Where things are computed: the name of a device, the device of a model or pipeline, moving it there, its random numbers."""
+"""Devices: their names, the device of a model or pipeline, moving it there, and its random numbers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ _NAMES = "auto, cpu, cuda, cuda:1 and so on, xpu or mps"
 
 
 def resolve(name: torch.device | str) -> torch.device:
-    """The device of a name: "cpu", "cuda", "cuda:1", "xpu", "mps"; "auto" is the first of CUDA, XPU, MPS and CPU that is here.
+    """The device of a name such as "cpu", "cuda", "cuda:1", "xpu" or "mps".
 
-    Any other accelerator that torch itself knows is taken by its name as well.
+    >>> resolve("cpu")
+    device(type='cpu')
+
+    "auto" is the first of CUDA, XPU, MPS and CPU that is here. Any other accelerator that torch itself knows is taken by its
+    name as well.
 
     Raises:
         ValueError: if there is no such device, or not on this machine.
@@ -47,7 +51,7 @@ def resolve(name: torch.device | str) -> torch.device:
 
 
 def home(model: Any) -> torch.device:
-    """Where a module or pipeline computes: where its hooks bring it if it is offloaded, else where its parameters are.
+    """The device that a module or pipeline computes on: where its hooks bring it if offloaded, else that of its parameters.
 
     Modules without parameters compute on the CPU.
     """
@@ -62,9 +66,9 @@ def home(model: Any) -> torch.device:
 
 
 def move(model: Any, device: torch.device | str | None) -> Any:
-    """Put a module or pipeline on a device, where it stays; returns it. None leaves it where it is.
+    """Put a module or pipeline on a device, where it stays, and return it. None leaves it where it is.
 
-    What is offloaded comes to its device by itself, and stays offloaded if it is that one.
+    An offloaded one comes to its device by itself, and stays offloaded if that is the device.
 
     Raises:
         ValueError: if there is no such device, or offloading computes on another one.
@@ -86,7 +90,7 @@ def move(model: Any, device: torch.device | str | None) -> Any:
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Inside, torch's random numbers on the CPU and on `device` begin at `seed`; afterwards they go on where they were."""
+    """Seed torch's random numbers on the CPU and on a device inside a ``with`` block, and restore them afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if device.type in ("cpu", "meta"):
@@ -104,7 +108,7 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def _count(kind: str) -> int:
-    """How many devices of a kind are here."""
+    """The number of devices of a kind on this machine."""
     if kind == "cpu":
         return 1
     module: Any = torch.get_device_module(kind)

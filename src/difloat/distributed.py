@@ -1,4 +1,4 @@
-"""Several processes on one job, as `accelerate launch` or torchrun start them: they share work, results and failures.
+"""Several processes on one job, as `accelerate launch` or torchrun start them, which share work, results and failures.
 
 All of them run the same program and meet in the functions below, in the same order. Without a launch, before `join` and inside
 `on_main` there is one process: nothing is imported and nothing exchanged. A failure of one reaches the others when they meet
@@ -10,22 +10,24 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
-# How launchers tell a process how many there are; the names that accelerate reads.
+# Variables by which launchers tell a process how many there are, under the names that accelerate reads.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _PATIENCE = timedelta(days=30)  # the others wait while the main process learns rounding, which may take days
 
 
 class ProcessError(ValueError):
-    """Another process of the launch failed; the message is its own."""
+    """Another process of the launch failed. The message is that of the other process."""
 
 
 @dataclass
@@ -44,10 +46,10 @@ _launch = _Launch()
 
 
 def join(device: torch.device | str) -> None:
-    """Meet the other processes of a launch, all of which must call this; does nothing without one, or again.
+    """Meet the other processes of a launch, all of which must call this. Without a launch, or again, nothing happens.
 
     Args:
-        device: Where the models compute; on a GPU `accelerate` gives every process of a machine its own.
+        device: The device of the models. On GPUs `accelerate` gives every process of a machine its own.
     """
     if _launch.group is not None or _size_of_launch() < 2:
         return
@@ -165,6 +167,31 @@ def collected(work: Callable[[], T]) -> list[T]:
     with _meeting():
         torch.distributed.gather_object(mine, results or None, dst=0, group=_launch.group)
     return results
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The model, or with several processes one around it that averages gradients over them in the backward pass."""
+    return model if count() == 1 else DistributedDataParallel(model)
+
+
+def exchange_gradients(model: nn.Module, *, now: bool) -> AbstractContextManager[None]:
+    """For a forward and backward pass of what `data_parallel` gave; unless `now`, gradients add up where they are."""
+    if now or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    kept: AbstractContextManager[None] = model.no_sync()
+    return kept
+
+
+def summed(mine: Tensor) -> Tensor:
+    """Sum of a tensor over the processes, without gradients between them; on the device where the models compute.
+
+    The processes meet as those of data-parallel training do, so all must call this, and one that fails is not waited for.
+    """
+    if count() == 1:
+        return mine
+    total = mine.clone()
+    torch.distributed.all_reduce(total)
+    return total
 
 
 def sentence(error: BaseException) -> str:

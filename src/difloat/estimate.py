@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from difloat import recipes
-from difloat.calibration.collect import CalibrationSettings, sampling_of
+from difloat.calibration.collect import sampling_of
 from difloat.calibration.pace import Pace
 from difloat.calibration.rows import Recorder, recording
 from difloat.calibration.sampler_runs import Sampling, Stopped
+from difloat.components import denoiser
+from difloat.job import Job
 from difloat.layers import dtype_readers, packed
-from difloat.layers.exclude import EXCLUDED, excluded
+from difloat.layers.exclude import EXCLUDED, Exclusion
 from difloat.methods.cost import Cost
 from difloat.methods.post_training import keeps_8bit
 from difloat.methods.structure import structure, unread
 from difloat.numbers import formats
-from difloat.pipelines import denoiser_of, quiet
+from difloat.pipelines import quiet
 from difloat.plan.plan import LayerPlan
-from difloat.plan.rules import Bits, Rule
+from difloat.plan.rules import Rule
 from difloat.plan.specs import Part, layer_tensor_shapes
 
 _WIDE = "8bit"  # what becomes of a layer: this, nothing special, or the reason why it stays
@@ -47,12 +48,12 @@ class Forecast:
     """What a run will take.
 
     Attributes:
-        kinds: Of layers.
-        float_bytes: Of the denoiser as it is.
-        packed_bytes: Of the denoiser as it will be, if every packed weight of a layer is used.
+        kinds: The kinds of layers.
+        float_bytes: The bytes of the denoiser as it is.
+        packed_bytes: The bytes of the quantized denoiser, if every packed weight of a layer is used.
         rows: Calibration rows; 0 for a recipe that looks at no data.
         pictures: That calibration samples for them.
-        steps: Of the sampler, for each picture.
+        steps: The steps of the sampler for each picture.
         computed: Rows that the denoiser computes after calibration, by stage (`Cost.computed`).
     """
 
@@ -66,20 +67,19 @@ class Forecast:
 
 
 def forecast(
-    pipeline: Any,
-    prompts: Sequence[str] | None,
-    settings: CalibrationSettings,
-    recipe: str,
-    bits: str,
-    options: Mapping[str, Any],
-    call_kwargs: Mapping[str, Any] | None = None,
-    exclude: Sequence[str] = (),
+    fitted: Job, prompts: Sequence[str] | None, call_kwargs: Mapping[str, Any] | None = None
 ) -> Forecast:
-    """Count what a run will take; nothing is run or changed. Arguments as for `api.plan`."""
-    row, parsed, module = recipes.lookup(recipe), Bits.parse(bits), denoiser_of(pipeline)[1]
-    made = recipes.make_options(row, options, bits)
-    asked, needs_data = row.cost(made, parsed), row.needs_data(made, parsed)
-    fates = _fates(module, asked, exclude, needs_data)
+    """Count what a run will take for the first denoiser; nothing is run or changed.
+
+    Args:
+        fitted: What is asked for, and of which pipeline.
+        prompts: As for `difloat.plan`.
+        call_kwargs: Likewise.
+    """
+    name, bits = next(iter(fitted.denoisers.items()))
+    pipeline, settings, module = fitted.model, fitted.request.calibration, denoiser(fitted.model, name)
+    asked, needs_data = fitted.cost(bits), fitted.needs_data(bits)
+    fates = _fates(module, asked, fitted.exclusions[name], needs_data)
     kinds = tuple(_kind(module, names, asked, fates[names[0]]) for names in _alike(module, fates))
     float_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
     freed = sum(packed.weight_of(module, name).nbytes for name, fate in fates.items() if fate in ("", _WIDE))
@@ -91,14 +91,14 @@ def forecast(
     return Forecast(kinds, float_bytes, total, settings.samples, pictures, sampling.steps, computed)
 
 
-def _fates(module: nn.Module, asked: Cost, exclude: Sequence[str], needs_data: bool) -> dict[str, str]:
+def _fates(module: nn.Module, asked: Cost, exclude: Exclusion, needs_data: bool) -> dict[str, str]:
     """What becomes of every layer; where its edges are is read off the structure, so a trace may see fewer of them."""
     layers, seen = packed.quantizable(module), structure(module)
     outside = layers.keys() - packed.inside_blocks(module)
     of_outside = {"keep": "outside of the blocks", "8bit": _WIDE, "as others": ""}[asked.outside]
     fates = dict.fromkeys(layers, "") | dict.fromkeys(outside, of_outside)
     fates |= {name: _WIDE for name in layers if keeps_8bit(name, seen, asked.keep_8bit)}
-    fates |= dict.fromkeys(excluded(layers, exclude), EXCLUDED)
+    fates |= dict.fromkeys(exclude.names, EXCLUDED)
     return fates | ({} if needs_data else unread(module)) | dtype_readers.kept(module)
 
 

@@ -1,4 +1,4 @@
-"""Facts about a diffusers pipeline: its denoiser, and what its call needs besides what the user gives."""
+"""Facts about a diffusers pipeline: its denoiser, and the arguments that its call needs besides those of the user."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 # How configs of class-conditional denoisers, transformers and U-Nets, call the number of their classes.
 _CLASS_COUNTS = ("num_embeds_ada_norm", "num_class_embeds")
@@ -43,7 +44,7 @@ Condition = Literal["prompt", "class_labels"]
 
 
 def parameters_of(pipeline: Any) -> Mapping[str, inspect.Parameter]:
-    """Parameters of the pipeline's call by name."""
+    """The parameters of the pipeline's call by name."""
     return inspect.signature(pipeline.__call__).parameters
 
 
@@ -54,7 +55,7 @@ def takes(pipeline: Any, name: str) -> bool:
 
 
 def class_count(denoiser: nn.Module) -> int | None:
-    """Classes that a class-conditional denoiser was made for, by its config; None if it knows no classes."""
+    """The number of classes of a class-conditional denoiser by its config, or None if it has no classes."""
     config = dict(getattr(denoiser, "config", {}))
     return next((int(config[name]) for name in _CLASS_COUNTS if config.get(name) is not None), None)
 
@@ -104,11 +105,11 @@ def completed(pipeline: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_call(pipeline: Any, steps: int | None, given: Mapping[str, Any]) -> None:
-    """Refuse what no pipeline can do with, before it is called.
+    """Refuse arguments that no pipeline can use, before it is called.
 
     Args:
         pipeline: A diffusers pipeline.
-        steps: Of the sampler; None: its default.
+        steps: How many steps the sampler takes, or None for its default.
         given: Further arguments of the call.
 
     Raises:
@@ -128,15 +129,20 @@ def check_call(pipeline: Any, steps: int | None, given: Mapping[str, Any]) -> No
 
 
 def call(pipeline: Any, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """What a pipeline gives for `arguments`; where it fails on what the user has `given` of them, that is said.
+    """The output of a pipeline for some arguments. If it fails where the user gave some of them, the error names these.
 
     Raises:
-        ValueError: if the call fails with an error of its code, and there are `given` arguments.
+        ValueError: if the call fails with an error of its code, and there are `given` arguments, or its models are in dtypes
+            that do not fit together.
     """
     try:
         return pipeline(**arguments)
     except _UNFORESEEN as error:
-        if not given:
+        if isinstance(error, RuntimeError) and (mixed := _mixed_dtypes(pipeline, str(error))):
+            raise ValueError(
+                f"{type(pipeline).__name__} must compute in one dtype, but holds {mixed}; load it in one, like --dtype float32"
+            ) from error
+        if not given or isinstance(error, torch.OutOfMemoryError):
             raise
         shown = ", ".join(f"{name}={value!r:.40}" for name, value in given.items())
         reason = " ".join(str(error).split())[:200]
@@ -146,17 +152,24 @@ def call(pipeline: Any, arguments: Mapping[str, Any], given: Mapping[str, Any]) 
         ) from error
 
 
+def _mixed_dtypes(pipeline: Any, reason: str) -> str:
+    """The dtypes of a pipeline's models in words, where a call failed over several of them; else empty."""
+    if "dtype" not in reason and "scalar type" not in reason and "should be the same" not in reason:
+        return ""
+    found: dict[str, set[str]] = {}
+    for name, part in getattr(pipeline, "components", {}).items():
+        for tensor in part.parameters() if isinstance(part, nn.Module) else ():
+            if tensor.is_floating_point():
+                found.setdefault(name, set()).add(str(tensor.dtype).removeprefix("torch."))
+    if len(set().union(*found.values())) < 2:
+        return ""
+    return ", ".join(f"{' and '.join(sorted(dtypes))} in {name}" for name, dtypes in found.items())
+
+
 def one_at_a_time(given: Mapping[str, Any]) -> bool:
     """Whether the user gives pictures, arrays or tensors: pipelines batch them in ways of their own, so samples come singly."""
-
-    def plain(value: Any) -> bool:
-        if isinstance(value, Mapping):
-            return all(map(plain, value.values()))
-        if isinstance(value, (list, tuple)):
-            return all(map(plain, value))
-        return value is None or isinstance(value, (bool, int, float, str))
-
-    return not all(map(plain, given.values()))
+    leaves = pytree.tree_leaves(dict(given))
+    return not all(leaf is None or isinstance(leaf, (bool, int, float, str)) for leaf in leaves)
 
 
 def for_pictures(
@@ -169,8 +182,8 @@ def for_pictures(
     (`one_at_a_time`), prompt and texts are given as they are and not in a list.
 
     Args:
-        pipeline: Whose call it is.
-        arguments: Of every call.
+        pipeline: The pipeline that is called.
+        arguments: The arguments of every call.
         shown: The prompts or classes, one per picture, by the name of the argument; or nothing.
         pictures: How many.
     """
@@ -188,13 +201,13 @@ def for_pictures(
 
 
 def generators_of(arguments: Mapping[str, Any], seeds: Sequence[int]) -> Any:
-    """A generator of every seed, in a list; where samples come singly and there is one seed, the generator itself."""
+    """A list with a generator for every seed, or the generator itself where samples come singly and there is one seed."""
     found = [torch.Generator().manual_seed(seed) for seed in seeds]
     return found[0] if len(found) == 1 and one_at_a_time(arguments) else found
 
 
 def inputs_of(pairs: Sequence[str]) -> dict[str, Any]:
-    """Pictures and masks for a pipeline's call, from `name=FILE` pairs; several files of one name make a list.
+    """Pictures and masks for a pipeline's call, from `name=FILE` pairs. Several files of one name make a list.
 
     Pictures are RGB, with alpha RGBA; what is called a mask is grey.
 

@@ -1,8 +1,8 @@
 """The embedded reference models: two small latent text-to-image models, trained by the scripts in `training/`.
 
-`emoji-unet` is a `UNet2DConditionModel` in a stock `StableDiffusionPipeline`, `emoji-pixart` a `PixArtTransformer2DModel`
-in a stock `PixArtAlphaPipeline`. They share autoencoder, tokenizer and T5 text encoder, make 64x64 pictures of Noto
-emoji from their Unicode names, and need no network.
+`emoji-unet` is a `UNet2DConditionModel` in a stock `StableDiffusionPipeline`. `emoji-pixart` is a `PixArtTransformer2DModel`
+in a stock `PixArtAlphaPipeline`. They share autoencoder, tokenizer and T5 text encoder, make 64x64 pictures of Noto emoji from
+their Unicode names, and need no network.
 """
 
 from __future__ import annotations
@@ -18,15 +18,25 @@ NAMES = ("emoji-unet", "emoji-pixart")
 
 
 def captions() -> list[str]:
-    """Returns the captions of the training pictures: the prompts the models know."""
+    """The captions of the training pictures, which are the prompts that the models know.
+
+    >>> "red apple" in captions()
+    True
+    """
     return (ASSETS / "captions.txt").read_text(encoding="utf-8").splitlines()
 
 
 def call_arguments(name: str) -> dict[str, Any]:
-    """Returns the keyword arguments a call of the model's pipeline needs besides the prompt.
+    """The keyword arguments that a call of the model's pipeline needs besides the prompt.
 
-    The stock PixArt pipeline maps sizes to its own list of 256 to 1024 pixels unless told otherwise, pads prompts to
-    120 tokens and cleans captions with optional packages. None of this is for 64-pixel pictures and short names.
+    >>> call_arguments("emoji-unet")
+    {'guidance_scale': 3.0}
+
+    Unless told otherwise, the stock PixArt pipeline maps sizes to its own list of 256 to 1024 pixels, pads prompts to 120
+    tokens and cleans captions with optional packages. None of this is for pictures of 64 pixels and short names.
+
+    Raises:
+        ValueError: if the name is unknown.
     """
     _check(name)
     if name == "emoji-unet":
@@ -40,16 +50,21 @@ def call_arguments(name: str) -> dict[str, Any]:
 
 
 def load(name: str) -> DiffusionPipeline:
-    """Loads an embedded model as its stock diffusers pipeline, float32, on the CPU.
+    """Load an embedded model as its stock diffusers pipeline, in float32 on the CPU.
+
+    >>> import difloat
+    >>> pipeline = difloat.reference("emoji-unet")
+    >>> type(pipeline).__name__
+    'StableDiffusionPipeline'
 
     Args:
         name: One of `NAMES`.
 
     Returns:
-        A new pipeline; call it with `call_arguments(name)`.
+        A new pipeline, whose call takes `call_arguments(name)`.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: if the name is unknown.
     """
     _check(name)
     import torch
@@ -67,13 +82,13 @@ def load(name: str) -> DiffusionPipeline:
 
 
 def _check(name: str) -> None:
-    """Raises unless `name` is a reference model."""
+    """Raise a ValueError unless the name is that of a reference model."""
     if name not in NAMES:
         raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
 
 
 def _unet(parts: dict[str, Any]) -> Any:
-    """Adds the U-Net and its sampler."""
+    """The pipeline of the U-Net and its sampler with the shared parts."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     folder = ASSETS / "emoji-unet"
@@ -88,7 +103,7 @@ def _unet(parts: dict[str, Any]) -> Any:
 
 
 def _pixart(parts: dict[str, Any]) -> Any:
-    """Adds the transformer and its sampler."""
+    """The pipeline of the transformer and its sampler with the shared parts."""
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
     folder = ASSETS / "emoji-pixart"

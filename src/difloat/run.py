@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.filesize import decimal
 from torch import nn
 
-from difloat import api, checkpoint, components, distributed, evaluation, recipes, reference_models, sources
+from difloat import (
+    api,
+    checkpoint,
+    components,
+    devices,
+    distributed,
+    evaluation,
+    recipes,
+    reference_models,
+    sources,
+)
 from difloat.calibration import collect
 from difloat.calibration.collect import CalibrationSettings
 from difloat.calibration.pace import Pace
 from difloat.checkpoint import integrity
+from difloat.checkpoint.manifest import MANIFEST
 from difloat.estimate import Forecast
+from difloat.evaluation import kept_pictures
 from difloat.evaluation.comparison import Evaluation, Generated
+from difloat.evaluation.generation import PER_CALL
 from difloat.layers import install
 from difloat.pipelines import denoiser_of
 from difloat.plan.plan import Plan
@@ -30,14 +47,26 @@ SHOWN = 24  # picture pairs in a report
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn: prompts (None without text), how many, sampler steps, guidance, batch size, other arguments."""
+    """How pictures are drawn.
+
+    Attributes:
+        prompts: None without text.
+        count: How many pictures.
+        steps: Of the sampler.
+        guidance_scale: None: the pipeline's own.
+        batch_size: Pictures per call.
+        call_kwargs: Further arguments of the call.
+        kept: Folder of full-precision pictures that were drawn before, and are put there (`evaluation.kept_pictures`); None:
+            all are drawn.
+    """
 
     prompts: Sequence[str] | None
     count: int
     steps: int | None = None
     guidance_scale: float | None = None
-    batch_size: int = 50
+    batch_size: int = PER_CALL
     call_kwargs: Mapping[str, Any] | None = None
+    kept: Path | None = None
 
     def prompt_of(self, index: int) -> str:
         """The prompt of picture `index`, "" without text."""
@@ -54,19 +83,25 @@ class Sampling:
         return self.prompts is not None and set(self.captions) <= set(reference_models.captions())
 
 
-def load_pipeline(source: str, **where: Any) -> Any:
-    """The pipeline behind what a user names; `where` are further fields of `sources.Source`.
+def load_pipeline(source: str, device: torch.device | str | None = None, **where: Any) -> Any:
+    """The pipeline behind what a user names.
+
+    Args:
+        source: As the user names it.
+        device: Where it is put, see `devices.resolve`; None: the CPU.
+        **where: Further fields of `sources.Source`.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or it is a component without its pipeline.
-        ValueError: it does not load.
+        ValueError: it does not load, or there is no such device.
     """
-    found = sources.load(sources.Source(source, **where))
+    place = devices.resolve("cpu" if device is None else device)
+    found = sources.load(sources.Source(source, **where), place)
     if isinstance(found, nn.Module):
         raise FileNotFoundError(
             f"source must hold model_index.json, got {source!r} without; it is one component, name its pipeline with --base"
         )
-    return found
+    return devices.move(found, place)
 
 
 def prompts_of(pipeline: Any, source: str, path: Path | None) -> list[str] | None:
@@ -92,18 +127,26 @@ def describe(forecast: Forecast, settings: CalibrationSettings) -> str:
     taken = [kind for kind in forecast.kinds if kind.packed_bytes]
     computed = {stage: rows for stage, rows in forecast.computed.items() if rows}
     stages = ", ".join(f"{stage} {rows:,.0f}" for stage, rows in computed.items())
-    both = (forecast.float_bytes + forecast.packed_bytes) / 1e6
+    packed, floats, both, kept = (
+        decimal(round(size), precision=2)
+        for size in (
+            forecast.packed_bytes,
+            forecast.float_bytes,
+            forecast.packed_bytes + forecast.float_bytes,
+            settings.memory_bytes,
+        )
+    )
     lines = [
         f"{sum(kind.count for kind in taken)} layers, {sum(kind.weights for kind in taken):,} weights: about "
-        f"{forecast.packed_bytes / 1e6:.2f} MB packed, {forecast.float_bytes / 1e6:.2f} MB as it is"
+        f"{packed} packed, {floats} as it is"
     ]
     if not forecast.rows:
-        return f"{lines[0]}\nno calibration: the denoiser is not called; RAM: about {both:.0f} MB for both denoisers"
+        return f"{lines[0]}\nno calibration: the denoiser is not called; RAM: about {both} for both denoisers"
     lines += [
         f"calibration: {forecast.rows:,} rows from {forecast.pictures:,} full-precision pictures of {forecast.steps} steps",
         f"after it: at most {sum(computed.values()):,.0f} rows of the denoiser{f' ({stages})' * bool(stages)}, and the search "
         f"over weights; a picture takes {forecast.steps} rows, {2 * forecast.steps} with guidance in two parts",
-        f"RAM: about {both:.0f} MB for both denoisers, and up to {settings.memory_bytes / 1e6:.0f} MB (--memory-mb) each for "
+        f"RAM: about {both} for both denoisers, and up to {kept} (--memory-mb) each for "
         "calibration rows and for activations, beside what is trained, the libraries and a call of the pipeline",
     ]
     return "\n".join(lines)
@@ -121,19 +164,21 @@ def in_time(forecast: Forecast, pace: Pace) -> str:
     )
 
 
-def draw(pipeline: Any, sampling: Sampling, *, progress: bool = True) -> Generated:
-    """Pictures of seeds 0, 1, ... with the sampler's states; of several processes the main one gets them."""
-    return evaluation.generate(
-        pipeline,
-        sampling.prompts,
-        seeds=list(range(sampling.count)),
-        steps=sampling.steps,
-        guidance_scale=sampling.guidance_scale,
-        batch_size=sampling.batch_size,
-        trajectory=True,
-        progress=progress,
-        call_kwargs=sampling.call_kwargs,
-    )
+def draw(pipeline: Any, sampling: Sampling, *, kept: Path | None = None, progress: bool = True) -> Generated:
+    """Pictures of seeds 0, 1, ... with the sampler's states; of several processes the main one gets them.
+
+    Those that lie in `kept` are not drawn, others are put there piece by piece; None draws all.
+    """
+    asked: dict[str, Any] = {
+        "seeds": list(range(sampling.count)),
+        "steps": sampling.steps,
+        "progress": progress,
+    }
+    asked |= {"guidance_scale": sampling.guidance_scale, "batch_size": sampling.batch_size}
+    asked |= {"call_kwargs": sampling.call_kwargs}
+    if kept is not None:
+        return kept_pictures.draw_kept(pipeline, sampling.prompts, kept, **asked)
+    return evaluation.generate(pipeline, sampling.prompts, trajectory=True, **asked)
 
 
 def judge(reference: Generated, quantized: Generated, sampling: Sampling) -> Evaluation:
@@ -155,7 +200,7 @@ def judge(reference: Generated, quantized: Generated, sampling: Sampling) -> Eva
 def finish(
     pipeline: Any,
     plan: Plan,
-    source: str,
+    source: sources.Source,
     out: Path,
     sampling: Sampling,
     *,
@@ -168,9 +213,9 @@ def finish(
     the drawing; the main one writes. All must see the directory `out`.
 
     Args:
-        pipeline: Float; quantized on return.
+        pipeline: Float; quantized on return, and in the dtypes of the files that it came from, whatever it computed in.
         plan: Made for it.
-        source: How the user calls it.
+        source: Where it came from.
         out: Directory of the checkpoint and the report.
         sampling: Pictures for the report; a count of 0 leaves them out.
         seconds: Timings so far.
@@ -182,19 +227,77 @@ def finish(
     Raises:
         CheckpointError: what was written does not verify.
     """
+    sources.load_into(pipeline, replace(source, dtype="stored"), devices.home(pipeline))
     parts = {"": api.denoiser(pipeline)} | {name: getattr(pipeline, name) for name in plan.components}
     floats = {name: install.shadow(part) for name, part in parts.items()}
     timings = dict(seconds)
     api.apply(pipeline, plan)
     start = time.perf_counter()
-    distributed.on_main(lambda: _save(pipeline, out, overwrite))
+    with sources.as_in_files(pipeline, source):
+        distributed.on_main(lambda: _save(pipeline, out, overwrite))
     timings["saving and verifying"] = time.perf_counter() - start
     made = None
     if distributed.is_main():
-        made = _record(floats[""], plan, source, timings)
+        notes = [*notes_of(plan.recipe), *components.notes(plan)]
+        made = build.build(floats[""], plan, name=source.name, timings=timings, notes=notes)
         empty = build.no_pictures()
         build.write(made, empty, empty, out)
-    return _with_pictures(pipeline, floats, plan, source, out, sampling, timings) if sampling.count else made
+    if not sampling.count:
+        return made
+    reference, dtype = _reference(pipeline, floats, source, sampling)
+    drawn = draw(checkpoint.load(out, dtype=dtype, device=devices.home(pipeline)), sampling)
+    return None if made is None else _with_pictures(made, reference, drawn, sampling, out)
+
+
+def _reference(
+    pipeline: Any, floats: Mapping[str, nn.Module], source: sources.Source, sampling: Sampling
+) -> tuple[Generated, torch.dtype | None]:
+    """Pictures of full precision, and the dtype that they were computed in; None if it is that of the files.
+
+    The models at hand draw them, unless they are not in the dtype that the source is to be computed in.
+    """
+    device = devices.home(pipeline)
+    with _in_place(pipeline, floats):
+        if sources.has_dtypes(pipeline, source, device):
+            return draw(pipeline, sampling, kept=sampling.kept), None
+    computing = devices.move(sources.load(source, device), device)
+    dtype = next(tensor.dtype for tensor in denoiser_of(computing)[1].parameters())
+    return draw(computing, sampling, kept=sampling.kept), dtype
+
+
+def draw_later(
+    reference: Generated,
+    out: Path,
+    sampling: Sampling,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Record | None:
+    """Draw with a finished checkpoint what full precision has drawn, compare, and complete the checkpoint's report.
+
+    Args:
+        reference: Full-precision pictures as `draw` gives them for the same `sampling`.
+        out: Directory of the checkpoint and its report; nothing in it changes until all pictures are drawn.
+        sampling: How they were drawn.
+        folder: Holds what is drawn until the report is written, so that a killed run goes on from there.
+        dtype: In which to compute; None: that of the files.
+        device: Where to compute; None: on the CPU.
+
+    Returns:
+        What the report shows; None on processes of a launch that do not write.
+
+    Raises:
+        FileNotFoundError: there is no report.
+        CheckpointError: the checkpoint does not load.
+    """
+    made = build.read(out)[0]
+    own = folder / f"of-{hashlib.sha256((out / MANIFEST).read_bytes()).hexdigest()[:32]}"
+    drawn = draw(checkpoint.load(out, dtype=dtype, device=device), sampling, kept=own)
+    if not distributed.is_main():
+        return None
+    made = _with_pictures(made, reference, drawn, sampling, out)
+    shutil.rmtree(own)
+    return made
 
 
 def _save(pipeline: Any, out: Path, overwrite: bool) -> None:
@@ -203,42 +306,22 @@ def _save(pipeline: Any, out: Path, overwrite: bool) -> None:
     integrity.check_directory(out)
 
 
-def _record(model: nn.Module, plan: Plan, source: str, timings: Mapping[str, float], **more: Any) -> Record:
-    notes = [*notes_of(plan.recipe), *components.notes(plan)]
-    return build.build(model, plan, name=source, timings=timings, notes=notes, **more)
-
-
 def _with_pictures(
-    pipeline: Any,
-    floats: Mapping[str, nn.Module],
-    plan: Plan,
-    source: str,
-    out: Path,
-    sampling: Sampling,
-    timings: Mapping[str, float],
-) -> Record | None:
-    """Draw with the float models in their places and with the checkpoint, compare, and write the report again."""
-    with _in_place(pipeline, floats):
-        reference = draw(pipeline, sampling)
-    drawn = draw(checkpoint.load(out), sampling)
-    if not distributed.is_main():
-        return None
+    made: Record, reference: Generated, drawn: Generated, sampling: Sampling, out: Path
+) -> Record:
+    """Compare pictures of both models, and write the report again with what they say."""
     left, (right, chosen) = build.shown(reference, SHOWN)[0], build.shown(drawn, SHOWN)
     times = {
         "pictures, full precision": reference.seconds,
         "pictures, quantized and reloaded": drawn.seconds,
     }
-    made = _record(
-        floats[""],
-        plan,
-        source,
-        {**timings, **times},
-        evaluation=judge(reference, drawn, sampling),
-        prompts=[f"{sampling.prompt_of(one.sample)}{one.label}" for one in chosen],
-        seeds=[one.sample for one in chosen],
+    prompts, seeds = (
+        [f"{sampling.prompt_of(one.sample)}{one.label}" for one in chosen],
+        [one.sample for one in chosen],
     )
-    build.write(made, left, right, out)
-    return made
+    complete = build.with_pictures(made, judge(reference, drawn, sampling), prompts, seeds, times)
+    build.write(complete, left, right, out)
+    return complete
 
 
 @contextmanager

@@ -11,6 +11,7 @@ Files say in which dtype a model is kept, the machine in which it computes: CPUs
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,10 +24,13 @@ from torch import nn
 
 from difloat import reference_models
 from difloat.checkpoint import outline
-from difloat.checkpoint.layout import CONFIG, read_json, stored_dtypes
+from difloat.checkpoint import source_names as kept_names
+from difloat.checkpoint.layout import CONFIG, read_json
 from difloat.checkpoint.remote_code import INDEX
 from difloat.checkpoint.save_load import dtype_argument
-from difloat.pipelines import DENOISER_NAMES
+from difloat.checkpoint.stored_dtypes import dtypes_of_tensors, stored_dtypes
+from difloat.interchange import gguf_files, source_names
+from difloat.pipelines import DENOISER_NAMES, denoiser_of
 
 DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
 _WHOLE = (
@@ -47,9 +51,10 @@ class Source:
         name: An embedded model, a directory, ``owner/model`` on a hub, or a file that holds a checkpoint.
         base: Directory or hub name of the pipeline that a file or a component belongs to.
         revision: Branch, tag or commit on the hub.
-        variant: Of the files, like "fp16"; None takes the only one that there is.
-        dtype: In which to compute: "auto" is as stored, except that CPUs compute float16 as bfloat16 where they have its
-            instructions and as float32 elsewhere; "stored" is as stored in any case.
+        variant: Variant of the files, like "fp16". If it is left out, the only one that there is.
+        dtype: What is computed in: "auto" is as stored, except that CPUs compute float16 as bfloat16 where they have its
+            instructions and as float32 elsewhere; "stored" is as stored in any case, every component of a directory in its own;
+            else float32, bfloat16 or float16.
     """
 
     name: str
@@ -83,6 +88,73 @@ def load(source: Source, device: torch.device | str = "cpu") -> Any:
     if (path / INDEX).is_file():
         return _from_directory(path, source, device)
     return _component(path, source, device)
+
+
+def load_into(pipeline: Any, source: Source, device: torch.device | str = "cpu") -> None:
+    """Load a source once more into its own pipeline, in the dtypes that the source says; nothing if it has them already.
+
+    The models that it holds are let go before, so that memory holds one of both.
+
+    Args:
+        pipeline: As `load` gave it for this source with any dtype, its models still in float.
+        source: With the dtype that is wanted now.
+        device: As for `load`; the models are put there.
+
+    Raises:
+        FileNotFoundError: as `load`.
+        ValueError: as `load`.
+    """
+    if has_dtypes(pipeline, source, device):
+        return
+    names = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
+    for name in names:
+        vars(pipeline)[name] = None  # assigned, it would be noted in the pipeline's config
+    again = load(source, device)
+    for name in names:
+        setattr(pipeline, name, getattr(again, name).to(torch.device(device)))
+
+
+def has_dtypes(pipeline: Any, source: Source, device: torch.device | str = "cpu") -> bool:
+    """Whether most values of every model are in the dtype that loading gives; False of single files, where loading tells."""
+    if source.embedded:
+        return True
+    path = located(source)
+    if source.base is not None or not (path / INDEX).is_file():
+        return False
+    wanted = _dtypes(path, source.dtype, device)
+    for name in stored_dtypes_of(path):
+        counts: Counter[torch.dtype] = Counter()
+        for tensor in getattr(pipeline, name).parameters():
+            counts[tensor.dtype] += tensor.numel()
+        if counts.most_common(1)[0][0] != (wanted[name] if isinstance(wanted, dict) else wanted):
+            return False
+    return True
+
+
+@contextmanager
+def as_in_files(pipeline: Any, source: Source) -> Iterator[None]:
+    """Inside, floating tensors of a pipeline have the dtypes that the files of its source have them in, to be saved so.
+
+    Libraries load some tensors of half-precision files in float32 (T5's last projections), which would be written so. Tensors
+    that are not in the files of a directory by their name and shape stay as they are.
+    """
+    changed = []
+    path = None if source.embedded else located(source)
+    for name, part in pipeline.components.items() if path is not None else ():
+        folder = path / name
+        if source.base is not None or not (folder / CONFIG).is_file() or not isinstance(part, nn.Module):
+            continue
+        dtypes = dtypes_of_tensors(folder)
+        for key, tensor in part.state_dict(keep_vars=True).items():
+            wanted, shape = dtypes.get(key, (tensor.dtype, tensor.shape))
+            if tensor.is_floating_point() and tensor.dtype != wanted and tuple(tensor.shape) == tuple(shape):
+                changed.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(wanted)
+    try:
+        yield
+    finally:
+        for tensor, before in changed:
+            tensor.data = before
 
 
 def outlined(source: Source) -> outline.Outline:
@@ -164,6 +236,9 @@ def _hub_errors(name: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
+    client: Any = sys.modules.get("httpx")  # what newer versions of the library ask the hub with
+    unanswered: tuple[type[Exception], ...] = (EntryNotFoundError, HfHubHTTPError, OSError)
+    unanswered += () if client is None else (client.HTTPError,)
     try:
         yield
     except GatedRepoError as error:
@@ -179,7 +254,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise FileNotFoundError(
             f"{name!r} must be in the hub's cache where there is no network, but is not; hf download {name} where there is one"
         ) from error
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except unanswered as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise FileNotFoundError(
             f"{name!r} must be a pipeline on the hub, but does not load ({reason}); check its name and the network, or hf "
@@ -212,6 +287,8 @@ def _from_directory(path: Path, source: Source, device: torch.device | str, **pa
 
 def _dtypes(path: Path, dtype: str, device: torch.device | str) -> Any:
     """One dtype for all components where values of several do not fit together: that of the most values."""
+    if dtype == "stored":
+        return {"default": torch.float32} | stored_dtypes_of(path)
     counts: Counter[torch.dtype] = Counter()
     for config in path.glob(f"*/{CONFIG}"):
         counts.update(stored_dtypes(config.parent))
@@ -254,12 +331,16 @@ def _from_file(path: Path, source: Source, device: torch.device | str) -> Any:
     from diffusers.loaders import single_file_utils
 
     with _load_errors(source.name):
-        state = single_file_utils.load_single_file_checkpoint(str(path))
+        if path.suffix == gguf_files.SUFFIX:
+            state, stored = _float_gguf(path)
+        else:
+            state = single_file_utils.load_single_file_checkpoint(str(path))
+            floats = Counter(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+            stored = floats.most_common(1)[0][0]
         repository = single_file_utils.fetch_diffusers_config(state)["pretrained_model_name_or_path"]
-    floats = Counter(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    dtype = computed_in(floats.most_common(1)[0][0], source.dtype, device)
+    dtype = computed_in(stored, source.dtype, device)
     whole = any(name.startswith(_WHOLE) for name in state)
-    del state
+    what: Any = dict(state) if path.suffix == gguf_files.SUFFIX else str(path)
     base = source.base or (repository if whole else None)
     if base is None:
         raise ValueError(
@@ -270,11 +351,28 @@ def _from_file(path: Path, source: Source, device: torch.device | str) -> Any:
     with _load_errors(source.name):
         if whole:
             pipeline_class: Any = getattr(diffusers, index["_class_name"])
-            return pipeline_class.from_single_file(str(path), config=base, torch_dtype=dtype)
+            pipeline = pipeline_class.from_single_file(what, config=base, torch_dtype=dtype)
+            _keep_names(denoiser_of(pipeline)[1], state, whole)
+            return pipeline
         name = next(name for name in DENOISER_NAMES if index.get(name, [None])[0])
         model_class: Any = getattr(diffusers, index[name][1])
-        module = model_class.from_single_file(str(path), config=base, subfolder=name, torch_dtype=dtype)
+        module = model_class.from_single_file(what, config=base, subfolder=name, torch_dtype=dtype)
+        _keep_names(module, state, whole)
     return _in_base({name: module}, source, device)
+
+
+def _keep_names(module: nn.Module, state: Mapping[str, torch.Tensor], whole: bool) -> None:
+    """Note on a model under which names its tensors came, so that an export can give them back."""
+    if (names := source_names.find(module, state, keep_unused=not whole)) is not None:
+        kept_names.keep(module, names)
+
+
+def _float_gguf(path: Path) -> tuple[dict[str, torch.Tensor], torch.dtype]:
+    """The float weights of a GGUF file, and what its values are taken to be stored in: blocks are products with a float16."""
+    state, counts = gguf_files.read(path)
+    wide = counts["F32"] > counts.total() - counts["F32"]
+    bfloat16 = counts["BF16"] > counts.total() - counts["BF16"]
+    return state, torch.float32 if wide else torch.bfloat16 if bfloat16 else torch.float16
 
 
 def _index_of(base: str, source: Source) -> Mapping[str, Any]:

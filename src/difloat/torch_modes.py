@@ -1,4 +1,4 @@
-"""The modes of torch that a caller is in must not matter to what is decided: gradients, inference mode, autocast."""
+"""Modes of torch that a caller may be in, and that must not change a decision: gradients, inference mode, autocast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Inside, products are computed in the dtype of their operands, on every device; also a decorator."""
+    """Compute products in the dtype of their operands, on every device, inside a ``with`` block or a decorated function."""
     with ExitStack() as stack:
         for device in {"cpu", *_accelerators()}:
             if torch.is_autocast_enabled(device):
@@ -21,7 +21,7 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Inside, torch is as in a fresh program: gradients on, no inference mode, no autocast; also a decorator."""
+    """Use torch as in a fresh program: gradients on, no inference mode, no autocast. It is a decorator as well."""
     with torch.inference_mode(False), torch.enable_grad(), without_autocast():
         yield
 
@@ -35,7 +35,7 @@ def normal(tensor: Tensor) -> Tensor:
 
 
 def check_defaults() -> None:
-    """Refuse defaults for new tensors under which decisions, and the sampler's noise, would be others.
+    """Refuse defaults for new tensors that would change decisions and the sampler's noise.
 
     Raises:
         ValueError: if torch's default dtype is not float32, or its default device not the CPU.

@@ -1,1 +1,1 @@
-"""The denoiser's inputs along real trajectories: captured, cut into rows, budgeted, cached."""
+"""Calibration: the denoiser's inputs along real trajectories, cut into rows, kept within a budget, and cached."""

@@ -1,8 +1,8 @@
-"""Which arguments of a denoiser's call have a batch axis, and the call's structure as JSON without its tensors.
+"""The batch axis of the arguments of a denoiser's call, and the call's structure as JSON without its tensors.
 
-Most denoisers take tensors whose first axis is the batch. Some (Z-Image) take lists, one tensor per picture: then the list
+Most denoisers take tensors whose first axis is the batch. Some (Z-Image) take lists with one tensor per picture. Then the list
 is the batch axis, every list of that length is taken apart, and its tensors may have different sizes. A list is the batch only
-where the sample itself is one: lists beside a tensor (residuals of a ControlNet) are as long as the network is deep.
+where the sample itself is one, because lists beside a tensor (residuals of a ControlNet) are as long as the network is deep.
 """
 
 from __future__ import annotations
@@ -22,19 +22,24 @@ SHARED_NAMES = frozenset(
     {"img_ids", "txt_ids", "image_rotary_emb", "timestep_indices", "token_tags"}
     | {f"indices_latents{which}" for which in ("", "_clean", "_history_2x", "_history_4x")}
 )
-# What has its batch axis second, behind one for the layers of a language model (HiDream).
+# Arguments whose batch axis is the second, behind one for the layers of a language model (HiDream).
 SECOND_AXIS_NAMES = frozenset({"encoder_hidden_states_llama3"})
 
-# What a denoiser of videos is given for every frame of every row, the frames of a row one after the other (AnimateDiff).
+# Arguments of a denoiser of videos with an entry for every frame of every row, row after row (AnimateDiff).
 FRAMEWISE_NAMES = frozenset(
     {"encoder_hidden_states", "down_block_additional_residuals", "mid_block_additional_residual"}
 )
 
 
 def entries_per_row(name: str, tensor: Tensor, batch: int) -> bool | int | Literal["second"]:
-    """Whether the first axis of an argument is the batch, by its length; with several entries per row their number.
+    """How many entries of an argument's first axis belong to a row, judged by the length of the axis.
 
-    "second" where it is the second axis.
+    >>> entries_per_row("hidden_states", torch.zeros(4, 3), batch=4), entries_per_row("img_ids", torch.zeros(4, 3), batch=4)
+    (True, False)
+
+    Returns:
+        True for one entry, a number for several, False for an argument that all rows share, and "second" where the batch is
+        the second axis.
     """
     if tensor.ndim == 0 or name in SHARED_NAMES:
         return False
@@ -46,7 +51,7 @@ def entries_per_row(name: str, tensor: Tensor, batch: int) -> bool | int | Liter
 
 
 def own_entries(tensor: Tensor, split: bool | int | str, row: int) -> Tensor:
-    """The entries of one row, as `entries_per_row` counts them; the axis stays."""
+    """The entries of one row, as `entries_per_row` counts them. The axis stays."""
     if split == "second":
         return tensor[:, row : row + 1]
     return tensor[row * int(split) : (row + 1) * int(split)]
@@ -66,7 +71,7 @@ class Rows:
 
 
 def sample_of(named: Mapping[str, object]) -> tuple[str, int]:
-    """Name and batch size of the noisy sample: the first tensor with a batch axis, or the first list of tensors.
+    """The name and batch size of the noisy sample, which is the first tensor with a batch axis or list of tensors.
 
     Raises:
         ValueError: if there is neither.
@@ -95,7 +100,7 @@ def _is_rows(value: object) -> bool:
 
 
 def _split_by(rows: object, named: Mapping[str, object]) -> bool:
-    """Whether the entries of a list have the batch axis of a tensor beside it: several embeddings of the same rows."""
+    """Whether the entries of a list share the batch axis of another argument, as several embeddings of the same rows do."""
     batch = next((len(v) for v in named.values() if isinstance(v, Tensor) and v.ndim >= 2), None)
     return all(isinstance(entry, Tensor) and len(entry) == batch for entry in rows)  # type: ignore[attr-defined]
 
@@ -107,12 +112,12 @@ def rows_in_lists(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
 
 
 def rows_of(args: Sequence[object], kwargs: Mapping[str, object]) -> int:
-    """How many rows a denoiser is called with."""
+    """The number of rows that a denoiser is called with."""
     return sample_of(_named(args, kwargs))[1]
 
 
 def samples_of(args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
-    """The tensors of the noisy sample: one, or one per picture."""
+    """The tensors of the noisy sample, which are one or one per picture."""
     named = _named(args, kwargs)
     leaves = pytree.tree_leaves(named[sample_of(named)[0]])
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -123,9 +128,9 @@ def _named(args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, ob
 
 
 def cut(value: object, batch: int, row: int) -> object:
-    """`value` of a call whose batch axis is a list: a list of `batch` entries becomes the entry of `row`, in dicts too.
+    """An argument of a call whose batch axis is a list, cut to one row. Lists of `batch` entries become the row's entry.
 
-    Lists of numbers and words stay whole: they are settings, such as the sizes of a patch.
+    Lists inside dicts are cut as well. Lists of numbers and words stay whole, since they are settings such as patch sizes.
     """
     if isinstance(value, Mapping):
         return {key: cut(entry, batch, row) for key, entry in value.items()}
@@ -140,7 +145,7 @@ def cut(value: object, batch: int, row: int) -> object:
 
 
 def timestep_name(named: Mapping[str, object], sample_name: str, batch: int) -> str | None:
-    """Argument that holds the timestep: by name, else the first scalar or [batch] tensor after the sample."""
+    """The argument that holds the timestep, known by its name, or the first scalar or [batch] tensor after the sample."""
     for name in TIMESTEP_NAMES:
         value = named.get(name)
         if name != sample_name and value is not None and isinstance(value, (Tensor, int, float)):
@@ -155,7 +160,7 @@ def timestep_name(named: Mapping[str, object], sample_name: str, batch: int) -> 
 
 
 def numbers_in(named: Mapping[str, object]) -> dict[str, float]:
-    """Arguments that are Python numbers."""
+    """The arguments that are Python numbers."""
     return {
         name: value
         for name, value in named.items()
@@ -164,14 +169,14 @@ def numbers_in(named: Mapping[str, object]) -> dict[str, float]:
 
 
 def per_row_timestep(value: object, batch: int) -> Tensor:
-    """Timestep with a batch axis: a scalar becomes the same value for every row."""
+    """The timestep with a batch axis [b]. A scalar becomes the same value for every row."""
     if not isinstance(value, Tensor):
         value = torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
     return value.reshape(1).expand(batch) if value.numel() == 1 else value
 
 
 def timestep_values(timestep: object, batch: int, call: int) -> list[float]:
-    """One number per row: the largest of a row's entries, or the call's number where there is no timestep."""
+    """One number per row: the largest timestep of the row's entries, or the call's number where there is no timestep."""
     if not isinstance(timestep, Tensor):
         return [float(call)] * batch
     if len(timestep) != batch:
@@ -180,9 +185,9 @@ def timestep_values(timestep: object, batch: int, call: int) -> list[float]:
 
 
 def encode(value: object, name: str, leaves: list[tuple[str, Tensor, bool]]) -> dict[str, object]:
-    """JSON form of an argument.
+    """The JSON form of an argument.
 
-    Tensors go to `leaves`, with their name and whether they are one row's in a list, and leave their place in the JSON.
+    Tensors go to `leaves`, with their name and whether they belong to one row of a list. The JSON holds their number instead.
     """
     return _encode(value, name, leaves, False)
 
@@ -211,13 +216,13 @@ def _encode(
 
 
 def decode(node: Mapping[str, Any], tensors: Sequence[Any], rows: int, row: int | None = None) -> object:
-    """What `encode` made JSON of, for a call of so many rows.
+    """The argument that `encode` made JSON of, for a call of so many rows.
 
     Args:
         node: The JSON.
-        tensors: In the order of the leaves: a tensor, or for those in lists of rows one per row.
-        rows: Of the call.
-        row: Inside of a list of rows which of them.
+        tensors: The tensors in the order of the leaves. Those in lists of rows are lists with one tensor per row.
+        rows: How many rows the call has.
+        row: The number of the row inside of a list of rows, or None outside.
     """
     ((kind, content),) = node.items()
     if kind == "rows":
@@ -238,8 +243,8 @@ def decode(node: Mapping[str, Any], tensors: Sequence[Any], rows: int, row: int 
 def prediction(output: object, in_lists: bool) -> Tensor | list[Tensor]:
     """The denoiser's prediction in its output: a tensor [batch, ...], or a list of one tensor per row.
 
-    It is the output itself or the first entry of a tuple, list, dict or diffusers output. A list inside of these, or the output
-    itself of a denoiser that takes its rows `in_lists`, holds a tensor per row.
+    It is the output itself, or the first entry of a tuple, list, dict or diffusers output. A list inside of these holds a
+    tensor per row, and so does the output of a denoiser that takes its rows `in_lists`.
 
     Raises:
         ValueError: if there is no tensor.
@@ -259,7 +264,7 @@ def prediction(output: object, in_lists: bool) -> Tensor | list[Tensor]:
 
 
 def first_tensor(output: object, in_lists: bool = False) -> Tensor:
-    """The denoiser's prediction [batch, ...] in its output, see `prediction`; a list of one tensor per row is stacked.
+    """The denoiser's `prediction` [batch, ...] in its output. A list of one tensor per row is stacked.
 
     Raises:
         ValueError: if there is no tensor, or the rows of a list have different sizes.
@@ -275,5 +280,5 @@ def first_tensor(output: object, in_lists: bool = False) -> Tensor:
 
 
 def predict(module: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a denoiser predicts in one call, [batch, ...]; ValueError as from `first_tensor`."""
+    """The prediction [batch, ...] of one call of a denoiser, with the errors of `first_tensor`."""
     return first_tensor(module(*args, **kwargs), rows_in_lists(args, kwargs))

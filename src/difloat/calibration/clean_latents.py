@@ -23,10 +23,10 @@ RAW_TIMESTEPS = 20  # arXiv:2503.15465, code: `range(20)` for PixArt
 
 @final
 class LastCall:
-    """Forward pre-hook (`with_kwargs=True`) that remembers the arguments of the newest call by their names."""
+    """A forward pre-hook (`with_kwargs=True`) that remembers the arguments of the newest call by their names."""
 
     def __init__(self, module: nn.Module) -> None:
-        """For calls of `module`."""
+        """Prepare for calls of a module."""
         self._names = list(inspect.signature(module.forward).parameters)
         self.arguments: dict[str, Any] = {}
 
@@ -38,13 +38,13 @@ class LastCall:
 def clean_calls(
     scheduler: Any, last: LastCall, images: int, generator: torch.Generator
 ) -> Iterator[dict[str, Any]]:
-    """Calls with the latents of the sampler's last step, noised at the timesteps 0 to 19, conditional rows only.
+    """The calls with the latents of the sampler's last step, noised at the timesteps 0 to 19, for conditional rows only.
 
     Args:
-        scheduler: Gives `add_noise`.
-        last: The sampler's last call of the denoiser; its first tensor argument is the sample.
-        images: Pictures in the batch; of a guided call the last so many rows are the conditional ones.
-        generator: Draws the noise.
+        scheduler: A scheduler with `add_noise`.
+        last: The sampler's last call of the denoiser, whose first tensor argument is the sample.
+        images: How many pictures the batch has. The last so many rows of a guided call are the conditional ones.
+        generator: The generator that draws the noise.
 
     Raises:
         ValueError: if the scheduler cannot add noise at a timestep, or the denoiser has no timestep by name.

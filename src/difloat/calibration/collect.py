@@ -1,9 +1,9 @@
 """Calibration data: rows of a denoiser's inputs, drawn from the trajectories of the full-precision sampler.
 
-`collect` calls an unmodified diffusers pipeline, `collect_from_loop` any sampling loop around an `nn.Module`;
-a forward pre-hook records the denoiser's inputs. Rows are spread evenly over the sampler's own timesteps and
-over the conditional and unconditional halves of guidance. Each batch of prompts is one shard: once it is on
-disk it stays done, and because every seed is explicit a resumed run gives the rows of an uninterrupted one.
+`collect` calls an unmodified diffusers pipeline, and `collect_from_loop` any sampling loop around an `nn.Module`. A forward
+pre-hook records the denoiser's inputs. Rows are spread evenly over the sampler's own timesteps and over the conditional and
+unconditional halves of guidance. Each batch of prompts is one shard. Once it is on disk it stays done, and because every seed
+is explicit, a resumed run gives the rows of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 @final
 class Calibration:
-    """A set of captured denoiser input rows, held in RAM or read from disk on demand."""
+    """A set of rows of the denoiser's inputs, held in RAM or read from disk on demand."""
 
     def __init__(
         self,
@@ -53,65 +53,64 @@ class Calibration:
         scheduler: Callable[[], Any] | None = None,
         pace: Pace | None = None,
     ) -> None:
-        """Rows whose tensors are on `shelf`; `batch` puts them on `device`; `pace` was measured."""
+        """Take rows whose tensors are on a shelf. `batch` puts them on the device, and `pace` was measured."""
         self._rows = list(rows)
         self._shelf = shelf
         self.device, self.scheduler, self.pace = device, scheduler, pace or Pace()
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """The number of rows."""
         return len(self._rows)
 
     @property
     def timesteps(self) -> list[float]:
-        """Timestep of every row, in the sampler's unit; a call's number if calls have no timestep."""
+        """The timestep of every row in the sampler's unit, or the number of its call if calls have no timestep."""
         return [row.timestep for row in self._rows]
 
     @property
     def steps(self) -> list[int | None]:
-        """Sampler step of every row, from 0; None for a row of no trajectory."""
+        """The sampler step of every row, counted from 0, or None for a row of no trajectory."""
         return [row.step if row.trajectory else None for row in self._rows]
 
     @property
     def before(self) -> list[int | None]:
-        """For every row the row one sampler step earlier on the same trajectory; the row itself at the first step.
+        """For every row the row one sampler step earlier on the same trajectory. At the first step it is the row itself.
 
-        None where that row was not kept, or the rows are of no trajectory.
+        It is None where that row was not kept, or the rows are of no trajectory.
         """
         return rows_before([(row.trajectory, row.part, row.step) for row in self._rows])
 
     @property
     def beside(self) -> list[int | None]:
-        """For every row of a further guidance part the row of the part before it, at the same point of the same trajectory.
+        """For every row the row of the guidance part before its own, at the same point of the same trajectory.
 
-        None for rows of the first part and where that row was not kept.
+        It is None for rows of the first part, and where that row was not kept.
         """
         points = [(row.trajectory, row.part, row.step) for row in self._rows]
         return rows_beside(points, [row.leaves[0] for row in self._rows])
 
     @property
     def conditional_part(self) -> int | None:
-        """Which part of guidance was given a condition; None without guidance, or if all trajectories were given the same."""
+        """The part of guidance with a condition, or None without guidance, or if all trajectories had the same condition."""
         return conditional_part([row.part for row in self._rows], [row.leaves[1:] for row in self._rows])
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all rows in their order, for caches of what was made of them."""
+        """A hash of all rows in their order, for caches of what was made of them."""
         return hashlib.blake2b(repr(self._rows).encode(), digest_size=16).hexdigest()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors of the rows, each distinct tensor counted once, in RAM and on disk together."""
+        """The bytes of all tensors of the rows, in RAM and on disk together. Each distinct tensor counts once."""
         return self._shelf.nbytes({leaf for row in self._rows for leaf in row.leaves})
 
     def batch(self, rows: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Denoiser arguments `(args, kwargs)` of the given rows, merged along the batch axis, on `device`.
+        """The denoiser's arguments `(args, kwargs)` for some rows, merged along the batch axis, on the device.
 
-        A scalar timestep comes back as one entry per row, so rows of different timesteps can be mixed. The
-        tensors are copies.
+        A scalar timestep comes back as one entry per row, so rows of different timesteps can be mixed. The tensors are copies.
 
         Raises:
-            ValueError: No rows, a row number out of range, or rows that cannot share one call.
+            ValueError: if there are no rows, a number is out of range, or rows cannot share one call.
         """
         if len(rows) == 0 or not all(0 <= row < len(self) for row in rows):
             raise ValueError(
@@ -121,10 +120,10 @@ class Calibration:
         return merge([self._rows[row] for row in rows], lambda key: self._shelf.read(key).to(self.device))
 
     def stratified(self, count: int, generator: torch.Generator) -> list[int]:
-        """Row numbers without repeats, spread evenly over timesteps and guidance halves, in random order.
+        """Numbers of rows without repeats, spread evenly over timesteps and guidance halves, in random order.
 
         Raises:
-            ValueError: `count` is below 1 or above the number of rows.
+            ValueError: if the count is below 1 or above the number of rows.
         """
         if not 1 <= count <= len(self):
             raise ValueError(
@@ -134,7 +133,7 @@ class Calibration:
         return [chosen[place] for place in torch.randperm(count, generator=generator).tolist()]
 
     def describe(self) -> dict[str, Any]:
-        """Rows, bytes, rows per timestep (descending) and rows per guidance part."""
+        """The number of rows, bytes, rows per timestep (descending) and rows per guidance part."""
         counts = Counter(self.timesteps)
         return {
             "rows": len(self),
@@ -158,24 +157,24 @@ def collect(
 ) -> Calibration:
     """Sample with an unmodified pipeline and keep `settings.samples` rows of its denoiser's inputs.
 
-    In a launch of several processes (`difloat.distributed`), all of which must call this with the same arguments, each samples
-    every so many-th batch of prompts, and every process gets all rows: those of a single process, in the same order.
+    In a launch of several processes (`difloat.distributed`) all must call this with the same arguments. Each samples some of
+    the batches, and every process gets all rows, which are those of a single process in the same order.
 
     Args:
         pipeline: Any diffusers pipeline.
-        prompts: Texts, drawn in a seeded order and used again from the start if there are too few; None for a
+        prompts: Texts, which are drawn in a seeded order and used again from the start if there are too few. None is for a
             pipeline without text. A class-conditional pipeline gets random classes.
-        settings: How much, and from which seed.
-        cache_dir: Folder of finished shards. Each request (settings, prompts, model, scheduler) has its own
-            subfolder in it; a repeated or resumed request takes what is there. None: RAM, and a temporary
-            folder for what is above the memory budget. Only the main process of a launch reads and writes it.
-        progress: Show a progress bar with the time left.
+        settings: How many rows are kept, and the seed.
+        cache_dir: The folder of finished shards, with a subfolder for each request (settings, prompts, model, scheduler). A
+            repeated or resumed request takes what is there. None keeps rows in RAM, and those above the memory budget in a
+            temporary folder. Only the main process of a launch reads and writes it.
+        progress: Whether to show a progress bar with the time left.
         call_kwargs: More arguments of the pipeline's call, such as `height` or `negative_prompt`.
-        component: Which denoiser, where two share the trajectory, each at timesteps of its own; None: the first.
+        component: The name of the denoiser where two share the trajectory, or None for the first.
 
     Raises:
-        ValueError: Prompts do not fit the pipeline, NaN or infinity in the inputs, or rows cannot be merged.
-        OSError: The disk of `cache_dir` is full.
+        ValueError: if prompts do not fit the pipeline, inputs have NaN or infinity, or rows cannot be merged.
+        OSError: if the disk of `cache_dir` is full.
     """
     sampling = sampling_of(pipeline, prompts, settings, call_kwargs, component)
     distributed.join(sampling.device)
@@ -214,7 +213,7 @@ def _record_batch(
     *,
     on_call: Callable[[], object],
 ) -> Recorded:
-    """Sample one batch and keep its share of the rows; `paces` gets how fast that went."""
+    """Sample one batch and keep its share of the rows. The speed is added to `paces`."""
     recorder = Recorder(
         sampling.denoiser,
         -(-settings.samples // sampling.batches),
@@ -245,24 +244,23 @@ def collect_from_loop(
 ) -> Calibration:
     """Run `forward_loop(module)` once and keep up to `settings.samples` rows of the module's inputs.
 
-    The sample is the first tensor argument with at least two axes, its first axis the batch. The timestep is
-    found by parameter name (`timestep`, `t`, `sigma`, ...), else it is the first scalar or `[batch]` tensor after
-    the sample; without one, the number of the call takes its place. `steps`, `guidance_scale` and
-    `prompts_per_batch` are the loop's own business and not used. A loop that gives fewer rows gives fewer. Of several
-    processes (`difloat.distributed`) the main one runs the loop, and all get the rows.
+    The sample is the first tensor argument with at least two axes, of which the first is the batch. The timestep is found by
+    its parameter name (`timestep`, `t`, `sigma`, ...), or it is the first scalar or `[batch]` tensor after the sample.
+    Without one, the number of the call takes its place. `steps`, `guidance_scale` and `prompts_per_batch` are the loop's own
+    business and not used. Of several processes (`difloat.distributed`) the main one runs the loop, and all get the rows.
 
     The loop runs with torch's random state seeded and then restored. Calls whose timesteps go on in one direction at one batch
-    size count as the steps of one trajectory (`trajectories.Course`).
+    size count as the steps of one trajectory (`trajectory.Course`).
 
-    It is one shard of `cache_dir`: a killed run starts again, a finished one is reused if module, settings and loop are the
-    same. Loops are told apart by `cache_key`, or without one by their code, defaults and the values they use from outside
-    (`loop_identity.fingerprint`), so two lambdas of one function are two loops. In either case a cached loop is begun once
-    more, as far as its first call of the module, and its rows are used only if that call is fed what they began with. What
-    neither shows, such as a file that the loop reads later, needs another `cache_key`.
+    The loop is one shard of `cache_dir`. A killed run starts again, and a finished one is reused if module, settings and loop
+    are the same. Loops are told apart by `cache_key`, or without one by their code, defaults and the values they use from
+    outside (`loop_identity.fingerprint`). In either case a cached loop is begun once more, as far as its first call of the
+    module, and its rows are used only if they begin with that call's arguments. Changes that neither shows, such as those of
+    a file that the loop reads later, need another `cache_key`.
 
     Raises:
-        ValueError: The loop never called the module, NaN or infinity in the inputs, or rows of different
-            timesteps cannot be merged.
+        ValueError: if the loop never calls the module, inputs have NaN or infinity, or rows of different timesteps cannot be
+            merged.
     """
     request = {
         "module": type(module).__qualname__,
@@ -285,7 +283,7 @@ def _collect_loop(
     shelf: Shelf,
     progress: bool,
 ) -> list[Pace]:
-    """Put the rows of a loop on the shelf, those of an earlier run if they began with the same call; how fast it went."""
+    """Put the rows of a loop on the shelf and return its speed. Rows of an earlier run count if its first call was the same."""
     paces: list[Pace] = []
     first = loop_identity.FirstCall(module)
 
@@ -315,14 +313,22 @@ def sampling_of(
     call_kwargs: Mapping[str, Any] | None,
     component: str | None = None,
 ) -> Sampling:
-    """The batches that a request samples; ValueError where prompts or arguments do not fit the pipeline."""
+    """The batches that a request samples.
+
+    Raises:
+        ValueError: if prompts or arguments do not fit the pipeline.
+    """
     own: dict[str, Any] = {"samples": settings.samples, "steps": settings.steps, "seed": settings.seed}
     own |= {"guidance_scale": settings.guidance_scale, "batch": settings.prompts_per_batch}
     return Sampling(pipeline, prompts, **own, call_kwargs=call_kwargs or {}, denoiser=component)
 
 
 def finish_recording(recorder: Recorder) -> None:
-    """Cut to the limit; ValueError if nothing was recorded."""
+    """Cut a recording to its limit.
+
+    Raises:
+        ValueError: if nothing was recorded.
+    """
     recorder.thin()
     if recorder.calls == 0:
         raise ValueError(
@@ -339,7 +345,7 @@ def _finish(
     pace: Pace,
     scheduler: Callable[[], Any] | None = None,
 ) -> Calibration:
-    """Cut to the number of rows asked for and prove that rows of different timesteps can be merged."""
+    """The calibration with the number of rows that was asked for, of which rows of different timesteps can be merged."""
     rows = shelf.rows
     generator = torch.Generator().manual_seed(settings.seed)
     keep = stratified_indices(rows, min(settings.samples, len(rows)), generator)

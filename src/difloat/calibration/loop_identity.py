@@ -1,7 +1,7 @@
-"""Which sampling loop a cache belongs to: its code with the values it uses, and what its first call feeds the denoiser.
+"""The identity of a sampling loop in a cache: its code with the values it uses, and the arguments of its first call.
 
-A loop's name is not enough: every lambda of one function has the same. Its code with the values it uses tells what a user
-changes between two runs; what the first call is fed tells what neither shows, such as data behind an object.
+A loop's name is not enough, since all lambdas of a function have the same. Its code with the values it uses shows what a user
+changes between two runs. The arguments of the first call show what the code does not, such as data behind an object.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _DEPTH = 8  # of nested values that are looked into
 
 
 def fingerprint(loop: Callable[..., Any]) -> str:
-    """Hash of a function: bytecode, constants, defaults, and the values it takes from closures and globals, functions included.
+    """A hash of a function: bytecode, constants, defaults, and the values and functions it takes from closures and globals.
 
-    Tensors and arrays count by content, modules by class and weights, objects by class and attributes; objects without
-    attributes (files, iterators) by class alone.
+    Tensors and arrays count by content, modules by class and weights, and objects by class and attributes. Objects without
+    attributes, such as files and iterators, count by class alone.
     """
     digest = hashlib.blake2b(digest_size=16)
     _add(loop, digest.update, set(), 0)
@@ -35,7 +35,7 @@ def fingerprint(loop: Callable[..., Any]) -> str:
 
 
 def _add(value: Any, update: Callable[[bytes], object], seen: set[int], depth: int) -> None:
-    """Feed what identifies a value."""
+    """Feed the bytes that identify a value to a hash."""
 
     def also(*values: Any) -> None:
         for each in values:
@@ -84,7 +84,7 @@ def _add_compound(value: Any, update: Callable[[bytes], object], also: Callable[
 
 
 def _names(code: CodeType) -> set[str]:
-    """Names that code and the functions in it read from outside."""
+    """The names that code and the functions in it read from outside."""
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return set(code.co_names).union(*map(_names, inner))
 
@@ -102,20 +102,20 @@ class _Begun(BaseException):
 
 @final
 class FirstCall:
-    """Forward pre-hook (`with_kwargs=True`) that hashes the arguments of the first call of a module.
+    """A forward pre-hook (`with_kwargs=True`) that hashes the arguments of the first call of a module.
 
     Attributes:
-        digest: The hash; "" before the call.
+        digest: The hash, which is "" before the call.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """For calls of `module`."""
+        """Prepare for calls of a module."""
         self._module = module
         self._ends = False
         self.digest = ""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take a call; only the first counts."""
+        """Take a call, of which only the first counts."""
         if self._ends or not self.digest:
             digest = hashlib.blake2b(digest_size=8)
             for path, leaf in pytree.tree_flatten_with_path((args, dict(kwargs)))[0]:
@@ -126,7 +126,11 @@ class FirstCall:
             raise _Begun
 
     def of_loop(self, loop: Callable[[nn.Module], object], seed: int) -> str:
-        """Run a loop, as it is recorded, as far as its first call; the digest. ValueError if it makes none."""
+        """Run a loop, as it is recorded, as far as its first call, and return the digest.
+
+        Raises:
+            ValueError: if the loop makes no call.
+        """
         self._ends = True
         try:
             with recording(self._module, self, seed):

@@ -1,4 +1,4 @@
-"""Whether rows of different timesteps may share one call of a denoiser."""
+"""The proof that rows of different timesteps may share one call of a denoiser."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def _first_line(error: Exception) -> str:
 def check_mergeable(module: nn.Module, timesteps: Sequence[float], batch: Batch) -> None:
     """Prove that two rows of different timesteps give in one call what they give in two.
 
-    Does nothing if all rows have the same timestep.
+    If all rows have the same timestep, there is nothing to prove.
 
     Args:
         module: The denoiser.
-        timesteps: Of every calibration row.
-        batch: Gives the arguments of some rows.
+        timesteps: The timestep of every calibration row.
+        batch: A function that returns the arguments of some rows.
 
     Raises:
-        ValueError: The module takes only a scalar timestep, mixes the rows of a batch, or cannot be called with one of them.
+        ValueError: if the module takes only a scalar timestep, mixes the rows of a batch, or cannot be called with one row.
     """
     other = max(range(len(timesteps)), key=lambda row: abs(timesteps[row] - timesteps[0]))
     if timesteps[other] == timesteps[0]:

@@ -1,4 +1,4 @@
-"""How fast the full-precision denoiser computed while calibration ran."""
+"""The speed of the full-precision denoiser, measured while calibration ran."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pace:
-    """What one run, or several, showed.
+    """The measured speed of one run, or of several.
+
+    >>> Pace(seconds=2.0, timed=8, computed=10, pictures=1).row_seconds
+    0.25
 
     Attributes:
-        seconds: From one call of the denoiser to the next: the call, the sampler's step, and what recording takes.
-        timed: Rows of the calls that were timed so: all but the last of every run.
-        computed: Rows of all calls.
-        pictures: That these calls sampled; 0 where that is not known.
+        seconds: The time between the beginnings of two calls: the call, the sampler's step, and the recording.
+        timed: The rows of the timed calls, which are all but the last of every run.
+        computed: The rows of all calls.
+        pictures: How many pictures these calls sampled, or 0 where that is not known.
     """
 
     seconds: float = 0.0
@@ -24,17 +27,17 @@ class Pace:
 
     @property
     def row_seconds(self) -> float | None:
-        """Seconds per row of a call; None if no call was timed."""
+        """The seconds per row of a call, or None if no call was timed."""
         return self.seconds / self.timed if self.timed else None
 
     @property
     def picture_rows(self) -> float | None:
-        """Rows that a full-precision picture takes, steps times parts of guidance; None if that is not known."""
+        """The rows that a full-precision picture takes (steps times parts of guidance), or None if that is not known."""
         return self.computed / self.pictures if self.pictures else None
 
 
 def joined(paces: Iterable[Pace]) -> Pace:
-    """Several runs as one."""
+    """The speed of several runs together."""
     every = list(paces)
     return Pace(
         sum(pace.seconds for pace in every),

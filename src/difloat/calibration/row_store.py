@@ -1,8 +1,8 @@
-"""Shards of calibration rows: in memory up to a budget, on disk above it or where a cache is wanted.
+"""Shards of calibration rows, in memory up to a budget, and on disk above it or where a cache is wanted.
 
-A cache folder has one subfolder per request, named by the hash of all that decides the rows. In it, `index.json`
-says the request, for people; a shard is an entry (`cached`), a safetensors file with its rows in the header. Files
-appear by renaming, so a killed process leaves complete shards and ignored leftovers; damaged shards are drawn again.
+A cache folder has one subfolder per request, named by the hash of all that decides the rows. In it, `index.json` tells people
+the request. A shard is an entry of the cache (`cache_entries`), a safetensors file with its rows in the header. Files appear by
+renaming, so a killed process leaves complete shards and leftovers that are ignored. Damaged shards are drawn again.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Recorded = tuple[list[Row], Mapping[str, Tensor]]  # rows of a shard, and their 
 
 @final
 class Shelf:
-    """Rows and their tensors by content hash."""
+    """The rows of a request, and their tensors by content hash."""
 
     def __init__(self, cache_dir: str | Path | None, memory_bytes: int, request: Mapping[str, Any]) -> None:
-        """Open the subfolder of `request` in `cache_dir`; without `cache_dir` a temporary one when needed."""
+        """Open the subfolder of a request in `cache_dir`. Without `cache_dir` there is a temporary folder when needed."""
         self.rows: list[Row] = []
         self.memory_used_bytes = 0
         self._budget_bytes = memory_bytes
@@ -50,7 +50,7 @@ class Shelf:
             self._open_folder(Path(cache_dir))
 
     def put(self, shard: str, rows: list[Row], blobs: Mapping[str, Tensor]) -> None:
-        """Add rows with their tensors; on disk before this returns, unless there is no cache and memory is left."""
+        """Add rows with their tensors. They are on disk before this returns, unless there is no cache and memory is left."""
         new_bytes = sum(blob.nbytes for key, blob in blobs.items() if key not in self._sizes)
         fits = self.memory_used_bytes + new_bytes <= self._budget_bytes
         if self._folder is None and not fits:
@@ -65,13 +65,13 @@ class Shelf:
 
     @property
     def shards(self) -> list[str]:
-        """Names of the shards of earlier runs, damaged ones among them."""
+        """The names of the shards of earlier runs, including damaged ones."""
         return (
             [] if self._folder is None else sorted(path.stem for path in self._folder.glob("*.safetensors"))
         )
 
     def find(self, shard: str) -> Recorded | None:
-        """Rows and tensors of a shard of an earlier run, to be `put`; None if there is no undamaged one."""
+        """The rows and tensors of a shard of an earlier run, which can be `put`, or None if there is no undamaged one."""
         path = None if self._folder is None else self._folder / f"{shard}.safetensors"
         entry = None if path is None else read_entry(path, self._key(path))
         if path is None or entry is None:
@@ -86,10 +86,10 @@ class Shelf:
         return f"{path.parent.name}/{path.name}"
 
     def read(self, key: str) -> Tensor:
-        """The tensor of a content hash; treat it as read-only.
+        """The tensor of a content hash, which must not be written to.
 
         Raises:
-            OSError: The file it lies in was changed while this process is at work.
+            OSError: if the file that holds it was changed while this process is at work.
         """
         if key in self._memory:
             return self._memory[key]
@@ -106,13 +106,13 @@ class Shelf:
         return tensor
 
     def nbytes(self, keys: Iterable[str]) -> int:
-        """Bytes of the given tensors, wherever they are."""
+        """The bytes of the given tensors, in memory or on disk."""
         return sum(self._sizes[key] for key in keys)
 
     def _keep(
         self, rows: list[Row], sizes: Mapping[str, int], path: Path | None, blobs: Mapping[str, Tensor]
     ) -> None:
-        """Remember where tensors are: in memory if `path` is None, else in that file."""
+        """Remember where tensors are: in memory if there is no path, else in that file."""
         for key, size in sizes.items():
             if key in self._sizes:
                 continue
@@ -139,7 +139,7 @@ class Shelf:
 
 
 def open_shelf(cache_dir: str | Path | None, memory_bytes: int, request: Mapping[str, Any]) -> Shelf:
-    """An empty shelf; of several processes only the main one has the cache, and all end if it cannot open it."""
+    """An empty shelf. Of several processes only the main one has the cache, and all end if it cannot open it."""
     with distributed.together():
         return Shelf(cache_dir if distributed.is_main() else None, memory_bytes, request)
 
@@ -147,12 +147,12 @@ def open_shelf(cache_dir: str | Path | None, memory_bytes: int, request: Mapping
 def record_shards(
     shelf: Shelf, batches: Mapping[str, int], record: Callable[[int], Recorded]
 ) -> list[Recorded]:
-    """The contents of some shards, on every process: those of an earlier run; the others are recorded by a process each.
+    """The contents of some shards on every process. Each shard that no earlier run left is recorded by one process.
 
     Args:
-        shelf: May hold shards of an earlier run, on the main process.
-        batches: The batch of every shard; at most as many as there are processes.
-        record: Draws a batch.
+        shelf: The shelf, which may hold shards of an earlier run on the main process.
+        batches: The batch of every shard, at most as many as there are processes.
+        record: A function that draws a batch.
     """
     found = distributed.on_main(lambda: [shelf.find(shard) for shard in batches])
     numbers = list(batches.values())
@@ -166,5 +166,5 @@ def record_shards(
 
 
 def fingerprint(request: Mapping[str, Any]) -> str:
-    """Hash of plain data, short enough for a folder name."""
+    """A hash of plain data that is short enough for a folder name."""
     return hashlib.blake2b(json.dumps(request, sort_keys=True).encode(), digest_size=8).hexdigest()

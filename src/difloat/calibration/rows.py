@@ -1,8 +1,8 @@
 """Captured denoiser calls, cut into rows that can be merged again into a call of any batch size.
 
-A call is nested arguments (tuples, lists, dicts, None, numbers, bools, strings, tensors). Its *rows* are the
-entries of the batch axis. Every tensor of a row is stored once, under a hash of its content, so a text
-embedding that a sampler passes at every step, or an empty prompt that every picture shares, costs its bytes once.
+The arguments of a call are nested tuples, lists and dicts of tensors, numbers, strings and None. Its *rows* are the entries
+of the batch axis. Every tensor of a row is stored once, under a hash of its content. So a text embedding that a sampler
+passes at every step, or an empty prompt that every picture shares, costs its bytes once.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Row:
     """One entry of the batch axis of one call.
 
     Attributes:
-        timestep: The sampler's timestep in its own unit; the number of the call if the call has no timestep.
-        part: Which block of the batch it comes from: with classifier-free guidance 0 and 1, otherwise 0.
-        template: JSON of the call's structure with everything in it that is no tensor.
-        leaves: Content hash of every tensor, in the template's order.
-        trajectory: Which trajectory the row is a point of, the same for all parts; "" if that is not known.
-        step: Which step of it.
+        timestep: The sampler's timestep in its own unit, or the number of the call if the call has no timestep.
+        part: The block of the batch that the row comes from: 0 or 1 with classifier-free guidance, otherwise 0.
+        template: The JSON of the call's structure, with everything in it that is no tensor.
+        leaves: The content hash of every tensor, in the template's order.
+        trajectory: The trajectory that the row is a point of, the same for all parts, or "" if that is not known.
+        step: The step of the trajectory.
     """
 
     timestep: float
@@ -77,7 +77,7 @@ class Row:
 
 
 def content_hash(tensor: Tensor) -> str:
-    """Hash of dtype, shape and bytes of a CPU tensor."""
+    """A hash of the dtype, shape and bytes of a CPU tensor."""
     digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
     # Expanded tensors of one element keep stride 0 and still count as contiguous; only a clone clears that.
     flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
@@ -86,11 +86,11 @@ def content_hash(tensor: Tensor) -> str:
 
 
 def stratified_indices(rows: Sequence[Row], count: int, generator: torch.Generator) -> list[int]:
-    """Choose `count` rows spread evenly over timesteps and, among equals, over parts; ascending, no repeats.
+    """Numbers of rows, ascending and without repeats, spread evenly over timesteps and, among equals, over parts.
 
-    Every timestep gets the same number of rows as far as it has them; a remainder goes to timesteps at equal
-    distances from a random start. Rows of one timestep and part are chosen at random, in all parts those of the same
-    trajectories, so that what guidance computes from them is known.
+    Every timestep gets the same number of rows, as far as it has them. A remainder goes to timesteps at equal distances from a
+    random start. Rows of one timestep and part are chosen at random. In all parts they are those of the same trajectories, so
+    that guidance can be computed from them.
     """
     points = [(row.timestep, row.trajectory) if row.trajectory else number for number, row in enumerate(rows)]
     distinct = list(dict.fromkeys(points))
@@ -122,10 +122,10 @@ def stratified_indices(rows: Sequence[Row], count: int, generator: torch.Generat
 
 
 class Recorder:
-    """Forward pre-hook (`with_kwargs=True`) that keeps rows of a denoiser's calls, evenly over timesteps.
+    """A forward pre-hook (`with_kwargs=True`) that keeps rows of a denoiser's calls, evenly over timesteps.
 
-    Holds at most twice `limit` rows (or one row per timestep if that is more) plus one call, on the CPU,
-    and ends with `limit`, thinned by `generator`. Final.
+    It holds at most twice its limit of rows on the CPU (or one row per timestep if that is more), plus one call. In the end
+    they are thinned to the limit by its generator.
     """
 
     def __init__(
@@ -138,9 +138,15 @@ class Recorder:
         on_call: Callable[[], object] | None = None,
         trajectories: str | None = None,
     ) -> None:
-        """Prepare for calls of `module`, which sample `images` pictures at once (None: not known, no parts).
+        """Prepare for calls of a module.
 
-        Trajectories are called `trajectories` and a number; None: the calls do not follow one.
+        Args:
+            module: The denoiser.
+            limit: How many rows are kept in the end.
+            generator: The generator that chooses them.
+            images: How many pictures a call samples at once, or None if that is not known, which makes no parts.
+            on_call: A function that is called after every call.
+            trajectories: The beginning of the trajectories' names, or None if the calls follow no trajectory.
         """
         self.rows: list[Row] = []
         self.blobs: dict[str, Tensor] = {}
@@ -174,7 +180,7 @@ class Recorder:
             self._on_call()
 
     def _time(self, count: int) -> None:
-        """Note that a call of `count` rows begins, and with it what the one before it took."""
+        """Note that a call of `count` rows begins, which ends the time of the call before it."""
         now = time.perf_counter()  # a GPU has been waited for: the call's tensors were copied from it
         pace, newest = self.pace, self._newest
         seconds, timed = (0.0, 0) if newest is None else (now - newest[0], newest[1])
@@ -184,7 +190,7 @@ class Recorder:
 
     @property
     def calls_per_step(self) -> int:
-        """Calls with the first timestep: 2 where guidance calls the denoiser twice per step instead of a double batch."""
+        """The calls with the first timestep, which are 2 where guidance calls twice per step instead of with a double batch."""
         return next(iter(self._seen.values()))
 
     def _capacity(self) -> int:
@@ -198,7 +204,7 @@ class Recorder:
         self.blobs = {key: blob for key, blob in self.blobs.items() if key in needed}
 
     def _take(self, args: tuple[Any, ...], kwargs: Mapping[str, object]) -> int:
-        """Keep the rows of one call; how many there were."""
+        """Keep the rows of one call, and return their number."""
         names = self._names + [f"argument {index}" for index in range(len(self._names), len(args))]
         named = dict(zip(names, args, strict=False)) | dict(kwargs)
         sample_name, batch = sample_of(named)
@@ -215,6 +221,7 @@ class Recorder:
             for row in range(batch if in_lists else 1)
         ]
         encoded = [_encoded(call, len(args), batch) for call in calls]
+        # Refused before any row is kept, so that a broken call leaves the recording as it was.
         for name, tensor, _ in (leaf for _, leaves, _ in encoded for leaf in leaves):
             self._check_finite(name, tensor, values[0])
         stored: dict[int, str] = {}  # of tensors that all rows share
@@ -235,13 +242,12 @@ class Recorder:
         return batch
 
     def _point(self, index: int) -> tuple[str, int]:
-        """Trajectory and step of entry `index` of the current call."""
+        """The trajectory and step of an entry of the current call."""
         if self._trajectories is None:
             return "", 0
         name, course = f"{self._trajectories}/{self._course.passes}", self._course
-        if (
-            self._images
-        ):  # what is called twice in a step, or has two rows in a batch, is another part of the same picture
+        # A second call in a step, or a second row in a batch, is another part of the same picture.
+        if self._images:
             return f"{name}/{index % self._images}", course.step
         return f"{name}/{course.repeat}/{index}", course.step
 
@@ -254,7 +260,7 @@ class Recorder:
             )
 
     def _check_numbers(self, numbers: dict[str, float]) -> None:
-        """Refuse a call without a timestep one of whose numbers is not that of the call before: it is the timestep."""
+        """Refuse a call without a timestep if one of its numbers changed since the call before, which makes it the timestep."""
         for name, value in numbers.items():
             if name in self._numbers and self._numbers[name] != value:
                 raise ValueError(
@@ -270,6 +276,7 @@ class Recorder:
         return stored[id(tensor)]
 
     def _store(self, tensor: Tensor) -> str:
+        # A view would keep the whole batch in memory as long as one of its rows.
         copy = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         key = content_hash(copy)
         self.blobs.setdefault(key, copy)
@@ -277,7 +284,7 @@ class Recorder:
 
 
 def _check_timestep(name: str, timestep: Tensor, batch: int, in_lists: bool) -> None:
-    """Where the batch axis is a list, the timestep says whether it is one at all."""
+    """Refuse a list as batch axis if the timestep has another number of entries."""
     if in_lists and timestep.ndim > 0 and len(timestep) != batch:
         raise ValueError(
             "a list of tensors as a denoiser's sample must hold one tensor per row of the batch, got a list of "
@@ -288,7 +295,10 @@ def _check_timestep(name: str, timestep: Tensor, batch: int, in_lists: bool) -> 
 def _encoded(
     named: Mapping[str, object], positional: int, batch: int
 ) -> tuple[str, list[tuple[str, Tensor, bool]], list[bool | str | int]]:
-    """A call as JSON, its tensors, and of each how many entries a row has: a number, "listed" in a list, False if shared."""
+    """A call as JSON, its tensors, and how many entries of each a row has.
+
+    The last is a number, "listed" for a tensor of a list, or False for a tensor that all rows share.
+    """
     leaves: list[tuple[str, Tensor, bool]] = []
     nodes = {name: encode(value, name, leaves) for name, value in named.items()}
     per_row: list[bool | str | int] = [
@@ -299,7 +309,7 @@ def _encoded(
 
 @contextmanager
 def recording(module: nn.Module, hook: Callable[..., None], seed: int) -> Iterator[None]:
-    """Show the module's calls to `hook`, without gradients, torch's random state seeded inside and restored after."""
+    """Show a module's calls to a hook inside a ``with`` block, without gradients, with torch's random state seeded there."""
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with torch.no_grad(), devices.seeded(devices.home(module), seed):
@@ -309,12 +319,16 @@ def recording(module: nn.Module, hook: Callable[..., None], seed: int) -> Iterat
 
 
 def merge(rows: Sequence[Row], read: Callable[[str], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Join rows into one call `(args, kwargs)`; `read` returns the tensor of a content hash.
+    """Join rows into one call `(args, kwargs)`.
 
-    Rows of a denoiser that takes lists, one tensor per picture, may have different sizes.
+    Rows of a denoiser that takes lists, with one tensor per picture, may have different sizes.
+
+    Args:
+        rows: The rows.
+        read: A function that returns the tensor of a content hash.
 
     Raises:
-        ValueError: Rows differ in something that has no batch axis, or in the shape of what has one.
+        ValueError: if rows differ in something that has no batch axis, or in the shape of what has one.
     """
     template = json.loads(rows[0].template)
     for row in rows:

@@ -153,14 +153,14 @@ class Sampling:
             **second,
             "pipeline": type(self._pipeline).__qualname__,
             "denoiser": type(self.denoiser).__qualname__,
-            "denoiser_config": _described(_config_of(self.denoiser)),
+            "denoiser_config": described(config_of(self.denoiser)),
             "scheduler": type(scheduler).__qualname__,
-            "scheduler_config": _described(_config_of(scheduler)),
+            "scheduler_config": described(config_of(scheduler)),
             "weights": weights_summary(modules.values()),
             "prompts": self._prompts,
             "batch": self._batch,
             "seed": self._seed,
-            "call": _described(self._kwargs),
+            "call": described(self._kwargs),
         }
 
     def _check_names(self, call_kwargs: Mapping[str, Any]) -> None:
@@ -223,19 +223,19 @@ def _components(pipeline: Any) -> dict[str, Any]:
     return dict(components) if isinstance(components, Mapping) else dict(vars(pipeline))
 
 
-def _config_of(part: Any) -> dict[str, Any]:
+def config_of(part: Any) -> dict[str, Any]:
     """A component's config without diffusers' own notes: paths, and sets whose order changes with the process."""
     return {name: value for name, value in dict(getattr(part, "config", {})).items() if name[:1] != "_"}
 
 
-def _described(value: object) -> object:
+def described(value: object) -> object:
     """Plain data that tells apart what gives different pictures."""
     if isinstance(value, Tensor):
         return content_hash(value.cpu())
     if isinstance(value, Mapping):
-        return {str(key): _described(value[key]) for key in sorted(value, key=str)}
+        return {str(key): described(value[key]) for key in sorted(value, key=str)}
     if isinstance(value, (list, tuple)):
-        return [_described(entry) for entry in value]
+        return [described(entry) for entry in value]
     if hasattr(
         value, "tobytes"
     ):  # pictures of PIL and arrays, whose text tells where they are, or not all of them

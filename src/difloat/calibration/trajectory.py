@@ -1,4 +1,4 @@
-"""Which denoiser calls are steps of one trajectory, seen from the calls alone, and which row comes before which."""
+"""Trajectories seen from the denoiser's calls alone: which calls are steps of one, and which row comes before which."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import final
 
 @final
 class Course:
-    """Follows the calls of a sampler: its timesteps go in one direction, and a batch keeps its order from step to step.
+    """The place of a sampler's calls on its trajectory, where timesteps go in one direction and a batch keeps its order.
 
-    A pass ends where the direction turns or the batch size changes. Calls that show the timestep of the call before them
-    belong to the same step: guidance in two calls, or a corrector. The first of every step makes one trajectory, the second
-    another.
+    A pass ends where the direction turns or the batch size changes. Calls with the timestep of the call before them belong to
+    the same step, as in guidance by two calls, or with a corrector. The first calls of all steps make one trajectory, and the
+    second calls another.
 
     Attributes:
-        passes: Passes so far; the current one is the last.
-        step: Of the current call, from 0 in every pass.
+        passes: How many passes there were, of which the current one is the last.
+        step: The step of the current call, counted from 0 in every pass.
         repeat: How many calls of this step came before the current one.
     """
 
     def __init__(self) -> None:
-        """Before the first call."""
+        """Begin before the first call."""
         self.passes, self.step, self.repeat = 0, 0, 0
         self._batch = 0
         self._timestep = 0.0
@@ -48,8 +48,11 @@ Point = tuple[str, int, int]  # trajectory, guidance part, step
 def rows_before(points: Sequence[Point]) -> list[int | None]:
     """For every row the row one step earlier on the same trajectory, in the same part.
 
-    The first step has nothing before it and stands for itself. None where the row before is not there, or the row's
-    trajectory is not known ("").
+    >>> rows_before([("a", 0, 0), ("a", 0, 1), ("b", 0, 5)])
+    [0, 0, None]
+
+    A row of the first step stands for itself. It is None where the row before is not there, or the row's trajectory is not
+    known ("").
     """
     number_of = _numbers(points)
     return [
@@ -59,9 +62,9 @@ def rows_before(points: Sequence[Point]) -> list[int | None]:
 
 
 def rows_beside(points: Sequence[Point], samples: Sequence[str]) -> list[int | None]:
-    """For every row the row of the part before its own at the same step of the same trajectory; None if that is not there.
+    """For every row the row of the part before its own, at the same step of the same trajectory, or None if it is not there.
 
-    None as well where both are not of the same one of `samples`: the second call of a step may be a corrector's.
+    It is None as well where both have different `samples`, since the second call of a step may be a corrector's.
     """
     number_of = _numbers(points)
     found = [number_of.get((trajectory, part - 1, step)) for trajectory, part, step in points]
@@ -72,13 +75,13 @@ def rows_beside(points: Sequence[Point], samples: Sequence[str]) -> list[int | N
 
 
 def conditional_part(parts: Sequence[int], conditions: Sequence[Hashable]) -> int | None:
-    """Which part of guidance was given a condition, 0 or 1: the one whose rows show more different ones; None if neither does.
+    """The part of guidance with a condition, 0 or 1: the one whose rows have more different conditions, or None if neither.
 
-    Most pipelines put the empty condition first, some of those for classes last.
+    Most pipelines put the empty condition first, and some of those for classes put it last.
 
     Args:
-        parts: Of every row.
-        conditions: What every row shows besides the sample.
+        parts: The guidance part of every row.
+        conditions: The arguments of every row besides the sample, in a form that can be compared.
     """
     shown = [len({c for part, c in zip(parts, conditions, strict=True) if part == own}) for own in (0, 1)]
     return None if 0 in shown or shown[0] == shown[1] else shown.index(max(shown))

@@ -1,4 +1,4 @@
-"""Saving, loading and verifying checkpoints; knows nothing of methods and recipes."""
+"""Saving, loading and verifying checkpoints. Methods and recipes are not known here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`DifloatConfig`: what `from_pretrained` of diffusers and transformers is told. Importing this module imports both."""
+"""`DifloatConfig`, the quantization config for `from_pretrained` of diffusers and transformers, which this module imports."""
 
 from __future__ import annotations
 
@@ -16,31 +16,39 @@ from difloat.plan.plan import Plan
 
 
 class DifloatMethod(str, Enum):
-    """The name under which the libraries know difloat; diffusers reads `.value`, so a plain string would not do."""
+    """The name under which the libraries know difloat. diffusers reads `.value`, so a plain string would not do."""
 
     DIFLOAT = QUANT_METHOD
 
 
 class DifloatConfig(DiffusersConfig, TransformersConfig):
-    """Quantize a model while it loads, without data; or the `quantization_config` of a difloat checkpoint.
+    """A config that quantizes a model while it loads, without data, or the `quantization_config` of a difloat checkpoint.
 
-    ```python
-    PixArtTransformer2DModel.from_pretrained(directory, quantization_config=DifloatConfig(weights="e2m1"))
-    ```
-    Weights are searched one by one, inputs get their scales at run time; what the recipes learn by calibration is missing.
+    >>> import difloat
+    >>> from diffusers import PixArtTransformer2DModel
+    >>> from difloat.reference_models import ASSETS
+    >>> config = difloat.DifloatConfig(weights="e2m1", bits="w4a8")
+    >>> model = PixArtTransformer2DModel.from_pretrained(
+    ...     ASSETS / "emoji-pixart" / "transformer", quantization_config=config
+    ... )
+    >>> model.transformer_blocks[0].attn1.to_k.weight.dtype
+    torch.uint8
+
+    Weights are searched one by one, and inputs get their scales at run time. Calibration, from which recipes learn, is missing.
 
     Args:
-        weights: "search" for the best format of the width per layer, or a format's name; "search" if not given.
-        bits: Like "w4a8", where a16 leaves inputs alone; 4-bit weights (or what `weights` says) and 8-bit inputs if not given.
-        activations: Format of the inputs; what GPUs compute best if not given.
-        group_size: Input channels per weight scale, 0 for one scale per output channel; 128 if not given.
-        exclude: Layers that stay as they are: names, parts of names between dots, or patterns with ``*``.
-        outside: Layers outside of all lists of blocks (embedders, final projections): "keep" them, or "8bit".
+        weights: The name of a format, or "search" for the best one of the width per layer, which is the default.
+        bits: Weight and activation bits like "w4a8", where a16 leaves inputs alone. The default is 4 bits, or the width of
+            the format of `weights`, and 8-bit inputs.
+        activations: The format of the inputs. The default is the one that GPUs compute best.
+        group_size: Input channels per weight scale, or 0 for one scale per output channel. The default is 128.
+        exclude: Layers that stay as they are, as names, parts of names between dots, or patterns with ``*``.
+        outside: "keep" or "8bit" for layers outside of all lists of blocks, such as embedders and final projections.
         target: "cpu" for formats that CPUs compute in integers, or "any".
         **plan: The fields of the JSON object of a checkpoint, as `layout.quantization_config` writes it.
 
     Raises:
-        ValueError: on an unknown name or a value that is not allowed.
+        ValueError: if a name is unknown or a value is not allowed.
         CheckpointError: if the fields are no whole plan.
     """
 
@@ -55,7 +63,7 @@ class DifloatConfig(DiffusersConfig, TransformersConfig):
         target: str | None = None,
         **plan: Any,
     ) -> None:
-        """Take what is asked for, or the fields of a plan."""
+        """Take the wishes of a user, or the fields of a plan."""
         self.quant_method: Any = DifloatMethod.DIFLOAT
         self.plan: Plan | None = None
         wishes = {
@@ -80,7 +88,11 @@ class DifloatConfig(DiffusersConfig, TransformersConfig):
     def from_dict(
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """The config of a checkpoint from its JSON object; CheckpointError if it is damaged."""
+        """The config of a checkpoint from its JSON object.
+
+        Raises:
+            CheckpointError: if the object is no whole plan.
+        """
         if "layers" not in config_dict:
             parse_config(config_dict)  # says what is missing; wishes of a user are no config of a checkpoint
         config = cls(**config_dict)
@@ -91,11 +103,11 @@ class DifloatConfig(DiffusersConfig, TransformersConfig):
         return dict(self.fields)
 
     def origin(self) -> dict[str, Any]:
-        """What a marked model says of its plan; the rest is read off its layers."""
+        """The fields that a marked model keeps of its plan. The rest is read off its layers."""
         return {key: self.fields[key] for key in ("recipe", "bits", "options", "skipped")}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The JSON object; the representation of the base class asks for it."""
+        """The JSON object, for the representation of the base class."""
         return self.to_dict()
 
     def __iter__(self) -> Any:

@@ -8,8 +8,9 @@ inside of lists of blocks is quantized, what a model has once (embedders, final 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,7 @@ class Settings:
     outside: Literal["keep", "8bit"] = "keep"
     target: targets.Target = "any"
 
+    @cached_property
     def widths(self) -> Bits:
         """The widths asked for; ValueError if the formats have others."""
         weight = 4 if self.weights == "search" else formats.parse(self.weights).bits
@@ -75,7 +77,7 @@ def settings(values: Mapping[str, Any]) -> Settings:
         ValueError: on an unknown name or a value that is not allowed.
     """
     found: Settings = options.make_options(Settings, {k: v for k, v in values.items() if v is not None})
-    found.widths()
+    _ = found.widths  # refuses bits that do not fit the formats
     for name in (found.weights, found.activations):
         if name not in ("", "search") and not formats.parse(name).signed:
             raise ValueError(
@@ -100,10 +102,9 @@ class Decision:
 
     def plan(self, found: Mapping[str, LayerPlan]) -> Plan:
         """The plan of the model, once every layer has its own."""
-        widths = self.settings.widths()
-        bits = f"w{widths.weight}a{16 if widths.activation is None else widths.activation}"
+        widths = self.settings.widths
         ordered = {name: found[name] for name in self.layers}
-        return Plan(RECIPE, bits, ordered, self.skipped, asdict(self.settings))
+        return Plan(RECIPE, str(replace(widths, wide=16)), ordered, self.skipped, asdict(self.settings))
 
 
 def decide(model: nn.Module, wanted: Settings, float32: Sequence[str] = ()) -> Decision:
@@ -163,7 +164,7 @@ def _tied(model: nn.Module) -> set[str]:
 
 
 def _planner(name: str, wanted: Settings, inside: bool) -> Callable[[Tensor], LayerPlan]:
-    bits, machine = wanted.widths(), wanted.target
+    bits, machine = wanted.widths, wanted.target
     width = bits.weight if inside else 8
     searched = wanted.weights == "search" or width != bits.weight
     grid = formats.candidates(width) if searched else (formats.parse(wanted.weights),)

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.filesize import decimal
 from safetensors import SafetensorError
 
 from difloat.cache_entries import whole_file
@@ -211,7 +212,7 @@ def whole_directory(target: Path, overwrite: bool, needed_bytes: int) -> Iterato
         if not full:
             raise
         raise CheckpointError(
-            f"disk of {target.parent} must have room for {needed_bytes / 1e6:.1f} MB and more, but is full; "
+            f"disk of {target.parent} must have room for {decimal(needed_bytes)} and more, but is full; "
             "free some space or save elsewhere (nothing was written)"
         ) from error
 

@@ -7,23 +7,25 @@ these vectors hold one number.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from difloat.layers.packed import QuantizedLayer
-from difloat.plan import json_fields
-from difloat.plan.plan import PLAN_VERSION, LayerPlan, Plan
+from difloat.plan.plan import PLAN_VERSION, LayerPlan, LayerSpec, Plan
 from difloat.plan.specs import SIDE, AttentionPlan
+from difloat.plan.validation import LISTED, OPTIONAL, Rule, plain, read, record, shown
 
 QUANT_METHOD = "difloat"
 INPUT_BUNDLE = "difloat.input"
@@ -31,13 +33,22 @@ CONFIG = "config.json"
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 
 _BUNDLED = ("input_scale", "input_zero_point")
-_PLAN_FIELDS = {"version", "recipe", "bits", "options", "layers", "skipped"}
+_Timestep = Annotated[float, Field(ge=-1e300, le=1e300, title="timestep"), Rule("be a finite number")]
 _SPELLED = {torch.uint8: "U8", torch.float32: "F32", torch.float16: "F16"}  # what a plan stores
-_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read; the message is one sentence that says what to do."""
+    """A checkpoint cannot be written or read. The message is one sentence that says what to do.
+
+    >>> import difloat
+    >>> try:
+    ...     difloat.load(".")
+    ... except (difloat.CheckpointError, FileNotFoundError) as error:
+    ...     print(type(error).__name__)
+    FileNotFoundError
+    >>> issubclass(difloat.CheckpointError, ValueError)
+    True
+    """
 
 
 @dataclass(frozen=True)
@@ -60,12 +71,40 @@ class StoredTensor:
         return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
 
+@record("quantization_config")
+class _Stored:
+    """The JSON object of a plan; what it says of the layers is read layer by layer, so that an error can name one."""
+
+    version: int
+    recipe: str
+    bits: str
+    options: Mapping[str, Any]
+    layers: Mapping[str, Any]
+    skipped: Mapping[str, Annotated[str, Field(title="reason of a skipped layer")]]
+    attention: Annotated[Mapping[str, AttentionPlan], OPTIONAL] = dataclasses.field(default_factory=dict)
+    timesteps: Annotated[tuple[_Timestep, ...], LISTED, OPTIONAL] = ()
+
+    def __post_init__(self) -> None:
+        if list(self.timesteps) != sorted(self.timesteps):
+            raise ValueError(f"timesteps must be ascending, got {shown(self.timesteps)}")
+
+
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """The `quantization_config` of `config.json`; ValueError if the plan's options are no JSON."""
+    layers = {name: plain(layer) for name, layer in plan.layers.items()}
+    stored = _Stored(
+        PLAN_VERSION,
+        plan.recipe,
+        plan.bits,
+        plan.options,
+        layers,
+        plan.skipped,
+        plan.attention,
+        plan.timesteps,
+    )
     try:
-        # Through JSON and back, so that a saved and a loaded model hold the very same data (lists, not tuples).
-        return json.loads(json.dumps({"quant_method": QUANT_METHOD, **plan.to_json()}))
-    except TypeError as error:
+        return {"quant_method": QUANT_METHOD, **plain(stored)}
+    except ValueError as error:
         raise ValueError(
             f"options of a plan must be numbers, strings, lists and dicts, but {error}"
         ) from error
@@ -85,26 +124,26 @@ def parse_config(config: object) -> Plan:
     method = getattr(config["quant_method"], "value", config["quant_method"])
     if method != QUANT_METHOD:
         raise CheckpointError(
-            f"quant_method must be {QUANT_METHOD!r}, got {json_fields.shown(method)}; load it with its own library"
+            f"quant_method must be {QUANT_METHOD!r}, got {shown(method)}; load it with its own library"
         )
     version = fields.get("version")
     if type(version) is not int or version != PLAN_VERSION:
         raise CheckpointError(
-            f"checkpoint must be of version {PLAN_VERSION}, got {json_fields.shown(version)}; "
+            f"checkpoint must be of version {PLAN_VERSION}, got {shown(version)}; "
             "load it with the difloat that wrote it, or update"
         )
     try:
-        json_fields.json_object(fields, "quantization_config", _PLAN_FIELDS, ("attention", "timesteps"))
-        recipe, bits = (json_fields.text(fields[name], name) for name in ("recipe", "bits"))
-        skipped, options = (_object(fields, name) for name in ("skipped", "options"))
-        planned, attended = _object(fields, "layers"), _object(fields, "attention")
-        skipped = {
-            name: json_fields.text(reason, "reason of a skipped layer") for name, reason in skipped.items()
-        }
-        layers = {name: _parse_layer(name, data) for name, data in planned.items()}
-        attention = {name: AttentionPlan.from_json(entry) for name, entry in attended.items()}
-        timesteps = _timesteps(fields.get("timesteps", ()))
-        return Plan(recipe, bits, layers, skipped, dict(options), attention=attention, timesteps=timesteps)
+        stored = read(_Stored, fields)
+        layers = {name: _parse_layer(name, data) for name, data in stored.layers.items()}
+        return Plan(
+            stored.recipe,
+            stored.bits,
+            layers,
+            stored.skipped,
+            stored.options,
+            attention=stored.attention,
+            timesteps=stored.timesteps,
+        )
     except CheckpointError:
         raise
     except ValueError as error:
@@ -113,30 +152,17 @@ def parse_config(config: object) -> Plan:
         ) from error
 
 
-def _object(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = fields.get(name, {})
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be an object, got {json_fields.shown(value)}")
-    return value
-
-
-def _timesteps(value: Any) -> tuple[float, ...]:
-    found = [json_fields.finite_number(one, "timestep") for one in json_fields.entries(value, "timesteps")]
-    if found != sorted(found):
-        raise ValueError(f"timesteps must be ascending, got {json_fields.shown(value)}")
-    return tuple(found)
-
-
 def _parse_layer(name: str, data: Any) -> LayerPlan:
     try:
-        plan = LayerPlan.without_tensors(data)
-        if any(spec.online for band in plan.bands for spec in band.weights):
+        layer = read(LayerSpec, data)
+        if any(spec.online for band in layer.bands for spec in band.weights):
             raise ValueError("a weight cannot have online scales")
-        tensors = {
-            key: torch.empty(size, dtype=LayerPlan.dtype_of(key), device="meta")
-            for key, size in plan.tensor_shapes().items()
-        }
-        return replace(plan, tensors=tensors)
+        return layer.with_tensors(
+            {
+                key: torch.empty(size, dtype=LayerPlan.dtype_of(key), device="meta")
+                for key, size in layer.tensor_shapes().items()
+            }
+        )
     except ValueError as error:
         raise CheckpointError(
             f"plan of layer {name!r:.200} must be valid, but {error!s:.300}; the file is damaged"
@@ -363,26 +389,3 @@ def check_stored(name: str, layer: LayerPlan | QuantizedLayer, values: Tensor) -
         raise CheckpointError(
             f"{name!r:.200} must be {rule}, got {values[wrong][0].item()}; quantize or download the model again"
         )
-
-
-def common_dtype(plan: Plan | None, stored: Mapping[str, StoredTensor]) -> torch.dtype:
-    """Dtype of most floating values that are not quantized; float32 if there are none."""
-    planned = {INPUT_BUNDLE} | (set(plan_tensors(plan)) if plan else set())
-    counts: Counter[str] = Counter()
-    for name, tensor in stored.items():
-        if name not in planned and tensor.dtype in _TORCH_DTYPES:
-            counts[tensor.dtype] += math.prod(tensor.shape)
-    return _TORCH_DTYPES[max(counts, key=lambda dtype: (counts[dtype], dtype))] if counts else torch.float32
-
-
-def stored_dtypes(directory: Path) -> Counter[torch.dtype]:
-    """How many floating values of a model directory are stored in which dtype; none where there are no safetensors."""
-    counts: Counter[torch.dtype] = Counter()
-    try:
-        stored = read_headers(directory)
-    except FileNotFoundError:
-        return counts
-    for tensor in stored.values():
-        if tensor.dtype in _TORCH_DTYPES:
-            counts[_TORCH_DTYPES[tensor.dtype]] += math.prod(tensor.shape)
-    return counts

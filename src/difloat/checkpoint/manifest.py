@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from difloat.checkpoint.layout import CheckpointError, is_file_name, read_json
-from difloat.plan import json_fields
+from difloat.plan.validation import shown
 
 MANIFEST = "difloat.json"
 MANIFEST_VERSION = 1
@@ -87,6 +87,6 @@ def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
             )
         if path.stat().st_size != entry["bytes"]:
             raise CheckpointError(
-                f"{name:.200} must have {json_fields.shown(entry['bytes'])} bytes, got {path.stat().st_size}; download it again"
+                f"{name:.200} must have {shown(entry['bytes'])} bytes, got {path.stat().st_size}; download it again"
             )
     return files

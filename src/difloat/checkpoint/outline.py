@@ -40,7 +40,7 @@ def outline(directory: Path) -> Outline:
         FileNotFoundError: if the directory, its config or the weights are missing.
         CheckpointError: if a config or a header is damaged, or the class is none of diffusers or transformers.
     """
-    own = directory if not (directory / PIPELINE_INDEX).is_file() else directory / _denoiser(directory)
+    own = directory if not (directory / PIPELINE_INDEX).is_file() else directory / denoiser_name(directory)
     config = read_json(own / CONFIG)
     model = _empty(config, own)
     if config.get("quantization_config") is None:
@@ -51,7 +51,8 @@ def outline(directory: Path) -> Outline:
     return Outline(model, sum(tensor.nbytes for tensor in stored.values()))
 
 
-def _denoiser(directory: Path) -> str:
+def denoiser_name(directory: Path) -> str:
+    """Which component of a pipeline's directory is its denoiser; CheckpointError if none is."""
     entries = read_json(directory / PIPELINE_INDEX)
     there = [name for name in DENOISER_NAMES if isinstance(entries.get(name), Sequence) and entries[name][0]]
     if not there:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from difloat import torch_modes
-from difloat.checkpoint import integrity, rebuild
+from difloat.checkpoint import integrity, rebuild, source_names
 from difloat.checkpoint.directories import resolved, whole_directory
 from difloat.checkpoint.layout import (
     CONFIG,
@@ -26,7 +26,6 @@ from difloat.checkpoint.layout import (
     CheckpointError,
     StoredTensor,
     check_headers,
-    common_dtype,
     is_file_name,
     parse_config,
     quantization_config,
@@ -38,6 +37,7 @@ from difloat.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from difloat.checkpoint.plain_modules import load_into, write_module
 from difloat.checkpoint.remote_code import INDEX as PIPELINE_INDEX
 from difloat.checkpoint.remote_code import write_loaders
+from difloat.checkpoint.stored_dtypes import common_dtype
 from difloat.layers import attention, offloading
 from difloat.layers.install import clock_of
 from difloat.layers.packed import QuantizedLayer
@@ -132,21 +132,27 @@ def save(
     max_shard_bytes: int | None = None,
     remote_code: bool = False,
 ) -> Path:
-    """Write a pipeline, a diffusers model or a plain module with its quantized layers; returns the directory.
+    """Write a pipeline, a diffusers model or a plain module with its quantized layers, and return the directory.
+
+    >>> import difloat
+    >>> model = nn.Sequential(nn.Linear(16, 32))
+    >>> _ = difloat.quantize(model, "rtn", "w4a8", progress=False)
+    >>> sorted(path.name for path in difloat.save(model, "model").iterdir())
+    ['config.json', 'difloat.json', 'model.safetensors']
 
     Args:
-        pipeline_or_module: Quantized by `difloat.apply`; of a pipeline every component is written.
-        directory: Made if it does not exist, parents too.
-        overwrite: Replace a directory that `save` has written, with its report and card; any other one that is not empty is
-            refused, and one that holds a file of the user's too.
-        max_shard_bytes: Split the tensors into files of at most this size; None for one file (diffusers: 10 GB).
-        remote_code: Add a loader of a few lines, so that `AutoModel.from_pretrained(..., trust_remote_code=True)` loads a
-            component where difloat is installed but not imported.
+        pipeline_or_module: A model that `difloat.apply` has quantized. All components of a pipeline are written.
+        directory: The directory to write, which is made if it does not exist, with its parents.
+        overwrite: Whether to replace a directory that `save` has written, with its report and card. A directory with a file
+            of the user's is refused.
+        max_shard_bytes: The most bytes of a file that tensors are split into. None is for one file (diffusers: 10 GB).
+        remote_code: Whether to add a loader of a few lines, so that `AutoModel.from_pretrained(..., trust_remote_code=True)`
+            loads a component where difloat is installed but not imported.
 
     Raises:
-        ValueError: if nothing in it is quantized, or remote code is asked for a plain module.
+        ValueError: if nothing is quantized, or remote code is asked for a plain module.
         CheckpointError: if a model is not what its config builds (fused projections, adapters, modules added later), the
-            directory is in use for something else, another run is at work on it, or the disk is full; nothing is left behind.
+            directory is in use for something else, another run is at work on it, or the disk is full. Nothing is left then.
     """
     with offloading.all_lifted(pipeline_or_module):
         return _save(pipeline_or_module, resolved(directory), overwrite, max_shard_bytes, remote_code)
@@ -165,7 +171,9 @@ def _save(
         if hasattr(pipeline_or_module, "save_pretrained"):
             options = {} if max_shard_bytes is None else {"max_shard_size": max_shard_bytes}
             pipeline_or_module.save_pretrained(str(partial), **options)
-            _clean_configs(partial, {partial / name for name in quantized})
+            clean_configs(partial, {partial / name for name in quantized})
+            for name, model in quantized.items():
+                source_names.write(model, partial / name)
             if remote_code:
                 write_loaders(partial, quantized)
         else:
@@ -211,7 +219,7 @@ def _is_of(value: Any, library: str, class_name: str) -> bool:
     return module is not None and isinstance(value, getattr(module, class_name))
 
 
-def _clean_configs(directory: Path, quantized: set[Path]) -> None:
+def clean_configs(directory: Path, quantized: set[Path]) -> None:
     """Make the files independent of where their model came from, and those with a plan compact."""
     for path in [*directory.rglob(f"*{CONFIG}"), *directory.glob(PIPELINE_INDEX)]:
         config = {key: value for key, value in read_json(path).items() if key not in _ORIGIN}
@@ -270,17 +278,24 @@ def load(
 ) -> Any:
     """Read a checkpoint: a diffusers pipeline, a diffusers model, or the layers and tensors of a plain module.
 
+    >>> import difloat
+    >>> model = nn.Sequential(nn.Linear(16, 32))
+    >>> _ = difloat.quantize(model, "rtn", "w4a8", progress=False)
+    >>> again = load(difloat.save(model, "model"), into=nn.Sequential(nn.Linear(16, 32)))
+    >>> torch.equal(again[0].weight, model[0].weight)
+    True
+
     Args:
-        directory: What `save` or `save_pretrained` has written.
-        into: A plain module of the same architecture, float or quantized, also on the meta device; changed in place.
-        dtype: Of all that is not quantized; None keeps what is stored. Codes and float32 vectors never change.
-        device: Where to put it; None is the CPU, for `into` the device that it is on.
-        verify: Compare every file with its hash in the manifest right before it is read, which reads all files once more;
-            None does what the environment variable ``DIFLOAT_VERIFY`` says (1 or 0), which `from_pretrained` obeys as well.
+        directory: A directory that `save` or `save_pretrained` has written.
+        into: A plain module of the same architecture, float or quantized, also on the meta device. It is changed in place.
+        dtype: The dtype of all that is not quantized, or None for the stored one. Codes and float32 vectors never change.
+        device: Where to put the model. None is the CPU, or the device that `into` is on.
+        verify: Whether to compare every file with its hash in the manifest right before it is read, which reads all files
+            once more. None does what the environment variable ``DIFLOAT_VERIFY`` says (1 or 0), as `from_pretrained` does.
 
     Raises:
-        FileNotFoundError: if something is missing, with `verify` also the manifest.
-        CheckpointError: if something is damaged, of another version, or not of this model; `into` is then unchanged.
+        FileNotFoundError: if a file is missing, or with `verify` the manifest.
+        CheckpointError: if a file is damaged, of another version, or not of this model. `into` is unchanged then.
     """
     root, proven = Path(directory), integrity.wanted(verify)
     found = components(root)
@@ -306,6 +321,8 @@ def _load(
                 "into must be None for a pipeline, got a module; pass the directory of one component"
             )
         model = _load_pipeline(root, loaded, dtype)
+        for name, path in found.items():
+            _keep_names(getattr(model, name), path)
     elif into is not None:
         plan, stored = loaded[""]
         model = load_into(into, plan, stored, dtype, device)
@@ -313,7 +330,14 @@ def _load(
         return model
     else:
         model = _load_model(root, *loaded[""], dtype)
+        _keep_names(model, root)
     return model if device is None else model.to(device)
+
+
+def _keep_names(model: nn.Module, directory: Path) -> None:
+    """Note on a loaded model under which names it came, so that it is saved with them again."""
+    if (names := source_names.read(directory)) is not None:
+        source_names.keep(model, names)
 
 
 def _load_model(root: Path, plan: Plan, stored: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> Any:

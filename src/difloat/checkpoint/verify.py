@@ -1,4 +1,4 @@
-"""Proving a checkpoint: hashes, plan, tensors, scales, codes, re-encoding, size."""
+"""Verification of a checkpoint: hashes, plan, tensors, scales, codes, re-encoding and size."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Finding:
     """The outcome of one check, in one sentence.
 
     Attributes:
-        check: "hashes", "plan", "scales", "codes", "re-encode" or "size"; "plan" covers version, dtypes and shapes.
-        component: Of the pipeline; "" for a model on its own and for the hashes, which cover all files.
-        passed: Whether it holds.
-        message: What was found.
+        check: "hashes", "plan", "scales", "codes", "re-encode" or "size". "plan" covers version, dtypes and shapes.
+        component: The component of the pipeline. It is "" for a model on its own, and for the hashes, which cover all files.
+        passed: Whether the check holds.
+        message: A sentence about the finding.
     """
 
     check: str
@@ -45,11 +45,16 @@ class Finding:
 
 
 def verify(directory: str | os.PathLike[str]) -> list[Finding]:
-    """Check everything that can be checked without the original model; every check that was made is in the list.
+    """Check everything that can be checked without the original model, and list every check that was made.
 
-    The checkpoint is whole exactly if all findings passed. Whatever is wrong is a finding, also a directory that does not
-    exist or has nothing of difloat in it. The hashes guard against accidents, not against someone who changes the manifest
-    as well.
+    >>> import difloat
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32))
+    >>> _ = difloat.quantize(model, "rtn", "w4a8", progress=False)
+    >>> [finding.check for finding in verify(difloat.save(model, "model")) if finding.passed]
+    ['hashes', 'plan', 'scales', 'codes', 're-encode', 'size']
+
+    The checkpoint is whole exactly if all findings passed. Whatever is wrong is a finding, also a directory that does not exist
+    or that difloat has not written. The hashes guard against accidents, not against someone who changes the manifest as well.
     """
     root = Path(directory)
     try:
@@ -124,7 +129,7 @@ def _check_layers(component: str, plan: Plan, stored: Mapping[str, StoredTensor]
 
 
 def read_layers(plan: Plan, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, LayerPlan]]:
-    """The layers of a checkpoint with their tensors, one in memory at a time."""
+    """The layers of a checkpoint with their tensors, of which one is in memory at a time."""
     opened = {file: safe_open(file, framework="pt") for file in {tensor.file for tensor in stored.values()}}
 
     def read(name: str) -> torch.Tensor:
@@ -143,7 +148,7 @@ def read_layers(plan: Plan, stored: Mapping[str, StoredTensor]) -> Iterator[tupl
 
 
 def _illegal_codes(layer: LayerPlan) -> str:
-    """What is wrong with the codes of a layer of one weight and width; empty if nothing is."""
+    """What is wrong with the codes of a layer of one weight and width, or "" if nothing is."""
     for codes, part in zip(layer.codes(), layer.parts, strict=True):
         format = part.weight.format
         present = torch.bincount(codes.flatten().int(), minlength=2**format.bits)

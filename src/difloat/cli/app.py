@@ -43,9 +43,7 @@ def main() -> None:
         raise SystemExit(2) from None
     except (MemoryError, *_OF_CODE) as error:
         if _is_full_memory(error):
-            reason = " ".join(str(error).split())[:200]
-            told = f"the run must fit the memory of this machine, but does not ({reason}); see --dry-run and ask for less"
-            _say(errors, "[red]error:[/red]", told)
+            _say(errors, "[red]error:[/red]", _of_memory(error))
             raise SystemExit(2) from None
         traceback.print_exc()
         raise SystemExit(_UNEXPECTED) from None
@@ -55,6 +53,17 @@ def main() -> None:
 def _is_full_memory(error: BaseException) -> bool:
     """Whether there was too little memory, which torch's allocator on the CPU says in words only."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _of_memory(error: BaseException) -> str:
+    """What to do where memory is full: the GPU's has settings of its own, and what is in the cache stays there."""
+    reason = " ".join(str(error).split())[:200]
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"the run must fit the memory of the accelerator, but does not ({reason}); set a lower --memory-mb, --batch 1, "
+            "smaller pictures like --call height=256, or --device cpu: with --cache the next run goes on from what is finished"
+        )
+    return f"the run must fit the memory of this machine, but does not ({reason}); see --dry-run and ask for less"
 
 
 def _say(errors: Console, mark: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Commands that look at what is there: inspect, report, card, verify."""
+"""Commands that look at what is there: inspect, card, verify."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 from rich.table import Table
 
-from difloat.cli import tables
 from difloat.cli.app import app
 from difloat.cli.options import Checkpoint, Revision, Source
 from difloat.cli.tables import console
@@ -49,7 +49,7 @@ def inspect(
     weights = sum(math.prod(shape) for _, _, shape, _, _ in rows)
     console.print(
         f"{type(module).__name__}: {quantized} quantized and {len(rows) - quantized} float layers, {weights:,} weights "
-        f"in them, {found.stored_bytes / 1e6:.2f} MB in its files"
+        f"in them, {decimal(found.stored_bytes, precision=2)} in its files"
     )
     if kernels:
         console.print(
@@ -57,18 +57,6 @@ def inspect(
             highlight=False,
             soft_wrap=True,
         )
-
-
-@app.command()
-def report(directory: Checkpoint) -> None:
-    """Make report.html again from the data beside a checkpoint."""
-    from difloat.report import build
-    from difloat.report import render as pages
-
-    made, left, right = build.read(directory)
-    tables.print_summary(made)
-    page = pages.render(made, left, right, directory / build.PAGE)
-    console.print(f"report     {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.table import Column, Table
 
 from difloat.cli.app import app
-from difloat.cli.options import Call, Checkpoint, Guidance, Prompts, Seed, Source, Steps, call_of, pipeline_of
+from difloat.cli.fields import Fields, with_fields
+from difloat.cli.options import AUTO, Call, Checkpoint, Device, Prompts, Source, call_of, pipeline_of
 from difloat.cli.tables import console
+from difloat.evaluation.diagnosis import DiagnosisSettings
 
 if TYPE_CHECKING:
     from difloat.evaluation.diagnosis import Diagnosis, Health
@@ -21,42 +23,28 @@ _ROWS = 12  # of a table
 
 
 @app.command()
+@with_fields
 def diagnose(
     source: Source,
     directory: Checkpoint,
+    settings: Annotated[DiagnosisSettings, Fields(DiagnosisSettings)],
     prompts: Prompts = None,
-    samples: Annotated[int, typer.Option(min=1, help="Denoiser inputs that errors are measured on.")] = 24,
-    images: Annotated[int, typer.Option(min=1, help="Pictures per sampling run.")] = 2,
-    share: Annotated[
-        float, typer.Option(min=0.01, max=0.99, help="Share of today's error that is good enough.")
-    ] = 0.5,
-    steps: Steps = None,
-    guidance: Guidance = None,
     call: Call = None,
-    seed: Seed = 0,
+    device: Device = AUTO,
 ) -> None:
     """Find the layers that cost a quantized model its quality, and say how to leave them out."""
-    from difloat import api, run
+    from difloat import api, devices, run
     from difloat.evaluation import diagnosis
     from difloat.pipelines import denoiser_of
 
-    pipeline, quantized = pipeline_of(source), pipeline_of(str(directory))
+    place = devices.resolve(device)
+    pipeline, quantized = pipeline_of(source, place), pipeline_of(str(directory), place)
     texts = run.prompts_of(pipeline, source, prompts)
-    guidance, arguments = call_of(pipeline, source, guidance, call)
+    guidance, arguments = call_of(pipeline, source, settings.guidance_scale, call)
+    settings = replace(settings, guidance_scale=guidance)
     runs = diagnosis.runs_needed(api.denoiser(pipeline), api.denoiser(quantized))
-    console.print(f"at most {runs} sampling runs of {images} pictures each", highlight=False)
-    found = diagnosis.diagnose(
-        pipeline,
-        quantized,
-        prompts=texts,
-        samples=samples,
-        images=images,
-        share=share,
-        steps=steps,
-        guidance_scale=guidance,
-        call_kwargs=arguments,
-        seed=seed,
-    )
+    console.print(f"at most {runs} sampling runs of {settings.images} pictures each", highlight=False)
+    found = diagnosis.diagnose(pipeline, quantized, prompts=texts, call_kwargs=arguments, **vars(settings))
     _print_tables(found)
     plan, name = api.plan_of(quantized), denoiser_of(quantized)[0]
     console.print(_verdict(found, source, plan, name), highlight=False, soft_wrap=True, markup=False)

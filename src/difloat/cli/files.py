@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 
 from difloat.cli.app import app
 from difloat.cli.options import Checkpoint, Overwrite, claimed, pipeline_of
 from difloat.cli.tables import console
 
 Kind = Annotated[
-    str, typer.Option(help="nvfp4 or fp8 (diffusers' bfl backend, ModelOpt), mxfp4, or comfy (ComfyUI).")
+    str,
+    typer.Option(
+        help="nvfp4 or fp8 (diffusers' bfl backend, ModelOpt), mxfp4, comfy (ComfyUI), gguf or openvino."
+    ),
 ]
 Source = Annotated[
     str, typer.Option("--from", help="Kind of the file: nvfp4, fp8, mxfp4 or comfy; see difloat export.")
@@ -23,16 +27,26 @@ Source = Annotated[
 def export(
     directory: Checkpoint,
     out: Annotated[
-        Path, typer.Argument(help="A new .safetensors file, or a directory for it and config.json.")
+        Path,
+        typer.Argument(help="A new .safetensors (.gguf, .xml) file, or a directory for it and config.json."),
     ],
     to: Kind,
     component: Annotated[str | None, typer.Option(help="Of the pipeline, if several are quantized.")] = None,
+    names: Annotated[
+        str,
+        typer.Option(
+            help="Of the tensors: source (of the single file that the model came from), diffusers, or auto: the first for "
+            "comfy and gguf if there is one."
+        ),
+    ] = "auto",
 ) -> None:
     """Write a checkpoint's quantized model for another program; what the file cannot hold exactly is refused."""
     from difloat import interchange
 
-    file = interchange.export_checkpoint(directory, out, to, component=component)
-    console.print(f"{to} file {file}, {file.stat().st_size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
+    file = interchange.export_checkpoint(directory, out, to, component=component, names=names)
+    console.print(
+        f"{to} file {file}, {decimal(file.stat().st_size, precision=2)}", highlight=False, soft_wrap=True
+    )
 
 
 @app.command("import")

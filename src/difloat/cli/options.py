@@ -10,11 +10,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
-from difloat import distributed
+from difloat import devices, distributed
 from difloat.cli.tables import console
-from difloat.plan.request import MOST_SEED
+from difloat.plan.request import CalibrationSettings
+from difloat.plan.validation import descriptions
 
 Source = Annotated[
     str,
@@ -23,42 +25,21 @@ Source = Annotated[
         "model (emoji-unet, emoji-pixart)."
     ),
 ]
-Base = Annotated[
-    str | None, typer.Option(help="Pipeline (directory or hub name) that a file or a component belongs to.")
-]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
-Variant = Annotated[
-    str | None, typer.Option(help="Variant of the files, like fp16. Default: the only one there is.")
-]
-DType = Annotated[
+Device = Annotated[
     str,
     typer.Option(
-        "--dtype",
-        help="auto, stored, float32, bfloat16 or float16: what is computed in. CPUs do not compute float16.",
+        help="Where to compute: cpu, cuda, cuda:1, xpu or mps; auto is the first of CUDA, XPU, MPS and CPU that is here."
     ),
 ]
-RecipeName = Annotated[
-    str,
-    typer.Option(help="lbfp, fp4dit, msfp, mpqdm, guided, efficientdm, qdiffusion, viditq, qdit or rtn."),
-]
-Widths = Annotated[
-    str, typer.Option(help="Weight and activation bits, like w4a8; a16 leaves activations alone.")
-]
-MemoryMB = Annotated[
-    int, typer.Option(min=1, help="Calibration data held in RAM, in MB; the rest goes to disk.")
-]
-Cache = Annotated[
-    Path | None,
-    typer.Option(help="Keeps calibration data and finished blocks: a killed run goes on from there."),
-]
+AUTO = "auto"
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint that difloat quantize has written.")]
 Prompts = Annotated[
     Path | None, typer.Option(help="Text file, one prompt per line. Default: built-in prompts.")
 ]
-Steps = Annotated[int | None, typer.Option(min=1, help="Sampler steps. Default: the pipeline's own.")]
-Guidance = Annotated[
-    float | None, typer.Option(help="Classifier-free guidance scale. Default: the pipeline's own.")
-]
+_SAMPLER = descriptions(CalibrationSettings)
+Steps = Annotated[int | None, typer.Option(min=1, help=_SAMPLER["steps"])]
+Guidance = Annotated[float | None, typer.Option(help=_SAMPLER["guidance_scale"])]
 Images = Annotated[
     int | None,
     typer.Option(
@@ -67,16 +48,7 @@ Images = Annotated[
         "million weights, else none.",
     ),
 ]
-Target = Annotated[str, typer.Option(help="any, or cpu: only formats that CPUs compute in integers.")]
-Components = Annotated[
-    str | None,
-    typer.Option(
-        help="Quantize others than the denoiser too, without data: transformer,text_encoder,vae=w8a8."
-    ),
-]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
-Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of everything random.")]
-Rows = Annotated[int, typer.Option(min=1, help="Calibration rows: denoiser inputs kept.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")]
 Call = Annotated[
     list[str] | None,
@@ -88,11 +60,13 @@ Setting = Annotated[
     list[str] | None,
     typer.Option("--set", help="Option of the recipe, like --set rounding=nearest; repeatable."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, size, memory and time, stop.")]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(help="Layer or block that stays as it is, like down_blocks.0 or '*.to_q'; repeatable."),
+Offload = Annotated[
+    str,
+    typer.Option(
+        help="disk: read and write block by block, for models larger than the memory; plans that need no data. Or none."
+    ),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, size, memory and time, stop.")]
 
 _OPTIONS_OF_THEIR_OWN = {
     "prompt": "--prompts",
@@ -109,16 +83,32 @@ Loras = Annotated[
 ]
 
 
-def meet() -> None:
-    """Join the other processes of a launch, if there are some; only the main one prints from here on."""
-    distributed.join("cpu")
+def meet(device: str) -> torch.device:
+    """Join the other processes of a launch, if there are some; only the main one prints from here on.
+
+    Returns:
+        The device of that name; on a machine with several GPUs "cuda" is a GPU for every process.
+
+    Raises:
+        ValueError: as from `devices.resolve`.
+    """
+    try:
+        found = devices.resolve(device)
+    except ValueError:
+        distributed.join("cpu")  # so that one process of several says so
+        raise
+    distributed.join(found)
     console.quiet = not distributed.is_main()
+    return found
 
 
-def pipeline_of(source: str, **where: Any) -> Any:
+def pipeline_of(name: str, device: torch.device | str | None = None, **where: Any) -> Any:
     """Load a pipeline without the loading bars and hints of diffusers and transformers: we have our own.
 
-    `where` are fields of `sources.Source`.
+    Args:
+        name: What the user calls it.
+        device: Where it is put; None: the CPU.
+        **where: Further fields of `sources.Source`.
     """
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
@@ -128,7 +118,7 @@ def pipeline_of(source: str, **where: Any) -> Any:
     for logging in (diffusers_logging, transformers_logging):
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-    return run.load_pipeline(source, **where)
+    return run.load_pipeline(name, device=device, **where)
 
 
 def check_out(out: Path, overwrite: bool, cache: Path | None = None) -> None:

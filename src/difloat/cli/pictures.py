@@ -1,18 +1,22 @@
-"""Commands that draw: generate, evaluate."""
+"""Commands that draw: generate, evaluate, report."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import torch
 import typer
 from rich.table import Table
 
 from difloat.cli import tables
 from difloat.cli.app import app
 from difloat.cli.options import (
+    AUTO,
     Batch,
     Call,
+    Device,
     Guidance,
     Loras,
     Prompts,
@@ -24,7 +28,19 @@ from difloat.cli.options import (
     pipeline_of,
 )
 from difloat.cli.tables import console
+from difloat.evaluation.generation import PER_CALL
 from difloat.plan.request import MOST_SEED
+
+if TYPE_CHECKING:
+    from difloat.report.render import Record
+
+_IMAGES = 8  # pictures that are drawn later, unless the user says how many
+
+
+Pictures = Annotated[
+    Path | None,
+    typer.Option("--cache", help="Folder of full-precision pictures: those in it are not drawn again."),
+]
 
 
 @app.command()
@@ -42,6 +58,7 @@ def generate(
     batch: Batch = 8,
     lora: Loras = None,
     call: Call = None,
+    device: Device = AUTO,
 ) -> None:
     """Draw pictures with a full-precision or quantized pipeline; processes of a launch share them."""
     import numpy as np
@@ -52,10 +69,10 @@ def generate(
     from difloat.lora import adapters
     from difloat.report import build
 
-    meet()
+    place = meet(device)
     if resolved(out).exists() and not out.is_dir():
         raise NotADirectoryError(f"output must be a directory, got the file {str(out)!r}; choose another")
-    pipeline = pipeline_of(source)
+    pipeline = pipeline_of(source, place)
     for number, (file, weight) in enumerate(loras_of(lora or [])):
         adapters.load(pipeline, file, f"lora{number}", weight)
     texts = list(prompt) if prompt else run.prompts_of(pipeline, source, prompts)
@@ -94,7 +111,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=2, help="Pictures per model.")] = 64,
     steps: Steps = None,
     guidance: Guidance = None,
-    batch: Batch = 50,
+    batch: Batch = PER_CALL,
     call: Call = None,
     fail_under: Annotated[
         list[str] | None,
@@ -103,6 +120,8 @@ def evaluate(
         ),
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the evaluation as JSON.")] = None,
+    cache: Pictures = None,
+    device: Device = AUTO,
 ) -> None:
     """Compare a quantized pipeline with the full-precision one; processes of a launch share the pictures."""
     from difloat import distributed, run
@@ -112,8 +131,8 @@ def evaluate(
     rules = [gates.parse(rule) for rule in fail_under or []]  # a misspelled gate must not cost the pictures
     if save is not None and not resolved(save, "--save").parent.is_dir():
         raise FileNotFoundError(f"--save must name a file in a directory that is there, got {str(save)!r}")
-    meet()
-    first, second = pipeline_of(reference), pipeline_of(quantized)
+    place = meet(device)
+    first, second = pipeline_of(reference, place), pipeline_of(quantized, place)
     texts = run.prompts_of(first, reference, prompts)
     guidance, arguments = call_of(first, reference, guidance, call)
     sampling = run.Sampling(texts, samples, steps, guidance, batch, arguments)
@@ -123,7 +142,7 @@ def evaluate(
             f"a gate on {unknown[0]} must come with captions of the embedded models as prompts, got others; "
             "gate on psnr, ssim or perceptual"
         )
-    full, packed = run.draw(first, sampling), run.draw(second, sampling)
+    full, packed = run.draw(first, sampling, kept=cache), run.draw(second, sampling)
     if not distributed.is_main():
         return
     evaluation = run.judge(full, packed, sampling)
@@ -141,3 +160,97 @@ def evaluate(
         console.print(failure, markup=False, highlight=False)
     if failures:
         raise typer.Exit(1)
+
+
+def _drawn_later(
+    source: str,
+    out: Path,
+    count: int,
+    prompts: Path | None,
+    steps: int | None,
+    guidance: float | None,
+    batch: int,
+    call: list[str] | None,
+    cache: Path | None,
+    device: torch.device,
+) -> Record | None:
+    """Draw with the pipeline, free it, draw with the checkpoint; whatever fails, the pictures drawn so far are kept."""
+    from difloat import api, run
+    from difloat.report import build
+
+    before = build.read(out)[0]
+    pipeline = pipeline_of(source, device)
+    if (got := type(api.denoiser(pipeline)).__name__) != before.model_class:
+        raise ValueError(
+            f"source must be the pipeline that {str(out)!r} was made from, with a {before.model_class}, got one with a {got}; "
+            f"name the other ({before.model!r} when it was made)"
+        )
+    texts = run.prompts_of(pipeline, source, prompts)
+    guidance, arguments = call_of(pipeline, source, guidance, call)
+    folder = cache if cache is not None else _kept_by_default()
+    sampling = run.Sampling(texts, count, steps, guidance, batch, arguments)
+    reference = run.draw(pipeline, sampling, kept=folder)
+    dtype = next(tensor.dtype for tensor in api.denoiser(pipeline).parameters())
+    del pipeline  # the checkpoint takes its place in memory
+    return run.draw_later(reference, out, sampling, folder, dtype, device)
+
+
+def _kept_by_default() -> Path:
+    """Where pictures are kept: in the user's cache, where it is by the XDG base directory specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "difloat" / "pictures"
+
+
+@app.command()
+def report(
+    source: Annotated[
+        str,
+        typer.Argument(help="The checkpoint; before another, the full-precision pipeline it was made from."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="The checkpoint, to draw pictures with both and complete its report."),
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=2, help="Pictures to draw with both models.")] = None,
+    prompts: Prompts = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    batch: Batch = 1,
+    call: Call = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keeps every picture drawn: a killed run goes on from there, and full-precision ones serve later comparisons. "
+            "Default: difloat/pictures in the user's cache (XDG_CACHE_HOME)."
+        ),
+    ] = None,
+    device: Device = AUTO,
+) -> None:
+    """Make a checkpoint's report.html again; with the pipeline it was made from, draw pictures and complete it."""
+    from difloat.report import build
+    from difloat.report import render as pages
+
+    if out is None:
+        if images is not None:
+            raise ValueError(
+                f"pictures must be drawn with two models, got {source!r}; say difloat report SOURCE {source} --images {images}"
+            )
+        made, left, right = build.read(Path(source))
+        tables.print_summary(made)
+        page = pages.render(made, left, right, Path(source) / build.PAGE)
+        console.print(f"report     {page}", highlight=False, soft_wrap=True)
+        return
+    place = meet(device)
+    complete = _drawn_later(
+        source,
+        out,
+        _IMAGES if images is None else images,
+        prompts,
+        steps,
+        guidance,
+        batch,
+        call,
+        cache,
+        place,
+    )
+    if complete is not None:
+        tables.print_made(complete, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,29 +12,18 @@ import typer
 from difloat.cli import tables
 from difloat.cli.app import app
 from difloat.cli.checkpoints import verify
+from difloat.cli.fields import Fields, Words, with_fields
 from difloat.cli.options import (
-    Base,
-    Cache,
+    AUTO,
     Call,
-    Components,
+    Device,
     DryRun,
-    DType,
-    Exclude,
-    Guidance,
     Images,
-    MemoryMB,
+    Offload,
     Overwrite,
     Prompts,
-    RecipeName,
-    Revision,
-    Rows,
-    Seed,
     Setting,
     Source,
-    Steps,
-    Target,
-    Variant,
-    Widths,
     call_of,
     claimed,
     meet,
@@ -41,84 +31,101 @@ from difloat.cli.options import (
     pipeline_of,
 )
 from difloat.cli.tables import console
+from difloat.plan.request import CalibrationSettings, RepairSettings, Request
+from difloat.sources import Source as SourceFields
 
 _IMAGES, _LARGE = 16, 100_000_000  # pictures of a report, up to so many weights
 _PICTURES = 4  # of a report drawn at once: more would take more memory than quantizing
+_CALIBRATION = Fields(CalibrationSettings, panel="Calibration")
 
 
 @app.command()
+@with_fields
 def quantize(
     source: Source,
     out: Annotated[Path, typer.Argument(help="Directory of the packed checkpoint and its report.")],
-    recipe: RecipeName = "lbfp",
-    bits: Widths = "w4a8",
-    prompts: Prompts = None,
-    samples: Rows = 256,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    seed: Seed = 0,
-    memory_mb: MemoryMB = 2048,
-    cache: Cache = None,
+    asked: Annotated[Words, Fields(Request, leave_out=("options", "calibration", "device"))],
+    calibration: Annotated[CalibrationSettings, _CALIBRATION],
+    where: Annotated[Words, Fields(SourceFields, leave_out=("name",), panel="Source")],
     option: Setting = None,
-    exclude: Exclude = None,
+    prompts: Prompts = None,
     call: Call = None,
-    target: Target = "any",
-    components: Components = None,
     images: Images = None,
-    base: Base = None,
-    revision: Revision = None,
-    variant: Variant = None,
-    dtype: DType = "auto",
+    device: Device = AUTO,
+    offload: Offload = "none",
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
-    from difloat import api, run
-    from difloat.calibration import collect
-    from difloat.plan import target as targets
+    from difloat import job, run
 
-    meet()
-    machine = targets.check(target)
-    chosen, needs_data = _asked(recipe, option or [], bits)
+    place, words = meet(device), options_of(option or [])
+    request = job.request(**asked, options=words, calibration=calibration, device=place)
+    needs_data = job.needs_data(request, request.bits)
     _check_images(images)
-    where = {"base": base, "revision": revision, "variant": variant}
-    where["dtype"] = "stored" if not needs_data and dtype == "auto" else dtype  # then nothing is computed
-    with claimed(out, overwrite, cache, dry_run):
-        pipeline = pipeline_of(source, **where)
-        api.check_model(api.denoiser(pipeline))
-        texts = run.prompts_of(pipeline, source, prompts)
-        guidance, arguments = call_of(pipeline, source, guidance, call)
-        others, left_out = (components.split(",") if components is not None else None), exclude or []
-        _check_parts(pipeline, left_out, others, bits)
-        settings = collect.CalibrationSettings(
-            samples, steps, guidance, seed=seed, memory_bytes=memory_mb << 20
+    origin = SourceFields(source, **where)
+    if _from_disk(offload, images or request.components or dry_run):
+        _stream(origin, out, request, overwrite)
+        return
+    as_stored = not needs_data and origin.dtype == "auto"  # then nothing is computed
+    with claimed(out, overwrite, request.cache, dry_run):
+        pipeline = pipeline_of(
+            **{**vars(origin), "dtype": "stored" if as_stored else origin.dtype}, device=place
         )
+        texts = run.prompts_of(pipeline, source, prompts)
+        guidance, arguments = call_of(pipeline, source, calibration.guidance_scale, call)
+        calibration = replace(calibration, guidance_scale=guidance)
+        fitted = job.fit(pipeline, replace(request, calibration=calibration))
         if needs_data or dry_run:
-            given = (texts, settings, recipe, bits, chosen, arguments, left_out)
-            tables.announce(pipeline, *given, dry=dry_run)
+            tables.announce(fitted, texts, words, arguments, dry=dry_run)
         if dry_run:
             return
-        count = _pictures(api.denoiser(pipeline), images)
-        sampling = run.Sampling(texts, count, steps, guidance, _PICTURES, arguments)
-        everything: dict[str, Any] = {"cache_dir": cache, "call_kwargs": arguments, "target": machine}
-        everything |= {**vars(settings), **chosen, "components": others, "exclude": left_out}
-        _carry_out(pipeline, source, out, recipe, bits, sampling, everything, overwrite)
+        sampling = _sampling(pipeline, texts, images, calibration, arguments, request.cache)
+        _carry_out(fitted, origin, out, sampling, overwrite)
 
 
-def _asked(recipe: str, options: list[str], bits: str) -> tuple[dict[str, str], bool]:
-    """The recipe's options as the user wrote them, checked, and whether it looks at calibration data with them."""
-    from difloat import recipes
-    from difloat.plan.rules import Bits
+def _from_disk(offload: str, more: Any) -> bool:
+    """Whether a model is quantized block by block from files to files, which allows no `more`."""
+    if offload not in ("none", "disk"):
+        raise ValueError(f"--offload must be disk or none, got {offload!r}; choose one of these")
+    if offload == "disk" and more:
+        raise ValueError(
+            "--offload disk must come without --images, --components and --dry-run, got one of them; leave it out, and draw "
+            "pictures with difloat report afterwards"
+        )
+    return offload == "disk"
 
-    chosen, row = options_of(options), recipes.lookup(recipe)
-    return chosen, row.needs_data(recipes.make_options(row, chosen, bits), Bits.parse(bits))
+
+def _stream(source: Any, out: Path, request: Any, overwrite: bool) -> None:
+    from difloat import run_from_disk
+
+    with claimed(out, overwrite):
+        made = run_from_disk.quantize(source, out, request, overwrite=overwrite)
+    if made is not None:
+        tables.print_made(made, out)
 
 
-def _pictures(module: Any, images: int | None) -> int:
-    """How many pictures a report gets: what the user says; none of large models, whose pictures take longer than the rest."""
-    if images is not None:
-        return images
-    return _IMAGES if sum(weight.numel() for weight in module.parameters()) <= _LARGE else 0
+def _sampling(
+    pipeline: Any,
+    texts: list[str] | None,
+    images: int | None,
+    calibration: CalibrationSettings,
+    call: Words,
+    cache: Path | None,
+) -> Any:
+    """How pictures of the report are drawn: as many as the user says; none of large models, where they take longest."""
+    from difloat import api, run
+
+    if images is None:
+        weights = sum(weight.numel() for weight in api.denoiser(pipeline).parameters())
+        images = _IMAGES if weights <= _LARGE else 0
+    sampler = (calibration.steps, calibration.guidance_scale)
+    return run.Sampling(texts, images, *sampler, _PICTURES, call, _kept(cache))
+
+
+def _kept(cache: Path | None) -> Path | None:
+    """The folder of full-precision pictures in a cache."""
+    return None if cache is None else cache / "pictures"
 
 
 def _check_images(images: int | None) -> None:
@@ -126,32 +133,13 @@ def _check_images(images: int | None) -> None:
         raise ValueError("images must be 0 or at least 2, got 1; intervals need two pictures")
 
 
-def _check_parts(pipeline: Any, exclude: list[str], others: list[str] | None, bits: str) -> None:
-    """Refuse layers and components that are not there before anything is tried."""
-    from difloat import api, components
-    from difloat.layers import packed
-    from difloat.layers.exclude import excluded
-
-    excluded(packed.quantizable(api.denoiser(pipeline)), exclude)
-    components.parse(pipeline, others, bits)
-
-
-def _carry_out(
-    pipeline: Any,
-    source: str,
-    out: Path,
-    recipe: str,
-    bits: str,
-    sampling: Any,
-    arguments: dict[str, Any],
-    overwrite: bool,
-) -> None:
+def _carry_out(fitted: Any, source: SourceFields, out: Path, sampling: Any, overwrite: bool) -> None:
     from difloat import api, run
 
     start = time.perf_counter()
-    plan = api.plan(pipeline, recipe, bits, prompts=sampling.prompts, **arguments)
+    plan = api.decide(fitted, prompts=sampling.prompts, call_kwargs=sampling.call_kwargs)
     seconds = _beside(plan, time.perf_counter() - start)
-    made = run.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
+    made = run.finish(fitted.model, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
     if made is not None:
         tables.print_made(made, out)
 
@@ -162,6 +150,7 @@ def _beside(plan: Any, total_s: float) -> dict[str, float]:
 
 
 @app.command()
+@with_fields
 def repair(
     source: Source,
     checkpoint: Annotated[
@@ -169,25 +158,15 @@ def repair(
         typer.Argument(help="Directory of the source quantized by difloat, with one weight per layer."),
     ],
     out: Annotated[Path, typer.Argument(help="Directory of the repaired checkpoint and its report.")],
-    epochs: Annotated[int, typer.Option(min=1, help="Passes along the trajectory.")] = 10,
-    rank: Annotated[int, typer.Option(min=0, help="Rank of the adapters; 0: ranges and scales only.")] = 32,
-    dfa: Annotated[
-        bool, typer.Option(help="Weight timesteps by the sampler; not for samplers of several calls a step.")
-    ] = True,
-    guidance_weight: Annotated[
-        float, typer.Option(min=0, help="Weight of the guidance direction that is lost; 0: leave it out.")
-    ] = 9.0,
+    training: Annotated[RepairSettings, Fields(RepairSettings)],
+    calibration: Annotated[CalibrationSettings, _CALIBRATION],
     prompts: Prompts = None,
-    samples: Rows = 256,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    seed: Seed = 0,
-    memory_mb: MemoryMB = 2048,
     cache: Annotated[
         Path | None, typer.Option(help="Keeps the run: a killed one goes on from there.")
     ] = None,
     call: Call = None,
     images: Images = None,
+    device: Device = AUTO,
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune the denoiser of a quantized pipeline against the full-precision one it was made from.
@@ -198,25 +177,21 @@ def repair(
     Input ranges by timestep stay apart; other quantized components stay as they are.
     """
     from difloat import api, run
-    from difloat.calibration import collect
 
-    meet()
+    place = meet(device)
     _check_images(images)
     with claimed(out, overwrite, cache):
-        pipeline, plan = pipeline_of(source), api.plan_of(pipeline_of(str(checkpoint)))
+        pipeline, plan = pipeline_of(source, place), api.plan_of(pipeline_of(str(checkpoint)))
         texts = run.prompts_of(pipeline, source, prompts)
-        guidance, arguments = call_of(pipeline, source, guidance, call)
-        training = {"epochs": epochs, "rank": rank, "dfa": dfa, "guidance_weight": guidance_weight}
-        settings = collect.CalibrationSettings(
-            samples=samples, steps=steps, guidance_scale=guidance, seed=seed, memory_bytes=memory_mb << 20
-        )
-        count = _pictures(api.denoiser(pipeline), images)
-        sampling = run.Sampling(texts, count, steps, guidance, _PICTURES, arguments)
-        everything = {"cache_dir": cache, "call_kwargs": arguments, **training, **vars(settings)}
+        guidance, arguments = call_of(pipeline, source, calibration.guidance_scale, call)
+        calibration = replace(calibration, guidance_scale=guidance)
+        sampling = _sampling(pipeline, texts, images, calibration, arguments, cache)
+        everything = {"cache_dir": cache, "call_kwargs": arguments, **vars(training), **vars(calibration)}
         start = time.perf_counter()
         plan = api.repair(pipeline, plan, prompts=texts, **everything)
         seconds = _beside(plan, time.perf_counter() - start)
-        made = run.finish(pipeline, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
+        origin = SourceFields(source)
+        made = run.finish(pipeline, plan, origin, out, sampling, seconds=seconds, overwrite=overwrite)
         if made is not None:
             tables.print_made(made, out)
 
@@ -227,6 +202,7 @@ def demo(
         "demo-out"
     ),
     model: Annotated[str, typer.Option(help="emoji-pixart or emoji-unet.")] = "emoji-pixart",
+    device: Device = AUTO,
 ) -> None:
     """Quantize an embedded model to FP4 weights and FP8 activations and show what it cost, in a few minutes."""
     console.print(
@@ -234,5 +210,5 @@ def demo(
     )
     target = out / f"{model}-lbfp-w4a8"
     fast = ["iterations=80", "rounding_rows=96"]
-    quantize(model, target, samples=160, option=fast, images=24, overwrite=True)
+    quantize(source=model, out=target, samples=160, option=fast, images=24, overwrite=True, device=device)
     verify(target)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Column, Table
 
 from difloat.numbers import formats
 from difloat.report.record import zeros_note
-from difloat.report.text import bytes_text, size_text
+from difloat.report.text import size_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from difloat.job import Job
     from difloat.report.render import Record
 
 console = Console()
@@ -23,23 +26,23 @@ _NAMES = 20  # of layers in one line
 
 
 def announce(
-    pipeline: Any,
-    texts: list[str] | None,
-    settings: Any,
-    recipe: str,
-    bits: str,
-    chosen: dict[str, str],
-    call: dict[str, Any],
-    exclude: list[str],
-    *,
-    dry: bool,
+    fitted: Job, texts: list[str] | None, words: Mapping[str, str], call: dict[str, Any], *, dry: bool
 ) -> None:
-    """Print what a run will take; for a dry run the plan by kinds of layers too, and times from one call of the denoiser."""
+    """Print what a run will take; for a dry run the plan by kinds of layers too, and times from one call of the denoiser.
+
+    Args:
+        fitted: What is asked for, and of which pipeline.
+        texts: To calibrate with.
+        words: The recipe's options as the user wrote them.
+        call: Further arguments of the pipeline's call.
+        dry: Whether that is all that is done.
+    """
     from difloat import estimate, run
     from difloat.calibration import collect
 
-    expected = estimate.forecast(pipeline, texts, settings, recipe, bits, chosen, call, exclude)
-    heading = f"{recipe} {bits}{''.join(f', {key}={value}' for key, value in chosen.items())}: "
+    asked, settings = fitted.request, fitted.request.calibration
+    expected = estimate.forecast(fitted, texts, call)
+    heading = f"{asked.recipe} {asked.bits}{''.join(f', {key}={value}' for key, value in words.items())}: "
     console.print(heading + run.describe(expected, settings), highlight=False, soft_wrap=True)
     if not dry:
         return
@@ -51,8 +54,8 @@ def announce(
     console.print(kinds)
     if expected.rows:
         console.print("times need one timed call of the denoiser: it is made now", highlight=False)
-        sampling = collect.sampling_of(pipeline, texts, settings, call)
-        pace = estimate.time_a_call(pipeline, sampling)
+        sampling = collect.sampling_of(fitted.model, texts, settings, call)
+        pace = estimate.time_a_call(fitted.model, sampling)
         console.print(run.in_time(expected, pace), highlight=False, soft_wrap=True)
 
 
@@ -82,9 +85,9 @@ def print_summary(made: Record) -> None:
     change = size_text(made.original_bytes, made.packed_bytes, 2)
     table.add_row(
         "denoiser on disk",
-        f"{made.packed_bytes / 1e6:.2f} MB",
+        decimal(made.packed_bytes, precision=2),
         f"{change}, {made.effective_bits:.2f} bits a weight",
-        f"{made.original_bytes / 1e6:.2f} MB",
+        decimal(made.original_bytes, precision=2),
     )
     console.print(table)
     zeros = sum(row.zeros * row.bytes_before for row in made.layers) / sum(
@@ -110,7 +113,7 @@ def _left(made: Record) -> str:
     rest = len(made.skipped) - len(layers)
     named = ", ".join(name for name, _, _ in layers[:_NAMES]) + ", ..." * (len(layers) > _NAMES)
     told = f"left in float: {named or 'no layer'}"
-    size = bytes_text(sum(size for _, _, size in layers))
+    size = decimal(sum(size for _, _, size in layers), precision=2)
     return (
         told
         + f" ({len(layers)} layers, {size})" * bool(layers)

@@ -1,4 +1,4 @@
-"""The judge: the same seeds through two pipelines, and everything that differs between their pictures.
+"""Evaluation of a quantized pipeline: pictures of the same seeds from two pipelines, and what differs between them.
 
 `generate` draws pictures, `compare` measures a quantized set against the full-precision one, and `gate` turns thresholds into
 sentences for a continuous-integration job. Users reach all of it as `difloat.evaluate`.

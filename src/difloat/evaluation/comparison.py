@@ -1,4 +1,4 @@
-"""Everything that differs between the pictures of two pipelines from the same seeds."""
+"""The metrics of a quantized set of samples against the full-precision set from the same seeds."""
 
 from __future__ import annotations
 
@@ -32,13 +32,18 @@ _KERNEL_PICTURES = 8
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a quantized model lost, as far as it was measured.
+    """The measured difference between a quantized and a full-precision model.
+
+    >>> evaluation = Evaluation({"psnr": Estimate(27.0, 26.0, 28.0)}, samples=16)
+    >>> for name, metric, estimate in evaluation.rows():
+    ...     print(f"{metric.label}: {estimate.value} {metric.unit}")
+    PSNR to full precision: 27.0 dB
 
     Attributes:
-        metrics: estimates by the names of `METRICS`; a metric that was not measured is absent.
-        samples: pictures per set.
-        trajectory: relative latent error per sampler step, or None.
-        timesteps: of these steps, or of the sampler where there is no trajectory.
+        metrics: The estimates by the names of `METRICS`. A metric that was not measured is absent.
+        samples: How many samples each set has.
+        trajectory: The relative error of the latents after every sampler step, or None.
+        timesteps: The timesteps of these steps, or of the sampler where there is no trajectory.
     """
 
     metrics: dict[str, Estimate]
@@ -53,15 +58,15 @@ class Evaluation:
         ]
 
     def to_json(self) -> str:
-        """One JSON object with the attributes; `from_json` gives back an equal evaluation."""
+        """One JSON object with the attributes, of which `from_json` makes an equal evaluation."""
         return json.dumps(asdict(self), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
-        """The evaluation of a `to_json` text.
+        """The evaluation of a text that `to_json` made.
 
         Raises:
-            ValueError: the text is not such an object.
+            ValueError: if the text is no such object.
         """
         try:
             data = json.loads(text)
@@ -92,24 +97,37 @@ def compare(
 ) -> Evaluation:
     """All metrics of a quantized set of samples against the full-precision set of the same seeds and prompts.
 
-    Measured where it applies: SSIM for pictures of at least 11 pixels a side, kernel distance for at least 8 pictures
-    (with fewer a resample may hold one picture only and has none), distances to data with `data_moments`,
-    retrieval with `captions` and `retrieval`, the trajectory where both sets hold latents. Of videos the metrics of a
-    picture are means over frames, and distances of sets are not measured. Waveforms and embeddings have one metric of
-    their own, the signal-to-noise ratio.
+    >>> import torch
+    >>> from difloat.evaluation import emoji_features
+    >>> pictures = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    >>> first = Generated(pictures, None, [], 0.0)
+    >>> second = Generated((pictures + 0.1).clamp(0, 1), None, [], 0.0)
+    >>> found = compare(
+    ...     first, second, features=emoji_features.features, feature_maps=emoji_features.feature_maps
+    ... )
+    >>> sorted(found.metrics)
+    ['frechet_to_full_precision', 'perceptual', 'psnr', 'ssim']
+    >>> 20 < found.metrics["psnr"].value < 21                              # dB
+    True
+
+    A metric is measured where it applies. SSIM needs pictures of at least 11 pixels a side. The kernel distance needs at least
+    8 pictures, because with fewer a resample may hold a single picture. Distances to data need `data_moments`, retrieval
+    needs `captions` and `retrieval`, and the trajectory needs latents in both sets. The metrics of a video are means over its
+    frames, and distances of sets of videos are not measured. Waveforms and embeddings have one metric of their own, the
+    signal-to-noise ratio.
 
     Args:
-        reference: full-precision pictures, at least 2.
-        quantized: pictures of the same seeds.
-        features: pictures `[n, 3, h, w]` to features `[n, d]`.
-        feature_maps: pictures to a list of maps `[n, c, h', w']` normalised over channels.
-        data_moments: mean `[d]` and covariance `[d, d]` of the data's features, tensors or arrays.
-        captions: what each picture should show, one per picture.
-        retrieval: pictures and captions to hits `[n]`, boolean or 0 and 1.
-        seed: of all bootstrap resampling.
+        reference: The full-precision samples, at least 2.
+        quantized: The samples of the quantized model from the same seeds.
+        features: A function of pictures `[n, 3, h, w]` that returns features `[n, d]`.
+        feature_maps: A function of pictures that returns a list of maps `[n, c, h', w']`, normalised over channels.
+        data_moments: The mean `[d]` and covariance `[d, d]` of the data's features, as tensors or arrays.
+        captions: One caption per picture that says what it should show.
+        retrieval: A function of pictures and captions that returns hits `[n]`, boolean or 0 and 1.
+        seed: The seed of all bootstrap resampling.
 
     Raises:
-        ValueError: the sets do not have one shape, or captions do not count one per picture.
+        ValueError: if the sets do not have one shape, or there is not one caption per picture.
     """
     if len(reference) != len(quantized) or reference.frames != quantized.frames:
         got = [(len(drawn), drawn.frames) for drawn in (reference, quantized)]
@@ -133,7 +151,7 @@ def _of_pairs(
     feature_maps: Callable[[Tensor], Sequence[Tensor]],
     seed: int,
 ) -> dict[str, Estimate]:
-    """What each sample lost beside its full-precision twin; of a video the mean over its frames."""
+    """The metrics of each sample against the full-precision one of its seed. For a video they are means over its frames."""
     values: dict[str, Tensor] = {}
     if len(reference.images):
         values["psnr"] = psnr(reference.images, quantized.images)
@@ -153,7 +171,7 @@ def _of_sets(
     data_moments: Moments | None,
     seed: int,
 ) -> dict[str, Estimate]:
-    """Distances between all pictures; frames of a video are no independent draws, so videos have none."""
+    """The distances between the sets of pictures. Frames of a video are no independent draws, so videos have none."""
     metrics = {}
     a, b = in_batches(features, reference), in_batches(features, quantized)
     metrics["frechet_to_full_precision"] = frechet_interval(b, a, paired=True, seed=seed)
@@ -178,10 +196,25 @@ def _retrieval_estimate(
 
 
 def latent_error(reference: Generated, quantized: Generated, *, seed: int = 0) -> list[Estimate]:
-    """Relative error of the sampler's state after every step, `|q - r| / |r|` per picture (L2), mean over pictures.
+    """The relative error of the sampler's state after every step: `|q - r| / |r|` per sample (L2), and its mean.
+
+    >>> import torch
+    >>> state = torch.ones(1, 2, 4)                                        # one step, two samples
+    >>> first = Generated(torch.zeros(2, 3, 8, 8), state, [500.0], 0.0)
+    >>> second = Generated(torch.zeros(2, 3, 8, 8), 1.5 * state, [500.0], 0.0)
+    >>> latent_error(first, second)
+    [Estimate(value=0.5, low=0.5, high=0.5)]
+
+    Args:
+        reference: The full-precision samples with latents `[steps, n, ...]`.
+        quantized: The samples of the quantized model from the same seeds, with latents of the same shape.
+        seed: The seed of the bootstrap resampling.
+
+    Returns:
+        One estimate per sampler step.
 
     Raises:
-        ValueError: a set has no latents, or they do not have one shape.
+        ValueError: if a set has no latents, or they do not have one shape.
     """
     a, b = reference.latents, quantized.latents
     if a is None or b is None or a.shape != b.shape:
@@ -192,7 +225,7 @@ def latent_error(reference: Generated, quantized: Generated, *, seed: int = 0) -
         )
     errors = []
     for state, other in zip(a, b, strict=True):
-        flat = state.double().flatten(1)
-        relative = (other.double().flatten(1) - flat).norm(dim=1) / flat.norm(dim=1)
+        flat = state.double().flatten(1)  # [n, d]
+        relative = (other.double().flatten(1) - flat).norm(dim=1) / flat.norm(dim=1)  # [n]
         errors.append(mean_interval(relative, seed=seed))
     return errors

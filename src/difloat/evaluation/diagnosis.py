@@ -1,9 +1,9 @@
-"""Which layer broke it? Errors block by block and layer by layer, overflow, and a bisection that ends with an exclusion list.
+"""Diagnosis of a quantized model: the errors of its blocks and layers, overflow, and the fewest layers to exclude.
 
 First the float model runs along its own trajectory, and every block and layer of the quantized model is given the very same
-inputs (*forced* errors: what a layer does wrong by itself); the quantized model runs beside it on its own intermediate results
-(*accumulated* errors). Then pictures are drawn with the worst blocks back in full precision, and after that with the worst
-layers of these blocks: bisection finds how few it takes.
+inputs. Their errors are *forced*: a layer's own. The quantized model also runs on its own intermediate results, where errors
+are *accumulated*. Then pictures are drawn with the worst blocks back in full precision, and after that with the worst layers of
+these blocks. Bisection finds how few it takes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -25,22 +26,45 @@ from difloat.evaluation.picture_metrics import NotFiniteError
 from difloat.layers import install, packed
 from difloat.layers.packed import QuantizedLayer
 from difloat.methods.trace import Call, removed, tensors_of
+from difloat.plan.request import MOST_SEED
+from difloat.plan.validation import Positive, Rule, record
 
 _TIMESTEPS = 6  # of the trajectory that errors are measured at, evenly spread
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 _FINITE_GOAL = 1.0  # relative error to reach where the quantized model draws no finite pictures at all
 
 
-@dataclass
-class Health:
-    """Errors of one block or layer: relative, root of summed squares, by timestep.
+@record("settings of a diagnosis")
+class DiagnosisSettings:
+    """How a diagnosis is made.
 
     Attributes:
-        name: In the denoiser.
-        forced: From the float model's inputs.
-        accumulated: From the quantized model's own inputs; blocks only.
-        largest: Largest magnitude that comes out of it, in either model.
-        finite: Whether the quantized one gives finite numbers for finite inputs.
+        samples: Denoiser inputs that errors are measured on.
+        images: Pictures per sampling run.
+        steps: Sampler steps. If it is left out, as many as the pipeline's call takes by itself.
+        guidance_scale: Scale of classifier-free guidance. If it is left out, the one that the pipeline's call takes by itself.
+        share: Share of today's error that is good enough; 0.5 halves it.
+        seed: Seed of everything random.
+    """
+
+    samples: Positive = 24
+    images: Positive = 2
+    steps: Positive | None = None
+    guidance_scale: float | None = None
+    share: Annotated[float, Field(gt=0, lt=1), Rule("be between 0 and 1")] = 0.5
+    seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
+
+
+@dataclass
+class Health:
+    """The errors of one block or layer. They are relative, roots of summed squares, by timestep.
+
+    Attributes:
+        name: The dotted name in the denoiser.
+        forced: The errors on the float model's inputs.
+        accumulated: The errors on the quantized model's own inputs, which are measured for blocks only.
+        largest: The largest magnitude of its outputs, in either model.
+        finite: Whether the quantized one returns finite numbers for finite inputs.
     """
 
     name: str
@@ -51,7 +75,7 @@ class Health:
 
     @property
     def error(self) -> float:
-        """Mean of the forced errors; infinite if something is not finite."""
+        """The mean of the forced errors, which is infinite if an output is not finite."""
         return sum(self.forced.values()) / max(len(self.forced), 1) if self.finite else math.inf
 
     @property
@@ -62,17 +86,18 @@ class Health:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found.
+    """The result of a diagnosis.
 
     Attributes:
-        blocks: Worst first.
-        layers: The quantized layers, worst first.
-        exclude: The fewest layers found, in the order of their errors, that bring the error to the goal when they stay in
-            full precision; empty if there is nothing to repair or no set of layers repairs it.
-        before: Relative error of the sampler's last state, quantized against full precision; infinite for NaN pictures.
-        after: The same with the layers of `exclude` in full precision.
-        goal: What `after` had to reach.
-        runs: Sampling runs made.
+        blocks: The blocks, the worst first.
+        layers: The quantized layers, the worst first.
+        exclude: The fewest layers found that bring the error to the goal when they stay in full precision, in the order of
+            their errors. It is empty if there is nothing to repair or no set of layers repairs it.
+        before: The relative error of the sampler's last state, quantized against full precision. NaN pictures count as
+            infinite.
+        after: The same error with the layers of `exclude` in full precision.
+        goal: The error that `after` had to reach.
+        runs: How many sampling runs were made.
     """
 
     blocks: list[Health]
@@ -85,7 +110,7 @@ class Diagnosis:
 
 
 def runs_needed(original: nn.Module, quantized: nn.Module) -> int:
-    """Sampling runs that a diagnosis of a quantized denoiser takes at most: two, and the bisections.
+    """How many sampling runs a diagnosis of a quantized denoiser takes at most: two, and those of the bisections.
 
     Raises:
         ValueError: if the models do not belong together.
@@ -101,49 +126,52 @@ def diagnose(
     quantized_pipeline: Any,
     *,
     prompts: Sequence[str] | None = None,
-    samples: int = 24,
-    images: int = 2,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
     call_kwargs: Mapping[str, Any] | None = None,
-    share: float = 0.5,
-    seed: int = 0,
     progress: bool = True,
+    **settings: Any,
 ) -> Diagnosis:
-    """Find the layers whose quantization costs most; both pipelines are as before on return.
+    """Find the layers whose quantization costs most. Both pipelines are as before on return.
+
+    >>> import difloat
+    >>> original, quantized = difloat.reference("emoji-unet"), difloat.reference("emoji-unet")
+    >>> _ = difloat.quantize(quantized, "rtn", "w2a16", exclude=["down_blocks", "up_blocks"], progress=False)
+    >>> few = {"prompts": ["red apple"], "samples": 2, "images": 1, "steps": 1, "progress": False}
+    >>> found = difloat.diagnose(original, quantized, **few)
+    >>> found.layers[0].error >= found.layers[-1].error, found.after <= found.before
+    (True, True)
 
     Args:
-        float_pipeline: In full precision.
-        quantized_pipeline: Quantized from it, of the same dtype, on the same device.
-        prompts: As for `difloat.plan`.
-        samples: Denoiser inputs that errors are measured on.
-        images: Pictures per sampling run.
-        steps: Sampler steps; None takes the pipeline's default.
-        guidance_scale: None takes the pipeline's default.
+        float_pipeline: The pipeline in full precision.
+        quantized_pipeline: The pipeline that was quantized from it, of the same dtype, on the same device.
+        prompts: The texts to sample with. None takes general built-in ones.
         call_kwargs: Further arguments of the pipeline's call.
-        share: The error has to come down to this share of what it is now.
-        seed: Of everything random.
-        progress: Show progress bars.
+        progress: Whether to show progress bars.
+        **settings: Fields of `DiagnosisSettings`.
 
     Raises:
-        ValueError: if the pipelines do not belong together.
+        ValueError: if the pipelines do not belong together, or a setting is not allowed.
     """
+    wanted = DiagnosisSettings(**settings)
     original, quantized = api.denoiser(float_pipeline), api.denoiser(quantized_pipeline)
     _check(original, quantized)
-    if not 0 < share < 1:
-        raise ValueError(f"share must be between 0 and 1, got {share}; 0.5 halves the error")
     texts = api.prompts_for(float_pipeline, prompts)
-    sampler: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "call_kwargs": call_kwargs}
+    sampler: dict[str, Any] = {"steps": wanted.steps, "guidance_scale": wanted.guidance_scale}
+    sampler |= {"call_kwargs": call_kwargs}
     data = api.calibrate(
-        float_pipeline, prompts=texts, progress=progress, samples=samples, seed=seed, **sampler
+        float_pipeline,
+        prompts=texts,
+        progress=progress,
+        samples=wanted.samples,
+        seed=wanted.seed,
+        **sampler,
     )
     units = _units(original, quantized)
     blocks, found = _measure(original, quantized, _calls(data), units)
-    seeds = range(seed, seed + images)
-    drawn = {"prompts": texts, "seeds": seeds, "batch_size": images, "progress": progress, **sampler}
+    seeds = range(wanted.seed, wanted.seed + wanted.images)
+    drawn = {"prompts": texts, "seeds": seeds, "batch_size": wanted.images, "progress": progress, **sampler}
     trials = _Trials(float_pipeline, quantized_pipeline, drawn)
     before = trials.error_without([])
-    goal = share * before if math.isfinite(before) else _FINITE_GOAL
+    goal = wanted.share * before if math.isfinite(before) else _FINITE_GOAL
     ranked = [[layer.name for layer in found if layer.name in units[block.name]] for block in blocks]
     order = {layer.name: rank for rank, layer in enumerate(found)}
     exclude, after = _fewest(ranked, order, trials.error_without, goal) if before > 0 else ((), before)
@@ -155,11 +183,11 @@ class _Trials:
     """Sampling runs with some layers in full precision.
 
     Attributes:
-        runs: How many were made, the float model's included.
+        runs: How many sampling runs were made, that of the float model included.
     """
 
     def __init__(self, float_pipeline: Any, quantized_pipeline: Any, arguments: Mapping[str, Any]) -> None:
-        """Draw with the float model; `arguments` are those of `evaluate.generate`."""
+        """Draw with the float model. `arguments` are those of `evaluate.generate`."""
         self.runs = 0
         self._original, self._quantized = api.denoiser(float_pipeline), api.denoiser(quantized_pipeline)
         self._pipeline, self._arguments = quantized_pipeline, arguments
@@ -170,7 +198,7 @@ class _Trials:
         return generate(pipeline, trajectory=True, **self._arguments)
 
     def error_without(self, names: Sequence[str]) -> float:
-        """Relative error of the last state with the layers `names` in full precision; infinite for NaN pictures."""
+        """The relative error of the last state with these layers in full precision. NaN pictures count as infinite."""
         with _as_float(self._quantized, self._original, names):
             try:
                 return latent_error(self._reference, self._draw(self._pipeline))[-1].value
@@ -179,7 +207,7 @@ class _Trials:
 
 
 def _check(original: nn.Module, quantized: nn.Module) -> None:
-    """ValueError unless the second is the first, quantized."""
+    """Raise a ValueError unless the second model is the first, quantized."""
     modules = dict(original.named_modules())
     names = [name for name, module in quantized.named_modules() if isinstance(module, QuantizedLayer)]
     if not names:
@@ -203,7 +231,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _units(original: nn.Module, quantized: nn.Module) -> dict[str, list[str]]:
-    """The quantized layers by their blocks; layers outside of blocks are units of their own."""
+    """The quantized layers by their blocks. Layers outside of blocks are units of their own."""
     taken = {name for name, module in quantized.named_modules() if isinstance(module, QuantizedLayer)}
     units = {
         name: [member for member in members if member in taken]
@@ -213,7 +241,7 @@ def _units(original: nn.Module, quantized: nn.Module) -> dict[str, list[str]]:
 
 
 def _calls(data: Any) -> dict[float, Call]:
-    """One call for every one of some timesteps, spread over the trajectory."""
+    """One denoiser call for each of some timesteps that are spread over the trajectory."""
     rows: dict[float, list[int]] = {}
     for row, timestep in enumerate(data.timesteps):
         rows.setdefault(timestep, []).append(row)
@@ -226,7 +254,7 @@ def _calls(data: Any) -> dict[float, Call]:
 def _measure(
     original: nn.Module, quantized: nn.Module, calls: Mapping[float, Call], units: Mapping[str, list[str]]
 ) -> tuple[list[Health], list[Health]]:
-    """Health of blocks and layers, worst first."""
+    """The health of blocks and of layers, the worst first."""
     blocks = {name: Health(name) for name in units}
     members = [name for names in units.values() for name in names]
     found = {name: Health(name) for name in members}
@@ -245,7 +273,7 @@ def _measure(
 
 
 def _watch(model: nn.Module, name: str, own: dict[str, list[Tensor]]) -> Any:
-    """Note what a block gives, on its own inputs."""
+    """Keep the outputs of a block of the quantized model on its own inputs."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         own[name] = [tensor.detach().clone() for tensor in tensors_of(output)]
@@ -260,7 +288,7 @@ def _compare(
     timestep: float,
     own: Mapping[str, list[Tensor]],
 ) -> list[Any]:
-    """Run the quantized twin of a module on the float module's inputs, and compare."""
+    """Run the quantized counterpart of a module on the float module's inputs, and compare their outputs."""
     twin, module = quantized.get_submodule(health.name), original.get_submodule(health.name)
     results: list[list[Tensor]] = []
 
@@ -286,7 +314,7 @@ def _compare(
 
 
 def _distance(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """Relative error over all tensors together; infinite where something is not finite."""
+    """The relative error over all tensors together, which is infinite where a number is not finite."""
     pairs = list(zip(wanted, got, strict=True))
     error = math.sqrt(sum(float((a.double() - b.double()).square().sum()) for a, b in pairs))
     size = math.sqrt(sum(float(a.double().square().sum()) for a in wanted))
@@ -295,7 +323,7 @@ def _distance(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 
 @contextmanager
 def _as_float(quantized: nn.Module, original: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Some layers of the quantized model are those of the float one inside the block."""
+    """Put the float layers of these names into the quantized model inside a ``with`` block."""
     kept = {name: quantized.get_submodule(name) for name in names}
     try:
         for name in names:
@@ -312,7 +340,7 @@ def _fewest(
     error_without: Callable[[Sequence[str]], float],
     goal: float,
 ) -> tuple[tuple[str, ...], float]:
-    """The fewest of the worst layers, from the fewest of the worst blocks, that reach the goal, and the error then."""
+    """The fewest of the worst layers, out of the fewest of the worst blocks, that reach the goal, and the error then."""
     count, after = _bisect([name for block in blocks for name in block], blocks, error_without, goal)
     if count is None:
         return (), after
@@ -329,9 +357,10 @@ def _bisect(
     goal: float,
     known: float | None = None,
 ) -> tuple[int | None, float]:
-    """How many groups from the front it takes to reach the goal, None if all are too few, and the error then.
+    """How many groups from the front it takes to reach the goal, and the error then. None means that all are too few.
 
-    Supposes that more layers in full precision never hurt. `known` is the error without all of `names`, if it was measured.
+    This supposes that more layers in full precision never hurt. `known` is the error with all of `names` in full precision,
+    if it was measured.
     """
     low, high = 1, len(groups) + (known is None)
     errors: dict[int, float] = {} if known is None else {len(groups): known}

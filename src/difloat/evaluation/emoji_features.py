@@ -1,8 +1,8 @@
 """The built-in picture features: a small network trained with captions, for Fréchet, perceptual and retrieval metrics.
 
-The network was trained by `training/features.py` on the picture set of the reference models: contrastively, picture
-against caption, under strong augmentation. It needs no download; it knows emoji, so use Inception or CLIP features
-(`difloat[eval]`) for other pictures.
+The network was trained by `training/features.py` on the picture set of the reference models, contrastively, with pictures
+against captions under strong augmentation. It needs no download. It knows emoji, so other pictures need Inception or CLIP
+features (`difloat[eval]`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZE = 64  # pixels, height and width the network was trained at
 
 
 class ConvBlock(nn.Module):
-    """Two 3x3 convolutions with group norm; the first halves the resolution; a shortcut joins the second."""
+    """Two 3x3 convolutions with group norm. The first halves the resolution, and a shortcut goes around the second."""
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__()
@@ -33,17 +33,17 @@ class ConvBlock(nn.Module):
         self.norm_out = nn.GroupNorm(8, outside)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Maps [n, inside, h, w] to [n, outside, h/2, w/2]."""
+        """The maps [n, outside, h/2, w/2] of maps [n, inside, h, w]."""
         hidden = F.silu(self.norm(self.down(images)))
         return F.silu(self.norm_out(self.conv(hidden)) + hidden)
 
 
 class FeatureNet(nn.Module):
-    """Pictures [n, 3, h, w] in 0..1 to features [n, width], float32.
+    """A network from pictures [n, 3, h, w] in 0..1 to float32 features [n, width].
 
     Args:
-        channels: Output channels of the halving blocks.
-        width: Length of the feature vector.
+        channels: The output channels of the halving blocks.
+        width: The length of the feature vector.
     """
 
     def __init__(self, channels: tuple[int, ...] = (32, 64, 96, 128), width: int = 128) -> None:
@@ -53,7 +53,7 @@ class FeatureNet(nn.Module):
         self.head = nn.Linear(channels[-1] * (SIZE >> len(channels)) ** 2, width)
 
     def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Returns the block outputs, finest first: [n, c, 32, 32], [n, c, 16, 16], ..."""
+        """The outputs of the blocks, the finest first: [n, c, 32, 32], [n, c, 16, 16], ..."""
         hidden = prepare(images)
         result = []
         for block in self.blocks:
@@ -62,12 +62,12 @@ class FeatureNet(nn.Module):
         return result
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns features [n, width]."""
+        """The features [n, width] of pictures [n, 3, h, w]."""
         return self.head(self.maps(images)[-1].flatten(1))
 
 
 def prepare(images: torch.Tensor) -> torch.Tensor:
-    """Scales pictures [n, 3, h, w] in 0..1 to the network's size and to -1..1, float32."""
+    """Pictures [n, 3, h, w] in 0..1, scaled to the network's size and to -1..1, as float32."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must have shape [n, 3, height, width], got {tuple(images.shape)}")
     images = images.float()
@@ -80,7 +80,7 @@ def prepare(images: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=1)
 def load() -> FeatureNet:
-    """Returns the trained network on the CPU, in evaluation mode; the same object every time."""
+    """The trained network on the CPU, in evaluation mode, which is the same object every time."""
     folder = ASSETS / "features"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     network = FeatureNet(tuple(config["channels"]), config["width"])
@@ -90,30 +90,34 @@ def load() -> FeatureNet:
 
 
 def features(images: torch.Tensor, batch: int = 100) -> torch.Tensor:
-    """Returns features [n, width] of pictures [n, 3, h, w] in 0..1, computed `batch` pictures at a time."""
+    """The features [n, width] of pictures [n, 3, h, w] in 0..1, computed `batch` pictures at a time.
+
+    >>> features(torch.rand(2, 3, 64, 64)).shape
+    torch.Size([2, 128])
+    """
     network = load()
     with torch.no_grad():
         return torch.cat([network(part) for part in images.split(batch)])
 
 
 def feature_maps(images: torch.Tensor) -> list[torch.Tensor]:
-    """Intermediate maps for a perceptual distance, each of unit length along its channels.
+    """The intermediate maps for a perceptual distance, each of unit length along its channels.
 
-    The mean over places of the squared difference of two pictures' maps, summed over maps, is an LPIPS-type distance.
-    Differentiable in `images`.
+    The mean over places of the squared difference of two pictures' maps, summed over maps, is an LPIPS-type distance. The
+    maps are differentiable in the pictures.
 
     Args:
         images: Pictures [n, 3, h, w] in 0..1.
 
     Returns:
-        Maps [n, c, h, w], finest first.
+        Maps [n, c, h, w], the finest first.
     """
     return [F.normalize(level, dim=1, eps=1e-6) for level in load().maps(images)]
 
 
 @lru_cache(maxsize=1)
 def _text() -> tuple[Any, nn.Module, torch.Tensor]:
-    """Tokenizer, text encoder and the projection [width, d] that takes its pooled output to feature space."""
+    """The tokenizer, the text encoder, and the projection [width, d] that takes its pooled output to feature space."""
     from transformers import AutoTokenizer, T5EncoderModel
 
     folder = ASSETS / "emoji-text"
@@ -124,7 +128,7 @@ def _text() -> tuple[Any, nn.Module, torch.Tensor]:
 
 
 def pooled_text(tokenizer: Any, encoder: nn.Module, captions: list[str]) -> torch.Tensor:
-    """Mean of the encoder's token outputs over the real tokens of each caption, [n, d]."""
+    """The mean of the encoder's token outputs over the real tokens of each caption, [n, d]."""
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     mask = tokens.attention_mask
     hidden = encoder(tokens.input_ids, attention_mask=mask)[0]
@@ -133,30 +137,33 @@ def pooled_text(tokenizer: Any, encoder: nn.Module, captions: list[str]) -> torc
 
 @torch.no_grad()
 def caption_embeddings(captions: list[str]) -> torch.Tensor:
-    """Returns unit vectors [n, width] in feature space; their product with unit features scores a match."""
+    """The captions as unit vectors [n, width] in feature space, whose product with unit features scores a match."""
     tokenizer, encoder, projection = _text()
     return F.normalize(pooled_text(tokenizer, encoder, captions) @ projection.T, dim=1)
 
 
 def retrieval(images: torch.Tensor, captions: list[str], pool: int = 50, seed: int = 0) -> torch.Tensor:
-    """Says for each picture whether its caption wins against `pool - 1` random other captions of the picture set.
+    """Whether the caption of each picture wins against `pool - 1` random other captions of the picture set.
 
     Args:
         images: Pictures [n, 3, h, w] in 0..1.
-        captions: The prompt of each picture.
-        pool: Number of captions to choose from, the right one included.
-        seed: Seed of the draw of the wrong captions.
+        captions: One prompt per picture.
+        pool: How many captions there are to choose from, the right one included.
+        seed: The seed of the draw of the wrong captions.
 
     Returns:
-        Boolean tensor [n].
+        A boolean tensor [n].
+
+    Raises:
+        ValueError: if there is not one caption per picture.
     """
     if len(captions) != len(images):
         raise ValueError(f"captions must be one per picture, got {len(captions)} for {len(images)} pictures")
     names = (ASSETS / "captions.txt").read_text(encoding="utf-8").splitlines()
     table = caption_embeddings(names)
-    pictures = F.normalize(features(images), dim=1)
-    right = (pictures * caption_embeddings(captions)).sum(1)
-    scores = pictures @ table.T
+    pictures = F.normalize(features(images), dim=1)  # [n, width]
+    right = (pictures * caption_embeddings(captions)).sum(1)  # [n]
+    scores = pictures @ table.T  # [n, captions]
     generator = torch.Generator().manual_seed(seed)
     hits = []
     for caption, own, row in zip(captions, right, scores, strict=True):
@@ -167,11 +174,11 @@ def retrieval(images: torch.Tensor, captions: list[str], pool: int = 50, seed: i
 
 
 def retrieval_accuracy(images: torch.Tensor, captions: list[str], pool: int = 50, seed: int = 0) -> float:
-    """Share of pictures for which `retrieval` finds the right caption, 0..1."""
+    """The share of pictures for which `retrieval` finds the right caption, from 0 to 1."""
     return retrieval(images, captions, pool, seed).float().mean().item()
 
 
 def data_statistics() -> tuple[np.ndarray, np.ndarray]:
-    """Mean [width] and covariance [width, width], float32, of the features of the training pictures."""
+    """The float32 mean [width] and covariance [width, width] of the features of the training pictures."""
     state = load_file(ASSETS / "features" / "statistics.safetensors")
     return state["mean"].numpy(), state["covariance"].numpy()

@@ -1,4 +1,4 @@
-"""Thresholds on metrics, for a continuous-integration job: rules like ``psnr=20``, and a sentence for each one broken."""
+"""Thresholds on metrics for a continuous-integration job: rules like ``psnr=20``, and a sentence for each broken one."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ class Rule:
 
 
 def parse(text: str) -> Rule:
-    """Read ``name<=number``, ``name>=number``, or ``name=number``: at least that good in the metric's own direction.
+    """The rule of a text ``name<=number``, ``name>=number`` or ``name=number``.
+
+    The last form asks for at least that good a value in the metric's own direction.
+
+    >>> parse("psnr=20"), parse("perceptual=0.1")
+    (Rule(metric='psnr', at_least=True, limit=20.0), Rule(metric='perceptual', at_least=False, limit=0.1))
 
     Raises:
-        ValueError: if it reads otherwise, or there is no such metric.
+        ValueError: if the text has another form, or there is no such metric.
     """
     match = _RULE.fullmatch(text)
     if match is None:
@@ -37,14 +42,21 @@ def parse(text: str) -> Rule:
 
 
 def gate(evaluation: Evaluation, rules: Sequence[str]) -> list[str]:
-    """One sentence per rule that the evaluation breaks; empty when all hold. Judged by values, not by intervals.
+    """One sentence for every rule that an evaluation breaks. Values are judged, not their intervals.
+
+    >>> from difloat.evaluation.picture_metrics import Estimate
+    >>> evaluation = Evaluation({"psnr": Estimate(19.0, 18.0, 20.0)}, samples=16)
+    >>> gate(evaluation, ["psnr=20"])
+    ['psnr must be at least 20 dB, got 19 dB (95 % interval 18 to 20).']
+    >>> gate(evaluation, ["psnr>=15"])
+    []
 
     Args:
-        evaluation: what was measured.
-        rules: see `parse`.
+        evaluation: The measured metrics.
+        rules: Texts that `parse` reads.
 
     Raises:
-        ValueError: a rule that cannot be read, or a metric that was not measured.
+        ValueError: if a rule cannot be read, or its metric was not measured.
     """
     failures = []
     for rule in map(parse, rules):

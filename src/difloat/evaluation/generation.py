@@ -30,19 +30,25 @@ from difloat.pipelines import (
     takes,
 )
 
+PER_CALL = 50  # pictures of a call of the pipeline
+
 
 @dataclass(frozen=True, eq=False)
 class Generated:
-    """Pictures of one pipeline and how they came about.
+    """The samples of one pipeline, and the sampler's states on the way.
+
+    >>> drawn = Generated(torch.zeros(6, 3, 8, 8), latents=None, timesteps=[], seconds=0.0, frames=3)
+    >>> len(drawn)                                                         # two videos of three frames
+    2
 
     Attributes:
-        images: `[n * frames, 3, h, w]` float32 in [0, 1], on the CPU, the frames of a video one after the other; none where
-            the pipeline draws no pictures.
-        latents: `[steps, n, ...]`, the sampler's state after every step in the pipeline's own dtype, or None.
-        timesteps: of every sampler step, in the sampler's order and unit.
-        seconds: wall-clock time of all batches together.
-        frames: of every sample; 1 for pictures.
-        signal: `[n, ...]` float32 on the CPU, what is no picture: waveforms, or the embeddings of a prior; None without.
+        images: float32 `[n * frames, 3, h, w]` in [0, 1] on the CPU, with the frames of a video one after the other. It has no
+            pictures where the pipeline draws none.
+        latents: The sampler's state `[steps, n, ...]` after every step in the pipeline's own dtype, or None.
+        timesteps: The timestep of every sampler step, in the sampler's order and unit.
+        seconds: The wall-clock time of all batches together.
+        frames: How many frames a sample has, which is 1 for pictures.
+        signal: float32 `[n, ...]` on the CPU where samples are no pictures but waveforms or the embeddings of a prior, or None.
     """
 
     images: Tensor
@@ -53,7 +59,7 @@ class Generated:
     signal: Tensor | None = None
 
     def __len__(self) -> int:
-        """How many samples: pictures, videos or sounds."""
+        """The number of samples, which are pictures, videos or sounds."""
         return len(self.images) // self.frames if self.signal is None else len(self.signal)
 
 
@@ -64,37 +70,37 @@ def generate(
     seeds: Sequence[int],
     steps: int | None = None,
     guidance_scale: float | None = None,
-    batch_size: int = 50,
+    batch_size: int = PER_CALL,
     trajectory: bool = False,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
 ) -> Generated:
-    """One picture per seed from any diffusers pipeline, the same one for every batch size up to float rounding.
+    """One sample per seed from any diffusers pipeline, the same one for every batch size up to float rounding.
 
-    Picture i is drawn with its own CPU generator of `seeds[i]` and prompt `prompts[i % len(prompts)]`. Sampler states
-    are taken from the scheduler's `step`, which every pipeline calls, so nothing depends on a pipeline's callbacks.
-    What the call needs besides is completed by `difloat.call_arguments.completed`.
+    >>> import difloat
+    >>> generate(difloat.reference("emoji-unet"), ["red apple"], seeds=[0, 1], steps=1, progress=False).images.shape
+    torch.Size([2, 3, 64, 64])
 
-    In a launch of several processes (`difloat.distributed`), all of which must call this with the same arguments, each draws
-    every so many-th batch, so that every batch is one that a single process would draw. The main process gets all pictures,
-    the others none.
+    Sample i is drawn with its own CPU generator of `seeds[i]` and prompt `prompts[i % len(prompts)]`. Sampler states come from
+    the scheduler's `step`, and so depend on no pipeline's callbacks. `pipelines.completed` adds what else a call needs.
+
+    In a launch of several processes (`difloat.distributed`) all must call this with the same arguments. Each draws some of
+    the batches that a single process would draw. The main process gets all samples, and the others get none.
 
     Args:
-        pipeline: a diffusers pipeline.
-        prompts: texts, or classes for class-conditional pipelines, recycled; None for unconditional pipelines, and for
-            class-conditional ones to draw a class with each seed.
-        seeds: one per picture.
-        steps: sampler steps; None takes the pipeline's default.
-        guidance_scale: None takes the pipeline's default.
-        batch_size: pictures per call; 1 where `call_kwargs` holds pictures, arrays or tensors, which go with every sample.
-        trajectory: keep the sampler's state after every step.
-        progress: show one bar over all pictures instead of the pipeline's own bars.
-        call_kwargs: further arguments of the pipeline's call.
+        pipeline: A diffusers pipeline.
+        prompts: Texts or classes, which are recycled. With None, a class-conditional pipeline draws a class with each seed.
+        seeds: One seed per sample.
+        steps: How many steps the sampler takes, or None for the pipeline's default.
+        guidance_scale: The factor of classifier-free guidance, or None for the pipeline's default.
+        batch_size: How many samples a call draws. It is 1 where `call_kwargs` holds pictures, arrays or tensors.
+        trajectory: Whether to keep the sampler's state after every step.
+        progress: Whether to show one bar over all samples instead of the pipeline's own bars.
+        call_kwargs: Further arguments of the pipeline's call.
 
     Raises:
-        ValueError: no seeds, prompts that do not fit the pipeline, an argument it does not have, or a picture
-            with NaN or infinity (named by its seed).
-        ProcessError: another process of the launch failed.
+        ValueError: if there are no seeds, prompts or arguments do not fit, or a sample is not finite.
+        ProcessError: if another process of the launch failed.
     """
     from tqdm.auto import tqdm
 
@@ -116,10 +122,10 @@ def generate(
             done = [batch for batch in distributed.collected(draw) if batch is not None]
             drawn += done
             bar.update(sum(len(batch) for batch in done))
-    return _joined(drawn, time.perf_counter() - start)
+    return joined(drawn, time.perf_counter() - start)
 
 
-def _joined(batches: Sequence[Generated], seconds: float) -> Generated:
+def joined(batches: Sequence[Generated], seconds: float) -> Generated:
     """All batches as one set, which has no pictures if there are none."""
     if not batches:
         return Generated(torch.zeros(0, 3, 1, 1), None, [], seconds)
@@ -144,7 +150,7 @@ def _draw(
     trajectory: bool,
     given: Mapping[str, Any],
 ) -> Generated | None:
-    """The pictures of the first of `batches`; None if there is none left for this process."""
+    """The samples of the first of `batches`, or None if no batch is left for this process."""
     if not batches:
         return None
     (batch,) = batches
@@ -170,7 +176,7 @@ def _call_arguments(
     guidance_scale: float | None,
     call_kwargs: Mapping[str, Any],
 ) -> tuple[dict[str, Sequence[Any]], dict[str, Any]]:
-    """What is shown, as the name of the argument and its values to recycle (or nothing), and all other arguments."""
+    """The name of the argument for prompts or classes with its values to recycle, if there is one, and all other arguments."""
     name, denoiser = type(pipeline).__name__, denoiser_of(pipeline)[1]
     condition = condition_of(pipeline, denoiser)
     if condition == "class_labels" and prompts is None:
@@ -197,7 +203,7 @@ def _state_of(state: Tensor, pictures: int) -> Tensor:
 
 @contextmanager
 def _recorded_steps(scheduler: Any, *, keep_states: bool) -> Iterator[tuple[list[float], list[Tensor]]]:
-    """Timestep and new state of every `scheduler.step` inside the block; none of a pipeline without a scheduler that steps."""
+    """The timestep and new state of every `scheduler.step` inside the block. A scheduler that does not step has none."""
     if not hasattr(scheduler, "step"):
         yield [], []
         return

@@ -1,4 +1,4 @@
-"""What a pipeline gives, as tensors: pictures, the frames of videos, and what is neither, waveforms and embeddings."""
+"""The output of a pipeline as tensors: pictures, frames of videos, or signals such as waveforms and embeddings."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from difloat.evaluation.picture_metrics import NotFiniteError
 
-# What outputs of diffusers call their pictures and frames, and what they call waveforms and embeddings.
+# The names of pictures and frames in outputs of diffusers, and those of waveforms and embeddings.
 _PICTURES = ("images", "frames", "videos", "video", "rgb", "prediction")
 _SIGNALS = ("audios", "audio", "sound", "image_embeddings", "image_embeds", "latents")
 
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """What one call gave, on the CPU.
+    """The samples of one call, on the CPU.
 
     Attributes:
-        images: `[n * frames, 3, h, w]` float32 in [0, 1], a sample's frames one after the other; n is 0 without pictures.
-        frames: Of every sample; 1 for pictures.
-        signal: `[n, ...]` float32, a waveform or an embedding; None without.
+        images: float32 `[n * frames, 3, h, w]` in [0, 1], with a sample's frames one after the other. n is 0 without pictures.
+        frames: How many frames a sample has, which is 1 for pictures.
+        signal: float32 `[n, ...]`, the waveforms or embeddings, or None without.
     """
 
     images: Tensor
@@ -35,11 +35,15 @@ class Outputs:
 def outputs_of(result: Any, seeds: Sequence[int]) -> Outputs:
     """The pictures, frames or signal in a pipeline's output, one sample for each of `seeds`.
 
-    Pictures of one channel are taken for grey ones. Whatever has other channels counts as a signal.
+    >>> output = {"images": np.zeros((2, 8, 8, 3), np.float32)}
+    >>> outputs_of(output, seeds=[0, 1]).images.shape
+    torch.Size([2, 3, 8, 8])
+
+    Pictures of one channel are taken for grey ones. An array with another number of channels counts as a signal.
 
     Raises:
-        ValueError: there is nothing of the kind, or another number of samples.
-        NotFiniteError: a sample has NaN or infinity, named by its seed.
+        ValueError: if the output holds no samples, or another number of them.
+        NotFiniteError: if a sample has NaN or infinity. The sentence names its seed.
     """
     pictures, signal = _first(result, _PICTURES), _first(result, _SIGNALS)
     if pictures is None and signal is None:
@@ -79,7 +83,7 @@ def _tensor(value: Any) -> Tensor:
 
 
 def _channels_first(pictures: Tensor) -> Tensor | None:
-    """Pictures `[n, h, w, c]` or videos `[n, f, h, w, c]` as `[n, f, 3, h, w]` float32; None if they are neither."""
+    """Pictures `[n, h, w, c]` or videos `[n, f, h, w, c]` as float32 `[n, f, 3, h, w]`, or None if they are neither."""
     if pictures.dim() not in (4, 5):
         return None
     if pictures.shape[-1] in (1, 3):

@@ -1,6 +1,6 @@
-"""Metrics of a picture beside its full-precision twin (PSNR, SSIM, perceptual) and intervals for their means.
+"""Metrics of a picture against the full-precision one of its seed (PSNR, SSIM, perceptual), and intervals for their means.
 
-Pictures are `[n, 3, h, w]` float in [0, 1]. Distances of whole sets are in `set_distances`. `METRICS` names all.
+Pictures are float `[n, 3, h, w]` in [0, 1]. Distances of whole sets are in `set_distances`, and `METRICS` names them all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 PSNR_CAP_DB = 100.0
-"""Identical pictures have infinite PSNR; above this the difference is float32 rounding, so larger values are cut here."""
+"""Larger values of PSNR are cut here, since such a difference is float32 rounding. Identical pictures would have infinity."""
 
 _BATCH = 100  # pictures per call of a metric or feature network: bounds memory, not part of any result
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
@@ -24,7 +24,11 @@ class NotFiniteError(ValueError):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval `low <= high`, in the unit of the metric."""
+    """A value with its 95 % interval `low <= high`, in the unit of the metric.
+
+    >>> Estimate(value=27.0, low=26.1, high=27.9).value
+    27.0
+    """
 
     value: float
     low: float
@@ -33,7 +37,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown: its label, unit ("" if none) and which direction is better, "higher" or "lower"."""
+    """How a metric is shown: its label, its unit ("" if it has none), and whether "higher" or "lower" is better.
+
+    >>> METRICS["psnr"]
+    Metric(label='PSNR to full precision', unit='dB', better='higher')
+    """
 
     label: str
     unit: str
@@ -56,18 +64,25 @@ METRICS: dict[str, Metric] = {
 """Every metric of an evaluation, in the order of its table. The network that gives features was trained on emoji."""
 
 NEED_CAPTIONS = tuple(name for name in METRICS if name.startswith(("frechet_to_data", "retrieval")))
-"""Those that are measured with the captions of the embedded models only."""
+"""The metrics that are only measured with the captions of the embedded models."""
 
 
 def psnr(reference: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio per picture in dB, `[n]`, peak 1, cut at `PSNR_CAP_DB` (identical pictures).
+    """The peak signal-to-noise ratio of every picture in dB, with a peak of 1, cut at `PSNR_CAP_DB`.
+
+    >>> pictures = torch.full((2, 3, 8, 8), 0.5)
+    >>> psnr(pictures, pictures + 0.1)
+    tensor([20.0000, 20.0000])
 
     Args:
-        reference: `[n, c, h, w]` in [0, 1].
-        images: same shape.
+        reference: The full-precision pictures `[n, c, h, w]` in [0, 1].
+        images: The pictures to judge, in the same shape.
+
+    Returns:
+        float32 `[n]`.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: if the shapes differ.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -78,30 +93,38 @@ def psnr(reference: Tensor, images: Tensor) -> Tensor:
 
 
 def signal_to_noise(reference: Tensor, signals: Tensor) -> Tensor:
-    """Energy of the full-precision signal over that of the difference in dB, `[n]`, cut at `PSNR_CAP_DB` on both sides.
+    """The energy of the full-precision signal over that of the difference in dB, `[n]`, cut at `PSNR_CAP_DB` on both sides.
+
+    >>> signal_to_noise(torch.ones(1, 4), torch.full((1, 4), 1.1))
+    tensor([20.0000])
 
     Args:
-        reference: `[n, ...]`: waveforms, or embeddings.
-        signals: same shape.
+        reference: The full-precision waveforms or embeddings `[n, ...]`.
+        signals: The signals to judge, in the same shape.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: if the shapes differ.
     """
     if reference.shape != signals.shape:
         raise ValueError(
             f"signals must have one shape, got {tuple(reference.shape)} and {tuple(signals.shape)}; generate both alike."
         )
-    clean = reference.double().flatten(1)
+    clean = reference.double().flatten(1)  # [n, d]
     energy, error = clean.square().sum(1), (signals.double().flatten(1) - clean).square().sum(1)
     ratio = 10 * (energy / error).log10()
+    # Silence that is reproduced exactly is 0 / 0, which counts as identical.
     return ratio.nan_to_num(PSNR_CAP_DB).clamp(-PSNR_CAP_DB, PSNR_CAP_DB).float()
 
 
 def ssim(reference: Tensor, images: Tensor) -> Tensor:
-    """Structural similarity per picture, `[n]` in [-1, 1], Gaussian window of 11 pixels (Wang et al. 2004).
+    """The structural similarity of every picture, `[n]` in [-1, 1], with a Gaussian window of 11 pixels (Wang et al. 2004).
+
+    >>> pictures = torch.rand(1, 3, 16, 16)
+    >>> ssim(pictures, pictures)
+    tensor([1.])
 
     Raises:
-        ValueError: the shapes differ, or a side is shorter than the window.
+        ValueError: if the shapes differ, or a side is shorter than the window.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -121,34 +144,49 @@ def ssim(reference: Tensor, images: Tensor) -> Tensor:
 def perceptual(
     reference: Tensor, images: Tensor, feature_maps: Callable[[Tensor], Sequence[Tensor]]
 ) -> Tensor:
-    """Perceptual distance per picture, `[n]`: LPIPS (arXiv:1801.03924 Eq. 1) with unit weights, averaged over layers.
+    """The perceptual distance of every picture, `[n]`: LPIPS (arXiv:1801.03924 Eq. 1) with unit weights, averaged over layers.
 
-    The squared distance of the channel vectors, averaged over positions. With maps of unit channel norm it is
+    It is the squared distance of the channel vectors, averaged over positions. With maps of unit channel norm it is
     `2 - 2 cos`, so 0 for equal pictures and at most 4.
 
+    >>> from difloat.evaluation.emoji_features import feature_maps
+    >>> pictures = torch.rand(2, 3, 64, 64)
+    >>> perceptual(pictures, pictures, feature_maps)
+    tensor([0., 0.])
+
     Args:
-        reference: `[n, 3, h, w]` in [0, 1].
-        images: same shape.
-        feature_maps: pictures to a list of maps `[n, c, h', w']`, normalised over channels.
+        reference: The full-precision pictures `[n, 3, h, w]` in [0, 1].
+        images: The pictures to judge, in the same shape.
+        feature_maps: A function of pictures that returns a list of maps `[n, c, h', w']`, normalised over channels.
+
+    Raises:
+        ValueError: if the shapes differ.
     """
 
     def distance(target: Tensor, batch: Tensor) -> Tensor:
         pairs = zip(feature_maps(target), feature_maps(batch), strict=True)
-        layers = [(a.float() - b.float()).square().sum(1).mean((1, 2)) for a, b in pairs]
+        layers = [(a.float() - b.float()).square().sum(1).mean((1, 2)) for a, b in pairs]  # [n] per layer
         return torch.stack(layers).mean(0)
 
     return _per_image(distance, reference, images)
 
 
 def mean_interval(values: Tensor, *, resamples: int = 1000, seed: int = 0) -> Estimate:
-    """Mean of per-picture values with its percentile bootstrap interval.
+    """The mean of per-picture values with its percentile bootstrap interval.
 
-    A mean is unbiased, so the plain percentile interval fits; one single value gives an interval of width 0.
+    A mean is unbiased, so the plain percentile interval fits. A single value has an interval of width 0.
+
+    >>> estimate = mean_interval(torch.tensor([20.0, 22.0, 24.0]))
+    >>> estimate.value, estimate.low, estimate.high
+    (22.0, 20.0, 24.0)
 
     Args:
-        values: `[n]`, one number per picture.
-        resamples: bootstrap resamples.
-        seed: of the resampling.
+        values: One number per picture, `[n]`.
+        resamples: How many bootstrap resamples are drawn.
+        seed: The seed of the resampling.
+
+    Raises:
+        ValueError: if the values are not one number per picture.
     """
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"values must be one number per picture [n], got shape {tuple(values.shape)}.")
@@ -161,7 +199,7 @@ def mean_interval(values: Tensor, *, resamples: int = 1000, seed: int = 0) -> Es
 
 
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """`function` over pictures `[n, ...]` in bounded batches, without gradients, results joined on the CPU."""
+    """The results of a function of pictures `[n, ...]`, called on bounded batches without gradients, joined on the CPU."""
     with torch.no_grad():
         return torch.cat([function(batch).cpu() for batch in images.split(_BATCH)])
 

@@ -1,4 +1,4 @@
-"""Metrics with published weights, through the libraries that hold them (`pip install "difloat[eval]"`)."""
+"""Metrics with published weights, computed by the libraries that hold them (`pip install "difloat[eval]"`)."""
 
 from __future__ import annotations
 
@@ -24,19 +24,24 @@ def external(
     *,
     clip_model: str = _CLIP_MODEL,
 ) -> Tensor:
-    """A metric with published weights, per picture `[n]`; its library fetches the weights.
+    """A metric with published weights for every picture, `[n]`. Its library fetches the weights.
+
+    >>> pictures = torch.rand(2, 3, 64, 64)
+    >>> external("lpips", None, pictures, None)
+    Traceback (most recent call last):
+    ValueError: lpips needs reference pictures, one per picture (2), got none.
 
     Args:
-        name: "lpips" (arXiv:1801.03924, AlexNet, lower is better; needs `reference`) or "clip_score"
-            (arXiv:2104.08718 as 100 max(cos, 0), higher is better; needs `prompts`).
-        reference: `[n, 3, h, w]` in [0, 1], or None.
-        images: `[n, 3, h, w]` in [0, 1].
-        prompts: one per picture, or None.
-        clip_model: name or directory of a CLIP model for transformers.
+        name: "lpips" (arXiv:1801.03924 with AlexNet), which compares with `reference` and is better when lower, or
+            "clip_score" (arXiv:2104.08718 as 100 max(cos, 0)), which compares with `prompts` and is better when higher.
+        reference: The full-precision pictures `[n, 3, h, w]` in [0, 1], or None.
+        images: The pictures to judge, `[n, 3, h, w]` in [0, 1].
+        prompts: One prompt per picture, or None.
+        clip_model: The name or directory of a CLIP model for transformers.
 
     Raises:
-        ImportError: the library is not installed.
-        ValueError: an unknown name, or the metric's second input is missing or does not fit.
+        ImportError: if the library is not installed.
+        ValueError: if the name is unknown, or the metric's second input is missing or does not fit.
     """
     if name not in _EXTERNAL:
         raise ValueError(f"an external metric must be one of {', '.join(_EXTERNAL)}, got {name!r}.")

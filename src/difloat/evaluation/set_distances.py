@@ -1,7 +1,7 @@
 """Distances between two sets of pictures, on their features `[n, d]`: Fréchet and kernel distance, with intervals.
 
-Computed in float64 on the CPU from the output of any feature network. Intervals are 95 % bootstrap intervals over
-pictures and depend only on their `seed`.
+They are computed in float64 on the CPU, from the output of any feature network. Intervals are 95 % bootstrap intervals over
+pictures and depend only on their seed.
 """
 
 from __future__ import annotations
@@ -15,19 +15,28 @@ from torch import Tensor
 from difloat.evaluation.picture_metrics import NORMAL_95, Estimate
 
 Moments = tuple[Tensor | np.ndarray, Tensor | np.ndarray]
-"""Mean `[d]` and covariance `[d, d]` of a set of features."""
+"""The mean `[d]` and covariance `[d, d]` of a set of features."""
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean `[d]` and unbiased covariance `[d, d]` of features `[n, d]`, in float64 on the CPU."""
+    """The mean `[d]` and unbiased covariance `[d, d]` of features `[n, d]`, in float64 on the CPU.
+
+    >>> mean, covariance = moments(torch.tensor([[0.0, 0.0], [2.0, 4.0]]))
+    >>> mean.tolist(), covariance.tolist()
+    ([1.0, 2.0], [[2.0, 4.0], [4.0, 8.0]])
+    """
     exact = _features(features)
     return exact.mean(0), torch.cov(exact.T).reshape(exact.shape[1], exact.shape[1])
 
 
 def frechet(features_a: Tensor, features_b: Tensor) -> float:
-    """Fréchet distance of two feature sets `[n, d]`, `[m, d]` taken as Gaussians (FID, arXiv:1706.08500 Eq. 6).
+    """The Fréchet distance of two feature sets `[n, d]` and `[m, d]`, taken as Gaussians (FID, arXiv:1706.08500 Eq. 6).
 
-    Biased upwards by a term of order d / n (arXiv:1911.07023): compare only values of the same n.
+    It is biased upwards by a term of order d / n (arXiv:1911.07023), so only values of the same n may be compared.
+
+    >>> features = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    >>> round(frechet(features, features + 2.0), 3)                        # 3 channels, each moved by 2
+    12.0
     """
     return frechet_from_moments(*moments(features_a), *moments(features_b))
 
@@ -38,19 +47,22 @@ def frechet_from_moments(
     mean_b: Tensor | np.ndarray,
     cov_b: Tensor | np.ndarray,
 ) -> float:
-    """Fréchet distance of two Gaussians: `|mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((AB)^(1/2))`, in float64.
+    """The Fréchet distance of two Gaussians: `|mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((AB)^(1/2))`, in float64.
 
-    The last trace is the sum of the singular values of `A^(1/2) B^(1/2)`: exact for singular covariances too, so
-    nothing is added to the diagonal. Rounding below zero is returned as 0.
+    The last trace is the sum of the singular values of `A^(1/2) B^(1/2)`. This is exact for singular covariances too, so
+    nothing is added to the diagonal. A result that rounding puts below zero is returned as 0.
+
+    >>> frechet_from_moments(torch.zeros(2), torch.eye(2), torch.ones(2), torch.eye(2))
+    2.0
 
     Args:
-        mean_a: `[d]`.
-        cov_a: `[d, d]`, symmetric positive semidefinite.
-        mean_b: `[d]`.
-        cov_b: `[d, d]`.
+        mean_a: The mean `[d]` of the first Gaussian.
+        cov_a: The symmetric positive semidefinite covariance `[d, d]` of the first Gaussian.
+        mean_b: The mean `[d]` of the second Gaussian.
+        cov_b: The covariance `[d, d]` of the second Gaussian.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: if the shapes differ.
     """
     if (
         mean_a.shape != mean_b.shape
@@ -73,20 +85,25 @@ def frechet_interval(
     resamples: int = 100,
     seed: int = 0,
 ) -> Estimate:
-    """Fréchet distance with a bootstrap interval for its expectation at this number of samples.
+    """The Fréchet distance with a bootstrap interval for its expectation at this number of samples.
 
-    The distance is biased upwards by a term of order d / n, and resampling adds that bias once more. A percentile
-    interval would hence lie too high (often above the estimate itself), a basic one (`2 value - quantile`) too low:
-    it aims at the distance of infinitely many samples. All methods are compared at one n and share the bias, so the
-    interval is `value +- 1.96 standard errors` with the standard error from the bootstrap, which a shift of the
-    draws does not touch and for which 100 resamples are enough (tail quantiles would need thousands). Cut at 0.
+    >>> features = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    >>> estimate = frechet_interval(features, features + 2.0, paired=True)
+    >>> round(estimate.value, 3), estimate.low <= estimate.value <= estimate.high
+    (12.0, True)
+
+    The distance is biased upwards by a term of order d / n, and resampling adds that bias once more. A percentile interval
+    would hence lie too high, often above the estimate itself. A basic interval (`2 value - quantile`) would lie too low,
+    since it aims at the distance of infinitely many samples. All methods are compared at one n and share the bias, so the
+    interval is `value +- 1.96 standard errors`, cut at 0. The standard error comes from the bootstrap. A shift of the draws
+    does not touch it, and 100 resamples are enough for it, where tail quantiles would need thousands.
 
     Args:
-        features_a: `[n, d]`.
-        features_b: `[m, d]`, or the fixed `(mean, covariance)` of a data set.
-        paired: row i of both sets comes from the same seed, so both are resampled with the same indices.
-        resamples: bootstrap resamples.
-        seed: of the resampling.
+        features_a: The first features `[n, d]`.
+        features_b: The second features `[m, d]`, or the fixed `(mean, covariance)` of a data set.
+        paired: Whether row i of both sets comes from the same seed, so that both are resampled with the same indices.
+        resamples: How many bootstrap resamples are drawn.
+        seed: The seed of the resampling.
     """
     a = _features(features_a)
     if isinstance(features_b, tuple):
@@ -109,20 +126,25 @@ def frechet_ratio_interval(
     resamples: int = 100,
     seed: int = 0,
 ) -> Estimate:
-    """Ratio of the quantized to the full-precision Fréchet distance to data, with a paired bootstrap interval.
+    """The ratio of the quantized to the full-precision Fréchet distance to data, with a paired bootstrap interval.
 
-    Both sets come from the same seeds and are resampled with the same indices, so what they share (which prompts and
-    noises were drawn) cancels: the interval is much narrower than those of the two distances.
+    >>> features = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    >>> data = (torch.ones(3), torch.eye(3))
+    >>> frechet_ratio_interval(features, features, data)
+    Estimate(value=1.0, low=1.0, high=1.0)
+
+    Both sets come from the same seeds and are resampled with the same indices. So the luck of the drawn prompts and noises
+    cancels, and the interval is much narrower than those of the two distances.
 
     Args:
-        features_quantized: `[n, d]`.
-        features_reference: `[n, d]`, row i from the same seed.
-        data_moments: mean and covariance of the data's features.
-        resamples: bootstrap resamples.
-        seed: of the resampling.
+        features_quantized: The features `[n, d]` of the quantized model.
+        features_reference: The features `[n, d]` of the full-precision model, whose row i comes from the same seed.
+        data_moments: The mean and covariance of the data's features.
+        resamples: How many bootstrap resamples are drawn.
+        seed: The seed of the resampling.
 
     Raises:
-        ValueError: the sets are not pairs, or the full-precision distance is 0.
+        ValueError: if the sets are not pairs, or the full-precision distance is 0.
     """
     quantized, reference = _features(features_quantized), _features(features_reference)
     _check_pairs(quantized, reference, paired=True)
@@ -137,15 +159,19 @@ def frechet_ratio_interval(
 
 
 def kernel_distance(features_a: Tensor, features_b: Tensor, *, paired: bool = False) -> float:
-    """Kernel distance (KID, arXiv:1801.01401): unbiased squared MMD with the kernel `(x.y / d + 1)^3`.
+    """The kernel distance (KID, arXiv:1801.01401), which is the unbiased squared MMD with the kernel `(x.y / d + 1)^3`.
 
-    Unbiased, so it may be slightly negative and may be compared across numbers of samples.
+    Because it is unbiased, it may be slightly negative, and may be compared across numbers of samples.
+
+    >>> features = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    >>> kernel_distance(features, features, paired=True)
+    0.0
 
     Args:
-        features_a: `[n, d]`.
-        features_b: `[m, d]`.
-        paired: row i of both sets comes from the same seed; those dependent pairs are left out of the cross term
-            (arXiv:0805.2368 Eq. 4), without which two identical sets would come out negative instead of 0.
+        features_a: The first features `[n, d]`.
+        features_b: The second features `[m, d]`.
+        paired: Whether row i of both sets comes from the same seed. Those dependent pairs are left out of the cross term
+            (arXiv:0805.2368 Eq. 4), or two identical sets would have a negative distance instead of 0.
     """
     a, b = _features(features_a), _features(features_b)
     _check_pairs(a, b, paired)
@@ -156,9 +182,20 @@ def kernel_distance(features_a: Tensor, features_b: Tensor, *, paired: bool = Fa
 def kernel_interval(
     features_a: Tensor, features_b: Tensor, *, paired: bool = False, resamples: int = 100, seed: int = 0
 ) -> Estimate:
-    """Kernel distance with its bootstrap interval, `value +- 1.96 standard errors`; arguments as `kernel_distance`.
+    """The kernel distance with its bootstrap interval, `value +- 1.96 standard errors`.
 
     A picture that a resample holds twice is not paired with itself, so the draws stay unbiased.
+
+    >>> features = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    >>> kernel_interval(features, features, paired=True).value
+    0.0
+
+    Args:
+        features_a: The first features `[n, d]`.
+        features_b: The second features `[m, d]`.
+        paired: Whether row i of both sets comes from the same seed, as in `kernel_distance`.
+        resamples: How many bootstrap resamples are drawn.
+        seed: The seed of the resampling.
     """
     a, b = _features(features_a), _features(features_b)
     _check_pairs(a, b, paired)
@@ -186,7 +223,7 @@ def _check_pairs(a: Tensor, b: Tensor, paired: bool) -> None:
 
 
 def _bootstrap_weights(n: int, resamples: int, seed: int) -> Tensor:
-    """How often each resample draws each sample, `[resamples, n]`."""
+    """How often every resample draws every sample, `[resamples, n]`."""
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(n, (n,), generator=generator).bincount(minlength=n) for _ in range(resamples)]
     return torch.stack(rows).double()
@@ -195,8 +232,8 @@ def _bootstrap_weights(n: int, resamples: int, seed: int) -> Tensor:
 def _weighted_moments(features: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     n = len(features)
     for row in weights:
-        mean = row @ features / n
-        centred = (features - mean) * row.sqrt()[:, None]
+        mean = row @ features / n  # [d]
+        centred = (features - mean) * row.sqrt()[:, None]  # [n, d]
         yield mean, centred.T @ centred / (n - 1)
 
 
@@ -205,20 +242,20 @@ def _exact(values: Tensor | np.ndarray) -> Tensor:
 
 
 def _root(cov: Tensor) -> Tensor:
-    """Symmetric square root; rounding makes zero eigenvalues slightly negative, those count as 0."""
+    """The symmetric square root. Rounding makes zero eigenvalues slightly negative, and those count as 0."""
     values, vectors = torch.linalg.eigh(cov)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
 def _fixed_side(side: Moments) -> tuple[Tensor, Tensor, float]:
-    """Mean, root and trace of the side that stays the same over many draws."""
+    """The mean, root and trace of the set that stays the same over many draws."""
     mean, cov = _exact(side[0]), _exact(side[1])
     return mean, _root(cov), cov.trace().item()
 
 
 def _frechet_to_root(mean: Tensor, cov: Tensor, fixed: tuple[Tensor, Tensor, float]) -> float:
     fixed_mean, fixed_root, fixed_trace = fixed
-    overlap = torch.linalg.svdvals(_root(cov) @ fixed_root).sum()
+    overlap = torch.linalg.svdvals(_root(cov) @ fixed_root).sum()  # tr((AB)^(1/2))
     distance = (mean - fixed_mean).square().sum() + cov.trace() + fixed_trace - 2 * overlap
     return max(distance.item(), 0.0)
 
@@ -238,14 +275,14 @@ def _kernel_draws(a: Tensor, b: Tensor, weights_a: Tensor, weights_b: Tensor, pa
 def _kernel_mean(
     a: Tensor, b: Tensor, weights_a: Tensor, weights_b: Tensor, *, skip_diagonal: bool
 ) -> Tensor:
-    """Weighted mean of the kernel over all pairs, `[resamples]`, in blocks of rows (the full matrix is n x m)."""
+    """The weighted mean of the kernel over all pairs, `[resamples]`, in blocks of rows of the n x m matrix."""
     total = torch.zeros(len(weights_a), dtype=torch.float64)
     for start in range(0, len(a), 1000):
         rows = slice(start, start + 1000)
-        kernel = (a[rows] @ b.T / a.shape[1] + 1) ** 3
+        kernel = (a[rows] @ b.T / a.shape[1] + 1) ** 3  # [rows, m]
         if skip_diagonal:
             kernel.diagonal(offset=start).zero_()
-        total += (weights_a[:, rows] @ kernel * weights_b).sum(1)
+        total += (weights_a[:, rows] @ kernel * weights_b).sum(1)  # [resamples]
     pairs = weights_a.sum(1) * weights_b.sum(1)
     return total / (pairs - (weights_a * weights_b).sum(1) if skip_diagonal else pairs)
 

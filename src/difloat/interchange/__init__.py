@@ -1,8 +1,8 @@
-"""Files of other programs: writing them without any loss, reading them, and saying what is wrong with one."""
+"""Files of other programs: exporting them without any loss, importing them, and validating them."""
 
-from difloat.interchange.export import export_checkpoint
+from difloat.interchange.export import export_checkpoint, remarks_of
 from difloat.interchange.import_ import import_into, model_of
 from difloat.interchange.schemes import DIALECTS
 from difloat.interchange.validate import Remark, validate
 
-__all__ = ["DIALECTS", "Remark", "export_checkpoint", "import_into", "model_of", "validate"]
+__all__ = ["DIALECTS", "Remark", "export_checkpoint", "import_into", "model_of", "remarks_of", "validate"]

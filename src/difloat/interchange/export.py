@@ -1,27 +1,39 @@
-"""From a difloat checkpoint to a file of another program."""
+"""Export of a difloat checkpoint to a file of another program."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from difloat import checkpoint
+from difloat.api import prompts_for
 from difloat.cache_entries import whole_file
-from difloat.checkpoint.layout import CONFIG, INPUT_BUNDLE, StoredTensor, read_json, write_json
-from difloat.checkpoint.save_load import components, read_plan
-from difloat.checkpoint.verify import read_layers
+from difloat.checkpoint.layout import CONFIG, write_json
+from difloat.checkpoint.remote_code import INDEX as PIPELINE_INDEX
+from difloat.checkpoint.save_load import read_plan
+from difloat.interchange import comfy, gguf_files, openvino_ir
+from difloat.interchange.contents import Contents, model_directory, read_contents
 from difloat.interchange.layers import NEUTRAL_INPUT_SCALE, encode, obstacle
-from difloat.interchange.schemes import Scheme, check_dialect
-from difloat.plan.plan import LayerPlan, Plan
+from difloat.interchange.rename import renamed
+from difloat.interchange.schemes import DIALECTS, Scheme
+from difloat.pipelines import denoisers_of
+from difloat.plan.encode import dequantize
+from difloat.plan.plan import LayerPlan
 
 INPUT_SCALES = "input_scales"  # of imported files, kept in the options of the plan
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+TARGETS = (*DIALECTS, "gguf", "openvino")
+NAMES = ("auto", "source", "diffusers")
+_UNDER_SOURCE_NAMES = ("comfy", "gguf")
+_WEIGHTS = "diffusion_pytorch_model"
 
 
 def export_checkpoint(
@@ -31,85 +43,115 @@ def export_checkpoint(
     *,
     component: str | None = None,
     input_scales: Mapping[str, float] | None = None,
+    names: str = "auto",
 ) -> Path:
-    """Write the quantized model of a checkpoint as a file that other programs read; every value stays what it is.
+    """Write the quantized model of a checkpoint as a file that other programs read. Every value stays what it is.
 
-    Tensors that are not quantized are copied as they are stored; names are those of the diffusers model.
+    Tensors that are not quantized are copied as they are stored.
+
+    >>> import difloat
+    >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
+    >>> _ = difloat.quantize(model, "rtn", "w8a16", weight_format="e4m3fn", progress=False)
+    >>> export_checkpoint(difloat.save(model, "model"), "exported.safetensors", "fp8").name
+    'exported.safetensors'
 
     Args:
         directory: A difloat checkpoint, of a pipeline or a model.
-        out: A new file that ends in ``.safetensors``, or a new directory for it and the model's `config.json`.
-        to: One of `schemes.DIALECTS`.
-        component: Of the pipeline; None if only one is quantized.
-        input_scales: For NVFP4, what the reader divides its own 4-bit inputs by, by layer; others get a neutral one.
-
-    Returns:
-        The weights' file.
+        out: A new file that ends in ``.safetensors`` (``.gguf``), or a new directory for it and the model's `config.json`.
+        to: One of `TARGETS`.
+        component: The component of the pipeline, or None if only one is quantized.
+        input_scales: For NVFP4, by layer, the divisors of the reader's own 4-bit inputs. Other layers get a neutral one.
+        names: "source" for the names of the single file that the model came from, or "diffusers" for those of its model.
+            "auto" takes the first for programs that know no others (ComfyUI, GGUF) where there was such a file.
 
     Raises:
         ValueError: if a layer cannot be written without loss, or is not there.
         FileExistsError: if `out` is taken.
+        ImportError: if the package that writes such files is missing.
     """
-    schemes = check_dialect(to)
-    model_directory = _component(Path(directory), component)
-    plan, stored = read_plan(model_directory)
-    target = Path(out)
+    if to not in TARGETS:
+        raise ValueError(f"format must be one of {', '.join(TARGETS)}, got {to!r}")
+    if names not in NAMES:
+        raise ValueError(f"names must be one of {', '.join(NAMES)}, got {names!r}")
+    source, target = model_directory(Path(directory), component), Path(out)
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise FileExistsError(f"output must be new, got {str(out)!r}, which exists; choose another name")
-    given = {**plan.options.get(INPUT_SCALES, {}), **(input_scales or {})}
-    if unknown := sorted(given.keys() - plan.layers.keys()):
-        raise ValueError(f"input_scales must name quantized layers, got {unknown[0]!r}; leave it out")
-    tensors, layouts = _encoded(plan, stored, schemes, to, given)
-    metadata = {"format": "pt"}
-    if to == "comfy":
-        layers = {name: {"format": scheme.comfy_format} for name, scheme in layouts.items()}
-        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
-        tensors |= {f"{name}.comfy_quant": _as_bytes(entry) for name, entry in layers.items()}
-    file = target if target.suffix == ".safetensors" else target / _WEIGHTS
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as partial:
-        safetensors.torch.save_file(tensors, partial, metadata=metadata)
+    contents = _named(read_contents(source, to), to, names)
+    ending = {"gguf": gguf_files.SUFFIX, "openvino": openvino_ir.SUFFIX}.get(to, ".safetensors")
+    file = target if target.suffix == ending else target / f"{_WEIGHTS}{ending}"
+    if to == "openvino":
+        _write_openvino(Path(directory), source, contents, file)
+    elif to == "gguf":
+        gguf_files.write(contents, file)
+    else:
+        _write_safetensors(contents, file, to, input_scales or {})
     if file != target:
-        config = read_json(model_directory / CONFIG)
-        write_json(target / CONFIG, {k: v for k, v in config.items() if k != "quantization_config"})
+        write_json(target / CONFIG, dict(contents.config))
     return file
 
 
-def _component(directory: Path, component: str | None) -> Path:
-    found = components(directory)
-    if component is None and len(found) == 1:
-        return next(iter(found.values()))
-    if component not in found:
-        names = ", ".join(name or "the model itself" for name in found)
-        raise ValueError(f"component must be one of {names}, got {component!r}; name one with --component")
-    return found[component]
+def remarks_of(directory: str | os.PathLike[str], to: str, component: str | None = None) -> list[str]:
+    """What a reader does otherwise than the checkpoint, as sentences: inputs that it rounds, layers that it holds in float."""
+    return comfy.remarks(read_plan(model_directory(Path(directory), component))[0]) if to == "comfy" else []
 
 
-def _encoded(
-    plan: Plan,
-    stored: Mapping[str, StoredTensor],
-    schemes: tuple[Scheme, ...],
-    to: str,
-    input_scales: Mapping[str, float],
-) -> tuple[dict[str, Tensor], dict[str, Scheme]]:
-    """All tensors of the file, and the layout of every quantized layer."""
-    if plan.attention:
-        name = next(iter(plan.attention))
+def _write_openvino(root: Path, source: Path, contents: Contents, file: Path) -> None:
+    if not (root / PIPELINE_INDEX).is_file():
         raise ValueError(
-            f"{to} files must not quantize inside attention, but {name!r} does; quantize with --set attention=false"
+            f"checkpoint must be of a pipeline to be traced for openvino, got one model in {str(root)!r}; quantize the pipeline"
         )
+    openvino_ir.package()
+    pipeline = checkpoint.load(root)
+    if source.name not in denoisers_of(pipeline):
+        raise ValueError(
+            f"component must be a denoiser for openvino, got {source.name!r}; name one of {', '.join(denoisers_of(pipeline))}"
+        )
+    call = openvino_ir.example_call(pipeline, source.name, prompts_for(pipeline, None))
+    with TemporaryDirectory() as folder:
+        made = Path(folder) / file.name
+        openvino_ir.write(getattr(pipeline, source.name), contents.layers, call, made)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for part in (made.with_suffix(".bin"), made):
+            shutil.move(part, file.with_suffix(part.suffix))
+
+
+def _named(contents: Contents, to: str, names: str) -> Contents:
+    kept = contents.source_names
+    if names == "source" and kept is None:
+        raise ValueError(
+            "names must be diffusers for a model that came under them or in a way that is not known, got 'source'; leave it out"
+        )
+    if kept is None or names == "diffusers" or (names == "auto" and to not in _UNDER_SOURCE_NAMES):
+        return contents
+    return renamed(contents, kept)
+
+
+def _write_safetensors(contents: Contents, file: Path, to: str, input_scales: Mapping[str, float]) -> None:
+    own = {k: v for k, v in contents.options.get(INPUT_SCALES, {}).items() if k in contents.layers}
+    if unknown := sorted(input_scales.keys() - contents.layers.keys()):
+        raise ValueError(f"input_scales must name quantized layers, got {unknown[0]!r}; leave it out")
+    given = {**own, **input_scales}
     tensors: dict[str, Tensor] = {}
-    layouts: dict[str, Scheme] = {}
-    for name, layer in read_layers(plan, stored):
-        layouts[name] = _layout(name, layer, schemes, to)
-        scale = float(input_scales.get(name, NEUTRAL_INPUT_SCALE))
-        encoded = encode(layer, layouts[name], scale)
+    marks: dict[str, Mapping[str, Any]] = {}
+    for name, layer in contents.layers.items():
+        if to == "comfy" and comfy.decoded(layer):
+            tensors[f"{name}.weight"] = dequantize(layer)
+            continue
+        if to == "comfy" and layer.side is not None:
+            encoded, marks[name] = comfy.encode_with_branch(name, layer)
+        else:
+            scheme = _layout(name, layer, DIALECTS[to], to)
+            encoded = encode(layer, scheme, float(given.get(name, NEUTRAL_INPUT_SCALE)))
+            marks[name] = comfy.mark(scheme, contents)
         tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in encoded.items()}
-    own = {INPUT_BUNDLE} | {f"{name}.{key}" for name, layer in plan.layers.items() for key in layer.tensors}
-    for path in sorted({entry.file for entry in stored.values()}):
-        with safe_open(path, framework="pt") as opened:
-            tensors |= {name: opened.get_tensor(name) for name in opened.keys() if name not in own}
-    return tensors, layouts
+    tensors |= contents.others
+    metadata = {"format": "pt"}
+    if to == "comfy":
+        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": marks})
+        tensors |= {f"{name}.comfy_quant": _as_bytes(entry) for name, entry in marks.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as partial:
+        safetensors.torch.save_file(tensors, partial, metadata=metadata)
 
 
 def _layout(name: str, layer: LayerPlan, schemes: tuple[Scheme, ...], to: str) -> Scheme:

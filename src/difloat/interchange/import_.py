@@ -1,4 +1,4 @@
-"""From a file of another program to a quantized model."""
+"""Import of a file of another program into a model."""
 
 from __future__ import annotations
 
@@ -19,22 +19,31 @@ from difloat.interchange.schemes import Scheme, check_dialect
 from difloat.layers import install, packed
 from difloat.plan.plan import LayerPlan, Plan
 
-RECIPE = "import"  # what the plans of foreign files name as their recipe
+RECIPE = "import"  # the recipe in plans of foreign files
 
 
 def import_into(module: nn.Module, path: str | os.PathLike[str], source: str) -> Plan:
-    """Give a float model the quantized layers and all other tensors of a foreign file, in place.
+    """Give a float model the quantized layers and all other tensors of a foreign file, in place, and return its plan.
 
-    Weights keep their codes and scales. Layouts do not say how inputs are quantized, so inputs stay as they are; an
-    `input_scale` is kept in the plan's options, for exporting it again.
+    >>> import difloat
+    >>> from difloat import interchange
+    >>> model, options = nn.Sequential(nn.Linear(32, 64)), {"weight_granularity": "group", "group_size": 32}
+    >>> _ = difloat.quantize(model, "rtn", "w4a16", scale_format="e8m0", keep_8bit=(), progress=False, **options)
+    >>> file = interchange.export_checkpoint(difloat.save(model, "model"), "exported.safetensors", "mxfp4")
+    >>> other = nn.Sequential(nn.Linear(32, 64))
+    >>> list(import_into(other, file, "mxfp4").layers), torch.equal(other[0].weight, model[0].weight)
+    (['0'], True)
+
+    Weights keep their codes and scales. Layouts do not say how inputs are quantized, so inputs stay as they are. An
+    `input_scale` is kept in the plan's options, so that it can be exported again.
 
     Args:
-        module: Of the same architecture, with the names that the file has; it may hold any weights.
+        module: A model of the same architecture, with the names that the file has. It may hold any weights.
         path: The file, or a directory with it or its shards.
-        source: Kind of file, one of `schemes.DIALECTS`.
+        source: The kind of file, which is one of `schemes.DIALECTS`.
 
     Raises:
-        ValueError: if the file is not of that kind or not of this model; the model is then unchanged.
+        ValueError: if the file is not of that kind or not of this model. The model is unchanged then.
     """
     schemes = check_dialect(source)
     read = read_foreign.read(path)
@@ -102,7 +111,7 @@ def _layer(
 
 
 def _check_rest(module: nn.Module, read: Foreign, taken: set[str], planned: set[str]) -> None:
-    """ValueError unless the file has exactly the other tensors of the model, in their shapes."""
+    """Raise a ValueError unless the file has exactly the other tensors of the model, in their shapes."""
     expected = {
         name: tuple(tensor.shape)
         for name, tensor in module.state_dict().items()
@@ -134,11 +143,15 @@ def _options(read: Foreign, names: list[str], source: str) -> dict[str, Any]:
 
 
 def model_of(directory: str | os.PathLike[str]) -> Any:
-    """A diffusers model with fresh weights after the `config.json` of a directory.
+    """A diffusers model with fresh weights, built from the `config.json` of a directory.
+
+    >>> from difloat.reference_models import ASSETS
+    >>> type(model_of(ASSETS / "emoji-pixart" / "transformer")).__name__
+    'PixArtTransformer2DModel'
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it names no model of the installed diffusers.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file names no model of the installed diffusers.
     """
     import diffusers
 

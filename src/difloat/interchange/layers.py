@@ -22,22 +22,17 @@ _NEIGHBOURS = range(-2, 3)  # units in the last place; a quotient of rounded num
 
 def obstacle(layer: LayerPlan, scheme: Scheme) -> str:
     """Why the layout cannot hold the layer without loss, as the end of "layer L ...", with what to do; "" if it can."""
-    if layer.schedule or layer.input_schedule or layer.smoothed:
-        return "depends on the timestep or smooths its input; quantize without"
-    if layer.bands or layer.side is not None:
-        return "has rows of several widths or adapters beside its weight; quantize with a recipe without"
+    if problem := obstacle_of_structure(layer):
+        return problem
     if layer.kind != "linear":
         return "is a convolution; keep it as it is with --exclude"
-    if len(layer.parts) != 1:
-        return "has parts with scales of their own; quantize with --set split=false"
     part = layer.parts[0]
     if part.weight.zero_point:
         return "has zero points; quantize with a recipe without"
     own_inputs = QuantSpec(scheme.element, "token", online=True)
-    if part.activation is not None and (scheme.group_size != 0 or part.activation != own_inputs):
-        return (
-            f"quantizes its input to {part.activation.format.name}; quantize weights only, like --bits w4a16"
-        )
+    if scheme.group_size != 0 or part.activation != own_inputs:
+        if problem := obstacle_of_inputs(layer):
+            return problem
     if problem := _obstacle_of_codes(layer, scheme):
         return problem
     if layer.shape[1] % (scheme.group_size or 1) and scheme.padded_to == 1:
@@ -51,10 +46,32 @@ def obstacle(layer: LayerPlan, scheme: Scheme) -> str:
     return ""
 
 
+def obstacle_of_structure(layer: LayerPlan) -> str:
+    """Why no foreign layout holds the layer: it is more than one weight with the same input at all timesteps; "" if not."""
+    if layer.schedule or layer.input_schedule or layer.smoothed:
+        return "depends on the timestep or smooths its input; quantize without"
+    if layer.bands or layer.side is not None:
+        return "has rows of several widths or adapters beside its weight; quantize with a recipe without"
+    if len(layer.parts) != 1:
+        return "has parts with scales of their own; quantize with --set split=false"
+    return ""
+
+
+def obstacle_of_inputs(layer: LayerPlan) -> str:
+    """Why a layout that says nothing of inputs does not hold the layer; "" if it does."""
+    activation = layer.parts[0].activation
+    if activation is None:
+        return ""
+    return f"quantizes its input to {activation.format.name}; quantize weights only, like --bits w4a16"
+
+
 def _obstacle_of_codes(layer: LayerPlan, scheme: Scheme) -> str:
     own, wanted = layer.parts[0].weight.format, scheme.element
     table, kept = torch.tensor(own.decode_table), torch.tensor(wanted.decode_table)
-    if own.bits != wanted.bits or own.integer or own.exponent_bits != wanted.exponent_bits:
+    kinds = [
+        (format.bits, format.integer, format.exponent_bits, bool(format.levels)) for format in (own, wanted)
+    ]
+    if kinds[0] != kinds[1] or not own.signed:
         return f"is on the grid of {own.name}, not {wanted.name}; quantize with --set weight_format={wanted.name}"
     codes = layer.codes()[0].unique().long()
     if not torch.equal(table[codes], kept[codes]):
@@ -197,7 +214,7 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
         "weight": packing.pack(codes, scheme.element.bits),
         "weight_scale": torch.where(flat == 0, smallest, flat).reshape(-1).contiguous(),
     }
-    return LayerPlan("linear", shape, (Part(columns, spec),), stored)
+    return LayerPlan("linear", shape, (Part(columns, spec),), tensors=stored)
 
 
 def _decoded_scales(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reading a foreign file: its tensors, and which of its layers are quantized and how."""
+"""Reading of a foreign file: its tensors, and which of its layers are quantized in which layout."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from difloat.interchange.schemes import COMFY, FP8_ROWS, MXFP4, NVFP4, Scheme
 
 METADATA = "_quantization_metadata"
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "comfy_quant")
-PACKED = "weight_packed"  # how compressed-tensors calls packed weights
+PACKED = "weight_packed"  # the name of packed weights in compressed-tensors
 _BY_COMFY_NAME = {scheme.comfy_format: scheme for scheme in COMFY}
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A foreign file or its shards, read whole: tensors by name, and the metadata of the headers."""
+    """A foreign file or its shards, read whole: the tensors by name, and the metadata of the headers."""
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
 
     @property
     def is_comfy(self) -> bool:
-        """Whether it carries ComfyUI's marks."""
+        """Whether the file carries ComfyUI's marks."""
         return METADATA in self.metadata or any(name.endswith(".comfy_quant") for name in self.tensors)
 
     def layer(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a quantized layer by their names behind the layer's."""
+        """The tensors of a quantized layer by their names, without the layer's."""
         found = {key: self.tensors[f"{name}.{key}"] for key in SUFFIXES if f"{name}.{key}" in self.tensors}
         if "weight" not in found and f"{name}.{PACKED}" in self.tensors:
             found["weight"] = self.tensors[f"{name}.{PACKED}"]
         return found
 
     def quantized(self) -> list[str]:
-        """Names of layers that have scales or marks, in the order of the file."""
+        """The names of layers that have scales or marks, in the order of the file."""
         ends = (".weight_scale", ".weight_scale_2", ".comfy_quant")
         named = [name[: -len(end)] for name in self.tensors for end in ends if name.endswith(end)]
         return list(dict.fromkeys([*named, *self.comfy_formats()]))
 
     def comfy_formats(self) -> dict[str, str]:
-        """What ComfyUI's marks call the layout of every layer.
+        """The name of the layout of every layer in ComfyUI's marks.
 
         Raises:
             ValueError: if a mark is no JSON object with a format.
@@ -62,7 +62,9 @@ class Foreign:
         for name, entry in found.items():
             if not isinstance(entry, dict) or not isinstance(entry.get("format"), str):
                 raise ValueError(f"mark of layer {name!r} must hold a format, got {entry!r:.80}")
-        return {name: entry["format"] for name, entry in found.items()}
+        # Rotated weights are another layout, whose name no plan has.
+        turned = {name: " rotated" if entry.get("convrot") else "" for name, entry in found.items()}
+        return {name: entry["format"] + turned[name] for name, entry in found.items()}
 
 
 def _json(text: str | bytes, name: str) -> dict[str, Any]:
@@ -76,10 +78,10 @@ def _json(text: str | bytes, name: str) -> dict[str, Any]:
 
 
 def read(path: str | os.PathLike[str]) -> Foreign:
-    """A safetensors file, or a directory with one or its shards.
+    """Read a safetensors file, or a directory with one or its shards.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is no such file.
         CheckpointError: if a file is truncated or damaged.
     """
     source = Path(path)
@@ -106,7 +108,7 @@ def read(path: str | os.PathLike[str]) -> Foreign:
 
 
 def scheme_of(foreign: Foreign, name: str) -> Scheme | None:
-    """The layout of a layer by its marks, dtypes and tensors; None if nothing known looks like that."""
+    """The layout of a layer by its marks, dtypes and tensors, or None if no known layout looks like that."""
     marked = foreign.comfy_formats().get(name)
     if marked is not None:
         return _BY_COMFY_NAME.get(marked)

@@ -1,8 +1,8 @@
-"""What is wrong with a quantized file: our own checkpoints and those of other programs.
+"""Validation of quantized files: our own checkpoints and those of other programs.
 
-Errors are certain: a reader refuses the file or gets wrong numbers. Suspicions are what usually goes with a mistake, found by
-statistics; they may be false. The order of nibbles cannot be seen in a file alone, since both orders give the same statistics
-of every group; with the float model beside it all arrangements are compared.
+An error is certain: a reader refuses the file or gets wrong numbers. A suspicion is a statistic that usually goes with a
+mistake, and may be false. The order of nibbles cannot be seen in a file alone, since both orders give the same statistics of
+every group. With the float model at hand all arrangements are compared.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class Remark:
-    """One finding.
+    """One finding about a file.
+
+    >>> Remark("error", "blocks.0.to_q", "weight must be finite, got NaN or infinity").level
+    'error'
 
     Attributes:
-        level: "error" is certain, "suspicion" a guess, "ok" says what was checked and found right.
-        place: Layer or tensor, "" for the whole file.
-        message: One sentence.
+        level: "error" for a certain mistake, "suspicion" for a guess, "ok" for a check that was passed.
+        place: The layer or tensor, or "" for the whole file.
+        message: One sentence about the finding.
     """
 
     level: Level
@@ -47,11 +50,19 @@ class Remark:
 
 
 def validate(path: str | os.PathLike[str], reference: Mapping[str, Tensor] | None = None) -> list[Remark]:
-    """Check a file or directory, our own or foreign; it is right if no remark is an error.
+    """Check a file or directory, our own or foreign. It is right if no remark is an error.
+
+    >>> import difloat
+    >>> from difloat import interchange
+    >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
+    >>> _ = difloat.quantize(model, "rtn", "w8a16", progress=False, weight_format="e4m3fn")
+    >>> file = interchange.export_checkpoint(difloat.save(model, "model"), "exported.safetensors", "fp8")
+    >>> [(remark.level, remark.message) for remark in validate(file)]
+    [('ok', '1 quantized layers as FP8 per row stores them')]
 
     Args:
         path: A safetensors file, a directory with one, or a difloat checkpoint.
-        reference: State dict of the float model, with the names of the file: tells wrong arrangements for certain.
+        reference: The state dict of the float model, with the names of the file. It makes wrong arrangements certain.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -129,7 +140,7 @@ def _layer(read: Foreign, name: str, reference: Mapping[str, Tensor] | None) -> 
 
 
 def _structure(tensors: Mapping[str, Tensor], scheme: Scheme) -> Iterator[str]:
-    """What is wrong with dtypes, shapes and values of one layer."""
+    """A sentence for every wrong dtype, shape or value of one layer."""
     weight, scale = tensors["weight"], tensors["weight_scale"]
     if weight.dtype != scheme.weight_dtype:
         yield f"weight must be {scheme.weight_dtype} in {scheme.name}, got {weight.dtype}"
@@ -196,25 +207,21 @@ def _values(scale: Tensor, scheme: Scheme) -> Iterator[str]:
         yield "weight_scale must be positive somewhere, got zeros only"
 
 
-_SATURATED = 0.5  # share of groups that should reach the upper end of the grid; made by absmax, nearly all do
-
-
+_SATURATED = (
+    0.5  # share of groups that should reach the upper end of the grid; with absmax scales nearly all do
+)
 _LARGEST_WEIGHT = 1000.0  # no trained layer has weights beyond it
-
-
-_CLEARLY = 0.8  # of the spread that the arrangement as stored leaves, for the other one to be the likelier
-
-
+_CLEARLY = 0.8  # another arrangement is likelier if it leaves less than this share of the spread within rows
 _WRONG = 0.7  # relative error from which a weight has little to do with the float one
 
 
 def alone(tensors: Mapping[str, Tensor], scheme: Scheme) -> Iterator[str]:
-    """What looks wrong in a layer of the right structure, without the float weight."""
+    """A sentence for everything that looks wrong in a layer of the right structure, without the float weight."""
     shape = _shape(tensors["weight"], scheme)
     if scheme.group_size:
         codes = packing.unpack(tensors["weight"].view(torch.uint8), scheme.element.bits, shape[1])
         magnitude = torch.tensor(scheme.element.decode_table).abs()[codes.int()]
-        groups = magnitude.unflatten(1, (-1, scheme.group_size)).amax(-1)
+        groups = magnitude.unflatten(1, (-1, scheme.group_size)).amax(-1)  # [o, groups]
         used = groups[groups > 0]
         reaching = float((used > scheme.element.max / 2).float().mean()) if used.numel() else 1.0
         if reaching < _SATURATED:
@@ -234,7 +241,10 @@ def alone(tensors: Mapping[str, Tensor], scheme: Scheme) -> Iterator[str]:
 
 
 def _order_of_scales(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Iterator[str]:
-    """Rows of a trained weight differ in size, so scales of one row are alike; in the wrong order they are not."""
+    """A sentence if scales seem to be in the wrong order.
+
+    Rows of a trained weight differ in size, so scales of one row are alike. In the wrong order they are not.
+    """
     rows, columns = scheme.groups(shape)
     if rows < 32 or columns < 2:
         return
@@ -253,21 +263,21 @@ def _order_of_scales(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple
 
 
 def _magnitudes(stored: Tensor, scheme: Scheme) -> Tensor:
-    """Binary logarithms of stored scales, relative to the tensor's."""
+    """The binary logarithms of stored scales, up to a constant of the tensor."""
     if scheme.scales == "e8m0":
         return stored.view(torch.uint8).double()
     return stored.double().clamp_min(2.0**-9).log2()
 
 
 def _within_rows(scales: Tensor) -> float:
-    """Share of the variance that is left inside of rows, once columns are taken off."""
+    """The share of the variance that is left inside of rows, once the means of columns are subtracted."""
     scales = scales - scales.mean(0)
     total = float(scales.square().mean())
     return float((scales - scales.mean(1, keepdim=True)).square().mean()) / total if total > 0 else 1.0
 
 
 def against(tensors: Mapping[str, Tensor], scheme: Scheme, weight: Tensor) -> Iterator[str]:
-    """Errors of a layer whose float weight is known: the arrangement as stored must be the nearest of all."""
+    """A sentence if the arrangement as stored is not the nearest of all to the float weight."""
     shape = (int(weight.shape[0]), int(weight.shape[1])) if weight.dim() == 2 else (0, 0)
     if scheme.weight_shape(shape) != tuple(tensors["weight"].shape):
         yield f"weight must be of the float layer's shape {list(weight.shape)}, got {list(tensors['weight'].shape)} packed"
@@ -288,7 +298,7 @@ def against(tensors: Mapping[str, Tensor], scheme: Scheme, weight: Tensor) -> It
 def _variants(
     tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
 ) -> dict[str, dict[str, Tensor]]:
-    """The layer as it would be if it was written in another arrangement, by what would be wrong then."""
+    """The layer as it would be in other arrangements, each under the mistake that it would explain."""
     found: dict[str, dict[str, Tensor]] = {}
     stored, weight = tensors["weight_scale"], tensors["weight"]
     rows, columns = scheme.groups(shape)
@@ -311,12 +321,12 @@ def _variants(
 
 
 def _error(tensors: Mapping[str, Tensor], scheme: Scheme, weight: Tensor) -> float:
-    """Relative error of the decoded weight."""
+    """The relative error of the decoded weight."""
     wanted = weight.detach().float()
     found = dequantize(decode(tensors, scheme, (int(wanted.shape[0]), int(wanted.shape[1]))))
     return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
 def _shape(weight: Tensor, scheme: Scheme) -> tuple[int, int]:
-    """Rows and columns as stored, before packing."""
+    """The rows and columns as stored, before packing."""
     return int(weight.shape[0]), int(weight.shape[1]) * (2 if scheme.element.bits == 4 else 1)

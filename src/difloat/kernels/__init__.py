@@ -1,1 +1,1 @@
-"""What computes a quantized layer: operator schemas, the reference that defines their results, and faster backends."""
+"""Computation of quantized layers: operator schemas, the reference that defines their results, and faster backends."""

@@ -1,7 +1,8 @@
-"""Attention on the CPU: the native unit where it runs, torch head by head elsewhere; in bfloat16, or on the grids of a plan.
+"""Attention on the CPU, in bfloat16 or on the grids of a plan.
 
-torch's own attention kernel reaches a sixth of what the machine can do in bfloat16 (docs/kernels.md). One head at a time keeps
-the scores in the cache, which alone is faster.
+The native unit computes it where it runs, and torch computes it head by head elsewhere. torch's own attention kernel reaches a
+sixth of what the machine can do in bfloat16 (docs/kernels.md). One head at a time keeps the scores in the cache, which alone
+is faster.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _SCORES = 1 << 20  # of one head at a time without the native unit: 2 MiB in bfl
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether `attend` computes this: bfloat16 [b, h, t, d] on the CPU, as many heads everywhere, no gradient asked for."""
+    """Whether `attend` computes attention of these tensors.
+
+    They must be bfloat16 [b, h, t, d] on the CPU with equally many heads, and no gradient may be asked for.
+    """
     tensors = (query, key, value)
     return (
         all(x.dim() == 4 and x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
@@ -40,15 +44,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     """``softmax(query @ key.T * scale + mask) @ value`` of every head, as `scaled_dot_product_attention` defines it.
 
     Args:
-        query: bfloat16 [b, h, q, d].
-        key: bfloat16 [b, h, k, d].
-        value: bfloat16 [b, h, k, d].
-        mask: Broadcasts to [b, h, q, k]; boolean (True: takes part) or added to the scores. None: everything takes part.
-            A query for which nothing takes part gets the mean of the values.
-        scale: Of the scores.
+        query: The queries, bfloat16 [b, h, q, d].
+        key: The keys, bfloat16 [b, h, k, d].
+        value: The values, bfloat16 [b, h, k, d].
+        mask: A tensor that broadcasts to [b, h, q, k]. A boolean one says which keys take part, another is added to the
+            scores. With None every key takes part. A query for which no key takes part gets the mean of the values.
+        scale: The factor of the scores, usually ``d ** -0.5``.
 
     Returns:
-        bfloat16 [b, h, q, d], in memory [b, q, h, d], which is how the next layer wants it.
+        bfloat16 [b, h, q, d], which lies in memory as [b, q, h, d], as the next layer reads it.
     """
     checks.attention(query, key, value, mask)
     bias = _bias(mask, (*query.shape[:3], key.shape[2]))
@@ -64,7 +68,10 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: flo
 
 
 def carries_out(plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether `attend_on_grids` computes this: what `supports` says, on the native unit, on grids that it rounds to."""
+    """Whether `attend_on_grids` computes this attention.
+
+    Beyond what `supports` asks for, the native unit must run here and round to the grids of the plan.
+    """
     grids = [format for format in (plan.operand, plan.softmax) if format is not None]
     return (
         supports(query, key, value, mask)
@@ -79,19 +86,24 @@ def carries_out(plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, 
 def attend_on_grids(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, operand: str, softmax: str
 ) -> Tensor:
-    """`attend` with query, key, value and map rounded as an `AttentionPlan` says; only where `carries_out` is true.
+    """`attend` with query, key, value and attention map rounded as an `AttentionPlan` says, where `carries_out` is true.
 
-    Products of queries and keys are exact, in int8 where the grid of `operand` fits it. The rounded map is exact in bfloat16;
-    values are rounded to it after their scales are multiplied in.
+    Products of queries and keys are exact, in int8 where the grid of `operand` fits it. The rounded map is exact in bfloat16.
+    Values are rounded to bfloat16 after their scales are multiplied in.
 
     Args:
-        query: As for `attend`, like the next four.
-        key: See there.
-        value: See there.
-        mask: See there.
-        scale: See there.
-        operand: Grid of query, key and value, by name, one online scale per token and head; empty leaves them.
-        softmax: Unsigned grid of the map, by name, whose largest value stands for 1; empty leaves it.
+        query: The queries, bfloat16 [b, h, q, d].
+        key: The keys, bfloat16 [b, h, k, d].
+        value: The values, bfloat16 [b, h, k, d].
+        mask: A boolean mask or one that is added to the scores, as `attend` takes it.
+        scale: The factor of the scores.
+        operand: Name of the grid of query, key and value, which have one online scale per token and head. The empty name
+            leaves them unrounded.
+        softmax: Name of the unsigned grid of the attention map, whose largest value stands for 1. The empty name leaves the
+            map unrounded.
+
+    Returns:
+        bfloat16 [b, h, q, d], in the memory order of `attend`.
     """
     checks.attention(query, key, value, mask)
     bias = _bias(mask, (*query.shape[:3], key.shape[2]))
@@ -107,7 +119,7 @@ def _(
 
 
 def _bias(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    """The mask as float32 numbers to add, expanded to `shape` without copies but of its last axis."""
+    """The mask as float32 numbers to add, expanded to `shape`. Only its last axis is copied."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:
@@ -120,7 +132,7 @@ def _bias(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def _grid(name: str) -> tuple[int, native_library.Grid]:
-    """How the unit rounds its operands (0: not, 1: int8, 2: integers in bfloat16), and the grid."""
+    """How the unit rounds its operands, and the grid. 0 stands for no rounding, 1 for int8, 2 for integers in bfloat16."""
     if not name:
         return 0, native_library.Grid()
     format = formats.parse(name)
@@ -138,10 +150,12 @@ def _native(
     operand: str,
     softmax: str,
 ) -> Tensor:
+    # The unit reads whole vectors along the last axis, so only that one must be dense.
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     batch, heads, queries, width = query.shape
     out = query.new_empty(batch, queries, heads, width).transpose(1, 2)
     triple = ctypes.c_int64 * 3
+    # Strides of an absent mask are passed on too, so they must be numbers.
     none = torch.zeros(0).expand(1, 1, 1, 0)
     call = native_library.Attention(
         query.data_ptr(),
@@ -164,7 +178,7 @@ def _native(
 
 
 def _by_head(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Scores of one head, or of some of its queries, at a time; softmax in float32."""
+    """Attention with the scores of one head, or of some of its queries, at a time. The softmax is taken in float32."""
     batch, heads, queries, width = query.shape
     out = query.new_empty(batch, queries, heads, width).transpose(1, 2)
     at_once = max(1, _SCORES // key.shape[2])
@@ -173,8 +187,9 @@ def _by_head(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sca
             transposed, values = key[b, h].t(), value[b, h]
             for start in range(0, queries, at_once):
                 rows = slice(start, start + at_once)
-                scores = (query[b, h, rows] @ transposed).float().mul_(scale)
+                scores = (query[b, h, rows] @ transposed).float().mul_(scale)  # [rows, k]
                 if bias is not None:
+                    # A finite floor instead of -inf gives a query without any key the mean of the values, not NaN.
                     scores = scores.add_(bias[b, h, rows]).clamp_min_(-1e30)
                 out[b, h, rows] = functional.softmax(scores, -1).to(values.dtype) @ values
     return out

@@ -1,7 +1,7 @@
-"""What every operator asks of its tensors, checked at one place before any backend takes a pointer.
+"""Checks of the tensors of every operator, made before any backend takes a pointer.
 
-A layer's stored tensors have the same shapes at every call, so what was found right once is remembered by shapes, strides,
-dtypes and devices. The input is looked at in every call.
+A layer's stored tensors have the same shapes at every call. So what was found right once is remembered by shapes, strides,
+dtypes and devices. The input is checked in every call.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _right: set[tuple[Any, ...]] = set()
 
 
 def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> None:
-    """Refuse what a linear layer cannot be computed from.
+    """Refuse tensors that a linear layer cannot be computed from.
 
     Args:
         x: The input, floating point [..., i].
-        weight: Of one part; codes uint8 [o, bytes].
-        inputs: Scale and zero point of the input; None where there is none.
-        bias: [o] or None.
+        weight: The weight of one part, whose codes are uint8 [o, bytes].
+        inputs: The scale and zero point of the input, each None where the part asks for none.
+        bias: The bias [o], or None.
 
     Raises:
-        ValueError: a tensor has another shape, dtype, layout or device than the part asks for.
+        ValueError: if a tensor has another shape, dtype, layout or device than the part asks for.
     """
     width(x, x.dim() - 1, weight.part.channels)
     _stored(x, weight, inputs, bias, 2)
@@ -41,13 +41,21 @@ def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> No
 
 
 def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> None:
-    """`linear` for a convolution: `x` [b, i, h, w], codes [o, bytes, kh, kw]."""
+    """Refuse tensors that a convolution cannot be computed from: input [b, i, h, w], codes [o, bytes, kh, kw].
+
+    Raises:
+        ValueError: if a tensor has another shape, dtype, layout or device than the part asks for, or the geometry does not
+            fit.
+    """
     _picture(x, weight, geometry)
     _stored(x, weight, inputs, bias, 4)
 
 
 def _branch(x: Tensor, branch: Branch, out_channels: int) -> None:
-    """Refuse a low-rank branch that does not fit: `down` is floating point [r, i], `up` [o, r], on the input's device."""
+    """Refuse a low-rank branch that does not fit.
+
+    `down` must be floating point [r, i] and `up` [o, r], both on the input's device.
+    """
     down, up = branch.down, branch.up
     shapes = (tuple(down.shape), tuple(up.shape))
     fits = down.dim() == up.dim() == 2 and shapes == (
@@ -65,9 +73,16 @@ def _branch(x: Tensor, branch: Branch, out_channels: int) -> None:
 def packed_weight(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, channels: int, group_size: int
 ) -> None:
-    """Refuse a packed weight that cannot be decoded: codes of `bits` bits for `channels` channels, float32 scales that fit."""
+    """Refuse a packed weight that cannot be decoded.
+
+    It must hold codes of `bits` bits for `channels` channels and a matching number of float32 scales.
+
+    Raises:
+        ValueError: if a tensor has another shape, dtype or device.
+    """
     _codes(packed, packed_channels(channels, bits), packed.dim() if packed.dim() in (2, 4) else 2)
     rows = packed.shape[0]
+    # One per tensor, per output channel, or per group of input channels.
     counts = (1, rows, rows * -(-channels // group_size) if group_size else 1)
     for name, vector in (("scale", scale), ("zero point", zero_point)):
         if vector is not None and vector.numel() not in counts:
@@ -78,12 +93,12 @@ def packed_weight(
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-    """Refuse what attention cannot be computed from.
+    """Refuse tensors that attention cannot be computed from.
 
-    Query is [b, h, q, d], key and value are [b, h, k, d], and a mask broadcasts to [b, h, q, k].
+    The query is [b, h, q, d], key and value are [b, h, k, d], and a mask broadcasts to [b, h, q, k].
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: if shapes, dtypes or devices do not fit.
     """
     shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
     if query.dim() != 4 or key.shape != value.shape or key.dim() != 4:
@@ -111,7 +126,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
 
 
 def width(x: Tensor, axis: int, channels: int) -> None:
-    """Refuse an input without `channels` entries along `axis`, or that is no dense tensor of a floating-point dtype."""
+    """Refuse an input without `channels` entries along `axis`, or one that is no dense floating-point tensor.
+
+    Raises:
+        ValueError: if the size, dtype or layout is another one.
+    """
     if x.dim() < 1 or x.shape[axis] != channels:
         raise ValueError(
             f"input of a quantized layer must have {channels} channels in axis {axis}, got shape {tuple(x.shape)}; "
@@ -142,8 +161,13 @@ def _picture(x: Tensor, weight: Weight, geometry: Geometry) -> None:
 
 
 def reach(picture: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> None:
-    """Refuse a picture (h, w) that is smaller than what a kernel of size `kernel` reaches; ValueError."""
+    """Refuse a picture (h, w) that is smaller than what a kernel (kh, kw) reaches.
+
+    Raises:
+        ValueError: if a side of the padded picture is too short.
+    """
     padding = geometry.padding
+    # The taps of a dilated kernel are d pixels apart.
     reaches = [d * (k - 1) + 1 for d, k in zip(geometry.dilation, kernel, strict=False)]
     if any(n + 2 * p < r for n, p, r in zip(picture, padding, reaches, strict=False)):
         raise ValueError(
@@ -152,7 +176,7 @@ def reach(picture: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> 
 
 
 def _stored(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, axes: int) -> None:
-    """Check the tensors of a layer, or find that the same were right before."""
+    """Check the stored tensors of a layer, unless tensors of the same layout were found right before."""
     of_bands = [t for piece in weight.bands for t in (piece.codes, piece.scale, piece.zero_point)]
     tensors = (*of_bands, weight.row_band, inputs.scale, inputs.zero_point, bias)
     layouts = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
@@ -208,7 +232,7 @@ def _inputs_and_bias(rows: int, inputs: Inputs, bias: Tensor | None, part: Part)
 
 
 def _vector(name: str, vector: Tensor | None, count: int) -> None:
-    """Refuse anything but `count` float32 numbers side by side; 0: None."""
+    """Refuse anything but `count` float32 numbers side by side, and with a count of 0 anything but None."""
     if vector is None and not count:
         return
     if vector is None or not count:

@@ -1,9 +1,13 @@
-"""Which backend computes a part of a layer: chosen by name, by what a backend says it supports, and by measured speed.
+"""The choice of the backend that computes a part of a layer: by name, by what a backend supports, and by measured speed.
 
-``DIFLOAT_BACKEND`` or `set_backend` names one: ``reference`` (the definition), ``torch`` (int8 products of torch), ``cpu`` (the
-native library), ``decoded`` (its decoding, torch's product), ``triton`` (GPUs), or ``auto``. A named backend computes every
-layer that it supports and the reference the others; ``auto`` takes for every shape the one that was fastest where
-`dispatch.json` was measured, and on GPUs Triton. Nothing is tried and caught.
+>>> with use_backend("reference"):
+...     backend()
+'reference'
+
+``DIFLOAT_BACKEND`` or `set_backend` names one. ``reference`` is the definition, ``torch`` uses int8 products of torch, ``cpu``
+is the native library, ``decoded`` decodes with that library and multiplies with torch, ``triton`` is for GPUs. A named
+backend computes every layer that it supports, and the reference computes the others. ``auto`` takes for every shape the one
+that was fastest where `dispatch.json` was measured, and Triton on GPUs. No backend is chosen by catching an error.
 """
 
 from __future__ import annotations
@@ -33,19 +37,22 @@ BACKENDS: dict[str, ModuleType] = {
     "decoded": native_decode,
     "triton": triton,
 }
-"""By name; new ones need a row here and in `dispatch.json`."""
+"""The backends by name. A new one needs a row here and in `dispatch.json`."""
 
 _VARIABLE = "DIFLOAT_BACKEND"
 _MOST_CHOICES = 1 << 14  # kept at a time
 _chosen: str | None = None
 _from_variable: str | None = None  # read once, since the environment is slow to ask
-epoch = (
-    0  # grows with every change of the backend, so that what was prepared for another one is prepared again
-)
+# Grows with every change of the backend, so that calls that were prepared for another one are prepared again.
+epoch = 0
 
 
 def available() -> list[str]:
-    """Names of the backends that can run here."""
+    """The names of the backends that can run on this machine.
+
+    >>> "reference" in available()
+    True
+    """
     return [name for name in BACKENDS if _runs_here(name)]
 
 
@@ -66,7 +73,13 @@ def backend() -> str:
 
 
 def set_backend(name: str | None) -> None:
-    """Choose the backend of all quantized layers; None goes back to ``DIFLOAT_BACKEND``, read again, or auto.
+    """Choose the backend of all quantized layers.
+
+    >>> set_backend("reference")
+    >>> set_backend(None)
+
+    Args:
+        name: One of `available`, or "auto". None goes back to ``DIFLOAT_BACKEND``, which is read again, or to "auto".
 
     Raises:
         ValueError: if there is no backend of that name, or it cannot run here.
@@ -79,7 +92,18 @@ def set_backend(name: str | None) -> None:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """`set_backend` for the duration of a ``with`` block."""
+    """Compute quantized layers with one backend inside a ``with`` block, and as before after it.
+
+    >>> import difloat
+    >>> with difloat.use_backend("reference"):
+    ...     pass  # layers called here are computed in plain torch
+
+    Args:
+        name: The name that `set_backend` takes.
+
+    Raises:
+        ValueError: if there is no backend of that name, or it cannot run here.
+    """
     global _chosen, epoch
     before = _chosen
     set_backend(name)
@@ -87,6 +111,7 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _chosen = before
+        # Prepared calls of the block must not outlive it.
         epoch += 1
 
 
@@ -106,18 +131,18 @@ def _checked(name: str, what: str) -> str:
 
 
 def choose(part: Part, weight_shape: Sequence[int], x: Tensor) -> ModuleType:
-    """The module that computes this part of a layer.
+    """The module that computes a part of a layer.
 
     Args:
-        part: Formats and granularities.
-        weight_shape: Of the float weight of this part, [o, i, *k].
+        part: The formats and granularities of the part.
+        weight_shape: The shape [o, i, *k] of the part's float weight.
         x: The part's input.
     """
     return _first(weight_shape, x, lambda module: bool(module.supports(part, weight_shape, x)))
 
 
 def choose_rows(parts: Sequence[Part], weight_shapes: Sequence[Sequence[int]], x: Tensor) -> ModuleType:
-    """`choose` for a part of a layer with rows of several widths, given band by band: the backend supports all of them."""
+    """The module that computes a part whose rows have several widths. It supports every one of the given bands."""
     pairs = list(zip(parts, weight_shapes, strict=True))
     return _first(
         weight_shapes[0], x, lambda module: all(module.supports(part, shape, x) for part, shape in pairs)
@@ -136,14 +161,15 @@ def _first(weight_shape: Sequence[int], x: Tensor, supports: Callable[[ModuleTyp
     return reference
 
 
-_choices: dict[tuple[object, ...], ModuleType] = {}  # a small layer takes as long as the choice
+# Remembered, because the product of a small layer takes no longer than the choice.
+_choices: dict[tuple[object, ...], ModuleType] = {}
 
 
 def choose_for(weight: Weight, x: Tensor) -> ModuleType:
-    """`choose_rows` for a weight of one part, remembered: what backends look at is in the key.
+    """`choose_rows` for a weight of one part, with a memory whose key holds everything that backends look at.
 
     Args:
-        weight: Of one part.
+        weight: The weight of one part.
         x: The part's input.
     """
     of_bands = shapes(weight)
@@ -174,7 +200,7 @@ def _table() -> dict[str, Any]:
 
 @cache
 def classes(axes: int) -> tuple[int, ...]:
-    """Numbers of tokens (or pixels) from which on another ranking of backends holds, for weights with so many axes."""
+    """The numbers of tokens or pixels from which on another ranking of backends holds, for weights with so many axes."""
     entries = _table()["linear" if axes == 2 else "conv2d"]
     return tuple(entry["rows_below"] for entry in entries if entry["rows_below"] is not None)
 

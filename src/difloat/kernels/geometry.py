@@ -12,13 +12,16 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a kernel moves over a picture; pairs are (vertical, horizontal).
+    """How the kernel of a convolution moves over a picture. Pairs are (vertical, horizontal).
+
+    >>> Geometry(stride=(2, 2), padding=(1, 1)).size(picture=(8, 8), kernel=(3, 3))
+    (4, 4)
 
     Attributes:
-        stride: Of the kernel.
-        padding: Zeros on both sides of an axis.
-        dilation: Distance of the taps.
-        groups: As for `torch.nn.functional.conv2d`.
+        stride: Pixels between neighbouring positions of the kernel.
+        padding: Zeros that are added on both sides of an axis.
+        dilation: Pixels between neighbouring taps of the kernel.
+        groups: Groups of channels that see nothing of each other, as in `torch.nn.functional.conv2d`.
     """
 
     stride: Sequence[int] = (1, 1)
@@ -35,17 +38,17 @@ class Geometry:
         return height, width
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Torch's convolution."""
+        """The convolution [b, o, h', w'] of an input [b, i, h, w], as torch computes it."""
         pairs = list(self.stride), list(self.padding), list(self.dilation)
         return functional.conv2d(x, weight, bias, *pairs, self.groups)
 
     def numbers(self) -> list[int]:
-        """As one list, which `geometry_of` reads: what an operator takes."""
+        """The fields as one list, which operators take and `geometry_of` reads."""
         return [*self.stride, *self.padding, *self.dilation, self.groups]
 
 
 def geometry_of(numbers: Sequence[int]) -> Geometry:
-    """Inverse of `Geometry.numbers`."""
+    """The geometry of a list that `Geometry.numbers` made."""
     return Geometry(
         list(numbers[:2]),
         list(numbers[2:4]),
@@ -55,7 +58,7 @@ def geometry_of(numbers: Sequence[int]) -> Geometry:
 
 
 def memory_format(*tensors: Tensor) -> torch.memory_format:
-    """Channels last if one of the tensors is."""
+    """Channels last if one of the tensors lies so, else contiguous."""
     last = torch.channels_last
     for tensor in tensors:
         if tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous():

@@ -1,8 +1,8 @@
-"""The integer contract: which layers an int8 dot product computes exactly, and in which integers.
+"""Integer operands: which layers an int8 dot product computes exactly, and in which integers.
 
 A format whose values become small integers after multiplication by a power of two needs no float arithmetic inside a
-product. Activations and weights turn into int8 *operands*, the product is an exact int32 sum, and scales, zero points and
-bias come after it::
+product. Activations and weights turn into int8 *operands*, and the product is an exact int32 sum. Scales, zero points and bias
+come after it::
 
     value  = (operand + shift) * scale + zero_point    (operand int8, shift 0 or 128, the rest float32)
     out    = scale_t * (scale_o * acc + zero_o * rowsum_t) + zero_t * weight_sum_o + bias_o
@@ -10,8 +10,8 @@ bias come after it::
 with ``acc = sum_k a_tk * w_ok``, ``rowsum_t = sum_k a_tk`` and ``weight_sum_o`` the sum of the weight's values. Every backend
 has the same operands and the same ``acc``, bit for bit; they differ in the order of the float operations after it.
 
-Unsigned formats that reach beyond 127 are shifted by 128 to be int8. Of activations the shift is taken back inside the integer
-sums (``acc + shift * sum_k w_ok``, ``rowsum_t + shift * k``): in float32 a row of zeros would leave a remainder.
+Unsigned formats that reach beyond 127 are shifted by 128 to be int8. The shift of activations is taken back inside the integer
+sums (``acc + shift * sum_k w_ok``, ``rowsum_t + shift * k``), because in float32 a row of zeros would leave a remainder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ _INT32_MAX = 2**31 - 1
 
 @cache
 def operand_table(format: Format) -> Tensor:
-    """int8 operand of every code of a format that has a `Grid`."""
+    """The int8 operand of every code of a format that has a `Grid`.
+
+    >>> from difloat import formats
+    >>> operand_table(formats.parse("e2m1"))[:8]
+    tensor([ 0,  1,  2,  3,  4,  6,  8, 12], dtype=torch.int8)
+    """
     grid = grid_of(format)
     assert grid is not None
     values = torch.tensor(format.decode_table, dtype=torch.float64)
@@ -42,7 +47,7 @@ def operand_table(format: Format) -> Tensor:
 
 
 def reason_against(part: Part) -> str | None:
-    """Why int8 products do not compute this part exactly, in a few words; None if they do."""
+    """Why int8 products do not compute this part exactly, in a few words, or None if they do."""
     if part.activation is None:
         return "activations are not quantized"
     for spec, what in ((part.weight, "weights"), (part.activation, "activations")):
@@ -52,7 +57,7 @@ def reason_against(part: Part) -> str | None:
 
 
 def _plain(spec: QuantSpec) -> bool:
-    """Static per tensor (with or without zero point), or online per token or tensor on a signed grid."""
+    """Whether an input is static per tensor (with or without zero point), or online per token or tensor on a signed grid."""
     if spec.online:
         return spec.granularity in ("token", "tensor") and spec.format.signed and not spec.zero_point
     return spec.granularity == "tensor"
@@ -64,6 +69,7 @@ def sums_fit(part: Part, terms: int) -> bool:
     Where the shift of activations is taken back inside the sum, both may reach 255.
     """
     grid = None if part.activation is None else grid_of(part.activation.format)
+    # AVX-512 multiplies an unsigned by a signed byte, so one operand may have been moved to 0..255.
     largest = 255 * (255 if grid is not None and grid.shift else 128)
     return terms * largest <= _INT32_MAX and grid_of(part.weight.format) is not None
 
@@ -73,10 +79,10 @@ class Operand:
     """Rows of activations as integers.
 
     Attributes:
-        values: int8 [t, i].
-        scale: float32 [t, 1]; NaN where a row of the input has a NaN, so that its results are NaN.
-        zero_point: float32 [1], the value of the integer 0 before the shift; None if it is zero.
-        shift: What has to be added to `values`.
+        values: The int8 integers [t, i].
+        scale: float32 [t, 1]. It is NaN where a row of the input has a NaN, so that the results of the row are NaN.
+        zero_point: float32 [1], the value of the integer 0 before the shift, or None if it is zero.
+        shift: The number that has to be added to `values`.
     """
 
     values: Tensor
@@ -86,22 +92,23 @@ class Operand:
 
 
 def quantize_rows(x: Tensor, spec: QuantSpec, scale: Tensor | None, zero_point: Tensor | None) -> Operand:
-    """Put rows [t, i] on their integer grid; the same integers as `reference.fake_quantize_input` rounds to.
+    """Rows on their integer grid: the same integers that `reference.fake_quantize_input` rounds to.
 
     Args:
-        x: Floating point, one row per token.
-        spec: For which `reason_against` had nothing to say.
-        scale: float32 [1] static scale, float32 [t, 1] or [1, 1] if it was found before, or None: online per row.
-        zero_point: float32 [1] or None.
+        x: Floating point [t, i], one row per token.
+        spec: The spec of an activation that `reason_against` does not refuse.
+        scale: float32 [1] of a static scale, or float32 [t, 1] or [1, 1] of an online scale that was found before. With None
+            every row gets its online scale here.
+        zero_point: float32 [1], or None.
     """
     grid = grid_of(spec.format)
     assert grid is not None
     values = x.float()
     if scale is None:
         scale = online_scale(values, spec.format, per_token=True)
-    shifted = values / scale if zero_point is None else (values - zero_point).div_(scale)
-    broken = shifted.isnan().any(-1, keepdim=True)
+    shifted = values / scale if zero_point is None else (values - zero_point).div_(scale)  # [t, i]
+    broken = shifted.isnan().any(-1, keepdim=True)  # [t, 1]
     integers = round_(shifted, spec.format).mul_(grid.multiplier).sub_(grid.shift).to(torch.int8)
-    step = scale.reshape(-1, 1) / grid.multiplier
+    step = scale.reshape(-1, 1) / grid.multiplier  # what an integer of 1 is worth
     row_scale = torch.where(broken, math.nan, step)
     return Operand(integers, row_scale, zero_point, grid.shift)

@@ -1,23 +1,19 @@
-"""Backend "cpu": the native library. Packed weights are read as they are stored; nothing else stays in memory.
+"""Backend "cpu": the native library reads packed weights as they are stored, and keeps nothing else in memory.
 
-One call quantizes the input, multiplies in integers and writes the result in the input's dtype (``csrc/``; docs/kernels.md).
+One call quantizes the input, multiplies in integers and writes the result in the input's dtype (``csrc/``, docs/kernels.md).
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
-from functools import cache, lru_cache
 
-import torch
 from torch import Tensor
 
-from difloat.kernels import integer_operands, native_library
+from difloat.kernels import integer_operands, native_library, native_prepared
 from difloat.kernels.geometry import Geometry
-from difloat.kernels.pieces import by_piece
 from difloat.plan.specs import Part
-from difloat.plan.weight import Inputs, PackedWeight, Weight
+from difloat.plan.weight import Inputs, Weight
 
 _GROUP_MULTIPLE = 16  # channels: sums of a group are taken from whole vectors
 
@@ -46,110 +42,11 @@ def _group(part: Part) -> int:
 
 
 def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
-    """See `reference.linear`; [..., i] to [..., o], piece by piece."""
-    return by_piece(_linear, x, weight, inputs, bias)
-
-
-def _linear(x: Tensor, piece: PackedWeight, inputs: Inputs, bias: Tensor | None) -> Tensor:
-    rows = x if x.dim() == 2 else x.reshape(-1, piece.part.channels)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    out = x.new_empty((*x.shape[:-1], piece.rows))
-    if not out.numel():
-        return out
-    source = _input(rows, x.dtype, inputs, piece.part)
-    shift = _shift(bias)
-    result = native_library.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
-    threads = native_library.threads(rows.numel() * piece.rows)
-    native_library.check(
-        native_library.library().difloat_linear(source, native_weight(piece), result, threads)
-    )
-    return out
+    """The linear layer of `reference.linear`, from [..., i] to [..., o]."""
+    return native_prepared.linear(weight, x.dtype)(x, inputs.scale, inputs.zero_point, bias)
 
 
 def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """See `reference.conv2d`, piece by piece; the result is channels last."""
-    return by_piece(_conv2d, x, weight, inputs, bias, geometry)
-
-
-def _conv2d(
-    x: Tensor, piece: PackedWeight, inputs: Inputs, bias: Tensor | None, geometry: Geometry
-) -> Tensor:
-    batch, channels, *size = x.shape
-    kernel = piece.codes.shape[2:]
-    extent = geometry.size(size, kernel)
-    out = x.new_empty(batch, *extent, piece.rows)
-    if not out.numel():
-        return out.permute(0, 3, 1, 2)
-    pictures = x.contiguous(memory_format=torch.channels_last)
-    pixels = pictures.as_strided((batch * math.prod(size), channels), (channels, 1))
-    source = _input(pixels, x.dtype, inputs, piece.part)
-    shift = _shift(bias)
-    result = native_library.Output(out.data_ptr(), None if shift is None else shift.data_ptr())
-    shape = native_geometry(geometry, batch, tuple(size), tuple(kernel))
-    threads = native_library.threads(out.numel() * channels * math.prod(kernel))
-    native_library.check(
-        native_library.library().difloat_conv2d(source, native_weight(piece), result, shape, threads)
-    )
-    return out.permute(0, 3, 1, 2)
-
-
-def native_geometry(
-    geometry: Geometry, batch: int, size: Sequence[int], kernel: Sequence[int]
-) -> native_library.Geometry:
-    """A convolution's geometry on `batch` pictures of `size` as the library reads it."""
-    pair, extent = ctypes.c_int64 * 2, geometry.size(size, kernel)
-    numbers = (size, kernel, geometry.stride, geometry.padding, geometry.dilation, extent)
-    return native_library.Geometry(batch, *[pair(*two) for two in numbers])
-
-
-def _shift(bias: Tensor | None) -> Tensor | None:
-    """The bias as the library reads it."""
-    return None if bias is None else bias.detach().float().contiguous()
-
-
-def _input(rows: Tensor, dtype: torch.dtype, inputs: Inputs, part: Part) -> native_library.Input:
-    found = native_library.Input.from_buffer_copy(input_kind(part, dtype))
-    found.data, found.rows, found.stride = rows.data_ptr(), rows.shape[0], rows.stride(0)
-    if inputs.scale is not None:
-        found.scale = float(inputs.scale)
-    if inputs.zero_point is not None:
-        found.zero_point = float(inputs.zero_point)
-    return found
-
-
-@cache
-def input_kind(part: Part, dtype: torch.dtype) -> native_library.Input:
-    """What all inputs of a part have in common: copying it is faster than filling in every field."""
-    spec = part.activation
-    assert spec is not None
-    online = 0 if not spec.online else 1 if spec.granularity == "token" else 2
-    return native_library.Input(
-        None,
-        0,
-        part.channels,
-        0,
-        native_library.TYPES[dtype],
-        online,
-        1.0,
-        0.0,
-        native_library.grid(spec.format),
-    )
-
-
-def native_weight(piece: PackedWeight) -> native_library.Weight:
-    """The struct holds addresses: its tensors must outlive it."""
-    zero = None if piece.zero_point is None else piece.zero_point.data_ptr()
-    addresses = piece.codes.data_ptr(), piece.scale.data_ptr(), zero
-    return _weight_at(*addresses, piece.codes.shape, piece.codes.stride(), piece.part)
-
-
-@lru_cache(
-    maxsize=1 << 14
-)  # layers of a large model; a filled-in struct is a quarter of a small layer's time
-def _weight_at(
-    data: int, scale: int, zero: int | None, shape: Sequence[int], stride: Sequence[int], part: Part
-) -> native_library.Weight:
-    return native_library.weight(
-        data, scale, zero, shape, stride, part, native_library.codes(part.weight.format)
-    )
+    """The convolution of `reference.conv2d`."""
+    call = native_prepared.conv2d(weight, x.dtype, geometry)
+    return call(x, inputs.scale, inputs.zero_point, bias)

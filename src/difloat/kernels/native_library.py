@@ -1,9 +1,9 @@
 """The native CPU library as Python sees it: finding it, choosing its unit, and the structs of ``csrc/difloat.h``.
 
-The library is plain C behind `ctypes`: no torch headers, so one build serves every Python and every torch. Units are separate
-shared objects, compiled for different instruction sets; the best one that the machine has is loaded, once.
-``DIFLOAT_CPU_ISA=avx2`` (or ``none``) caps the choice, ``DIFLOAT_NATIVE`` names a folder with another build.
-torch must be imported first, so that both share one OpenMP pool.
+The library is plain C behind `ctypes` and needs no torch headers, so one build serves every Python and every torch. Units are
+separate shared objects, compiled for different instruction sets. The best one that the machine has is loaded, once.
+``DIFLOAT_CPU_ISA=avx2`` (or ``none``) caps the choice, and ``DIFLOAT_NATIVE`` names a folder with another build. torch must be
+imported first, so that both share one OpenMP pool.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from difloat.numbers import integer_grids
 from difloat.numbers.formats import Format
 from difloat.plan.specs import Part
 
-ABI = 4
+ABI = 5
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 UNITS = ("avx512", "avx512vl", "avxvnni", "avx2", "neon")  # from the fastest to the slowest
 _VARIABLE = "DIFLOAT_CPU_ISA"
@@ -32,7 +32,7 @@ _FOLDER = Path(os.environ.get("DIFLOAT_NATIVE", Path(__file__).parent))
 
 
 class Grid(ctypes.Structure):
-    """``difloat_grid``."""
+    """The C struct ``difloat_grid``: the grid that inputs are rounded to."""
 
     _fields_ = [
         ("minimum", ctypes.c_float),
@@ -46,7 +46,7 @@ class Grid(ctypes.Structure):
 
 
 class Input(ctypes.Structure):
-    """``difloat_input``."""
+    """The C struct ``difloat_input``: the rows of an input, and how they are rounded."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -62,7 +62,7 @@ class Input(ctypes.Structure):
 
 
 class Weight(ctypes.Structure):
-    """``difloat_weight``."""
+    """The C struct ``difloat_weight``: one packed weight with its scales."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -85,13 +85,18 @@ class Weight(ctypes.Structure):
 
 
 class Output(ctypes.Structure):
-    """``difloat_output``."""
+    """The C struct ``difloat_output``: where the result is written, and the bias."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("channel", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+    ]
 
 
 class Geometry(ctypes.Structure):
-    """``difloat_geometry``."""
+    """The C struct ``difloat_geometry``: sizes and steps of a convolution."""
 
     _fields_ = [
         ("batch", ctypes.c_int64),
@@ -105,7 +110,7 @@ class Geometry(ctypes.Structure):
 
 
 class Attention(ctypes.Structure):
-    """``difloat_attention``."""
+    """The C struct ``difloat_attention``: the tensors, strides and grids of one attention."""
 
     _fields_ = [
         ("query", ctypes.c_void_p),
@@ -133,7 +138,13 @@ class Attention(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Codes:
-    """What the product needs to know about a format of weights."""
+    """A format of weights as the product reads it.
+
+    Attributes:
+        table: The integer of every code, less `minimum`, repeated up to 256 entries.
+        minimum: The smallest integer.
+        unit: The value of the integer 1.
+    """
 
     table: ctypes.Array[ctypes.c_uint8]
     minimum: int
@@ -142,7 +153,7 @@ class Codes:
 
 @cache
 def grid(format: Format) -> Grid:
-    """A format of activations that has an `integers.Grid`."""
+    """The C struct of a format of activations that has an `integer_grids.Grid`."""
     found = integer_grids.grid_of(format)
     assert found is not None
     return Grid(
@@ -158,7 +169,10 @@ def grid(format: Format) -> Grid:
 
 @cache
 def any_grid(format: Format) -> Grid:
-    """Any format of activations, in units of its smallest positive value; its integers may need more than 8 bits."""
+    """The C struct of any format of activations, in units of its smallest positive value.
+
+    Its integers may need more than 8 bits.
+    """
     multiplier = 1 / min(value for value in format.values if value > 0)
     exponents = format.mantissa_bits, format.min_exponent
     return Grid(format.min, format.max, multiplier, 0, format.uniform, *exponents)
@@ -166,18 +180,19 @@ def any_grid(format: Format) -> Grid:
 
 @cache
 def attention_grid(format: Format) -> Grid | None:
-    """A format whose values, as integers, have at most 8 significant bits, so that bfloat16 holds them; None for others."""
+    """The C struct of a format whose integers have at most 8 significant bits, as bfloat16 holds, or None for other formats."""
     if format.levels:
         return None
     found = any_grid(format)
     largest = max(abs(found.minimum), found.maximum) * found.multiplier
+    # A floating-point value has its mantissa bits and the hidden one; trailing zeros cost bfloat16 nothing.
     significant = largest if format.uniform else 2 ** (format.mantissa_bits + 1)
     return found if significant <= 256 and largest < 2**31 else None
 
 
 @cache
 def codes(format: Format) -> Codes:
-    """A format of weights that has an `integers.Grid`; the integers of its values, from the lowest on."""
+    """The codes of a format of weights that has an `integer_grids.Grid`."""
     multiplier = format.int8_multiplier()
     assert multiplier is not None
     minimum = int(format.min * multiplier)
@@ -188,7 +203,7 @@ def codes(format: Format) -> Codes:
 
 @cache
 def values(format: Format) -> ctypes.Array[ctypes.c_float]:
-    """The value of every code, again and again up to 256 entries."""
+    """The value of every code, repeated up to 256 entries."""
     return (ctypes.c_float * 256)(*(format.decode_table * (256 // len(format.decode_table))))
 
 
@@ -201,13 +216,21 @@ def weight(
     part: Part,
     codes: Codes | None,
 ) -> Weight:
-    """A packed weight [o, bytes, *k] as the library reads it; without `codes` there is no product in integers.
+    """A packed weight [o, bytes, *k] as the library reads it. The struct holds addresses of memory that must outlive it.
 
-    The struct holds addresses: what lies there must outlive it.
+    Args:
+        data: Address of the packed codes.
+        scale: Address of the float32 scales.
+        zero: Address of the float32 zero points, or None.
+        shape: Shape of the packed codes.
+        stride: Strides of the packed codes in bytes.
+        part: Formats and granularities.
+        codes: The integers of the codes. None is for a weight that is only decoded.
     """
     taps, tap_stride = 1, 1
     if len(shape) == 4:
         taps = shape[2] * shape[3]
+        # torch may give an axis of one entry any stride, so it is taken from the axis that has more.
         tap_stride = stride[3] if shape[3] > 1 else stride[2]
     size = part.weight.group_size or part.channels
     groups = -(-part.channels // size)
@@ -217,6 +240,7 @@ def weight(
         part.channels,
         taps,
         stride[0],
+        # The stride of an axis of one entry means nothing.
         1 if shape[1] == 1 else stride[1],
         tap_stride,
         part.weight.format.bits,
@@ -232,13 +256,17 @@ def weight(
 
 
 def built() -> bool:
-    """Whether the library lies beside this file."""
+    """Whether the library was built, so that it lies beside this file."""
     return (_FOLDER / "libdifloat_machine.so").is_file()
 
 
 @cache
 def machine() -> dict[str, bool]:
-    """Which units this machine can run and the compiler built, ``avx512_bf16`` (attention) among them."""
+    """Which units this machine can run and the compiler built, among them ``avx512_bf16`` for attention.
+
+    Raises:
+        ImportError: if the library has another interface than this module.
+    """
     names = (*UNITS, "avx512_bf16")
     if not built():
         return dict.fromkeys(names, False)
@@ -254,7 +282,11 @@ def machine() -> dict[str, bool]:
 
 @cache
 def unit() -> str | None:
-    """The unit in use, or None: the best that the machine and ``DIFLOAT_CPU_ISA`` allow."""
+    """The best unit that the machine and ``DIFLOAT_CPU_ISA`` allow, or None if there is none.
+
+    Raises:
+        ValueError: if the environment variable names no unit.
+    """
     cap = os.environ.get(_VARIABLE, UNITS[0])
     if cap not in (*UNITS, "none"):
         raise ValueError(f"{_VARIABLE} must be one of {', '.join(UNITS)} or none, got {cap!r}")
@@ -264,29 +296,29 @@ def unit() -> str | None:
 
 @cache
 def library() -> Any:
-    """The unit in use, loaded."""
+    """The shared object of the unit in use, loaded once."""
     name = unit()
     assert name is not None
     loaded = ctypes.CDLL(str(_FOLDER / f"libdifloat_{name}.so"))
-    pointers = [ctypes.POINTER(kind) for kind in (Input, Weight, Output, Geometry)]
-    loaded.difloat_linear.argtypes = [*pointers[:3], ctypes.c_int]
-    loaded.difloat_conv2d.argtypes = [*pointers, ctypes.c_int]
-    table = ctypes.POINTER(ctypes.c_float)
-    loaded.difloat_decode.argtypes = [pointers[1], table, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
-    loaded.difloat_round.argtypes = [pointers[0], ctypes.c_void_p, ctypes.c_int]
+    source, bands, result, geometry = (ctypes.POINTER(kind) for kind in (Input, Weight, Output, Geometry))
+    loaded.difloat_linear.argtypes = [source, bands, ctypes.c_int, result, ctypes.c_int]
+    loaded.difloat_conv2d.argtypes = [source, bands, ctypes.c_int, result, geometry, ctypes.c_int]
+    table, address = ctypes.POINTER(ctypes.c_float), ctypes.c_void_p
+    loaded.difloat_decode.argtypes = [bands, table, address, address, ctypes.c_int, ctypes.c_int]
+    loaded.difloat_round.argtypes = [source, address, ctypes.c_int]
     if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
         os.register_at_fork(after_in_child=_compute_alone)
     return loaded
 
 
 def attention_unit() -> bool:
-    """Whether the attention of the library runs here: it needs AVX-512 with BF16."""
+    """Whether the attention of the library runs here, which needs AVX-512 with BF16."""
     return unit() == "avx512" and machine()["avx512_bf16"]
 
 
 @cache
 def attention_library() -> Any:
-    """The attention unit, loaded."""
+    """The shared object of the attention unit, loaded once."""
     loaded = ctypes.CDLL(str(_FOLDER / "libdifloat_attention.so"))
     loaded.difloat_attend.argtypes = [ctypes.POINTER(Attention), ctypes.c_int]
     return loaded
@@ -297,15 +329,20 @@ def _compute_alone() -> None:
 
 
 def threads(products: int = _SMALL) -> int:
-    """How many threads a call with so many products uses: torch's number; one for small ones and in a forked process.
+    """How many threads a call with so many products uses: as many as torch, or one for a small call.
 
-    The pool of the parent does not exist in a child made by ``fork``, and waiting for it would never end.
+    In a process made by ``fork`` it is one as well. The pool of the parent does not exist there, and waiting for it would
+    never end.
     """
     forked = os.getpid() != _IMPORTED_IN
     return 1 if forked or products < _SMALL else torch.get_num_threads()
 
 
 def check(status: int) -> None:
-    """Raise what a function of the library reports."""
+    """Raise the error that a function of the library reports.
+
+    Raises:
+        MemoryError: if the status is not 0, which means that memory ran out.
+    """
     if status:
         raise MemoryError("native library must have memory for its buffers, but there was none; free some")

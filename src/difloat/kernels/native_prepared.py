@@ -1,13 +1,20 @@
-"""Calls of the native library prepared once per layer: what is left per call is reading the input and calling.
+"""Calls of the native library that are prepared once per layer, so that each call only reads its input and calls.
 
-A prepared call holds addresses and no tensors, so that a layer that is offloaded gives its memory back. Its caller knows
-whether the tensors still lie where they lay (`layers.prepared`). Structs that change are made per call, so threads share none.
+The input is rounded once for all rows, however many widths they have, and every row of the weight writes its output channel
+where the float layer has it.
+
+A prepared call holds addresses and none of the layer's tensors, so that a layer that is offloaded gives its memory back. Its
+caller knows whether the tensors still lie where they lay (`layers.prepared`). Structs that change are made per call, so threads
+share none.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,63 +22,60 @@ from torch import Tensor
 
 from difloat.kernels import checks, native_library, pieces
 from difloat.kernels.geometry import Geometry, memory_format
-from difloat.kernels.native_int8 import input_kind, native_geometry, native_weight
-from difloat.plan.weight import Weight
+from difloat.plan.specs import Part
+from difloat.plan.weight import PackedWeight, Weight
 
 Call = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
-"""Input, its scale, its zero point and the bias to the result."""
+"""A function of the input, its scale, its zero point and the bias, which returns the result."""
 
-_MOST_SIZES = 64  # of pictures, whose geometry is kept
+MOST_SIZES = 64  # of pictures, whose geometry is kept
 
 
-def linear(weight: Weight, dtype: torch.dtype, has_bias: bool) -> Call:
-    """`native_int8.linear` for one weight of one part, and inputs of one dtype whose width was checked."""
-    product, bands, order, places = _bands(weight, native_library.library().difloat_linear, has_bias)
+def linear(weight: Weight, dtype: torch.dtype) -> Call:
+    """The product in integers with one weight of one part, for inputs [..., i] of one dtype whose width was checked."""
+    product, output = native_library.library().difloat_linear, native_library.Output
+    bands, order = _bands(weight), channel_order(weight)
     kind, channels, out_channels = input_kind(weight.part, dtype), weight.part.channels, weight.out_channels
-    from_kind, output = native_library.Input.from_buffer_copy, native_library.Output
+    from_kind = native_library.Input.from_buffer_copy
 
     def call(x: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None) -> Tensor:
         rows = x if x.dim() == 2 else x.reshape(-1, channels)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        lead, tokens = x.shape[:-1], rows.shape[0]
+        tokens = rows.shape[0]
+        out = x.new_empty((*x.shape[:-1], out_channels))
         if not tokens:
-            return x.new_empty((*lead, out_channels))
+            return out
         source = from_kind(kind)
         source.data, source.rows, source.stride = rows.data_ptr(), tokens, rows.stride(0)
         if scale is not None:
             source.scale = float(scale)
         if zero is not None:
             source.zero_point = float(zero)
-        if bias is not None and order is not None:
-            bias = bias.index_select(0, order)
-        results = []
-        for struct, start, stop in bands:
-            out = x.new_empty((*lead, stop - start))
-            shift = None if bias is None else bias[start:stop].detach().float().contiguous()
-            target = output(out.data_ptr(), None if shift is None else shift.data_ptr())
+        shift = None if bias is None else bias.detach().float().contiguous()
+        bias_at = None if shift is None else shift.data_ptr()
+        threads = native_library.threads(tokens * channels * out_channels)
+        for structs, count, start in bands:
+            to = None if order is None else order.data_ptr() + 4 * start
             status = product(
-                source, struct, target, native_library.threads(tokens * channels * (stop - start))
+                source, structs, count, output(out.data_ptr(), bias_at, to, out_channels), threads
             )
             if status:
                 native_library.check(status)
-            results.append(out)
-        return results[0] if places is None else pieces.joined(results, places)
+        return out
 
     return call
 
 
-def conv2d(weight: Weight, dtype: torch.dtype, has_bias: bool, geometry: Geometry) -> Call:
-    """`native_int8.conv2d` likewise, in the memory format that `operators.conv2d` gives its results."""
-    product, bands, order, places = _bands(weight, native_library.library().difloat_conv2d, has_bias)
+def conv2d(weight: Weight, dtype: torch.dtype, geometry: Geometry) -> Call:
+    """A prepared convolution from [b, i, h, w] to [b, o, h', w'], with results in the memory format of the operator."""
+    product, output = native_library.library().difloat_conv2d, native_library.Output
+    bands, order = _bands(weight), channel_order(weight)
     kind, channels, out_channels = input_kind(weight.part, dtype), weight.part.channels, weight.out_channels
-    from_kind, output, last = (
-        native_library.Input.from_buffer_copy,
-        native_library.Output,
-        torch.channels_last,
-    )
+    from_kind, last = native_library.Input.from_buffer_copy, torch.channels_last
     terms, kernel = channels * math.prod(weight.kernel), tuple(weight.kernel)
-    weight_last = places is None and memory_format(weight.bands[0].codes) == last
+    # Bands are cut out of one row of bytes, so only a single one has a layout of its own.
+    weight_last = order is None and memory_format(weight.bands[0].codes) == last
     sizes: dict[tuple[int, int, int], Any] = {}
 
     def call(x: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -79,49 +83,88 @@ def conv2d(weight: Weight, dtype: torch.dtype, has_bias: bool, geometry: Geometr
         shape = sizes.get((batch, height, width))
         if shape is None:
             checks.reach((height, width), kernel, geometry)
-            if len(sizes) >= _MOST_SIZES:
+            if len(sizes) >= MOST_SIZES:
                 sizes.clear()
             shape = sizes[batch, height, width] = native_geometry(geometry, batch, (height, width), kernel)
         rows, columns = shape.out
         as_last = weight_last or (x.is_contiguous(memory_format=last) and not x.is_contiguous())
-        if not batch * rows * columns:
-            empty = x.new_empty((batch, out_channels, rows, columns))
-            return empty.contiguous(memory_format=last if as_last else torch.contiguous_format)
-        pictures = x.contiguous(memory_format=last)
-        source = from_kind(kind)
-        source.data, source.rows, source.stride = pictures.data_ptr(), batch * height * width, channels
-        if scale is not None:
-            source.scale = float(scale)
-        if zero is not None:
-            source.zero_point = float(zero)
-        if bias is not None and order is not None:
-            bias = bias.index_select(0, order)
-        results = []
-        for struct, start, stop in bands:
-            out = x.new_empty((batch, rows, columns, stop - start))
-            shift = None if bias is None else bias[start:stop].detach().float().contiguous()
-            target = output(out.data_ptr(), None if shift is None else shift.data_ptr())
-            status = product(source, struct, target, shape, native_library.threads(out.numel() * terms))
-            if status:
-                native_library.check(status)
-            results.append(out)
-        result = results[0] if places is None else pieces.joined(results, places)
-        return result.permute(0, 3, 1, 2).contiguous(
-            memory_format=last if as_last else torch.contiguous_format
-        )
+        out = x.new_empty((batch, rows, columns, out_channels))
+        if out.numel():
+            pictures = x.contiguous(memory_format=last)
+            source = from_kind(kind)
+            source.data, source.rows, source.stride = pictures.data_ptr(), batch * height * width, channels
+            if scale is not None:
+                source.scale = float(scale)
+            if zero is not None:
+                source.zero_point = float(zero)
+            shift = None if bias is None else bias.detach().float().contiguous()
+            bias_at = None if shift is None else shift.data_ptr()
+            threads = native_library.threads(out.numel() * terms)
+            for structs, count, start in bands:
+                to = None if order is None else order.data_ptr() + 4 * start
+                target = output(out.data_ptr(), bias_at, to, out_channels)
+                status = product(source, structs, count, target, shape, threads)
+                if status:
+                    native_library.check(status)
+        return out.permute(0, 3, 1, 2).contiguous(memory_format=last if as_last else torch.contiguous_format)
 
     return call
 
 
-def _bands(
-    weight: Weight, product: Any, has_bias: bool
-) -> tuple[Any, list[tuple[Any, int, int]], Tensor | None, Tensor | None]:
-    """The library's function, every band's struct with its rows, and the order of the rows where there are several bands."""
-    bands, start = [], 0
-    for piece in weight.bands:
-        bands.append((native_weight(piece), start, start + piece.rows))
-        start += piece.rows
-    if weight.row_band is None:
-        return product, bands, None, None
-    order = pieces.order(weight.row_band) if has_bias else None
-    return product, bands, order, pieces.places(weight.row_band)
+def _bands(weight: Weight) -> list[tuple[Any, int, int]]:
+    """The weight's structs, how many there are, and how many rows lie before them. Bands grouped alike share an entry."""
+    found, start = [], 0
+    for _, alike in groupby(weight.bands, lambda piece: piece.spec.group_size or weight.part.channels):
+        members = list(alike)
+        structs = (native_library.Weight * len(members))(*[native_weight(piece) for piece in members])
+        found.append((structs, len(members), start))
+        start += sum(piece.rows for piece in members)
+    return found
+
+
+def channel_order(weight: Weight) -> Tensor | None:
+    """The output channel of every stored row, int32 [o], or None where rows lie in the order of the float layer."""
+    return None if weight.row_band is None else pieces.order(weight.row_band)
+
+
+@cache
+def input_kind(part: Part, dtype: torch.dtype) -> native_library.Input:
+    """The fields that all inputs of a part have in common. Copying them is faster than filling in every field."""
+    spec = part.activation
+    assert spec is not None
+    grid = native_library.grid(spec.format)
+    return native_library.Input(
+        None, 0, part.channels, 0, native_library.TYPES[dtype], _online(part), 1.0, 0.0, grid
+    )
+
+
+def _online(part: Part) -> int:
+    """The source of an input's scales in the library's numbers: 0 is stored, 1 per token, 2 per tensor."""
+    spec = part.activation
+    assert spec is not None
+    return 0 if not spec.online else 1 if spec.granularity == "token" else 2
+
+
+def native_geometry(
+    geometry: Geometry, batch: int, size: Sequence[int], kernel: Sequence[int]
+) -> native_library.Geometry:
+    """The geometry of a convolution on `batch` pictures of `size`, as the library reads it."""
+    pair, extent = ctypes.c_int64 * 2, geometry.size(size, kernel)
+    numbers = (size, kernel, geometry.stride, geometry.padding, geometry.dilation, extent)
+    return native_library.Geometry(batch, *[pair(*two) for two in numbers])
+
+
+def native_weight(piece: PackedWeight) -> native_library.Weight:
+    """The struct of a packed weight, which holds addresses. Its tensors must outlive it."""
+    zero = None if piece.zero_point is None else piece.zero_point.data_ptr()
+    addresses = piece.codes.data_ptr(), piece.scale.data_ptr(), zero
+    return _weight_at(*addresses, piece.codes.shape, piece.codes.stride(), piece.part)
+
+
+# As many as a large model has layers, since filling in a struct takes a quarter of a small layer's time.
+@lru_cache(maxsize=1 << 14)
+def _weight_at(
+    data: int, scale: int, zero: int | None, shape: Sequence[int], stride: Sequence[int], part: Part
+) -> native_library.Weight:
+    codes = native_library.codes(part.weight.format)
+    return native_library.weight(data, scale, zero, shape, stride, part, codes)

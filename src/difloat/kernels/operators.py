@@ -1,4 +1,4 @@
-"""Operator schemas and shape functions: `torch.ops.difloat.*`, so that `torch.compile` sees through quantized layers."""
+"""The operators `torch.ops.difloat.*` with their shape functions and gradients, which `torch.compile` sees through."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _GEOMETRY_NUMBERS = len(Geometry().numbers())
 def dequantize(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, format_name: str, channels: int, group_size: int
 ) -> Tensor:
-    """See `reference.dequantize`."""
+    """The operator that `reference.dequantize` defines."""
     checks.packed_weight(packed, scale, zero_point, formats.parse(format_name).bits, channels, group_size)
     return reference.dequantize(packed, scale, zero_point, format_name, channels, group_size)
 
@@ -44,7 +44,7 @@ def fake_quantize_input(
     group_size: int = 0,
     asymmetric: bool = False,
 ) -> Tensor:
-    """See `reference.fake_quantize_input`; the gradient is the clipped straight-through one."""
+    """The operator that `reference.fake_quantize_input` defines, with the clipped straight-through gradient."""
     return reference.fake_quantize_input(x, scale, zero_point, format_name, per_token, group_size, asymmetric)
 
 
@@ -90,14 +90,14 @@ def _linear(
     branch: Sequence[Tensor],
     parts: str,
 ) -> Tensor:
-    """See `reference.linear`; the tensors as `_lists` makes them, `branch` the pair or nothing."""
+    """The operator that `reference.linear` defines, on the tensors of `_lists`. `branch` holds the pair or nothing."""
     weight, inputs = _weight(codes, scales, vectors, row_band, parts)
     pair = Branch(*branch) if branch else None
     return run_linear(x, Weight(weight.columns, row_band, pair, weight.texts), inputs, bias)
 
 
 def run_linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
-    """Like `run_conv2d`, with the branch where there is one."""
+    """The checked linear layer of one part, with its branch, past torch's dispatcher: no gradients, compiler or tracer."""
     checks.linear(x, weight, inputs, bias)
     module = dispatch.choose_for(weight, x)
     branch = weight.branch
@@ -135,13 +135,16 @@ def _conv2d(
     geometry: Sequence[int],
     parts: str,
 ) -> Tensor:
-    """See `reference.conv2d`; the tensors as `_lists` makes them. Channels last if the input or the packed weight is."""
+    """The operator that `reference.conv2d` defines, on the tensors of `_lists`.
+
+    The result is channels last if the input or the packed weight is.
+    """
     weight, inputs = _weight(codes, scales, vectors, row_band, parts)
     return run_conv2d(x, weight, inputs, bias, geometry_of(geometry))
 
 
 def run_conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """The checked product by the chosen backend, past torch's dispatcher: no gradients, no compiler, no tracer see it."""
+    """The checked convolution of one part, past torch's dispatcher: no gradients, compiler or tracer."""
     checks.conv2d(x, weight, inputs, bias, geometry)
     result: Tensor = dispatch.choose_for(weight, x).conv2d(x, weight, inputs, bias, geometry)
     return result.contiguous(memory_format=_layout(x, [piece.codes for piece in weight.bands]))
@@ -164,12 +167,15 @@ def _(
 
 
 def _layout(x: Tensor, codes: Sequence[Tensor]) -> torch.memory_format:
-    """Pieces of several bands are cut out of one row of bytes, so only those of one band have a layout that tells."""
+    """The memory format of a convolution's result.
+
+    Pieces of several bands are cut out of one row of bytes, so only those of a single band have a layout that tells.
+    """
     return memory_format(x, *codes) if len(codes) == 1 else memory_format(x)
 
 
 def _lists(weight: Weight, inputs: Inputs) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The tensors of a weight of one part for an operator: codes, scales, and what else there is, in a fixed order."""
+    """The tensors of a weight of one part for an operator: its codes, its scales, and all other vectors in a fixed order."""
     zeros = [piece.zero_point for piece in weight.bands]
     vectors = [t for t in (*zeros, inputs.scale, inputs.zero_point) if t is not None]
     return [piece.codes for piece in weight.bands], [piece.scale for piece in weight.bands], vectors
@@ -182,7 +188,7 @@ def _weight(
     row_band: Tensor | None,
     text: str,
 ) -> tuple[Weight, Inputs]:
-    """The inverse of `_lists`; what a list lacks is None, which the checks refuse."""
+    """The inverse of `_lists`. A vector that a list lacks becomes None, which the checks refuse."""
     parts, left = parts_of(text), list(vectors)
     zeros = [left.pop(0) if part.weight.zero_point and left else None for part in parts]
     pieces = [PackedWeight(*fields) for fields in zip(codes, scales, zeros, parts, strict=True)]
@@ -207,12 +213,13 @@ def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
         grid = shifted / stored.scale
         inside = (grid >= spec.format.min) & (grid <= spec.format.max)
     branch = [] if picture else list(last)
+    # save_for_backward takes one flat list, so the lengths of the lists go along.
     ctx.counts = [len(codes), len(scales), len(vectors), len(branch)]
     ctx.save_for_backward(row_band, inside, *codes, *scales, *vectors, *branch, *([x] if branch else []))
 
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    """Clipped straight-through to the input, and to bias and branch; what is packed gets none."""
+    """The clipped straight-through gradient to the input, and those to bias and branch. Packed tensors get none."""
     row_band, inside, *saved = ctx.saved_tensors
     lists = []
     for count in ctx.counts:
@@ -222,7 +229,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
         weight, _ = _weight(codes, scales, vectors, row_band, ctx.text)
-        values = reference.decode_weight(weight).to(ctx.x_dtype)
+        values = reference.decode_weight(weight).to(ctx.x_dtype)  # [o, i, *k]
         if ctx.geometry is None:
             to_x = gradient @ values
         else:
@@ -242,14 +249,14 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 def _through_branch(
     gradient: Tensor, x: list[Tensor], branch: list[Tensor], to_x: Tensor | None
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The gradient to the input with the branch's share, and those to the branch."""
+    """The gradient to the input with the branch's share, and the gradients to the branch."""
     if not branch:
         return to_x, []
     (down, up), rows, upstream = branch, x[0].flatten(0, -2), gradient.flatten(0, -2)
-    narrow = upstream @ up.to(x[0].dtype)
-    share = (narrow @ down.to(x[0].dtype)).reshape(x[0].shape)
-    to_up = upstream.mT @ (rows @ down.to(x[0].dtype).mT)
-    to_pair = [(narrow.mT @ rows).to(down.dtype), to_up.to(up.dtype)]
+    narrow = upstream @ up.to(x[0].dtype)  # [t, r]
+    share = (narrow @ down.to(x[0].dtype)).reshape(x[0].shape)  # [..., i]
+    to_up = upstream.mT @ (rows @ down.to(x[0].dtype).mT)  # [o, r]
+    to_pair = [(narrow.mT @ rows).to(down.dtype), to_up.to(up.dtype)]  # [r, i]
     return (None if to_x is None else to_x + share), to_pair
 
 
@@ -261,16 +268,16 @@ def linear(x: Tensor, weight: Weight, inputs: Sequence[Inputs], bias: Tensor | N
     """A linear layer: the sum over its parts, computed by the chosen backend.
 
     Args:
-        x: [..., i], floating point.
-        weight: Its parts' channels add up to i; a branch adds ``x @ down.T @ up.T`` on `x` before it is rounded.
-        inputs: Per part.
-        bias: [o] or None.
+        x: The input, floating point [..., i].
+        weight: The weight, whose parts' channels add up to i. A branch adds ``x @ down.T @ up.T`` of the unrounded input.
+        inputs: The scale and zero point of the input, one entry per part.
+        bias: The bias [o], or None.
 
     Returns:
-        [..., o] in the dtype of `x`, with straight-through gradients to `x` and `bias`.
+        [..., o] in the dtype of the input, with straight-through gradients to input and bias.
 
     Raises:
-        ValueError: a tensor has another shape, dtype, layout or device than the parts ask for.
+        ValueError: if a tensor has another shape, dtype, layout or device than the parts ask for.
     """
     through = needs_operator(x, bias)
     branch = weight.branch
@@ -298,7 +305,21 @@ def linear(x: Tensor, weight: Weight, inputs: Sequence[Inputs], bias: Tensor | N
 def conv2d(
     x: Tensor, weight: Weight, inputs: Sequence[Inputs], bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """A convolution [b, i, h, w] to [b, o, h', w']; see `linear`. A branch is refused: `layers.low_rank_branch` has it."""
+    """A convolution: the sum over its parts, computed by the chosen backend.
+
+    Args:
+        x: The input, floating point [b, i, h, w].
+        weight: The weight without a branch, which `layers.low_rank_branch` adds to the result.
+        inputs: The scale and zero point of the input, one entry per part.
+        bias: The bias [o], or None.
+        geometry: Stride, padding, dilation and groups.
+
+    Returns:
+        [b, o, h', w'] in the dtype of the input, with straight-through gradients to input and bias.
+
+    Raises:
+        ValueError: if the weight has a branch, or a tensor has another shape, dtype, layout or device than the parts ask for.
+    """
     if weight.branch is not None:
         raise ValueError("weight of a convolution must have no branch, got one; add it to the result")
     through, terms = needs_operator(x, bias), []
@@ -318,7 +339,7 @@ def conv2d(
 def _split(
     x: Tensor, weight: Weight, inputs: Sequence[Inputs], axis: int, groups: int = 1
 ) -> list[tuple[Tensor, Weight, Inputs]]:
-    """Input, weight and inputs of every part."""
+    """The channels of the input that belong to every part, with the part's weight and stored scales."""
     channels = [column[0].part.channels for column in weight.columns]
     if len(channels) == 1:
         return [(x, weight.parts()[0], inputs[0])]
@@ -328,7 +349,7 @@ def _split(
 
 
 def branch_product(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """``x @ down.T @ up.T`` in the dtype of `x` [..., i]; `down` [r, i] and `up` [o, r] in any float dtype."""
+    """``x @ down.T @ up.T`` in the dtype of `x` [..., i], where `down` [r, i] and `up` [o, r] may have another one."""
     return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
 
@@ -348,7 +369,10 @@ def decode(weight: Weight) -> Tensor:
 
 
 def needs_operator(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether autograd, a compiler or another kind of tensor must see an operator; else the way through it is saved."""
+    """Whether autograd, a compiler, a tracer or a subclass of tensors must see an operator.
+
+    Everywhere else layers call the backend directly, which saves the time of torch's dispatcher.
+    """
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return True
     if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():

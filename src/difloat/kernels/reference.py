@@ -1,7 +1,4 @@
-"""The definition of every operator, in plain torch; runs on any device.
-
-Faster backends must give the same numbers.
-"""
+"""The definition of every operator, in plain torch, on any device. Faster backends must give the same numbers."""
 
 from __future__ import annotations
 
@@ -26,15 +23,18 @@ _CHUNK_VALUES = 1 << 17  # half a MiB of float32: the passes of one chunk stay i
 def dequantize(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, format_name: str, channels: int, group_size: int
 ) -> Tensor:
-    """Weight values of one part of a layer.
+    """The weight of one part of a layer, decoded and scaled.
+
+    >>> dequantize(torch.tensor([[33, 3]], dtype=torch.uint8), torch.tensor([2.0]), None, "e2m1", channels=3, group_size=0)
+    tensor([[1., 2., 3.]])
 
     Args:
-        packed: uint8 [o, bytes, *k] as `packing.pack` lays them out.
-        scale: float32 [1] (per tensor), [o] (per channel) or [o * groups].
-        zero_point: As `scale`, added after scaling; or None.
-        format_name: Of the grid.
-        channels: Input channels i.
-        group_size: Input channels per group; 0 without groups.
+        packed: uint8 [o, bytes, *k], as `packing.pack` lays codes out.
+        scale: float32 [1] for one scale per tensor, [o] for one per output channel, or [o * groups].
+        zero_point: float32 in the shape of the scales, added after scaling, or None.
+        format_name: Name of the format of the codes.
+        channels: How many input channels i there are.
+        group_size: Input channels that share a scale, or 0 without groups.
 
     Returns:
         float32 [o, i, *k].
@@ -51,7 +51,7 @@ def _decode_packed(packed: Tensor, format: Format, channels: int) -> Tensor:
     # A byte holds whole codes, so one table look-up per byte gives all of its values at once.
     every_byte = torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None]
     table = decode(unpack(every_byte, format.bits, 8 // format.bits), format)
-    values = torch.nn.functional.embedding(packed.int(), table).flatten(1)
+    values = torch.nn.functional.embedding(packed.int(), table).flatten(1)  # [o, bytes * codes of a byte]
     return values[:, :channels].contiguous()
 
 
@@ -72,23 +72,27 @@ def fake_quantize_input(
     group_size: int = 0,
     asymmetric: bool = False,
 ) -> Tensor:
-    """Round an activation to its grid and return it in its own dtype.
+    """An activation rounded to its grid, in its own dtype.
+
+    >>> fake_quantize_input(torch.tensor([[0.3, 6.0]]), None, None, "e2m1", per_token=True)
+    tensor([[0.5000, 6.0000]])
 
     Args:
-        x: [..., i] (tokens) or [b, i, h, w] (pictures, where "token" means one picture).
-        scale: float32 [1], or None for an online scale, found in the data.
-        zero_point: float32 [1] real offset added after the grid, or None.
-        format_name: Of the grid.
-        per_token: One online scale per token instead of one for the tensor.
-        group_size: With `per_token`, one online scale per so many channels of a token; 0: all channels share one.
-        asymmetric: An online grid lies between the smallest and the largest value instead of around zero.
+        x: Tokens [..., i], or pictures [b, i, h, w], of which each counts as one token.
+        scale: float32 [1], or None for an online scale that is found in the data.
+        zero_point: float32 [1], a real offset that is added after the grid, or None.
+        format_name: Name of the format whose values are the grid.
+        per_token: Whether every token has an online scale of its own.
+        group_size: How many channels of a token share an online scale, or 0 if all do.
+        asymmetric: Whether an online grid spans the smallest to the largest value instead of lying around zero.
 
     Returns:
-        Same shape and dtype as `x`.
+        A tensor of the same shape and dtype.
     """
     format = formats.parse(format_name)
     values = x.float()
     if scale is None:
+        # Groups run along the channels, which are the second axis of a picture.
         axis = 1 if x.dim() == 4 else -1
         groups = values.split(group_size, dim=axis) if group_size else [values]
         rounded = [_round_online(group, format, per_token, asymmetric) for group in groups]
@@ -119,24 +123,34 @@ def _token_axes(x: Tensor, per_token: bool) -> tuple[int, ...]:
 
 
 def online_scale(x: Tensor, format: Format, per_token: bool) -> Tensor:
-    """Scale that maps the largest magnitude to `format.max`, one per token or one for all; 1 where all is zero.
+    """The scale that maps the largest magnitude to the largest value of a format, or 1 where all is zero.
 
-    The result broadcasts with `x`.
+    >>> online_scale(torch.tensor([[3.0, -12.0], [0.0, 0.0]]), formats.parse("e2m1"), per_token=True).tolist()
+    [[2.0], [1.0]]
+
+    Args:
+        x: Tokens [..., i], or pictures [b, i, h, w], of which each counts as one token.
+        format: The format whose largest value is met.
+        per_token: Whether every token has a scale of its own.
+
+    Returns:
+        Scales in a shape that broadcasts with the input.
     """
     largest = x.abs().amax(dim=_token_axes(x, per_token), keepdim=True)
     return torch.where(largest > 0, largest / format.max, torch.ones_like(largest))
 
 
 def online_range(x: Tensor, format: Format, per_token: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point that map the smallest value to `format.min` and the largest to `format.max`.
+    """The scale and zero point that map the smallest value to `format.min` and the largest to `format.max`.
 
-    One each per token or for all, in shapes that broadcast with `x`. Where all values are equal the scale is 1 and the
-    zero point that value.
+    There is one of each per token or for all tokens, in shapes that broadcast with the input. Where all values are equal the
+    scale is 1, and the zero point is that value.
     """
     axes = _token_axes(x, per_token)
     smallest, largest = x.amin(dim=axes, keepdim=True), x.amax(dim=axes, keepdim=True)
     span = largest - smallest
     scale = torch.where(span > 0, span / (format.max - format.min), torch.ones_like(span))
+    # An input without a span is its own zero point, so it comes back exactly.
     return scale, torch.where(span > 0, smallest - format.min * scale, smallest)
 
 
@@ -149,13 +163,13 @@ def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Te
     """A linear layer on one part of its input channels: the rounded input times the decoded weight.
 
     Args:
-        x: [..., i], floating point.
-        weight: Of one part.
-        inputs: Scale and zero point of the input where they are static.
-        bias: [o] or None.
+        x: The input, floating point [..., i].
+        weight: The weight of one part.
+        inputs: The scale and zero point of the input where they are static.
+        bias: The bias [o], or None.
 
     Returns:
-        [..., o] in the dtype of `x`.
+        [..., o] in the dtype of the input.
     """
     # Four axes would count as a picture, whose rows share an online scale.
     tokens = x.reshape(-1, x.shape[-1])
@@ -165,17 +179,17 @@ def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Te
 
 
 def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """A convolution on one part of its input channels; padding adds zeros to the rounded input.
+    """A convolution on one part of its input channels. Padding adds zeros to the rounded input.
 
     Args:
-        x: [b, i, h, w], floating point.
-        weight: Of one part, codes [o, bytes, kh, kw].
-        inputs: As for `linear`.
-        bias: [o] or None.
+        x: The input, floating point [b, i, h, w].
+        weight: The weight of one part, whose codes are [o, bytes, kh, kw].
+        inputs: The scale and zero point of the input where they are static.
+        bias: The bias [o], or None.
         geometry: Stride, padding, dilation and groups.
 
     Returns:
-        [b, o, h', w'] in the dtype of `x`.
+        [b, o, h', w'] in the dtype of the input.
     """
     rounded = round_input(x, inputs.scale, inputs.zero_point, weight.part)
     shift = None if bias is None else bias.to(x.dtype)
@@ -183,7 +197,7 @@ def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geome
 
 
 def round_input(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, part: Part) -> Tensor:
-    """The input of a part on its grid; `x` itself where activations are not quantized, or there are none."""
+    """The input of a part rounded to its grid, or the input itself where activations are not quantized or empty."""
     spec = part.activation
     if spec is None or not x.numel():
         return x

@@ -1,7 +1,7 @@
-"""Backend "torch": int8 products by `torch._int_mm`, no native code of our own; runs wherever torch does.
+"""Backend "torch": int8 products by `torch._int_mm`, which runs wherever torch does and needs no native code of our own.
 
-Weights are kept as int8 (one byte per weight), tokens go through in chunks: a temporary of more than a few MiB is given back to
-the system after every use, and getting its pages again costs more than the product (docs/kernels.md).
+Weights are kept as int8, one byte each. Tokens go through in chunks, because a temporary of more than a few MiB is given back
+to the system after every use, and getting its pages again costs more than the product (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
 
 @cache
 def _reach(format: Format) -> int:
-    """Largest magnitude of a weight's operand."""
+    """The largest magnitude that an operand of this format has."""
     return int(integer_operands.operand_table(format).int().abs().max())
 
 
 @cache
 def _exact_for_all_weights() -> bool:
-    """Whether torch's int8 product is exact here: with AVX2 and no VNNI its sums of two products are cut off at 16 bits."""
+    """Whether torch's int8 product is exact here. With AVX2 but no VNNI, sums of two products are cut off at 16 bits."""
     ends = torch.full((64, 256), 127, dtype=torch.int8)
     return bool((torch._int_mm(ends, ends.t()) == 256 * 127**2).all())
 
 
 def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
-    """See `reference.linear`; [..., i] to [..., o]. As int8 operands rows of all widths are alike, so one product does."""
+    """The linear layer of `reference.linear`. As int8 operands rows of all widths are alike, so it takes one product."""
     spec, channels, operands = weight.part.activation, weight.part.channels, _operands(weight)
     assert spec is not None
     rows, out_channels = x.reshape(-1, channels), operands.operand.shape[0]
@@ -75,7 +75,7 @@ def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Te
 
 
 def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """See `reference.conv2d`; [b, i, h, w] to [b, o, h', w'], one picture at a time as a product over patches."""
+    """The convolution of `reference.conv2d`, computed picture by picture as a product over patches."""
     spec, operands = weight.part.activation, _operands(weight)
     taps = _Taps(weight.kernel, geometry, x.shape[2:])
     assert spec is not None
@@ -88,7 +88,7 @@ def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geome
     for index, (picture, target) in enumerate(zip(x, out, strict=True)):
         own = scale if scale is None or not spec.online else scale[index].reshape(1, 1)
         of_picture = Inputs(own, inputs.zero_point)
-        pixels = picture.permute(1, 2, 0).reshape(-1, weight.part.channels)
+        pixels = picture.permute(1, 2, 0).reshape(-1, weight.part.channels)  # [h * w, i]
         if taps.single:
             _conv_pixels(pixels, of_picture, spec, operands, bias, target.view(len(pixels), -1))
             continue
@@ -105,7 +105,7 @@ def _conv_pixels(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Fill `out` [h * w, o] where the kernel is one pixel: a linear layer on the pixels, in chunks."""
+    """Fill `out` [h * w, o] where the kernel is one pixel, which is a linear layer on the pixels, in chunks."""
     broken = torch.zeros((), dtype=torch.bool)
     for chunk, target in zip(pixels.split(_CHUNK_ROWS), out.split(_CHUNK_ROWS), strict=True):
         rows = integer_operands.quantize_rows(chunk, spec, inputs.scale, inputs.zero_point)
@@ -123,6 +123,7 @@ def _conv_picture(
     if pixels.zero_point is not None:  # padding is the value 0, not the zero point: only taps inside count
         shift = taps.sums_inside(weight.tap_sums(taps.kernel)).flatten(1).t() * pixels.zero_point
     scale = pixels.scale.amax().reshape(1, 1)  # NaN if one of them is
+    # Whole lines of output pixels, as many as make a chunk of rows.
     lines = max(1, _CHUNK_ROWS // taps.out[1])
     for start in range(0, taps.out[0], lines):
         # Where results are one pixel wide the reshaped view has rows that overlap, which torch's product does not expect.
@@ -136,7 +137,7 @@ def _conv_picture(
 
 @dataclass(frozen=True)
 class _Taps:
-    """Geometry of a convolution; every pair is (vertical, horizontal)."""
+    """The positions that a convolution's kernel meets on pictures of one size. Pairs are (vertical, horizontal)."""
 
     kernel: Sequence[int]
     geometry: Geometry
@@ -154,7 +155,7 @@ class _Taps:
         return math.prod(self.kernel) == 1 and set(geometry.stride) == {1} and set(geometry.padding) == {0}
 
     def patches(self, pixels: Tensor, zero: int) -> Tensor:
-        """A view [h', w', kh, kw, i] of the pixels [h * w, i] padded by `zero`: what every output pixel sees."""
+        """A view [h', w', kh, kw, i] of the pixels [h * w, i], padded by `zero`, with what every output pixel sees."""
         vertical, horizontal = self.geometry.padding
         picture = pixels.view(*self.size, -1)
         picture = functional.pad(picture, (0, 0, horizontal, horizontal, vertical, vertical), value=zero)
@@ -181,9 +182,9 @@ class _Operands:
     """Weights as int8 operands with their scales.
 
     Attributes:
-        operand: int8 [o, i * k].
-        scale: float32 [1, o], or [1, 1] where all share one: what an operand of 1 is worth.
-        zero: The value of the operand 0, in the same shapes; None if it is 0.
+        operand: The int8 operands [o, i * k].
+        scale: float32 [1, o], or [1, 1] where all rows share one. It is the value of an operand of 1.
+        zero: The value of an operand of 0 in the shape of the scale, or None if it is 0.
     """
 
     operand: Tensor
@@ -191,14 +192,14 @@ class _Operands:
     zero: Tensor | None
 
     def product(self, rows: integer_operands.Operand, bias: Tensor | None) -> Tensor:
-        """float32 [t, o] of rows [t, i * k]."""
+        """The float32 product [t, o] of quantized rows [t, i * k] with the weight."""
         operands = (rows.values, self.operand)
         if rows.values.shape[1] == 1:  # the products of torch 2.13 are wrong there
             operands = (functional.pad(rows.values, (0, 1)), functional.pad(self.operand, (0, 1)))
-        sums = torch._int_mm(operands[0], operands[1].t())
+        sums = torch._int_mm(operands[0], operands[1].t())  # [t, o], exact
         if rows.shift:  # in integers, where zeros stay exactly zero
             sums += rows.shift * self.operand.sum(1, dtype=torch.int32)
-        out = sums.float().mul_(self.scale)
+        out = sums.float().mul_(self.scale)  # [t, o]
         if self.zero is not None:
             row_sums = (
                 rows.values.sum(-1, keepdim=True, dtype=torch.int32) + rows.shift * rows.values.shape[1]
@@ -210,13 +211,13 @@ class _Operands:
         return out if bias is None else out.add_(bias)
 
     def value_sums(self) -> Tensor:
-        """Sums of the weight's values [1, o]."""
-        sums = self.operand.sum(1, dtype=torch.int32) * self.scale
+        """The sums [1, o] of the weight's values over its inputs."""
+        sums = self.operand.sum(1, dtype=torch.int32) * self.scale  # [1, o]
         return sums if self.zero is None else sums + self.operand.shape[1] * self.zero
 
     def tap_sums(self, kernel: Sequence[int]) -> Tensor:
-        """Sums of the weight's values over input channels, float32 [o, 1, kh, kw]."""
-        taps = self.operand.unflatten(1, (*kernel, -1))
+        """The sums of the weight's values over input channels, float32 [o, 1, kh, kw]."""
+        taps = self.operand.unflatten(1, (*kernel, -1))  # [o, kh, kw, i]
         sums = taps.sum(-1, dtype=torch.int32) * self.scale.reshape(-1, 1, 1)
         if self.zero is not None:
             sums = sums + taps.shape[-1] * self.zero.reshape(-1, 1, 1)
@@ -224,7 +225,7 @@ class _Operands:
 
 
 def _operands(weight: Weight) -> _Operands:
-    """The weight of all bands, in the order of the float layer's rows."""
+    """The int8 operands of all bands, in the order of the float layer's rows."""
     if weight.row_band is None:
         (piece,) = weight.bands
         operand = derived(("int8", piece.part), (piece.codes,), lambda: _decode(piece))
@@ -246,18 +247,19 @@ def _operands(weight: Weight) -> _Operands:
 
 
 def _steps(piece: PackedWeight) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero of the operands of rows of one width."""
+    """The scale and zero of the operands of rows that have one width."""
     grid = integer_grids.grid_of(piece.spec.format)
     assert grid is not None
     step = expand_scale(piece.scale, piece.spec, piece.codes.shape[:2]).reshape(1, -1) / grid.multiplier
     zero = None if piece.zero_point is None else piece.zero_point.reshape(1, -1)
     if grid.shift:
+        # The shift of unsigned operands becomes part of the value of the operand 0.
         zero = step * grid.shift if zero is None else zero + step * grid.shift
     return step, zero
 
 
 def _decode(piece: PackedWeight) -> Tensor:
-    """int8 [o, i] or [o, kh * kw * i]."""
+    """The int8 operands of a piece, [o, i] or [o, kh * kw * i]."""
     codes = unpack(piece.codes, piece.spec.format.bits, piece.part.channels).movedim(1, -1)
     table = integer_operands.operand_table(piece.spec.format)
     return functional.embedding(codes.int(), table[:, None]).squeeze(-1).flatten(1).contiguous()

@@ -1,1 +1,1 @@
-"""Packed layers, and how a model gets them."""
+"""Quantized layers with packed weights, and how a model gets them."""

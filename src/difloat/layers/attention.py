@@ -1,7 +1,7 @@
-"""Quantized and fast attention: query, key, value and the attention map on low-bit grids, and a kernel for what is on none.
+"""Quantized attention, which rounds query, key, value and attention map to low-bit grids, and fast attention, which does not.
 
-Both enter through diffusers' attention processors. A processor calls `scaled_dot_product_attention` once the heads are split;
-while it runs, that call is answered here. So every processor of every model keeps its own projections, norms, position
+Both enter through diffusers' attention processors. A processor calls `scaled_dot_product_attention` once the heads are split,
+and while it runs, that call is answered here. So every processor of every model keeps its own projections, norms, position
 embeddings and masks, and no module is patched.
 """
 
@@ -31,15 +31,15 @@ def has_processor(module: nn.Module) -> bool:
 
 
 def plan_of(module: nn.Module) -> AttentionPlan | None:
-    """The plan that a module's attention carries out, None for one that is not quantized."""
+    """The plan that a module's attention carries out, or None for one that is not quantized."""
     return next((hook.plan for hook in module._forward_pre_hooks.values() if isinstance(hook, _Kept)), None)
 
 
 class _Kept:
-    """Keeps a module's attention quantized, whatever processor it is given.
+    """A pre-hook that keeps a module's attention quantized, whatever processor the module is given.
 
-    diffusers sets processors freely: `set_default_attn_processor`, IP-Adapters, and whoever unloads them. Being quantized is
-    a fact of the module, so the processor that is there at a call gets the plan before it runs.
+    diffusers sets processors freely, as `set_default_attn_processor` and IP-Adapters do. Being quantized is a fact of the
+    module, so the processor that is there at a call gets the plan before it runs.
     """
 
     def __init__(self, plan: AttentionPlan) -> None:
@@ -81,7 +81,11 @@ def check(model: nn.Module, plans: Mapping[str, AttentionPlan]) -> None:
 
 
 def install(model: nn.Module, plans: Mapping[str, AttentionPlan]) -> None:
-    """Quantize the attention of the named modules, in place; ValueError as from `check`, before any change."""
+    """Quantize the attention of the named modules, in place.
+
+    Raises:
+        ValueError: if a planned module does not exist or has no processor. Nothing is changed then.
+    """
     check(model, plans)
     for name, plan in plans.items():
         module = model.get_submodule(name)
@@ -99,10 +103,13 @@ def restore(model: nn.Module) -> None:
 
 
 def accelerate(model: nn.Module) -> int:
-    """Let a diffusers model's attention be computed by `kernels.attention` where that can, in place; returns how many changed.
+    """Let a diffusers model's attention be computed by `kernels.attention` where that can do it, in place.
 
-    Only bfloat16 on the CPU without gradients changes; anything else is computed as before. Processors that are modules
-    themselves (they hold weights), or bare functions, are left alone. Not stored in checkpoints.
+    Only bfloat16 on the CPU without gradients changes, and anything else is computed as before. Processors that are bare
+    functions, or modules that hold weights, are left alone. Checkpoints do not store this.
+
+    Returns:
+        How many attention modules changed.
     """
     modules = [module for module in model.modules() if has_processor(module)]
     slow = [
@@ -116,7 +123,7 @@ def accelerate(model: nn.Module) -> int:
 
 
 def undo_acceleration(model: nn.Module) -> None:
-    """Undo `accelerate`; what is quantized stays quantized."""
+    """Undo `accelerate`. Quantized attention stays quantized."""
     for module in model.modules():
         if has_processor(module) and _is_fast(module.processor):
             module.processor = _answered(module.processor, plan_of(module), fast=False)
@@ -174,7 +181,7 @@ def _answered_class(processor_class: type[Any]) -> type[Any]:
 
 
 def _reduce(processor: Any) -> tuple[Any, ...]:
-    """How an answered processor is copied and pickled: its class, made here, cannot be found by its name."""
+    """How an answered processor is copied and pickled, since its class is made here and cannot be found by its name."""
     return _made_again, (type(processor).__mro__[1], vars(processor))
 
 
@@ -185,7 +192,7 @@ def _made_again(processor_class: type[Any], state: dict[str, Any]) -> Any:
 
 
 class _Answering(TorchFunctionMode):
-    """Answers calls of `scaled_dot_product_attention` with quantized ones, without a plan with fast ones."""
+    """A mode that answers calls of `scaled_dot_product_attention` with quantized ones, or without a plan with fast ones."""
 
     def __init__(self, plan: AttentionPlan | None, answered: list[AttentionPlan | None]) -> None:
         super().__init__()
@@ -228,10 +235,21 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` with rounded operands and map; arguments as there, [b, heads, tokens, channels].
+    """`scaled_dot_product_attention` with its operands and attention map rounded as a plan says.
+
+    Args:
+        plan: The grids of operands and attention map.
+        query: The queries [b, heads, tokens, channels].
+        key: The keys, in the same layout.
+        value: The values, in the same layout.
+        attn_mask: A boolean mask, or one that is added to the scores.
+        dropout_p: The probability of dropout, which a quantized attention map excludes.
+        is_causal: Whether a query sees no later keys.
+        scale: The factor of the scores, or None for ``channels ** -0.5``.
+        enable_gqa: Whether groups of query heads share a key head.
 
     Raises:
-        ValueError: if dropout is asked for together with a quantized map.
+        ValueError: if dropout is asked for together with a quantized attention map.
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     plain = not (dropout_p or is_causal or enable_gqa)
@@ -252,15 +270,16 @@ def attend(
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     bias = _additive(attn_mask, is_causal, query, key)
     shape = (*query.shape[:-1], value.shape[-1])
-    query, key, value = (x.flatten(0, -3) for x in (query, key, value))
+    query, key, value = (x.flatten(0, -3) for x in (query, key, value))  # [b * heads, t, d]
     bias = None if bias is None else bias.expand(*shape[:-1], key.shape[-2]).flatten(0, -3)
     heads_at_once = max(1, _MAP_VALUES // (query.shape[-2] * key.shape[-2]))
     pieces = []
     for at in range(0, len(query), heads_at_once):
         piece = slice(at, at + heads_at_once)
-        scores = query[piece] @ key[piece].transpose(-2, -1) * factor
+        scores = query[piece] @ key[piece].transpose(-2, -1) * factor  # [heads, q, k]
         if bias is not None:
             scores = scores + bias[piece]
+        # Probabilities end at 1, so that is the largest value of the grid.
         top = torch.full((1,), 1 / plan.softmax.max, device=query.device)
         weights = operators.fake_quantize_input(scores.softmax(-1), top, None, plan.softmax.name, False)
         pieces.append(weights @ value[piece])
@@ -272,7 +291,7 @@ def _per_token_and_head(x: Tensor, format_name: str) -> Tensor:
 
 
 def _additive(mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
-    """The mask as something to add to the scores."""
+    """The mask as a tensor that is added to the scores, or None without one."""
     if is_causal:
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if mask is None or mask.dtype != torch.bool:

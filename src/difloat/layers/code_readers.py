@@ -1,8 +1,10 @@
 """What the code of a module class does with the weights of its children besides calling them, found without running it.
 
-The code is followed from `forward` on: through methods, helpers that are handed a module (attention processors, functions),
-names, loops, and what `parameters()` gives. What a child is called by is kept as a path of attribute names, with `*` for any
-entry of a container. Running a model shows more (`methods.readers`), but a model that is being loaded cannot run.
+For example ``x.to(self.linear.weight.dtype)`` in a `forward` reads the dtype of the weight at ``("linear", "weight")``.
+
+The code is followed from `forward` on, through methods, helpers that are handed a module (attention processors, functions),
+names, loops, and the results of `parameters()`. A child is known by its path of attribute names, with `*` for any entry of a
+container. Running a model shows more (`methods.readers`), but a model that is being loaded cannot run.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _GENERAL = ("torch.nn.modules.module", "diffusers.models.modeling_utils", "trans
 
 @dataclass(frozen=True)
 class Read:
-    """One place in the code that takes something of a weight: which weight, as a path from the module, and what for."""
+    """One place in the code that reads a weight: the path of the weight from the module, and its use there."""
 
     path: Path
     use: Use
@@ -40,7 +42,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Code:
-    """What one function does: names of attributes it mentions, weights it reads."""
+    """What one function does: the names of attributes that it mentions, and the weights that it reads."""
 
     mentions: frozenset[str]
     reads: frozenset[Read]
@@ -48,9 +50,12 @@ class Code:
 
 @cache
 def code_of(cls: type, name: str, helper: bool = False) -> Code:
-    """What a method does with the weights of the children of its object; overridden ones count with the overriding.
+    """What a method does with the weights of the children of its object. Overridden methods count as well.
 
-    With `helper` the class is one whose calls are handed the module that owns it, as an attention processor's are.
+    Args:
+        cls: The class of the object.
+        name: The name of the method.
+        helper: Whether the class is one whose calls are handed the module that owns it, as those of an attention processor.
     """
     bound = ((int(helper), ()),)
     codes = [_read_code(function, bound, cls, 0) for function in functions(cls).get(name, ())]
@@ -60,7 +65,7 @@ def code_of(cls: type, name: str, helper: bool = False) -> Code:
 
 @cache
 def functions(cls: type) -> dict[str, tuple[FunctionType, ...]]:
-    """Functions of a class by name, properties among them, its own before those of its bases; but for `_GENERAL` bases."""
+    """The functions and properties of a class by name, its own before those of its bases. `_GENERAL` bases do not count."""
     found: dict[str, tuple[FunctionType, ...]] = {}
     for owner in cls.__mro__:
         if owner is object or owner.__module__ in _GENERAL:
@@ -74,7 +79,7 @@ def functions(cls: type) -> dict[str, tuple[FunctionType, ...]]:
 
 
 def readable(cls: type[nn.Module]) -> bool:
-    """Whether there is source of what a module class does when it is called."""
+    """Whether the source of a module class's `forward` is there."""
     forward: Any = cls.forward
     return _tree(forward) is not None
 
@@ -92,7 +97,7 @@ def _tree(function: FunctionType) -> ast.FunctionDef | None:
 def _read_code(
     function: FunctionType, bound: tuple[tuple[int, Path], ...], cls: type | None, depth: int
 ) -> Code:
-    """What a function does, given the paths of some of its positional arguments."""
+    """What a function does when some of its positional arguments are the modules at these paths."""
     tree = _tree(function)
     if tree is None:
         return Code(frozenset(), frozenset())
@@ -102,7 +107,7 @@ def _read_code(
 
 
 class _Reader:
-    """Follows modules through one function; flow does not matter, a name stands for whatever it is ever given."""
+    """Follows modules through one function. The order of statements does not count: a name stands for all it is ever given."""
 
     def __init__(
         self,
@@ -154,13 +159,13 @@ class _Reader:
                 self.names.setdefault(node.id, set()).update(paths)
 
     def _entries(self, node: ast.expr, key: str = ENTRY) -> set[Path]:
-        """What an entry of this may be: of a container of the model, or, where the code made a list, what it put there."""
+        """The paths that an entry of this may have: an entry of a container, or, of a list, what the code put there."""
         paths = self.value(node)
         listed = isinstance(node, ast.Name | ast.Tuple | ast.List | ast.Call)
         return {_entry(path, key) for path in paths} | (paths if listed else set())
 
     def value(self, node: ast.expr) -> set[Path]:
-        """Paths of the modules or parameters that an expression may be."""
+        """The paths of the modules or parameters that an expression may be."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id, set())
         if isinstance(node, ast.Attribute):
@@ -201,7 +206,7 @@ class _Reader:
         return set()
 
     def _note(self, node: ast.expr) -> None:
-        """Keep what is done with a weight, if this is one."""
+        """Keep the use of a weight, if the expression is one."""
         weights = {path for path in self.value(node) if _is_weight(path)}
         above = self.above.get(node)
         if not weights or isinstance(above, ast.Assign | ast.NamedExpr | ast.For | ast.comprehension):
@@ -230,7 +235,7 @@ class _Reader:
         return None if above.attr in HARMLESS | {"is_floating_point", "dtype"} else "values"
 
     def _note_dtype(self, node: ast.expr) -> None:
-        """Keep what is done with the dtype of a weight, if this is one; names are looked at wherever they are used."""
+        """Keep the use of a weight's dtype, if the expression is one. Names are looked at wherever they are used."""
         paths = {path for path in self.value(node) if path[-1:] == ("dtype",) and _is_weight(path[:-1])}
         paths -= {(*path, "dtype") for path in self.guarded}
         inner: ast.AST = node
@@ -261,6 +266,7 @@ class _Reader:
 
     def _follow(self, node: ast.Call) -> None:
         """Look into a function or method that is handed a module."""
+        # Deeper helpers than this do not occur in diffusers or transformers, and recursion must end.
         if self.depth > 2:
             return
         bound = [
@@ -290,7 +296,7 @@ class _Reader:
 
 
 def _entry(path: Path, key: str = ENTRY) -> Path:
-    """What an entry of the thing at `path` is called; entries of a list of parameters are parameters."""
+    """The path of an entry of what is at `path`. Entries of a list of parameters are parameters."""
     return path if path[-1:] in ((ANY,), (FIRST,), ("**",)) else (*path, key)
 
 
@@ -307,7 +313,11 @@ def _is_weight(path: Path) -> bool:
 
 
 def reachable(owners: Sequence[tuple[type, bool]]) -> frozenset[str]:
-    """Names of methods of classes (helpers or not) that can run when `forward` does: what is mentioned may be called."""
+    """The names of methods that can run when `forward` does, where every mentioned method counts as called.
+
+    Args:
+        owners: Classes, each with whether it is a helper in the sense of `code_of`.
+    """
     todo, seen = {"forward", "__call__"}, set()
     while todo:
         name = todo.pop()

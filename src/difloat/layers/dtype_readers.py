@@ -1,8 +1,8 @@
-"""What modules do with the weights of their children besides calling them: some ask for the dtype and cast the input to it.
+"""Modules that read the weights of their children besides calling them, as some do to cast the input to the weight's dtype.
 
 With packed bytes as the weight such a cast destroys the input, and a product with such a weight is noise. T5's feed-forward,
-Wan's time embedder and their relatives cast unless the dtype is int8, which they take for "quantized"; so their layers hold the
-packed bytes as int8. Layers whose dtype or weight is used in any other way stay float, with the reason.
+Wan's time embedder and their relatives cast unless the dtype is int8, which they take for "quantized". So their layers hold the
+packed bytes as int8. Layers whose dtype or weight is used in any other way stay float, and the plan says why.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ REASONS: dict[Use, str] = {
 
 
 class HoldsPackedWeight(nn.Module):
-    """A layer's packed weight, and what it tells a parent that asks for its dtype."""
+    """A layer with a packed weight, which it stores as int8 for a parent that asks for the weight's dtype."""
 
     weight: Tensor
     stored_dtype: torch.dtype = torch.uint8
     input_dtype: torch.dtype | None = None
 
     def hold(self, packed: Tensor) -> None:
-        """Take over packed bytes as the weight."""
+        """Take over packed uint8 bytes as the weight."""
         self.weight = nn.Parameter(torch_modes.normal(packed).view(self.stored_dtype), requires_grad=False)
 
     @property
@@ -41,9 +41,12 @@ class HoldsPackedWeight(nn.Module):
         return self.weight if self.weight.dtype == torch.uint8 else self.weight.view(torch.uint8)
 
     def answer_as(self, dtype: torch.dtype | None) -> None:
-        """For a parent that casts the input to the weight's dtype unless that is int8: be int8, and cast to `dtype` here.
+        """Store the weight as int8, for a parent that casts the input to the weight's dtype unless that is int8.
 
-        To be called before the layer is quantized; None leaves the input as it comes.
+        This must be called before the layer is quantized.
+
+        Args:
+            dtype: What the layer casts its input to itself. None leaves the input as it comes.
         """
         self.stored_dtype, self.input_dtype = torch.int8, dtype
 
@@ -52,7 +55,12 @@ class HoldsPackedWeight(nn.Module):
 
 
 def use_of(model: nn.Module, name: str) -> Use | None:
-    """What the modules around the layer `name` of `model` do with its weight besides calling it, as far as their code shows."""
+    """How the modules around a layer use its weight besides calling it, as far as their code shows, or None.
+
+    Args:
+        model: The model.
+        name: The dotted name of the layer in the model.
+    """
     *within, _ = parts = tuple(name.split("."))
     modules: list[nn.Module] = [model]
     for part in within:
@@ -64,7 +72,7 @@ def use_of(model: nn.Module, name: str) -> Use | None:
 
 
 def kept(model: nn.Module) -> dict[str, str]:
-    """Float layers of `model` that must stay float since their weight is read besides calling them: reasons by name."""
+    """The reasons, by name, for layers that must stay float because their weight is read besides calling them."""
     found = {}
     for name, module in model.named_modules():
         if name and isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, HoldsPackedWeight):
@@ -78,7 +86,7 @@ _Classes = tuple[type, tuple[type, ...]]
 
 
 def _classes(module: nn.Module) -> _Classes:
-    """The class of a module, and those of what it may hand itself to: attention processors, whether modules or not."""
+    """The class of a module, and the classes that it may hand itself to, such as those of attention processors."""
     others: list[Any] = [*vars(module).values(), *module._modules.values()]
     kinds: dict[type, None] = dict.fromkeys(map(type, others))
     return type(module), tuple(kind for kind in kinds if "__call__" in code_readers.functions(kind))
@@ -86,7 +94,7 @@ def _classes(module: nn.Module) -> _Classes:
 
 @cache
 def _reads(chain: tuple[_Classes, ...]) -> tuple[frozenset[Read], ...]:
-    """What modules, each the child of the one before, read of weights below them; of every one by itself."""
+    """The reads of each of several modules, every one the child of the one before."""
     owners = [[(own, False), *((other, True) for other in others)] for own, others in chain]
     names = code_readers.reachable([owner for of_one in owners for owner in of_one])
     return tuple(
@@ -98,7 +106,7 @@ def _reads(chain: tuple[_Classes, ...]) -> tuple[frozenset[Read], ...]:
 
 
 def _names(path: Path, parts: Path, owner: nn.Module) -> bool:
-    """Whether a path of `owner` stands for the weight of its layer `parts`."""
+    """Whether a path, seen from `owner`, stands for the weight of its layer `parts`."""
     *steps, last = path
     if last == "weight":
         return _fits(steps, parts)

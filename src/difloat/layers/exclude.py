@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 EXCLUDED = "excluded by the user"
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """What a user keeps out of a model, matched once.
+
+    Attributes:
+        patterns: As the user wrote them.
+        names: The layers that can be quantized and that they mean.
+    """
+
+    patterns: tuple[str, ...] = ()
+    names: frozenset[str] = frozenset()
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -1,8 +1,8 @@
-"""What others hang on a model: hooks of torch, diffusers and accelerate, functions put over `forward`, computed weights.
+"""Changes that other libraries make to a model: hooks of torch, diffusers and accelerate, new `forward`s, computed weights.
 
 Methods run copies of a model that share its tensors (`install.shadow`). A chain of hooks that is copied still calls the modules
-it was made for, so a copy with other layers would compute without them and nobody would see it. Hooks are therefore known,
-and kept, left out or refused.
+it was made for, so a copy with other layers would compute without them, unnoticed. So every kind of hook is known here, and is
+kept, left out or refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from difloat.layers import offloading
 from difloat.layers.quantizable import quantizable
 from difloat.layers.timestep_clock import Clock
 
-# Of diffusers: what to do about those that are no caches.
+# The ways out for hooks of diffusers that are no caches.
 _REMEDIES = {
     "GroupOffloadingHook": "quantize it before enable_group_offload",
     "LayerExecutionTrackerHook": "quantize it before enable_group_offload",
@@ -36,7 +36,7 @@ _CARRIED = (
 
 
 def check(model: nn.Module) -> None:
-    """Refuse a model that computes something else than its modules say, or whose weights are elsewhere.
+    """Refuse a model that computes something else than its modules say, or that does not hold its weights itself.
 
     Raises:
         ValueError: if a cache of diffusers is enabled, weights are offloaded or cast by hooks, a weight is computed
@@ -78,7 +78,7 @@ def check(model: nn.Module) -> None:
 
 
 def shared(model: nn.Module) -> dict[int, Any]:
-    """What a copy of `model` has in common with it, as deepcopy's memo: hooks, except those that are bound to its modules."""
+    """The hooks that a copy of a model shares with it, as a memo for deepcopy. Hooks bound to its modules are not shared."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for hook in (hook for kind in _TORCH for hook in getattr(module, kind).values()):
@@ -91,7 +91,7 @@ def shared(model: nn.Module) -> dict[int, Any]:
 
 
 def strip(model: nn.Module) -> None:
-    """Take the hooks that `check` lets pass, and that are about where weights are, out of a copy, in place."""
+    """Take hooks about the place of weights, which `check` lets pass, out of a copy, in place."""
     for module in model.modules():
         own = vars(module)
         own.pop("_diffusers_hook", None)
@@ -106,13 +106,13 @@ def carried(model: nn.Module) -> bool:
 
 
 def hand_over(old: nn.Module, new: nn.Module) -> None:
-    """Let torch's hooks of a layer go on with the one that takes its place; their handles still remove them."""
+    """Let torch's hooks of a layer go on with the layer that takes its place. Their handles still remove them."""
     for name in _CARRIED:
         setattr(new, name, getattr(old, name))
 
 
 def _harmless(hook: Any, at_top: bool) -> bool:
-    """Whether a hook of accelerate only moves the whole model, or what it is given, between devices."""
+    """Whether a hook of accelerate only moves the whole model, or its inputs, between devices."""
     kind = type(hook).__name__
     return at_top and (kind == "CpuOffload" or (kind == "AlignDevicesHook" and not hook.offload))
 

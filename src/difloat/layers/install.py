@@ -1,4 +1,4 @@
-"""How a model gets quantized layers and loses them again: copies that share tensors, swaps, plans carried out and undone."""
+"""How a model gets quantized layers and loses them again: plans carried out and undone, swaps, copies that share tensors."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ from difloat.plan.plan import LayerPlan, Plan
 
 
 def shadow(model: nn.Module, *, frozen: bool = False) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer: layers can be swapped without touching `model`.
+    """A copy of the module tree that shares every parameter and buffer, so that layers can be swapped in the copy only.
 
-    Hooks of torch act on it too. With `frozen` its parameters are views that need no gradient; those of `model` stay as they
-    are. What was made in inference mode is copied, as autograd refuses it.
+    Hooks of torch act on the copy too. Tensors made in inference mode are copied, as autograd refuses them.
+
+    Args:
+        model: The model, which stays as it is.
+        frozen: Whether the copy's parameters are views that need no gradient.
 
     Raises:
-        ValueError: if `model` has hooks whose copies would compute with `model` itself, see `hooks.check`.
+        ValueError: if the model has hooks whose copies would compute with the model itself (`hooks.check`).
     """
     hooks.check(model)
+    # deepcopy takes what its memo holds instead of copying it.
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     memo = hooks.shared(model) | {id(tensor): tensor for tensor in tensors}
     memo |= {id(t): torch_modes.normal(t) for t in model.buffers() if t.is_inference()}
@@ -43,13 +47,13 @@ def shadow(model: nn.Module, *, frozen: bool = False) -> nn.Module:
 
 
 def workable(model: nn.Module) -> nn.Module:
-    """`model` itself, or its `shadow` where it has hooks about devices, or tensors made in inference mode."""
+    """The model itself, or its `shadow` where it has hooks about devices, or tensors made in inference mode."""
     tensors = [*model.parameters(), *model.buffers()]
     return shadow(model) if hooks.carried(model) or any(t.is_inference() for t in tensors) else model
 
 
 def leave_inference_mode(model: nn.Module) -> None:
-    """Make the tensors of quantized layers that were made in inference mode ones that autograd accepts, in place."""
+    """Replace tensors of quantized layers that were made in inference mode by ones that autograd accepts, in place."""
     for layer in model.modules():
         if isinstance(layer, QuantizedLayer):
             for name, parameter in layer.named_parameters(recurse=False):
@@ -61,13 +65,19 @@ def leave_inference_mode(model: nn.Module) -> None:
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at `name` (dotted) inside `model`, and wherever else the module of that name is registered."""
+    """Put a module at a dotted name of a model, and wherever else the module of that name is registered."""
     for parent, child in places(model, name):
         setattr(parent, child, module)
 
 
 def install(model: nn.Module, name: str, plan: LayerPlan, device: torch.device | str | None = None) -> None:
-    """Swap one float or quantized layer of `model` for a quantized one, in place; None: on the device of the old one.
+    """Swap one float or quantized layer of a model for a quantized one, in place.
+
+    Args:
+        model: The model.
+        name: The dotted name of the layer.
+        plan: The formats, scales and codes of the layer.
+        device: Where the new layer is put, or None for the device of the old one.
 
     Raises:
         ValueError: if there is no such layer or its shape is another one.
@@ -90,7 +100,7 @@ def install(model: nn.Module, name: str, plan: LayerPlan, device: torch.device |
 
 
 def swap(model: nn.Module, name: str, layer: QuantLinear | QuantConv2d) -> None:
-    """Put a quantized layer in the place of the layer `name`; it answers as that one did if the parent asks for a dtype."""
+    """Put a quantized layer in the place of a layer. If the parent asks for the weight's dtype, it answers as that one did."""
     old = model.get_submodule(name)
     hooks.hand_over(old, layer)
     names = (other for other, module in model.named_modules(remove_duplicate=False) if module is old)
@@ -101,10 +111,10 @@ def swap(model: nn.Module, name: str, layer: QuantLinear | QuantConv2d) -> None:
 
 @torch_modes.plain()
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
-    """Carry out a plan in place: swap every planned layer, quantize every planned attention; returns `model`.
+    """Carry out a plan in place: swap every planned layer, quantize every planned attention, and return the model.
 
     Raises:
-        ValueError: if the plan does not fit; the model is then unchanged.
+        ValueError: if the plan does not fit. The model is unchanged then.
     """
     check(model, plan)
     clock = Clock(model, plan.timesteps) if plan.timesteps else None
@@ -118,7 +128,11 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def check(model: nn.Module, plan: Plan) -> None:
-    """Refuse a plan of another model, and a model with hooks that would lose or keep its layers; ValueError."""
+    """Refuse a plan of another model, and a model with hooks that would lose or keep its layers.
+
+    Raises:
+        ValueError: if the plan or a hook does not fit.
+    """
     hooks.check(model)
     float_layers = quantizable(model)
     for name, layer in plan.layers.items():
@@ -131,7 +145,7 @@ def check(model: nn.Module, plan: Plan) -> None:
 
 
 def set_clock(model: nn.Module, clock: Clock) -> None:
-    """Let every layer of `model` that depends on the timestep read it off `clock`, and the clock off the model's calls."""
+    """Let the layers that depend on the timestep read it off a clock, which reads it off the model's calls."""
     remove_clock(model)
     model.register_forward_pre_hook(clock, with_kwargs=True)
     model.register_forward_hook(clock.leave, always_call=True)
@@ -141,12 +155,12 @@ def set_clock(model: nn.Module, clock: Clock) -> None:
 
 
 def clock_of(model: nn.Module) -> Clock | None:
-    """The clock among the forward pre-hooks of a denoiser."""
+    """The clock among the forward pre-hooks of a denoiser, or None."""
     return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Clock)), None)
 
 
 def remove_clock(model: nn.Module) -> None:
-    """Undo `set_clock`; does nothing without one."""
+    """Undo `set_clock`. Without a clock nothing happens."""
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, Clock):
             del model._forward_pre_hooks[key]
@@ -159,7 +173,7 @@ def remove_clock(model: nn.Module) -> None:
 
 @contextmanager
 def as_in_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Inside, layers of `model` that depend on the timestep can be called alone, as in a call with these arguments."""
+    """Let layers that depend on the timestep be called alone inside a ``with`` block, as in a call with these arguments."""
     clock = clock_of(model)
     with nullcontext() if clock is None else clock.during(args, kwargs):
         yield
@@ -167,12 +181,12 @@ def as_in_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @torch_modes.plain()
 def restore(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Turn every quantized layer back into a plain float layer with the dequantized weight, in place; returns `model`.
+    """Turn every quantized layer back into a plain float layer with the dequantized weight, in place, and return the model.
 
-    A low-rank pair beside a weight is added to it. Attention computes in high precision again.
+    A low-rank pair is added to the weight that it stands beside. Attention computes in high precision again.
 
     Raises:
-        ValueError: if a layer has several weights, chosen by timestep; the model is then unchanged.
+        ValueError: if a layer has several weights, chosen by timestep. The model is unchanged then.
     """
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and (module.schedule or (module.side and module.side.schedule)):
@@ -190,6 +204,7 @@ def restore(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def _plain(module: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
     plain = copy.copy(module)
+    # Changing the class keeps everything that others hung on the module, which a new layer would lack.
     plain.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
     plain._parameters = dict(module._parameters)
     plain._buffers = {}

@@ -1,8 +1,8 @@
-"""Hooks that keep weights elsewhere, or in another dtype: taken off a model while it is quantized, and put back.
+"""Offloading and casting hooks, which are taken off a model while it is quantized, and put back afterwards.
 
 `enable_model_cpu_offload`, `enable_sequential_cpu_offload`, `enable_group_offload` and layerwise casting of diffusers all wrap
-`forward`. A copy of such a model would call the original, and its weights are not where they seem. So for the time of the work
-the hooks are off, the weights are plain parameters, and afterwards the same kind of hook holds whatever layers are there then.
+`forward`. A copy of such a model would call the original, and its weights are not where they seem. So the hooks are off for the
+time of the work, and the weights are plain parameters. Afterwards the same kind of hook holds the layers that are there then.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ from torch import Tensor, nn
 
 from difloat.layers.packed import QuantizedLayer
 
-_GROUPS = (
-    "group_offloading",
-    "layer_execution_tracker",
-    "lazy_prefetch_group_offloading",
-)  # names in diffusers
+# The names of hooks in diffusers.
+_GROUPS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 _CASTING = "layerwise_casting"
 _WRAPPED = ("_hf_hook", "_old_forward", "forward")
 
 
 def onload_device(module: nn.Module) -> torch.device | None:
-    """Where the hooks of a module bring its weights, or what it is given, when it is called; None without such hooks."""
+    """The device where the hooks of a module bring its weights or inputs when it is called, or None without such hooks."""
     for part in module.modules():
         for hook in [*of_accelerate(part), *of_diffusers(part).values()]:
             config = getattr(hook, "config", None)
@@ -55,14 +52,15 @@ def of_accelerate(module: nn.Module) -> list[Any]:
 
 @contextmanager
 def lifted(model: nn.Module, *, onload: bool = False) -> Iterator[None]:
-    """Inside, `model` holds its weights itself, in the dtype it computes in; afterwards hooks of the same kind hold them.
+    """Let a model hold its weights itself inside a ``with`` block, in the dtype that it computes in.
 
-    Layers may be replaced inside. Hooks that are of no known kind stay, `hooks.check` names them. Layers quantized inside are
-    not cast by layers any more: they are smaller than what casting makes of them.
+    Afterwards hooks of the same kind hold them again. Layers may be replaced inside. Hooks of an unknown kind stay, and
+    `hooks.check` names them. Layers that are quantized inside are not cast any more, since they are smaller than casting
+    makes them.
 
     Args:
-        model: A module; without hooks nothing happens.
-        onload: Bring the whole model to where it computes for that time, and back afterwards.
+        model: A module. Without hooks nothing happens.
+        onload: Whether the whole model is brought to the device where it computes for that time, and back afterwards.
     """
     there = onload_device(model)
     with ExitStack() as stack:
@@ -81,7 +79,7 @@ def lifted(model: nn.Module, *, onload: bool = False) -> Iterator[None]:
 
 @contextmanager
 def all_lifted(pipeline_or_module: Any) -> Iterator[None]:
-    """`lifted` for a module, or for every module of a pipeline."""
+    """`lifted` for a module, or for every module of a pipeline at once."""
     one = isinstance(pipeline_or_module, nn.Module)
     parts = [pipeline_or_module] if one else list(getattr(pipeline_or_module, "components", {}).values())
     with ExitStack() as stack:
@@ -92,7 +90,7 @@ def all_lifted(pipeline_or_module: Any) -> Iterator[None]:
 
 
 def _tidy(model: nn.Module) -> None:
-    """Take away what hooks leave behind: a layer that takes another's place would go on with that one's."""
+    """Take away what hooks leave behind, which a layer that takes another's place would go on with."""
     for part in model.modules():
         own = vars(part)
         if "_diffusers_hook" in own and not own["_diffusers_hook"].hooks:
@@ -103,7 +101,7 @@ def _tidy(model: nn.Module) -> None:
 
 
 def _whole(model: nn.Module) -> bool:
-    """Whether hooks of accelerate at the top only move the model as a whole, or what it is given."""
+    """Whether hooks of accelerate at the top only move the model as a whole, or its inputs."""
     hooks = of_accelerate(model)
     fine = all(
         type(hook).__name__ == "CpuOffload"
@@ -116,7 +114,7 @@ def _whole(model: nn.Module) -> bool:
 
 
 def _sequential(model: nn.Module) -> Any:
-    """One of the hooks of `accelerate.cpu_offload` on the whole model; None if there are none, or others, or a disk's."""
+    """One of the hooks of `accelerate.cpu_offload` on the whole model. None if there are none, or others, or a disk's."""
     hooks = [hook for part in model.modules() for hook in of_accelerate(part)]
     if any(type(hook).__name__ != "AlignDevicesHook" for hook in hooks) or not of_accelerate(model):
         return None
@@ -128,7 +126,7 @@ def _sequential(model: nn.Module) -> Any:
 
 
 def _grouped(model: nn.Module) -> Any:
-    """The settings of `apply_group_offloading` on the whole model; None if there are none, or several, or a disk's."""
+    """The settings of `apply_group_offloading` on the whole model. None if there are none, or several, or a disk's."""
     found = [
         hook.config
         for part in model.modules()
@@ -153,7 +151,7 @@ def _without_wrapper(model: nn.Module) -> Iterator[None]:
 
 
 def _take_sequential(model: nn.Module, hook: Any) -> Callable[[], object]:
-    """Take the hooks off; what puts them back."""
+    """Take the hooks off, and return a function that puts them back."""
     from accelerate import cpu_offload
     from accelerate.hooks import remove_hook_from_module
 
@@ -170,7 +168,7 @@ def _preloads(part: nn.Module) -> bool:
 
 
 def _take_groups(model: nn.Module, config: Any) -> Callable[[], object]:
-    """Take the hooks off; what puts them back."""
+    """Take the hooks off, and return a function that puts them back."""
     from diffusers.hooks import HookRegistry, apply_group_offloading
 
     registry = HookRegistry.check_if_exists_or_initialize(model)
@@ -186,7 +184,7 @@ def _take_groups(model: nn.Module, config: Any) -> Callable[[], object]:
 
 @contextmanager
 def _uncast(model: nn.Module) -> Iterator[None]:
-    """Without layerwise casting, every weight in the dtype that it is computed in, with the value that it is stored with."""
+    """Switch layerwise casting off: every weight has the dtype that it is computed in, with the value that is stored."""
     cast: list[tuple[nn.Module, Any, dict[str, Tensor]]] = []
     try:
         for part in model.modules():
@@ -194,9 +192,8 @@ def _uncast(model: nn.Module) -> Iterator[None]:
             if hook is not None and type(hook).__name__ == "LayerwiseCastingHook":
                 stored = {name: tensor.data for name, tensor in _tensors(part)}
                 cast.append((part, hook, stored))
-                hook.deinitalize_hook = lambda module: (
-                    module
-                )  # that of diffusers only says that precision was lost
+                # The one of diffusers only warns that precision was lost, which `_cast_again` makes up for.
+                hook.deinitalize_hook = lambda module: module
                 vars(part)["_diffusers_hook"].remove_hook(_CASTING, recurse=False)
                 del hook.deinitalize_hook
                 part.to(hook.compute_dtype)
@@ -212,9 +209,8 @@ def _cast_again(part: nn.Module, hook: Any, stored: dict[str, Tensor]) -> None:
     from diffusers.hooks import HookRegistry
 
     for name, tensor in _tensors(part):
-        tensor.data = stored[name].to(
-            tensor.device
-        )  # as it was, also where the dtype of computing is the narrower one
+        # The stored tensor comes back as it was, also where the dtype of computing is the narrower one.
+        tensor.data = stored[name].to(tensor.device)
     HookRegistry.check_if_exists_or_initialize(part).register_hook(hook, _CASTING)
 
 
@@ -224,7 +220,7 @@ def _tensors(part: nn.Module) -> list[tuple[str, Tensor]]:
 
 @contextmanager
 def _on(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, the model is on a device; afterwards where it was."""
+    """Put a model on a device inside a ``with`` block, and back afterwards."""
     before = next((tensor.device for tensor in model.parameters()), device)
     model.to(device)
     try:

@@ -1,7 +1,15 @@
-"""Quantized layers; `install` says how a model gets them.
+"""Quantized layers, which are linear layers and convolutions with packed weights.
 
 `QuantLinear` and `QuantConv2d` are plain subclasses of the float layers with a packed uint8 `weight` parameter and plain float
-buffers: no tensor subclass, so offloading, deepcopy, `torch.compile` and PEFT treat them as what they are.
+buffers. There is no tensor subclass, so offloading, deepcopy, `torch.compile` and PEFT treat them as what they are.
+
+>>> import difloat
+>>> model = nn.Sequential(nn.Linear(8, 16))
+>>> _ = difloat.quantize(model, "rtn", "w4a8", keep_8bit=(), progress=False)
+>>> model[0].weight.shape, model[0].weight.dtype                     # 8 codes of 4 bits in 4 bytes
+(torch.Size([16, 4]), torch.uint8)
+>>> model[0].dequantized_weight().shape
+torch.Size([16, 8])
 """
 
 from __future__ import annotations
@@ -37,11 +45,11 @@ __all__ = [
 ]
 
 _STORED = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
-when_first_made: list[Callable[[], object]] = []  # what others set up only once a process has a packed layer
+when_first_made: list[Callable[[], object]] = []  # set up by others once a process has a packed layer
 
 
 class QuantizedLayer(HoldsPackedWeight):
-    """What both layer types share: packed state, decoding of the weight, the sum over parts."""
+    """The base of both layer types: packed state, decoding of the weight, and the choice of what a timestep uses."""
 
     parts: tuple[Part, ...] = ()
     bands: tuple[Band, ...] = ()  # of rows, where these have several widths
@@ -63,7 +71,7 @@ class QuantizedLayer(HoldsPackedWeight):
     side_up: Tensor
 
     def __new__(cls, *args: Any, **kwargs: Any) -> QuantizedLayer:
-        """Also how a layer is copied and unpickled, so no way to get one passes by what waits for the first."""
+        """Make a layer, after whatever waits for the first one. Copies and unpickled layers come through here as well."""
         while when_first_made:
             try:
                 setup = when_first_made.pop()
@@ -73,7 +81,7 @@ class QuantizedLayer(HoldsPackedWeight):
         return super().__new__(cls)
 
     def allocate(self, plan: LayerPlan, device: torch.device | str) -> None:
-        """Replace the float weight by empty packed state as planned; values are loaded afterwards."""
+        """Replace the float weight by empty packed tensors as planned. Their values are loaded afterwards."""
         self.parts, self.float_shape = plan.parts, tuple(plan.shape)
         self.smoothed, self.schedule = plan.smoothed, plan.schedule
         self.input_schedule, self.bands, self.side = plan.input_schedule, plan.bands, plan.side
@@ -94,11 +102,12 @@ class QuantizedLayer(HoldsPackedWeight):
                 setattr(self, name, torch_modes.normal(tensor.to(device)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: all but the prepared calls, which hold addresses."""
+        """The state to copy or pickle, without the prepared calls, which hold addresses."""
         return {**self.__dict__, "_prepared": None if self._prepared is None else {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
-        """Move like any module, but a change of the model's dtype leaves scales and zero points in float32."""
+        """Move the layer like any module, but keep scales and zero points in float32 when the model's dtype changes."""
+        # Rounding scales to half precision would change every value that the codes stand for.
         exact = dict(self._buffers)
         super()._apply(fn, recurse)
         if self.input_dtype is not None:
@@ -110,10 +119,10 @@ class QuantizedLayer(HoldsPackedWeight):
         return self
 
     def plan(self) -> LayerPlan:
-        """The layer's state as a plan entry; tensors are shared, not copied."""
+        """The layer's state as an entry of a plan, whose tensors are shared and not copied."""
         kind: Literal["linear", "conv2d"] = "linear" if len(self.float_shape) == 2 else "conv2d"
         fields = (self.smoothed, self.schedule, self.input_schedule, self.bands, self.side)
-        empty = LayerPlan(kind, self.float_shape, self.parts, {}, *fields)
+        empty = LayerPlan(kind, self.float_shape, self.parts, *fields, tensors={})
         return with_changes(
             empty, tensors={name: self._tensor(name).detach() for name in empty.tensor_shapes()}
         )
@@ -123,7 +132,11 @@ class QuantizedLayer(HoldsPackedWeight):
         return tensor
 
     def current(self, name: str) -> Tensor:
-        """A stored tensor: of several variants the one for the timestep of the denoiser's call."""
+        """A stored tensor. Of several variants it is the one for the timestep of the denoiser's call.
+
+        Raises:
+            RuntimeError: if the layer depends on the timestep but is part of no denoiser.
+        """
         tensor = self._tensor(name)
         schedule = self.schedule if name in VARIED else self.input_schedule
         if self.side is not None and name in SIDE:
@@ -139,15 +152,15 @@ class QuantizedLayer(HoldsPackedWeight):
         return tensor.unflatten(0, (max(schedule) + 1, -1)).index_select(0, number)[0]
 
     def dequantized_weight(self) -> Tensor:
-        """The float32 weight [o, i, *k] that the codes stand for; of a smoothed layer without undoing the factors."""
+        """The float32 weight [o, i, *k] that the codes stand for. The factors of a smoothed layer are not undone."""
         return operators.decode(self.packed_weight()[0])
 
     def weight_formats(self) -> str:
-        """Names of the weight's formats, as reports show them."""
+        """The names of the weight's formats, as reports show them."""
         return weight_formats(self.float_shape[0], self.parts, self.bands)
 
     def packed_weight(self) -> tuple[Weight, tuple[Inputs, ...]]:
-        """The weight, without a branch, and what is stored of the inputs, for the timestep of the denoiser's call."""
+        """The weight without its branch, and the stored scales of the inputs, for the timestep of the denoiser's call."""
         tensors = {name: self.current(name) for name in _STORED if name in self._buffers}
         tensors["weight"] = self.current("weight")
         if self.bands:
@@ -155,25 +168,25 @@ class QuantizedLayer(HoldsPackedWeight):
         return self.layout.weight(tensors), self.layout.stored_inputs(tensors)
 
     def _with_side(self, out: Tensor, x: Tensor) -> Tensor:
-        """What the packed weight gives for the input `x`, and the low-rank branch on the same input added."""
+        """The result of the packed weight for an input, plus the low-rank branch on the same input."""
         if self.side is None:
             return out
         assert isinstance(self, nn.Linear | nn.Conv2d)
         return out + low_rank(self, x, self.current("side_down"), self.current("side_up"))
 
     def geometry(self) -> Geometry | None:
-        """How a kernel goes over pictures; None for linear layers, and for padding by something else than zeros alike."""
+        """The geometry of a convolution. None for linear layers, and where padding is not equally many zeros on both sides."""
         return None
 
     def _smooth(self, x: Tensor, axis: int) -> Tensor:
-        """The input times its factors, channel by channel."""
+        """The input multiplied by the smoothing factors, channel by channel."""
         if not self.smoothed:
             return x
         factor = self.current("input_factor").to(x.dtype)
         return x * (factor if axis == -1 else factor.reshape(-1, 1, 1))
 
     def _smoothed(self, x: Tensor, axis: int) -> Tensor:
-        """The input as the parts read it, cast and times its factors."""
+        """The input as the parts read it: cast, and multiplied by the smoothing factors."""
         x = self._cast(x)
         if not self.smoothed:
             return x
@@ -183,10 +196,17 @@ class QuantizedLayer(HoldsPackedWeight):
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
-    """A linear layer with packed weights; constructed as `nn.Linear`, quantized by `load`."""
+    """A linear layer with packed weights, constructed as `nn.Linear` and quantized by `load`.
+
+    >>> import difloat
+    >>> model = nn.Sequential(nn.Linear(8, 16))
+    >>> _ = difloat.quantize(model, "rtn", "w4a8", progress=False)
+    >>> isinstance(model[0], QuantLinear), model(torch.zeros(2, 8)).shape
+    (True, torch.Size([2, 16]))
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., i] to [..., o], in the dtype of `input`; that name, too, is the one of the float layer."""
+        """The result [..., o] for an input [..., i], in its dtype. The argument has the name that the float layer's has."""
         out = prepared.computed(self, input, -1)
         if out is not None:
             return self._with_side(out, input) if self.side is not None else out
@@ -200,17 +220,24 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
-    """A convolution with packed weights; constructed as `nn.Conv2d`, quantized by `load`."""
+    """A convolution with packed weights, constructed as `nn.Conv2d` and quantized by `load`.
+
+    >>> import difloat
+    >>> model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1))
+    >>> _ = difloat.quantize(model, "rtn", "w4a8", progress=False)
+    >>> isinstance(model[0], QuantConv2d), model(torch.zeros(1, 4, 8, 8)).shape
+    (True, torch.Size([1, 6, 8, 8]))
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        """[b, i, h, w] to [b, o, h', w'], in the dtype of `input`."""
+        """The result [b, o, h', w'] for an input [b, i, h, w], in its dtype."""
         out = prepared.computed(self, input, 1)
         if out is None:
             out = self._convolved(input)
         return self._with_side(out, input) if self.side is not None else out
 
     def geometry(self) -> Geometry | None:
-        """How the kernel goes over pictures; None where they are padded by something else than zeros alike on both sides."""
+        """The geometry of the convolution, or None where padding is not equally many zeros on both sides."""
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             return None
         return Geometry(self.stride, self.padding, self.dilation, self.groups)
@@ -222,7 +249,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return out if behind is None else out[:, :, behind[0] :, behind[1] :]
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Geometry, tuple[int, int] | None]:
-        """The input as the kernel goes over it, how it does, and how many first lines and columns are dropped behind it."""
+        """The padded input, the geometry of the convolution on it, and how many first lines and columns of the result drop."""
         padding, drop = self.padding, None
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
@@ -236,7 +263,11 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
 
 def empty_like(module: nn.Linear | nn.Conv2d) -> QuantLinear | QuantConv2d:
-    """A quantized layer of the same geometry, not quantized yet, whose bias is the very same parameter."""
+    """A layer of the same geometry that can be quantized, without a weight yet, whose bias is the very same parameter.
+
+    >>> empty_like(nn.Linear(8, 16))
+    QuantLinear(in_features=8, out_features=16, bias=True)
+    """
     has_bias = module.bias is not None
     layer: QuantLinear | QuantConv2d
     if isinstance(module, nn.Linear):
@@ -260,5 +291,5 @@ def empty_like(module: nn.Linear | nn.Conv2d) -> QuantLinear | QuantConv2d:
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """The weight of the layer `name`."""
+    """The weight of the layer with a dotted name."""
     return model.get_parameter(f"{name}.weight")

@@ -1,14 +1,15 @@
-"""The call of a packed layer, prepared once: choosing the backend and checking what is stored costs more than a small layer.
+"""The call of a packed layer, prepared once, because choosing a backend and checking tensors costs more than a small layer.
 
-A layer keeps one `Prepared` per dtype, device and class of token counts. Per call only the input is looked at, and whether the
-stored tensors are the same objects at the same addresses: offloading, loading and moving give others, which are prepared again.
-Whatever autograd, a compiler, a tracer or another kind of tensor must see goes through `torch.ops.difloat` instead.
+A layer keeps one `Prepared` per dtype, device and class of token counts. A call looks at its input, and at whether the stored
+tensors are the same objects at the same addresses. Offloading, loading and moving give others, which are prepared again.
+Calls that autograd, a compiler, a tracer or a subclass of tensors must see go through `torch.ops.difloat` instead.
 """
 
 from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from difloat.kernels import checks, dispatch, native_int8, native_prepared, operators
-from difloat.kernels.geometry import Geometry
+from difloat.kernels import checks, dispatch, native_decode, native_int8, native_prepared, operators
+from difloat.plan.weight import Layout
 
 if TYPE_CHECKING:
     from difloat.layers.packed import QuantConv2d, QuantLinear
@@ -33,19 +34,23 @@ _BUFFERS = (
 
 
 _MOST_KEPT = 16
+_PREPARES = {
+    native_int8: (native_prepared.linear, native_prepared.conv2d),
+    native_decode: (native_decode.prepared_linear, native_decode.prepared_conv2d),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What a call of one layer needs.
+    """A prepared call of one layer.
 
     Attributes:
-        call: Computes it; None where it is computed another way.
-        direct: The backend that does it past torch's dispatcher; None for the general way.
-        epoch: Of the choice of backends (`dispatch.epoch`).
-        held: Of every stored tensor whether it is a parameter, its name, a reference that keeps nothing alive, its address.
-        bias: Whether there was one.
-        version: Of the order of rows, from which things are derived; -1 without one.
+        call: The function that computes the layer, or None where it is computed another way.
+        direct: The backend that computes the layer past torch's dispatcher, or None for the general way.
+        epoch: The count of changes of the backend (`dispatch.epoch`) at which the call was prepared.
+        held: For every stored tensor whether it is a parameter, its name, a weak reference to it, and its address.
+        bias: Whether the layer had a bias.
+        version: The version counter of the order of rows, from which other tensors are derived, or -1 without one.
     """
 
     call: native_prepared.Call | None
@@ -57,22 +62,22 @@ class Prepared:
 
 
 def computed(layer: QuantLinear | QuantConv2d, x: Tensor, axis: int) -> Tensor | None:
-    """The layer's result without its branch by a prepared call; None where the general way must be taken.
+    """The layer's result without its branch by a prepared call, or None where the general way must be taken.
 
     Args:
         layer: The layer.
-        x: Its input, as it came.
-        axis: Of the input channels: -1, or 1 for pictures.
+        x: The input of the layer, as it came.
+        axis: The axis of the input channels, which is -1 for tokens and 1 for pictures.
     """
     parameters, buffers, kept = layer._parameters, layer._buffers, layer._prepared
     bias = parameters["bias"]
     if kept is None or operators.needs_operator(x, bias):
         return None
-    channels, axes = layer.parts[0].channels, len(layer.float_shape)
+    channels, axes = layer.float_shape[1], len(layer.float_shape)
     if x.dim() != axes if axes == 4 else x.dim() < 1:
         return None
     if x.shape[axis] != channels or x.layout is not torch.strided:
-        return None  # refused there, in a sentence
+        return None  # the general way refuses it in a sentence
     key = (x.dtype, x.device, bisect_right(dispatch.classes(axes), x.numel() // channels))
     prepared = kept.get(key)
     good = (
@@ -100,9 +105,8 @@ def computed(layer: QuantLinear | QuantConv2d, x: Tensor, axis: int) -> Tensor |
     if prepared.call is None and direct is not None:
         weight, (inputs,) = layer.packed_weight()
         if (geometry := layer.geometry()) is None:
-            result: Tensor = direct.linear(
-                x, weight, inputs, bias
-            )  # what is stored was checked when it was prepared
+            # The stored tensors were checked when the call was prepared.
+            result: Tensor = direct.linear(x, weight, inputs, bias)
             return result
         return operators.run_conv2d(x, weight, inputs, bias, geometry)
     assert prepared.call is not None
@@ -110,10 +114,10 @@ def computed(layer: QuantLinear | QuantConv2d, x: Tensor, axis: int) -> Tensor |
 
 
 def prepare(layer: QuantLinear | QuantConv2d, x: Tensor) -> Prepared:
-    """What calls of a layer with inputs like `x` need, after its tensors were checked.
+    """Check the tensors of a layer and prepare its call for inputs like `x`.
 
     Raises:
-        ValueError: a stored tensor does not fit.
+        ValueError: if a stored tensor does not fit.
     """
     buffers, bias = layer._buffers, layer._parameters["bias"]
     row_band = buffers.get("row_band")
@@ -135,8 +139,8 @@ def prepare(layer: QuantLinear | QuantConv2d, x: Tensor) -> Prepared:
 
 
 def _is_plain(layer: QuantLinear | QuantConv2d, stored: list[Tensor | None]) -> bool:
-    """Whether nothing depends on the timestep, there is one part, and tensors count their versions."""
-    if layer.schedule or layer.input_schedule or len(layer.parts) > 1 or layer.input_dtype is not None:
+    """Whether a layer can be prepared: nothing depends on the timestep, and tensors count versions."""
+    if layer.schedule or layer.input_schedule or layer.input_dtype is not None:
         return False
     if len(layer.float_shape) == 4:
         geometry = layer.geometry()
@@ -148,23 +152,46 @@ def _is_plain(layer: QuantLinear | QuantConv2d, stored: list[Tensor | None]) -> 
 def _call(
     layer: QuantLinear | QuantConv2d, x: Tensor
 ) -> tuple[native_prepared.Call | None, ModuleType | None]:
-    """The call by the native library, or another backend of the CPU that computes the layer."""
-    weight, (inputs,) = layer.packed_weight()
-    geometry: Geometry | None = None
-    if len(layer.float_shape) == 4:
-        geometry = layer.geometry()
-        assert geometry is not None
-        checks.conv2d(x, weight, inputs, layer.bias, geometry)
-    else:
-        checks.linear(x, weight, inputs, layer.bias)
+    """The call of the native library, or another backend of the CPU that computes a layer of one part."""
+    weight, inputs = layer.packed_weight()
+    geometry = layer.geometry() if len(layer.float_shape) == 4 else None
+    axis = -1 if geometry is None else 1
     factor = layer._buffers.get("input_factor")
     if factor is not None and factor.device != x.device:
         return None, None
-    backend = dispatch.choose_for(weight, x)
-    if backend is not native_int8:
-        # Triton multiplies a branch in the same pass, which is the operator's business, also in the interpreter.
-        known = x.device.type == "cpu" and backend is not dispatch.BACKENDS["triton"]
-        return None, backend if known else None
-    if geometry is None:
-        return native_prepared.linear(weight, x.dtype, layer.bias is not None), None
-    return native_prepared.conv2d(weight, x.dtype, layer.bias is not None, geometry), None
+    calls: list[native_prepared.Call] = []
+    parts = weight.parts()
+    pieces = x.split([part.part.channels for part in parts], dim=axis)
+    for part, piece, own in zip(parts, pieces, inputs, strict=True):
+        bias = None if calls else layer.bias
+        if geometry is None:
+            checks.linear(piece, part, own, bias)
+        else:
+            checks.conv2d(piece, part, own, bias, geometry)
+        backend = dispatch.choose_for(part, piece)
+        if backend not in _PREPARES:
+            # Triton multiplies a branch in the same pass, which is the operator's business, also in the interpreter.
+            known = x.device.type == "cpu" and backend is not dispatch.BACKENDS["triton"]
+            return None, backend if known and len(parts) == 1 else None
+        linear, conv2d = _PREPARES[backend]
+        calls.append(linear(part, x.dtype) if geometry is None else conv2d(part, x.dtype, geometry))
+    return calls[0] if len(calls) == 1 else _sum(calls, layer.layout, axis), None
+
+
+def _sum(calls: Sequence[native_prepared.Call], layout: Layout, axis: int) -> native_prepared.Call:
+    """The sum over parts, each of which reads its own input channels."""
+    widths = [column[0].part.channels for column in layout.places]
+    pairs = list(zip(calls, layout.inputs, strict=True))
+
+    def call(x: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+        total: Tensor | None = None
+        # Of `torch`: the method of the same name is a Python function.
+        for piece, (part, (at, zero_at)) in zip(torch.split_with_sizes(x, widths, axis), pairs, strict=True):
+            own = None if scale is None or at is None else scale[at]
+            own_zero = None if zero is None or zero_at is None else zero[zero_at]
+            term = part(piece, own, own_zero, bias if total is None else None)
+            total = term if total is None else total + term
+        assert total is not None
+        return total
+
+    return call

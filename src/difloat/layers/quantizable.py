@@ -1,17 +1,20 @@
-"""Which layers of a model can be quantized, and which of them belong together."""
+"""The layers of a model that can be quantized, and the blocks that they belong to."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from difloat.layers import dtype_readers
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Layers of `model` that can be quantized, by name in module order.
+    """The layers of a model that can be quantized, by name in module order.
 
-    Subclasses that compute something else in `forward` are not among them, nor layers whose weight the parent reads
-    without calling them (`nn.MultiheadAttention`) or whose input it casts to the weight's dtype (`parents.kept`).
+    >>> list(quantizable(nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Conv2d(4, 4, 3))))
+    ['0', '2']
+
+    Subclasses that compute something else in `forward` are not among them. Neither are layers whose weight the parent reads
+    without calling them (`nn.MultiheadAttention`), or whose input it casts to the weight's dtype (`dtype_readers.kept`).
     """
     found = {}
     read = dtype_readers.kept(model)
@@ -24,8 +27,29 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return found
 
 
+def check_weights(model: nn.Module) -> None:
+    """Look at every weight that can be quantized.
+
+    Raises:
+        ValueError: there is none, or one holds NaN or infinity (the layer is named).
+    """
+    found = quantizable(model)
+    if not found:
+        raise ValueError(
+            "model must have linear or convolution layers in float, got none; is it quantized already?"
+        )
+    for name, layer in found.items():
+        check_weight(name, layer.weight)
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """Refuse the weight of the layer `name` with a ValueError if it holds NaN or infinity."""
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"weights must be finite, got NaN or Inf in layer {name!r}; repair the checkpoint")
+
+
 def places(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
-    """Every parent and child name under which the module called `name` is registered in `model`; mostly one."""
+    """Every parent and child name under which a module is registered in a model, which is mostly one pair."""
     module = model.get_submodule(name)
     return [
         (parent, child)
@@ -36,10 +60,14 @@ def places(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
 
 
 def blocks(model: nn.Module) -> dict[str, list[str]]:
-    """Layers by the block they belong to, in module order: the units of block-wise reconstruction.
+    """The quantizable layers by the block they belong to, in module order. These are the units of block-wise reconstruction.
 
-    A block is an innermost entry of a `ModuleList` or `Sequential` that holds at least two quantizable layers (a ResNet
-    block, a transformer block); a layer outside of any block is a unit of its own, under its own name.
+    >>> block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    >>> blocks(nn.ModuleDict({"first": nn.Linear(4, 4), "blocks": nn.ModuleList([block])}))
+    {'first': ['first'], 'blocks.0': ['blocks.0.0', 'blocks.0.1']}
+
+    A block is an innermost entry of a `ModuleList` or `Sequential` that holds at least two quantizable layers, such as a ResNet
+    block or a transformer block. A layer outside of any block is a unit of its own, under its own name.
     """
     layers = quantizable(model)
     containers = [
@@ -61,9 +89,9 @@ def blocks(model: nn.Module) -> dict[str, list[str]]:
 
 
 def inside_blocks(model: nn.Module) -> list[str]:
-    """Quantizable layers that belong to an entry of some `ModuleList` or `Sequential`, in module order.
+    """The quantizable layers that belong to an entry of some `ModuleList` or `Sequential`, in module order.
 
-    What is left out is what a model has once: embedders of the sample, the timestep and the text, the final projection.
+    Layers that a model has once are left out: embedders of the sample, the timestep and the text, and the final projection.
     """
     containers = [
         f"{name}." if name else ""
@@ -76,11 +104,14 @@ def inside_blocks(model: nn.Module) -> list[str]:
 
 
 def staying_float(model: nn.Module) -> dict[str, str]:
-    """Modules of `model` that hold a floating weight with at least two axes and cannot be quantized, with the reason, by name.
+    """The reasons, by module name, for which modules with a floating weight of at least two axes cannot be quantized.
 
-    Attention of torch's own, transposed, one- and three-dimensional convolutions, stacks of experts, embeddings, subclasses of
-    linear layers with a forward pass of their own: whatever it is, it stays as large as it was. Layers of `quantizable` and
-    those that are quantized already are not among them. The model itself has the empty name.
+    >>> staying_float(nn.Sequential(nn.Embedding(10, 4)))
+    {'0': 'stays float: weight of Embedding, no linear layer and no two-dimensional convolution'}
+
+    Such modules are torch's own attention, transposed, one- and three-dimensional convolutions, stacks of experts, embeddings,
+    and subclasses of linear layers with a forward pass of their own. Layers of `quantizable` and those that are quantized
+    already are not among them. The model itself has the empty name.
     """
     possible, read = quantizable(model), dtype_readers.kept(model)
     found = {}

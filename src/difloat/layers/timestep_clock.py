@@ -1,8 +1,8 @@
-"""Which timestep the denoiser is called with, for layers whose state depends on it.
+"""The timestep of the denoiser's current call, for layers whose state depends on it.
 
-The timestep is read off the denoiser's own arguments, never found by counting calls: guidance in two calls, profilers and
-restarted samplers do not disturb it. It belongs to the call: threads, nested calls and a backward pass that computes parts of
-a call again each find their own.
+The timestep is read off the denoiser's own arguments and never found by counting calls. So guidance in two calls, profilers and
+restarted samplers do not disturb it. It belongs to the call: threads, nested calls, and a backward pass that computes parts of
+a call again, each find their own.
 """
 
 from __future__ import annotations
@@ -35,19 +35,23 @@ TIMESTEP_NAMES = (
 
 @final
 class Clock:
-    """Hooks of a denoiser: which entry of a timestep grid is nearest to the timestep of the call that runs.
+    """Hooks of a denoiser that find the entry of a timestep grid that is nearest to the timestep of the running call.
 
-    A call begins with the forward pre-hook `__call__` and ends with the forward hook `leave`, also where it fails. What it says
-    is kept per thread, so one model may be called by several at once. Where activations are checkpointed, the backward pass
-    runs parts of a call again, after it ended and perhaps in another thread: what a checkpoint keeps of its call then brings
-    the entry along.
+    A call begins with the forward pre-hook `__call__` and ends with the forward hook `leave`, also where it fails. The entry is
+    kept per thread, so one model may be called by several at once. Where activations are checkpointed, the backward pass runs
+    parts of a call again, after it ended and perhaps in another thread. Then the tensors that the checkpoint kept bring the
+    entry along.
     """
 
     def __init__(self, module: nn.Module, grid: Sequence[float]) -> None:
-        """For calls of `module`.
+        """Find the timestep among the parameters of a module's forward.
+
+        Args:
+            module: The denoiser whose calls are observed.
+            grid: The timesteps of the grid, in the unit of the denoiser's argument.
 
         Raises:
-            ValueError: if its forward has no parameter that is a timestep by name.
+            ValueError: if no parameter is a timestep by its name.
         """
         names = list(inspect.signature(module.forward).parameters)
         self.name = next((name for name in TIMESTEP_NAMES if name in names), None)
@@ -58,22 +62,22 @@ class Clock:
             )
         self.position = names.index(self.name)
         self.grid = tuple(grid)
-        # .calls: per running call, the innermost last, its entry and what `_carried` made, or None before the entry is known;
-        # .again: while the backward pass number .backward runs, the entry of the call that it computes again.
-        # A plain `local`, since Dynamo sees through no subclass.
+        # `.calls` holds the running calls, the innermost last, each with its entry and the hooks of `_carried` once known.
+        # `.again` is the entry of the call that the backward pass number `.backward` computes again while it runs.
+        # It is a plain `local`, since Dynamo sees through no subclass.
         self._local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which are in no call."""
+        """The state of copies and pickles, which are in no call."""
         return {name: value for name, value in vars(self).items() if name != "_local"}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """From what `__getstate__` gave."""
+        """Restore the state that `__getstate__` returned."""
         vars(self).update(state)
         self._local = threading.local()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take the timestep of a call that begins; ValueError as from `nearest`."""
+        """Take the timestep of a call that begins, with the errors of `nearest`."""
         outer = getattr(self._local, "calls", ())
         self._local.calls = (*outer, None)  # first of all: `leave` follows on a refusal too
         entry = self.nearest(args, kwargs)
@@ -89,7 +93,7 @@ class Clock:
 
     @contextmanager
     def during(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Inside, layers compute as in a call of the denoiser with these arguments; ValueError as from `nearest`."""
+        """Let layers compute inside a ``with`` block as in a call with these arguments, with the errors of `nearest`."""
         try:
             self(nn.Module(), args, kwargs)
             yield
@@ -97,7 +101,7 @@ class Clock:
             self.leave(nn.Module(), args, None)
 
     def nearest(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Number of the grid's entry that is nearest to the timestep in a call's arguments, int64 [].
+        """The number of the grid's entry that is nearest to the timestep in a call's arguments, int64 [].
 
         Raises:
             ValueError: if there is no timestep among them, or its rows are nearest to different entries.
@@ -109,9 +113,9 @@ class Clock:
             raise ValueError(
                 f"a call must give the timestep as {self.name!r}, got none; the quantized model chooses weights or ranges by it"
             )
-        timestep = torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1)
+        timestep = torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1)  # [b, 1]
         grid = torch.tensor(self.grid, dtype=torch.float32, device=timestep.device)
-        nearest = (timestep - grid).abs().argmin(dim=1)
+        nearest = (timestep - grid).abs().argmin(dim=1)  # [b]
         if not torch.compiler.is_compiling() and bool((nearest != nearest[0]).any()):
             raise ValueError(
                 f"all rows of a call must have one timestep, got {timestep.flatten().tolist()[:4]}...; "
@@ -120,7 +124,7 @@ class Clock:
         return nearest[0]
 
     def entry(self) -> Tensor:
-        """Number of the nearest entry in the call that runs in this thread, or that the backward pass computes again.
+        """The number of the nearest entry in the call that runs in this thread, or that the backward pass computes again.
 
         Raises:
             RuntimeError: if there is no such call.
@@ -141,7 +145,7 @@ class Clock:
         return again
 
     def _carried(self, entry: Tensor) -> saved_tensors_hooks | None:
-        """Entered: what autograd keeps of a call tells `entry` when the backward pass asks for it; None without gradients.
+        """Entered hooks by which tensors that autograd keeps tell the entry in the backward pass, or None without gradients.
 
         Checkpoints ask for their inputs just before they compute a block again, in the thread that does it. Compiled graphs
         hold the entry as a value. Where a caller has hooks of its own (`save_on_cpu`), these still see every tensor.

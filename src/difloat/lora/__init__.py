@@ -1,5 +1,6 @@
-"""LoRA on packed layers: its life cycle, PEFT's wrappers, foreign files. Users reach it as `difloat.lora`."""
+"""LoRA on packed layers: loading, weighting, merging, saving, and PEFT's wrappers. Users reach it as `difloat.lora`."""
 
-from difloat.lora.adapters import load, loaded, merge, save, set_weights, unload, unmerge, weights
+from difloat.lora.adapters import load, merge, save, set_weights, unload, unmerge
+from difloat.lora.wrapped import loaded, weights
 
 __all__ = ["load", "loaded", "merge", "save", "set_weights", "unload", "unmerge", "weights"]

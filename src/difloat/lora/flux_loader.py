@@ -1,9 +1,9 @@
-"""What diffusers' LoRA loader of FLUX must know of packed weights.
+"""Knowledge of packed weights for diffusers' LoRA loader of FLUX.
 
-Before it loads, it compares the shape of every linear layer's weight with the adapter's: a LoRA that is wider belongs to a
+Before it loads, it compares the shape of every linear layer's weight with the adapter's. A LoRA that is wider belongs to a
 control model, and the layer is replaced by a wider float one. A packed weight is narrower than its adapter, so every quantized
-layer would be replaced by one of raw bytes. The loader asks two functions of its own, which know bitsandbytes and GGUF; they
-get to know ours.
+layer would be replaced by one of raw bytes. The loader asks two functions of its own, which know bitsandbytes and GGUF, and are
+taught difloat's layers here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from difloat.plan.encode import dequantize
 
 
 def teach_shapes() -> None:
-    """Let the loader see float shapes, and float weights where a control LoRA does widen a layer; again does nothing."""
+    """Let the loader see float shapes, and float weights where a control LoRA widens a layer. A second call does nothing."""
     from diffusers.loaders import lora_pipeline
 
     loader: Any = lora_pipeline.FluxLoraLoaderMixin

@@ -1,7 +1,8 @@
 """PEFT's LoRA layers around quantized ones: the same side branch, but merging goes through the packed weight.
 
-PEFT adds an adapter by wrapping a layer. Its own wrappers merge by writing floats into `weight`, which is packed here. PEFT has
-no table of layer types, so the wrapper's class is exchanged the moment it takes a quantized layer (`lora.on_wrapped`); that
+PEFT adds an adapter by wrapping a layer. Its own wrappers merge by writing floats into `weight`, which is packed here. PEFT's
+own table of further layer types belongs to one configuration (`LoraConfig._register_custom_module`), and diffusers makes that
+configuration itself. So the wrapper's class is exchanged the moment it takes a quantized layer (`wrapped.on_wrapped`), which
 reaches every way in: `pipeline.load_lora_weights`, `model.add_adapter`, `peft.inject_adapter_in_model`, `peft.get_peft_model`.
 
 Importing this module imports PEFT.
@@ -38,7 +39,7 @@ _Base: Any = nn.Module
 
 
 class _OnPackedWeight(_Base):
-    """What a linear layer and a convolution share; comes before PEFT's class in the order of resolution."""
+    """The common part of a linear layer and a convolution, which comes before PEFT's class in the order of resolution."""
 
     scaling: dict[str, Any]
     _original: tuple[LayerPlan, Tensor | None] | None = None  # the layer and its bias before any merging
@@ -46,7 +47,7 @@ class _OnPackedWeight(_Base):
     share: float = 1.0  # of what was merged, see `merging.Changed`
 
     def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
-        """Add an adapter; refuses variants of LoRA that read or replace the float weight."""
+        """Add an adapter. Variants of LoRA that read or replace the float weight are refused."""
         if isinstance(self.get_base_layer(), QuantizedLayer):
             _check_plain(config)
         super().update_layer(adapter_name, *args, config=config, **kwargs)
@@ -62,11 +63,11 @@ class _OnPackedWeight(_Base):
         Whatever was merged before is added and rounded together with it, so the order makes no difference.
 
         Args:
-            safe_merge: Here as always; adapters that are not finite are refused in any case.
-            adapter_names: None for the active ones.
+            safe_merge: Has no effect here, since adapters that are not finite are refused in any case.
+            adapter_names: The names of the adapters, or None for the active ones.
 
         Raises:
-            ValueError: if the layer cannot take the change; it is then as it was.
+            ValueError: if the layer cannot take the change. The layer is unchanged then.
         """
         base = self.get_base_layer()
         if not isinstance(base, QuantizedLayer):
@@ -94,7 +95,7 @@ class _OnPackedWeight(_Base):
             )
 
     def _change(self, scaling: dict[str, float]) -> Tensor:
-        """Of all named adapters together, [o, i, *k] in float32, with these scalings instead of the present ones."""
+        """The float32 change [o, i, *k] of all named adapters together, with these scalings instead of the present ones."""
         present = self.scaling
         self.scaling = {**present, **scaling}
         changes: list[Tensor] = [self.get_delta_weight(name).float() for name in scaling]
@@ -141,16 +142,16 @@ class _OnPackedWeight(_Base):
 
 @final
 class PackedLinear(_OnPackedWeight, lora.Linear):
-    """LoRA around a `QuantLinear`."""
+    """A LoRA layer around a `QuantLinear`."""
 
 
 @final
 class PackedConv2d(_OnPackedWeight, lora.Conv2d):
-    """LoRA around a `QuantConv2d`."""
+    """A LoRA layer around a `QuantConv2d`."""
 
 
 def _put(base: QuantizedLayer, plan: LayerPlan) -> None:
-    """Give a layer other bytes; its parameters and buffers stay the same objects, which offloading holds on to."""
+    """Give a layer other bytes. Its parameters and buffers stay the same objects, which offloading holds on to."""
     for name, tensor in plan.tensors.items():
         held: Tensor = getattr(base, name)
         held.data = tensor.to(held.device)
@@ -177,7 +178,7 @@ def adopt(wrapper: nn.Module) -> None:
 
 
 def _check_plain(config: Any) -> None:
-    """ValueError unless LoRA is of the kind that only adds a product of two factors."""
+    """Raise a ValueError unless LoRA is of the kind that only adds a product of two factors."""
     start = config.init_lora_weights
     plain = any(start is known or (isinstance(known, str) and start == known) for known in _PLAIN_STARTS)
     chosen = [name for name in _VARIANTS if getattr(config, name, None)]

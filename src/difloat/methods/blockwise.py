@@ -1,13 +1,14 @@
-"""Learned rounding block by block in the order of execution, each block on what the quantized blocks before it give.
+"""Learned rounding block by block in the order of execution, where each block reads what quantized blocks before it return.
 
-Memory: the packed twin, one block's rounding variables, and per calibration row what two held forward passes (full precision
-for the targets, quantized for the inputs) keep, which `Task.memory_bytes` bounds by taking fewer rows.
+It takes the memory of the packed copy of the model, of one block's rounding variables, and per calibration row of two held
+forward passes (full precision for the targets, quantized for the inputs). `Task.memory_bytes` bounds it by taking fewer rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -42,18 +43,18 @@ def learn_blocks(
     """Learn the rounding of the layers in `drafts`.
 
     Args:
-        task: Model, data, memory.
-        twin: The model with weights rounded to nearest; takes over what is learned.
+        task: The model, its data, and the memory for activations.
+        twin: The model with weights rounded to nearest, which takes over the learned ones.
         drafts: The layers whose rounding is learned.
-        seen: What a forward pass showed.
-        settings: See there.
-        generator: Draws the calibration rows.
-        measured: Gets errors and seconds of every block under "blocks", and the rows used under "rounding_rows".
+        seen: The trace of a forward pass.
+        settings: How rounding is learned, and on how many rows.
+        generator: The generator that draws the calibration rows.
+        measured: A dict that gets errors and seconds of every block under "blocks", and the rows used under "rounding_rows".
 
     Returns: The learned layers.
     """
     units = _units(task.model, drafts)
-    count = min(settings.rounding_rows, len(task.calibration), max(1, task.memory_bytes // seen.row_bytes))
+    count = _rows_held(task, settings, seen)
     rows = task.calibration.stratified(count, generator)
     calls = task.calls(rows, seen.row_bytes)
     measured["rounding_rows"] = count
@@ -92,6 +93,19 @@ def learn_blocks(
     return done
 
 
+def _rows_held(task: Task, settings: Sequencing, seen: Trace) -> int:
+    """How many of the rows asked for memory holds; said if it is not all of them."""
+    wanted = min(settings.rounding_rows, len(task.calibration))
+    count = min(wanted, max(1, task.memory_bytes // seen.row_bytes))
+    if count < wanted and task.progress:
+        needed_mb = -(-wanted * seen.row_bytes // (1 << 20))
+        tqdm.write(
+            f"rounding is learned on {count} of {wanted} rows, as memory may hold no more; --memory-mb {needed_mb} holds all",
+            file=sys.stderr,
+        )
+    return count
+
+
 def _codes_and_errors(
     drafts: Mapping[str, Draft], learned: Learned
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -100,7 +114,7 @@ def _codes_and_errors(
 
 
 def _take_over(twin: nn.Module, name: str, draft: Draft, codes: torch.Tensor) -> LayerPlan:
-    """Give a layer of `twin` learned codes; the layer's plan."""
+    """Give a layer of `twin` learned codes, and return the layer's plan."""
     nearest = draft.plan()
     plan = replace(nearest, tensors={**nearest.tensors, "weight": codes})
     layer = twin.get_submodule(name)
@@ -144,5 +158,5 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None
 
 
 def _key(path: Path) -> str:
-    """A block is one of its run: the folder's name says which."""
+    """The key of a block, which belongs to the run that the folder's name says."""
     return f"{path.parent.name}/{path.name}"

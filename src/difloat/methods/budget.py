@@ -1,9 +1,9 @@
-"""The least total error under a budget of bytes, one candidate per layer: a multiple-choice knapsack.
+"""The least total error under a budget of bytes, with one candidate per layer, which is a multiple-choice knapsack.
 
-Its Lagrangian relaxation needs no bisection: on the lower convex hull of a layer's candidates every step to the next larger one
-saves error at a falling price, so taking the steps of all layers by price until one does not fit solves it. What is left of
-the budget is filled greedily. The relaxation also bounds every solution from below, and a search over partial sums that drops
-whatever the bound excludes then finds the optimum, as long as few enough sums are left.
+Its Lagrangian relaxation needs no bisection. On the lower convex hull of a layer's candidates every step to the next larger one
+saves error at a falling price, so taking the steps of all layers by price until one does not fit solves it. The rest of the
+budget is filled greedily. The relaxation also bounds every solution from below. A search over partial sums that drops all that
+the bound excludes then finds the optimum, as long as few enough sums are left.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_MOST_SUMS = 1 << 14  # partial sums kept per layer; with more the greedy solution stands
+_MOST_SUMS = 1 << 14  # partial sums per layer; with more of them the greedy solution stands
 _SLACK = 1e-12  # relative: sums in another order must not exclude the solution at hand
 
 
@@ -24,8 +24,8 @@ class Candidate:
     """One way to store a layer.
 
     Attributes:
-        size: Bytes.
-        error: What it costs, additive over layers, at least 0.
+        size: The bytes of the layer.
+        error: The error of the layer, which is additive over layers and at least 0.
     """
 
     size: int
@@ -34,13 +34,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Allotment:
-    """What every layer gets.
+    """The choice of a candidate for every layer.
 
     Attributes:
-        picks: Index of the chosen candidate of every layer.
-        size: Bytes of all of them.
-        error: Their total error.
-        bound: No choice within the budget has less error than this.
+        picks: The index of the chosen candidate of every layer.
+        size: The bytes of all chosen candidates.
+        error: The total error of all chosen candidates.
+        bound: An error that no choice within the budget is below.
         optimal: Whether the search was completed, so that no choice within the budget has less error than this one.
     """
 
@@ -53,7 +53,7 @@ class Allotment:
 
 @dataclass(frozen=True)
 class _Step:
-    """From one candidate on a hull to the next larger one."""
+    """The step from one candidate on a hull to the next larger one."""
 
     layer: int
     to: int
@@ -66,15 +66,19 @@ class _Step:
 
 
 def allot(candidates: Mapping[str, Sequence[Candidate]], budget: int) -> Allotment:
-    """Choose a candidate for every layer: the least total error whose bytes are at most the budget.
+    """Choose the candidates with the least total error whose bytes are at most the budget.
+
+    >>> small, large = Candidate(size=2, error=1.0), Candidate(size=4, error=0.1)
+    >>> allot({"first": [small, large], "second": [small, Candidate(4, 0.5)]}, budget=6).picks
+    {'first': 1, 'second': 0}
 
     The result is the optimum where `Allotment.optimal` says so. Where too many partial sums are left, it is the greedy
-    solution, whose error is at most one step between neighbours on a hull above the optimum. Equal inputs give equal results;
-    of equal errors the choice with fewer bytes wins where the search was completed.
+    solution, whose error is at most one step between neighbours on a hull above the optimum. Equal inputs give equal results.
+    Of equal errors the choice with fewer bytes wins where the search was completed.
 
     Args:
-        candidates: Of every layer, at least one, in any order.
-        budget: Bytes.
+        candidates: For every layer its candidates, at least one, in any order.
+        budget: The most bytes that all choices may take together.
 
     Raises:
         ValueError: if there is nothing to choose, an error is not finite or negative, or the smallest choice is
@@ -86,6 +90,7 @@ def allot(candidates: Mapping[str, Sequence[Candidate]], budget: int) -> Allotme
     picks, price = _by_price(layers, hulls, budget)
     _fill(layers, picks, budget)
     floors = [min(one.error + price * one.size for one in layer) for layer in layers]
+    # The Lagrangian dual at the price where the relaxation broke off.
     bound = max(0.0, math.fsum(floors) - price * budget)
     better, complete = _search(layers, floors, price, budget, _error(layers, picks))
     picks = picks if better is None else better
@@ -121,7 +126,7 @@ def _error(layers: Sequence[Sequence[Candidate]], picks: Sequence[int]) -> float
 
 
 def _hull(layer: Sequence[Candidate]) -> list[int]:
-    """Candidates on the lower convex hull of error over size, from the smallest on, strictly falling in error and price."""
+    """The candidates on the lower convex hull of error over size, from the smallest on, falling in error and price."""
     hull: list[int] = []
     for index in sorted(range(len(layer)), key=lambda n: (layer[n].size, layer[n].error, n)):
         new = layer[index]
@@ -142,7 +147,7 @@ def _hull(layer: Sequence[Candidate]) -> list[int]:
 def _by_price(
     layers: Sequence[Sequence[Candidate]], hulls: Sequence[Sequence[int]], budget: int
 ) -> tuple[list[int], float]:
-    """The relaxation's solution without its broken last step, and the price of a byte there (0 if all steps fit)."""
+    """The relaxation's solution without its broken last step, and the price of a byte there, which is 0 if all steps fit."""
     picks = [hull[0] for hull in hulls]
     free = budget - sum(layer[pick].size for layer, pick in zip(layers, picks, strict=True))
     steps = [
@@ -151,6 +156,7 @@ def _by_price(
         for before, after in zip(hull, hull[1:], strict=False)
     ]
     for step in sorted(steps, key=lambda step: -step.price):
+        # The relaxation would take a part of this step; its price is that of a byte.
         if step.size > free:
             return picks, step.price
         picks[step.layer], free = step.to, free - step.size
@@ -158,7 +164,7 @@ def _by_price(
 
 
 def _fill(layers: Sequence[Sequence[Candidate]], picks: list[int], budget: int) -> None:
-    """Spend what is left, in place: the change of one layer that saves most, while one that fits saves anything."""
+    """Spend the rest of the budget in place, by the change of one layer that saves most, while one that fits saves anything."""
     free = budget - sum(layer[pick].size for layer, pick in zip(layers, picks, strict=True))
     while True:
         best, saved = None, 0.0
@@ -192,8 +198,10 @@ def _search(
         sizes = torch.tensor([one.size for one in layer])
         errors = torch.tensor([one.error for one in layer], dtype=torch.float64)
         sums, costs = (size[:, None] + sizes).flatten(), (error[:, None] + errors).flatten()
+        # A sum must leave room for the smallest candidates to come, and must not be excluded by the bound.
         kept = (sums + smallest <= budget) & (costs + price * sums.double() + rest <= limit + slack)
         index = kept.nonzero().squeeze(1)
+        # Sorted by size and, among equals, by error, a sum is of use only if its error is below all before it.
         index = index[costs[index].argsort(stable=True)]
         index = index[sums[index].argsort(stable=True)]
         if len(index) == 0:
@@ -211,7 +219,7 @@ def _search(
 
 
 def _falling(errors: Tensor) -> Tensor:
-    """Which entries are below all entries before them, bool."""
+    """Whether each entry is below all entries before it, as bool."""
     least = errors.cummin(0).values
     first = torch.ones(1, dtype=torch.bool)
     return torch.cat([first, errors[1:] < least[:-1]])

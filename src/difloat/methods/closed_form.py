@@ -1,60 +1,58 @@
-"""Weights of a plan rounded anew in closed form, their widths chosen per layer at the bytes of that plan.
+"""Weights of a plan rounded anew in closed form: second-order rounding under the moments of the inputs that the plan has.
 
-The plan at hand says which layers are quantized, how they round their inputs, and how many bytes they take. Moments of those
-inputs and sensitivities of the output tell what every width of every layer would cost, the budget decides between them, and
-second-order rounding carries it out. Nothing is trained.
+The plan at hand says which layers are quantized and how they round their inputs. Nothing is trained, and no layer waits for
+another one, since inputs are those that the float model makes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from difloat.layers import packed
-from difloat.methods.budget import Allotment, Candidate, allot
-from difloat.methods.moments import MomentSettings, Source, cost, gather, sources
-from difloat.methods.second_order import SecondOrderSettings, nearest_row_error, round_second_order
-from difloat.methods.sensitivity import SensitivitySettings, probes_of, sensitivities
-from difloat.methods.task import Task
+from difloat.methods.finished import Finished, facts_of
+from difloat.methods.moments import Moments, MomentSettings, Source, cost, gather, sources
+from difloat.methods.second_order import SecondOrderSettings, factor, round_second_order
+from difloat.methods.task import MixedRows, Task
 from difloat.methods.trace import Call
+from difloat.plan.encode import join_rows
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Draft, Rule, draft_layer
-from difloat.plan.specs import layer_tensor_shapes
 from difloat.plan.target import restrict
+from difloat.plan.validation import plain, read
 
-RuleOf = Callable[[int], Rule]
+Asked = Rule | MixedRows
+"""What is asked of a weight: one rule for all of its rows, or one for every band of them."""
 
 
 @dataclass(frozen=True)
 class ClosedFormSettings:
-    """How weights are chosen and rounded.
+    """How weights are rounded.
 
     Attributes:
         rounding: Of the weights.
         moments: What is gathered of inputs.
-        sensitivity: What is looked at to choose widths.
-        widths: Bits that a layer may get.
         rows: Calibration rows for moments.
     """
 
     rounding: SecondOrderSettings = field(default_factory=SecondOrderSettings)
     moments: MomentSettings = field(default_factory=MomentSettings)
-    sensitivity: SensitivitySettings = field(default_factory=SensitivitySettings)
-    widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     rows: int = 128
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Calls that give layers their inputs, and the distinct inputs among them."""
+    """Calls that give layers their inputs, the distinct inputs among them, and what an earlier run finished."""
 
     calls: list[Call]
     found: list[Source]
+    finished: Finished
 
 
 def inputs_of(
@@ -70,55 +68,14 @@ def inputs_of(
     generator = torch.Generator().manual_seed(task.seed)
     rows = task.calibration.stratified(min(settings.rows, len(task.calibration)), generator)
     calls = task.calls(rows, row_bytes)
-    return Inputs(calls, sources(task.model, calls[0], plans, settings.moments))
-
-
-def widths(
-    task: Task,
-    plans: Mapping[str, LayerPlan],
-    inputs: Inputs,
-    rule_of: RuleOf,
-    fixed: Sequence[str],
-    weights: Mapping[float, float],
-    settings: ClosedFormSettings,
-) -> tuple[dict[str, int], Allotment]:
-    """Bits of every layer's weight: the least error of the output at no more bytes than `plans` take.
-
-    Args:
-        task: Model and data.
-        plans: Layers with inputs.
-        inputs: See `inputs_of`.
-        rule_of: What is asked of a weight of so many bits.
-        fixed: Layers that keep their weight and do not appear in the result; their bytes are not up for choice.
-        weights: Of a squared error of the output at every timestep.
-        settings: See there.
-
-    Raises:
-        ValueError: as `allot` and `sensitivities`.
-    """
-    open_ = {name: plan for name, plan in plans.items() if name not in fixed}
-    probes = probes_of(task, settings.sensitivity, weights)
-    gamma = sensitivities(task.model, probes, list(open_), settings.sensitivity, task.seed)
-    offered: dict[str, list[Candidate]] = {}
-    gathered = gather(task.model, inputs.calls, plans, settings.moments, inputs.found)
-    for moments in tqdm(gathered, desc="error by width", total=len(inputs.found), disable=not task.progress):
-        for name in moments.source.names:
-            if name in open_:
-                drafts = [_draft(task, name, open_[name], rule_of(bits)) for bits in settings.widths]
-                errors = [nearest_row_error(draft, moments.matrix).cpu() @ gamma[name] for draft in drafts]
-                offered[name] = [
-                    Candidate(_bytes(open_[name], draft), float(error))
-                    for draft, error in zip(drafts, errors, strict=True)
-                ]
-    found = allot({name: offered[name] for name in open_}, sum(plan.nbytes for plan in open_.values()))
-    return {name: settings.widths[pick] for name, pick in found.picks.items()}, found
+    return Inputs(calls, sources(task.model, calls[0], plans, settings.moments), Finished.of(task, len(rows)))
 
 
 def round_anew(
     task: Task,
     plans: Mapping[str, LayerPlan],
     inputs: Inputs,
-    rules: Mapping[str, Rule],
+    asked: Mapping[str, Asked],
     settings: ClosedFormSettings,
 ) -> tuple[dict[str, LayerPlan], dict[str, Any]]:
     """Second-order rounding of every layer's weight, with the inputs of `plans`.
@@ -127,45 +84,117 @@ def round_anew(
         task: Model and data.
         plans: Layers with inputs.
         inputs: See `inputs_of`.
-        rules: What is asked of the weight of each layer.
+        asked: What is asked of the weight of each layer, or of bands of its rows.
         settings: See there.
 
     Returns:
         The layers in the order of `plans`; what gathering took; and by layer the error relative to nearest rounding on the
         searched scales, the damping, and how many input vectors the moments are of.
     """
-    done, report = {}, {}
-    gathered = gather(task.model, inputs.calls, plans, settings.moments, inputs.found)
-    for moments in tqdm(gathered, desc="round weights", total=len(inputs.found), disable=not task.progress):
-        for name in moments.source.names:
-            draft = _draft(task, name, plans[name], rules[name])
-            try:
-                found = round_second_order(draft, moments.matrix, settings.rounding)
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from error
-            done[name] = _with_inputs(found.plan(), plans[name])
-            nearest = float(found.nearest_error.sum())
-            report[name] = {
-                "error": float(found.row_error.sum()) / nearest if nearest else 1.0,
-                "damping": found.damping,
-                "vectors": moments.vectors,
-            }
+    done: dict[str, LayerPlan] = {}
+    report: dict[str, Any] = {}
+    open_: list[Source] = []
+    facts = {source: _facts(task, source, plans, asked, settings) for source in inputs.found}
+    for source in inputs.found:
+        kept = inputs.finished.read(facts[source])
+        if kept is None:
+            open_.append(source)
+        else:
+            _take(done, report, source, *kept)
+    gathered = gather(task.model, inputs.calls, plans, settings.moments, open_) if open_ else ()
+    with tqdm(desc="round weights", total=len(inputs.found), disable=not task.progress) as bar:
+        bar.update(len(inputs.found) - len(open_))
+        for moments in gathered:
+            rounded, said = _round(task, plans, asked, moments, settings)
+            _keep(inputs.finished, facts[moments.source], moments.source, rounded, said)
+            done |= rounded
+            report |= said
+            bar.update()
     layers = {name: done[name] for name in plans}
-    return layers, {"moments": cost(inputs.found, settings.moments), "layers": report}
+    ordered = {name: report[name] for name in plans}
+    return layers, {"moments": cost(inputs.found, settings.moments), "layers": ordered}
 
 
-def _draft(task: Task, name: str, plan: LayerPlan, rule: Rule) -> Draft:
-    splits = [part.channels for part in plan.parts]
-    return draft_layer(packed.weight_of(task.model, name), splits, restrict(rule, task.target))
+def _round(
+    task: Task,
+    plans: Mapping[str, LayerPlan],
+    asked: Mapping[str, Asked],
+    moments: Moments,
+    settings: ClosedFormSettings,
+) -> tuple[dict[str, LayerPlan], dict[str, dict[str, float]]]:
+    """The layers that read one input, and what is reported of them."""
+    done, report = {}, {}
+    try:
+        known = factor(moments.matrix, settings.rounding)
+        for name in moments.source.names:
+            drafts = _bands(task, name, plans[name], asked[name])
+            bands = [round_second_order(d, moments.matrix, settings.rounding, known) for d in drafts]
+            order = getattr(asked[name], "order", torch.arange(plans[name].shape[0]))
+            done[name] = _with_inputs(join_rows([band.plan() for band in bands], order), plans[name])
+            error = sum(float(band.row_error.sum()) for band in bands)
+            nearest = sum(float(band.nearest_error.sum()) for band in bands)
+            share = error / nearest if nearest else 1.0
+            report[name] = {"error": share, "damping": known.damping, "vectors": moments.vectors}
+    except ValueError as error:
+        raise ValueError(f"layer {moments.source.names[0]!r}: {error}") from error
+    return done, report
 
 
-def _bytes(plan: LayerPlan, draft: Draft) -> int:
-    """What the layer would take with the weight of `draft`, as `LayerPlan.nbytes` counts."""
-    parts = [
-        replace(new, activation=old.activation) for new, old in zip(draft.parts, plan.parts, strict=True)
+def _facts(
+    task: Task,
+    source: Source,
+    plans: Mapping[str, LayerPlan],
+    asked: Mapping[str, Asked],
+    settings: ClosedFormSettings,
+) -> list[str]:
+    """Everything that the rounded layers of one input depend on."""
+    wanted = [
+        [repr(of.rules), list(of.counts), of.order.tolist()] if isinstance(of, MixedRows) else repr(of)
+        for of in (asked[name] for name in source.names)
     ]
-    shapes = layer_tensor_shapes(plan.shape, parts)
-    return sum(math.prod(shape) * LayerPlan.dtype_of(name).itemsize for name, shape in shapes.items())
+    return ["rounded", repr(settings), json.dumps(wanted), *facts_of(task, source.names, plans)]
+
+
+def _keep(
+    finished: Finished,
+    facts: Sequence[str],
+    source: Source,
+    layers: Mapping[str, LayerPlan],
+    report: Mapping[str, Any],
+) -> None:
+    tensors = {
+        f"{number}.{key}": tensor
+        for number, name in enumerate(source.names)
+        for key, tensor in layers[name].tensors.items()
+    }
+    texts = {name: json.dumps([plain(layers[name]), report[name]]) for name in source.names}
+    finished.write(facts, tensors, texts)
+
+
+def _take(
+    done: dict[str, LayerPlan],
+    report: dict[str, Any],
+    source: Source,
+    tensors: Mapping[str, Tensor],
+    texts: Mapping[str, str],
+) -> None:
+    """Add what `_keep` kept."""
+    for number, name in enumerate(source.names):
+        data, report[name] = json.loads(texts[name])
+        own = {k.split(".", 1)[1]: t for k, t in tensors.items() if k.split(".", 1)[0] == str(number)}
+        done[name] = read(LayerPlan, data).with_tensors(own)
+
+
+def _bands(task: Task, name: str, plan: LayerPlan, asked: Asked) -> list[Draft]:
+    """Drafts of the rows that are asked for the same, in the order of `MixedRows`."""
+    weight, splits = packed.weight_of(task.model, name), [part.channels for part in plan.parts]
+    if isinstance(asked, Rule):
+        return [draft_layer(weight, splits, restrict(asked, task.target))]
+    pieces = zip(asked.order.split(list(asked.counts)), asked.rules, strict=True)
+    return [
+        draft_layer(weight[rows.to(weight.device)], splits, restrict(rule, task.target))
+        for rows, rule in pieces
+    ]
 
 
 def _with_inputs(new: LayerPlan, old: LayerPlan) -> LayerPlan:

@@ -1,4 +1,4 @@
-"""What a recipe costs after calibration, counted in rows that the denoiser computes; every recipe's page says it of itself."""
+"""The cost of a recipe after calibration, counted in rows that the denoiser computes. Every recipe's page states its own."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _LEARNING_PASSES = 4  # over the rows: full precision, quantized, and the blocks
 
 @dataclass(frozen=True)
 class Cost:
-    """What is asked of the denoiser, and what is stored of an ordinary layer at the widths asked for.
+    """The work of the denoiser, and the storage of an ordinary layer at the widths asked for.
 
     Attributes:
-        weight: Asked of a weight.
-        activation: Asked of an input; None leaves inputs as they are.
-        keep_8bit: Layers with 8 bits, as `post_training.keeps_8bit` takes them.
-        outside: What happens to layers outside of all lists of blocks: "as others", "8bit", or "keep" in high precision.
-        variants: Packed weights of a layer.
+        weight: The rule for a weight.
+        activation: The rule for an input, or None to leave inputs as they are.
+        keep_8bit: The layers with 8 bits, as `post_training.keeps_8bit` takes them.
+        outside: "as others", "8bit" or "keep" (in high precision) for layers outside of all lists of blocks.
+        variants: How many packed weights a layer has.
         smoothed: Whether input channels have stored factors.
-        side: Low-rank pairs beside a layer that has no 8 bits.
-        passes: Forward passes over calibration rows beside those below: the most rows of each.
-        iterations: Updates of learned rounding per block; 0: no rounding is learned.
-        rounding_rows: Calibration rows that learned rounding takes, at most.
-        epochs: Passes of fine-tuning along the trajectory, an update per timestep each; 0: nothing is trained.
-        batch: Rows of an update of fine-tuning.
-        beside: Forward passes without gradient per row of such an update.
+        side: The low-rank pairs beside a layer that has no 8 bits.
+        passes: The most rows of each forward pass over calibration rows besides those that the other fields imply.
+        iterations: The updates of learned rounding per block, or 0 if no rounding is learned.
+        rounding_rows: The most calibration rows that learned rounding takes.
+        epochs: The passes of fine-tuning along the trajectory, with an update per timestep, or 0 if nothing is trained.
+        batch: The rows of an update of fine-tuning.
+        beside: The forward passes without gradient per row of such an update.
     """
 
     weight: Rule
@@ -54,15 +54,15 @@ class Cost:
     beside: float = 0.0
 
     def computed(self, rows: int, timesteps: int) -> dict[str, float]:
-        """Rows that the denoiser computes after calibration, by stage; a row with gradient counts as three.
+        """The rows that the denoiser computes after calibration, by stage. A row with gradient counts as three.
 
         Stored input ranges take a pass over as many rows as `Sequencing` says. Learned rounding takes at most as many rows per
         update as `RoundingSettings` says, and fewer where a block has many positions. The few rows by which a model is looked
         at, and the search over weights, which calls no denoiser, are not among them.
 
         Args:
-            rows: Calibration rows.
-            timesteps: Different timesteps of them.
+            rows: How many calibration rows there are.
+            timesteps: How many different timesteps they have.
         """
         ranges = self.activation is not None and not self.activation.online
         passes = (*self.passes, *[Sequencing.activation_rows] * ranges)
@@ -83,31 +83,31 @@ class LearnsRounding(Protocol):
 
     @property
     def rounding(self) -> str:
-        """Whether it does: "learned", or "nearest"."""
+        """Whether rounding is "learned" or "nearest"."""
 
     @property
     def iterations(self) -> int:
-        """Updates per block."""
+        """The updates per block."""
 
     @property
     def rounding_rows(self) -> int:
-        """Calibration rows, at most."""
+        """The most calibration rows that are taken."""
 
 
 def learned(cost: Cost, options: LearnsRounding, bits: Bits) -> Cost:
-    """`cost` with learned rounding, which weights of at most 4 bits get if the options say so."""
+    """A cost with learned rounding added, which weights of at most 4 bits get if the options say so."""
     if options.rounding != "learned" or bits.weight > 4:
         return cost
     return replace(cost, iterations=options.iterations, rounding_rows=options.rounding_rows)
 
 
 def trained(cost: Cost, options: TrainingSettings) -> Cost:
-    """`cost` with fine-tuning."""
+    """A cost with fine-tuning added."""
     return replace(cost, epochs=options.epochs, batch=options.rows * options.accumulation)
 
 
 def remaining(cost: Cost, calibration: Calibration) -> str:
-    """One line on what comes after calibration: in seconds and full-precision pictures, as far as calibration measured them."""
+    """One line about the work after calibration, in seconds and full-precision pictures as far as calibration measured them."""
     computed = cost.computed(len(calibration), len(set(calibration.timesteps)))
     rows = sum(computed.values())
     parts = [f"{name} {count:,.0f}" for name, count in computed.items() if count]

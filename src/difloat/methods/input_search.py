@@ -1,4 +1,4 @@
-"""From search results to a layer plan: what a recipe asks of a tensor, and the draft of a layer that answers it."""
+"""The search for formats and scales of layers' inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Rule, lopsidedness, quantiles
 from difloat.plan.specs import Part
 
-_SAMPLES = 1 << 19  # values of one activation tensor that a search looks at
+_SAMPLES = 1 << 19  # values of one activation tensor that a search takes
 
 
 def plan_inputs(plan: LayerPlan, x: Tensor | None, rule: Rule, generator: torch.Generator) -> LayerPlan:
@@ -25,9 +25,9 @@ def plan_inputs(plan: LayerPlan, x: Tensor | None, rule: Rule, generator: torch.
 
     Args:
         plan: The layer, without inputs.
-        x: Its input, [..., i] for a linear layer, [b, i, h, w] for a convolution; None with an online rule.
-        rule: What is asked; an online rule takes its first format and looks at nothing.
-        generator: Draws the values that are looked at (at most half a million per part, the extremes always).
+        x: The input, [..., i] of a linear layer or [b, i, h, w] of a convolution, or None with an online rule.
+        rule: The rule for the input. An online rule takes its first format and needs no data.
+        generator: The generator that draws at most half a million values per part, always with the extremes.
     """
     if rule.online or x is None:
         spec = rule.spec(rule.formats[0])
@@ -51,10 +51,11 @@ def _pieces(plan: LayerPlan, x: Tensor) -> Sequence[Tensor]:
 
 
 def _sample(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A row [1, n] of values of `x`, its smallest and largest among them."""
+    """A row [1, n] of values of a tensor, with its smallest and largest among them."""
     flat = x.detach().reshape(-1)
     if flat.numel() <= _SAMPLES:
         return flat.float()[None]
+    # With repeats, since a permutation of a whole activation would cost more than the search.
     chosen = torch.randint(flat.numel(), (_SAMPLES - 2,), generator=generator).to(flat.device)
     return torch.cat([flat[chosen], *(end[None] for end in flat.aminmax())]).float()[None]
 
@@ -68,19 +69,19 @@ def search_inputs(
 ) -> tuple[dict[str, LayerPlan], dict[str, list[dict[str, Any]]]]:
     """Choose the input quantization of every layer in the order of execution, earlier layers already quantized.
 
-    One forward pass does it all: just before a layer runs, its input (which earlier, quantized layers made) is searched,
-    and the layer runs with the result. Layers whose scales are all online need no pass.
+    One forward pass does it all. Just before a layer runs, its input, which earlier quantized layers made, is searched, and the
+    layer runs with the result. Layers whose scales are all online need no pass.
 
     Args:
-        model: Its layers are quantized in place: on entry weights only, on return inputs too.
-        calls: Calls with the calibration rows.
-        plans: The layers of `model`.
-        rules: What is asked of the inputs, in the order of execution; layers without a rule keep their input.
-        generator: See `plan_inputs`.
+        model: The model with quantized weights, whose inputs are quantized in place.
+        calls: The calls with the calibration rows.
+        plans: The layers of the model.
+        rules: The rules for the inputs, in the order of execution. Layers without a rule keep their input.
+        generator: The generator that `plan_inputs` takes.
 
     Returns:
-        The layers with inputs; and the shapes of those inputs whose rule looks for asymmetry, by layer and part: `quantiles`
-        (see `QUANTILES`), `lopsided` (`lopsidedness`), and whether that is `asymmetric` by the rule.
+        The layers with inputs, and by layer and part the shapes of those inputs whose rule looks for asymmetry: `quantiles`
+        (`QUANTILES`), `lopsided` (`lopsidedness`), and whether that is `asymmetric` by the rule.
 
     Raises:
         ValueError: if an input is not finite.
@@ -114,7 +115,7 @@ def search_inputs(
 
 
 def _inputs(calls: Sequence[Call], plan: LayerPlan) -> Tensor:
-    """The layer's input in all calls; where pictures or captions differ in size, positions one after the other."""
+    """The layer's input in all calls. Where pictures or captions differ in size, positions follow one another."""
     inputs = [input_of(*call) for call in calls]
     if len({x.shape[1:] for x in inputs}) == 1:
         return torch.cat(inputs)

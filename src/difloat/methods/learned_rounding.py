@@ -1,8 +1,8 @@
 """Learned rounding: every weight goes to the grid value below or above it, whichever keeps the block's output.
 
-One loop serves integer and floating-point grids: a weight between its grid neighbours ``low`` and ``high`` becomes
-``low + (high - low) * h(v)``, with the rectified sigmoid h of AdaRound (arXiv:2004.10568 Eq. 23) and the distance of the
-neighbours fixed at its initial value; on a floating-point grid that distance is the step of the binade of the weight.
+One loop serves integer and floating-point grids. A weight between its grid neighbours ``low`` and ``high`` becomes
+``low + (high - low) * h(v)``, with the rectified sigmoid h of AdaRound (arXiv:2004.10568 Eq. 23). The distance of the
+neighbours stays at its initial value, which on a floating-point grid is the step of the binade of the weight.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class RoundingSettings:
 
     Attributes:
         iterations: Optimiser steps per block.
-        rows: Denoiser rows in one step, fewer where they have so many positions that `positions` is exceeded.
-        positions: Tokens or pixels of the block's output in one step, at most (but one row at least).
-        learning_rate: Of Adam, for the rounding variables.
-        regularization: Weight of the term that drives h to 0 or 1.
-        warmup: Share of the iterations without that term.
-        beta: Its exponent, falling linearly from the first to the second value after the warm-up.
-        scale_aware: Rounding variables in units of the weight (arXiv:2503.15465 Eq. 8) instead of unitless.
-        precision: Of the block's matrix products; the variables, the loss and Adam are float32 anyway.
+        rows: Denoiser rows in one step. There are fewer where they would have more than `positions` positions.
+        positions: The most tokens or pixels of the block's output in one step, which has one row at least.
+        learning_rate: The rate of Adam for the rounding variables.
+        regularization: The weight of the term that drives h to 0 or 1.
+        warmup: The share of the iterations without that term.
+        beta: The exponent of that term, which falls linearly from the first to the second value after the warm-up.
+        scale_aware: Whether rounding variables are in units of the weight (arXiv:2503.15465 Eq. 8) instead of unitless.
+        precision: The precision of the block's matrix products. The variables, the loss and Adam are always float32.
     """
 
     iterations: int = 400
@@ -50,7 +50,7 @@ class RoundingSettings:
 
 @dataclass(frozen=True)
 class Learned:
-    """Result for one block: values on the grid per layer, and the relative output error before and after."""
+    """The result for one block: every layer's values on the grid, and the relative output error before and after."""
 
     weights: dict[str, Tensor]
     error_nearest: float
@@ -68,23 +68,24 @@ def learn_rounding(
 ) -> Learned:
     """Learn the rounding of the layers of one block.
 
-    Minimises the squared error of the block's output, relative to the size of that output (so one regularisation fits all
-    blocks), plus ``regularization * sum(1 - |2h - 1|**beta)``. If the learned rounding ends worse than rounding to nearest on
+    The loss is the squared error of the block's output, relative to the size of that output so that one regularisation fits all
+    blocks, plus ``regularization * sum(1 - |2h - 1|**beta)``. If the learned rounding ends worse than rounding to nearest on
     these rows, the nearest rounding is returned.
 
     Args:
-        block: The module, untouched.
-        drafts: Its layers by their names inside the block ("" for the block itself).
-        inputs: Its arguments for all rows.
-        targets: What it returned in full precision, [rows, ...] each.
-        settings: See there.
-        generator: Draws the rows of every step.
-        on_step: Called after every step, for progress bars.
+        block: The module, which stays untouched.
+        drafts: The layers of the block by their names inside it ("" for the block itself).
+        inputs: The arguments of the block for all rows.
+        targets: The outputs of the block in full precision, [rows, ...] each.
+        settings: How rounding is learned.
+        generator: The generator that draws the rows of every step.
+        on_step: A function that is called after every step, for progress bars.
     """
     soft = {name: SoftWeight(draft, settings.scale_aware) for name, draft in drafts.items()}
     loss_of = _Reconstruction(block, inputs, targets, settings)
     optimizer = torch.optim.Adam([s.variable for s in soft.values()], lr=settings.learning_rate, fused=True)
     for iteration in range(settings.iterations):
+        # With repeats, so that a step is the same whatever the steps before it drew.
         index = torch.randint(loss_of.count, (min(loss_of.rows, loss_of.count),), generator=generator)
         beta = _beta(iteration / settings.iterations, settings)
         for each in soft.values():
@@ -95,6 +96,7 @@ def learn_rounding(
         loss.backward()
         optimizer.step()
         on_step()
+    # Judged on all rows: the loss of the last step is of a few rows, and of soft weights.
     hard = {name: s.hard() for name, s in soft.items()}
     nearest = {name: _nearest(draft) for name, draft in drafts.items()}
     error, error_nearest = loss_of.total(hard), loss_of.total(nearest)
@@ -102,12 +104,12 @@ def learn_rounding(
 
 
 def _nearest(draft: Draft) -> Tensor:
-    low, high, position = draft.grid_neighbours()
+    low, high, position = draft.grid_neighbours()  # [o, i, *k] each
     return torch.where(position > 0.5, high, low)
 
 
 def _beta(progress: float, settings: RoundingSettings) -> float | None:
-    """Exponent of the regulariser at `progress` in [0, 1), None during the warm-up."""
+    """The exponent of the regulariser at a progress in [0, 1), or None during the warm-up."""
     if progress < settings.warmup:
         return None
     start, end = settings.beta
@@ -115,7 +117,7 @@ def _beta(progress: float, settings: RoundingSettings) -> float | None:
 
 
 class _Reconstruction:
-    """Relative squared error of a block's output under other weights, summed over channels (BRECQ's loss, arXiv:2102.05426)."""
+    """The relative squared error of a block's output under other weights, summed over channels (BRECQ, arXiv:2102.05426)."""
 
     def __init__(
         self, block: nn.Module, inputs: Call, targets: list[Tensor], settings: RoundingSettings
@@ -135,6 +137,7 @@ class _Reconstruction:
     def __call__(self, weights: Mapping[str, Tensor], index: Tensor) -> Tensor:
         args, kwargs = select(self.inputs, self.count, index)
         named = {f"{name}.weight" if name else "weight": weight for name, weight in weights.items()}
+        # Rounding variables are float32, but a block computes in the dtype of its weights.
         parameters = {name: w.to(self.fixed[name].dtype) for name, w in named.items()}
         with torch.autocast(self.targets[0].device.type, torch.bfloat16, enabled=self.half):
             outputs = tensors_of(functional_call(self.block, self.fixed | parameters, args, kwargs))
@@ -155,6 +158,6 @@ def _channels(target: Tensor) -> int:
 
 
 def relative_error(outputs: Any, targets: Any) -> float:
-    """Squared error of `outputs` relative to the squared size of `targets`."""
+    """The squared error of outputs relative to the squared size of their targets."""
     difference = sum(float((o - t).square().sum()) for o, t in zip(outputs, targets, strict=True))
     return difference / max(sum(float(t.square().sum()) for t in targets), 1e-30)

@@ -1,4 +1,4 @@
-"""Memory that was freed goes back to the system."""
+"""Return of freed memory to the system."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from functools import cache
 
 
 def release() -> None:
-    """Hand freed memory back to the system, where the C library keeps it (glibc); elsewhere nothing happens.
+    """Hand freed memory back to the system where the C library (glibc) keeps it. With other libraries nothing happens.
 
     glibc raises the size from which it asks the system for every tensor anew to that of the tensors it has seen freed. A
-    model's layers then come from one heap, which tensors of other sizes fragment: learning the rounding of a transformer block
-    after block, resident memory grew to twice of what was in use. Called once per block it costs milliseconds.
+    model's layers then come from one heap, which tensors of other sizes fragment. While the rounding of a transformer was
+    learned block after block, resident memory grew to twice of what was in use. A call per block costs milliseconds.
     """
     if (trim := _trim()) is not None:
         trim(0)

@@ -1,13 +1,13 @@
-"""Which output rows of a layer get one bit more and which one bit less: MPQ-DM's OMQ (arXiv:2412.11549).
+"""The choice of output rows that get one bit more and one bit less: MPQ-DM's OMQ (arXiv:2412.11549).
 
-Input channels are scaled first, ``t_i = sqrt(max|X_i| / max|W_i|)`` (``X W^T = (X / t) (W t)^T``), rows are sorted by the
-kurtosis of the scaled weight, and for a number n the first n rows get N + 1 bits, the last n rows N - 1, the rest N: N bits on
-average. n is the one with the lowest error of the layer's output on calibration inputs.
+Input channels are scaled first, by ``t_i = sqrt(max|X_i| / max|W_i|)`` in ``X W^T = (X / t) (W t)^T``. Rows are sorted by the
+kurtosis of the scaled weight. For a number n the first n rows get N + 1 bits, the last n rows N - 1 bits, and the rest N bits,
+which are N bits on average. n is the number with the lowest error of the layer's output on calibration inputs.
 
-What it costs: a row's output error ``|X (q(w) - w)|^2`` depends on its own width only. So every row is rounded at three widths,
-the three errors of all rows are measured once on held input vectors, and the error of every n is a sum over prefixes of the
-sorted rows: all n cost one pass, not one each. (A Gram matrix X^T X would do the same and costs more as soon as a row has more
-weights than the layer has rows, which is every 3x3 convolution.)
+A row's output error ``|X (q(w) - w)|^2`` depends on its own width only. So every row is rounded at three widths, and the three
+errors of all rows are measured once on held input vectors. The error of every n is then a sum over prefixes of the sorted rows,
+so all n together cost one pass. (A Gram matrix X^T X would do the same, but costs more as soon as a row has more weights than
+the layer has rows, as in every 3x3 convolution.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 from difloat import distributed
 from difloat.calibration.batch_axis import rows_of
 from difloat.layers import packed
-from difloat.layers.exclude import excluded
 from difloat.methods import trace
 from difloat.methods.task import MixedRows, Smoothing, Task
 from difloat.methods.trace import Call, removed
@@ -63,14 +62,14 @@ class AllocationSettings:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What was decided for one layer.
+    """The widths of the rows of one layer.
 
     Attributes:
-        mixed: Rows by width; None where all rows get the same.
-        smoothing: Factors of the input channels; None without.
-        bits: Average width of the weight's codes.
-        moved: n, the rows with one bit less.
-        error: Squared error of the layer's output relative to n = 0 (the same widths and scales, all rows alike).
+        mixed: The rows by width, or None where all rows get the same.
+        smoothing: The factors of the input channels, or None.
+        bits: The average width of the weight's codes.
+        moved: n, which is the number of rows with one bit less.
+        error: The squared error of the layer's output, relative to n = 0 with the same scales and all rows alike.
     """
 
     mixed: MixedRows | None = field(repr=False)
@@ -86,10 +85,10 @@ def input_scale(largest_input: Tensor, weight: Tensor) -> Tensor:
     A channel without input, or without weights, has no t_i of its own and gets the median (1 if all are dead).
 
     Args:
-        largest_input: [i], largest magnitude of every input channel.
-        weight: [o, i, *k].
+        largest_input: The largest magnitude of every input channel, [i].
+        weight: The float weight [o, i, *k].
     """
-    largest_weight = weight.detach().float().abs().transpose(0, 1).flatten(1).amax(1)
+    largest_weight = weight.detach().float().abs().transpose(0, 1).flatten(1).amax(1)  # [i]
     live = (largest_input > 0) & (largest_weight > 0)
     if not live.any():
         return torch.ones_like(largest_weight)
@@ -101,31 +100,31 @@ def input_scale(largest_input: Tensor, weight: Tensor) -> Tensor:
 
 
 def kurtosis(weight: Tensor) -> Tensor:
-    """``mean((w - mean)^4) / std^4`` of every row, float64 [o], with the unbiased std; 0 for a row of equal values."""
-    rows = weight.detach().double().flatten(1)
+    """``mean((w - mean)^4) / std^4`` of every row, float64 [o], with the unbiased std. It is 0 for a row of equal values."""
+    rows = weight.detach().double().flatten(1)  # [o, i * k]
     centred = rows - rows.mean(1, keepdim=True)
     # Kurtosis has no unit, so rows are scaled first: the fourth power of 1e-100 is no number any more.
     centred = centred / _largest(centred)
-    variance = centred.square().sum(1) / max(1, rows.shape[1] - 1)
+    variance = centred.square().sum(1) / max(1, rows.shape[1] - 1)  # [o]
     fourth = centred.square().square().mean(1)
     return torch.where(variance > 0, fourth / variance.square().clamp_min(1e-300), 0.0)
 
 
 def _largest(rows: Tensor) -> Tensor:
-    """Largest magnitude of every row [o, 1], 1 for a row of zeros."""
+    """The largest magnitude of every row, [o, 1], or 1 for a row of zeros."""
     largest = rows.abs().amax(1, keepdim=True)
     return largest.where(largest > 0, torch.ones_like(largest))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Rows of one layer in the order of their need, and how many are moved.
+    """The rows of one layer in the order of their need, and how many of them are moved.
 
     Attributes:
-        order: int64 [o], rows from the most in need.
-        moved: n, how many of the last rows have one bit less.
+        order: int64 [o], the rows from the one most in need of bits.
+        moved: n, which is how many of the last rows have one bit less.
         raised: How many of the first rows have one bit more.
-        errors: Of the whole output for every candidate n.
+        errors: The error of the whole output for every candidate n.
     """
 
     order: Tensor
@@ -140,18 +139,18 @@ def choose(
     """Sort rows and find the number to move.
 
     Args:
-        score: [o], the need of every row.
-        errors: Output error of every row with one bit less, as many bits and one bit more, [o] each.
-        only_one_step: Try 0 and one tenth of the rows only.
-        extra_tenth: Raise one tenth more than is lowered.
+        score: The need of every row, [o].
+        errors: The output error of every row with one bit less, as many bits, and one bit more, [o] each.
+        only_one_step: Whether to try only 0 and one tenth of the rows.
+        extra_tenth: Whether to raise one tenth more rows than are lowered.
 
     Returns:
-        The choice with the lowest error; of equals the one that moves least.
+        The choice with the lowest error, or of equals the one that moves least.
     """
     count = len(score)
     step = max(1, count // TENTH)
     extra = count // TENTH if extra_tenth else 0
-    order = score.argsort(descending=True, stable=True)
+    order = score.argsort(descending=True, stable=True)  # [o]
     less, same, more = (error.double()[order] for error in errors)
     zero = same.new_zeros(1)
     saved = torch.cat([zero, (same - more).cumsum(0)])  # by raising the first n
@@ -186,8 +185,11 @@ def _allocate(
     generator = torch.Generator().manual_seed(task.seed)
     rows = task.calibration.stratified(min(settings.rows, len(task.calibration)), generator)
     seen = trace.trace(task.model, task.calibration.batch(rows[:2]))
-    left_out = excluded(packed.quantizable(task.model), task.exclude)
-    names = [name for name in seen.order if (task.only is None or name in task.only) and name not in left_out]
+    names = [
+        name
+        for name in seen.order
+        if (task.only is None or name in task.only) and name not in task.exclude.names
+    ]
     calls = task.calls(rows, seen.row_bytes)
     largest = trace.channel_maxima(task.model, names, calls) if settings.scale_inputs else {}
     bits, found = task.bits.weight, {}
@@ -250,25 +252,25 @@ def _allocation(
 
 
 def summary(found: Mapping[str, Allocation]) -> dict[str, dict[str, float]]:
-    """Average bits, rows moved and relative error of every layer, for `measured`."""
+    """The average bits, moved rows and relative error of every layer, for `measured`."""
     return {name: {"bits": one.bits, "moved": one.moved, "error": one.error} for name, one in found.items()}
 
 
 def row_errors(change: Tensor, inputs: Tensor) -> Tensor:
-    """Squared error of every output channel that a change of the weight makes, float64 [o].
+    """The squared error of every output channel that a change of the weight makes, float64 [o].
 
     Args:
-        change: [o, i, *k], what is added to the weight.
-        inputs: [groups, n, d], input vectors of every group of the layer (one but for grouped convolutions).
+        change: The change [o, i, *k] that is added to the weight.
+        inputs: The input vectors [groups, n, d] of every group of the layer, which is one but for grouped convolutions.
     """
-    rows = change.flatten(1).unflatten(0, (len(inputs), -1))
+    rows = change.flatten(1).unflatten(0, (len(inputs), -1))  # [groups, o / groups, d]
     return (inputs.to(rows) @ rows.transpose(1, 2)).double().square().sum(1).flatten()
 
 
 def _held_inputs(task: Task, names: Sequence[str], calls: Sequence[Call]) -> Iterator[tuple[str, Tensor]]:
-    """Input vectors of every layer, float32 [groups, n, d], of as many layers per pass over `calls` as memory allows.
+    """The input vectors of every layer, float32 [groups, n, d], with as many layers per pass over `calls` as memory allows.
 
-    Which ones does not depend on the passes: every layer draws its own, call by call.
+    The draw does not depend on the passes, since every layer draws its own vectors, call by call.
     """
     draws = {name: torch.Generator().manual_seed(task.seed + number) for number, name in enumerate(names)}
     rows = sum(rows_of(*call) for call in calls)
@@ -321,16 +323,16 @@ def _listen(
 
 
 def input_vectors(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Up to `count` of the vectors that a layer multiplies its rows with, float32 [groups, n, d], drawn without repeats.
+    """Vectors that a layer multiplies its rows with, float32 [groups, n, d], drawn without repeats.
 
     Args:
         layer: A linear layer, or a convolution (padded with zeros, whatever its padding mode).
-        x: Its input, [..., i] or [b, i, h, w].
-        count: How many; all if there are fewer.
-        generator: Draws them.
+        x: The input of the layer, [..., i] or [b, i, h, w].
+        count: The most vectors that are drawn.
+        generator: The generator that draws them.
     """
     if not isinstance(layer, nn.Conv2d):
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1])  # [t, i]
         chosen = torch.randperm(len(flat), generator=generator)[:count]
         return flat[chosen.to(flat.device)].float()[None]
     x = nn.functional.pad(x, layer._reversed_padding_repeated_twice)

@@ -15,12 +15,12 @@ NARROW_ZEROS = tuple(n / 6 for n in range(7))
 
 
 def input_rule(signed: tuple[Format, ...], unsigned: tuple[Format, ...], *, narrow: bool) -> Rule:
-    """What is asked of an input: a signed format, or for a lopsided one an unsigned format with a zero point.
+    """The rule for an input: a signed format, or for a lopsided one an unsigned format with a zero point.
 
     Args:
-        signed: Candidates for every input.
-        unsigned: Candidates for lopsided inputs; empty leaves these on the signed ones.
-        narrow: Search the ranges of a third-party re-implementation instead of wider ones.
+        signed: The candidates for every input.
+        unsigned: The candidates for lopsided inputs. Without any these take signed formats as well.
+        narrow: Whether to search the ranges of a third-party re-implementation instead of wider ones.
     """
     rule = Rule(signed, clips=NARROW_SIGNED if narrow else CLIPS)
     if not unsigned:

@@ -1,17 +1,18 @@
-"""Second moments of what layers are fed: the mean of ``x x^T``, with x rounded as the layer rounds its input.
+"""Second moments of layers' inputs: the mean of ``x x^T``, with x rounded as the layer rounds its input.
 
-Inputs come from the float model, which runs as it is while hooks look on. No activation is kept: vectors are drawn from
-every call, added to the matrix of their layer, and let go. Layers that read the same tensor and round it alike, such as query,
-key and value, share a matrix. As many matrices as memory allows are filled in one pass over the calls.
+Inputs come from the float model, which runs as it is while hooks look on. No activation is kept. Vectors are drawn from every
+call, added to the matrix of their layer, and let go. Layers that read the same tensor and round it alike, such as query, key
+and value, share a matrix. As many matrices as memory allows are filled in one pass over the calls.
 
 A convolution multiplies its rows with patches. The moments of whole patches, [i * kh * kw] squared, are taken up to a limit of
-bytes. Beyond it those of its input channels are, which say nothing about how the taps of a patch go together.
+bytes. Beyond it the moments of its input channels are taken, which ignore how the taps of a patch go together.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,13 +34,14 @@ _PIECE_BYTES = 1 << 26  # of vectors multiplied at a time
 
 @dataclass(frozen=True)
 class MomentSettings:
-    """What is gathered, and what it may take.
+    """How many vectors are gathered, and the memory that this may take.
 
     Attributes:
-        fewest, most: Vectors per layer, between which four times the columns of its matrix are drawn; all there are, if fewer.
-        patch_bytes: Of the matrices of one convolution's patches; a larger one is known by its channels.
-        memory_bytes: Of the matrices filled in one pass over the calls; a single layer's may take more.
-        seed: Of the draw.
+        fewest: The fewest vectors per layer. Four times the columns of its matrix are drawn, within the limits.
+        most: The most vectors per layer.
+        patch_bytes: The most bytes of the matrices of one convolution's patches. A larger one is known by its channels.
+        memory_bytes: The most bytes of the matrices filled in one pass over the calls. A single layer's may take more.
+        seed: The seed of the draw.
     """
 
     fewest: int = 8192
@@ -55,10 +57,10 @@ class Source:
 
     Attributes:
         names: The layers that read it, in the order of their first call.
-        groups: Matrices, one but for grouped convolutions.
-        columns: Of each.
-        patches: Whether a convolution's columns are the entries of a patch, or its channels.
-        wanted: Vectors to draw.
+        groups: How many matrices it has, which is one but for grouped convolutions.
+        columns: How many columns each matrix has.
+        patches: Whether a convolution's columns are the entries of a patch instead of its channels.
+        wanted: How many vectors are drawn.
     """
 
     names: tuple[str, ...]
@@ -69,18 +71,18 @@ class Source:
 
     @property
     def nbytes(self) -> int:
-        """Of the matrices."""
+        """The bytes of the matrices."""
         return 4 * self.groups * self.columns**2
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of one input.
+    """The moments of one input.
 
     Attributes:
-        source: Whose.
+        source: The input.
         matrix: float32 [groups, n, n], the mean of ``x x^T``.
-        vectors: How many x it is the mean of. With fewer than n of them the matrix is singular.
+        vectors: How many x the mean is taken over. With fewer than n of them the matrix is singular.
     """
 
     source: Source
@@ -91,7 +93,7 @@ class Moments:
 def sources(
     model: nn.Module, call: Call, plans: Mapping[str, LayerPlan], settings: MomentSettings
 ) -> list[Source]:
-    """The distinct inputs of the layers of `plans`, in the order of execution; runs `call` once.
+    """The distinct inputs of the layers of `plans`, in the order of execution, found by one call of the model.
 
     Raises:
         ValueError: if the model does not call one of the layers, or the input of one is smoothed or rounded by timestep.
@@ -122,7 +124,7 @@ def sources(
 
 
 def _reading(layer: nn.Module, plan: LayerPlan) -> tuple[Any, ...]:
-    """What a layer does with its input before it multiplies, to be compared."""
+    """A key of what a layer does with its input before it multiplies, by which layers are compared."""
     rounding = tuple((part.channels, part.activation) for part in plan.parts if part.activation is not None)
     stored = tuple(
         tuple(None if number is None else float(number) for number in (inputs.scale, inputs.zero_point))
@@ -147,7 +149,7 @@ def _source(model: nn.Module, names: Sequence[str], settings: MomentSettings) ->
 
 
 def passes(found: Sequence[Source], memory_bytes: int) -> list[list[Source]]:
-    """Which inputs are gathered together: as many in a row as fit into memory, at least one."""
+    """The inputs that are gathered together: as many in a row as fit into memory, and at least one."""
     result: list[list[Source]] = []
     free = 0
     for source in found:
@@ -160,11 +162,11 @@ def passes(found: Sequence[Source], memory_bytes: int) -> list[list[Source]]:
 
 
 def cost(found: Sequence[Source], settings: MomentSettings) -> dict[str, int]:
-    """What gathering takes.
+    """The cost of gathering.
 
     Returns:
-        Layers, distinct inputs, passes over the calls, bytes of all matrices and of those held at once, and at most how many
-        multiplications beside the model's own.
+        The numbers of layers, of distinct inputs and of passes over the calls, the bytes of all matrices and of those held at
+        once, and the most multiplications besides the model's own.
     """
     together = passes(found, settings.memory_bytes)
     return {
@@ -186,29 +188,30 @@ def gather(
 ) -> Iterator[Moments]:
     """Moments of the inputs of layers, one distinct input after the other, in the order of execution.
 
-    Which vectors are drawn depends on the seed, the layer and the calls, and not on how many passes memory allows. Products are
+    Which vectors are drawn depends on the seed, the layer and the calls, not on how many passes memory allows. Products are
     computed in float32, on accelerators whatever `torch` is set to.
 
     Args:
         model: The float denoiser.
-        calls: Calls with calibration rows.
-        plans: How the layers round their inputs; weights are not looked at.
-        settings: See there.
-        found: What `sources` found, if it was asked before.
+        calls: The calls with calibration rows.
+        plans: The layers with the rounding of their inputs. Weights are not looked at.
+        settings: How many vectors are gathered, and the memory that this may take.
+        found: The result of `sources`, if it was asked before.
 
     Raises:
-        ValueError: as `sources`; if there are no calls; or if an input is not finite (the layer is named).
+        ValueError: if `sources` refuses the model, there are no calls, or an input is not finite (the layer is named).
     """
     if not calls:
         raise ValueError("moments must be gathered from at least one calibration row, got none; collect some")
     found = sources(model, calls[0], plans, settings) if found is None else found
     rows = sum(rows_of(*call) for call in calls)
-    seeds = {source.names[0]: settings.seed + number for number, source in enumerate(found)}
+    seeds = {source.names[0]: settings.seed + zlib.crc32(source.names[0].encode()) for source in found}
     for together in passes(found, settings.memory_bytes):
         sums = {s.names[0]: _Sum(s, plans[s.names[0]], seeds[s.names[0]]) for s in together}
         for call in calls:
             share = rows_of(*call) / rows
             for one in sums.values():
+                # Every call gives its share, so that all timesteps are in the mean.
                 one.left = math.ceil(one.source.wanted * share)
             _run(model, [call], {name: one.look for name, one in sums.items()})
         while sums:
@@ -216,7 +219,7 @@ def gather(
 
 
 class _Sum:
-    """The matrix of one input on its way."""
+    """The sum of ``x x^T`` of one input, while calls run."""
 
     def __init__(self, source: Source, plan: LayerPlan, seed: int) -> None:
         self.source, self._plan = source, plan
@@ -226,13 +229,15 @@ class _Sum:
         self._vectors = 0
 
     def look(self, name: str, layer: nn.Module, x: Tensor) -> None:
-        """Add vectors of an input; of a layer that is called several times, from the first call on until there are enough."""
+        """Add vectors of an input. A layer that is called several times gives them from its first call on."""
         if not x.numel() or not self.left:
             return
         source = self.source
         x = x if x.dim() > 1 else x[None]
+        # In pieces, since the vectors of a whole input may take many times its own memory.
         pieces = x.chunk(math.ceil(4 * self.left * source.groups * source.columns / _PIECE_BYTES))
         for piece, still in zip(pieces, range(len(pieces), 0, -1), strict=True):
+            # Whole rows are rounded before vectors are drawn, because an online scale is that of a whole token.
             rounded = _rounded(piece.detach(), self._plan)
             count = math.ceil(self.left / still)
             vectors = self._vectors_of(layer, rounded, count)
@@ -248,8 +253,8 @@ class _Sum:
     def _vectors_of(self, layer: nn.Module, x: Tensor, count: int) -> Tensor:
         if not isinstance(layer, nn.Conv2d) or self.source.patches or max(layer.kernel_size) == 1:
             return input_vectors(layer, x, count, self._draw)
-        pixels = x.movedim(1, -1).flatten(0, 2)
-        chosen = torch.randperm(len(pixels), generator=self._draw)[:count].to(x.device)
+        pixels = x.movedim(1, -1).flatten(0, 2)  # [b * h * w, i]
+        chosen = torch.randperm(len(pixels), generator=self._draw)[:count].to(x.device)  # without repeats
         return pixels[chosen].float().unflatten(1, (layer.groups, -1)).transpose(0, 1)
 
     def mean(self) -> Moments:
@@ -261,7 +266,7 @@ class _Sum:
 
 
 def _product(vectors: Tensor) -> Tensor:
-    """``sum x x^T`` of [groups, n, d], float32 and without TF32 on an accelerator."""
+    """``sum x x^T`` [groups, d, d] of vectors [groups, n, d], in float32 and without TF32 on an accelerator."""
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -289,7 +294,7 @@ def _rounded(x: Tensor, plan: LayerPlan) -> Tensor:
 def _run(
     model: nn.Module, calls: Sequence[Call], look: Mapping[str, Callable[[str, nn.Module, Tensor], None]]
 ) -> None:
-    """Run calls; whatever the named layers are called with is shown to their function first."""
+    """Run calls, and show the inputs of the named layers to their functions first."""
 
     def hook_for(name: str) -> Callable[[nn.Module, Tensor], None]:
         return lambda layer, x: look[name](name, layer, x)

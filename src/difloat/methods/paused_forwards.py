@@ -1,8 +1,8 @@
-"""Forward passes that wait at the boundaries of blocks: what block-wise methods read their inputs and targets from.
+"""Forward passes that wait at the boundaries of blocks, where block-wise methods read inputs and targets.
 
-Reaching block k by a fresh forward pass each time costs a number of block evaluations that grows with the square of the
-depth. Here every call runs once, in a thread of its own, and is held just before or after a block while that block is worked
-on. What a pass holds meanwhile is exactly what the rest of the model still needs, skip connections included, whatever the
+Reaching block k by a fresh forward pass each time costs a number of block evaluations that grows with the square of the depth.
+Here every call runs once, in a thread of its own, and is held just before or after a block while that block is worked on.
+Meanwhile a pass holds exactly the tensors that the rest of the model still needs, skip connections included, whatever the
 architecture. One thread runs at a time.
 """
 
@@ -22,7 +22,7 @@ from difloat.methods.trace import Call, merge, rows_of_call, tensors_of
 
 
 class _Stopped(BaseException):
-    """Ends a pass that is not wanted any more; no `Exception`, so that no model swallows it."""
+    """Ends a pass that is not wanted any more. It is no `Exception`, so that no model swallows it."""
 
 
 _current = threading.local()  # .held: the pass that a thread runs
@@ -30,7 +30,7 @@ _current = threading.local()  # .held: the pass that a thread runs
 
 @final
 class _Pass:
-    """One forward pass; runs from `resume` until it is held by a hook or ends."""
+    """One forward pass, which runs from `resume` until a hook holds it or it ends."""
 
     def __init__(self, model: nn.Module, call: Call, threads: Executor) -> None:
         self.caught: Any = None
@@ -51,13 +51,13 @@ class _Pass:
             raise _Stopped
 
     def hold(self, caught: Any) -> None:
-        """Called by hooks in the pass's own thread: wait here."""
+        """Wait in the pass's own thread, where hooks call this."""
         self.caught = caught
         self._back.release()
         self._wait()
 
     def resume(self) -> bool:
-        """Go on until the next hold (True) or the end (False); raises what the model raised."""
+        """Go on until the next hold (True) or the end (False), and raise what the model raised."""
         self.caught = None
         if not self._future.done():
             self._go.release()
@@ -74,14 +74,14 @@ class _Pass:
 
 @final
 class Passes:
-    """Forward passes of several calls of one model, moved on together. A context manager: what still waits ends with it.
+    """Forward passes of several calls of one model that are moved on together. The ``with`` block ends those that still wait.
 
-    Modules must be visited in the order in which the model calls them. While the passes wait, layers may get other weights
-    in place; replacing a module object that a pass is about to call is too late for that pass.
+    Modules must be visited in the order in which the model calls them. While the passes wait, layers may get other weights in
+    place. Replacing a module that a pass is about to call is too late for that pass.
     """
 
     def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
-        """Prepare; nothing runs yet."""
+        """Prepare the passes, without running anything yet."""
         self._model = model
         self._threads = ThreadPoolExecutor(len(calls), "pass")
         self._passes = [_Pass(model, call, self._threads) for call in calls]
@@ -97,7 +97,7 @@ class Passes:
         self._threads.shutdown()
 
     def enter(self, name: str) -> Call:
-        """Run every pass until it is about to call the module `name`; its arguments, merged along the batch axis.
+        """Run every pass until it is about to call a module, and return the arguments, merged along the batch axis.
 
         Raises:
             ValueError: if a pass never gets there, or the arguments have other sizes than those of another pass.
@@ -106,7 +106,7 @@ class Passes:
         return merge(caught, [rows_of_call(call) for call in caught])
 
     def arguments(self, name: str) -> list[Call]:
-        """Run every pass until it is about to call the module `name`; its arguments in every pass.
+        """Run every pass until it is about to call a module, and return the arguments of every pass.
 
         Raises:
             ValueError: if a pass never gets there.
@@ -119,7 +119,7 @@ class Passes:
         return self._run(name, lambda: module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def leave(self, name: str) -> list[Tensor]:
-        """Run every pass until it has called the module `name`; the tensors it returned, each concatenated over the passes.
+        """Run every pass until it has called a module, and return its output tensors, each concatenated over the passes.
 
         Raises:
             ValueError: if a pass never gets there.

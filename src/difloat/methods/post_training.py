@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from difloat import distributed
 from difloat.layers import attention, dtype_readers, install, packed
-from difloat.layers.exclude import EXCLUDED, excluded, matches
+from difloat.layers.exclude import EXCLUDED, matches
 from difloat.methods import malloc_trim, readers, trace
 from difloat.methods.blockwise import learn_blocks
 from difloat.methods.input_search import search_inputs
@@ -95,18 +95,13 @@ def run(
         attention_plan: For every attention that the trace finds; None leaves all of them.
 
     Raises:
-        ValueError: if the model has no layer to quantize, or a weight is not finite (the layer is named).
+        ValueError: if no layer is left to quantize.
     """
     generator = torch.Generator().manual_seed(task.seed)
     candidates = packed.quantizable(task.model)
-    if not candidates:
-        raise ValueError(
-            "model must have linear or convolution layers to quantize, got none; is it quantized already?"
-        )
     seen, read = _looked_at(task, generator)
     wished = [name for name in seen.order if (task.only is None or name in task.only) and name not in read]
-    left_out = excluded(candidates, task.exclude)
-    decided = {name: EXCLUDED if name in left_out else rules_for(name, seen) for name in wished}
+    decided = {name: EXCLUDED if name in task.exclude.names else rules_for(name, seen) for name in wished}
     rules = {
         name: _on_target(rule, task.target) for name, rule in decided.items() if not isinstance(rule, str)
     }
@@ -164,7 +159,9 @@ def _decide(
     if learn:
         with timed(measured, "learn rounding"):
             plans |= learn_blocks(task, twin, learn, seen, settings, generator, measured)
-    attending = [name for name in seen.attention if not any(matches(name, own) for own in task.exclude)]
+    attending = [
+        name for name in seen.attention if not any(matches(name, own) for own in task.exclude.patterns)
+    ]
     entries = {} if attention_plan is None else dict.fromkeys(attending, attention_plan)
     attention.install(twin, entries)
     wanted = {name: rule.activation for name, rule in rules.items() if rule.activation is not None}
@@ -175,7 +172,10 @@ def _decide(
     by_time = any(plan.schedule for plan in plans.values())
     if wanted and task.only is None and len(task.calibration):
         measured["ranges"] = _widest_ranges(task, list(wanted))
-    return Outcome(plans, skipped, measured, entries, timestep_grid(task) if by_time else ())
+    asked = min(settings.rounding_rows, len(task.calibration))
+    cut = learn and measured["rounding_rows"] < asked  # by memory; else the option says it
+    used = {"rounding_rows": measured["rounding_rows"]} if cut else {}
+    return Outcome(plans, skipped, measured, entries, timestep_grid(task) if by_time else (), used)
 
 
 def _widest_ranges(task: Task, names: list[str]) -> dict[str, dict[float, list[float]]]:
@@ -216,10 +216,6 @@ def _search_weights(
     plans, drafts = {}, {}
     for name, rule in tqdm(rules.items(), desc="search weights", disable=not task.progress):
         weight = packed.weight_of(task.model, name)
-        if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"weights must be finite, got NaN or Inf in layer {name!r}; repair the checkpoint"
-            )
         splits = list(seen.splits.get(name, ())) if settings.split else []
         if sum(splits) != weight.shape[1]:  # no concatenation, or one into a grouped convolution
             splits = [weight.shape[1]]

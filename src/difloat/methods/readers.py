@@ -1,4 +1,4 @@
-"""Who takes a layer's weight without calling the layer, found by running the model, where `reading` looks at code."""
+"""Modules that read a layer's weight without calling the layer, found by running the model (`code_readers` reads the code)."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _FAR = 1e-3  # relative, from the output that the model has when its weights say
 
 
 class Watch(TorchFunctionMode):
-    """Notes what is done with the weights of layers outside of these layers' calls.
+    """A mode that notes the uses of layers' weights outside of these layers' calls.
 
-    With `packed` the weights answer as they will once they are packed, so that what comes of it can be seen: they are no
-    floating-point numbers, and layers are fed what they would be fed then.
+    With `packed` the weights answer as they will once they are packed, to see whether the model copes. They are no
+    floating-point numbers then, and layers get the inputs that they would get.
     """
 
     def __init__(self, model: nn.Module, *, packed: bool = False) -> None:
@@ -55,7 +55,7 @@ class Watch(TorchFunctionMode):
 
     @contextmanager
     def around(self) -> Iterator[Watch]:
-        """Watch whatever runs inside."""
+        """Watch everything that runs inside a ``with`` block."""
         with ExitStack() as stack:
             for name, layer in self.layers.items():
                 stack.callback(layer.register_forward_pre_hook(self._enter(name), with_kwargs=True).remove)
@@ -107,13 +107,13 @@ class Watch(TorchFunctionMode):
 
 
 def kept(model: nn.Module, run: Callable[[], Any], uses: Mapping[str, Use]) -> dict[str, str]:
-    """Layers that must stay float for what the model does with their weights: reasons by name.
+    """The reasons, by name, for layers that must stay float because of the model's uses of their weights.
 
     Args:
-        model: Float.
-        run: Calls it; its output is compared with what the model gives when its weights are packed.
-        uses: What a `Watch` saw during such a call. Where only dtypes were asked for, the model is run twice: many models
-            know what to do with packed weights.
+        model: The float model.
+        run: A function that calls the model. Its output is compared with the model's output when weights are packed.
+        uses: The uses that a `Watch` saw during such a call. Where only dtypes were asked for, the model is run twice, since
+            many models know what to do with packed weights.
     """
     reasons = {name: REASONS[use] for name, use in uses.items() if use == "values"}
     asked = {name for name, use in uses.items() if use == "dtype"}

@@ -1,8 +1,8 @@
-"""How much an error in each output channel of a layer changes what the sampler makes of the denoiser's output.
+"""The sensitivity of the guided output to errors in each output channel of a layer.
 
 With classifier-free guidance the sampler takes ``u + g (c - u)`` of the outputs without and with condition, so errors of both
-halves of a pair count. A random projection of that, differentiated with respect to what every layer gives, tells of all layers
-at once: with signs r that are independent, the mean of ``(d (r . output) / d y)^2`` is the squared change of the output that an
+halves of a pair count. A random projection of that, differentiated with respect to the outputs y of all layers, tells of all of
+them at once. With independent signs r, the mean of ``(d (r . output) / d y)^2`` is the squared change of the output that an
 independent error in y makes, per unit of that error's square.
 """
 
@@ -25,12 +25,12 @@ from difloat.methods.training.train import guidance_pairs
 
 @dataclass(frozen=True)
 class SensitivitySettings:
-    """What is looked at.
+    """How sensitivities are measured.
 
     Attributes:
-        rows: Calibration rows, spread over timesteps; with guidance they come in pairs.
-        rows_per_call: Of a forward and backward pass, which keeps all activations of these rows.
-        probes: Random projections of the output of every call.
+        rows: How many calibration rows are taken, spread over timesteps. With guidance they come in pairs.
+        rows_per_call: How many rows a forward and backward pass takes, which keeps all their activations.
+        probes: How many random projections of the output of every call are differentiated.
         guidance: The sampler's scale g, where rows come in pairs.
     """
 
@@ -42,12 +42,12 @@ class SensitivitySettings:
 
 @dataclass(frozen=True)
 class Probe:
-    """A call to look at.
+    """A call of the denoiser that is differentiated.
 
     Attributes:
-        call: Arguments of the denoiser.
-        weights: Of every row of it, or of every pair.
-        paired: Whether rows come in pairs, the one without condition first.
+        call: The arguments of the denoiser.
+        weights: The weight of every row, or of every pair.
+        paired: Whether rows come in pairs, with the one without condition first.
     """
 
     call: Call
@@ -59,9 +59,9 @@ def probes_of(task: Task, settings: SensitivitySettings, weights: Mapping[float,
     """Calls with some of a task's calibration rows, in pairs where the sampler was guided.
 
     Args:
-        task: With calibration rows.
-        settings: See there.
-        weights: Of a squared error of the output at every timestep.
+        task: The task with calibration rows.
+        settings: How sensitivities are measured.
+        weights: The weight of a squared error of the output at every timestep.
 
     Raises:
         ValueError: if there are no rows.
@@ -85,7 +85,7 @@ def probes_of(task: Task, settings: SensitivitySettings, weights: Mapping[float,
 
 
 def _spread(timesteps: Sequence[float], count: int, generator: torch.Generator) -> list[int]:
-    """Entries at all timesteps in turn, in each drawn without repeats; at least one."""
+    """Entries at all timesteps in turn, drawn without repeats within each, and at least one."""
     waiting: dict[float, list[int]] = {}
     for index in torch.randperm(len(timesteps), generator=generator).tolist():
         waiting.setdefault(timesteps[index], []).append(index)
@@ -99,20 +99,20 @@ def _spread(timesteps: Sequence[float], count: int, generator: torch.Generator) 
 def sensitivities(
     model: nn.Module, probes: Sequence[Probe], names: Sequence[str], settings: SensitivitySettings, seed: int
 ) -> dict[str, Tensor]:
-    """Squared change of the guided output, summed over its entries, per squared error of an output channel of a layer.
+    """The squared change of the guided output, summed over its entries, per squared error of an output channel of a layer.
 
     The error is one that is independent at every position (token or pixel) and in both rows of a pair. Parameters of the model
-    get no gradients, and a second part of the channels of the output, which holds a learned variance, is left out.
+    get no gradients, and a second half of the output's channels, which holds a learned variance, is left out.
 
     Args:
         model: The float denoiser.
-        probes: See `probes_of`.
-        names: Layers.
-        settings: `probes` and `guidance` of it.
-        seed: Of the signs.
+        probes: The calls that `probes_of` made.
+        names: The names of the layers.
+        settings: How many projections are taken, and the guidance scale.
+        seed: The seed of the signs.
 
     Returns:
-        float32 [o] by layer: means over rows, or pairs. Zeros for layers that the output does not depend on.
+        float32 [o] by layer, as means over rows or pairs. They are zero for layers that the output does not depend on.
 
     Raises:
         ValueError: if no gradients pass through the model, or they are not finite (the layer is named).
@@ -137,7 +137,7 @@ def sensitivities(
 
 
 def _keeping(outputs: list[Tensor]) -> Callable[..., Tensor]:
-    """A hook that keeps what a layer gives and passes on a copy, so that nothing changes in place what is kept."""
+    """A hook that keeps a layer's output and passes on a copy, so that nothing changes the kept one in place."""
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         kept = output if output.requires_grad else output.detach().requires_grad_()
@@ -148,12 +148,12 @@ def _keeping(outputs: list[Tensor]) -> Callable[..., Tensor]:
 
 
 def _seen_by_sampler(output: Tensor, probe: Probe, guidance: float) -> Tensor:
-    """Of every row or pair what the sampler goes on with, times the root of its weight, [n, ...]."""
+    """The output that the sampler goes on with for every row or pair, multiplied by the root of its weight, [n, ...]."""
     sample = samples_of(*probe.call)[0]
     if output.dim() > 1 and sample.dim() == output.dim() and output.shape[1] == 2 * sample.shape[1]:
         output = output[:, : sample.shape[1]]
     if probe.paired:
-        without, given = output[0::2], output[1::2]
+        without, given = output[0::2], output[1::2]  # [n, ...] each
         output = without + guidance * (given - without)
     weights = torch.tensor(probe.weights, device=output.device).sqrt()
     return output.float() * weights.reshape(-1, *[1] * (output.dim() - 1))
@@ -169,12 +169,13 @@ def _add_squares(
     """Add the squared gradients of projections of `seen` to the sums of all layers."""
     flat = [(name, one) for name, several in outputs.items() for one in several]
     for number in range(probes):
-        signs = torch.randint(2, seen.shape, generator=generator).to(seen) * 2 - 1
+        signs = torch.randint(2, seen.shape, generator=generator).to(seen) * 2 - 1  # -1 or 1
+        # One backward pass gives the gradients to the outputs of all layers.
         gradients = torch.autograd.grad(
             seen, [one for _, one in flat], signs, retain_graph=number + 1 < probes, allow_unused=True
         )
         for (name, one), gradient in zip(flat, gradients, strict=True):
             if gradient is not None:
                 channels = 1 if one.dim() == 4 else -1
-                squares = gradient.float().square().movedim(channels, -1)
+                squares = gradient.float().square().movedim(channels, -1)  # [..., o]
                 found[name].add_(squares.reshape(-1, squares.shape[-1]).sum(0).cpu())

@@ -20,11 +20,11 @@ def smoothing_factors(
     """Factors ``max|W_i|^(1-a) / max|X_i|^a`` of every layer for every stretch of the sampler's timesteps.
 
     Args:
-        task: Model and calibration rows.
-        names: Layers; a grouped convolution, which reads its input in pieces, gets no factors.
+        task: The model and its calibration rows.
+        names: The names of the layers. A grouped convolution, which reads its input in pieces, gets no factors.
         exponent: The a above.
-        stretches: Equal stretches of the timesteps.
-        most_rows: Calibration rows looked at per stretch.
+        stretches: How many equal stretches the timesteps are cut into.
+        most_rows: The most calibration rows that are taken per stretch.
     """
     grid = post_training.timestep_grid(task)
     schedule = tuple(place * stretches // len(grid) for place in range(len(grid)))
@@ -36,7 +36,7 @@ def smoothing_factors(
         for name, largest in trace.channel_maxima(task.model, names, calls).items():
             weight = packed.weight_of(task.model, name).detach().float()
             if largest.numel() == weight.shape[1]:
-                of_weight = weight.abs().transpose(0, 1).flatten(1).amax(1).clamp_min(SMALLEST)
+                of_weight = weight.abs().transpose(0, 1).flatten(1).amax(1).clamp_min(SMALLEST)  # [i]
                 divisor = largest.clamp_min(SMALLEST) ** exponent
                 factors.setdefault(name, []).append(of_weight ** (1 - exponent) / divisor)
     named = schedule if stretches > 1 else ()

@@ -2,8 +2,8 @@
 
 A weight between its grid neighbours becomes ``low + distance * h(v)`` with the rectified sigmoid h of AdaRound
 (arXiv:2004.10568 Eq. 23). A block of a large transformer has tens of millions of such variables, and a step costs more in
-passes over them than in matrix products; so value and gradient, the regulariser's included, are one pass each over pieces
-that stay in a core's cache.
+passes over them than in matrix products. So the value and the gradient, with that of the regulariser, are one pass each, over
+pieces that stay in a core's cache.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ class SoftWeight:
     """The rounding of one layer on its way from soft to hard.
 
     Attributes:
-        low: Grid value below every weight.
-        distance: From there to the grid value above; 0 beyond the ends of the grid.
-        variable: What is learned; in units of the weight (arXiv:2503.15465 Eq. 8: v' = s v) or unitless.
-        pull: Weight and exponent of the regulariser ``weight * sum(1 - |2h - 1|**exponent)``, which adds to the gradient of
-            the next backward pass; None adds nothing.
+        low: The grid value below every weight, [o, i, *k].
+        distance: The distance from there to the grid value above, which is 0 beyond the ends of the grid.
+        variable: The learned variable, in units of the weight (arXiv:2503.15465 Eq. 8: v' = s v) or unitless.
+        pull: The weight and exponent of the regulariser ``weight * sum(1 - |2h - 1|**exponent)``, which adds to the gradient
+            of the next backward pass. None adds nothing.
     """
 
     def __init__(self, draft: Draft, scale_aware: bool) -> None:
-        """Start at the float weight: ``h(variable)`` is where it lies between its neighbours."""
+        """Start at the float weight, so that ``h(variable)`` is its place between its neighbours."""
         self.low, high, position = draft.grid_neighbours()
         self.distance = high - self.low
         self.scale_aware = scale_aware
+        # The inverse of the stretched sigmoid: training begins at the float weight itself.
         start = torch.logit((position - _GAMMA) / (_ZETA - _GAMMA))
         self.variable = (start * _unit(self.distance) if scale_aware else start).requires_grad_()
         self.pull: tuple[float, float] | None = None
@@ -45,16 +46,17 @@ class SoftWeight:
         return _Soften.apply(self.variable, self)
 
     def hard(self) -> Tensor:
-        """The weight on the grid, whichever neighbour h is nearer to."""
+        """The weight on the grid, at the neighbour that h is nearer to."""
         return torch.where(self.variable.detach() >= 0, self.low + self.distance, self.low)
 
     def share(self, variable: Tensor, distance: Tensor) -> Tensor:
-        """The stretched sigmoid before it is clipped to [0, 1]; arguments are pieces of the attributes."""
+        """The stretched sigmoid before it is clipped to [0, 1]. The arguments are pieces of the attributes."""
         scaled = variable / _unit(distance) if self.scale_aware else variable
         return torch.sigmoid(scaled).mul_(_ZETA - _GAMMA).add_(_GAMMA)
 
 
 def _unit(distance: Tensor) -> Tensor:
+    # A weight beyond the ends of the grid has no neighbours; any unit serves it.
     return torch.where(distance > 0, distance, torch.ones_like(distance))
 
 
@@ -79,6 +81,7 @@ class _Soften(torch.autograd.Function):
             # With u the sigmoid, share = u (zeta - gamma) + gamma and its slope is u (1 - u) (zeta - gamma).
             slope = (share - _GAMMA).mul_(_ZETA - share).div_(_ZETA - _GAMMA).mul_(inside)
             torch.mul(g, distance, out=out)
+            # d/dh (1 - |2h - 1|^n) = -2 n sign(2h - 1) |2h - 1|^(n - 1)
             if owner.pull is not None:
                 weight, exponent = owner.pull
                 centred = share.clamp_(0, 1).mul_(2).sub_(1)

@@ -1,4 +1,4 @@
-"""Layers of which little is left: most of their weights were rounded to zero.
+"""Layers of which little is left, because most of their weights were rounded to zero.
 
 Few bits round many weights to zero, and may do so rightly. With the three values of a signed 2-bit grid, the scale of the
 lowest squared error rounds 46 % of normally distributed weights to zero and 63 % of Laplace-distributed ones; e2m1 about 10 %.
@@ -20,7 +20,11 @@ MOSTLY = 2 / 3  # of a layer's weights rounded to 0 is worth a word
 
 
 def rounded_away(zeros: float, zeros_before: float) -> float:
-    """Share of the weights other than 0 that became 0, from the shares of zeros after and before; 0 where all were 0."""
+    """The share of the weights other than 0 that became 0, from the shares of zeros after and before.
+
+    >>> rounded_away(zeros=0.75, zeros_before=0.5)
+    0.5
+    """
     return (zeros - zeros_before) / (1 - zeros_before) if zeros_before < 1 else 0.0
 
 
@@ -29,7 +33,7 @@ def mostly_zero(model: nn.Module, plans: Mapping[str, LayerPlan]) -> dict[str, f
 
     Args:
         model: The float model.
-        plans: Of its layers; of several weights by timestep the first counts.
+        plans: The plans of its layers. Of several weights by timestep the first counts.
     """
     found = {}
     for name, plan in plans.items():

@@ -1,4 +1,4 @@
-"""What can be known of a model without running it, in the form of a `Trace`: for plans that need no data."""
+"""The structure of a model as a `Trace`, read without running it, for plans that need no data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ UNREAD = "code of the class around it cannot be read, and nothing was run"
 
 
 def unread(model: nn.Module) -> dict[str, str]:
-    """Layers of modules whose `forward` has no source to look at, with the reason: they may read the weights themselves."""
+    """Layers of modules whose `forward` has no source, with the reason. Such modules may read the weights themselves."""
     closed = [name for name, module in model.named_modules() if not code_readers.readable(type(module))]
     return {
         layer: UNREAD
@@ -21,12 +21,12 @@ def unread(model: nn.Module) -> dict[str, str]:
 
 
 def structure(model: nn.Module) -> Trace:
-    """Layers in the order of the modules, and which of them stand at the edges; nothing is run.
+    """The layers in the order of the modules, and those at the edges, without running the model.
 
-    At the edges is what a model has once, outside of all lists of blocks: embedders of the sample, the timestep and the text,
-    and the final projection, which is the last of them. All but that one count as `Trace.first`, since only a run would tell
-    which of them reads the sample. A model without lists of blocks has its first and its last layer there. Concatenations and
-    what is done with weights besides calling their layers stay unknown.
+    At the edges are the layers that a model has once, outside of all lists of blocks: embedders of the sample, the timestep and
+    the text, and the final projection, which is the last of them. All but that one count as `Trace.first`, since only a run
+    would tell which of them reads the sample. A model without lists of blocks has its first and its last layer there.
+    Concatenations, and uses of weights besides calling their layers, stay unknown.
     """
     order = list(packed.quantizable(model))
     inside = set(packed.inside_blocks(model))

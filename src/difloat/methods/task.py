@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from difloat.calibration.collect import Calibration
+from difloat.layers.exclude import Exclusion
 from difloat.methods.learned_rounding import RoundingSettings
 from difloat.methods.trace import Call
 from difloat.plan.rules import Bits, Rule
@@ -34,7 +35,8 @@ class Task:
         scheduler: Gives the pipeline's scheduler as its call sets it for the first step; None for a plain module.
         target: The machine whose fast formats the recipe's candidates are restricted to.
         only: Quantize no other layers than these, to try a recipe on a few; None: all.
-        exclude: What the user keeps out of quantization, whatever the recipe; patterns of `exclusion.matches`.
+        exclude: What the user keeps out of quantization, whatever the recipe.
+        layer_bits: Weight bits of some layers, for recipes with one width: in place of that width, but not of 8 bits of edges.
         memory_bytes: What activations may take while blocks are worked on; bounds the rows, not the result's size.
     """
 
@@ -48,8 +50,13 @@ class Task:
     pipeline: str = ""
     target: Target = "any"
     only: frozenset[str] | None = None
-    exclude: tuple[str, ...] = ()
+    exclude: Exclusion = Exclusion()
     scheduler: Callable[[], Any] | None = None
+    layer_bits: Mapping[str, int] = field(default_factory=dict)
+
+    def bits_of(self, name: str) -> int:
+        """Weight bits of the layer `name`, where the recipe gives it no 8."""
+        return self.layer_bits.get(name, self.bits.weight)
 
     def calls(self, rows: Sequence[int], row_bytes: int) -> list[Call]:
         """The calibration rows as denoiser calls of few enough rows each, where a layer's data take `row_bytes` a row."""

@@ -1,4 +1,4 @@
-"""Looking into a model while it runs: layer order, skip concatenations, inputs and outputs of blocks. Leaves no hook behind."""
+"""Traces of a running model: layer order, skip concatenations, inputs and outputs of blocks. No hook stays behind."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ _FIRST_VALUE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"}
 
 @dataclass
 class Trace:
-    """What one forward pass showed.
+    """The record of one forward pass.
 
     Attributes:
-        order: Layers in the order of their first call.
-        splits: For layers whose input is a concatenation of features along its channels, the channels of the pieces.
-        first: Layers that read the sample itself: what they are given is the sample, reshaped, scaled, concatenated with or
-            added to what does not depend on it, such as the timestep's embedding.
-        before_gelu: Layers whose output, or a piece of it, goes into a GELU with at most element-wise steps in between.
-        attention: Modules with an exchangeable processor that computes `scaled_dot_product_attention`.
-        uses: What is done with weights besides calling their layers, by layer.
-        row_bytes: Input and output of the layer where they are largest, per row of the call.
-        last: Of the layers whose output reaches the model's prediction, the last one called, but one that depends on the
-            sample before any that does not (a gate computed from the timestep).
+        order: The layers in the order of their first call.
+        splits: The channels of the pieces, for layers whose input is a concatenation of features along its channels.
+        first: The layers that read the sample itself. Their input is the sample, reshaped or scaled, or concatenated with or
+            added to a tensor that does not depend on it, such as the timestep's embedding.
+        before_gelu: The layers whose output, or a piece of it, goes into a GELU with at most element-wise steps in between.
+        attention: The modules with an exchangeable processor that computes `scaled_dot_product_attention`.
+        uses: The uses of weights besides calling their layers, by layer.
+        row_bytes: The bytes of input and output of the layer where they are largest, per row of the call.
+        last: The last called layer whose output reaches the model's prediction. One that depends on the sample goes before any
+            that does not, such as a gate computed from the timestep.
     """
 
     order: list[str] = field(default_factory=list)
@@ -72,16 +72,15 @@ class Trace:
 
 
 class _Lineage(TorchFunctionMode):
-    """Follows which tensors come from the sample, from a layer, and from a concatenation of layers' results."""
+    """A mode that follows which tensors come from the sample, from a layer, and from a concatenation of layers' results."""
 
     def __init__(self, samples: Sequence[Tensor], seen: Trace) -> None:
         super().__init__()
         self.seen = seen
         self.attending: list[str] = []  # modules with a processor that run now, the innermost last
         self.made_by = WeakTensorKeyDictionary()  # the layer whose output, element by element, a tensor is
-        self.before = (
-            WeakTensorKeyDictionary()
-        )  # that output, or the piece of it that a tensor is a function of; weak
+        # A weak reference to that output, or to the piece of it that a tensor is a function of.
+        self.before = WeakTensorKeyDictionary()
         self.from_layer = WeakTensorKeyDictionary()
         self.from_sample = WeakTensorKeyDictionary()  # whether channels of the sample were mixed on the way
         self.pieces = WeakTensorKeyDictionary()
@@ -99,7 +98,7 @@ class _Lineage(TorchFunctionMode):
         self.reached_by[output] = (output in self.from_sample, len(self.calls) - 1)
 
     def last(self, tensors: Sequence[Tensor]) -> str:
-        """The last layer before some tensors; the one called last where none is known."""
+        """The last layer before some tensors, or the one called last where none is known."""
         found = [self.reached_by[tensor] for tensor in tensors if tensor in self.reached_by]
         return self.calls[max(found)[1] if found else -1]
 
@@ -165,14 +164,14 @@ class _Lineage(TorchFunctionMode):
 
 
 def trace(model: nn.Module, call: Call) -> Trace:
-    """Run `call` once and see what the layers are fed.
+    """Run one call of a model and record the inputs of its layers.
 
-    Concatenations are followed through everything that keeps channels apart (norms, activations, scales), so the
-    skip concatenations of any U-Net or long-skip transformer are found without knowing its class.
+    Concatenations are followed through everything that keeps channels apart (norms, activations, scales). So the skip
+    concatenations of any U-Net or long-skip transformer are found without knowing its class.
 
     Args:
         model: The denoiser.
-        call: Its arguments, among them the sample (`batch_axis.sample_of`).
+        call: The arguments of the denoiser, among them the sample (`batch_axis.sample_of`).
     """
     args, kwargs = call
     seen, handles, rows = Trace(), [], rows_of(args, kwargs)
@@ -220,13 +219,13 @@ def trace(model: nn.Module, call: Call) -> Trace:
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a layer is called with, whether by position or, as the motion modules of AnimateDiff do, by its name."""
+    """The input that a layer is called with, by position or, as in the motion modules of AnimateDiff, by its name."""
     found: Tensor = args[0] if args else kwargs["input"]
     return found
 
 
 def before_call(layer: nn.Module, hook: Callable[[nn.Module, Tensor], None]) -> RemovableHandle:
-    """Let `hook` see the input of a layer just before every call."""
+    """Show the input of a layer to a function just before every call."""
     return layer.register_forward_pre_hook(
         lambda module, args, kwargs: hook(module, input_of(args, kwargs)), with_kwargs=True
     )
@@ -242,7 +241,7 @@ def _calling(act: Callable[[str], object], name: str) -> Callable[..., None]:
 
 
 def channel_maxima(model: nn.Module, names: Sequence[str], calls: Sequence[Call]) -> dict[str, Tensor]:
-    """Largest magnitude of every input channel, float32 [i], of each named layer over all calls."""
+    """The largest magnitude of every input channel over all calls, float32 [i], for each named layer."""
     found: dict[str, Tensor] = {}
 
     def hook_for(name: str) -> Callable[[nn.Module, Tensor], None]:
@@ -266,11 +265,11 @@ SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)  # of the tokens, whose ranges `token_ranges`
 def token_ranges(
     model: nn.Module, names: Sequence[str], calls: Mapping[float, Call]
 ) -> dict[str, dict[float, list[float]]]:
-    """How far the tokens of a layer's input reach, by timestep: why one stored scale may not fit them all.
+    """The reach of the tokens of layers' inputs by timestep, which shows why one stored scale may not fit them all.
 
     Args:
         model: The float denoiser.
-        names: Layers.
+        names: The names of the layers.
         calls: One call for every timestep.
 
     Returns:
@@ -297,7 +296,7 @@ def token_ranges(
 
 @contextmanager
 def removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end, whatever happens."""
+    """Remove hooks at the end of a ``with`` block, also after an error."""
     try:
         yield
     finally:
@@ -312,14 +311,14 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def rows_of_call(call: Call) -> int:
-    """Entries along the first axis of the first tensor that a module is called with."""
+    """The number of entries along the first axis of the first tensor that a module is called with."""
     return next(leaf.shape[0] for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor))
 
 
 def merge(calls: Sequence[Call], rows: Sequence[int]) -> Call:
     """Concatenate the arguments of several calls of one module along the batch axis.
 
-    Tensors whose first axis is the batch (`rows` of the denoiser's call) are concatenated; anything else is shared.
+    Tensors whose first axis is the batch (`rows` of the denoiser's call) are concatenated, and anything else is shared.
 
     Raises:
         ValueError: if tensors to concatenate differ in another axis, as captions or pictures of several sizes make them.
@@ -345,7 +344,7 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def select(call: Call, rows: int, index: Tensor) -> Call:
-    """The entries `index` of every argument of a merged call that has `rows` entries along its batch axis."""
+    """The chosen entries of every argument of a merged call that has `rows` entries along its batch axis."""
     leaves, structure = pytree.tree_flatten(call)
     picked = [
         leaf[index] if batched else leaf for leaf, batched in zip(leaves, _per_row(call, rows), strict=True)
@@ -354,7 +353,7 @@ def select(call: Call, rows: int, index: Tensor) -> Call:
 
 
 def _per_row(call: Call, rows: int) -> list[bool]:
-    """For every leaf of a call whether its first axis is the batch: position tables may be as long by chance."""
+    """Whether the first axis of every leaf of a call is the batch. Position tables may be as long by chance."""
     return [
         isinstance(leaf, Tensor)
         and leaf.dim() > 0

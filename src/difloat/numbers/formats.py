@@ -1,16 +1,23 @@
 """Number formats: which numbers exist.
 
-A format is one small record; its values, its largest number, its codes and what hardware can do with it are derived.
+A format is one small record. Its values, its largest number, its codes and what hardware can do with it are derived.
 
-Naming: ``eXmY`` has a sign bit, X exponent and Y mantissa bits, ``ueXmY`` has no sign bit, ``intN`` is two's complement,
-``uintN`` unsigned. Every code of these is a finite number, as the quantization papers use them (the maximum of ``e4m3`` is
-480). Two suffixes name the hardware variants that spend codes on specials: ``fn`` (the all-ones code is NaN: ``e4m3fn``) and
-``ieee`` (the top exponent holds Inf and NaN: ``e5m2ieee``).
+>>> e2m1 = parse("e2m1")
+>>> e2m1.bits, e2m1.max
+(4, 6.0)
+>>> e2m1.values[-4:]
+(2.0, 3.0, 4.0, 6.0)
 
-The exponent bias is ``2**(X - 1) - 1``, and values are in natural units: the bias of a paper, a clip value and a scale are
-one degree of freedom, which lives in the scale (`quantizer`).
+``eXmY`` has a sign bit, X exponent bits and Y mantissa bits. ``ueXmY`` has no sign bit. ``intN`` is two's complement and
+``uintN`` is unsigned. Every code of these formats is a finite number, as the quantization papers use them, so the maximum of
+``e4m3`` is 480. Two suffixes name the hardware variants, which spend codes on special values. With ``fn`` the all-ones code
+is NaN, as in ``e4m3fn``. With ``ieee`` the top exponent holds Inf and NaN, as in ``e5m2ieee``.
 
-A *table* is a format of 2 to 16 int8 levels, named by them (``table(-127,-40,30,113)``) or by a short name (`tables`).
+The exponent bias is ``2**(X - 1) - 1``. A paper's own bias, a clip value and a scale are one degree of freedom, which lives in
+the scale of the quantizer and not in the format.
+
+A *table* is a format of 2 to 16 int8 levels. Its levels are its name (``table(-127,-40,30,113)``), or it has a short name
+(`tables`).
 """
 
 from __future__ import annotations
@@ -31,10 +38,22 @@ _MAX_EXPONENT_BITS = 7  # with 8 the largest value, 2**128, is no float32
 
 @dataclass(frozen=True)
 class Format:
-    """The numbers one code of `bits` bits can mean.
+    """The numbers that one code of `bits` bits can mean.
 
-    Fields of an integer format: `exponent_bits` is 0 and `mantissa_bits` counts the bits below the sign.
-    Code layout, high to low: sign, exponent, mantissa; integers are two's complement.
+    A code holds, from its highest bit down, the sign, the exponent and the mantissa. Integers are two's complement.
+
+    >>> Format(signed=True, exponent_bits=2, mantissa_bits=1).name
+    'e2m1'
+    >>> parse("e2m1").decode_table[:8]
+    (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+    Attributes:
+        signed: Whether the highest bit of a code is the sign.
+        exponent_bits: Width of the exponent field, which integer formats do not have.
+        mantissa_bits: Width of the mantissa field. Integer formats keep all bits but the sign here.
+        integer: Whether codes are integers instead of floating-point numbers.
+        specials: Which codes are not finite numbers, as the suffix of the name says.
+        levels: The values of a table in ascending order. Code j means ``levels[j]``, and codes beyond the last level mean it.
     """
 
     signed: bool
@@ -42,9 +61,7 @@ class Format:
     mantissa_bits: int
     integer: bool = False
     specials: Literal["", "fn", "ieee"] = ""
-    levels: tuple[
-        int, ...
-    ] = ()  # of a table, ascending; code j means levels[j], codes beyond them the last level
+    levels: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -63,30 +80,31 @@ class Format:
 
     @property
     def bias(self) -> int:
-        """Exponent bias; 0 for formats without an exponent field."""
+        """Exponent bias, which is 0 for formats without an exponent field."""
         return 2 ** (self.exponent_bits - 1) - 1 if self.exponent_bits else 0
 
     @property
     def min_exponent(self) -> int:
-        """Exponent of the smallest normal number, which subnormals share; a uniform grid has only this one."""
+        """Exponent of the smallest normal number, which subnormal numbers share. A uniform grid has no other exponent."""
         return self.mantissa_bits if self.integer else 1 - self.bias
 
     @property
     def step(self) -> float:
-        """Distance between 0 and the smallest positive value; of a table the least distance of two levels."""
+        """Distance between 0 and the smallest positive value. For a table it is the least distance of two levels."""
         if self.levels:
             return float(min(b - a for a, b in zip(self.levels, self.levels[1:], strict=False)))
         return math.ldexp(1.0, self.min_exponent - self.mantissa_bits)
 
     @cached_property
     def decode_table(self) -> tuple[float, ...]:
-        """The value of every code, in code order; NaN and Inf only in the hardware variants."""
+        """The value of every code, in code order. Only the hardware variants have NaN and Inf among them."""
         if self.levels:
             return tuple(float(self.levels[min(c, len(self.levels) - 1)]) for c in range(2**self.bits))
         return tuple(self._decode(code) for code in range(2**self.bits))
 
     def _decode(self, code: int) -> float:
         if self.integer:
+            # Two's complement: the highest bit weighs minus what it weighs without a sign.
             return float(code - 2**self.bits if self.signed and code >> (self.bits - 1) else code)
         mantissa = code & (2**self.mantissa_bits - 1)
         exponent = (code >> self.mantissa_bits) & (2**self.exponent_bits - 1)
@@ -96,6 +114,7 @@ class Format:
             return math.nan if mantissa else sign * math.inf
         if self.specials == "fn" and top and mantissa == 2**self.mantissa_bits - 1:
             return math.nan
+        # Subnormal numbers have no hidden bit: they are multiples of the step.
         if exponent == 0:
             return sign * mantissa * self.step
         fraction = 1 + math.ldexp(mantissa, -self.mantissa_bits)
@@ -103,7 +122,7 @@ class Format:
 
     @cached_property
     def values(self) -> tuple[float, ...]:
-        """The finite values, ascending, each once (negative zero is zero)."""
+        """The finite values in ascending order, each once. Negative zero counts as zero."""
         return tuple(sorted({v + 0.0 for v in self.decode_table if math.isfinite(v)}))
 
     @property
@@ -113,12 +132,12 @@ class Format:
 
     @property
     def min(self) -> float:
-        """Smallest finite value: ``-max``, 0, or one step below ``-max`` for two's complement."""
+        """Smallest finite value, which is ``-max`` or 0, or one step below ``-max`` for two's complement."""
         return self.values[0]
 
     @property
     def uniform(self) -> bool:
-        """Whether the values are evenly spaced: the format is an integer format in all but name (`e1m2`, `ue1m3`)."""
+        """Whether the values are evenly spaced, as those of `e1m2` and `ue1m3` are: integer formats in all but name."""
         return self.exponent_bits <= 1 and not self.levels
 
     @property
@@ -127,13 +146,16 @@ class Format:
         return self.values == tuple(-value + 0.0 for value in reversed(self.values))
 
     def mirrored(self) -> Format:
-        """The table of the negated levels: it times a scale is this one times the negated scale."""
+        """The table of the negated levels. Multiplied by a scale it is this table multiplied by the negated scale."""
         return table(tuple(-level for level in reversed(self.levels)))
 
     def int8_multiplier(self) -> int | None:
-        """Smallest power of two that turns every value into an integer of 8 bits, or None.
+        """Smallest power of two that turns every value into an integer of 8 bits, or None if there is none.
 
-        8 bits means int8 for signed formats and uint8 for unsigned ones. With it an int8 dot product computes exactly.
+        Signed formats become int8 and unsigned ones uint8. An int8 dot product of such integers is exact.
+
+        >>> parse("e2m1").int8_multiplier(), parse("e4m3").int8_multiplier()
+        (2, None)
         """
         if self.specials:
             return None
@@ -141,14 +163,15 @@ class Format:
             return 1
         multiplier = max(1, round(1 / self.step)) if self.step <= 1 else 1
         low, high = (-128, 127) if self.signed else (0, 255)
+        # A larger power of two would only make the integers wider, so the smallest one decides.
         fits = all(v * multiplier == int(v * multiplier) for v in self.values)
         return multiplier if fits and self.min * multiplier >= low and self.max * multiplier <= high else None
 
     def embeds_in_e4m3(self) -> bool:
         """Whether a bit shift turns every code into one of `e4m3`, up to a constant power of two.
 
-        Hardware e4m3 (`e4m3fn`) has a NaN where the all-finite `e4m3` has 480, so of all formats for which this holds
-        only `e4m3` itself needs care on FP8 tensor cores.
+        Hardware's e4m3 (`e4m3fn`) has a NaN where the all-finite `e4m3` has 480. So `e4m3` itself is the only one of these
+        formats that FP8 tensor cores do not hold exactly.
         """
         return (
             not self.integer
@@ -159,16 +182,28 @@ class Format:
 
 
 def table(levels: tuple[int, ...]) -> Format:
-    """The table of these levels, unchecked: `parse` checks what users write."""
+    """The table of these ascending levels, which are not checked. `parse` checks the names that users write.
+
+    >>> table((-2, -1, 1, 2)).values
+    (-2.0, -1.0, 1.0, 2.0)
+    """
     return Format(True, 0, (len(levels) - 1).bit_length() - 1, levels=levels)
 
 
 @cache
 def parse(name: str) -> Format:
-    """The format called `name`: ``eXmY``, ``ueXmY`` (also with ``fn``, ``ieee``), ``intN``, ``uintN``, 1 to 8 bits, or a table.
+    """The format of a name such as ``e2m1``, ``ue3m1``, ``e4m3fn``, ``e5m2ieee``, ``int4``, ``uint8`` or ``iq4nl``.
+
+    >>> parse("int4").values[0], parse("uint4").max
+    (-8.0, 15.0)
+    >>> parse("table(-127,-40,30,113)").bits
+    2
+
+    Args:
+        name: Name of a floating-point or integer format of 1 to 8 bits, or of a table. Case does not matter.
 
     Raises:
-        ValueError: if the name is no such format.
+        ValueError: if no format has this name.
     """
     text = name.strip().lower()
     if (levels := tables.levels_of(text)) is not None:
@@ -206,8 +241,10 @@ def _check(format: Format, name: str) -> None:
 def candidates(bits: int, signed: bool = True, *, integer_grids: bool = True) -> tuple[Format, ...]:
     """All floating-point formats of `bits` bits, from most exponent bits to fewest.
 
-    Formats without an exponent field are left out, since ``e0mY`` is ``e1m(Y-1)`` with one bit fewer of range.
+    >>> [format.name for format in candidates(4)]
+    ['e3m0', 'e2m1', 'e1m2']
 
+    Formats without an exponent field are left out, since ``e0mY`` is ``e1m(Y-1)`` with one bit fewer of range.
     Few bits leave few formats, and some of them are integers in all but name (`Format.uniform`):
 
     * 1 bit: ``ue1m0``, two values, which is ``uint1`` times two; no signed one.
@@ -216,9 +253,12 @@ def candidates(bits: int, signed: bool = True, *, integer_grids: bool = True) ->
       which is half of ``uint3``.
 
     Args:
-        bits: Width of a code, 1 to 8, of signed formats 2 to 8.
-        signed: With a sign bit.
-        integer_grids: Keep the formats whose grid is uniform (one exponent bit).
+        bits: Width of a code, from 1 to 8. Signed formats have at least 2 bits.
+        signed: Whether the formats have a sign bit.
+        integer_grids: Whether formats with one exponent bit, whose grid is uniform, are among the result.
+
+    Raises:
+        ValueError: if no format has this width.
     """
     least = 1 + int(signed)
     if not least <= bits <= _MAX_BITS:
@@ -226,6 +266,7 @@ def candidates(bits: int, signed: bool = True, *, integer_grids: bool = True) ->
         raise ValueError(
             f"bits of {kind} formats must be {least} to {_MAX_BITS}, got {bits}; choose another width"
         )
+    # With 8 exponent bits the largest value would be no float32, and with 1 the grid is uniform.
     free = bits - int(signed)
     lowest = 1 if integer_grids else 2
     exponents = range(min(free, _MAX_EXPONENT_BITS), lowest - 1, -1)

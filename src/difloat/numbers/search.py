@@ -1,68 +1,62 @@
 """Search of format, clip value and zero point by mean squared error.
 
-A candidate needs no pass over the data. With a row sorted and its prefix sums at hand, moving one border
-between two neighbouring values of the grid changes the error by an amount that only needs the number and the sum of the
-elements beyond the border. The borders are the midpoints of neighbouring values; `searchsorted` finds them in
-O(log n), so a candidate costs O(levels log n) instead of O(n), and its error is exact.
+A candidate needs no pass over the data. With a row sorted and its prefix sums at hand, moving one border between two
+neighbouring values of the grid changes the error by an amount that only needs the number and the sum of the elements beyond
+the border. The borders are the midpoints of neighbouring values. `searchsorted` finds each in O(log n), so a candidate costs
+O(levels log n) instead of O(n), and its error is exact.
 
-Three things keep candidates from being tried that cannot win, or can win next to nothing:
+Three rules leave out candidates that cannot win, or can win next to nothing:
 
-* Where there are many rows, a sample of them decides between the formats, and only formats that the sample cannot tell apart
-  are compared on all rows (`_still_open`).
-* Grids of few values have an error that changes slowly with the clip value, so `coarse` leaves every fifth of many clip values,
-  and a round more of refining finds those between them.
+* Where there are many rows, a sample of them decides between the formats. Only formats that the sample cannot tell apart are
+  compared on all rows (`_still_open`).
+* The error of a grid of few values changes slowly with the clip value. So `coarse` keeps every fifth of many clip values,
+  and one more round of refining finds those between them.
 * Grids of many values lose so much by clipping that most clip values are out before their other borders are looked at
-  (`_hopeless`).
+  (`_worth_trying`).
 
-Clip values are fractions of the reach of a row: ``scale = fraction * reach / format.max``, with ``absmax`` as the
-reach for signed formats and ``max - zero_point`` for unsigned ones. Two's complement has one more value below
-zero: 1.0 still puts its ``max`` on absmax, and a row that reaches further down than up finds its tight range at a
-fraction just below 1 (``7 / 8`` for `int4`).
+Clip values are fractions of the reach of a row: ``scale = fraction * reach / format.max``. The reach is ``absmax`` for signed
+formats and ``max - zero_point`` for unsigned ones. Two's complement has one more value below zero. There 1.0 still puts ``max``
+on absmax, and a row that reaches further down than up finds its tight range just below 1, at ``7 / 8`` for `int4`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from difloat.numbers import rounding
 from difloat.numbers.formats import Format
-from difloat.numbers.scale_grids import Snap
+from difloat.numbers.scale_grids import ScaleFormat, Snap, snap_zero_points
+from difloat.numbers.sorted_rows import SortedRows, sort, squared_errors
 
 CLIPS = tuple(percent / 100 for percent in range(20, 121))
-"""Fractions of the reach that `search` tries as clip values; at 4 bits the best is usually near 0.6."""
+"""Fractions of the reach that `search` tries as clip values. At 4 bits the best is usually near 0.6."""
 
 ZERO_POINTS = tuple(tenth / 10 for tenth in range(11))
 """Fractions of the minimum of a row that are worth trying as zero points."""
 
 SHRUNK = tuple(percent / 100 for percent in range(40, 101, 3))
-"""Fractions for ranges of asymmetric integers whose both ends shrink: coarser than `CLIPS`, refined by the search."""
+"""Fractions for asymmetric integers, whose ranges shrink at both ends. They are coarser than `CLIPS`, and refined."""
 
 OFFSETS = tuple(percent / 100 for percent in range(50, 101, 10))
 """Fractions of the minimum of a row for zero points of asymmetric integers."""
 
 FEW_LEVELS_BITS = 3
-"""Up to this width the best range of a row is far inside of it: at 1 bit near a quarter of the way to either end."""
+"""Up to this width in bits the best range of a row is far inside of it, at 1 bit a quarter of the way to either end."""
 
 SHRUNK_FAR = tuple(percent / 100 for percent in range(10, 101, 5))
-"""Like `SHRUNK`, for few levels; go with `ZERO_POINTS`."""
+"""Fractions that take the place of `SHRUNK` up to `FEW_LEVELS_BITS`, together with `ZERO_POINTS`."""
 
 _FEW_VALUES_BITS = 5  # grids up to this width have an error that changes slowly with the clip value
 _THINNED = 5  # of so many clip values one is tried first
 _SAMPLE_ROWS = 256  # decide between formats
 _STANDARD_ERRORS = 4  # of the mean difference between two formats that the sample must show
-_MANY_VALUES = (
-    32  # from here on looking up borders costs more than finding out which candidates clip too much
-)
-_SHORT = 4  # rows of fewer values than so many times the grid's are rounded instead
 _REFINED = 11  # points per axis of a refined grid, the winner in the middle
 _BLOCK = 2**24  # elements sorted at a time: bounds memory to about 0.5 GB
-_CHUNK = 2**18  # borders looked up at a time: stays in the cache
-_VALUES = 2**15  # values rounded at a time, likewise
 
 
 @dataclass(frozen=True)
@@ -70,12 +64,11 @@ class Found:
     """The best quantizer: rows become ``round_to((x - zero_point) / scale, format) * scale + zero_point``.
 
     Attributes:
-        format: One format for all rows.
-        scale: [r] float32, positive; of a table that is not symmetric also negative.
-        zero_point: [r] float32, real; zeros for signed formats and when it was not searched.
-        error: [r] float64, sum of squared errors with exactly these float32 scales and zero points.
-        error_by_format: Lowest total error of every candidate format by its name, for reports; of a format that a sample of
-            the rows ruled out, what the sample lets expect.
+        format: The one format of all rows.
+        scale: float32 [r]. A scale is positive, but for a table that is not symmetric it may be negative.
+        zero_point: float32 [r], a real number. It is zero for signed formats and where none was searched.
+        error: float64 [r], the sum of squared errors with exactly these float32 scales and zero points.
+        error_by_format: The lowest total error of every candidate format by name, extrapolated if a sample ruled it out.
     """
 
     format: Format
@@ -93,33 +86,41 @@ def search(
     zero_points: Sequence[float] | None = None,
     refine: int = 1,
     snap: Snap | None = None,
+    zero_format: ScaleFormat = "float32",
 ) -> Found:
     """The one format for all rows, and the scale and zero point of every row, with the lowest squared error.
 
-    At equal error the format named first wins. Every row chooses scale and zero point for itself, and its candidates are
-    compared exactly. Of more than 1,024 rows a sample rules out formats whose error is clearly higher (by four standard errors
-    of the difference). A row without reach (all zero, constant at its zero point) gets scale 1.0.
+    >>> from difloat.numbers.formats import candidates
+    >>> found = search(torch.linspace(-1, 1, 9)[None], candidates(4))
+    >>> found.format.name, round(float(found.scale), 3)
+    ('e2m1', 0.172)
+
+    Every row chooses scale and zero point for itself, and its candidates are compared exactly. At equal error the format named
+    first wins. Of more than 1,024 rows a sample rules out formats whose error is higher by four standard errors of the
+    difference. A row without reach, which is all zero or constant at its zero point, gets scale 1.0.
 
     Args:
-        rows: [r, n] floating point, read as float32; the elements of a row share a scale (r = 1: per tensor).
-        formats: Candidates; signed and unsigned may be mixed.
+        rows: Floating point [r, n], read as float32. The elements of a row share a scale, so r is 1 for one scale per tensor.
+        formats: Candidates, among which signed and unsigned ones may be mixed.
         clips: Fractions of the reach of the row to try as clip value.
         zero_points: Fractions of the minimum of the row to try as zero point of unsigned formats, for example
             `ZERO_POINTS`. None: no zero point, and unsigned formats need rows without negative values.
         refine: Rounds of a finer grid between the neighbours of each winner.
         snap: Moves the candidate scales of a format to the nearest that are allowed; the errors are those of the moved.
+        zero_format: Grid of the zero points; the errors are those of zero points on it.
 
     Raises:
-        ValueError: if rows are empty or hold NaN or Inf, if a fraction is not usable, or if an unsigned
-            format without zero point meets a negative value.
+        ValueError: if rows are empty or not finite, a fraction is not usable, or an unsigned format meets a negative value.
     """
     expected: dict[str, float] = {}
 
     def best(of: Tensor, candidates: Sequence[Format]) -> dict[str, Found]:
-        return best_per_format(of, candidates, clips=clips, zero_points=zero_points, refine=refine, snap=snap)
+        asked: dict[str, Any] = {"clips": clips, "zero_points": zero_points, "refine": refine, "snap": snap}
+        return best_per_format(of, candidates, **asked, zero_format=zero_format)
 
     _check(rows, formats, clips, zero_points)
     if len(formats) > 1 and len(rows) > 4 * _SAMPLE_ROWS:
+        # A fixed seed takes the same rows at every call, and sorted they are read in the order of memory.
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         sample = best(rows[order[:_SAMPLE_ROWS].sort().values.to(rows.device)], formats)
         formats = _still_open(sample)
@@ -131,9 +132,9 @@ def search(
 
 
 def coarse(clips: Sequence[float], format: Format) -> tuple[Sequence[float], int]:
-    """The clip values to try first for a grid, and how many rounds of refining then reach the distance that all would give.
+    """The clip values to try first for a grid, and how many rounds of refining make up for those left out.
 
-    Of many values for a grid of few bits every fifth is enough; else they are all tried and refined once.
+    Of many clip values for a grid of few bits every fifth is enough. In other cases all are tried and refined once.
     """
     if format.bits > _FEW_VALUES_BITS or len(clips) <= 6 * _THINNED:
         return clips, 1
@@ -160,8 +161,9 @@ def best_per_format(
     zero_points: Sequence[float] | None = None,
     refine: int = 1,
     snap: Snap | None = None,
+    zero_format: ScaleFormat = "float32",
 ) -> dict[str, Found]:
-    """Like `search`, but the best of every format, by its name: whoever mixes formats compares row by row."""
+    """The best quantizer of every format by its name, for callers that mix formats and compare them row by row."""
     _check(rows, formats, clips, zero_points)
     if refine < 0:
         raise ValueError(f"refine must be 0 or more rounds, got {refine}; leave it out for the default")
@@ -169,18 +171,18 @@ def best_per_format(
     zero_axis = {True: _axis((0.0,), rows), False: _axis(zero_points or (0.0,), rows)}  # by format.signed
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {format.name: [] for format in formats}
     for block in torch.split(rows.detach().float(), max(1, _BLOCK // rows.shape[1])):
-        low, high = block.aminmax(dim=1, keepdim=True)
+        low, high = block.aminmax(dim=1, keepdim=True)  # [r, 1]
         _check_range(low, high, any(not format.signed for format in formats) and zero_points is None)
-        sorted_rows: dict[bool, _SortedRows] = {}
+        sorted_rows: dict[bool, SortedRows] = {}
         for format in formats:
-            mirrored = format.symmetric
+            mirrored = format.symmetric  # magnitudes halve the borders to look up
             if mirrored not in sorted_rows:
-                sorted_rows[mirrored] = _sort(block.abs() if mirrored else block, low.double(), high.double())
+                sorted_rows[mirrored] = sort(block.abs() if mirrored else block, low.double(), high.double())
             axes = (clip_axis, zero_axis[format.signed])
-            best = _search_block(sorted_rows[mirrored], format, *axes, refine, snap)
+            best = _search_block(sorted_rows[mirrored], format, *axes, refine, snap, zero_format)
             if format.levels and not mirrored:  # the sign of the scale is one more candidate
                 turned = _search_block(sorted_rows[mirrored], format.mirrored(), *axes, refine, snap)
-                better = turned[2] < best[2]
+                better = turned[2] < best[2]  # [r]
                 signed = (-turned[0], turned[1], turned[2])
                 pairs = zip(signed, best, strict=True)
                 scale, zero_point, error = (torch.where(better, a, b) for a, b in pairs)
@@ -234,37 +236,24 @@ def _check_range(low: Tensor, high: Tensor, refuse_negative: bool) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _SortedRows:
-    values: Tensor  # [r, n] float64, ascending; magnitudes for grids that are symmetric around zero
-    prefix: Tensor  # [r, n + 1] float64, prefix[:, i] is the sum of the i lowest values
-    squares: Tensor  # [r, 1] float64
-    low: Tensor  # [r, 1] float64, minimum and maximum with their signs
-    high: Tensor
-
-
-def _sort(rows: Tensor, low: Tensor, high: Tensor) -> _SortedRows:
-    rows = rows.contiguous()
-    if rows.device.type == "cpu":  # numpy sorts float32 several times faster than torch
-        values = torch.from_numpy(np.sort(rows.numpy(), axis=1)).double()
-    else:
-        values = rows.sort(dim=1).values.double()
-    prefix = values.new_zeros(values.shape[0], values.shape[1] + 1)
-    torch.cumsum(values, dim=1, out=prefix[:, 1:])
-    return _SortedRows(values, prefix, values.square().sum(dim=1, keepdim=True), low, high)
-
-
 def _search_block(
-    rows: _SortedRows, format: Format, clips: Tensor, zeros: Tensor, refine: int, snap: Snap | None
+    rows: SortedRows,
+    format: Format,
+    clips: Tensor,
+    zeros: Tensor,
+    refine: int,
+    snap: Snap | None,
+    zero_format: ScaleFormat = "float32",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Best scale, zero point and error of the rows, each [r]; fractions `clips` [1, c] and `zeros` [1, z]."""
+    """Best scale, zero point and error of the rows, each [r], over the fractions `clips` [1, c] and `zeros` [1, z]."""
     count = rows.low.shape[0]
-    clips, zeros = clips.expand(count, -1), zeros.expand(count, -1)
+    clips, zeros = clips.expand(count, -1), zeros.expand(count, -1)  # [r, c], [r, z]
     for remaining in range(refine, -1, -1):
-        scale, zero_point = _candidates(rows, format, clips, zeros)
+        scale, zero_point = _candidates(rows, format, clips, zeros)  # [r, z * c]
         if snap is not None:
             scale = snap(scale, format)
-        error = _errors(rows, format, scale, zero_point)
+        zero_point = snap_zero_points(zero_point, zero_format)
+        error = squared_errors(rows, format, scale, zero_point)
         winner = error.argmin(dim=1, keepdim=True)
         if remaining:
             best_zero, best_clip = winner // clips.shape[1], winner % clips.shape[1]
@@ -275,113 +264,23 @@ def _search_block(
 
 
 def _around(axis: Tensor, winner: Tensor) -> Tensor:
-    """Finer axis [r, _REFINED] from left to right neighbour of `winner` [r, 1], which it holds exactly."""
+    """Finer axis [r, _REFINED] from the left to the right neighbour of `winner` [r, 1], which it holds exactly."""
     if axis.shape[1] == 1:
         return axis
-    centre = axis.gather(1, winner)
+    centre = axis.gather(1, winner)  # [r, 1]
     left = axis.gather(1, (winner - 1).clamp_min(0))
     right = axis.gather(1, (winner + 1).clamp_max(axis.shape[1] - 1))
-    steps = torch.linspace(-1, 1, _REFINED, dtype=axis.dtype, device=axis.device)
+    steps = torch.linspace(-1, 1, _REFINED, dtype=axis.dtype, device=axis.device)  # [_REFINED]
     return centre + steps.clamp_max(0) * (centre - left) + steps.clamp_min(0) * (right - centre)
 
 
-def _candidates(rows: _SortedRows, format: Format, clips: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+def _candidates(rows: SortedRows, format: Format, clips: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
     """Scales and zero points [r, z * c] of all pairs of fractions: float32 numbers, as float64."""
     zero_point = (zeros * rows.low).float().double() + 0.0  # no negative zero
-    reach = torch.maximum(rows.high, -rows.low) if format.signed else rows.high - zero_point
-    scale = clips[:, None, :] * (reach / format.max)[:, :, None]
+    reach = torch.maximum(rows.high, -rows.low) if format.signed else rows.high - zero_point  # [r, z]
+    scale = clips[:, None, :] * (reach / format.max)[:, :, None]  # [r, z, c]
     limits = torch.finfo(torch.float32)
     # A row of zeros is exact at any scale, except on a table without a zero, where only the least comes near.
     idle = 1.0 if 0.0 in format.values else limits.tiny
     scale = torch.where(scale > 0, scale.clamp(limits.tiny, limits.max), idle).float().double()
     return scale.flatten(1), zero_point[:, :, None].expand(-1, -1, clips.shape[1]).flatten(1)
-
-
-def _errors(rows: _SortedRows, format: Format, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Sum of squared errors [r, c] of every candidate; `scale` and `zero_point` [r, c].
-
-    Starts with all elements at the zero of the grid (or its least value from zero on)
-    and moves those beyond each border outwards, so that the
-    differences stay about as small as the data.
-    """
-    levels = torch.tensor(format.values, dtype=torch.float64, device=scale.device)
-    length = rows.values.shape[1]
-    base = levels[levels >= 0][0]
-    start_at = zero_point + base * scale
-    error = rows.squares + start_at * (length * start_at - 2 * rows.prefix[:, -1:])
-    direct = len(levels) >= _MANY_VALUES and length < _SHORT * len(levels)
-    chunk = max(1, _VALUES // length if direct else _CHUNK // (scale.shape[1] * len(levels)))
-    for start in range(0, scale.shape[0], chunk):
-        part = slice(start, start + chunk)
-        slots = (rows.values[part], rows.prefix[part], scale[part], zero_point[part])
-        if len(levels) < _MANY_VALUES:
-            error[part] -= _gains(*slots, levels)
-            continue
-        columns = _worth_trying(*slots, levels, error[part])
-        given = (*slots[:2], scale[part][:, columns], zero_point[part][:, columns])
-        if direct:
-            kept = _direct_errors(given[0], *given[2:], format)
-        else:
-            kept = error[part][:, columns] - _gains(*given, levels)
-        error[part] = error[part].fill_(torch.inf).index_copy_(1, columns, kept)
-    return error
-
-
-def _direct_errors(values: Tensor, scale: Tensor, zero_point: Tensor, format: Format) -> Tensor:
-    """Sum of squared errors [r, c] of rounding every one of the `values` [r, n] with every candidate [r, c]."""
-    errors = torch.empty_like(scale)
-    for column in range(scale.shape[1]):
-        step, shift = scale[:, column, None], zero_point[:, column, None]  # [r, 1]
-        rounded = rounding.round_((values - shift).div_(step), format)
-        errors[:, column] = rounded.mul_(step).add_(shift).sub_(values).square_().sum(dim=1)
-    return errors
-
-
-def _worth_trying(
-    values: Tensor, prefix: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor, start: Tensor
-) -> Tensor:
-    """Columns of candidates [c] that could be the best of some row: what they clip costs less than the widest one in all.
-
-    What lies beyond the grid's end m costs ``sum (x - m)^2``, which is at least ``(sum (x - m))^2 / n`` of these n elements.
-    """
-    last = scale.argmax(dim=1, keepdim=True)
-    widest, shift = scale.gather(1, last), zero_point.gather(1, last)
-    known = start.gather(1, last) - _gains(values, prefix, widest, shift, levels)  # [r, 1]
-    length, total = values.shape[1], prefix[:, -1:]
-    top, bottom = levels[-1] * scale + zero_point, levels[0] * scale + zero_point
-    below = torch.searchsorted(values, top)
-    above = (total - prefix.gather(1, below)) - (length - below) * top
-    clipped = above.square() / (length - below).clamp_min(1)
-    if levels[0] < 0 or bool((bottom > values[:, :1]).any()):
-        under = torch.searchsorted(values, bottom)
-        short = under * bottom - prefix.gather(1, under)
-        clipped += short.square() / under.clamp_min(1)
-    return (clipped <= known).any(dim=0).nonzero().squeeze(1)
-
-
-def _gains(values: Tensor, prefix: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor) -> Tensor:
-    """`_gain` on both sides of the grid's zero; one side where the grid is symmetric, whose `values` are magnitudes."""
-    saved = _gain(values, prefix, scale, zero_point, levels[levels >= 0], upwards=True)
-    if levels[0] < 0 and levels[0] != -levels[-1]:
-        saved = saved + _gain(
-            values, prefix, scale, zero_point, levels[levels <= levels[levels >= 0][0]], upwards=False
-        )
-    return saved
-
-
-def _gain(
-    values: Tensor, prefix: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor, *, upwards: bool
-) -> Tensor:
-    """Error [r, c] saved when the elements above (below) each border between two `levels` [v] move across it.
-
-    An element x that moves from value a to its neighbour b saves ``2 |b - a| |x - (a + b) / 2|``.
-    """
-    midpoints, widths = (levels[1:] + levels[:-1]) / 2, levels.diff()
-    borders = scale[:, :, None] * midpoints + zero_point[:, :, None]
-    index = torch.searchsorted(values, borders.flatten(1))
-    sums = prefix.gather(1, index)
-    if upwards:
-        sums, index = prefix[:, -1:] - sums, values.shape[1] - index
-    distances = sums.view_as(borders).sub_(borders.mul_(index.view_as(borders)))
-    saved = 2 * scale * (distances @ widths)
-    return saved if upwards else -saved

@@ -1,7 +1,7 @@
-"""Tables: 2 to 16 int8 levels as a number format, their names, and where their levels come from.
+"""Tables, which are number formats of 2 to 16 int8 levels: their names, and where their levels come from.
 
-Short names: ``iq4nl`` has the levels of GGUF's IQ4_NL (`kvalues` of the gguf package); ``t4g``, ``t3g`` and ``t2g`` are
-Lloyd-Max quantizers of a normal variable, found by Lloyd's iteration. Any other table is named by its levels.
+``iq4nl`` has the levels of GGUF's IQ4_NL (`kvalues` of the gguf package). ``t4g``, ``t3g`` and ``t2g`` are Lloyd-Max quantizers
+of a normal variable, found by Lloyd's iteration. Any other table is named by its levels.
 """
 
 from __future__ import annotations
@@ -12,16 +12,8 @@ from functools import cache
 from itertools import pairwise
 
 _IQ4NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_T4G = (
-    0.055,
-    0.157,
-    0.268,
-    0.386,
-    0.512,
-    0.654,
-    0.811,
-    1.0,
-)  # magnitudes; of a normal group over its largest
+# Magnitudes of the 16 levels, in units of the largest element of a group of normal numbers.
+_T4G = (0.055, 0.157, 0.268, 0.386, 0.512, 0.654, 0.811, 1.0)
 _NORMAL = {"t3g": 8, "t2g": 4}  # levels
 _LARGEST = 63  # the span of 126 fits the 16-bit pair sums of AVX2
 _TABLE = re.compile(r"table\((-?\d{1,3}(?:,-?\d{1,3})*)\)")
@@ -29,7 +21,11 @@ _TABLE = re.compile(r"table\((-?\d{1,3}(?:,-?\d{1,3})*)\)")
 
 @cache
 def named() -> dict[str, tuple[int, ...]]:
-    """The levels of every table with a short name."""
+    """The levels of every table with a short name.
+
+    >>> sorted(named()), named()["t2g"]
+    (['iq4nl', 't2g', 't3g', 't4g'], (-63, -19, 19, 63))
+    """
     upper = tuple(round(_LARGEST * magnitude) for magnitude in _T4G)
     found = {"iq4nl": _IQ4NL, "t4g": (*(-level for level in reversed(upper)), *upper)}
     for name, count in _NORMAL.items():
@@ -39,14 +35,19 @@ def named() -> dict[str, tuple[int, ...]]:
 
 
 def lloyd_max(count: int) -> tuple[float, ...]:
-    """The `count` levels of least squared error for a standard normal variable, ascending (Lloyd 1982).
+    """The `count` levels of least squared error for a standard normal variable, in ascending order (Lloyd 1982).
 
     Every level is the mean of the variable between the midpoints to its neighbours.
+
+    >>> [round(level, 3) for level in lloyd_max(2)]
+    [-0.798, 0.798]
     """
     levels = [4.0 * (j + 0.5) / count - 2.0 for j in range(count)]
     for _ in range(2000):
         borders = [-math.inf, *((a + b) / 2 for a, b in pairwise(levels)), math.inf]
+        # The mean of a normal variable between a and b is the difference of densities over that of probabilities.
         levels = [(_density(a) - _density(b)) / (_below(b) - _below(a)) for a, b in pairwise(borders)]
+    # The iteration leaves a rounding of asymmetry, which the mean with the mirrored levels removes.
     return tuple((a - b) / 2 for a, b in zip(levels, reversed(levels), strict=True))
 
 
@@ -59,16 +60,23 @@ def _below(x: float) -> float:
 
 
 def name_of(levels: tuple[int, ...]) -> str:
-    """The one name of a table: its short name if it has one, else ``table(...)`` with its levels and no spaces."""
+    """The one name of a table, which is its short name or else ``table(...)`` with its levels and no spaces.
+
+    >>> name_of((-2, -1, 1, 2))
+    'table(-2,-1,1,2)'
+    """
     short = {known: name for name, known in named().items()}
     return short.get(levels) or f"table({','.join(map(str, levels))})"
 
 
 def levels_of(text: str) -> tuple[int, ...] | None:
-    """The levels that a lower-case name stands for; None if it names no table.
+    """The levels that a lower-case name stands for, or None if it names no table.
+
+    >>> levels_of("table(-2,-1,1,2)"), levels_of("e2m1")
+    ((-2, -1, 1, 2), None)
 
     Raises:
-        ValueError: if it is written as a table whose levels are no table's.
+        ValueError: if the name is written as a table, but no table may have these levels.
     """
     if text in named():
         return named()[text]

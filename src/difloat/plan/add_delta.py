@@ -1,6 +1,6 @@
-"""Adding a change to a packed weight: decode, add, encode again in the layer's own formats.
+"""Addition of a change to a packed weight: decode, add, and encode again in the layer's own formats.
 
-What a low-bit grid can hold of a small change is little: values that move by less than half a step stay where they are. So the
+A low-bit grid holds little of a small change, because values that move by less than half a step stay where they are. So the
 result says how much of the change arrived, and no row gets scales that serve it worse than those it had.
 """
 
@@ -25,9 +25,9 @@ class Changed:
     """A layer whose weight was changed.
 
     Attributes:
-        layer: The layer, with the same shape, parts, inputs and schedules.
-        share: Of the change's squared norm, what arrived: 1 for all of it, 0 where every weight stayed as it was; over all
-            variants and as the quantized input sees it (smoothing factors divided out).
+        layer: The changed layer, with the same shape, parts, inputs and schedules.
+        share: The share of the change's squared norm that arrived, which is 0 where every weight stayed as it was. It counts
+            all variants, as the quantized input sees them (with smoothing factors divided out).
     """
 
     layer: LayerPlan
@@ -37,10 +37,10 @@ class Changed:
 @torch_modes.plain()
 @torch.no_grad()
 def add_to_weight(layer: LayerPlan, change: Tensor) -> Changed:
-    """Add `change` [o, i, *k] to the weight of a layer and round it again; every variant by timestep gets it.
+    """Add a change [o, i, *k] to the weight of a layer and round it again. Every variant by timestep gets the change.
 
-    Formats and granularities stay. Each scale stays too, or becomes the one with the lowest squared error if that is lower.
-    A change of zero changes nothing.
+    Formats and granularities stay. A scale stays as well, unless another one has a lower squared error. A change of zero
+    changes nothing.
 
     Raises:
         ValueError: if the shape is another one, or a value is not finite.
@@ -71,7 +71,7 @@ def add_to_weight(layer: LayerPlan, change: Tensor) -> Changed:
 
 
 def _stored_weight(layer: LayerPlan) -> Tensor:
-    """What the codes of one variant stand for, smoothing factors left in."""
+    """The weight that the codes of one variant stand for, with smoothing factors left in."""
     return encode.dequantize(replace(layer, smoothed=False))
 
 
@@ -97,13 +97,13 @@ def _encode(layer: LayerPlan, added: Tensor) -> tuple[LayerPlan, Tensor]:
 
 
 def _scales(piece: Tensor, spec: QuantSpec, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row the old scale and zero point, or the best ones if they have less error."""
+    """The old scale and zero point of every row, or the best ones where they have less error."""
     format = spec.format
-    rows = rows_of(piece, spec)
+    rows = rows_of(piece, spec)  # [r, n], one per scale
     # A search moves zero points of unsigned grids only, and needs one where there are negative values.
     if format.signed == spec.zero_point:
         return scale, zero
-    real = rows_of(torch.ones_like(piece), spec) > 0
+    real = rows_of(torch.ones_like(piece), spec) > 0  # [r, n], False in a group's padding
     rows = torch.where(real, rows, rows[:, :1])  # a group's padding must not draw the grid towards zero
 
     def error(scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -113,7 +113,7 @@ def _scales(piece: Tensor, spec: QuantSpec, scale: Tensor, zero: Tensor) -> tupl
 
     found = search(rows, [format], zero_points=ZERO_POINTS if spec.zero_point else None)
     if not spec.zero_point:
-        better = error(found.scale, None) < error(scale, None)
+        better = error(found.scale, None) < error(scale, None)  # [r]
         return torch.where(better, found.scale, scale), zero
     better = error(found.scale, found.zero_point) < error(scale, zero)
     return torch.where(better, found.scale, scale), torch.where(better, found.zero_point, zero)

@@ -1,4 +1,4 @@
-"""Encoding: from a float weight and its scales to the plan of a layer, and plans of layers joined."""
+"""Encoding of a float weight with its scales as the plan of a layer, and joining of such plans."""
 
 from __future__ import annotations
 
@@ -27,13 +27,20 @@ def plan_layer(
 ) -> LayerPlan:
     """Encode and pack a weight.
 
+    >>> from difloat import formats
+    >>> from difloat.plan.specs import QuantSpec
+    >>> part = Part(4, QuantSpec(formats.parse("e2m1")))
+    >>> layer = plan_layer(torch.tensor([[0.1, 0.5, -1.0, 3.0]]), [part], [torch.tensor([0.5])])
+    >>> dequantize(layer)
+    tensor([[ 0.0000,  0.5000, -1.0000,  3.0000]])
+
     Args:
-        weight: Float [o, i] or [o, i, kh, kw]; values off the grid are rounded to the nearest.
-        parts: Their channels add up to i.
-        weight_scales: Per part, as many scales as its spec asks for.
-        weight_zero_points: Per part, where a spec has a zero point.
-        input_scales: Per part; None where the activation is online or not quantized.
-        input_zero_points: Likewise.
+        weight: The float weight, [o, i] or [o, i, kh, kw]. Values off the grid are rounded to the nearest.
+        parts: The parts of the layer, whose channels add up to i.
+        weight_scales: For every part as many scales as its spec asks for.
+        weight_zero_points: For every part its zero points, where a spec has some.
+        input_scales: For every part its input scale, or None where the activation is online or not quantized.
+        input_zero_points: For every part the zero point of its input, or None.
 
     Raises:
         ValueError: if shapes do not fit.
@@ -59,7 +66,7 @@ def plan_layer(
         if vectors := [vector.reshape(-1).float() for vector in given if vector is not None]:
             tensors[name] = torch.cat(vectors)
     kind: Literal["linear", "conv2d"] = "linear" if weight.dim() == 2 else "conv2d"
-    layer = LayerPlan(kind, tuple(weight.shape), tuple(parts), tensors)
+    layer = LayerPlan(kind, tuple(weight.shape), tuple(parts), tensors=tensors)
     got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if got != shapes:
         raise ValueError(f"scales must fit the parts, expected shapes {shapes}, got {got}")
@@ -74,12 +81,12 @@ def _codes(piece: Tensor, part: Part, scale: Tensor, zero: Tensor | None) -> Ten
 def join_variants(
     plans: Sequence[LayerPlan], schedule: Sequence[int], factors: Tensor | None = None
 ) -> LayerPlan:
-    """One layer from its weights for several stretches of the trajectory.
+    """One layer made of its weights for several stretches of the trajectory.
 
     Args:
-        plans: The same layer with different weights; inputs and specs are those of the first.
-        schedule: Which of them belongs to every entry of the plan's timesteps; empty with one.
-        factors: float [variants, i], positive: what the input is multiplied by, and the weights are divided by already.
+        plans: The same layer with different weights. Inputs and specs are those of the first.
+        schedule: The number of the weight for every entry of the plan's timesteps, or empty with one weight.
+        factors: Positive float [variants, i] that the input is multiplied by, and that the weights are divided by already.
 
     Raises:
         ValueError: if rows of several widths are not the same rows in all plans.
@@ -99,13 +106,13 @@ def join_variants(
 
 
 def join_rows(bands: Sequence[LayerPlan], order: Tensor) -> LayerPlan:
-    """One layer from layers of some of its rows (output channels) each, which differ in their weight formats.
+    """One layer made of layers with some of its rows (output channels) each, which differ in their weight formats.
 
     Args:
         bands: Layers of `plan_layer` (or `join_variants`, for smoothed ones) with the same input channels, activations, input
             scales and factors, and one weight. With one band the result is an ordinary layer.
-        order: int [o]: row j of the bands, one after the other, is row ``order[j]`` of the joined layer. Within a band the
-            stored rows take the order of the joined layer, so that a byte per row is all there is to keep of it.
+        order: int [o], by which row j of the bands, one after the other, is row ``order[j]`` of the joined layer. Within a
+            band the stored rows take the order of the joined layer, so that a byte per row records it.
 
     Raises:
         ValueError: if the bands do not belong together, or the order is no permutation.
@@ -135,7 +142,7 @@ def join_rows(bands: Sequence[LayerPlan], order: Tensor) -> LayerPlan:
 
 
 def _check_belongs(band: LayerPlan, first: LayerPlan) -> None:
-    """ValueError unless the rows of `band` can be rows of the layer that those of `first` belong to."""
+    """Raise a ValueError unless the rows of `band` can be rows of the layer that those of `first` belong to."""
 
     def inputs(layer: LayerPlan) -> list[object]:
         facts = [(part.channels, part.activation) for part in layer.parts]
@@ -158,7 +165,7 @@ def _rows_of(layer: LayerPlan, rows: Tensor) -> LayerPlan:
 
 
 def dequantize(layer: LayerPlan) -> Tensor:
-    """The float32 weight [o, i, *k] that the codes stand for; of the first variant if there are several.
+    """The float32 weight [o, i, *k] that the codes stand for. Of several variants it is the first.
 
     A smoothed layer's weight comes back as the input sees it, with the factors multiplied in.
     """

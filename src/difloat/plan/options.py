@@ -117,21 +117,30 @@ _NEEDS = (
         lambda options, bits: options.mixed and bits.weight < 8,
     ),
     _Need(
-        ("guidance", "factor_power"),
-        "widths=allocated",
-        lambda options, bits: getattr(options, "widths", "allocated") == "allocated",
+        ("guidance", "factor_power", "size"),
+        "widths=rows or layers",
+        lambda options, bits: getattr(options, "widths", "rows") != "same",
     ),
     _Need(("smoothing",), "at least one stretch", lambda options, bits: options.stretches > 0),
 )
 
 
-def checked(options: Any, bits: Bits) -> Any:
+def checked(options: Any, bits: Bits, averages: bool = False) -> Any:
     """`options` themselves, unless one was changed that would change nothing at these widths, or beside the other options.
+
+    Args:
+        options: Of a recipe.
+        bits: Asked for.
+        averages: Whether the recipe can give weights a fraction of bits on average.
 
     Raises:
         ValueError: names the first such option, and what it must come with; or the format of weights that is none, is not
             signed, or is of another width.
     """
+    if bits.average is not None and (not averages or getattr(options, "widths", "") == "same"):
+        raise ValueError(
+            f"weight bits must be a whole number where layers have them alike, got {bits}; choose recipe auto, not widths=same"
+        )
     for field in dataclasses.fields(options):
         value, usual = getattr(options, field.name), field.default
         for mark in type(options).__pydantic_fields__[field.name].metadata:

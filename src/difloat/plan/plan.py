@@ -1,25 +1,26 @@
-"""Scales, shapes and codes: how a format is laid over a tensor, and the plan that says so for a whole model.
+"""The plan of a quantized model: the formats, scales and codes of every layer, as plain data.
 
-A `Plan` is where deciding ends: plain data, per layer which format, scale and codes. Nothing that carries a plan out knows
-which recipe made it.
+A `Plan` is where deciding ends. Nothing that carries a plan out knows which recipe made it.
 
-Axes of weights: ``o`` output channels, ``i`` input channels, then kernel axes. A layer's input channels may be cut into
-*parts*, each with its own formats and scales: a U-Net's skip concatenation feeds two different distributions into one layer.
+The axes of a weight are ``o`` output channels, ``i`` input channels, then kernel axes. A layer's input channels may be cut into
+*parts*, each with its own formats and scales. For example, a U-Net's skip concatenation feeds two different distributions into
+one layer.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from difloat.numbers.packing import unpack
-from difloat.plan import json_fields
-from difloat.plan.specs import SIDE, AttentionPlan, Band, Part, Side, layer_tensor_shapes, schedule_of
+from difloat.plan.specs import SIDE, AttentionPlan, Band, Part, Schedule, Side, layer_tensor_shapes
+from difloat.plan.validation import LARGEST, LISTED, OPTIONAL, Rule, record, shown
 from difloat.plan.weight import Layout, Weight, layout, pack
 
 PLAN_VERSION = 1
@@ -28,95 +29,62 @@ _DTYPES = {"weight": torch.uint8, "row_band": torch.uint8, **dict.fromkeys(SIDE,
 _INPUT_SIDE = ("input_scale", "input_zero_point", "input_factor")  # what the bands of a layer have in common
 
 
-@dataclass(frozen=True)
-class LayerPlan:
-    """What becomes of one layer.
+def _given(side: Any) -> Any:
+    if side is None:
+        raise ValueError("side branch must be left out of a layer that has none, got None")
+    return side
+
+
+@record("plan of a layer")
+class LayerSpec:
+    """The formats of one quantized layer, and what its tensors are laid out by: all that a file says in JSON.
 
     Attributes:
         kind: "linear" or "conv2d".
-        shape: Of the float weight, [o, i, *k].
-        parts: Cut along the input channels; their `channels` add up to i.
-        tensors: The layer's stored state besides its bias: `weight` (uint8, the parts' packed rows side by side) and float32
-            vectors, part after part: `weight_scale`, and where the specs ask for them `weight_zero_point`, `input_scale`,
-            `input_zero_point`. Where the layer is smoothed, `input_factor`: the input is multiplied by it, channel by
-            channel, before it is quantized, and the weight stands for what undoes that.
-            Where rows have several widths, `row_band` (uint8 [o]): the band of every output channel.
+        shape: The shape [o, i, *k] of the float weight.
+        parts: The cuts along the input channels, whose `channels` add up to i.
         smoothed: Whether there is an `input_factor`.
-        schedule: For every entry of the plan's timesteps, which variant of the weight (with its scales and factors) is used;
-            empty with one variant. Variants are stored one after the other along the first axis.
-        input_schedule: Likewise which of several input scales and zero points.
-        bands: Rows of several widths, in the order of their storage; empty if all are alike. The rows of a band keep their
-            order; `weight` is then [variants, bytes, *k], row after row, band after band, and the scales of a band follow
-            those of the one before. `parts` has the weight specs of the first band.
-        side: Low-rank pairs beside the weight: float16 tensors `side_down` [pairs * rank, i, *k], `side_up` [pairs * o, rank].
+        schedule: The number of the weight variant (with its scales and factors) for every entry of the plan's timesteps. It
+            is empty with one variant. Variants are stored one after the other along the first axis.
+        input_schedule: The number of the input scale and zero point for every entry of the plan's timesteps, or empty.
+        bands: The rows of several widths, in the order of their storage, or empty if all rows are alike. The rows of a band
+            keep their order. `weight` is then [variants, bytes, *k], row after row, band after band, and the scales of a band
+            follow those of the one before. `parts` has the weight specs of the first band.
+        side: The low-rank pairs beside the weight, with float16 tensors `side_down` [pairs * rank, i, *k] and `side_up`
+            [pairs * o, rank].
     """
 
-    kind: Literal["linear", "conv2d"]
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
-    tensors: Mapping[str, Tensor] = field(repr=False)
-    smoothed: bool = False
-    schedule: tuple[int, ...] = ()
-    input_schedule: tuple[int, ...] = ()
-    bands: tuple[Band, ...] = ()
-    side: Side | None = None
+    kind: Annotated[Literal["linear", "conv2d"], Field(title="kind of a layer"), Rule("be linear or conv2d")]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=LARGEST, title="size in a shape")], ...], LISTED]
+    parts: Annotated[tuple[Part, ...], LISTED, Field(title="parts of a layer")]
+    smoothed: Annotated[bool, OPTIONAL] = False
+    schedule: Annotated[Schedule, OPTIONAL] = ()
+    input_schedule: Annotated[Schedule, OPTIONAL] = ()
+    bands: Annotated[tuple[Band, ...], LISTED, OPTIONAL, Field(title="bands of a layer")] = ()
+    side: Annotated[Side | None, OPTIONAL, BeforeValidator(_given)] = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the tensors."""
-        parts = [part.to_json() for part in self.parts]
-        optional = {
-            "smoothed": self.smoothed,
-            "schedule": list(self.schedule),
-            "input_schedule": list(self.input_schedule),
-            "bands": [band.to_json() for band in self.bands],
-            "side": None if self.side is None else self.side.to_json(),
-        }
-        present = {name: value for name, value in optional.items() if value}
-        return {"kind": self.kind, "shape": list(self.shape), "parts": parts, **present}
+    def __post_init__(self) -> None:
+        if len(self.shape) != {"linear": 2, "conv2d": 4}[self.kind]:
+            raise ValueError(f"a {self.kind} weight cannot have the shape {shown(self.shape)}")
+        pairs = 0 if self.side is None else self.side.rank * self.side.pairs
+        if math.prod(self.shape) * max(1, pairs) > LARGEST:
+            raise ValueError(f"a layer must be of a possible size, got {self.shape} and {pairs} pairs")
 
-    @staticmethod
-    def from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerPlan:
-        """Inverse of `to_json`, with the tensors beside it; ValueError where fields or shapes do not fit."""
-        layer = replace(LayerPlan.without_tensors(data), tensors=tensors)
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> LayerPlan:
+        """The layer with its stored tensors; ValueError where their shapes do not fit."""
         got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if got != (expected := layer.tensor_shapes()):
+        if got != (expected := self.tensor_shapes()):
             raise ValueError(f"tensors of a layer must have the shapes {expected}, got {got}")
-        return layer
-
-    @staticmethod
-    def without_tensors(data: Mapping[str, Any]) -> LayerPlan:
-        """Inverse of `to_json` before any tensor is at hand; ValueError on fields of a wrong name, type or range."""
-        optional = ("smoothed", "schedule", "input_schedule", "bands", "side")
-        json_fields.json_object(data, "plan of a layer", ["kind", "shape", "parts"], optional)
-        if (kind := data["kind"]) not in ("linear", "conv2d"):
-            raise ValueError(f"kind of a layer must be linear or conv2d, got {json_fields.shown(kind)}")
-        sizes = json_fields.entries(data["shape"], "shape")
-        layer = LayerPlan(
-            kind,
-            tuple(json_fields.whole_number(size, "size in a shape") for size in sizes),
-            tuple(map(Part.from_json, json_fields.entries(data["parts"], "parts of a layer"))),
-            {},
-            json_fields.flag(data.get("smoothed", False), "smoothed"),
-            schedule_of(data.get("schedule", ()), "schedule"),
-            schedule_of(data.get("input_schedule", ()), "input_schedule"),
-            tuple(map(Band.from_json, json_fields.entries(data.get("bands", ()), "bands of a layer"))),
-            Side.from_json(data["side"]) if "side" in data else None,
-        )
-        if len(layer.shape) != {"linear": 2, "conv2d": 4}[kind]:
-            raise ValueError(f"a {kind} weight cannot have the shape {json_fields.shown(layer.shape)}")
-        pairs = 0 if layer.side is None else layer.side.rank * layer.side.pairs
-        if math.prod(layer.shape) * max(1, pairs) > json_fields.LARGEST:
-            raise ValueError(f"a layer must be of a possible size, got {layer.shape} and {pairs} pairs")
-        return layer
+        return LayerPlan(**{one.name: getattr(self, one.name) for one in fields(LayerSpec)}, tensors=tensors)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes that the stored tensors must have."""
+        """The shapes that the stored tensors must have, by name."""
         numbers = (self.variants, self.smoothed, max(self.input_schedule, default=0) + 1)
         return layer_tensor_shapes(self.shape, self.parts, *numbers, self.bands, self.side)
 
     @property
     def schedules(self) -> list[tuple[int, ...]]:
-        """Whatever of the layer depends on the timestep: an entry of each for every entry of the plan's timesteps."""
+        """All schedules of the layer, each with an entry for every entry of the plan's timesteps."""
         side = () if self.side is None else self.side.schedule
         return [schedule for schedule in (self.schedule, self.input_schedule, side) if schedule]
 
@@ -125,8 +93,23 @@ class LayerPlan:
         """How many weights are stored."""
         return max(self.schedule, default=0) + 1
 
+
+@dataclass(frozen=True)
+class LayerPlan(LayerSpec):
+    """The formats and stored tensors of one quantized layer.
+
+    Attributes:
+        tensors: The layer's stored state besides its bias. `weight` is uint8 with the parts' packed rows side by side. The
+            others are float32 vectors, part after part: `weight_scale`, and where the specs ask for them
+            `weight_zero_point`, `input_scale` and `input_zero_point`. A smoothed layer has `input_factor`, by which its input
+            is multiplied channel by channel before it is quantized, and which its weight undoes. A layer whose rows have
+            several widths has `row_band` (uint8 [o]), the band of every output channel.
+    """
+
+    tensors: Mapping[str, Tensor] = field(kw_only=True, repr=False)
+
     def variant(self, number: int) -> LayerPlan:
-        """The layer with one of its weights only; tensors are views."""
+        """The layer with only one of its weights. Its tensors are views."""
         if not self.schedule:
             return self
         tensors = {
@@ -137,15 +120,15 @@ class LayerPlan:
 
     @property
     def layout(self) -> Layout:
-        """Where the tensors of one variant hold which rectangle."""
+        """The places of the weight's rectangles in the tensors of one variant."""
         return layout(self.shape[0], self.parts, self.bands)
 
     def weight(self, number: int = 0) -> Weight:
-        """One of the stored weights, rectangle by rectangle; tensors are views."""
+        """One of the stored weights, rectangle by rectangle. Its tensors are views."""
         return self.layout.weight(self.variant(number).tensors)
 
     def split_rows(self) -> list[LayerPlan]:
-        """The inverse of `join_rows`: an ordinary layer per band, the layer itself if its rows are alike."""
+        """An ordinary layer for every band of rows, or the layer itself if its rows are alike."""
         if not self.bands:
             return [self]
         assert not self.schedule, "take a variant first"
@@ -158,7 +141,7 @@ class LayerPlan:
         return result
 
     def codes(self) -> list[Tensor]:
-        """The codes of every part, uint8 [variants * o, channels, *k]; of rows of several widths those of every band."""
+        """The codes of every part, uint8 [variants * o, channels, *k]. Rows of several widths give one tensor per band."""
         in_bands = [
             [piece for band in zip(*self.weight(number).columns, strict=True) for piece in band]
             for number in range(self.variants)
@@ -170,28 +153,38 @@ class LayerPlan:
 
     @staticmethod
     def dtype_of(name: str) -> torch.dtype:
-        """Dtype of the stored tensor of this name."""
+        """The dtype of the stored tensor of this name."""
         return _DTYPES.get(name, torch.float32)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all stored tensors (the bias not counted)."""
+        """The bytes of all stored tensors, without the bias."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of a model: one entry per layer that is quantized, one reason per layer that is not.
+    """The plan of a model: an entry for every layer that is quantized, and a reason for every layer that is not.
+
+    >>> import difloat
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 16))
+    >>> plan = difloat.plan(model, "rtn", "w4a8", exclude=["1"], progress=False)
+    >>> {name: layer.parts[0].weight.format.name for name, layer in plan.layers.items()}
+    {'0': 'e2m1'}
+    >>> plan.skipped
+    {'1': 'excluded by the user'}
 
     Attributes:
-        recipe, bits: The name of the recipe that decided; what was asked for, like "w4a8".
-        layers: By module name.
-        skipped: Reasons, by module name.
-        options: The recipe's options, plain data.
-        measured: Times and errors on the way; not part of the checkpoint.
-        attention: By the name of the attention module; what is not there computes as before.
-        timesteps: Grid that the layers' schedules refer to, in the unit of the denoiser's argument, the nearest entry counts.
-        components: Plans of the pipeline's other components by name, each stored with its component.
+        recipe: The name of the recipe that decided.
+        bits: The widths that were asked for, like "w4a8".
+        layers: The quantized layers by module name.
+        skipped: The reasons of layers that stay float, by module name.
+        options: The recipe's options as plain data.
+        measured: Times and errors on the way, which are not part of the checkpoint.
+        attention: The quantized attention by the name of its module. Other attention computes as before.
+        timesteps: The grid that the layers' schedules refer to, in the unit of the denoiser's argument. The entry that is
+            nearest to a call's timestep counts.
+        components: The plans of the pipeline's other components by name, each stored with its component.
     """
 
     recipe: str
@@ -210,17 +203,3 @@ class Plan:
             raise ValueError(
                 f"schedules must have an entry for each of the {len(self.timesteps)} timesteps, got {sorted(lengths)}"
             )
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the tensors, ready for `json.dumps`; `attention` and `timesteps` only where there are some."""
-        data = {
-            "version": PLAN_VERSION,
-            "recipe": self.recipe,
-            "bits": self.bits,
-            "options": dict(self.options),
-            "layers": {name: layer.to_json() for name, layer in self.layers.items()},
-            "skipped": dict(self.skipped),
-        }
-        attention = {"attention": {name: entry.to_json() for name, entry in self.attention.items()}}
-        optional = attention | {"timesteps": list(self.timesteps)}
-        return data | {name: value for name, value in optional.items() if value}

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+import torch
+from pydantic import BeforeValidator, Field, InstanceOf
 
-from difloat.plan.validation import Positive, Rule, Whole, record
+from difloat.plan.options import Names
+from difloat.plan.rules import Bits
+from difloat.plan.target import Target
+from difloat.plan.validation import NotNegative, Positive, Rule, Whole, record
 
 MOST_SEED = 2**40  # what becomes of it must fit torch's 64 bits
 
@@ -16,21 +23,89 @@ class CalibrationSettings:
     """What to collect; the defaults are written here and nowhere else.
 
     Attributes:
-        samples: Denoiser input rows kept in all.
-        steps: Sampler steps; None takes the default of the pipeline's call.
-        guidance_scale: Classifier-free guidance; None takes the default of the pipeline's call.
-        prompts_per_batch: Pictures sampled at once. It also sets how many trajectories are drawn.
-        seed: Seed of all noise and of every choice of rows.
+        samples: Denoiser inputs that are kept, the calibration rows.
+        steps: Sampler steps. If it is left out, as many as the pipeline's call takes by itself.
+        guidance_scale: Scale of classifier-free guidance. If it is left out, the one that the pipeline's call takes by itself.
+        prompts_per_batch: Pictures sampled at once, which also sets how many trajectories are drawn.
+        seed: Seed of everything random: the noise, and every choice of rows.
         timesteps: "sampler" follows the sampler's own trajectory; "clean" takes almost clean latents noised at the raw
-            timesteps 0 to 19, conditional only, as the released code of FP4DiT does (see `calibration.clean_latents`).
-        memory_bytes: Rows held in RAM; what is above stays on disk and is read on demand. While a batch of
+            timesteps 0 to 19, conditional only, as the released code of FP4DiT does.
+        memory_bytes: Calibration rows held in RAM; what is above stays on disk and is read on demand. While a batch of
             prompts runs, its rows are in RAM on top of this.
     """
 
     samples: Positive = 256
     steps: Positive | None = None
-    guidance_scale: float | None = None
+    guidance_scale: Annotated[float | None, Field(title="guidance"), Rule("be finite")] = None
     prompts_per_batch: Positive = 8
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
     timesteps: Annotated[Literal["sampler", "clean"], Rule("be sampler or clean")] = "sampler"
     memory_bytes: Whole = 2 << 30
+
+
+def _parsed(bits: Any) -> Any:
+    return Bits.parse(bits) if isinstance(bits, str) else bits
+
+
+def _by_name(wanted: Any) -> Any:
+    """Names of components, such as "vae" and "vae=w8a8", with the bits that stand after them."""
+    if isinstance(wanted, str):
+        wanted = wanted.split(",")
+    if not isinstance(wanted, Sequence) or not all(isinstance(entry, str) for entry in wanted):
+        return wanted
+    pairs = (entry.partition("=") for entry in wanted)
+    return {name: Bits.parse(own) if own else None for name, _, own in pairs}
+
+
+Widths = Annotated[InstanceOf[Bits], BeforeValidator(_parsed), Rule("look like 'w4a8' or 'w3.5a8'")]
+ByName = Annotated[
+    Mapping[str, InstanceOf[Bits] | None],
+    BeforeValidator(_by_name),
+    Rule("be names of components, perhaps with their bits, like vae=w8a8"),
+]
+
+
+@record("settings of repair")
+class RepairSettings:
+    """How a plan is fine-tuned (`difloat.repair`).
+
+    Attributes:
+        epochs: Passes along the trajectory; more than the rows are worth make pictures worse.
+        rank: Rank of the adapters; 0 trains input ranges and weight scales only.
+        dfa: Weight the loss of a timestep by the square of its factor in the sampler's update; not for samplers that call the
+            denoiser several times a step.
+        guidance_weight: Weight of the part of the guidance direction that is lost; 0 leaves it out.
+    """
+
+    epochs: Positive = 10
+    rank: Whole = 32
+    dfa: bool = True
+    guidance_weight: NotNegative = 9.0
+
+
+@record("request")
+class Request:
+    """One quantization as it is asked for; made once (`difloat.job.request`), then passed on.
+
+    Attributes:
+        recipe: lbfp, fp4dit, msfp, mpqdm, guided, efficientdm, qdiffusion, viditq, qdit, auto or rtn.
+        bits: Bits of weights and inputs, like w4a8; a16 leaves inputs alone. The recipe auto takes averages like w3.5a8.
+        calibration: What to collect, where the recipe looks at data.
+        target: "cpu" takes only formats that CPUs compute in integers; "any" takes all.
+        exclude: Layers or blocks that stay as they are whatever the recipe, like down_blocks.0 or '*.to_q'.
+        components: What of a pipeline is quantized, like transformer,text_encoder,vae=w8a8; all but the denoiser without data.
+            If it is left out, the denoiser.
+        cache: Directory that keeps calibration rows and finished blocks; a killed run goes on from there.
+        device: Where the model is put, stays and computes; None: where it is.
+        options: The recipe's options, made and checked.
+    """
+
+    recipe: str = "lbfp"
+    bits: Widths = Bits(4, 8)
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    target: Target = "any"
+    exclude: Names = ()
+    components: ByName | None = None
+    cache: Path | None = None
+    device: InstanceOf[torch.device] | None = None
+    options: Any = field(kw_only=True)

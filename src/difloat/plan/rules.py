@@ -1,10 +1,12 @@
-"""What a recipe asks of a tensor, and the draft of a layer that answers it."""
+"""The rule that a recipe gives for a tensor, and the draft of a layer that fulfils it."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,12 +33,14 @@ from difloat.plan.specs import Granularity, Part, QuantSpec
 MIN_MAX: tuple[float, ...] = (1.0,)
 
 
+FEW_BITS = 4  # up to this width inputs need groups
+_LEVELS = {2: "t2g", 3: "t3g", 4: "iq4nl"}  # with more levels, integers are as good
 LOPSIDED = 0.5  # from here on unsigned formats are tried for an input
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a recipe asks of one tensor; the search fills in the rest.
+    """A recipe's rule for one tensor. The search decides what the rule leaves open.
 
     Attributes:
         formats: Candidates; the one with the lowest squared error is taken.
@@ -49,7 +53,7 @@ class Rule:
         unsigned_clips: Candidate ranges of unsigned formats, if others than `clips`.
         asymmetry: Unsigned formats are tried beside the signed ones where the values are at least so lopsided
             (`lopsidedness`); 0: everywhere.
-        scales: Grid that the scales are restricted to; only without zero points.
+        scales: Grid that the scales are restricted to; with zero points "float16", which they are restricted to as well.
     """
 
     formats: tuple[Format, ...]
@@ -63,8 +67,10 @@ class Rule:
     scales: ScaleFormat = "float32"
 
     def __post_init__(self) -> None:
-        if self.scales != "float32" and self.zero_points is not None:
-            raise ValueError(f"scales must be float32 where there are zero points, got {self.scales!r}")
+        if self.scales not in ("float32", "float16") and self.zero_points is not None:
+            raise ValueError(
+                f"scales must be float32 where there are zero points, or float16, got {self.scales!r}"
+            )
 
     def spec(self, format: Format) -> QuantSpec:
         """The specification that results when the search chose `format`."""
@@ -80,6 +86,7 @@ class Rule:
             clips, refine = coarse(self.clips, self.formats[0])
             snap = snapping(rows, self.scales)
             return search(rows, self.formats, clips=clips, refine=refine, snap=snap)
+        snap = snapping(rows, self.scales)
         signed = [f for f in self.formats if f.signed]
         unsigned = [f for f in self.formats if not f.signed]
         if signed and self.asymmetry and lopsidedness(rows) < self.asymmetry:
@@ -87,19 +94,24 @@ class Rule:
         found = []
         if signed:
             clips, refine = coarse(self.clips, signed[0])
-            found.append(search(rows, signed, clips=clips, refine=refine))
+            found.append(search(rows, signed, clips=clips, refine=refine, snap=snap))
         if unsigned:
             clips = self.unsigned_clips or self.clips
             offsets = _offsets(rows, self.zero_points) if self.asymmetry else self.zero_points
-            found.append(search(rows, unsigned, clips=clips, zero_points=offsets))
+            found.append(
+                search(rows, unsigned, clips=clips, zero_points=offsets, snap=snap, zero_format=self.scales)
+            )
         return min(found, key=lambda one: float(one.error.sum()))
 
 
 def lopsidedness(values: Tensor) -> float:
-    """1 minus the shorter side of the values over the longer one: 0 symmetric around zero, 1 on one side of it.
+    """1 minus the shorter side of the values over the longer one, which is 0 for symmetric values and 1 for one-sided ones.
 
-    Of the extremes or of the 1 % and 99 % quantiles, whichever is more lopsided: a single outlier on the shorter side does not
-    make values symmetric. It only says whether both signs are worth trying; the squared error decides.
+    >>> lopsidedness(torch.linspace(-1, 1, 101)) < 0.01, lopsidedness(torch.linspace(0, 1, 101))
+    (True, 1.0)
+
+    It is taken of the extremes or of the 1 % and 99 % quantiles, whichever is more lopsided, so that a single outlier on the
+    shorter side does not make values symmetric. It only says whether both signs are worth trying. The squared error decides.
     """
     low, high = (float(end) for end in values.aminmax())
     _, inner_low, _, inner_high, _ = quantiles(values)
@@ -107,7 +119,11 @@ def lopsidedness(values: Tensor) -> float:
 
 
 def floating_point(bits: int) -> Format:
-    """The usual format of a width: two exponent bits below 8 bits, four at 8 (E2M1, E2M3, E4M3)."""
+    """The usual format of a width, which has two exponent bits below 8 bits and four at 8 (E2M1, E2M3, E4M3).
+
+    >>> floating_point(4).name, floating_point(8).name
+    ('e2m1', 'e4m3')
+    """
     exponent_bits = min(4 if bits == 8 else 2, bits - 1)
     return Format(True, exponent_bits, bits - 1 - exponent_bits)
 
@@ -124,6 +140,28 @@ def asymmetric_integers(bits: int, granularity: Granularity, group_size: int | N
     far = bits <= FEW_LEVELS_BITS
     clips, zero_points = (SHRUNK_FAR, ZERO_POINTS) if far else (SHRUNK, OFFSETS)
     return Rule(grid, granularity, group_size, clips=clips, zero_points=zero_points)
+
+
+def levels_or_integers(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
+    """A table of levels made for normal weights up to 4 bits, with scales of either sign; above, asymmetric integers."""
+    if bits not in _LEVELS:
+        return asymmetric_integers(bits, granularity, group_size)
+    return Rule((formats.parse(_LEVELS[bits]),), granularity, group_size)
+
+
+def online_integers(bits: int | None, group_size: int) -> Rule | None:
+    """Inputs with scales from the data: of up to 4 bits per token and group of channels, with a zero point; else per token.
+
+    Args:
+        bits: Of an input; None: it stays as it is.
+        group_size: Channels of a group; 0: one scale per token at every width.
+    """
+    if bits is None:
+        return None
+    if bits > FEW_BITS or not group_size:
+        return Rule((formats.parse(f"int{bits}"),), "token", clips=MIN_MAX, online=True)
+    grid = (formats.parse(f"uint{bits}"),)
+    return Rule(grid, "group", group_size, clips=MIN_MAX, zero_points=MIN_MAX, online=True)
 
 
 def floating_grids(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
@@ -216,29 +254,47 @@ def draft_layer(weight: Tensor, splits: Sequence[int], rule: Rule) -> Draft:
 
 @dataclass(frozen=True)
 class Bits:
-    """Widths of weights and activations; `activation` None leaves activations as they are."""
+    """Widths of weights and activations.
+
+    Attributes:
+        weight: Of weights; of a fractional average the whole number above it.
+        activation: Of activations; None leaves them as they are.
+        average: What weights have on average, where that is no whole number; only recipes that choose widths by layer can.
+        wide: How it was written that activations stay: a16 and a32 mean the same.
+    """
 
     weight: int
     activation: int | None
+    average: float | None = None
+    wide: Literal[16, 32] = field(default=16, compare=False, repr=False)
+
+    @property
+    def mean(self) -> float:
+        """Bits of a weight on average."""
+        return self.weight if self.average is None else self.average
 
     @staticmethod
     def parse(text: str) -> Bits:
-        """Read "w4a8"; 16 or 32 activation bits mean unquantized. ValueError on anything else."""
-        match = re.fullmatch(r"w([0-9]+)a([0-9]+)", text.strip().lower())
+        """Read "w4a8" or "w3.5a8"; 16 or 32 activation bits mean unquantized. ValueError on anything else."""
+        match = re.fullmatch(r"w([0-9]{1,2}(?:\.[0-9]{1,3})?)a([0-9]{1,2})", text.strip().lower())
         if not match:
             raise ValueError(
-                f"bits must look like 'w4a8', got {text!r}; write weight bits and activation bits"
+                f"bits must look like 'w4a8' or 'w3.5a8', got {text!r}; write weight bits and activation bits"
             )
-        weight, activation = int(match.group(1)), int(match.group(2))
-        if not 2 <= weight <= 8 or not (2 <= activation <= 8 or activation in (16, 32)):
+        mean, activation = float(match.group(1)), int(match.group(2))
+        if not 2 <= mean <= 8 or not (2 <= activation <= 8 or activation in (16, 32)):
             raise ValueError(
                 f"bits must be 2 to 8 for weights and 2 to 8, 16 or 32 for activations, got {text!r}"
             )
-        return Bits(weight, activation if activation <= 8 else None)
+        weight = math.ceil(mean)
+        average = None if mean == weight else mean
+        if activation > 8:
+            return Bits(weight, None, average, 32 if activation == 32 else 16)
+        return Bits(weight, activation, average)
 
     def __str__(self) -> str:
-        """As `parse` reads it: "w4a8", "w4a16" where activations stay."""
-        return f"w{self.weight}a{self.activation or 16}"
+        """As `parse` reads it: "w4a8"; where activations stay, "w4a16" or "w4a32", as it was written."""
+        return f"w{self.mean:g}a{self.activation or self.wide}"
 
 
 QUANTILES = (0.0, 0.01, 0.5, 0.99, 1.0)  # of an input, by which its shape is reported

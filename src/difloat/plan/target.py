@@ -1,4 +1,4 @@
-"""Formats that a kind of machine computes exactly and fast: what ``--target`` leaves of a recipe's candidates."""
+"""The formats that a kind of machine computes exactly and fast, to which ``--target`` restricts a recipe's candidates."""
 
 from __future__ import annotations
 
@@ -10,27 +10,18 @@ from difloat.numbers.integer_grids import grid_of
 from difloat.plan.rules import Rule
 
 Target = Literal["any", "cpu"]
-TARGETS: tuple[Target, ...] = ("any", "cpu")
-
-
-def check(target: str) -> Target:
-    """`target` itself; ValueError if there is no such target."""
-    for known in TARGETS:
-        if target == known:
-            return known
-    raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
 
 
 def fits(format: Format, target: Target) -> bool:
-    """Whether the target computes products of this format in integers: on a CPU if its values become int8."""
+    """Whether a target takes a format, which on a CPU means that its values become int8."""
     return target == "any" or grid_of(format) is not None
 
 
 def restrict(rule: Rule, target: Target) -> Rule:
-    """The rule with the formats that fit.
+    """The rule with the formats that fit a target.
 
-    Where none of them does, all floating-point formats of the same width that do take their place: `e4m3` gives way to
-    `e1m6`, at the same 8 bits.
+    Where none of them fits, all floating-point formats of the same width that do take their place. For example, `e4m3` gives
+    way to `e1m6`, which has 8 bits as well.
     """
     kept = tuple(format for format in rule.formats if fits(format, target))
     if not kept:

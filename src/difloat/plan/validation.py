@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import re
 from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -23,7 +25,13 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from typing_extensions import dataclass_transform
 
+# No size in a plan is larger: no layer has more values, and products of two still fit 64 bits twice over.
+LARGEST = 2**40
 MOST_ENTRIES = 1 << 20  # of a list
+OPTIONAL = Field(
+    exclude_if=lambda value: not value
+)  # of what JSON leaves out at its default: empty, false or None
+LISTED = Field(strict=False, max_length=MOST_ENTRIES)  # of a tuple, which JSON holds as a list
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _FIELDS = ("missing", "unexpected_keyword_argument", "unexpected_positional_argument", "dataclass_type")
 Record = TypeVar("Record")
@@ -44,8 +52,8 @@ def record(noun: str, each: str = "{}") -> Callable[[type[Record]], type[Record]
     """Make a class a frozen pydantic dataclass that takes no unknown field, converts nothing, and says errors in one sentence.
 
     Args:
-        noun: What one of them is called, like "band of rows".
-        each: How its fields are called, like "option {}"; the title of a field goes before.
+        noun: The noun for an instance in errors, like "band of rows".
+        each: The noun for its fields, like "option {}". A field with a title is called by it.
     """
 
     def made(plain: type[Record]) -> type[Record]:
@@ -67,7 +75,7 @@ def record(noun: str, each: str = "{}") -> Callable[[type[Record]], type[Record]
 
 
 def _schema(cls: type[Any], source: Any, handler: Any) -> Any:
-    """The class's own schema: strict in its fields, but a JSON object is as good as an instance."""
+    """The class's own schema, which is strict in its fields, but takes a JSON object in place of an instance."""
     schema = handler(source)
     handler.resolve_ref_schema(schema)["strict"] = False
     return schema
@@ -77,9 +85,9 @@ def read(cls: type[Record], data: Any, *, words: bool = False) -> Record:
     """An instance from plain data, such as a JSON object.
 
     Args:
-        cls: Made by `record`.
-        data: Names and values.
-        words: The values come from a user, who writes "7" for 7 and "yes" for true.
+        cls: A class that `record` made.
+        data: The names and values of its fields.
+        words: Whether the values come from a user, who writes "7" for 7 and "yes" for true.
 
     Raises:
         ValueError: one sentence about the first field that is missing, unknown, of another type or out of range.
@@ -93,8 +101,18 @@ def read(cls: type[Record], data: Any, *, words: bool = False) -> Record:
         raise ValueError(sentence(error, cls, words=words)) from error
 
 
+def plain(instance: Any) -> dict[str, Any]:
+    """The JSON object that `read` makes an equal instance of; `OPTIONAL` fields are left out at their defaults.
+
+    Raises:
+        ValueError: if a field of any type holds what JSON does not.
+    """
+    found: dict[str, Any] = type(instance).__pydantic_serializer__.to_python(instance, mode="json")
+    return found
+
+
 def sentence(error: ValidationError, cls: type[Any], *, words: bool = False) -> str:
-    """What is wrong first, as one sentence: *what* must be *which rule*, got *value*; shorter about a user's `words`."""
+    """One sentence about the first error: *what* must be *which rule*, got *value*. It is shorter about a user's `words`."""
     first = error.errors(include_url=False)[0]
     kind, found = first["type"], first["input"]
     if kind == "value_error":
@@ -112,7 +130,7 @@ def sentence(error: ValidationError, cls: type[Any], *, words: bool = False) -> 
 
 
 def _fields(cls: type[Any]) -> str:
-    """The names of the fields that must be there, and of those that may be."""
+    """The names of the fields that a record must have, and of those that it may have."""
     names: dict[bool, list[str]] = {True: [], False: []}
     for name, info in sorted(cls.__pydantic_fields__.items()):
         names[info.is_required()].append(name)
@@ -129,7 +147,7 @@ def _names(found: Any) -> Any:
 
 
 def _described(cls: type[Any], place: Any) -> tuple[str, Any, list[Any]]:
-    """What the value at a place is called, its type, and what limits it."""
+    """The noun for the value at a place, its type, and its limits."""
     called, hint, limits = cls.__noun__, cls, list[Any]()
     for step in place:
         if step == "[key]":
@@ -147,14 +165,14 @@ def _described(cls: type[Any], place: Any) -> tuple[str, Any, list[Any]]:
             inner = get_args(hint)
             hint, limits = inner[-1 if len(inner) == 2 and inner[1] is not ... else 0], []
             called = f"entry of {called}"
-        hint, more = _bare(hint)
+        hint, more = bare(hint)
         limits += more
         titles = [one.title for one in more if isinstance(one, FieldInfo) and one.title]
         called = titles[0] if titles else called
     return called, hint, limits
 
 
-def _bare(hint: Any) -> tuple[Any, list[Any]]:
+def bare(hint: Any) -> tuple[Any, list[Any]]:
     """A type without None and annotations, and the annotations with what is in their fields."""
     found: list[Any] = []
     while get_origin(hint) in (Annotated, Union, UnionType):
@@ -165,6 +183,19 @@ def _bare(hint: Any) -> tuple[Any, list[Any]]:
         else:
             hint = next(one for one in get_args(hint) if one is not NoneType)
     return hint, found
+
+
+def descriptions(cls: type[Any]) -> dict[str, str]:
+    """What the docstring of a class says of each of its fields, under "Attributes:"."""
+    _, _, attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+    found: dict[str, str] = {}
+    for line in attributes.splitlines():
+        if match := re.match(r"    (\w+): (.*)", line):
+            name = match[1]
+            found[name] = match[2]
+        elif line.strip():
+            found[name] += f" {line.strip()}"
+    return found
 
 
 def _record_in(hint: Any) -> Any:
@@ -197,7 +228,7 @@ def _range(hint: type[float], limits: list[Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: at most 80 characters, a long number by its length (Python refuses to write it out)."""
+    """A value as an error shows it, in at most 80 characters. A long number, which Python does not write out, is its length."""
     if type(value) is int and value.bit_length() > 200:
         return f"a whole number of {value.bit_length()} bits"
     if isinstance(value, Mapping | list | tuple) and len(value) > 16:

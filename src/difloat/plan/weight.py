@@ -17,17 +17,18 @@ from torch import Tensor
 
 from difloat.numbers.packing import packed_channels
 from difloat.plan.specs import Band, Part, QuantSpec, rows_of_parts
+from difloat.plan.validation import plain, read
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """One rectangle of a weight: some output channels (rows), some input channels.
+    """One rectangle of a weight, which has some of its output channels (rows) and some of its input channels.
 
     Attributes:
-        codes: uint8 [o, bytes, *k] as `packing.pack` lays them out; rows may be apart.
-        scale: float32, as many as the weight spec of `part` asks for.
-        zero_point: Likewise, or None.
-        part: Channels, formats and granularities; its activation is that of the input channels.
+        codes: uint8 [o, bytes, *k], as `packing.pack` lays them out. Rows may be apart.
+        scale: float32, as many as the weight spec of the part asks for.
+        zero_point: float32, as many as there are scales, or None.
+        part: Channels, formats and granularities. Its activation is that of the input channels.
     """
 
     codes: Tensor
@@ -37,23 +38,23 @@ class PackedWeight:
 
     @property
     def spec(self) -> QuantSpec:
-        """Format and granularity of the weight."""
+        """The format and granularity of the weight."""
         return self.part.weight
 
     @property
     def rows(self) -> int:
-        """How many output channels."""
+        """The number of output channels."""
         return self.codes.shape[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the float weight, [o, i, *k]."""
+        """The shape [o, i, *k] of the float weight."""
         return (self.codes.shape[0], self.part.channels, *self.codes.shape[2:])
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What is stored of the input of one part: float32 [1] where its scale is static, else None."""
+    """The stored scale and zero point of the input of one part, float32 [1] where they are static, else None."""
 
     scale: Tensor | None = None
     zero_point: Tensor | None = None
@@ -61,7 +62,7 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """A low-rank pair: ``up (down x)`` of the input before it is rounded; `down` [r, i, *k], `up` [o, r]."""
+    """A low-rank pair, which adds ``up (down x)`` of the unrounded input, with `down` [r, i, *k] and `up` [o, r]."""
 
     down: Tensor
     up: Tensor
@@ -72,10 +73,10 @@ class Weight:
     """The packed weight of a layer.
 
     Attributes:
-        columns: Per part its rectangles, band after band; one where all rows have one width.
-        row_band: uint8 [o], the band of every output channel; the rows of a band keep their order. None with one band.
-        branch: The low-rank pair beside it, or None.
-        texts: Per part what `parts_text` makes of its rectangles; filled in where left out.
+        columns: For every part its rectangles, band after band. There is one where all rows have one width.
+        row_band: uint8 [o], the band of every output channel, or None with one band. The rows of a band keep their order.
+        branch: The low-rank pair beside the weight, or None.
+        texts: For every part the text that `parts_text` makes of its rectangles. It is made where it is left out.
     """
 
     columns: tuple[tuple[PackedWeight, ...], ...]
@@ -84,11 +85,11 @@ class Weight:
     texts: tuple[str, ...] = ()
 
     def pieces(self) -> Iterator[PackedWeight]:
-        """All rectangles, part after part, band after band within one."""
+        """All rectangles, part after part, and within a part band after band."""
         return (piece for column in self.columns for piece in column)
 
     def parts(self) -> list[Weight]:
-        """The weight of every part by itself, without the branch; the weight itself if there is nothing to take apart."""
+        """The weight of every part by itself, without the branch, or the weight itself if it has one part and no branch."""
         if len(self.columns) == 1 and self.branch is None:
             return [self]
         texts: Sequence[str] = self.texts or [""] * len(self.columns)
@@ -99,12 +100,12 @@ class Weight:
 
     @property
     def bands(self) -> tuple[PackedWeight, ...]:
-        """The rectangles of the first part: of the only one, where a backend asks."""
+        """The rectangles of the first part, which for a backend is the only one."""
         return self.columns[0]
 
     @property
     def part(self) -> Part:
-        """The first part; its channels and activation are the same in all bands."""
+        """The first part, whose channels and activation are the same in all bands."""
         return self.columns[0][0].part
 
     @property
@@ -114,38 +115,38 @@ class Weight:
 
     @property
     def out_channels(self) -> int:
-        """Output channels, all bands together."""
+        """The number of output channels of all bands together."""
         return sum(piece.codes.shape[0] for piece in self.columns[0])
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """The kernel's axes; empty for a linear layer."""
+        """The sizes of the kernel's axes, which a linear layer does not have."""
         return tuple(self.columns[0][0].codes.shape[2:])
 
 
 @cache
 def parts_text(parts: tuple[Part, ...]) -> str:
     """One part of a layer in all bands of rows, as the string that operators take."""
-    return json.dumps([part.to_json() for part in parts])
+    return json.dumps([plain(part) for part in parts])
 
 
 @cache
 def parts_of(text: str) -> tuple[Part, ...]:
     """Inverse of `parts_text`."""
-    return tuple(Part.from_json(data) for data in json.loads(text))
+    return tuple(read(Part, data) for data in json.loads(text))
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where flat vectors hold one rectangle.
+    """The place of one rectangle in flat vectors.
 
     Attributes:
         part: Channels, formats and granularities.
-        rows: Output channels.
-        stretch: The band's bytes along axis 1 of a weight whose rows have several widths; None where all are alike.
-        columns: Bytes within a row.
-        scale: Entries of ``weight_scale``.
-        zero_point: Entries of ``weight_zero_point``, or None.
+        rows: The number of output channels.
+        stretch: The band's bytes along axis 1 of a weight whose rows have several widths, or None where all are alike.
+        columns: The bytes within a row.
+        scale: The entries of ``weight_scale``.
+        zero_point: The entries of ``weight_zero_point``, or None.
     """
 
     part: Part
@@ -158,12 +159,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the flat vectors of a layer (one variant) hold what.
+    """The places of all rectangles in the flat vectors of one variant of a layer.
 
     Attributes:
-        places: Per part, band after band.
-        inputs: Per part the entries of ``input_scale`` and ``input_zero_point``; None where there are none.
-        texts: Per part, as operators take it.
+        places: For every part its places, band after band.
+        inputs: For every part the entries of ``input_scale`` and ``input_zero_point``, or None where there are none.
+        texts: For every part its text, as operators take it.
     """
 
     places: tuple[tuple[Place, ...], ...]
@@ -176,7 +177,7 @@ class Layout:
         return Weight(columns, tensors.get("row_band"), branch, self.texts)
 
     def stored_inputs(self, tensors: Mapping[str, Tensor]) -> tuple[Inputs, ...]:
-        """Scales and zero points of the inputs, part after part, as views."""
+        """The scales and zero points of the inputs, part after part, as views."""
         return tuple(
             [
                 Inputs(
@@ -198,7 +199,7 @@ def _piece(place: Place, tensors: Mapping[str, Tensor]) -> PackedWeight:
 
 @cache
 def layout(out_channels: int, parts: tuple[Part, ...], bands: tuple[Band, ...] = ()) -> Layout:
-    """Where a layer with these parts and bands keeps what; see `LayerPlan` for the order."""
+    """The layout of a layer with these parts and bands, in the order that `LayerPlan` describes."""
     places: list[list[Place]] = [[] for _ in parts]
     at = scales = zeros = 0
     for band in rows_of_parts(out_channels, parts, bands):
@@ -234,8 +235,9 @@ def _input_entries(parts: Sequence[Part]) -> tuple[tuple[slice | None, slice | N
 
 
 def pack(weight: Weight) -> dict[str, Tensor]:
-    """The flat vectors of a weight, the inverse of `Layout.weight`: ``weight``, ``weight_scale`` and what else it has."""
+    """The flat vectors of a weight by name, of which `Layout.weight` makes the weight again."""
     bands = list(zip(*weight.columns, strict=True))  # of every band its pieces, part after part
+    # Bytes of all parts of a row lie side by side, [rows, bytes, *k].
     rows = [torch.cat([piece.codes for piece in band], dim=1) for band in bands]
     scales = [piece.scale.reshape(-1).float() for band in bands for piece in band]
     zeros = [

@@ -21,6 +21,7 @@ from difloat.recipes import (
     auto,
     efficientdm,
     fp4dit,
+    gptq,
     guided,
     integer_transformers,
     lbfp,
@@ -33,13 +34,14 @@ from difloat.recipes import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the table: the function, its options, a line for people who choose, its cost, and whether it looks at data."""
+    """A row: the function, its options, a line for people who choose, its cost, whether it needs data, takes w3.5."""
 
     plan: Callable[[Task, Any], Outcome]
     options: type[Any]
     summary: str
     cost: Callable[[Any, Bits], Cost]
     needs_data: Callable[[Any, Bits], bool] = lambda options, bits: True
+    averages: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
@@ -56,12 +58,7 @@ RECIPES: dict[str, Recipe] = {
         "4-bit weights and activations: mixup-sign formats, adapters by timestep, fine-tuned (arXiv:2505.21591)",
         msfp.cost,
     ),
-    "mpqdm": Recipe(
-        mpqdm.plan,
-        mpqdm.Options,
-        "2 to 4 bits: rows of several widths inside a layer, relation distillation, fine-tuned (arXiv:2412.11549)",
-        mpqdm.cost,
-    ),
+    "mpqdm": Recipe(mpqdm.plan, mpqdm.Options, mpqdm.SUMMARY, mpqdm.cost),
     "guided": Recipe(guided.plan, guided.Options, guided.SUMMARY, guided.cost),
     "efficientdm": Recipe(efficientdm.plan, efficientdm.Options, efficientdm.SUMMARY, efficientdm.cost),
     "qdiffusion": Recipe(
@@ -79,7 +76,8 @@ RECIPES: dict[str, Recipe] = {
         "integers in groups, online activations per token and group (arXiv:2406.17343)",
         integer_transformers.qdit_cost,
     ),
-    "auto": Recipe(auto.plan, auto.Options, auto.SUMMARY, auto.cost),
+    "auto": Recipe(auto.plan, auto.Options, auto.SUMMARY, auto.cost, averages=True),
+    "gptq": Recipe(gptq.plan, gptq.Options, gptq.SUMMARY, gptq.cost),
     "rtn": Recipe(rtn.rtn, rtn.NearestOptions, rtn.SUMMARY, rtn.cost, rtn.needs_data),
 }
 
@@ -93,21 +91,26 @@ def lookup(name: str) -> Recipe:
 
 def make_options(recipe: Recipe, values: Mapping[str, Any], bits: str) -> Any:
     """Options of a recipe from user values; ValueError as from `options.make_options` and `options.checked`."""
-    return options.checked(options.make_options(recipe.options, values), Bits.parse(bits))
+    return options.checked(options.make_options(recipe.options, values), Bits.parse(bits), recipe.averages)
+
+
+def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
+    """`decide` for a task that nothing was checked of: its weights are looked at, and options made of what a user chose."""
+    quantizable.check_weights(task.model)
+    return decide(task, recipe, make_options(lookup(recipe), chosen, bits))
 
 
 @torch_modes.plain()
-def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
-    """Decide everything about the task's model; the model stays untouched."""
-    settings = make_options(lookup(recipe), chosen, bits)
+def decide(task: Task, recipe: str, settings: Any) -> Plan:
+    """Decide everything about the task's model, with the recipe's options as made; the model stays untouched."""
     outcome = lookup(recipe).plan(task, settings)
-    rows = len(task.calibration)
-    stored = {**dataclasses.asdict(settings), **outcome.used, "seed": task.seed, "calibration_rows": rows}
+    stored = {**dataclasses.asdict(settings), **outcome.used, "seed": task.seed}
+    stored |= {"calibration_rows": len(task.calibration)}
     stored |= {"target": task.target} if task.target != "any" else {}
-    stored |= {"exclude": list(task.exclude)} if task.exclude else {}
+    stored |= {"exclude": list(task.exclude.patterns)} if task.exclude.patterns else {}
     return Plan(
         recipe,
-        bits.strip().lower(),
+        str(task.bits),
         outcome.layers,
         {**outcome.skipped, **quantizable.staying_float(task.model)},
         stored,

@@ -36,11 +36,11 @@ class Options(TrainingSettings):
     """Options of EfficientDM, and those of fine-tuning: `TrainingSettings`.
 
     Attributes:
-        rank: Of the adapters.
+        rank: The rank of the adapters.
         ranges_by_timestep: Learn input ranges apart for every timestep (TALSQ).
-        rounding: Of weights with at most 4 bits: "nearest" as in the paper, or "learned" as in LBFP before fine-tuning.
-        iterations, rounding_rows: Of learned rounding, as in LBFP.
-        keep_8bit: As in LBFP.
+        rounding: Weights with at most 4 bits, "nearest" as in the paper, or "learned" as in LBFP before fine-tuning.
+        iterations, rounding_rows: The options of learned rounding, as in LBFP.
+        keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
         factor_power: Power of the sampler's factors that weighs a timestep's loss, see `Tuning`; 0 is the paper's.
     """
 
@@ -69,7 +69,7 @@ def plan(task: Task, options: Options) -> Outcome:
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = post_training.keeps_8bit(name, seen, options.keep_8bit)
         kept.extend([name] if keeps else [])
-        bits = 8 if keeps else task.bits.weight
+        bits = 8 if keeps else task.bits_of(name)
         weight = asymmetric_integers(bits, "channel")
         learn = options.rounding == "learned" and bits <= 4
         if task.bits.activation is None:

@@ -2,16 +2,16 @@
 
 Paper -> here:
   group-wise weights, E3M0 before GELU, E2M1 (PixArt-Sigma: E1M2) elsewhere   `_formats`
-  scale-aware AdaRound (Eq. 4, 8), block by block                             `methods.adaround`, `methods.blockwise`
-  online activations, one scale per token; q, k, v per token and head         `Rule(online=True)`, `attention`
+  scale-aware AdaRound (Eq. 4, 8), block by block                             `methods.soft_rounding`, `methods.blockwise`
+  online activations, one scale per token, or per token and head for q, k, v  `Rule(online=True)`, `attention`
   the embedders and the final projection stay in high precision               `outside`: what is in no list of blocks
 
-Not stated in the paper, or stated differently by its code (our choices): E2M3 and E3M4 for 6- and 8-bit activations as in the
-  code (a secondary source: E3M2, E4M3); other widths; 400 steps per block at a rate tuned for them (docs/log.md) instead of
-  2,500 at 0.0001; the reconstruction error is relative to the size of the block's output.
-Differs from the released code: calibration follows the sampler's own timesteps, conditional and unconditional (the code takes
-  almost clean latents at timesteps 0 to 19: `timesteps="clean"`); block inputs come from the quantized prefix kept up to date
-  (the code keeps those cached once: `inputs="full"` is the other end); the input of a convolution has one scale per picture.
+Not stated in the paper, or stated differently by its code, are these choices: E2M3 and E3M4 for 6- and 8-bit activations as in
+  the code (a secondary source has E3M2, E4M3), other widths, 400 steps per block at a rate tuned for them (docs/log.md) instead
+  of 2,500 at 0.0001, and a reconstruction error relative to the size of the block's output.
+Differs from the released code: calibration follows the sampler's own timesteps, conditional and unconditional. The code takes
+  almost clean latents at timesteps 0 to 19 (`timesteps="clean"`). Block inputs come from the quantized prefix, kept up to date,
+  where the code caches them once (`inputs="full"` is the other end). The input of a convolution has one scale per picture.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from difloat.plan.options import FormatOr, NotNegative, Positive, Whole, recipe_
 from difloat.plan.rules import MIN_MAX, Rule, more_mantissa
 from difloat.plan.specs import AttentionPlan, Granularity
 
-SCALE_AWARE_RATE = 0.003  # of variables in units of the weight; both tuned by benchmarks/rounding_rates.py
+SCALE_AWARE_RATE = 0.003  # of variables in units of the weight, tuned by benchmarks/rounding_rates.py
 
 
 @recipe_options
@@ -40,17 +40,17 @@ class Options:
     """Options of FP4DiT.
 
     Attributes:
-        rounding: Of weights with at most 4 bits: "learned" or "nearest".
-        scale_aware: Rounding variables in units of the weight (Eq. 8); off: plain AdaRound.
-        learning_rate: Of the rounding variables; 0 takes the tuned rate of the form.
-        group_size: Input channels per weight scale; 0: one scale per output channel.
+        rounding: "learned" or "nearest" for weights with at most 4 bits.
+        scale_aware: Whether rounding variables are in units of the weight (Eq. 8), or plain AdaRound.
+        learning_rate: The rate of the rounding variables, or 0 for the tuned rate of the form.
+        group_size: Input channels per weight scale, or 0 for one scale per output channel.
         scale_format: Grid of weight scales, as in `rtn`; off "float32" the range is searched, as its ends cannot be met.
         weight_format: "paper", the name of a format of as many bits as weights have, or "search" among all by squared error.
-        before_gelu: Of the linear before GELU: "paper" (E3M0 at 4 bits), the name of a format, or "same" as the others.
+        before_gelu: The format of the linear before GELU, as "paper" (E3M0 at 4 bits), a name, or "same" as the others.
         activation: "online" per token, or "static" per tensor from calibration.
-        attention, softmax: Quantize q, k, v like activations; bits of the map: 16 leaves it, 8 is an unsigned grid.
+        attention, softmax: Whether q, k, v are quantized like activations, and the bits of the map, where 16 leaves it.
         outside: Layers in no list of blocks (embedders, final projection): "keep" in high precision, or "8bit".
-        inputs: Block inputs during learning: from the "quantized" or the "full" precision prefix.
+        inputs: "quantized" or "full", the precision of the prefix that block inputs come from during learning.
         iterations, precision, rounding_rows: Steps per block, their matrix products, calibration rows used.
     """
 
@@ -78,7 +78,7 @@ def plan(task: Task, options: Options) -> Outcome:
     def rules(name: str, seen: Trace) -> LayerRules | str:
         if name not in inside and options.outside == "keep":
             return "outside of the blocks"
-        bits = task.bits.weight if name in inside else 8
+        bits = task.bits_of(name) if name in inside else 8
         fixed = options.weight_format != "search" and options.scale_format == "float32"
         found = _formats(bits, name in seen.before_gelu, task.pipeline if name in inside else None, options)
         activation = _input(task.bits.activation and (task.bits.activation if name in inside else 8), options)
@@ -97,7 +97,7 @@ def plan(task: Task, options: Options) -> Outcome:
 
 
 def cost(options: Options, bits: Bits) -> Cost:
-    """What FP4DiT asks of the denoiser and stores."""
+    """The work that FP4DiT asks of the denoiser, and its storage."""
     size = options.group_size or None
     weight = Rule((more_mantissa(bits.weight),), "group" if size else "channel", size)
     return learned(Cost(weight, _input(bits.activation, options), (), options.outside), options, bits)

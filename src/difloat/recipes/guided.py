@@ -35,12 +35,12 @@ class Options(TrainingSettings):
     """Options of Guided, and those of fine-tuning: `TrainingSettings`.
 
     Attributes:
-        rounding: Of weights with at most 4 bits: "learned" as in LBFP, or "nearest".
-        iterations, rounding_rows: Of learned rounding, as in LBFP.
-        rank: Of the adapters.
+        rounding: "learned" as in LBFP, or "nearest", for weights with at most 4 bits.
+        iterations, rounding_rows: The options of learned rounding, as in LBFP.
+        rank: The rank of the adapters.
         ranges_by_timestep: Learn input ranges apart for every timestep.
         factor_power: Power of the sampler's factors that weighs a timestep's loss, see `Tuning`; 0 for plain modules.
-        keep_8bit: As in LBFP.
+        keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
         guidance_weight, epochs: As in `TrainingSettings`; without guidance in the sampler 0, 0 epochs: no fine-tuning.
     """
 
@@ -56,7 +56,7 @@ class Options(TrainingSettings):
 
     @property
     def sampler_power(self) -> float:
-        """Power of the sampler's factors in the loss; a plain module has no sampler, there it must be 0."""
+        """The power of the sampler's factors in the loss, which must be 0 for a plain module, which has no sampler."""
         return self.factor_power if self.epochs else 0.0
 
 
@@ -77,7 +77,7 @@ def plan(task: Task, options: Options) -> Outcome:
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = post_training.keeps_8bit(name, seen, options.keep_8bit)
         kept.extend([name] if keeps else [])
-        bits = 8 if keeps else task.bits.weight
+        bits = 8 if keeps else task.bits_of(name)
         weight, learn = floating_grids(bits, "channel"), options.rounding == "learned" and bits <= 4
         if task.bits.activation is None:
             return LayerRules(weight, None, learn)
@@ -87,4 +87,4 @@ def plan(task: Task, options: Options) -> Outcome:
     sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
     outcome = post_training.run(task, rules, sequencing)
     tuning = Tuning(settings, 1, options.rank, weights, tuple(kept), options.ranges_by_timestep)
-    return replace(tune(task, outcome, tuning), used={"guidance_weight": guidance})
+    return replace(tune(task, outcome, tuning), used={**outcome.used, "guidance_weight": guidance})

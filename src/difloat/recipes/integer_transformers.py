@@ -14,6 +14,7 @@ Differs from the papers: ViDiT-Q's mixed precision over layers and timesteps, Q-
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from difloat.layers import packed
 from difloat.methods import post_training
@@ -22,6 +23,7 @@ from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing,
 from difloat.methods.smoothing_factors import smoothing_factors
 from difloat.methods.trace import Trace
 from difloat.numbers import formats
+from difloat.numbers.scale_grids import ScaleFormat
 from difloat.plan.options import NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import MIN_MAX, Rule
 from difloat.plan.specs import Granularity
@@ -75,9 +77,11 @@ class QDiTOptions:
 
     Attributes:
         group_size: Input channels that share a scale, of weights and of activations.
+        scale_format: Grid of the scales and zero points of weights: "float32", or "float16" as GGUF stores them.
     """
 
     group_size: Whole = 128
+    scale_format: Literal["float32", "float16"] = "float32"
 
 
 def qdit(task: Task, options: QDiTOptions) -> Outcome:
@@ -88,7 +92,8 @@ def qdit(task: Task, options: QDiTOptions) -> Outcome:
         if name not in inside:
             return KEPT
         size = options.group_size
-        return LayerRules(_ends(task.bits.weight, "group", size), _online(task.bits, "group", size))
+        weight = _ends(task.bits.weight, "group", size, options.scale_format)
+        return LayerRules(weight, _online(task.bits, "group", size))
 
     return post_training.run(task, rules, Sequencing())
 
@@ -96,13 +101,16 @@ def qdit(task: Task, options: QDiTOptions) -> Outcome:
 def qdit_cost(options: QDiTOptions, bits: Bits) -> Cost:
     """What Q-DiT asks of the denoiser and stores."""
     size = options.group_size
-    return Cost(_ends(bits.weight, "group", size), _online(bits, "group", size), outside="keep")
+    weight = _ends(bits.weight, "group", size, options.scale_format)
+    return Cost(weight, _online(bits, "group", size), outside="keep")
 
 
-def _ends(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
+def _ends(
+    bits: int, granularity: Granularity, group_size: int | None = None, scales: ScaleFormat = "float32"
+) -> Rule:
     """Asymmetric integers between the smallest and the largest value."""
     grid = (formats.parse(f"uint{bits}"),)
-    return Rule(grid, granularity, group_size, clips=MIN_MAX, zero_points=MIN_MAX)
+    return Rule(grid, granularity, group_size, clips=MIN_MAX, zero_points=MIN_MAX, scales=scales)
 
 
 def _online(bits: Bits, granularity: Granularity, group_size: int | None = None) -> Rule | None:

@@ -1,15 +1,15 @@
 """LBFP: floating-point post-training quantization (arXiv:2408.06995, Chen, Giannoula, Moshovos).
 
 Paper section -> here:
-  encoding and bias selected per tensor, weights and activations   `ENCODINGS`, searched by `methods.search`
-  greedy order: weights, then activations with earlier layers quantized   `methods.posttraining`
-  gradient-based learning of the rounding of FP4 weights (V-B)      `methods.adaround`
+  encoding and bias selected per tensor, weights and activations          `encodings`, searched by `numbers.search`
+  greedy order: weights, then activations with earlier layers quantized   `methods.post_training`
+  gradient-based learning of the rounding of FP4 weights (V-B)            `methods.learned_rounding`
 
-Not stated in the paper (its body and code were not available to us; these are our choices):
-  the encodings tried; the range of biases (clip values 0.2 to 1.2 of the largest magnitude, refined once); squared error
-  as the criterion; per-tensor scales for weights and activations; first and last layers at 8 bits; the optimiser's settings;
+Not stated in the paper, whose body and code were not available to us, are these choices of ours:
+  the encodings tried, the range of biases (clip values 0.2 to 1.2 of the largest magnitude, refined once), squared error as
+  the criterion, per-tensor scales for weights and activations, first and last layers at 8 bits, the optimiser's settings, and
   256 calibration rows over the sampler's own timesteps, conditional and unconditional.
-Differs from the paper: the two inputs of a skip concatenation are quantized apart, as Q-Diffusion does; the reconstruction
+Differs from the paper: the two inputs of a skip concatenation are quantized apart, as Q-Diffusion does. The reconstruction
   error of a block is taken relative to the size of its output.
 """
 
@@ -39,12 +39,12 @@ class Options:
     """Options of LBFP.
 
     Attributes:
-        rounding: Of weights with at most 4 bits: "learned" or "nearest".
-        keep_8bit: Which edge layers keep 8 bits: "first", "last", or names of layers.
-        split: Quantize the two inputs of a skip concatenation apart.
+        rounding: "learned" or "nearest" for weights with at most 4 bits.
+        keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
+        split: Whether the two inputs of a skip concatenation are quantized apart.
         weight_granularity: What shares a weight scale: "tensor" as in the paper, or "channel".
         iterations: Steps of learned rounding per block.
-        learning_rate: Of the rounding variables, tuned by benchmarks/rounding_rates.py (docs/log.md).
+        learning_rate: The rate of the rounding variables, tuned by benchmarks/rounding_rates.py (docs/log.md).
         rounding_rows: Calibration rows used for learning.
     """
 
@@ -62,7 +62,7 @@ def plan(task: Task, options: Options) -> Outcome:
 
     def rules(name: str, seen: Trace) -> LayerRules:
         kept = post_training.keeps_8bit(name, seen, options.keep_8bit)
-        weight_bits = 8 if kept else task.bits.weight
+        weight_bits = 8 if kept else task.bits_of(name)
         weight = Rule(encodings(weight_bits), options.weight_granularity)
         activation = None
         if task.bits.activation is not None:
@@ -75,12 +75,12 @@ def plan(task: Task, options: Options) -> Outcome:
 
 
 def cost(options: Options, bits: Bits) -> Cost:
-    """What LBFP asks of the denoiser and stores."""
+    """The work that LBFP asks of the denoiser, and its storage."""
     weight = Rule(encodings(bits.weight), options.weight_granularity)
     inputs = None if bits.activation is None else Rule(encodings(bits.activation))
     return learned(Cost(weight, inputs, options.keep_8bit), options, bits)
 
 
 def encodings(bits: int) -> tuple[Format, ...]:
-    """The signed encodings tried at a width: E3M0, E2M1, E1M2 at 4 bits; E5M2, E4M3, E3M4, E2M5, E1M6 at 8."""
+    """The signed encodings tried at a width, which are E3M0, E2M1 and E1M2 at 4 bits, and E5M2 to E1M6 at 8."""
     return tuple(f for f in formats.candidates(bits) if f.exponent_bits <= LARGEST_EXPONENT)

@@ -38,6 +38,10 @@ from difloat.methods.training.twin_layer import Init
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import asymmetric_integers, floating_grids
 
+SUMMARY = (
+    "2 to 4 bits: rows of several widths inside a layer, relation distillation, fine-tuned (arXiv:2412.11549)"
+)
+
 
 @recipe_options
 class Options(TrainingSettings):
@@ -47,12 +51,12 @@ class Options(TrainingSettings):
         grid: "int" as in the paper, "fp" for floating-point grids of the same widths.
         mixed: Choose widths row by row; false: N bits for all, inputs not scaled (the base of the ablation).
         plus: MPQ-DM+, a tenth of the rows more at N + 1 bits.
-        criterion, candidates, scale_inputs: See `AllocationSettings`.
+        criterion, candidates, scale_inputs: Fields of `AllocationSettings`.
         relation, relation_weight, feature_weight, relation_every, features: See `RelationSettings` (`features`: its `module`).
-        rank: Of the adapters.
+        rank: The rank of the adapters.
         adapter_init: "zero", or "error": from the largest directions of the rounding error.
         ranges_by_timestep: Learn input ranges apart for every timestep.
-        keep_8bit: As in LBFP.
+        keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
     """
 
     grid: Literal["int", "fp"] = "int"

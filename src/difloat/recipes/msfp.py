@@ -1,20 +1,20 @@
 """MSFP: 4-bit floating point by mixup-sign formats and timestep-aware LoRA (arXiv:2505.21591, CVPR 2025).
 
 Paper -> here:
-  weights and symmetric inputs signed; lopsided inputs signed or unsigned + zero point   `Rule(zero_points, asymmetry)`
-  TALoRA: adapters per layer, chosen by a router that reads the timestep               `methods.student`, `methods.adapters`
-  DFA: the loss of a timestep weighted by its factor in the sampler's update           `methods.denoising_factor`
-  data-free distillation along full-precision trajectories                            `methods.finetune`
+  signed weights and symmetric inputs, lopsided inputs also unsigned with a zero point  `methods.mixup_sign`
+  TALoRA: adapters per layer, chosen by a router that reads the timestep     `methods.training.student`, `.twin_layer`
+  DFA: the loss of a timestep weighted by its factor in the sampler's update `methods.training.timestep_weights`
+  data-free distillation along full-precision trajectories                   `methods.training.train`
 
-Not stated in the paper (its body was not available; our choices, the first three after EfficientDM): rates, linear decay,
-  learned input ranges; weights per output channel, inputs per tensor; 2 adapters of rank 32; router of width 128 and low
-  frequencies, one for all layers; the wider search over clips and zero points (`search="narrow"`: ranges of a third-party
-  re-implementation); factors read off the scheduler's own step, of the sample as the denoiser reads it, mean 1; first and last
-  layer at 8 bits without adapters; 40 epochs over calibration rows, not 160 over fresh trajectories.
+Not stated in the paper, whose body was not available, are these choices, the first three after EfficientDM: rates, linear
+  decay and learned input ranges, weights per output channel and inputs per tensor, 2 adapters of rank 32, one router of width
+  128 and low frequencies for all layers, a wider search over clips and zero points than the ranges of a third-party
+  re-implementation (`search="narrow"`), factors of mean 1 read off the scheduler's own step, first and last layer at 8 bits
+  without adapters, and 40 epochs over calibration rows, not 160 over fresh trajectories.
 Differs from the paper: it knows lopsided inputs by the layer they come from (behind SiLU). Here any input is one whose
   shorter side is at most half of the longer one, in its extremes or its 1 % and 99 % quantiles. Squared error decides in both.
-Beyond the paper: `guidance_weight`, `factor_power=2`, `rounding=learned`; why is measured in docs/papers/msfp.md.
-Known trap: adapters whose second factor is zero are equal and give the router no gradient; they start at 2 % of a step.
+Beyond the paper are `guidance_weight`, `factor_power=2` and `rounding=learned`, which docs/papers/msfp.md measures.
+Adapters whose second factor is zero are equal and give the router no gradient, so they start at 2 % of a step.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class Options(TrainingSettings):
     """Options of MSFP, and those of fine-tuning: `TrainingSettings`.
 
     Attributes:
-        grid: "fp" as in the paper, or "int" for its integer twin (same everything, uniform grids).
-        mixup_sign: Let lopsided inputs choose unsigned formats with a zero point.
+        grid: "fp" as in the paper, or "int" for the same recipe on uniform grids.
+        mixup_sign: Whether lopsided inputs may choose unsigned formats with a zero point.
         search: "wide", or "narrow" as in the third-party re-implementation.
-        adapters: Low-rank adapters per layer; 0: no fine-tuning at all, 1: one for all timesteps.
-        rank, carry: Of the adapters; "merged": a packed weight for each one used; "side": one, and the adapters beside it.
-        allocation: Of adapters to timesteps: "learned" by the router; "halves" or "random" for comparison, as in the paper.
-        dfa: Weight the loss of a timestep by its factor in the sampler's update.
-        factor_power: That factor to this power; 1 is the paper's.
-        rounding: Of weights with at most 4 bits: "nearest" as in the paper, or "learned" as in LBFP before fine-tuning.
-        iterations, rounding_rows, keep_8bit: As in LBFP, the first two of learned rounding.
+        adapters: Low-rank adapters per layer, where 0 means no fine-tuning and 1 one adapter for all timesteps.
+        rank, carry: The rank of adapters, and "merged" into a packed weight each, or on the "side" of one packed weight.
+        allocation: Adapters to timesteps by a "learned" router, or "halves" or "random" for comparison, as in the paper.
+        dfa: Whether the loss of a timestep is weighted by its factor in the sampler's update.
+        factor_power: The power of that factor, which is 1 in the paper.
+        rounding: Weights with at most 4 bits, "nearest" as in the paper, or "learned" as in LBFP before fine-tuning.
+        iterations, rounding_rows, keep_8bit: The options of LBFP, of which the first two are of learned rounding.
     """
 
     grid: Literal["fp", "int"] = "fp"
@@ -72,7 +72,7 @@ class Options(TrainingSettings):
 
     @property
     def sampler_power(self) -> float:
-        """Power of the sampler's factors in the loss; 0 without `dfa` or fine-tuning."""
+        """The power of the sampler's factors in the loss, which is 0 without `dfa` or fine-tuning."""
         return self.factor_power if self.dfa and self.adapters and self.epochs else 0.0
 
 
@@ -84,7 +84,7 @@ def plan(task: Task, options: Options) -> Outcome:
     def rules(name: str, seen: Trace) -> LayerRules:
         keeps = post_training.keeps_8bit(name, seen, options.keep_8bit)
         kept.extend([name] if keeps else [])
-        bits = 8 if keeps else task.bits.weight
+        bits = 8 if keeps else task.bits_of(name)
         weight, learn = Rule(_grids(bits, options), "channel"), options.rounding == "learned" and bits <= 4
         own = task.bits.activation and (8 if keeps else task.bits.activation)
         return LayerRules(weight, None if own is None else _input(own, options), learn)
@@ -98,7 +98,7 @@ def plan(task: Task, options: Options) -> Outcome:
 
 
 def cost(options: Options, bits: Bits) -> Cost:
-    """What MSFP asks of the denoiser and stores."""
+    """The work that MSFP asks of the denoiser, and its storage."""
     inputs = None if bits.activation is None else _input(bits.activation, options)
     plain = Cost(Rule(_grids(bits.weight, options), "channel"), inputs, options.keep_8bit)
     asked = learned(plain, options, bits)

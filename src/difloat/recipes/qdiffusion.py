@@ -28,9 +28,9 @@ class QDiffusionOptions:
     """Options of Q-Diffusion.
 
     Attributes:
-        rounding: Of weights with at most 4 bits: "learned" (AdaRound) or "nearest".
-        keep_8bit: As in LBFP.
-        split: As in LBFP.
+        rounding: "learned" (AdaRound) or "nearest" for weights with at most 4 bits.
+        keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
+        split: Whether the two inputs of a skip concatenation are quantized apart.
         weight_granularity: What shares a weight scale.
         group_size: Input channels per weight scale, with granularity "group".
         activation: "static" per tensor as in the paper, or "online" per token.
@@ -54,7 +54,7 @@ def qdiffusion(task: Task, options: QDiffusionOptions) -> Outcome:
 
     def rules(name: str, seen: Trace) -> LayerRules:
         kept = post_training.keeps_8bit(name, seen, options.keep_8bit)
-        weight_bits = 8 if kept else task.bits.weight
+        weight_bits = 8 if kept else task.bits_of(name)
         weight, activation = _weight(weight_bits, options), None
         if task.bits.activation is not None:
             activation = _input(8 if kept else task.bits.activation, options)

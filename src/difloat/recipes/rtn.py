@@ -1,4 +1,4 @@
-"""Rounding to nearest: any format, min-max or searched clips, no learning; the baseline of all others.
+"""Rounding to nearest: any format, min-max or searched clips, no learning. It is the baseline of all other recipes.
 
 With groups and scales on the e4m3 grid or on powers of two it makes plans that NVFP4 and MXFP4 files hold without loss.
 """
@@ -29,13 +29,13 @@ class NearestOptions:
     Attributes:
         grid: "fp" (E2M1, E2M3, E4M3: two exponent bits below 8 bits, four at 8) or "int" (two's complement).
         scale: "mse" searches clip values by squared error, "minmax" takes the largest magnitude.
-        keep_8bit: As in LBFP.
-        split: As in LBFP.
+        keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
+        split: Whether the two inputs of a skip concatenation are quantized apart.
         weight_granularity: What shares a weight scale.
         group_size: Input channels per weight scale, with granularity "group".
         weight_format: Name of the format of weights at the width asked for; "" takes the one of `grid`.
-        scale_format: Grid of weight scales: "float32", "e4m3" (times one float32 number per tensor, as NVFP4 stores them) or
-            "e8m0" (powers of two, as MX formats do).
+        scale_format: Grid of weight scales: "float32", "e4m3" (times one float32 number per tensor, as NVFP4 stores them),
+            "e8m0" (powers of two, as MX formats do) or "float16" (as GGUF does).
         activation: "online" per token, which needs no data, or "static" per tensor from calibration.
     """
 
@@ -51,7 +51,7 @@ class NearestOptions:
 
 
 def needs_data(options: NearestOptions, bits: Bits) -> bool:
-    """Only stored input ranges are searched on data."""
+    """Whether the recipe needs data, which only stored input ranges do."""
     return bits.activation is not None and options.activation == "static"
 
 
@@ -60,7 +60,7 @@ def rtn(task: Task, options: NearestOptions) -> Outcome:
 
     def rules(name: str, seen: Trace) -> LayerRules:
         kept = post_training.keeps_8bit(name, seen, options.keep_8bit)
-        weight = _weight(task.bits.weight, options, kept)
+        weight = _weight(task.bits_of(name), options, kept)
         if task.bits.activation is None:
             return LayerRules(weight, None)
         return LayerRules(weight, _input(8 if kept else task.bits.activation, options))
@@ -69,7 +69,7 @@ def rtn(task: Task, options: NearestOptions) -> Outcome:
 
 
 def cost(options: NearestOptions, bits: Bits) -> Cost:
-    """What rounding to nearest asks of the denoiser and stores."""
+    """The work that rounding to nearest asks of the denoiser, and its storage."""
     inputs = None if bits.activation is None else _input(bits.activation, options)
     return Cost(_weight(bits.weight, options, False), inputs, options.keep_8bit)
 

@@ -1,4 +1,4 @@
-"""Filling the report: what a plan did to each layer, what it saved, what it cost."""
+"""The record of a report, filled from a model, its plan and its evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import resource
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ _FRAMES = 4  # of a video
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model before (every value in 16 bits) and after, and the bits a quantized weight really takes."""
+    """The bytes of a model before (every value in 16 bits) and after, and the bits that a quantized weight really takes."""
 
     original_bytes: int
     packed_bytes: int
@@ -42,7 +42,7 @@ class Sizes:
 
 
 def sizes(model: nn.Module, plan: Plan) -> Sizes:
-    """Sizes of `model` (float or already quantized) under `plan`; what is not quantized keeps the model's dtype."""
+    """The sizes of a float or quantized model under a plan. Tensors that are not quantized keep the model's dtype."""
     weights = sum(math.prod(layer.shape) for layer in plan.layers.values())
     packed = sum(layer.nbytes for layer in plan.layers.values())
     own = {f"{name}.{tensor}" for name, layer in plan.layers.items() for tensor in layer.tensors}
@@ -53,7 +53,7 @@ def sizes(model: nn.Module, plan: Plan) -> Sizes:
 
 
 def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
-    """One row of the report for a layer whose float weight is `weight`."""
+    """The row of the report for a layer with this float weight."""
     quantized, weight = dequantize(layer), weight.detach().float()
     specs = [
         spec for band in rows_of_parts(layer.shape[0], layer.parts, layer.bands) for spec in band.weights
@@ -82,7 +82,7 @@ def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
 
 
 def _by_timestep(layer: LayerPlan) -> str:
-    """What the bytes hold beside or instead of one weight."""
+    """A phrase about the weights by timestep and adapters that the layer's bytes hold, or "" for one weight."""
     weights = f"{layer.variants} packed weights, one per stretch of timesteps" if layer.schedule else ""
     if layer.side is None:
         return weights
@@ -103,7 +103,7 @@ def _mode(specs: Sequence[QuantSpec]) -> str:
 def worst_histograms(
     model: nn.Module, plan: Plan, rows: Sequence[LayerRow], count: int = 4
 ) -> list[Histogram]:
-    """Histograms of the float weights with the largest relative error, with the grid of the first scale."""
+    """The histograms of the float weights with the largest relative error, with the grid of the first scale."""
     worst = sorted(rows, key=lambda row: row.weight_error_db, reverse=True)[:count]
     result = []
     for row in worst:
@@ -126,7 +126,7 @@ def worst_histograms(
 
 
 def quality_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Rows of the quality table; full precision's own value stands beside the metrics that have one."""
+    """The rows of the quality table. Metrics that full precision has a value of show it as their reference."""
     full = {
         name: metric for name, metric in evaluation.metrics.items() if name.endswith("_of_full_precision")
     }
@@ -155,25 +155,23 @@ def build(
     plan: Plan,
     *,
     name: str,
-    evaluation: Evaluation | None = None,
-    prompts: Sequence[str] = (),
-    seeds: Sequence[int] = (),
     timings: Mapping[str, float] | None = None,
     notes: Sequence[str] = (),
+    rows: Sequence[LayerRow] | None = None,
 ) -> Record:
-    """The record of a quantization run.
+    """The record of a quantization run, without pictures; `with_pictures` adds what they say.
 
     Args:
         model: The float denoiser.
         plan: What was decided for it.
         name: How the user calls the model.
-        evaluation: What the pictures say, if there are any.
-        prompts: Of the pictures in the report.
-        seeds: Likewise.
         timings: Seconds besides those the plan measured.
         notes: What the paper leaves open and how it was decided.
+        rows: Of the layers, where neither the model's nor the plan's values are in memory any more; then there are no
+            histograms. None: they are made here.
     """
-    rows = [layer_row(key, layer, weight_of(model, key)) for key, layer in plan.layers.items()]
+    known = rows is not None
+    rows = rows or [layer_row(key, layer, weight_of(model, key)) for key, layer in plan.layers.items()]
     size = sizes(model, plan)
     return Record(
         title=f"{name}, {plan.recipe} {plan.bits}",
@@ -191,20 +189,18 @@ def build(
         packed_bytes=size.packed_bytes,
         effective_bits=size.effective_bits,
         weight_bits_nominal=float(plan.bits[1:].split("a")[0]),
-        layers=rows,
+        layers=list(rows),
         skipped=_skipped(model, plan),
-        quality=[] if evaluation is None else quality_rows(evaluation),
-        samples=0 if evaluation is None else evaluation.samples,
-        prompts=list(prompts),
-        seeds=list(seeds),
-        trajectory=_trajectory(evaluation),
-        histograms=worst_histograms(model, plan, rows),
+        quality=[],
+        samples=0,
+        histograms=[] if known else worst_histograms(model, plan, rows),
         ranges=[
             render.TokenRanges(layer, list(found), list(found.values()))
             for layer, found in plan.measured.get("ranges", {}).items()
         ],
         inputs=_inputs(plan),
         adapters=_adapters(plan),
+        shares=_shares(plan),
         attention=_attention(plan),
         timings=[*plan.measured.get("seconds", {}).items(), *(timings or {}).items()],
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -212,8 +208,36 @@ def build(
     )
 
 
+def with_pictures(
+    made: Record,
+    evaluation: Evaluation,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    times: Mapping[str, float],
+) -> Record:
+    """A record with what pictures say, in the place of what earlier ones said.
+
+    Args:
+        made: Of the run that made the checkpoint.
+        evaluation: Of all pictures.
+        prompts: Of the pictures that are shown.
+        seeds: Likewise.
+        times: What drawing took, in seconds, by what was drawn.
+    """
+    others = [(name, seconds) for name, seconds in made.timings if name not in times]
+    return replace(
+        made,
+        quality=quality_rows(evaluation),
+        samples=evaluation.samples,
+        prompts=list(prompts),
+        seeds=list(seeds),
+        trajectory=_trajectory(evaluation),
+        timings=[*others, *times.items()],
+    )
+
+
 def _inputs(plan: Plan) -> list[render.InputShape]:
-    """What a recipe that looks for asymmetric inputs found, part by part."""
+    """The shapes of inputs that a recipe which looks for asymmetric inputs measured, part by part."""
     rows = []
     for name, shapes in plan.measured.get("inputs", {}).items():
         for number, shape in enumerate(shapes):
@@ -225,15 +249,27 @@ def _inputs(plan: Plan) -> list[render.InputShape]:
 
 
 def _adapters(plan: Plan) -> render.AdapterTable | None:
-    """The router's table, where layers have several adapters; in the sampler's order, from the first timestep on."""
+    """The router's table where layers have several adapters, in the sampler's order from the first timestep on."""
     table = plan.measured.get("router")
     if not table or not any(map(any, table)):
         return None
     return render.AdapterTable(list(reversed(plan.measured["grid"])), list(plan.layers), table[::-1])
 
 
+def _shares(plan: Plan) -> list[render.Share]:
+    """What the layers got of a budget; none where a recipe gives all of them the same bits."""
+    found = plan.measured.get("widths", {})
+    shares = []
+    for name, formats_of in found.get("formats", {}).items():
+        layer = plan.layers[name]
+        weights = math.prod(layer.shape)
+        errors = [(8 * nbytes / weights, error) for _, nbytes, error in found["offers"][name]]
+        shares.append(render.Share(name, formats_of, weights, 8 * layer.nbytes / weights, errors))
+    return shares
+
+
 def _attention(plan: Plan) -> str:
-    """What is quantized inside attention, in a sentence; empty if nothing is."""
+    """A sentence about what is quantized inside attention, or "" if nothing is."""
     if not plan.attention:
         return ""
     entry = next(iter(plan.attention.values()))
@@ -247,7 +283,7 @@ def _attention(plan: Plan) -> str:
 
 
 def _skipped(model: nn.Module, plan: Plan) -> list[tuple[str, str, int]]:
-    """Everything that holds parameters and stays in high precision, with the reason and its bytes."""
+    """The modules that hold parameters and stay in high precision, with their reasons and bytes."""
     # Parameters of the model itself, such as PixArt's table of shifts, have no name of their own.
     skipped = [
         (name or "the model itself", reason, _bytes(model, name)) for name, reason in plan.skipped.items()
@@ -262,8 +298,8 @@ def _skipped(model: nn.Module, plan: Plan) -> list[tuple[str, str, int]]:
     return skipped
 
 
-def _trajectory(evaluation: Evaluation | None) -> dict[str, list[float]] | None:
-    if evaluation is None or evaluation.trajectory is None:
+def _trajectory(evaluation: Evaluation) -> dict[str, list[float]] | None:
+    if evaluation.trajectory is None:
         return None
     columns = {
         key: [getattr(step, key) for step in evaluation.trajectory] for key in ("value", "low", "high")
@@ -276,7 +312,7 @@ def _bytes(model: nn.Module, name: str) -> int:
 
 
 def write(record: Record, reference: np.ndarray, quantized: np.ndarray, directory: Path) -> Path:
-    """Write page, data and pictures into `directory`, so that `read` can make the page again; returns the page."""
+    """Write page, data and pictures into a directory, from which `read` can make the page again. Return the page."""
     directory.mkdir(parents=True, exist_ok=True)
     pictures = io.BytesIO()
     np.savez_compressed(pictures, reference=reference, quantized=quantized)
@@ -286,7 +322,7 @@ def write(record: Record, reference: np.ndarray, quantized: np.ndarray, director
 
 
 def read(directory: Path) -> tuple[Record, np.ndarray, np.ndarray]:
-    """What `write` stored.
+    """The record and the pictures that `write` stored.
 
     Raises:
         FileNotFoundError: if there is no report in the directory.
@@ -306,14 +342,14 @@ def read(directory: Path) -> tuple[Record, np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture of a report: which sample it is of, and what its caption says of the frame, "" for a picture."""
+    """A picture of a report: the number of its sample, and the caption of its frame, which is "" for a picture."""
 
     sample: int
     label: str
 
 
 def shown(drawn: Generated, most: int) -> tuple[np.ndarray, list[Shown]]:
-    """Up to `most` pictures, uint8 [n, h, w, 3]: the first samples, of videos up to `_FRAMES` frames, the ends among them."""
+    """Up to `most` pictures, uint8 [n, h, w, 3]: the first samples, and of videos up to `_FRAMES` frames with both ends."""
     frames = sorted({round(place) for place in np.linspace(0, drawn.frames - 1, _FRAMES).tolist()})
     samples = range(min(len(drawn.images) // drawn.frames, most // len(frames)))
     labels = [f", frame {frame + 1} of {drawn.frames}" if drawn.frames > 1 else "" for frame in frames]

@@ -1,4 +1,4 @@
-"""Pictures, curves and numbers as text that a page can hold; the same input gives the same text.
+"""Pictures, curves and numbers as text that a page can hold. The same input gives the same text.
 
 Curves are drawn by matplotlib through its object interface. Their colours become CSS variables of the page (`--soft`,
 `--line`, `--quantized`, `--warm`), so that they follow its light or dark theme.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
 
-_PICTURE_BUDGET_BYTES = 2_200_000  # of text in all; leaves a page with its tables under 3 MB
+_PICTURE_BUDGET_BYTES = 2_200_000  # of text in all, which leaves a page with its tables under 3 MB
 _INK, _FAINT, _QUANTIZED, _GRID = "#010203", "#010204", "#010205", "#010206"  # placeholders, see _svg
 _CSS = {_INK: "var(--soft)", _FAINT: "var(--line)", _QUANTIZED: "var(--quantized)", _GRID: "var(--warm)"}
 
@@ -29,7 +29,7 @@ def data_uris(pictures: np.ndarray) -> tuple[list[str], str]:
     """Pictures as data URIs, as faithfully as fits one page, and a phrase that says how faithfully that is.
 
     Args:
-        pictures: uint8 [n, h, w, 3].
+        pictures: The pictures, uint8 [n, h, w, 3].
 
     Raises:
         ValueError: if there are too many pictures even at an eighth of their size.
@@ -65,15 +65,15 @@ def _data_uri(picture: np.ndarray, divisor: int, kind: str, options: dict[str, A
 
 
 def histogram(edges: Sequence[float], counts: Sequence[float], grid: Sequence[float], salt: str) -> Markup:
-    """Bars of `counts` between `edges`, on a square-root scale, with a line at each value of `grid`.
+    """A histogram on a square-root scale, with a line at each value of the grid.
 
-    Shows the whole grid and the central 99.9 % of the values.
+    It shows the whole grid and the central 99.9 % of the values.
 
     Args:
-        edges: Bin edges in real units, one more than `counts`.
-        counts: Values in each bin, any unit.
-        grid: Quantized values in real units.
-        salt: Makes the element's ids differ from those of other figures of the page.
+        edges: The edges of the bins in real units, one more than there are counts.
+        counts: How many values each bin has, in any unit.
+        grid: The quantized values in real units.
+        salt: A text that makes the element's ids differ from those of other figures of the page.
     """
 
     def draw(axes: Axes) -> None:
@@ -90,7 +90,7 @@ def histogram(edges: Sequence[float], counts: Sequence[float], grid: Sequence[fl
 
 
 def _visible(edges: Sequence[float], counts: Sequence[float], grid: Sequence[float]) -> tuple[float, float]:
-    """The range that holds the grid and the central 99.9 % of the values; single far values would squeeze the rest."""
+    """The range that holds the grid and the central 99.9 % of the values. Single far values would squeeze the rest."""
     below = np.cumsum(counts)
     first, last = np.searchsorted(below, np.array([0.0005, 0.9995]) * (below[-1] if len(below) else 0))
     low, high = min([edges[first], *grid]), max([edges[min(last + 1, len(edges) - 1)], *grid])
@@ -101,13 +101,13 @@ def _visible(edges: Sequence[float], counts: Sequence[float], grid: Sequence[flo
 def trajectory(
     timesteps: Sequence[float], value: Sequence[float], low: Sequence[float], high: Sequence[float]
 ) -> Markup:
-    """A curve over the sampler's steps with a band around it; logarithmic where values span a factor of 30.
+    """A curve over the sampler's steps with a band around it. It is logarithmic where values span a factor of 30.
 
     Args:
-        timesteps: The sampler's timesteps, in its order; the other sequences have the same length.
-        value: What to draw.
-        low: Lower end of the band.
-        high: Upper end of the band.
+        timesteps: The sampler's timesteps in its order. The other sequences have the same length.
+        value: The values of the curve.
+        low: The lower end of the band.
+        high: The upper end of the band.
     """
     from matplotlib.ticker import LogLocator
 
@@ -136,9 +136,9 @@ def ranges(timesteps: Sequence[float], quantiles: Sequence[Sequence[float]], sal
     """How the ranges of a layer's tokens lie along the trajectory: bands from all tokens to the middle 80 %, and the median.
 
     Args:
-        timesteps: In the sampler's order.
-        quantiles: For each the smallest, 10 %, median, 90 % and largest range of a token.
-        salt: Makes the element's ids differ from those of other figures of the page.
+        timesteps: The timesteps in the sampler's order.
+        quantiles: For each timestep the smallest, 10 %, median, 90 % and largest range of a token.
+        salt: A text that makes the element's ids differ from those of other figures of the page.
     """
     smallest, low, middle, high, largest = np.maximum(np.array(quantiles, dtype=float).T, 1e-12)
     steps = list(range(1, len(timesteps) + 1))
@@ -158,12 +158,12 @@ def ranges(timesteps: Sequence[float], quantiles: Sequence[Sequence[float]], sal
 
 
 def adapters(timesteps: Sequence[float], table: Sequence[Sequence[int]], salt: str) -> Markup:
-    """Which adapter every layer uses along the trajectory: a row per layer, coloured where it is not the first adapter.
+    """The adapter of every layer along the trajectory: a row per layer, coloured where it is not the first adapter.
 
     Args:
-        timesteps: In the sampler's order.
-        table: For each the adapter of every layer.
-        salt: Makes the element's ids differ from those of other figures of the page.
+        timesteps: The timesteps in the sampler's order.
+        table: For each timestep the adapter of every layer.
+        salt: A text that makes the element's ids differ from those of other figures of the page.
     """
     by_layer = np.array(table).T
     most = max(1, int(by_layer.max()))
@@ -185,7 +185,7 @@ def adapters(timesteps: Sequence[float], table: Sequence[Sequence[int]], salt: s
 
 
 def _svg(draw: Callable[[Axes], None], size_inches: tuple[float, float], salt: str) -> Markup:
-    """What `draw` puts on axes, as an SVG element without title or description."""
+    """The SVG element, without title or description, of what a function draws on axes."""
     from markupsafe import Markup
     from matplotlib import rc_context, rcParamsDefault
     from matplotlib.figure import Figure
@@ -217,3 +217,26 @@ def _for_html(svg: str) -> str:
     for colour, variable in _CSS.items():
         text = text.replace(colour, variable)
     return text
+
+
+def bought(shares: Sequence[tuple[float, Sequence[tuple[float, float]]]], salt: str) -> Markup:
+    """What bytes buy: of every layer the error over bits per weight as a faint curve, and a dot at the bits that it got.
+
+    Args:
+        shares: The bits of every layer, and its pairs of bits and error, ascending in bits.
+        salt: Makes the element's ids differ from those of other figures of the page.
+    """
+
+    def draw(axes: Axes) -> None:
+        for bits, errors in shares:
+            known = [(b, e) for b, e in errors if e > 0]
+            if len(known) < 2:
+                continue
+            x, y = zip(*known, strict=True)
+            axes.plot(x, y, color=_FAINT, linewidth=0.8)
+            axes.plot(bits, np.exp(np.interp(bits, x, np.log(y))), ".", color=_QUANTIZED, markersize=6)
+        axes.set_yscale("log")
+        axes.set_xlabel("bits per weight", color=_INK)
+        axes.set_ylabel("squared error of the output", color=_INK)
+
+    return _svg(draw, (7.2, 3.2), salt)

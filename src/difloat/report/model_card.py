@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from difloat.checkpoint.directories import CARD, CARD_MARK, replace_file
 from difloat.report import build
 from difloat.report.render import Record
@@ -23,14 +25,14 @@ def write(
     tags: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Path:
-    """Write the card of a checkpoint that has a record (`difloat quantize` writes one); returns the file.
+    """Write the card of a checkpoint that has a record, as `difloat quantize` writes one, and return the file.
 
     Args:
         directory: The checkpoint.
-        base_model: Name on the hub of what was quantized, like ``owner/model``.
-        license: Identifier of the licence, which quantizing does not change; None leaves it out.
-        tags: Further tags.
-        overwrite: Replace a README.md that `write` has not written.
+        base_model: The name on the hub of the model that was quantized, like ``owner/model``.
+        license: The identifier of the licence, which quantizing does not change. None leaves it out.
+        tags: Further tags of the card.
+        overwrite: Whether to replace a README.md that `write` has not written.
 
     Raises:
         FileNotFoundError: if there is no record.
@@ -59,7 +61,7 @@ def write(
 
 
 def _tags(made: Record) -> list[str]:
-    """Method, widths and grids, without repeats."""
+    """The tags for method, widths and grids, without repeats."""
     grids = sorted({name for row in made.layers for name in row.weight_format.split(" + ")})
     integer = all(row.integer_grid for row in made.layers)
     kind = f"{'int' if integer else 'fp'}{made.weight_bits_nominal:g}"
@@ -67,13 +69,13 @@ def _tags(made: Record) -> list[str]:
 
 
 def _text(value: str) -> str:
-    """Words of a record as Markdown shows them: on one line, and no mark, tag, link or table column of their own."""
+    """A text of a record as Markdown shows it: on one line, without marks, tags, links or table columns of its own."""
     line = html.escape(" ".join(value.split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", line)
 
 
 def body(made: Record, base_model: str) -> str:
-    """Everything below the front matter."""
+    """The text of the card below the front matter."""
     change = size_text(made.original_bytes, made.packed_bytes, 2)
     measured = (
         f"The same {made.samples} prompts and seeds through both models; intervals are 95 % bootstrap intervals over pictures."
@@ -85,9 +87,9 @@ def body(made: Record, base_model: str) -> str:
             f"# {_text(base_model)}, {_text(made.recipe)} {_text(made.bits)}",
             "",
             f"The denoiser of [{_text(base_model)}](https://huggingface.co/{base_model}), quantized by difloat with the recipe "
-            f"{_text(made.recipe)} at {_text(made.bits)}: {made.packed_bytes / 1e6:.2f} MB instead of "
-            f"{made.original_bytes / 1e6:.2f} MB in 16 bits ({change}), {made.effective_bits:.2f} bits per quantized weight "
-            "with scales.",
+            f"{_text(made.recipe)} at {_text(made.bits)}: {decimal(made.packed_bytes, precision=2)} instead of "
+            f"{decimal(made.original_bytes, precision=2)} in 16 bits ({change}), {made.effective_bits:.2f} bits per "
+            "quantized weight with scales.",
             "",
             "## Use",
             "",

@@ -1,4 +1,4 @@
-"""What a report holds, as plain data that survives JSON."""
+"""The data of a report, as plain records that survive JSON."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from difloat.methods.sparsity import MOSTLY, rounded_away
-from difloat.report.text import bytes_text, number_text, size_text
+from rich.filesize import decimal
+from torch.utils import _pytree as pytree
 
-NO_LAYER = (
-    "no layer to quantize"  # how reasons of modules end that no recipe could quantize: norms, embeddings
-)
+from difloat.methods.sparsity import MOSTLY, rounded_away
+from difloat.report.text import number_text, size_text
+
+NO_LAYER = "no layer to quantize"  # ends the reasons of modules that no recipe could quantize, such as norms
 _SHOWN = 3  # layers that a note names
 _FAR_MORE = 1.5
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One quantized layer. Errors are ten times the decimal logarithm of the relative squared error: -20 dB is 1 %.
+    """One quantized layer of a report.
 
-    Fields: `kind` is ``linear`` or ``conv2d``; `activation_mode` reads like ``static per tensor`` or ``-``; `parts` counts
-    input segments quantized apart (2: split skip concatenation); `zeros` is the share of weights that are exactly 0;
-    `integer_grid` says that the weight format counts as an integer format; `bytes` include scales and adapters.
+    Errors are ten times the decimal logarithm of the relative squared error, so -20 dB is 1 %. `kind` is ``linear`` or
+    ``conv2d``. `activation_mode` reads like ``static per tensor`` or ``-``. `parts` counts runs of input channels that are
+    quantized apart, which is 2 for a split skip concatenation. `zeros` is the share of weights that are exactly 0.
+    `integer_grid` says that the weight format counts as an integer format. `bytes` include scales and adapters.
     """
 
     name: str
@@ -47,7 +49,7 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Values of a layer and the grid they are rounded to: `edges` (one more than `counts`) and `grid` in real units."""
+    """The values of a layer and the grid they are rounded to. `edges` (one more than `counts`) and `grid` are real units."""
 
     layer: str
     edges: list[float]
@@ -58,7 +60,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class TokenRanges:
-    """How far the tokens of a layer's input reach: `quantiles` (smallest, 10 %, median, 90 %, largest) per timestep."""
+    """The reach of the tokens of a layer's input: `quantiles` (smallest, 10 %, median, 90 %, largest) per timestep."""
 
     layer: str
     timesteps: list[float]
@@ -67,10 +69,10 @@ class TokenRanges:
 
 @dataclass(frozen=True)
 class InputShape:
-    """A static input that may be asymmetric: `quantiles` (smallest, 1 %, median, 99 %, largest), and what was chosen for it.
+    """A static input that may be asymmetric: its `quantiles` (smallest, 1 %, median, 99 %, largest) and the chosen format.
 
-    `lopsided` is 1 minus the shorter side of the values over the longer one, in the extremes or the 1 % and 99 % quantiles,
-    whichever is more: 0 symmetric, 1 on one side of zero.
+    `lopsided` is 1 minus the shorter side of the values over the longer one, in the extremes or in the 1 % and 99 % quantiles,
+    whichever is more. It is 0 for symmetric values, and 1 for values on one side of zero.
     """
 
     layer: str
@@ -86,8 +88,28 @@ class InputShape:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What a layer got of a budget of bytes.
+
+    Attributes:
+        layer: Its name.
+        formats: Of its weights, from the rows with most bits on.
+        weights: How many it has.
+        bits: Of a weight on average, scales and all.
+        errors: What its rounding does to the output at every bits per weight that it could have had for all of its rows, as
+            pairs of both.
+    """
+
+    layer: str
+    formats: str
+    weights: int
+    bits: float
+    errors: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class AdapterTable:
-    """Which of its adapters every layer uses: `table` has a row per timestep (in the sampler's order), a column per layer."""
+    """The adapter of every layer: `table` has a row per timestep, in the sampler's order, and a column per layer."""
 
     timesteps: list[float]
     layers: list[str]
@@ -96,13 +118,13 @@ class AdapterTable:
 
 @dataclass(frozen=True)
 class Record:
-    """Everything the report shows but the pictures; plain data that survives JSON.
+    """Everything that the report shows besides pictures, as plain data that survives JSON.
 
-    Fields: `created` is an ISO date; `recipe_notes` says what the paper leaves open and what was taken; `skipped` holds
-    (layer, reason, bytes) of what stayed in high precision; each entry of `quality` has the keys name, label, value, low,
-    high (95 % interval), unit, better (``higher`` or ``lower``) and reference (full precision's value or None);
-    `attention` is a sentence about what is quantized inside attention, or empty;
-    `trajectory` has timesteps, value, low, high, one per sampler step; `timings` are (name, seconds).
+    `created` is an ISO date. `recipe_notes` say what the paper leaves open and what was taken. `skipped` holds (layer, reason,
+    bytes) of what stayed in high precision. Each entry of `quality` has the keys name, label, value, low, high (95 %
+    interval), unit, better (``higher`` or ``lower``) and reference (full precision's value or None). `attention` is a sentence
+    about what is quantized inside attention, or empty. `trajectory` has timesteps, value, low and high, one per sampler step.
+    `timings` are (name, seconds).
     """
 
     title: str
@@ -131,20 +153,22 @@ class Record:
     ranges: list[TokenRanges] = field(default_factory=list)
     inputs: list[InputShape] = field(default_factory=list)
     adapters: AdapterTable | None = None
+    shares: list[Share] = field(default_factory=list)
     attention: str = ""
     timings: list[tuple[str, float]] = field(default_factory=list)
     peak_memory_bytes: int | None = None
 
     @property
     def left_float(self) -> list[tuple[str, str, int]]:
-        """The layers among `skipped`: what could have been quantized, by kind, and was not."""
+        """The layers among `skipped`, which could have been quantized by their kind, and were not."""
         return [entry for entry in self.skipped if not entry[1].endswith(NO_LAYER)]
 
     @property
     def size_remark(self) -> str:
-        """Why the quantized layers take far more than their bits say, in a sentence; empty if they do not.
+        """A sentence about why the quantized layers take far more than their bits say, or "" if they do not.
 
-        That is so where layers hold a packed weight for each of several adapters or stretches of timesteps, or adapters beside.
+        That is so where layers hold a packed weight for each of several adapters or stretches of timesteps, or have adapters
+        beside their weights.
         """
         several = [row for row in self.layers if row.note]
         nominal = sum(math.prod(row.shape) for row in several) * self.weight_bits_nominal / 8
@@ -152,17 +176,17 @@ class Record:
         if not several or taken < _FAR_MORE * nominal:
             return ""
         return (
-            f"{len(several)} layers take {bytes_text(taken)}, {taken / nominal:.1f} times what one weight of "
+            f"{len(several)} layers take {decimal(taken, precision=2)}, {taken / nominal:.1f} times what one weight of "
             f"{self.weight_bits_nominal:g} bits takes ({several[0].name}: "
             f"{several[0].note}); msfp --set adapters=1 and viditq --set stretches=1 keep one weight"
         )
 
     @property
     def summary(self) -> str:
-        """One sentence: model, recipe, size and the first metrics."""
+        """One sentence with model, recipe, size and the first metrics."""
         packed, original = (
-            bytes_text(self.packed_bytes),
-            bytes_text(self.original_bytes),
+            decimal(self.packed_bytes, precision=2),
+            decimal(self.original_bytes, precision=2),
         )
         change = size_text(self.original_bytes, self.packed_bytes)
         size = f"{change} ({packed} instead of {original})"
@@ -171,7 +195,7 @@ class Record:
 
 
 def zeros_note(rows: Sequence[LayerRow]) -> str:
-    """A sentence about the layers of which little is left (`MOSTLY`), the emptiest first; empty if there is none."""
+    """A sentence about the layers of which little is left (`MOSTLY`), the emptiest first, or "" if there is none."""
     lost = {row.name: rounded_away(row.zeros, row.zeros_before) for row in rows}
     names = sorted((name for name, share in lost.items() if share > MOSTLY), key=lambda name: -lost[name])
     if not names:
@@ -185,7 +209,7 @@ def zeros_note(rows: Sequence[LayerRow]) -> str:
 
 
 def record_to_json(record: Record) -> str:
-    """The record as strict JSON text; Inf and NaN become ``{"float": "inf"}``. Inverse of `record_from_json`."""
+    """The record as strict JSON text, which `record_from_json` reads. Inf and NaN become ``{"float": "inf"}``."""
     return json.dumps(_without_specials(asdict(record)), indent=1, ensure_ascii=False, allow_nan=False)
 
 
@@ -201,6 +225,10 @@ def record_from_json(text: str) -> Record:
             row.pop("output_error_db", None)  # of earlier versions, which never knew it
         data["layers"] = [LayerRow(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
         data["histograms"] = [Histogram(**histogram) for histogram in data["histograms"]]
+        data["shares"] = [
+            Share(**{**share, "errors": [tuple(pair) for pair in share["errors"]]})
+            for share in data.get("shares", [])
+        ]
         data["ranges"] = [TokenRanges(**ranges) for ranges in data["ranges"]]
         data["inputs"] = [InputShape(**shape) for shape in data["inputs"]]
         data["adapters"] = data["adapters"] and AdapterTable(**data["adapters"])
@@ -214,8 +242,7 @@ def record_from_json(text: str) -> Record:
 
 
 def _without_specials(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_specials(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_specials(item) for item in value]
-    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+    """JSON has no infinities and no NaN: they become texts in a dict."""
+    return pytree.tree_map_only(
+        float, lambda number: number if math.isfinite(number) else {"float": str(number)}, value
+    )

@@ -1,8 +1,8 @@
 """The report: what was quantized, what it saved and what it cost, as one HTML file that needs nothing else.
 
-`Record` (`facts`) is the plain data of one quantization run. It is stored as JSON, and `render` turns it, with
-pictures of both models, into a page with inline styles, scripts, pictures and figures: it opens without a network, and the
-same record gives the same bytes. Nothing here looks at a model; whoever fills the record does.
+A `Record` is the plain data of one quantization run. It is stored as JSON, and `render` turns it, with pictures of both models,
+into a page with inline styles, scripts, pictures and figures. The page opens without a network, and the same record gives the
+same bytes. Nothing here looks at a model, which is left to those who fill the record.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import math
 import os
 import platform
 import re
+from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.filesize import decimal
 
 from difloat.checkpoint.directories import replace_file
 from difloat.numbers import formats
@@ -26,6 +28,7 @@ from difloat.report.record import (
     InputShape,
     LayerRow,
     Record,
+    Share,
     TokenRanges,
     record_from_json,
     record_to_json,
@@ -41,6 +44,7 @@ __all__ = [
     "InputShape",
     "LayerRow",
     "Record",
+    "Share",
     "TokenRanges",
     "machine",
     "record_from_json",
@@ -53,7 +57,7 @@ _QUALITY_KEYS = ("name", "label", "value", "low", "high", "unit", "better", "ref
 
 
 def machine() -> str:
-    """Processor, cores, memory and, where there is one, the CUDA device of this machine, in one line."""
+    """The processor, cores, memory and CUDA device, if there is one, of this machine, in one line."""
     import torch
 
     processor = platform.processor() or platform.machine()
@@ -69,7 +73,7 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers; a package that is not installed is left out."""
+    """The versions of Python and of the packages that decide the numbers. Packages that are not installed are left out."""
     result = {"python": platform.python_version()}
     for name in ("difloat", "torch", "diffusers", "transformers", "numpy", "safetensors"):
         try:
@@ -82,13 +86,13 @@ def versions() -> dict[str, str]:
 def render(
     record: Record, reference_images: np.ndarray, quantized_images: np.ndarray, path: str | Path
 ) -> Path:
-    """Write the report to `path` and return it; a file that was there is replaced only when the new one is complete.
+    """Write the report to a file and return its path. An older file is replaced only when the new one is complete.
 
     Args:
-        record: What to show.
-        reference_images: Pictures of the full-precision model, uint8 [n, h, w, 3]; n may be 0.
-        quantized_images: The same seeds and prompts with the quantized model, same shape.
-        path: HTML file to write; its directory must exist.
+        record: The data to show.
+        reference_images: The pictures of the full-precision model, uint8 [n, h, w, 3], where n may be 0.
+        quantized_images: The pictures of the same seeds and prompts with the quantized model, in the same shape.
+        path: The HTML file to write, in a directory that exists.
 
     Raises:
         ValueError: if pictures are not uint8 [n, h, w, 3] twice, prompts or seeds are too few, or a metric lacks a key.
@@ -134,7 +138,8 @@ def _page(record: Record, reference: np.ndarray, quantized: np.ndarray) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    for name in ("bytes", "number", "db", "percent", "duration", "sortable"):
+    environment.filters["bytes"] = partial(decimal, precision=2)
+    for name in ("number", "db", "percent", "duration", "sortable"):
         environment.filters[name] = getattr(text, f"{name}_text")
     template = (
         resources.files("difloat").joinpath("assets").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -166,6 +171,9 @@ def _page(record: Record, reference: np.ndarray, quantized: np.ndarray) -> str:
         router=figures.adapters(record.adapters.timesteps, record.adapters.table, "adapters")
         if record.adapters
         else None,
+        bought=figures.bought([(share.bits, share.errors) for share in record.shares], "bought")
+        if record.shares
+        else None,
         trajectory=figures.trajectory(**record.trajectory) if record.trajectory else None,
         reasons=_by_reason(record.skipped),
     )
@@ -191,7 +199,7 @@ def _pairs(record: Record, reference: np.ndarray, quantized: np.ndarray) -> tupl
 
 
 def _byte_parts(record: Record) -> list[dict[str, Any]]:
-    """What the bytes are: packed codes, what decodes them, layers with several formats, and the rest in high precision."""
+    """The bytes by kind: packed codes, scales and the like, layers with several formats, and the rest in high precision."""
     codes_bytes = beside_bytes = mixed_bytes = 0
     for layer in record.layers:
         bits = _code_bits(layer.weight_format)
@@ -212,7 +220,7 @@ def _byte_parts(record: Record) -> list[dict[str, Any]]:
 
 
 def _code_bits(format_name: str) -> int | None:
-    """Bits of one code, or None for a layer that mixes formats."""
+    """The bits of one code, or None for a layer that mixes formats."""
     try:
         return formats.parse(format_name).bits
     except ValueError:
@@ -220,7 +228,7 @@ def _code_bits(format_name: str) -> int | None:
 
 
 def _layer_rows(record: Record) -> list[dict[str, Any]]:
-    """Layers with the widths of their error bars in percent, and whether they are among the worst."""
+    """The layers with the widths of their error bars in percent, and whether they are among the worst."""
 
     def widths(errors_db: list[float]) -> list[float]:
         finite = [e for e in errors_db if math.isfinite(e)]
@@ -245,7 +253,7 @@ def _layer_rows(record: Record) -> list[dict[str, Any]]:
 
 
 def _census(record: Record) -> list[dict[str, Any]]:
-    """One entry per weight format, most weights first."""
+    """One entry per weight format, the one with most weights first."""
     groups: dict[tuple[str, bool], list[LayerRow]] = {}
     for layer in record.layers:
         groups.setdefault((layer.weight_format, layer.integer_grid), []).append(layer)

@@ -1,29 +1,12 @@
-"""Numbers as a reader wants them: sizes, shares, times."""
+"""Numbers as a reader wants them: shares, times, how much smaller."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
-def bytes_text(size_bytes: float) -> str:
-    """A size in decimal units with three digits, such as ``6.01 MB``."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size_bytes >= unit:
-            digits = 2 if size_bytes < 10 * unit else 1 if size_bytes < 100 * unit else 0
-            return f"{size_bytes / unit:.{digits}f} {name}"
-    return f"{size_bytes:.0f} B"
 
 
 def number_text(value: float | None) -> str:
-    """Three digits; a dash for None and NaN."""
+    """A number with three digits, or a dash for None and NaN."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -32,14 +15,14 @@ def number_text(value: float | None) -> str:
 
 
 def db_text(value: float | None) -> str:
-    """Decibels with one decimal; no error at all is ``exact``, None and NaN are a dash."""
+    """Decibels with one decimal. No error at all is ``exact``, and None and NaN are a dash."""
     if value is None or math.isnan(value):
         return "–"
     return f"{value:.1f}" if math.isfinite(value) else ("exact" if value < 0 else "∞")
 
 
 def percent_text(share: float) -> str:
-    """A share from 0 to 1 in percent; small ones keep two digits."""
+    """A share from 0 to 1 in percent. Small shares keep two digits."""
     if 0 < share < 0.0001:
         return "< 0.01 %"
     return f"{100 * share:.2g} %" if 0 < share < 0.1 else f"{100 * share:.0f} %"
@@ -54,12 +37,21 @@ def duration_text(seconds: float) -> str:
 
 
 def sortable_text(value: float | None) -> str:
-    """A number that the page's script can sort by; empty, which sorts last, for None and NaN."""
+    """A number that the page's script can sort by. None and NaN are empty, which sorts last."""
     return "" if value is None or math.isnan(value) else f"{max(-1e300, min(1e300, value)):.9g}"
 
 
 def size_text(original_bytes: float, packed_bytes: float, digits: int = 1) -> str:
-    """How the size changed: ``3.9x smaller``, ``1.16x larger`` or ``the same size``, with `digits` decimals or more."""
+    """The change of a size, such as ``3.9x smaller``, ``1.16x larger`` or ``the same size``.
+
+    >>> size_text(16e6, 4.1e6), size_text(1e6, 1e6)
+    ('3.9x smaller', 'the same size')
+
+    Args:
+        original_bytes: The size before.
+        packed_bytes: The size after.
+        digits: How many decimals are shown, or more where the ratio would read as 1.
+    """
     ratio = original_bytes / max(packed_bytes, 1)
     word, times = ("smaller", ratio) if ratio >= 1 else ("larger", 1 / max(ratio, 1e-30))
     shown = next((n for n in (digits, 2, 3) if n >= digits and f"{times:.{n}f}" != f"{1:.{n}f}"), None)

@@ -67,8 +67,8 @@ static void quantize_pictures(const difloat_input& x, const difloat_geometry& g,
 }
 
 template <int TYPE>
-static int conv_of(const difloat_input& x, const difloat_weight& w, const difloat_output& out, const difloat_geometry& g,
-                   int threads) {
+static int conv_of(const difloat_input& x, const difloat_weight* bands, int64_t band_count, const difloat_output& out,
+                   const difloat_geometry& g, int threads) {
     const Pictures buffer{g.size[0] + 2 * g.padding[0], g.size[1] + 2 * g.padding[1], round_up(x.channels, LANES)};
     const float origin = origin_of(x), shared = x.online == 2 ? scale_of_all<TYPE>(x, threads) : x.scale;
     const Axis vertical(g, 0, origin != 0), horizontal(g, 1, origin != 0);
@@ -88,7 +88,7 @@ static int conv_of(const difloat_input& x, const difloat_weight& w, const difloa
     const int64_t values_bytes = round_up(at_once * buffer.bytes() + 64, 64), sums_bytes = round_up(at_once * sum_bytes, 64);
     const int64_t row_bytes = round_up(at_once * pixels * (8 + 4 + 4 + 4), 4096);
     const int64_t own = round_up(values_bytes + sums_bytes + row_bytes, 4096);
-    char* memory = scratch(own + threads * place(w, classes, nullptr, nullptr));
+    char* memory = scratch(own + threads * place_bands(bands, band_count, classes));
     if (!memory) return -1;
     int8_t* values = (int8_t*)memory;
     int32_t* pixel_sums = (int32_t*)(memory + values_bytes);
@@ -111,17 +111,17 @@ static int conv_of(const difloat_input& x, const difloat_weight& w, const difloa
         }
         const Operand operand{values, start, sums, scale, bias_row, rows, taps.data(), x.grid.shift, origin,
                               integer_of(x.grid, x.grid.minimum), integer_of(x.grid, x.grid.maximum)};
-        const int64_t size = TYPE == DIFLOAT_F32 ? 4 : 2;
-        const difloat_output here{(char*)out.data + first * pixels * w.rows * size, out.bias};
-        product<TYPE>(w, operand, classes, here, memory + own, threads);
+        for (int64_t b = 0, before = 0; b < band_count; before += bands[b++].rows)
+            product<TYPE>(bands[b], operand, classes, part_of<TYPE>(out, first * pixels, before), memory + own, threads);
     }
     return 0;
 }
 
-static int conv(const difloat_input& x, const difloat_weight& w, const difloat_output& out, const difloat_geometry& g, int threads) {
-    if (x.type == DIFLOAT_BF16) return conv_of<DIFLOAT_BF16>(x, w, out, g, threads);
-    if (x.type == DIFLOAT_F16) return conv_of<DIFLOAT_F16>(x, w, out, g, threads);
-    return conv_of<DIFLOAT_F32>(x, w, out, g, threads);
+static int conv(const difloat_input& x, const difloat_weight* bands, int64_t count, const difloat_output& out,
+                const difloat_geometry& g, int threads) {
+    if (x.type == DIFLOAT_BF16) return conv_of<DIFLOAT_BF16>(x, bands, count, out, g, threads);
+    if (x.type == DIFLOAT_F16) return conv_of<DIFLOAT_F16>(x, bands, count, out, g, threads);
+    return conv_of<DIFLOAT_F32>(x, bands, count, out, g, threads);
 }
 
 }  // namespace difloat

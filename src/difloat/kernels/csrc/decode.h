@@ -39,9 +39,9 @@ static void decode_row(const difloat_weight& w, const uint8_t* stream, int64_t r
     }
 }
 
-// All weights, [output channel][tap][input channel].
+// All weights, [output channel][tap][input channel]; `channel` says which output channel every row is, null: in their order.
 template <int TYPE, int BITS>
-static int decode_of(const difloat_weight& w, const float* values, void* out, int threads) {
+static int decode_of(const difloat_weight& w, const float* values, const int32_t* channel, void* out, int threads) {
     const int64_t blocks = (w.rows + WIDTH - 1) / WIDTH, bytes = round_up(gather_bytes(w), 64);
     char* memory = scratch(std::max<int64_t>(threads * bytes, 64));
     if (!memory) return -1;
@@ -49,24 +49,26 @@ static int decode_of(const difloat_weight& w, const float* values, void* out, in
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t first = block * WIDTH;
         const Rows rows(w, first, (uint8_t*)memory + omp_get_thread_num() * bytes);
-        for (int64_t row = 0; row <= rows.last; row++)
+        for (int64_t row = 0; row <= rows.last; row++) {
+            const int64_t to = channel ? channel[first + row] : first + row;
             for (int64_t tap = 0; tap < w.taps; tap++)
-                decode_row<TYPE, BITS>(w, rows.at(row, tap), first + row, values, out, ((first + row) * w.taps + tap) * w.channels);
+                decode_row<TYPE, BITS>(w, rows.at(row, tap), first + row, values, out, (to * w.taps + tap) * w.channels);
+        }
     }
     return 0;
 }
 
 template <int TYPE>
-static int decode(const difloat_weight& w, const float* values, void* out, int threads) {
+static int decode(const difloat_weight& w, const float* values, const int32_t* channel, void* out, int threads) {
     switch (w.bits) {
-        case 1: return decode_of<TYPE, 1>(w, values, out, threads);
-        case 2: return decode_of<TYPE, 2>(w, values, out, threads);
-        case 3: return decode_of<TYPE, 3>(w, values, out, threads);
-        case 4: return decode_of<TYPE, 4>(w, values, out, threads);
-        case 5: return decode_of<TYPE, 5>(w, values, out, threads);
-        case 6: return decode_of<TYPE, 6>(w, values, out, threads);
-        case 7: return decode_of<TYPE, 7>(w, values, out, threads);
-        default: return decode_of<TYPE, 8>(w, values, out, threads);
+        case 1: return decode_of<TYPE, 1>(w, values, channel, out, threads);
+        case 2: return decode_of<TYPE, 2>(w, values, channel, out, threads);
+        case 3: return decode_of<TYPE, 3>(w, values, channel, out, threads);
+        case 4: return decode_of<TYPE, 4>(w, values, channel, out, threads);
+        case 5: return decode_of<TYPE, 5>(w, values, channel, out, threads);
+        case 6: return decode_of<TYPE, 6>(w, values, channel, out, threads);
+        case 7: return decode_of<TYPE, 7>(w, values, channel, out, threads);
+        default: return decode_of<TYPE, 8>(w, values, channel, out, threads);
     }
 }
 

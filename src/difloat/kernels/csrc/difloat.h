@@ -8,11 +8,14 @@
 // acc and rowsum are of the integers before the shift that brings unsigned ones into int8: it is taken back in int32, where
 // nothing rounds, so that inputs of 0 add exactly 0.
 //
+// A weight with rows of several widths is an array of weights, its bands: their input channels are grouped alike, so the input is
+// rounded once for all of them.
+//
 // Every function returns 0, or -1 if there was no memory for its buffers. Arguments are checked by the caller.
 #pragma once
 #include <stdint.h>
 
-#define DIFLOAT_ABI 4
+#define DIFLOAT_ABI 5
 
 enum difloat_type { DIFLOAT_F32 = 0, DIFLOAT_BF16 = 1, DIFLOAT_F16 = 2 };
 
@@ -51,9 +54,12 @@ typedef struct {
     int64_t groups, group_channels, scale_stride;
 } difloat_weight;
 
+// Rows of `stride` numbers in the type of the input, one number per output channel.
 typedef struct {
-    void* data;         // [t, rows of the weight], in the type of the input
-    const float* bias;  // or null
+    void* data;
+    const float* bias;       // by output channel, or null
+    const int32_t* channel;  // [rows of all bands] the output channel of every row of the weight; null: in their order
+    int64_t stride;
 } difloat_output;
 
 // Geometry of a convolution; every pair is (vertical, horizontal). Pictures are channels last.

@@ -12,34 +12,42 @@
 
 namespace difloat {
 
-// A weight as the products of this unit take it.
+// The bands of a weight as the products of this unit take them.
 struct Taken {
-    difloat_weight weight;
-    uint8_t table[256];
-
-    explicit Taken(const difloat_weight& w) : weight(w) {
 #ifdef DIFLOAT_SIGNED_WEIGHTS
-        for (int code = 0; code < 256; code++) table[code] = w.table[code] ^ 128;  // as int8: 128 less
-        weight.table = table, weight.minimum += 128;
-#endif
+    std::vector<difloat_weight> moved;
+    std::vector<uint8_t> tables;
+    const difloat_weight* bands;
+
+    Taken(const difloat_weight* given, int count) : moved(given, given + count), tables(256 * count), bands(moved.data()) {
+        for (int b = 0; b < count; b++) {  // as int8: 128 less
+            uint8_t* table = tables.data() + 256 * b;
+            for (int code = 0; code < 256; code++) table[code] = given[b].table[code] ^ 128;
+            moved[b].table = table, moved[b].minimum += 128;
+        }
     }
+#else
+    const difloat_weight* bands;
+
+    Taken(const difloat_weight* given, int) : bands(given) {}
+#endif
 };
 
 }  // namespace difloat
 
-EXPORT int difloat_linear(const difloat_input* x, const difloat_weight* weight, const difloat_output* out, int threads) {
-    return difloat::linear(*x, difloat::Taken(*weight).weight, *out, threads);
+EXPORT int difloat_linear(const difloat_input* x, const difloat_weight* bands, int count, const difloat_output* out, int threads) {
+    return difloat::linear(*x, difloat::Taken(bands, count).bands, count, *out, threads);
 }
 
-EXPORT int difloat_conv2d(const difloat_input* x, const difloat_weight* weight, const difloat_output* out,
+EXPORT int difloat_conv2d(const difloat_input* x, const difloat_weight* bands, int count, const difloat_output* out,
                           const difloat_geometry* geometry, int threads) {
-    return difloat::conv(*x, difloat::Taken(*weight).weight, *out, *geometry, threads);
+    return difloat::conv(*x, difloat::Taken(bands, count).bands, count, *out, *geometry, threads);
 }
 
-EXPORT int difloat_decode(const difloat_weight* weight, const float* values, void* out, int type, int threads) {
-    if (type == DIFLOAT_BF16) return difloat::decode<DIFLOAT_BF16>(*weight, values, out, threads);
-    if (type == DIFLOAT_F16) return difloat::decode<DIFLOAT_F16>(*weight, values, out, threads);
-    return difloat::decode<DIFLOAT_F32>(*weight, values, out, threads);
+EXPORT int difloat_decode(const difloat_weight* weight, const float* values, const int32_t* channel, void* out, int type, int threads) {
+    if (type == DIFLOAT_BF16) return difloat::decode<DIFLOAT_BF16>(*weight, values, channel, out, threads);
+    if (type == DIFLOAT_F16) return difloat::decode<DIFLOAT_F16>(*weight, values, channel, out, threads);
+    return difloat::decode<DIFLOAT_F32>(*weight, values, channel, out, threads);
 }
 
 EXPORT int difloat_round(const difloat_input* x, void* out, int threads) {

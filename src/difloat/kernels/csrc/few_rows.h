@@ -88,7 +88,6 @@ static NOINLINE void side_by_side(const Multiplier& multiplier, const difloat_we
 template <int ROWS, int TYPE, int BITS, class Multiplier>
 static void few_of(const Multiplier& multiplier, const difloat_weight& w, const Operand& x, const difloat_output& out,
                    int threads) {
-    constexpr int64_t SIZE = TYPE == DIFLOAT_F32 ? 4 : 2;
     const Reader<BITS> reader(w.table);
     const int64_t chunks = (w.rows + LANES - 1) / LANES;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -97,20 +96,27 @@ static void few_of(const Multiplier& multiplier, const difloat_weight& w, const 
         float results[ROWS][MOST_LANES] = {}, bias[MOST_LANES] = {};
         for (int64_t n = 0; n < count; n += SIDE)
             side_by_side<ROWS, BITS>(multiplier, w, x, reader, first + n, (float(*)[MOST_LANES]) & results[0][n]);
-        if (out.bias) memcpy(bias, out.bias + first, count * sizeof(float));
+        for (int64_t n = 0; out.bias && n < count; n++) bias[n] = out.bias[out.channel ? out.channel[first + n] : first + n];
         for (int i = 0; i < ROWS; i++) {
             char buffer[MOST_LANES * 4];
             write<TYPE>(buffer, 0, fma(load(results[i]), set(x.scale[i]), load(bias)));
-            memcpy((char*)out.data + (i * w.rows + first) * SIZE, buffer, count * SIZE);
+            copy_row<TYPE>(out, i, first, count, buffer);
         }
     }
 }
 
-// The product if this way suits it; false if it does not. Reorders the activations.
+// Whether the product reorders the activations, so that no other way can read them any more.
+static bool few_rows_reorder(const difloat_weight& w, const Operand& x) { return w.bits == 4 && few_rows_fit<4>(w, x); }
+
+// The product if this way suits it; false if it does not. The first band that reorders the activations says so in `reordered`.
 template <int TYPE, int BITS>
-static bool few_bits(const difloat_weight& w, const Operand& x, int8_t* values, const difloat_output& out, int threads) {
+static bool few_bits(const difloat_weight& w, const Operand& x, int8_t* values, const difloat_output& out, int threads,
+                     bool& reordered) {
     if (!few_rows_fit<BITS>(w, x)) return false;
-    for (int64_t i = 0; i < x.rows; i++) Reader<BITS>::reorder(values + x.start[i], w.channels);
+    if (BITS == 4 && !reordered) {
+        for (int64_t i = 0; i < x.rows; i++) Reader<BITS>::reorder(values + x.start[i], w.channels);
+        reordered = true;
+    }
     with_multiplier(w, x.lowest, x.highest, [&](const auto& multiplier) {
         const auto few = multiplier.few();  // multipliers that add alike share one
         switch (x.rows) {
@@ -124,16 +130,17 @@ static bool few_bits(const difloat_weight& w, const Operand& x, int8_t* values, 
 }
 
 template <int TYPE>
-static bool few_rows(const difloat_weight& w, const Operand& x, int8_t* values, const difloat_output& out, int threads) {
+static bool few_rows(const difloat_weight& w, const Operand& x, int8_t* values, const difloat_output& out, int threads,
+                     bool& reordered) {
     switch (w.bits) {
-        case 1: return few_bits<TYPE, 1>(w, x, values, out, threads);
-        case 2: return few_bits<TYPE, 2>(w, x, values, out, threads);
-        case 3: return few_bits<TYPE, 3>(w, x, values, out, threads);
-        case 4: return few_bits<TYPE, 4>(w, x, values, out, threads);
-        case 5: return few_bits<TYPE, 5>(w, x, values, out, threads);
-        case 6: return few_bits<TYPE, 6>(w, x, values, out, threads);
-        case 7: return few_bits<TYPE, 7>(w, x, values, out, threads);
-        default: return few_bits<TYPE, 8>(w, x, values, out, threads);
+        case 1: return few_bits<TYPE, 1>(w, x, values, out, threads, reordered);
+        case 2: return few_bits<TYPE, 2>(w, x, values, out, threads, reordered);
+        case 3: return few_bits<TYPE, 3>(w, x, values, out, threads, reordered);
+        case 4: return few_bits<TYPE, 4>(w, x, values, out, threads, reordered);
+        case 5: return few_bits<TYPE, 5>(w, x, values, out, threads, reordered);
+        case 6: return few_bits<TYPE, 6>(w, x, values, out, threads, reordered);
+        case 7: return few_bits<TYPE, 7>(w, x, values, out, threads, reordered);
+        default: return few_bits<TYPE, 8>(w, x, values, out, threads, reordered);
     }
 }
 

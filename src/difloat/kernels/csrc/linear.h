@@ -67,36 +67,48 @@ static inline float origin_of(const difloat_input& x) {
     return x.online ? 0.0f : x.zero_point;
 }
 
+// The product of a quantized block with every band, to the rows of the result from `row` on.
+template <int TYPE>
+static void multiply(const difloat_weight* bands, int64_t count, const Operand& operand, int8_t* values, const difloat_output& out,
+                     int64_t row, char* panels, int threads) {
+    const Classes one{1, nullptr};
+    bool reordered = false;
+    for (bool reorders : {false, true})  // bands that reorder the activations come last
+        for (int64_t b = 0, start = 0; b < count; start += bands[b++].rows) {
+            const difloat_output here = part_of<TYPE>(out, row, start);
+            if (few_rows_reorder(bands[b], operand) != reorders) continue;
+            if (few_rows<TYPE>(bands[b], operand, values, here, threads, reordered)) continue;
+            product<TYPE>(bands[b], operand, one, here, panels, threads);
+        }
+}
+
 // The integer that a value of the grid becomes.
 static inline int32_t integer_of(const difloat_grid& grid, float value) { return (int32_t)(value * grid.multiplier) - grid.shift; }
 
 template <int TYPE>
-static int linear_of(const difloat_input& x, const difloat_weight& w, const difloat_output& out, int threads) {
+static int linear_of(const difloat_input& x, const difloat_weight* bands, int64_t count, const difloat_output& out, int threads) {
     const Classes one{1, nullptr};
     const float origin = origin_of(x), shared = x.online == 2 ? scale_of_all<TYPE>(x, threads) : x.scale;
     const int64_t at_once = std::max<int64_t>(TILE_ROWS, BLOCK_BYTES / round_up(x.channels, ROW_MULTIPLE));
-    const int64_t most = std::min(x.rows, at_once), block_bytes = Block::bytes(most, x.channels, w.groups);
-    char* memory = scratch(block_bytes + threads * place(w, one, nullptr, nullptr));
+    const int64_t most = std::min(x.rows, at_once), block_bytes = Block::bytes(most, x.channels, bands[0].groups);
+    char* memory = scratch(block_bytes + threads * place_bands(bands, count, one));
     if (!memory) return -1;
     const Block block(memory, most, x.channels);
     for (int64_t first = 0; first < x.rows; first += at_once) {
         const int64_t rows = std::min(at_once, x.rows - first);
-        quantize_rows<TYPE>(x, first, rows, shared, w, block, threads);
+        quantize_rows<TYPE>(x, first, rows, shared, bands[0], block, threads);
         const int64_t taps = 0;
         const Operand operand{block.values, block.start, block.sums, block.scale, nullptr, rows, &taps, x.grid.shift, origin,
                               integer_of(x.grid, x.grid.minimum), integer_of(x.grid, x.grid.maximum)};
-        const int64_t size = TYPE == DIFLOAT_F32 ? 4 : 2;
-        const difloat_output here{(char*)out.data + first * w.rows * size, out.bias};
-        if (few_rows<TYPE>(w, operand, block.values, here, threads)) continue;
-        product<TYPE>(w, operand, one, here, memory + block_bytes, threads);
+        multiply<TYPE>(bands, count, operand, block.values, out, first, memory + block_bytes, threads);
     }
     return 0;
 }
 
-static int linear(const difloat_input& x, const difloat_weight& w, const difloat_output& out, int threads) {
-    if (x.type == DIFLOAT_BF16) return linear_of<DIFLOAT_BF16>(x, w, out, threads);
-    if (x.type == DIFLOAT_F16) return linear_of<DIFLOAT_F16>(x, w, out, threads);
-    return linear_of<DIFLOAT_F32>(x, w, out, threads);
+static int linear(const difloat_input& x, const difloat_weight* bands, int64_t count, const difloat_output& out, int threads) {
+    if (x.type == DIFLOAT_BF16) return linear_of<DIFLOAT_BF16>(x, bands, count, out, threads);
+    if (x.type == DIFLOAT_F16) return linear_of<DIFLOAT_F16>(x, bands, count, out, threads);
+    return linear_of<DIFLOAT_F32>(x, bands, count, out, threads);
 }
 
 }  // namespace difloat

@@ -21,18 +21,18 @@ struct Dot {
     Dot few() const { return *this; }
     static INLINE I32 add(I32 acc, I32 weights, I32 activations) { return dot(acc, weights, activations); }
 
-    // acc += rows x weights over `quads` quads.
-    template <int ROWS>
-    static INLINE void accumulate(I32 (&acc)[ROWS][VECTORS], const int8_t* const (&row)[ROWS], int64_t offset, int64_t quads,
+    // acc += rows x weights over `quads` quads, for the first USED vectors of the panel.
+    template <int ROWS, int USED>
+    static INLINE void accumulate(I32 (&acc)[ROWS][USED], const int8_t* const (&row)[ROWS], int64_t offset, int64_t quads,
                                   const uint8_t* weights) {
         const int8_t* a[ROWS];
         repeat<ROWS>([&](auto i) UNROLLED { a[i] = row[i] + offset; });
         for (int64_t q = 0; q < quads; q++) {
-            I32 b[VECTORS];
-            repeat<VECTORS>([&](auto v) UNROLLED { b[v] = load_int(weights + (q * VECTORS + v) * LANES * 4); });
+            I32 b[USED];
+            repeat<USED>([&](auto v) UNROLLED { b[v] = load_int(weights + (q * VECTORS + v) * LANES * 4); });
             repeat<ROWS>([&](auto i) UNROLLED {
                 const I32 x = broadcast_quad(a[i] + 4 * q);
-                repeat<VECTORS>([&](auto v) UNROLLED { acc[i][v] = dot(acc[i][v], b[v], x); });
+                repeat<USED>([&](auto v) UNROLLED { acc[i][v] = dot(acc[i][v], b[v], x); });
             });
         }
     }

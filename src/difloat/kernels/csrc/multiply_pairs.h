@@ -45,39 +45,39 @@ struct Narrow {
     Narrow<1> few() const { return {}; }
     static INLINE I32 add(I32 acc, I32 weights, I32 activations) { return dot(acc, weights, activations); }
 
-    template <int ROWS>
-    INLINE void accumulate(I32 (&acc)[ROWS][VECTORS], const int8_t* const (&row)[ROWS], int64_t offset, int64_t quads,
+    template <int ROWS, int USED>
+    INLINE void accumulate(I32 (&acc)[ROWS][USED], const int8_t* const (&row)[ROWS], int64_t offset, int64_t quads,
                            const uint8_t* weights) const {
         const int8_t* a[ROWS];
         repeat<ROWS>([&](auto i) UNROLLED { a[i] = row[i] + offset; });
         for (int64_t left = quads, count; left > 0; left -= count) {
-            I32 words[ROWS][VECTORS];
-            repeat<ROWS>([&](auto i) UNROLLED { repeat<VECTORS>([&](auto v) UNROLLED { words[i][v] = set_int(0); }); });
+            I32 words[ROWS][USED];
+            repeat<ROWS>([&](auto i) UNROLLED { repeat<USED>([&](auto v) UNROLLED { words[i][v] = set_int(0); }); });
             count = std::min<int64_t>(left, STEPS);
             if (count == STEPS) {
                 repeat<STEPS>([&](auto q) UNROLLED {
-                    step<ROWS>(words, a, weights, q);
-                    repeat<ROWS>([&](auto i) UNROLLED { repeat<VECTORS>([&](auto v) UNROLLED { settle(words[i][v]); }); });
+                    step<ROWS, USED>(words, a, weights, q);
+                    repeat<ROWS>([&](auto i) UNROLLED { repeat<USED>([&](auto v) UNROLLED { settle(words[i][v]); }); });
                 });
             } else {
-                for (int64_t q = 0; q < count; q++) step<ROWS>(words, a, weights, q);
+                for (int64_t q = 0; q < count; q++) step<ROWS, USED>(words, a, weights, q);
             }
             weights += count * WIDTH * 4;
             repeat<ROWS>([&](auto i) UNROLLED {
                 a[i] += 4 * count;
-                repeat<VECTORS>([&](auto v) UNROLLED { acc[i][v] = widened(acc[i][v], words[i][v]); });
+                repeat<USED>([&](auto v) UNROLLED { acc[i][v] = widened(acc[i][v], words[i][v]); });
             });
         }
     }
 
    private:
-    template <int ROWS>
-    static INLINE void step(I32 (&words)[ROWS][VECTORS], const int8_t* const (&a)[ROWS], const uint8_t* weights, int64_t q) {
-        I32 b[VECTORS];
-        repeat<VECTORS>([&](auto v) UNROLLED { b[v] = load_int(weights + (q * VECTORS + v) * LANES * 4); });
+    template <int ROWS, int USED>
+    static INLINE void step(I32 (&words)[ROWS][USED], const int8_t* const (&a)[ROWS], const uint8_t* weights, int64_t q) {
+        I32 b[USED];
+        repeat<USED>([&](auto v) UNROLLED { b[v] = load_int(weights + (q * VECTORS + v) * LANES * 4); });
         repeat<ROWS>([&](auto i) UNROLLED {
             const I32 x = broadcast_quad(a[i] + 4 * q);
-            repeat<VECTORS>([&](auto v) UNROLLED { words[i][v] = add_words(words[i][v], _mm256_maddubs_epi16(b[v], x)); });
+            repeat<USED>([&](auto v) UNROLLED { words[i][v] = add_words(words[i][v], _mm256_maddubs_epi16(b[v], x)); });
         });
     }
 };
@@ -102,8 +102,8 @@ struct Wide {
         return add_int(acc, _mm256_madd_epi16(odd_weights(w), odd_signed(a)));
     }
 
-    template <int ROWS>
-    INLINE void accumulate(I32 (&acc)[ROWS][VECTORS], const int8_t* const (&row)[ROWS], int64_t offset, int64_t quads,
+    template <int ROWS, int USED>
+    INLINE void accumulate(I32 (&acc)[ROWS][USED], const int8_t* const (&row)[ROWS], int64_t offset, int64_t quads,
                            const uint8_t* weights) const {
         alignas(32) int32_t even[ROWS][PIECE], odd[ROWS][PIECE];
         for (int64_t first = 0; first < quads; first += PIECE) {
@@ -122,14 +122,14 @@ struct Wide {
                 }
             }
             for (int64_t q = 0; q < count; q++) {
-                I32 low[VECTORS], high[VECTORS];
-                repeat<VECTORS>([&](auto v) UNROLLED {
+                I32 low[USED], high[USED];
+                repeat<USED>([&](auto v) UNROLLED {
                     const uint8_t* from = weights + ((first + q) * VECTORS + v) * LANES * 4 * SPREAD;
                     low[v] = load_int(from), high[v] = load_int(from + sizeof(I32));
                 });
                 repeat<ROWS>([&](auto i) UNROLLED {
                     const I32 x = set_int(even[i][q]), y = set_int(odd[i][q]);
-                    repeat<VECTORS>([&](auto v) UNROLLED {
+                    repeat<USED>([&](auto v) UNROLLED {
                         acc[i][v] = add_int(acc[i][v], _mm256_madd_epi16(low[v], x));
                         acc[i][v] = add_int(acc[i][v], _mm256_madd_epi16(high[v], y));
                     });

@@ -34,10 +34,15 @@ static void unpack_block(const Rows& rows, int64_t row, int64_t tap, int64_t cha
 
 #endif
 
+// How many vectors of the panel of the output channels from `first` on are in use: all, or half of them where these suffice.
+static inline int vectors_of(const difloat_weight& w, int64_t first) {
+    return w.rows - first > WIDTH / 2 ? VECTORS : VECTORS / 2;
+}
+
 template <int BITS>
-static void unpack_all(const difloat_weight& w, const Rows& rows, uint8_t* panel) {
+static void unpack_all(const difloat_weight& w, const Rows& rows, int vectors, uint8_t* panel) {
     for (int64_t tap = 0; tap < w.taps; tap++)
-        for (int v = 0; v < VECTORS; v++) {
+        for (int v = 0; v < vectors; v++) {
             uint8_t* block = panel + tap * quads_of(w.channels) * WIDTH * 4 + v * LANES * 4;
             unpack_block<BITS>(rows, v * LANES, tap, w.channels, w.table, block);
         }
@@ -46,15 +51,16 @@ static void unpack_all(const difloat_weight& w, const Rows& rows, uint8_t* panel
 // Unpack the panel of the output channels from `first` on. `panel` is aligned to 64 bytes.
 static void unpack_panel(const difloat_weight& w, int64_t first, uint8_t* panel, uint8_t* gathered) {
     const Rows rows(w, first, gathered);
+    const int vectors = vectors_of(w, first);
     switch (w.bits) {
-        case 1: return unpack_all<1>(w, rows, panel);
-        case 2: return unpack_all<2>(w, rows, panel);
-        case 3: return unpack_all<3>(w, rows, panel);
-        case 4: return unpack_all<4>(w, rows, panel);
-        case 5: return unpack_all<5>(w, rows, panel);
-        case 6: return unpack_all<6>(w, rows, panel);
-        case 7: return unpack_all<7>(w, rows, panel);
-        default: return unpack_all<8>(w, rows, panel);
+        case 1: return unpack_all<1>(w, rows, vectors, panel);
+        case 2: return unpack_all<2>(w, rows, vectors, panel);
+        case 3: return unpack_all<3>(w, rows, vectors, panel);
+        case 4: return unpack_all<4>(w, rows, vectors, panel);
+        case 5: return unpack_all<5>(w, rows, vectors, panel);
+        case 6: return unpack_all<6>(w, rows, vectors, panel);
+        case 7: return unpack_all<7>(w, rows, vectors, panel);
+        default: return unpack_all<8>(w, rows, vectors, panel);
     }
 }
 

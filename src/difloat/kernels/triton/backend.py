@@ -1,10 +1,10 @@
 """The GPU backend: quantized linear layers and convolutions in Triton, exact on FP8 and int8 tensor cores.
 
-Two launches per layer: the input is quantized and laid out by one kernel (`triton_quantize`), multiplied with the packed
-weight by another (`triton_matmul`); a third adds up where few tokens make several programs share the k axis. What carries
-the numbers is decided by `triton_operands`, tiles by `triton_tiles`.
+A layer takes two launches. One kernel quantizes the input and lays it out (`quantize`), and another multiplies it with the
+packed weight (`matmul`). A third adds up where few tokens make several programs share the k axis. `operands` decides which type
+of the tensor cores carries the numbers, and `tiles` decides the tiles.
 
-Importing this module neither needs nor imports Triton; `available` says whether a device can use it.
+Importing this module neither needs nor imports Triton. `available` says whether a device can use it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from difloat.kernels.pieces import as_stored, restored
 from difloat.kernels.triton import operands as triton_operands
 from difloat.kernels.triton.operands import Operands
 from difloat.plan.specs import Part
+from difloat.plan.validation import plain
 from difloat.plan.weight import Inputs, Weight
 
 _MOST_PRODUCTS = 2**31 // 128**2  # of int8 numbers whose sum surely fits int32
@@ -32,7 +33,7 @@ _MOST_PRODUCTS = 2**31 // 128**2  # of int8 numbers whose sum surely fits int32
 
 @cache
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on tensors of the CPU too (``TRITON_INTERPRET=1``)."""
+    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), which takes tensors of the CPU as well."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
@@ -48,7 +49,7 @@ def available(device: torch.device) -> bool:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """CUDA compute capability; the interpreter computes what Hopper can."""
+    """The CUDA compute capability of a device. The interpreter computes all that Hopper can."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
@@ -56,8 +57,8 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
     """Whether `linear` or `conv2d` computes this part of a layer.
 
     Args:
-        part: Formats and granularities.
-        weight_shape: Of the float weight: [o, i] or [o, i, kh, kw].
+        part: The formats and granularities of the part.
+        weight_shape: The shape of the float weight, [o, i] or [o, i, kh, kw].
         x: The input, [..., i] or [b, i, h, w].
     """
     if not available(x.device) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -80,7 +81,7 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Launches go to the current device, which need not be the one of the tensors."""
+    """Make the device of the tensors the current one, which is where launches go."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -99,29 +100,30 @@ def _required(part: Part, x: Tensor, planes: int = 0) -> Operands:
     operands = _operands(part, x, planes)
     if operands is None:
         raise ValueError(
-            f"formats must fit one type of tensor core operands, got {part.to_json()} for a {x.dtype} input on "
+            f"formats must fit one type of tensor core operands, got {plain(part)} for a {x.dtype} input on "
             f"{x.device}; ask supports() first"
         )
     return operands
 
 
 def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
-    """One part of a linear layer, whose output channels may have several widths: the input is quantized once for all.
+    """One part of a linear layer, whose output channels may have several widths. The input is quantized once for all of them.
 
     Args:
-        x: [..., i], bfloat16, float16 or float32.
-        weight: Of one part, such that `supports` holds for every piece. A branch ``(down [r, i], up [o, r])`` in the dtype of
-            `x` adds ``x @ down.T @ up.T``, where x is the input before it is rounded, read in the same pass.
-        inputs: Scale and zero point of the input where they are static.
-        bias: [o] or None.
+        x: The input [..., i], bfloat16, float16 or float32.
+        weight: The weight of one part, such that `supports` holds for every piece. A branch ``(down [r, i], up [o, r])`` in
+            the dtype of the input adds ``x @ down.T @ up.T`` of the unrounded input, which is read in the same pass.
+        inputs: The scale and zero point of the input where they are static.
+        bias: The bias [o], or None.
 
     Returns:
-        [..., o] in the dtype of `x`.
+        [..., o] in the dtype of the input.
     """
     from difloat.kernels.triton import launch
 
     pieces, bias = weight.bands, as_stored(weight, bias)
     up = None if weight.branch is None else as_stored(weight, weight.branch.up)
+    # All pieces read one quantized input, so all take the planes of the widest word.
     planes = max(triton_operands.least_planes(piece.spec.format.bits) for piece in pieces)
     source = launch.rows_source(x.reshape(-1, x.shape[-1]))
     out = x.new_empty((source.tokens, weight.out_channels))
@@ -148,7 +150,7 @@ def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Te
 
 
 class _Quantized:
-    """The quantized inputs of one call, each made once."""
+    """The quantized forms of one call's input, each made once."""
 
     def __init__(self, source: Any, inputs: Inputs) -> None:
         self.source, self.inputs = source, inputs
@@ -171,15 +173,21 @@ class _Quantized:
 def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """One part of a convolution, as an implicit product: no patches are stored, and the input is quantized once.
 
+    Padding is the number 0, not the zero point.
+
     Args:
-        x: [b, i, h, w] in any memory format; channels last is the fastest.
-        weight: Of one part, such that `supports` holds; codes [o, bytes, kh, kw], of which channels last save a copy per call.
-        inputs: As in `linear`; an online scale "per token" is one per picture. Padding is 0, not the zero point.
-        bias: [o] or None.
-        geometry: With one group.
+        x: The input [b, i, h, w] in any memory format, of which channels last is the fastest.
+        weight: The weight of one part, such that `supports` holds. Codes [o, bytes, kh, kw] that are channels last save a
+            copy per call.
+        inputs: The scale and zero point of the input where they are static. An online scale "per token" is one per picture.
+        bias: The bias [o], or None.
+        geometry: Stride, padding and dilation, with one group.
 
     Returns:
-        [b, o, h', w'] in the dtype of `x`, channels last.
+        [b, o, h', w'] in the dtype of the input, channels last.
+
+    Raises:
+        ValueError: if there are several groups.
     """
     if geometry.groups != 1:
         raise ValueError(f"groups must be 1, got {geometry.groups}; ask supports() first")
@@ -190,10 +198,11 @@ def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geome
 def _conv2d_pieces(
     x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """[b, h', w', o] in the order of the storage, which `bias` has too."""
+    """The convolution's result [b, h', w', o] in the order of the stored rows, which the bias has too."""
     from difloat.kernels.triton import launch
 
     pieces, count = weight.bands, weight.out_channels
+    # All pieces read one quantized input, so all take the planes of the widest word.
     planes = max(triton_operands.least_planes(piece.spec.format.bits) for piece in pieces)
     picture = launch.picture_of(x, pieces[0].codes, geometry.stride, geometry.padding, geometry.dilation)
     out = x.new_empty((x.shape[0], picture.out_height, picture.out_width, count))

@@ -2,7 +2,7 @@
 
 Formats are compile-time constants here, so every branch on them is taken by the compiler.
 
-On a device most weights are decoded by inline PTX (`triton_ptx`), which the interpreter does not know; there the same is
+On a device most weights are decoded by inline PTX (`ptx`). The interpreter does not know PTX, so for it the same decoding is
 written out in Triton.
 """
 
@@ -27,10 +27,11 @@ def shifted(code: tl.tensor, distance: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def decode_value(code: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
-    """float32 values of codes (uint8; bits above the code are ignored)."""
+    """The float32 values of uint8 codes. Bits above the code are ignored."""
     code = code.to(tl.int32) & (2**FORMAT.bits - 1)
     if FORMAT.integer:
         if FORMAT.signed:
+            # The arithmetic shift back copies the sign bit of the code into all bits above it.
             code = (code << (32 - FORMAT.bits)) >> (32 - FORMAT.bits)
         return code.to(tl.float32)
     else:
@@ -46,7 +47,7 @@ def decode_value(code: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def decode(raw: tl.tensor, SHIFT: tl.constexpr, OPERANDS: tl.constexpr) -> tl.tensor:
-    """Operands of the codes that start at bit `SHIFT` of bytes (uint8) that may hold more."""
+    """The operands of the codes that start at bit `SHIFT` of uint8 bytes, which may hold other codes as well."""
     if OPERANDS.kind == "e4m3":
         return decode_bytes(raw, SHIFT, OPERANDS).to(tl.float8e4nv, bitcast=True)
     elif OPERANDS.kind == "int8":
@@ -84,7 +85,7 @@ def decode_bytes(raw: tl.tensor, SHIFT: tl.constexpr, OPERANDS: tl.constexpr) ->
 
 @triton.jit
 def round_to_grid(x: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
-    """`rounding.round_` for float32: nearest value, ties to the even code, saturating; NaN becomes some value."""
+    """`rounding.round_` for float32: the nearest value, with ties to the even code and saturation. NaN becomes some value."""
     x = tl.minimum(tl.maximum(x, FORMAT.min), FORMAT.max)
     if FORMAT.uniform:
         return ((x * (1 / FORMAT.step) + ROUND_TO_INTEGER) - ROUND_TO_INTEGER) * FORMAT.step
@@ -106,16 +107,18 @@ def round_to_grid(x: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def encode(x: tl.tensor, OPERANDS: tl.constexpr) -> tl.tensor:
-    """Operands of float32 values on the grid of the activation: uint8 (the bits of e4m3), int8, or bfloat16."""
+    """The operands of float32 values on the grid of the activation, as uint8 (the bits of e4m3), int8, or bfloat16."""
     FORMAT: tl.constexpr = OPERANDS.activation
     if OPERANDS.kind == "e4m3":
         bits = x.to(tl.int32, bitcast=True)
         magnitude = tl.abs(x)
+        # In a binade the upper bits of a float32 number count the values of the grid.
         normal = ((bits & 0x7FFFFFFF) >> (23 - FORMAT.mantissa_bits)) - (
             (127 + FORMAT.min_exponent - 1) << FORMAT.mantissa_bits
         )
         subnormal = (magnitude * (1 / FORMAT.step)).to(tl.int32)
         code = tl.where(magnitude < 2.0 ** (FORMAT.min_exponent), subnormal, normal)
+        # Fields are aligned to those of e4m3, whose sign is the highest bit of its byte.
         sign = (bits >> 24) & 0x80
         return ((code << (3 - FORMAT.mantissa_bits)) | sign).to(tl.uint8)
     elif OPERANDS.kind == "int8":

@@ -19,10 +19,10 @@ from difloat.plan.specs import Part, QuantSpec
 
 _ALIGNED_WORDS = 16  # rows of operands start at multiples of 16 bytes, so that a thread loads 16 at once
 _FEW_TOKENS = (
-    64  # up to here an input that keeps its type is read as it lies, without a pass that lays it out
+    64  # up to here an input that keeps its type is read where it lies, without a pass that lays it out
 )
-_STEP_VALUES = 4096  # values that one step of the quantizer holds,
-_STEP_CHANNELS = 2048  # and how many of one token at most
+_STEP_VALUES = 4096  # values that one step of the quantizer holds
+_STEP_CHANNELS = 2048  # of one token that a step of the quantizer holds at most
 _OPTIONS = {"enable_fp_fusion": True}  # named because Triton's default is about to change
 _SCAN_VALUES = 8192
 _SUM_ROWS, _SUM_CHANNELS = 16, 256
@@ -30,7 +30,7 @@ _SUM_ROWS, _SUM_CHANNELS = 16, 256
 
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank branch: adds ``x @ down.T @ up.T``; `down` [r, i] and `up` [o, r] in the dtype of x."""
+    """A low-rank branch, which adds ``x @ down.T @ up.T``. `down` [r, i] and `up` [o, r] have the dtype of x."""
 
     down: Tensor
     up: Tensor
@@ -47,13 +47,16 @@ class Weight:
 
     @property
     def scale_stride(self) -> int:
-        """Scales per output channel; 0 where one serves all."""
+        """How many scales an output channel has, or 0 where one scale serves all channels."""
         return 0 if self.spec.granularity == "tensor" else self.scale.numel() // self.packed.shape[0]
 
 
 @dataclass(frozen=True)
 class Source:
-    """An input as it lies in memory: tokens `token_stride` values apart, in spans of `span` tokens."""
+    """An input as it lies in memory: tokens `token_stride` values apart, in spans of `span` tokens.
+
+    A span is a picture, whose pixels are the tokens, or the whole input of a linear layer.
+    """
 
     x: Tensor
     tokens: int
@@ -66,7 +69,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Input:
-    """Operands of a product, with what belongs to them; strides count values."""
+    """The quantized input of a product. Strides count values.
+
+    Attributes:
+        values: The operands [tokens, planes, words].
+        words: Words of a token, whose last ones may be padding.
+        token_stride: Values between the first operands of neighbouring tokens.
+        plane_stride: Values between the planes of a token.
+        token_scale: The scale of every token, or None where values keep their type.
+        token_sum: Sums of the grid values per token and group, where zero points of the weight ask for them.
+        low: The product [tokens, r] with the down-projection of a branch.
+    """
 
     values: Tensor
     words: int
@@ -79,7 +92,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Picture:
-    """Sizes of a convolution's input and output, and its kernel."""
+    """The sizes of a convolution's input and output, with its kernel. A linear layer has no geometry."""
 
     height: int = 1
     width: int = 1
@@ -89,13 +102,13 @@ class Picture:
 
 
 def rows_source(x: Tensor) -> Source:
-    """Tokens of a linear layer, [tokens, i]."""
+    """The source of a linear layer's tokens [t, i]."""
     x = x if x.stride(1) == 1 else x.contiguous()
     return Source(x, x.shape[0], x.shape[1], x.shape[0], 0, x.stride(0), 1)
 
 
 def picture_source(x: Tensor) -> Source:
-    """Pixels of [b, i, h, w] in any memory format whose rows of pixels follow each other."""
+    """The source of the pixels of pictures [b, i, h, w], which are copied unless rows of pixels follow each other."""
     batch, channels, height, width = x.shape
     if x.stride(2) != width * x.stride(3):
         x = x.contiguous(memory_format=torch.channels_last)
@@ -106,7 +119,7 @@ def picture_source(x: Tensor) -> Source:
 def picture_of(
     x: Tensor, packed: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Picture:
-    """Sizes of a convolution of `x` [b, i, h, w] with a packed weight [o, bytes, kh, kw]."""
+    """The sizes of a convolution of `x` [b, i, h, w] with a packed weight [o, bytes, kh, kw]."""
     kernel = tuple(packed.shape[2:])
     out = [
         (size + 2 * pad - reach * (k - 1) - 1) // step + 1
@@ -117,14 +130,14 @@ def picture_of(
 
 
 def as_it_lies(source: Source, operands: Operands) -> Input:
-    """An input that is not quantized, without a copy: where a word has two codes, its two values are one int32."""
+    """An input that is not quantized, without a copy. Where a word has two codes, its two values are read as one int32."""
     if operands.planes == 1:
         return Input(source.x, source.channels, source.token_stride, 0)
     return Input(source.x.view(torch.int32), source.channels // 2, source.token_stride // 2, 0)
 
 
 def lies_well(source: Source, operands: Operands, weight: Weight, adapter: Adapter | None) -> bool:
-    """Whether `as_it_lies` will do: few tokens, nothing to compute on the way, whole words at whole addresses."""
+    """Whether `as_it_lies` will do: few tokens, nothing to compute on the way, and whole words at whole addresses."""
     plain = operands.activation is None and weight.zero_point is None and adapter is None
     even = source.channels % 2 == source.token_stride % 2 == source.x.storage_offset() % 2 == 0
     few = source.tokens <= _FEW_TOKENS
@@ -143,15 +156,16 @@ def quantized(
     """The input as operands in planes.
 
     Args:
-        source: Where it lies.
-        operands: What it becomes.
-        activation: How; None leaves its values.
-        scale: Stored scale [1], or None.
-        zero_point: Stored zero point [1], or None.
-        sum_groups: Groups of channels whose grid values are summed; 0 where no sum is needed.
-        adapter: Whose down-projection is computed on the way.
+        source: The input as it lies in memory.
+        operands: The type that carries its numbers.
+        activation: The spec of the input's grid and scales. None leaves its values as they are.
+        scale: A stored scale [1], or None.
+        zero_point: A stored zero point [1], or None.
+        sum_groups: How many groups of channels get a sum of their grid values, or 0 where no sum is needed.
+        adapter: A branch whose down-projection is computed on the way, or None.
     """
     x, planes = source.x, operands.planes
+    # Padded words hold the operand 0, so products run over whole vectors without a mask.
     words = -(-source.channels // (planes * _ALIGNED_WORDS)) * _ALIGNED_WORDS
     dtype = DTYPES[operands.kind] if activation is not None else x.dtype
     values = torch.empty((source.tokens, planes, words), dtype=dtype, device=x.device)
@@ -162,7 +176,9 @@ def quantized(
     rank = 0 if adapter is None else adapter.down.shape[0]
     block = min(_power_of_two(words), _STEP_CHANNELS // planes)
     if sum_groups > 1:
+        # A step of the quantizer then holds exactly one group, whose sum it writes.
         block = operands.group_words
+    # The product with the down-projection needs the 16 rows of the smallest tile of a tensor core.
     tokens = 16 if adapter is not None else max(1, min(16, _STEP_VALUES // (block * planes)))
     quantize.quantize[(-(-source.tokens // tokens),)](
         x, _bits(values), token_scale, token_sum, found, zero_point,
@@ -206,7 +222,7 @@ def _power_of_two(n: int) -> int:
 
 
 def weight_sums(weight: Weight, channels: int) -> Tensor:
-    """Sums of the weight over its channels, float32 [taps, o]."""
+    """The sums of the weight over its input channels, float32 [taps, o]."""
     packed = weight.packed
     rows, taps = packed.shape[0], packed[0].numel() // packed.shape[-1]
     sums = torch.empty((taps, rows), dtype=torch.float32, device=packed.device)
@@ -229,7 +245,7 @@ def multiply(
     adapter: Adapter | None = None,
     picture: Picture = Picture(),  # noqa: B008 (frozen)
 ) -> None:
-    """Write the product into `out` [tokens, o], whose rows may be apart."""
+    """Write the product into `out` [tokens, o], which may be a run of the columns of a wider tensor."""
     geometry = picture.geometry
     tokens, rows = out.shape
     taps = 1 if geometry is None else geometry.taps
@@ -268,6 +284,7 @@ def _runner(
     def run(tile: Tile) -> None:
         tiles = -(-rows // tile.rows) * -(-tokens // tile.tokens)
         split = tile.splits > 1
+        # Shares stay float32 until they are added, so that splitting costs no accuracy.
         target = out.new_empty((tile.splits, tokens, rows), dtype=torch.float32) if split else out
         kernels.matmul[(tiles, tile.splits)](
             values, packed, target, *tail, *strides, tile.splits, *constants,

@@ -1,13 +1,13 @@
 """The product: packed weights, unpacked in registers, times quantized inputs, for linear layers and convolutions.
 
-One kernel does both. A linear layer is a convolution with one tap; a convolution is a product whose k axis runs over the
-taps of the kernel and, within a tap, over channels, with rows of the input gathered by position: no patch is ever stored.
+One kernel does both. A linear layer is a convolution with one tap. A convolution is a product whose k axis runs over the taps
+of the kernel and, within a tap, over channels. Rows of the input are gathered by position, so no patch is ever stored.
 
-The product is computed transposed, weights on the left: on Hopper the left operand of the tensor cores may stay in
+The product is computed transposed, with weights on the left. On Hopper the left operand of the tensor cores may stay in
 registers, which is where unpacked weights are. FP8 sums leave the tensor core every 128 k, since it keeps about 14 bits.
 
-Terms, for a weight ``s_w n + z_w`` and an input ``s_x m + z_x`` on grids n and m:
-``sum w x = s_w s_x sum n m + z_w s_x sum m + z_x sum w``. The quantizer delivers ``sum m``, `weight_sums` the last sum.
+A weight ``s_w n + z_w`` and an input ``s_x m + z_x``, on grids n and m, have the product
+``sum w x = s_w s_x sum n m + z_w s_x sum m + z_x sum w``. The quantizer delivers ``sum m``, and `weight_sums` the last sum.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROMOTE = tl.constexpr(128)  # k that FP8 tensor cores may add up before the sum
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape of a convolution; a compile-time constant of the kernels."""
+    """The shape of a convolution, which is a compile-time constant of the kernels."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -49,12 +49,12 @@ def sources(
     out_width: tl.tensor,
     GEOMETRY: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Which input token (pixel) every output token meets at a tap of the kernel, and whether it exists."""
+    """The input token (pixel) that every output token meets at a tap of the kernel, and whether it exists."""
     if GEOMETRY is None:
         return token, token < tokens
     else:
-        image = token // (out_height * out_width)
-        at = token % (out_height * out_width)
+        image = token // (out_height * out_width)  # [t]
+        at = token % (out_height * out_width)  # the output pixel within its picture
         row = at // out_width * GEOMETRY.stride[0] - GEOMETRY.padding[0]
         row += tap // GEOMETRY.kernel[1] * GEOMETRY.dilation[0]
         column = at % out_width * GEOMETRY.stride[1] - GEOMETRY.padding[1]
@@ -88,20 +88,21 @@ def accumulate(
     sum: tl.tensor, x: tl.tensor, weight: tl.tensor, word: tl.tensor, plane_stride: tl.tensor, row_bytes: tl.tensor,
     words: tl.tensor, has_token: tl.tensor, has_row: tl.tensor, OPERANDS: tl.constexpr, PAIRED: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Add the products of one run of words: `x` points at rows of tokens, `weight` at rows of the packed weight.
+    """Add the products of one run of words. `x` points at rows of tokens, and `weight` at rows of the packed weight.
 
-    With `PAIRED`, words of `x` are int32 that hold what two planes meet.
+    With `PAIRED`, words of `x` are int32 that hold the inputs of two planes.
     """
     BITS: tl.constexpr = OPERANDS.weight.bits
     PLANES: tl.constexpr = OPERANDS.planes
-    byte = word * OPERANDS.word_bytes
-    inputs = x[:, None] + word[None, :]
-    bytes = weight[:, None] + byte[None, :]
+    byte = word * OPERANDS.word_bytes  # [words], the first byte of every word
+    inputs = x[:, None] + word[None, :]  # [t, words]
+    bytes = weight[:, None] + byte[None, :]  # [rows, words]
     has_input = has_token[:, None] & (word < words)[None, :]
     if PAIRED:  # two planes of 16 bits lie as pairs in one word of 32
         pairs = tl.load(inputs, has_input, 0)
     raw = tl.load(bytes, has_row[:, None] & (byte < row_bytes)[None, :], 0)
     for plane in tl.static_range(PLANES):
+        # The codes of this plane begin a byte of their own, which no earlier plane has loaded.
         if plane * BITS % 8 == 0 and plane > 0:
             at = byte + plane * BITS // 8
             raw = tl.load(weight[:, None] + at[None, :], has_row[:, None] & (at < row_bytes)[None, :], 0)
@@ -131,7 +132,7 @@ def share(
     tap_stride: tl.tensor, height: tl.tensor, width: tl.tensor, out_height: tl.tensor, out_width: tl.tensor,
     splits: tl.tensor, OPERANDS: tl.constexpr, GEOMETRY: tl.constexpr, WORDS: tl.constexpr, PAIRED: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Products summed over this program's share of the k axis; scales of groups are applied, those of rows are not."""
+    """The products summed over this program's share of the k axis. Scales of groups are applied, those of rows are not."""
     has_row = row < rows
     blocks = tl.cdiv(words, WORDS)
     steps = blocks if GEOMETRY is None else blocks * GEOMETRY.taps
@@ -142,11 +143,13 @@ def share(
         total = tl.zeros((row.shape[0], token.shape[0]), tl.float32)
     else:
         total = zeros(row.shape[0], token.shape[0], OPERANDS)
+    # Offsets into large weights exceed int32.
     weight_rows = weight + row.to(tl.int64) * row_stride
     for step in range(first, tl.minimum(first + each, steps)):
         tap = 0 if GEOMETRY is None else step // blocks
         start = (step - tap * blocks) * WORDS
         source, inside = sources(token, tap, tokens, height, width, out_height, out_width, GEOMETRY)
+        # Sums of a group start at zero, since each group has a scale of its own.
         part = zeros(row.shape[0], token.shape[0], OPERANDS) if GROUPS else total
         part = accumulate(
             part, x + source.to(tl.int64) * x_stride, weight_rows + tap * tap_stride, start + tl.arange(0, WORDS),
@@ -158,6 +161,7 @@ def share(
             total += (
                 part.to(tl.float32) * (tl.load(weight_scale + at, has_row, 0.0) * OPERANDS.factor)[:, None]
             )
+            # A group may take several steps; its zero point counts once.
             if weight_zero is not None and start % OPERANDS.group_words == 0:
                 sums = tl.load(token_sum + source * scale_stride + group, inside, 0.0)
                 total += tl.load(weight_zero + at, has_row, 0.0)[:, None] * sums[None, :]
@@ -174,8 +178,8 @@ def finish(
     out_stride: tl.tensor, height: tl.tensor, width: tl.tensor, out_height: tl.tensor, out_width: tl.tensor,
     OPERANDS: tl.constexpr, GEOMETRY: tl.constexpr, RANK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Scales, zero points, bias and the low-rank branch, then store [rows, tokens] transposed."""
-    has_row, has_token = row < rows, token < tokens
+    """Apply scales, zero points, bias and the low-rank branch to the sums [rows, tokens], and store them transposed."""
+    has_row, has_token = row < rows, token < tokens  # [rows], [t]
     PER_ROW: tl.constexpr = OPERANDS.group_words == 0
     if PER_ROW:
         scale = tl.load(weight_scale + row * scale_stride, has_row, 0.0) * OPERANDS.factor
@@ -183,8 +187,8 @@ def finish(
         if weight_zero is not None:
             zero = tl.load(weight_zero + row * scale_stride, has_row, 0.0)
     TAPS: tl.constexpr = 1 if GEOMETRY is None else GEOMETRY.taps
-    edge = tl.zeros_like(sum)
-    bits = tl.zeros((token.shape[0],), tl.int32)
+    edge = tl.zeros_like(sum)  # [rows, t], sums of the weight over the taps inside the picture
+    bits = tl.zeros((token.shape[0],), tl.int32)  # [t], the token's scale as bits
     for tap in range(TAPS):
         source, inside = sources(token, tap, tokens, height, width, out_height, out_width, GEOMETRY)
         if PER_ROW and weight_zero is not None:
@@ -203,10 +207,11 @@ def finish(
     if low is not None:
         r = tl.arange(0, RANK)
         left = tl.load(up + row[:, None] * rank + r[None, :], has_row[:, None] & (r < rank)[None, :], 0.0)
+        # The branch's narrow product of these tokens, [t, r].
         right = tl.load(
             low + token[:, None] * rank + r[None, :], has_token[:, None] & (r < rank)[None, :], 0.0
         )
-        sum += multiply_floats(left, tl.trans(right))
+        sum += multiply_floats(left, tl.trans(right))  # [rows, t]
     at = out + token.to(tl.int64)[:, None] * out_stride + row[None, :]
     tl.store(at, tl.trans(sum).to(out.dtype.element_ty), has_token[:, None] & has_row[None, :])
 
@@ -230,7 +235,7 @@ def matmul(
     tap_stride: tl.tensor, splits: tl.tensor, OPERANDS: tl.constexpr, GEOMETRY: tl.constexpr, RANK: tl.constexpr,
     SHARED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr, TOGETHER: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One tile of the output, or with `SHARED` a float32 share of its k axis, ``out[split, token, row]``."""
+    """Compute one tile of the output, or with `SHARED` a float32 share of its k axis, ``out[split, token, row]``."""
     row_tile, token_tile = tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(tokens, TOKENS), TOGETHER)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
@@ -254,7 +259,7 @@ def matmul(
 def tile_of(
     program: tl.tensor, row_tiles: tl.tensor, token_tiles: tl.tensor, TOGETHER: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Tiles in bands of `TOGETHER` rows of tiles, so that programs that run at once share what they read."""
+    """The tile of a program. Tiles go in bands of `TOGETHER` rows, so that programs that run at once share what they read."""
     band = program // (TOGETHER * token_tiles)
     height = tl.minimum(row_tiles - band * TOGETHER, TOGETHER)
     within = program % (TOGETHER * token_tiles)
@@ -270,10 +275,10 @@ def add_shares(
     splits: tl.tensor, OPERANDS: tl.constexpr, GEOMETRY: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Add what the programs of a split k axis found, always in the same order, and finish."""
+    """Add the shares of a split k axis, always in the same order, and finish."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    exists = (row < rows)[:, None] & (token < tokens)[None, :]
+    exists = (row < rows)[:, None] & (token < tokens)[None, :]  # [rows, t]
     at = shares + token.to(tl.int64)[None, :] * rows + row[:, None]
     sum = tl.zeros((ROWS, TOKENS), tl.float32)
     for _ in range(splits):
@@ -293,7 +298,10 @@ def weight_sums(
     scale_stride: tl.tensor, group_size: tl.tensor, BITS: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """``out[tap, row]``: the sum over channels of the weight, float32; `group_size` is `channels` without groups."""
+    """Write the float32 sums of the weight over its channels to ``out[tap, row]``.
+
+    Without groups `group_size` is `channels`.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tap = tl.program_id(1)
     has_row = row < rows
@@ -301,7 +309,7 @@ def weight_sums(
     for start in range(0, channels, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         exists = has_row[:, None] & (channel < channels)[None, :]
-        byte, shift = channel * BITS // 8, channel * BITS % 8
+        byte, shift = channel * BITS // 8, channel * BITS % 8  # a code may reach into the next byte
         at = weight + row.to(tl.int64)[:, None] * row_stride + tap * tap_stride + byte[None, :]
         word = tl.load(at, exists, 0).to(tl.int32)
         word |= tl.load(at + 1, exists & (byte + 1 < row_bytes)[None, :], 0).to(tl.int32) << 8

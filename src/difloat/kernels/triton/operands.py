@@ -2,13 +2,13 @@
 
 Tensor cores multiply a few types only. A number of a low-bit format becomes one of them without rounding:
 
-* ``e4m3``: the fields of any ExMy with x <= 4 and y <= 3 moved to where e4m3 has them. Subnormals stay right, only the
-  exponent bias differs, which is a constant factor.
-* ``int8``: integers as they are (signed ones left-aligned, which is one shift), other grids in units of their step.
-* ``bf16``: every value of every format of up to 8 bits. ``fp16`` where the input is fp16 and stays as it is.
+* ``e4m3`` carries any ExMy with x <= 4 and y <= 3, whose fields are moved to where e4m3 has them. Subnormal numbers stay right,
+  and the different exponent bias is a constant factor.
+* ``int8`` carries integers as they are (signed ones left-aligned, which is one shift), and other grids in units of their step.
+* ``bf16`` carries every value of every format of up to 8 bits. ``fp16`` is used where the input is fp16 and stays as it is.
 
-The all-finite ``e4m3`` (largest value 480) has a number where hardware has NaN, so it takes bf16; plans made for these
-GPUs use ``e4m3fn``. Nothing here imports Triton.
+The all-finite ``e4m3`` (largest value 480) has a number where hardware has NaN, so it takes bf16. Plans made for these GPUs use
+``e4m3fn``. Nothing here imports Triton.
 """
 
 from __future__ import annotations
@@ -24,29 +24,25 @@ from difloat.numbers.formats import Format
 
 Kind = Literal["e4m3", "int8", "bf16", "fp16"]
 
-_FP8_CAPABILITY = (8, 9)  # Ada and Hopper brought FP8 tensor cores,
+_FP8_CAPABILITY = (8, 9)  # Ada and Hopper brought FP8 tensor cores
 _INT8_CAPABILITY = (8, 0)  # Ampere is the oldest generation that Triton compiles int8 and bf16 products for
-_LEAST_WORDS = {
-    "e4m3": 32,
-    "int8": 32,
-    "bf16": 16,
-    "fp16": 16,
-}  # depth of the smallest product of a tensor core
+# The depth of the smallest product of a tensor core.
+_LEAST_WORDS = {"e4m3": 32, "int8": 32, "bf16": 16, "fp16": 16}
 _E4M3_BIAS = 7
 DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Operands:
-    """What one product computes with; hashable, a compile-time constant of the kernels.
+    """The numbers that one product computes with. It is hashable, as a compile-time constant of the kernels must be.
 
     Attributes:
-        kind: Type of both operands.
-        weight: Format of the weight.
-        activation: Format of the input, or None where it stays in its own type.
-        planes: Codes per word. A word is the fewest whole bytes that hold whole codes, or a multiple of that; code p of every
-            word together are plane p. Kernels multiply plane by plane, so that unpacking moves no data between threads.
-        group_words: Words that share a weight scale; 0 where a whole row does.
+        kind: The type of both operands.
+        weight: The format of the weight.
+        activation: The format of the input, or None where it stays in its own type.
+        planes: How many codes a word has. A word is the fewest whole bytes that hold whole codes, or a multiple of that. Code p
+            of every word together are plane p. Kernels multiply plane by plane, so unpacking moves no data between threads.
+        group_words: How many words share a weight scale, or 0 where a whole row does.
     """
 
     kind: Kind
@@ -62,18 +58,18 @@ class Operands:
 
     @property
     def factor(self) -> float:
-        """What an accumulated product of operand numbers is multiplied by to be one of grid values."""
+        """The factor that turns an accumulated product of operands into one of grid values."""
         activation = 1.0 if self.activation is None else _factor(self.activation, self.kind, weight=False)
         return activation * _factor(self.weight, self.kind, weight=True)
 
     @property
     def fields(self) -> tuple[int, int, int, int]:
-        """See `triton_ptx.fields`."""
+        """The masked shifts of `ptx.fields` that turn a code of the weight into an operand."""
         return triton_ptx.fields(self.weight, self.kind)
 
     @property
     def swift(self) -> bool:
-        """Whether `ptx` decodes the weight; else the compiler does, code by code."""
+        """Whether `ptx` decodes the weight. Otherwise the compiler does, code by code."""
         if self.kind == "int8":
             return self.weight.integer
         short = self.weight.mantissa_bits <= 7 and not (self.weight.integer and self.weight.bits == 8)
@@ -81,7 +77,7 @@ class Operands:
 
     @property
     def ptx(self) -> tuple[str, ...]:
-        """Decoding of four codes that start at bit 0, 1, ... 7 of their bytes."""
+        """The assembly that decodes four codes, for codes that start at bit 0, 1, ... 7 of their bytes."""
         decoding = triton_ptx.bytes_ptx if self.kind in ("e4m3", "int8") else triton_ptx.halves_ptx
         return tuple(decoding(self.weight, self.kind, start) for start in range(8))
 
@@ -96,7 +92,7 @@ def _factor(format: Format, kind: Kind, weight: bool) -> float:
 
 
 def least_planes(bits: int) -> int:
-    """Codes of the shortest word: the fewest codes of `bits` bits that fill whole bytes."""
+    """How many codes the shortest word has: the fewest codes of `bits` bits that fill whole bytes."""
     return 8 // math.gcd(8, bits)
 
 
@@ -125,17 +121,16 @@ def choose(
     """The fastest operand type that is exact for both formats on a device, or None where there is none.
 
     Args:
-        weight: Format of the weight.
-        activation: Format of the input; None for an input that stays in `dtype`.
-        dtype: Of the input.
-        capability: CUDA compute capability.
-        group_size: Input channels that share a weight scale; 0 without groups.
-        planes: Codes per word, a multiple of `least_planes`; 0 for the fewest.
+        weight: The format of the weight.
+        activation: The format of the input, or None for an input that stays in its dtype.
+        dtype: The dtype of the input.
+        capability: The CUDA compute capability of the device.
+        group_size: How many input channels share a weight scale, or 0 without groups.
+        planes: How many codes a word has, a multiple of `least_planes`, or 0 for the fewest.
     """
     planes = planes or least_planes(weight.bits)
-    if (
-        group_size % planes or weight.levels
-    ):  # kernels take codes apart by their fields, which tables have not
+    # Kernels take codes apart by their fields, which tables do not have.
+    if group_size % planes or weight.levels:
         return None
     for kind in _preference(weight, activation, dtype, capability):
         formats = [weight] if activation is None else [weight, activation]
@@ -160,7 +155,7 @@ def _preference(
 
 
 def step_words(operands: Operands, most: int) -> int:
-    """Words of one step along k: a power of two, at most `most`, that no border of a group falls into."""
+    """How many words one step along k takes: a power of two, at most `most`, that no border of a group falls into."""
     words = most
     while operands.group_words % words:
         words //= 2

@@ -1,8 +1,8 @@
 """Decoding of four codes at a time, as inline PTX.
 
 A compiler decodes one code after the other, at five to ten instructions each. A register holds four bytes, so masked shifts
-decode four codes at once: one instruction per code for operands of a byte, three for those of 16 bits. That decides whether
-unpacking hides behind the product or not. `triton_decode` has the same in Triton's own words, for the interpreter.
+decode four codes at once. That takes one instruction per code for operands of a byte, and three for those of 16 bits. It
+decides whether unpacking hides behind the product or not. `decode` has the same in Triton's own words, for the interpreter.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def fields(format: Format, kind: str) -> tuple[int, int, int, int]:
     The operand is ``(code << first) & first_mask | (code << second) & second_mask``.
 
     Args:
-        format: Of the codes.
-        kind: "e4m3", or "int8" for an integer format.
+        format: The format of the codes.
+        kind: The operand type "e4m3", or "int8" for an integer format.
     """
     if kind == "int8":
         shift = 8 - format.bits if format.signed else 0
@@ -35,7 +35,7 @@ def _magnitude_mask(format: Format) -> int:
 
 
 def bytes_ptx(format: Format, kind: str, start: int) -> str:
-    """`fields` for codes that start at bit `start` of the bytes of ``$1``, into the bytes of ``$0``."""
+    """The assembly of `fields` for codes that start at bit `start` of the bytes of ``$1``, into the bytes of ``$0``."""
     first, first_mask, second, second_mask = fields(format, kind)
     text = _masked_shift("$0", "$1", first - start, first_mask * _FOUR)
     if second_mask:
@@ -44,14 +44,15 @@ def bytes_ptx(format: Format, kind: str, start: int) -> str:
 
 
 def halves_ptx(format: Format, kind: str, start: int) -> str:
-    """Values of the codes in the bytes of ``$2`` as four numbers of 16 bits in ``$0`` and ``$1``.
+    """The assembly that turns the codes in the bytes of ``$2`` into four numbers of 16 bits in ``$0`` and ``$1``.
 
-    Fields are moved to where the type has them, which is right up to the exponent bias, subnormals included; a product with a
-    power of two corrects that. An integer becomes the last bits of a number whose last bit weighs one.
+    Fields are moved to where the type has them, which is right up to the exponent bias, subnormal numbers included. A product
+    with a power of two corrects the bias. An integer becomes the last bits of a number whose last bit weighs one.
     """
     fraction_bits, bias = SIXTEEN_BITS[kind]
     low = 8 + start  # bytes are spread to the high ends of the halves
     if format.integer:
+        # Flipping the sign bit of two's complement adds half the range, which the offset takes off again.
         half_range = 1 << (format.bits - 1) if format.signed else 0
         moves = [(-low, (1 << format.bits) - 1)]
         flip = (fraction_bits + bias) << fraction_bits | half_range
@@ -62,16 +63,18 @@ def halves_ptx(format: Format, kind: str, start: int) -> str:
         moves += [(16 - low - format.bits, 0x8000)] if format.signed else []
         flip, factor, offset = 0, _power(bias - format.bias, kind), 0x8000
     lines = [f".reg .b32 a, b, f, o; mov.b32 f, {factor * _TWO:#010x}; mov.b32 o, {offset * _TWO:#010x};"]
+    # prmt spreads bytes 0 and 1, then 2 and 3, to the high ends of the two halves of a register.
     for word, select in (("$0", 0x1404), ("$1", 0x3424)):
         lines.append(f"prmt.b32 a, $2, 0, {select:#06x}; mov.b32 {word}, {flip * _TWO:#010x};")
         for shift, mask in moves:
             lines.append(f"{_masked_shift('b', 'a', shift, mask * _TWO)} xor.b32 {word}, {word}, b;")
+        # One fused multiply-add corrects the bias, or takes off what stood above the integer's bits.
         lines.append(f"fma.rn.{'bf16x2' if kind == 'bf16' else 'f16x2'} {word}, {word}, f, o;")
     return f"{{ {' '.join(lines)} }}"
 
 
 def _power(exponent: int, kind: str) -> int:
-    """Bits of two to the power of `exponent`."""
+    """The bits of two to the power of `exponent` in a type of 16 bits."""
     fraction_bits, bias = SIXTEEN_BITS[kind]
     return (exponent + bias) << fraction_bits
 

@@ -1,10 +1,10 @@
-"""Inputs on their way into the product: found scale, rounded, laid out in planes, all in one kernel.
+"""Inputs on their way into the product: one kernel finds their scales, rounds them and lays them out in planes.
 
-The kernel reads the input once from memory (a second time from cache where the scale is its own largest magnitude) and
-writes operands of one byte, with the sums that zero points ask for and the low-rank product of an adapter beside them.
+The kernel reads the input once from memory, and a second time from cache where the scale is the token's largest magnitude. It
+writes the operands, the sums that zero points ask for, and the low-rank product of an adapter.
 
-An input with NaN must not become an output of plausible numbers. Operands have no NaN, so the scale carries it: the bits
-of magnitudes are compared as integers, where NaN is larger than every number, and a token with NaN gets the scale NaN.
+An input with NaN must not become an output of plausible numbers. Operands have no NaN, so the scale carries it. The bits of
+magnitudes are compared as integers, where NaN is larger than every number, and a token with NaN gets the scale NaN.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ _INFINITY_BITS = tl.constexpr(0x7F800000)
 
 @triton.jit
 def magnitude_bits(x: tl.tensor) -> tl.tensor:
-    """Bits of float32 magnitudes: integers in the same order, NaN above infinity."""
+    """The bits of float32 magnitudes, which are integers in the same order, with NaN above infinity."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def online_scale(largest_bits: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
-    """`reference.online_scale` of magnitudes given as bits."""
+    """The scale of `reference.online_scale` for the bits of the largest magnitude."""
     largest = largest_bits.to(tl.float32, bitcast=True)
+    # div_rn takes tensors, so the constant is added to one.
     return tl.where(largest_bits > 0, tl.div_rn(largest, FORMAT.max + tl.zeros_like(largest)), 1.0)
 
 
@@ -39,7 +40,7 @@ def largest_magnitude(
     span_stride: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """``out[span]`` (int32, zero at first) becomes the bits of the largest magnitude of `values` dense numbers."""
+    """Raise ``out[span]`` (int32, zero at first) to the bits of the largest magnitude of `values` dense numbers."""
     span = tl.program_id(1)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     numbers = tl.load(x + span.to(tl.int64) * span_stride + at, at < values, 0.0).to(tl.float32)
@@ -51,7 +52,7 @@ def project(
     x: tl.tensor, down: tl.tensor, low: tl.tensor, token: tl.tensor, offsets: tl.tensor, tokens: tl.tensor,
     channels: tl.tensor, rank: tl.tensor, RANK: tl.constexpr, CHANNELS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The low-rank product of these tokens: ``low[token] = x[token] @ down.T``."""
+    """Write the low-rank product of these tokens: ``low[token] = x[token] @ down.T``."""
     r = tl.arange(0, RANK)
     sum = tl.zeros((token.shape[0], RANK), tl.float32)
     for start in range(0, channels, CHANNELS):
@@ -59,8 +60,8 @@ def project(
         has = (channel < channels)[None, :]
         left = tl.load(x + offsets[:, None] + channel[None, :], (token < tokens)[:, None] & has, 0.0)
         right = tl.load(down + r[:, None] * channels + channel[None, :], (r < rank)[:, None] & has, 0.0)
-        sum += multiply_floats(left, tl.trans(right))
-    at = low + token[:, None] * rank + r[None, :]
+        sum += multiply_floats(left, tl.trans(right))  # [t, r]
+    at = low + token[:, None] * rank + r[None, :]  # [t, r]
     tl.store(at, sum.to(low.dtype.element_ty), (token < tokens)[:, None] & (r < rank)[None, :])
 
 
@@ -70,7 +71,7 @@ def find_scale(
     tokens: tl.tensor, channels: tl.tensor, scale_span: tl.tensor, FORMAT: tl.constexpr, SOURCE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Scale of every token: from its own magnitudes, from the largest one given (as bits), or as stored."""
+    """The scale of every token: from its own magnitudes, from the bits of the largest one that is given, or as stored."""
     has_token = token < tokens
     if SOURCE == "stored":
         return tl.load(scale + token // scale_span, has_token, 1.0)
@@ -81,6 +82,7 @@ def find_scale(
         for start in range(0, channels, CHANNELS):
             channel = start + tl.arange(0, CHANNELS)
             at = x + offsets[:, None] + (channel * channel_stride)[None, :]
+            # Channels that do not exist are loaded as 0, which no magnitude is below.
             numbers = tl.load(at, has_token[:, None] & (channel < channels)[None, :], 0.0).to(tl.float32)
             bits = tl.maximum(bits, tl.max(magnitude_bits(numbers), 1))
         return online_scale(bits, FORMAT)
@@ -94,11 +96,11 @@ def quantize(
     scale_span: tl.tensor, words: tl.tensor, groups: tl.tensor, OPERANDS: tl.constexpr, SOURCE: tl.constexpr,
     RANK: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Operands ``out[token, plane, word]`` of tokens that lie `token_stride` apart in spans of `span`.
+    """Write the operands ``out[token, plane, word]`` of tokens that lie `token_stride` apart in spans of `span`.
 
-    Also writes `token_scale` (one per token), `token_sum` (grid values summed per token and group of `WORDS` words, or per
-    token where `groups` is 1), and `low`. Without an activation format values are only laid out. Channels that do not exist
-    are zero.
+    This also writes `token_scale` with one entry per token, `token_sum` with the grid values summed per token and group of
+    `WORDS` words (or per token where `groups` is 1), and `low`. Without an activation format values are only laid out.
+    Channels that do not exist are zero.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     has_token = token < tokens
@@ -114,11 +116,11 @@ def quantize(
         )
     total = tl.zeros((TOKENS,), tl.float32)
     largest = tl.zeros((TOKENS,), tl.int32)
-    plane = tl.arange(0, PLANES)[None, None, :]
+    plane = tl.arange(0, PLANES)[None, None, :]  # [1, 1, planes]
     for start in range(0, words, WORDS):
-        word = (start + tl.arange(0, WORDS))[None, :, None]
-        channel = word * PLANES + plane
-        exists = has_token[:, None, None] & (channel < channels)
+        word = (start + tl.arange(0, WORDS))[None, :, None]  # [1, words, 1]
+        channel = word * PLANES + plane  # [1, words, planes]
+        exists = has_token[:, None, None] & (channel < channels)  # [t, words, planes]
         value = tl.load(x + offsets[:, None, None] + channel * channel_stride, exists, 0.0)
         at = out + token.to(tl.int64)[:, None, None] * (words * PLANES) + plane * words + word
         inside = has_token[:, None, None] & (word < words)
@@ -130,7 +132,7 @@ def quantize(
             largest = tl.maximum(largest, bits)
             tl.store(at, encode(grid, OPERANDS), inside)
         if token_sum is not None:
-            sums = tl.sum(tl.sum(grid, 2), 1)
+            sums = tl.sum(tl.sum(grid, 2), 1)  # [t]
             if groups > 1:
                 tl.store(token_sum + token * groups + start // WORDS, sums, has_token)
             total += sums
@@ -145,10 +147,14 @@ def quantize(
 def on_grid(
     value: tl.tensor, exists: tl.tensor, scale: tl.tensor, zero_point: tl.tensor, FORMAT: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Values [token, word, plane] rounded to the grid, zero where none exists, and the largest magnitude of each token."""
+    """The values [token, word, plane] rounded to the grid, and the bits of the largest magnitude of each token.
+
+    Values that do not exist become zero.
+    """
     shifted = value.to(tl.float32)
     bits = tl.max(tl.max(magnitude_bits(shifted), 2), 1)
     if zero_point is not None:
         shifted -= tl.load(zero_point)
+    # The correctly rounded quotient: a product with the inverse would differ from the reference at ties.
     divided = tl.div_rn(shifted, scale[:, None, None] + tl.zeros_like(shifted))
     return tl.where(exists, round_to_grid(divided, FORMAT), 0.0), bits

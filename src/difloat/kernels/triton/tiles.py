@@ -1,14 +1,13 @@
-"""Which tile a product uses: a rule of thumb, or what was measured fastest on this device, kept on disk.
+"""The choice of a product's tile: by a rule of thumb, or the one that was measured fastest on this device.
 
-Measuring compiles a dozen kernels per shape, so it happens only inside `tuning()` (or with ``DIFLOAT_TUNE=1``), never while a
-CUDA graph is captured. What it finds is used by every later process on the same kind of device.
+Measuring compiles a dozen kernels per shape. So it happens only inside `tuning()` (or with ``DIFLOAT_TUNE=1``), and never while
+a CUDA graph is captured. Its results are kept on disk, and every later process on the same kind of device uses them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from difloat.cache_entries import whole_file
 from difloat.kernels.triton.operands import DTYPES, Operands, step_words
 
 _MOST_SPLITS = 32
@@ -26,16 +26,16 @@ _WARMUP_MS, _REPEAT_MS = 5, 20
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes and how.
+    """The part of the output that one program computes, and how it does.
 
     Attributes:
-        rows: Output channels.
-        tokens: Tokens.
-        words: Words of packed weight per step along k.
-        splits: Programs that share the k axis of one tile.
-        warps: Of a program.
-        stages: Steps whose loads are in flight.
-        together: Rows of tiles that run next to each other.
+        rows: How many output channels the tile has.
+        tokens: How many tokens the tile has.
+        words: How many words of packed weight one step along k takes.
+        splits: How many programs share the k axis of the tile.
+        warps: How many warps a program has.
+        stages: For how many steps loads are in flight.
+        together: How many rows of tiles run next to each other.
     """
 
     rows: int
@@ -49,7 +49,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a tile is chosen for; `steps_of` words and taps give the length of the k axis."""
+    """The product that a tile is chosen for. Words and taps give the length of its k axis."""
 
     operands: Operands
     rows: int
@@ -58,7 +58,7 @@ class Problem:
     taps: int = 1
 
     def key(self) -> str:
-        """Name in the cache; token counts that round up to the same power of two share one."""
+        """The name in the cache, which token counts share that round up to the same power of two."""
         o = self.operands
         activation = "none" if o.activation is None else o.activation.name
         formats = f"{o.kind} {o.weight.name} {activation} planes{o.planes} group{o.group_words}"
@@ -67,7 +67,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Device:
-    """Limits that a tile must fit."""
+    """The limits of a device that a tile must fit: its multiprocessors and the shared memory of each."""
 
     name: str
     processors: int
@@ -76,7 +76,7 @@ class Device:
 
 @cache
 def device_of(index: int | None) -> Device:
-    """Limits of a CUDA device; None is the interpreter, which has none."""
+    """The limits of a CUDA device. None stands for the interpreter, which has none."""
     if index is None:
         return Device("interpreter", 1, 1 << 30)
     from triton.runtime import driver
@@ -91,7 +91,7 @@ def _power_of_two(n: int) -> int:
 
 
 def rule(problem: Problem, device: Device) -> Tile:
-    """A tile without measuring: few tokens want many programs that read memory, many tokens large products."""
+    """A tile without measuring. Few tokens want many programs that read memory, and many tokens want large products."""
     most = max(32, _K_PER_STEP // problem.operands.planes)
     if problem.tokens <= 64:
         wide = problem.tokens <= 16 and problem.rows >= 64 * device.processors
@@ -107,7 +107,9 @@ def rule(problem: Problem, device: Device) -> Tile:
 def _split(tile: Tile, problem: Problem, device: Device) -> Tile:
     tiles = -(-problem.rows // tile.rows) * -(-problem.tokens // tile.tokens)
     few = problem.tokens <= 64
+    # With few tokens a program waits for memory, so two share a multiprocessor.
     wanted = (2 if few else 1) * device.processors // tiles
+    # A split shorter than a few steps would spend its time on starting up and adding.
     steps = -(-problem.words // tile.words) * problem.taps
     return replace(tile, splits=max(1, min(wanted, steps // (2 if few else 4), _MOST_SPLITS)))
 
@@ -119,14 +121,14 @@ def _fit(tile: Tile, problem: Problem, device: Device) -> Tile:
 
 
 def shared_bytes(tile: Tile, operands: Operands) -> int:
-    """Shared memory of the loads in flight."""
+    """The bytes of shared memory that the loads in flight take."""
     of_weights = tile.rows * tile.words * operands.word_bytes
     of_inputs = tile.tokens * tile.words * operands.planes * DTYPES[operands.kind].itemsize
     return tile.stages * (of_weights + of_inputs)
 
 
 def candidates(problem: Problem, device: Device) -> list[Tile]:
-    """Tiles worth measuring, the rule's own first."""
+    """The tiles that are worth measuring, beginning with that of the rule."""
     first = rule(problem, device)
     few = problem.tokens <= 64
     k = _K_PER_STEP
@@ -147,7 +149,7 @@ _tuning = os.environ.get("DIFLOAT_TUNE") == "1"
 
 @contextmanager
 def tuning() -> Iterator[None]:
-    """Measure tiles for every new shape that is computed inside; the results stay on disk."""
+    """Measure tiles for every new shape that is computed inside a ``with`` block. The results stay on disk."""
     global _tuning
     before, _tuning = _tuning, True
     try:
@@ -157,12 +159,12 @@ def tuning() -> Iterator[None]:
 
 
 def choose(problem: Problem, index: int | None, run: Callable[[Tile], object]) -> Tile:
-    """The measured tile if there is one, else the rule's; `run` computes the product with a tile.
+    """The measured tile if there is one, else that of the rule.
 
     Args:
         problem: The product.
-        index: CUDA device, None in the interpreter.
-        run: Called with every candidate where measuring is on.
+        index: The index of the CUDA device, or None in the interpreter.
+        run: A function that computes the product with a tile. It is called with every candidate where measuring is on.
     """
     device = device_of(index)
     known = _known(device.name)
@@ -174,7 +176,11 @@ def choose(problem: Problem, index: int | None, run: Callable[[Tile], object]) -
 
 
 def fastest(tiles: list[Tile], run: Callable[[Tile], object]) -> Tile:
-    """The tile with the lowest median time; tiles that need more of the device than it has are left out."""
+    """The tile with the lowest median time. Tiles that need more of the device than it has are left out.
+
+    Raises:
+        RuntimeError: if no candidate fits the device.
+    """
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
@@ -192,7 +198,7 @@ def fastest(tiles: list[Tile], run: Callable[[Tile], object]) -> Tile:
 
 
 def cache_file(device: str) -> Path:
-    """Where the tiles measured on a kind of device are kept: below ``DIFLOAT_CACHE`` or the user's cache folder."""
+    """The file of tiles measured on a kind of device, below ``DIFLOAT_CACHE`` or the user's cache folder."""
     root = os.environ.get("DIFLOAT_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = "".join(c if c.isalnum() else "-" for c in device.lower())
     return Path(root) / "difloat" / f"tiles-{name}.json"
@@ -214,6 +220,5 @@ def _store(device: str, tiles: dict[str, Tile]) -> None:
     path = cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({key: asdict(tile) for key, tile in sorted(tiles.items())}, indent=1)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text + "\n")
-    os.replace(file.name, path)
+    with whole_file(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""From a post-training plan to a fine-tuned one."""
+"""Fine-tuning of a post-training plan."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from difloat.methods.training.twin_layer import Carry, Init
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is trained.
+    """What is trained, and how.
 
     Attributes:
-        settings: Of the loop.
-        adapters: Per layer.
-        rank: Of the adapters.
-        weights: Of the squared error at every timestep (`denoising_factor.loss_weights`): the sampler's factors to the power of
-            0 for all alike, 1 for MSFP, 2 for what a squared error at a timestep moves in the picture.
-        without_adapters: Layers that learn ranges only.
-        input_ranges_by_timestep: Learn static input ranges apart for every timestep.
-        carry: How adapters are carried out, see `adapters`.
-        relation: Further distillation beside the output's.
-        adapter_init: "zero", or "error": from the largest directions of the rounding error (`adapters.Adaptive`).
-        allocation: Of several adapters to timesteps, see `Student`.
+        settings: The settings of the loop.
+        adapters: How many adapters a layer has.
+        rank: The rank of the adapters.
+        weights: The weight of the squared error at every timestep (`timestep_weights.loss_weights`), which is a power of the
+            sampler's factor: 0 for equal weights, 1 for MSFP, 2 for the share of a squared error that reaches the picture.
+        without_adapters: The layers that learn ranges only.
+        input_ranges_by_timestep: Whether static input ranges are learned apart for every timestep.
+        carry: Whether adapters are merged into weights or stay beside them (`twin_layer`).
+        relation: The settings of a distillation besides that of the output.
+        adapter_init: "zero", or "error" for a start at the largest directions of the rounding error (`twin_layer.Adaptive`).
+        allocation: The way in which several adapters are allotted to timesteps (`Student`).
     """
 
     settings: TrainingSettings
@@ -49,9 +49,9 @@ class Tuning:
 
 @torch_modes.plain()
 def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
-    """Fine-tune what `outcome` plans and pack the result: its codes are those that training ended with.
+    """Fine-tune the layers of an outcome and pack them, with the codes that training ended with.
 
-    Without epochs `outcome` itself comes back.
+    Without epochs the outcome itself comes back.
     """
     if not tuning.settings.epochs:
         return outcome

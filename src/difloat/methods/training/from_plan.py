@@ -1,4 +1,4 @@
-"""A finished plan as what fine-tuning starts from, instead of what post-training quantization just made."""
+"""Fine-tuning that starts from a finished plan instead of the result of post-training quantization."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from difloat.plan.plan import LayerPlan, Plan
 
 
 def start_of(plan: Plan, task: Task) -> Outcome:
-    """Where training starts: the plan, its input ranges by timestep taken over to the timesteps of the calibration."""
+    """The outcome at which training starts: the plan, with its input ranges moved to the timesteps of the calibration."""
     grid = timestep_grid(task)
     taken = {name: _on_grid(layer, plan.timesteps, grid) for name, layer in plan.layers.items()}
     measured: dict[str, Any] = {"seconds": {}, "blocks": {}}
@@ -36,7 +36,7 @@ def _on_grid(layer: LayerPlan, timesteps: Sequence[float], grid: Sequence[float]
 
 
 def of_8_bits(plan: Plan) -> tuple[str, ...]:
-    """Layers whose whole weight has 8 bits: as in the recipes, they learn ranges only."""
+    """The layers whose whole weight has 8 bits, which learn ranges only, as in the recipes."""
     return tuple(
         name
         for name, layer in plan.layers.items()

@@ -1,12 +1,11 @@
 """Distillation of relations between positions, over features smoothed along the trajectory: MPQ-DM's TRD (arXiv:2412.11549).
 
-With F [b, p, c] the mean of a block's features over two consecutive sampler steps, each position scaled to length 1, the
-relations are ``S = F F^T`` [b, p, p], and the loss is 100 times the sum over positions of the KL divergence of the student's
-softmax(S) from the teacher's.
-The current step's features of the student are part of the graph, those of the step before are not. (In the released code
-neither is, so there the term changes the printed loss and nothing else; `kind="detached"` is that.)
+F [b, p, c] is the mean of a block's features over two consecutive sampler steps, with each position scaled to length 1. The
+relations are ``S = F F^T`` [b, p, p]. The loss is 100 times the sum over positions of the KL divergence of the student's
+softmax(S) from the teacher's. The current step's features of the student are part of the graph, and those of the step before
+are not. In the released code neither is, so there the term changes nothing but the printed loss, as `kind="detached"` does.
 
-Memory: S is never whole. It is taken a few rows at a time, each lot computed again in the backward pass.
+S is never whole in memory. It is taken a few rows at a time, and each lot is computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -110,9 +109,9 @@ def _spatial(output: Any) -> list[Tensor]:
 
 
 def positions(output: Any) -> Tensor:
-    """A block's features as float32 [b, p, c], from [b, c, h, w] or [b, p, c]; of several tensors the last.
+    """A block's features as float32 [b, p, c], from [b, c, h, w] or [b, p, c].
 
-    Blocks of two streams return the text's tensor first.
+    Of several tensors it is the last, since blocks of two streams return the text's tensor first.
 
     Raises:
         ValueError: if no tensor of the output has positions.
@@ -128,19 +127,19 @@ def positions(output: Any) -> Tensor:
 
 
 def divergence(student: Tensor, teacher: Tensor, *, map_bytes: int = _MAP_BYTES) -> Tensor:
-    """Sum over pictures and positions of the KL divergence of the teacher's relations from the student's.
+    """The KL divergence of the teacher's relations from the student's, summed over pictures and positions.
 
     Args:
-        student: [b, p, c], smoothed features; what needs a gradient gets one.
-        teacher: Likewise.
-        map_bytes: Bounds the part of the relations [b, p, p] that exists at a time; at least one row of every picture does.
+        student: The student's smoothed features [b, p, c].
+        teacher: The teacher's smoothed features [b, p, c].
+        map_bytes: The most bytes of the relations [b, p, p] that exist at a time, which are one row of every picture at least.
 
     Returns:
-        A scalar, 0 where the relations are the same.
+        A scalar, which is 0 where the relations are the same.
     """
-    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)  # [b, p, c]
     pictures, count, _ = student.shape
-    size = max(1, map_bytes // (_MAPS * 4 * pictures * count))
+    size = max(1, map_bytes // (_MAPS * 4 * pictures * count))  # rows of S at a time
     total = student.new_zeros(())
     for start in range(0, count, size):
         total = total + checkpoint(
@@ -151,14 +150,14 @@ def divergence(student: Tensor, teacher: Tensor, *, map_bytes: int = _MAP_BYTES)
 
 def _rows_divergence(student: Tensor, teacher: Tensor, start: int, size: int) -> Tensor:
     of_student, of_teacher = (
-        (features[:, start : start + size] @ features.transpose(1, 2)).log_softmax(-1)
+        (features[:, start : start + size] @ features.transpose(1, 2)).log_softmax(-1)  # [b, size, p]
         for features in (student, teacher)
     )
     return F.kl_div(of_student, of_teacher, reduction="sum", log_target=True)
 
 
 def feature_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of features over the teacher's mean square."""
+    """The mean squared error of features, relative to the teacher's mean square."""
     return (student - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12)
 
 
@@ -246,10 +245,10 @@ class RelationLoss:
         if not self._taken(step) or not places:
             return output.new_zeros(())
         assert now is not None
-        now = now[places]
+        now = now[places]  # [rows, p, c]
         chosen = [rows[place] for place in places]
         first = torch.tensor([self._earlier(row) == row for row in chosen], device=now.device)
-        smoothed = (now + self._student_before(student, chosen, now.detach())) / 2
+        smoothed = (now + self._student_before(student, chosen, now.detach())) / 2  # [rows, p, c]
         smoothed = torch.where(first[:, None, None], now, smoothed)
         target = self._teacher(chosen)
         target = (target + self._teacher([self._earlier(row) for row in chosen])) / 2

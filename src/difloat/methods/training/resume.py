@@ -16,22 +16,23 @@ from difloat.calibration.rows import content_hash
 from difloat.methods.task import Task
 from difloat.methods.training.student import Student
 from difloat.methods.training.twin_layer import Adaptive
+from difloat.plan.validation import plain
 
 _SAVE_EVERY_S = 60.0
 
 
 @final
 class Kept:
-    """Trained tensors, the optimiser's moments and losses so far; an entry of the cache (`cached`).
+    """The trained tensors, the optimiser's moments and the losses so far, as an entry of the cache (`cache_entries`).
 
-    The file's name says what the run was made of: rows, seed, layers with their weights and first values, the timesteps, how
-    adapters start and are carried, and what `train` was told.
+    The file's name is a hash of the run: rows, seed, layers with their weights and first values, the timesteps, how adapters
+    start and are carried, and the arguments of `train`.
     """
 
     def __init__(
         self, task: Task, student: Student, optimizer: Any, scaler: Any, made_of: Mapping[str, Any]
     ) -> None:
-        """For a run that trains `student` with `optimizer` and `scaler` of losses; nothing is kept without a `work_dir`."""
+        """Prepare for a run with these tensors, optimiser and scaler of losses. Without a `work_dir` nothing is kept."""
         self.student, self.optimizer, self.scaler = student, optimizer, scaler
         self.saved = time.monotonic()
         self.path = None
@@ -40,7 +41,7 @@ class Kept:
         twins = [twin for twin in student.twins if isinstance(twin, Adaptive)]
         facts = {
             **made_of,
-            "layout": 3,
+            "layout": 4,
             "rows": task.calibration.fingerprint,
             "seed": task.seed,
             "grid": student.grid,
@@ -49,7 +50,7 @@ class Kept:
             "init": student.adapter_init,
             "allocation": student.allocation,
             "parameters": [tuple(parameter.shape) for parameter in student.parameters()],
-            "layers": [twin.plan.to_json() for twin in twins],
+            "layers": [plain(twin.plan) for twin in twins],
             "starts": [_hashes({**twin.plan.tensors, "base": twin.base}) for twin in twins],
         }
         name = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
@@ -64,7 +65,7 @@ class Kept:
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
     def keep(self, losses: list[float], *, force: bool) -> None:
-        """Write the state if the last time is a minute ago, or now."""
+        """Write the state if the last time is a minute ago, or if it is forced."""
         if self.path is None or not (force or time.monotonic() - self.saved > _SAVE_EVERY_S):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,7 @@ class Kept:
         self.saved = time.monotonic()
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """A kept state of this very run, if there is an undamaged one."""
+        """A state of this very run that was kept, or None if there is no undamaged one."""
         entry = None if self.path is None else read_entry(self.path, self.path.name)
         if entry is None:
             return None
@@ -82,7 +83,7 @@ class Kept:
         return tensors, {name: json.loads(value) for name, value in numbers.items()}
 
     def restore(self, state: tuple[dict[str, Tensor], dict[str, Any]] | None) -> list[float]:
-        """Take over what `read` gave; the losses so far."""
+        """Take over a state from `read`, and return the losses so far."""
         if state is None:
             return []
         tensors, numbers = state

@@ -1,4 +1,4 @@
-"""The model that is fine-tuned: trainable twins in the place of layers, and a router that chooses adapters by timestep."""
+"""The model that is fine-tuned: trainable layers in the place of quantized ones, and a router of adapters by timestep."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from difloat.plan.specs import AttentionPlan
 _ROUTER_WIDTH = 128
 _FASTEST = 1.0  # radians over half of the trajectory: an untrained router's table varies slowly
 
-Allocation = Literal["learned", "halves", "random"]  # who says which adapter a layer uses in a step
+Allocation = Literal["learned", "halves", "random"]  # how the adapter of a layer in a step is chosen
 
 
 @final
 class Router(nn.Module):
-    """Which adapter every layer uses in a step: sinusoidal embedding, two layers, straight-through one-hot.
+    """The choice of every layer's adapter in a step: a sinusoidal embedding, two layers, and a straight-through one-hot.
 
-    What arXiv:2505.21591 says of it; width and one router for all layers are our choice. So are the low frequencies: with those
-    usual for timesteps (up to 1,000 radians) an untrained router changes its mind between any two steps, and training has to
-    undo that first. Every layer starts with logits of mean zero over the trajectory, so that all layers use several adapters:
-    one that is never used has no gradient.
+    This follows arXiv:2505.21591. The width and one router for all layers are our choice, and so are the low frequencies. With
+    those usual for timesteps (up to 1,000 radians) an untrained router changes its mind between any two steps, and training has
+    to undo that first. Every layer starts with logits of mean zero over the trajectory, so that all layers use several
+    adapters, because one that is never used has no gradient.
     """
 
     def __init__(self, layers: int, adapters: int, generator: torch.Generator) -> None:
-        """For so many layers with so many adapters each."""
+        """Make a router for so many layers with so many adapters each."""
         super().__init__()
         self.shape = (layers, adapters)
         self.inner = nn.Linear(_ROUTER_WIDTH, _ROUTER_WIDTH)
@@ -47,25 +47,26 @@ class Router(nn.Module):
             self.outer.bias.sub_(torch.stack(places).mean(0))
 
     def logits(self, place: float) -> Tensor:
-        """[layers, adapters]; `place` from 0, the sampler's last step, to 1, its first."""
+        """The logits [layers, adapters] at a place from 0, the sampler's last step, to 1, its first."""
         angles = (2 * place - 1) * torch.linspace(0, _FASTEST, _ROUTER_WIDTH // 2).to(self.inner.weight)
         hidden = F.silu(self.inner(torch.cat([angles.sin(), angles.cos()])))
         return self.outer(hidden).reshape(self.shape)
 
     def forward(self, place: float) -> Tensor:
-        """One-hot [layers, adapters], with the gradient of the softmax."""
-        shares = self.logits(place).softmax(-1)
+        """The one-hot choice [layers, adapters], with the gradient of the softmax."""
+        shares = self.logits(place).softmax(-1)  # [layers, adapters]
         hard = F.one_hot(shares.argmax(-1), self.shape[1]).to(shares)
+        # Forward it is the one-hot, backward the softmax.
         return hard + shares - shares.detach()
 
 
 def fixed_table(
     allocation: Allocation, entries: int, layers: int, adapters: int, generator: torch.Generator
 ) -> Tensor:
-    """Adapter of every layer at every entry of the grid that nothing learns, [entries, layers], for comparison.
+    """The adapter of every layer at every entry of the grid, [entries, layers], where no router learns it.
 
-    "halves": adapters one after the other along the trajectory, equally long, all layers alike; "random": drawn apart for every
-    layer and entry.
+    With "halves" adapters follow each other along the trajectory, equally long, in all layers alike. With "random" they are
+    drawn apart for every layer and entry.
     """
     if allocation == "random":
         return torch.randint(adapters, (entries, layers), generator=generator)
@@ -75,16 +76,18 @@ def fixed_table(
 
 @final
 class Student(nn.Module):
-    """A denoiser whose planned layers are trainable twins; everything else is the user's own, frozen.
+    """A denoiser whose planned layers are trainable. Everything else is the user's own and frozen.
 
     Attributes:
-        grid: The timesteps that adapters and input ranges are learned for, ascending.
+        grid: The timesteps that adapters and input ranges are learned for, in ascending order.
         twins: The trainable layers by their position in `names`.
-        router: None with one adapter, or where nobody learns which one is used.
-        allocation: Who says which adapter is used.
-        carry: How adapters are carried out.
-        adapter_init: What they started from.
+        router: The router, or None with one adapter or a fixed choice.
+        allocation: The way in which adapters are allotted to timesteps.
+        carry: Whether adapters are merged into weights or stay beside them.
+        adapter_init: The start of the adapters.
     """
+
+    _mixed: torch.dtype | None = None  # what `mixed_precision` says
 
     def __init__(
         self,
@@ -102,21 +105,21 @@ class Student(nn.Module):
         allocation: Allocation = "learned",
         generator: torch.Generator,
     ) -> None:
-        """Build the twins; `model` stays untouched.
+        """Build the trainable layers. The model stays untouched.
 
         Args:
             model: The float denoiser.
-            plans: Its layers, where training starts.
-            attention_plans: Of the same plan.
-            grid: Timesteps, in the unit of the denoiser's argument.
-            adapters: Per layer; one is active at a time.
-            rank: Of the adapters.
-            input_ranges_by_timestep: Learn static input ranges apart for every entry of the grid.
-            carry: How adapters are carried out, see `adapters`.
-            without_adapters: Layers that learn ranges only.
-            adapter_init: See `Adaptive`.
-            allocation: Of several adapters to timesteps: by a router that learns it, or by `fixed_table`.
-            generator: Draws the first values.
+            plans: The layers at the start of training.
+            attention_plans: The quantized attention of the same plan.
+            grid: The timesteps, in the unit of the denoiser's argument.
+            adapters: How many adapters a layer has, of which one is active at a time.
+            rank: The rank of the adapters.
+            input_ranges_by_timestep: Whether static input ranges are learned apart for every entry of the grid.
+            carry: Whether adapters are merged into weights or stay beside them (`twin_layer`).
+            without_adapters: The layers that learn ranges only.
+            adapter_init: The start of the adapters (`Adaptive`).
+            allocation: Whether a router learns the adapters of timesteps, or `fixed_table` says them.
+            generator: The generator that draws the first values.
         """
         super().__init__()
         shadow = install.shadow(model, frozen=True)
@@ -148,17 +151,19 @@ class Student(nn.Module):
         self._model = [shadow]  # in a list: its frozen tensors are neither trained nor saved
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the denoiser; all rows must have one timestep."""
+        """Call the denoiser with rows that all have one timestep."""
         entry = int(self._clock.nearest(args, kwargs))
         choices = self._choices(entry)
         for number, twin in enumerate(self.twins):
             assert isinstance(twin, Adaptive)
             twin.entry = entry
             twin.choice = None if choices is None else choices[number]
-        return self._model[0](*args, **kwargs)
+        device = next(self._model[0].parameters()).device.type
+        with torch.autocast(device, self._mixed, enabled=self._mixed is not None):
+            return self._model[0](*args, **kwargs)
 
     def _choices(self, entry: int) -> Tensor | None:
-        """One-hot [layers, adapters] of a grid entry; None with one adapter."""
+        """The one-hot choice [layers, adapters] of a grid entry, or None with one adapter."""
         if self.router is not None:
             choices: Tensor = self.router(self.place(entry))
             return choices
@@ -168,8 +173,17 @@ class Student(nn.Module):
         return F.one_hot(self._table[entry], self.adapters).float().to(device)
 
     @contextmanager
+    def mixed_precision(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Inside, calls compute under `torch.autocast` in `dtype`; None computes in the dtypes of the weights."""
+        before, self._mixed = self._mixed, dtype
+        try:
+            yield
+        finally:
+            self._mixed = before
+
+    @contextmanager
     def aside(self) -> Iterator[None]:
-        """For a call between a step's forward and backward pass: ranges and adapters are afterwards what they were.
+        """Restore ranges and adapters after a call between a step's forward and backward pass.
 
         Where activations are checkpointed the backward pass computes blocks of the step again.
         """
@@ -183,18 +197,18 @@ class Student(nn.Module):
         return self._model[0].get_submodule(name)
 
     def place(self, entry: int) -> float:
-        """Where a grid entry lies along the sampler's steps: 0 the last one, 1 the first."""
+        """The place of a grid entry along the sampler's steps, from 0 for the last step to 1 for the first."""
         return entry / max(1, len(self.grid) - 1)
 
     @torch.no_grad()
     def table(self) -> Tensor:
-        """Adapter of every layer at every entry of the grid, [entries, layers]."""
+        """The adapter of every layer at every entry of the grid, [entries, layers]."""
         if self.router is None:
             return self._table
         return torch.stack([self.router.logits(self.place(n)).argmax(-1) for n in range(len(self.grid))])
 
     def packed(self) -> dict[str, LayerPlan]:
-        """All layers as trained."""
+        """The packed plans of all layers as trained."""
         table = self.table()
         return {
             name: twin.packed(table[:, number].tolist())  # type: ignore[operator]

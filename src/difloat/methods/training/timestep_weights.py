@@ -1,13 +1,14 @@
-"""How much an error of the denoiser's output moves the sampler: the weights of MSFP's DFA loss (arXiv:2505.21591).
+"""The weight of a timestep's error in the loss: MSFP's DFA (arXiv:2505.21591).
 
 For the ancestral step of DDPM the paper's factor is ``(1 - a_t) / (sqrt(a_t) sqrt(1 - abar_t))``. Every sampler's step is an
-affine function of the denoiser's output, so the factor is read off the step of the scheduler in use, whichever it is and
+affine function of the denoiser's output. So the factor is read off the step of the scheduler in use, whichever it is and
 whatever its output stands for (noise, velocity, sample, flow).
 
 Some schedulers (Euler, Heun, EDM and their kin) keep the sample as ``x + sigma noise``, up to a hundred times as large as the
-picture, and scale it only as the denoiser reads it. How far a step moves such a sample says how large the noise still is, not
-what becomes of the picture. So the factor is that of the sample as the denoiser will read it next, divided by
-``sqrt(1 + sigma_next^2)``: in these coordinates, those of DDPM and DDIM, Euler's factor is DDIM's at the same noise levels.
+picture, and scale it only as the denoiser reads it. The move of such a sample in a step says how large the noise still is, and
+nothing about the picture. So the factor is that of the sample as the denoiser will read it next, divided by
+``sqrt(1 + sigma_next^2)``. In these coordinates, which are those of DDPM and DDIM, Euler's factor is DDIM's at the same noise
+levels.
 """
 
 from __future__ import annotations
@@ -25,13 +26,8 @@ from difloat import torch_modes
 from difloat.methods.task import Task
 
 _CLIPPING = ("clip_sample", "clip_denoised", "thresholding")
-_FAILURES = (
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)  # of steps that take something else
+# Errors of steps that take something else than a float sample.
+_FAILURES = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _PROBES = 64  # values of a channel of the sample that a step is tried on
 _WAY_OUT = "train without it: factor_power=0 (on the command line --set factor_power=0), for repair dfa=False (--no-dfa)"
 
@@ -41,16 +37,15 @@ def denoising_factors(
 ) -> dict[float, float]:
     """The factor of the denoiser's output in every step, by timestep as the scheduler names it, in the sampler's order.
 
-    Samplers that call the denoiser several times at a timestep (PNDM, Heun) count with the mean of these calls.
+    Samplers that call the denoiser several times at a timestep (PNDM, Heun) count with the mean of these calls. Where the
+    scheduler was told the step that the pipeline's call begins with, as for image to image, the steps before it are left out.
 
-    From the step on that the pipeline's call begins with, where the scheduler was told (image to image leaves some out).
-
-    Multistep schedulers use an output again in later steps; what counts is the step that is taken with it. Clipping and
-    thresholding of samples are left out: as far as they let through, the step is that without them.
+    Multistep schedulers use an output again in later steps. The step that is taken with it counts. Clipping and thresholding
+    of samples are left out, since the step is affine as far as they let it through.
 
     Args:
-        scheduler: Of diffusers; stays untouched.
-        steps: Sampler steps to set first; None: as it is set already.
+        scheduler: A scheduler of diffusers, which stays untouched.
+        steps: The number of sampler steps to set first, or None for those that are set already.
         timestep_arguments: Further arguments of `set_timesteps`, such as `mu`.
 
     Raises:
@@ -86,6 +81,7 @@ def _factors_of_calls(
     factors: list[tuple[float, float]] = []
     in_sigma_space = _read(copy.deepcopy(probe), timesteps[0]) != 1.0
     for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
+        # Two sizes of change tell whether the step is affine, and its slope.
         nudges = [torch.zeros_like(output), *(_nudge(output, size) for size in (0.5, 1.0))]
         moved = [_step(copy.deepcopy(probe), nudge, timestep, sample) for nudge in nudges]
         half, whole = (float((other - moved[0]).mean()) for other in moved[1:])
@@ -101,7 +97,7 @@ def _factors_of_calls(
 
 
 def _read(scheduler: Any, timestep: Any) -> float:
-    """What the scheduler multiplies a sample by before the denoiser reads it."""
+    """The factor that the scheduler multiplies a sample by before the denoiser reads it."""
     scale = getattr(scheduler, "scale_model_input", None)
     return 1.0 if scale is None else float(scale(torch.ones(1, dtype=torch.float64), timestep))
 
@@ -146,7 +142,7 @@ def _no_noise(*_: Any) -> Tensor:
 
 
 def _nudge(output: Tensor, size: float) -> Tensor:
-    """The output moved in the channels of the sample; a learned variance stays."""
+    """The output moved in the channels of the sample. A learned variance stays."""
     moved = output.clone()
     moved[:, :3] += size
     return moved

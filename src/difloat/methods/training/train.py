@@ -1,17 +1,16 @@
 """Fine-tuning of a quantized model by distillation along full-precision trajectories: one loop for all recipes.
 
-No data: the student sees the inputs that the full-precision sampler gave its denoiser, timestep by timestep, and learns the
-teacher's outputs. Runs under `accelerate` (mixed precision, gradient accumulation, several processes); rows are drawn from
-seed and step alone, so a resumed or parallel run sees those of an uninterrupted single one. Gradients that pass a float16
-denoiser are scaled, as they would vanish. Memory: the student, its gradients and AdamW's two moments for what is trained, the
-activations of one batch, and the teacher's outputs of all rows.
+It needs no data. The student sees the inputs that the full-precision sampler gave its denoiser, timestep by timestep, and
+learns the teacher's outputs. It runs in mixed precision, with accumulated gradients and in several processes. Rows are drawn
+from seed and step alone, so a resumed or parallel run sees those of an uninterrupted single one. Gradients that pass a float16
+denoiser are scaled, as they would vanish. Memory holds the student, the gradients and AdamW's two moments of what is trained,
+the activations of one batch, and the teacher's outputs of all rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from difloat import distributed, torch_modes
+from difloat import devices, distributed, torch_modes
 from difloat.calibration.batch_axis import first_tensor, predict, rows_in_lists
 from difloat.methods.task import Task
 from difloat.methods.training.resume import Kept
@@ -28,6 +27,7 @@ from difloat.methods.training.twin_layer import Adaptive
 from difloat.plan.validation import NotNegative, Positive, Whole, record
 
 _TEACHER_ROWS = 16  # of a call
+_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of mixed precision
 
 
 @record("settings of fine-tuning")
@@ -46,7 +46,7 @@ class TrainingSettings:
         guidance_weight: Of the squared part of the guidance direction that the student loses, see `lost_guidance`.
         compare_at: Guidance scale at which pairs of guidance are compared, as the released code of MPQ-DM does; 0: every output
             by itself.
-        precision: Mixed precision of `accelerate`.
+        precision: In which `torch.autocast` computes the student; master weights and moments stay in float32.
         patience: Stop after so many epochs without a lower loss; 0: never.
     """
 
@@ -69,7 +69,11 @@ class TrainingSettings:
 
 
 def settings_of(options: Any, task: Task) -> TrainingSettings:
-    """The settings that a recipe's options name, the others at their defaults; ValueError if the task cannot be trained so."""
+    """The settings that a recipe's options name, with the others at their defaults.
+
+    Raises:
+        ValueError: if the task cannot be trained with them.
+    """
     names = [one.name for one in fields(TrainingSettings) if hasattr(options, one.name)]
     settings = TrainingSettings(**{name: getattr(options, name) for name in names})
     _check(task, settings)
@@ -77,7 +81,7 @@ def settings_of(options: Any, task: Task) -> TrainingSettings:
 
 
 def guidance_to_keep(weight: float, task: Task) -> float:
-    """`weight`, or 0 where the calibration rows have no pairs of guidance: there is nothing to lose then."""
+    """The weight, or 0 where the calibration rows have no pairs of guidance, so that there is nothing to lose."""
     return weight if any(other is not None for other in task.calibration.beside) else 0.0
 
 
@@ -112,10 +116,10 @@ class Batch:
     """The calibration rows of one step.
 
     Attributes:
-        timestep: Of all of them.
-        picked: Row numbers, of all processes together.
-        rank: Of this process.
-        world: How many processes there are; every one takes each `world`-th row.
+        timestep: The timestep of all of them.
+        picked: The numbers of the rows, of all processes together.
+        rank: The number of this process.
+        world: How many processes there are, each of which takes every `world`-th row.
     """
 
     timestep: float
@@ -125,7 +129,7 @@ class Batch:
 
     @property
     def rows(self) -> list[int]:
-        """Those of this process."""
+        """The rows of this process."""
         return self.picked[self.rank :: self.world]
 
 
@@ -146,27 +150,27 @@ def train(
     extra: Extra | None = None,
     note: str = "",
 ) -> list[float]:
-    """Train `student` in place.
+    """Train a student in place.
 
     Args:
-        task: Teacher, rows, seed; with a `work_dir` the run is kept there and goes on after a kill.
-        student: See there; its grid must hold the timesteps of the rows.
-        settings: See there.
-        weights: Of the squared error at each timestep of the grid.
-        extra: Further loss of a step, from the student, the step, its rows and the student's output for this process's rows.
-            Of several processes the mean over them counts.
-        note: Says what `weights` and `extra` are: a kept state of a run with others is not gone on with.
+        task: The teacher, its rows and the seed. With a `work_dir` the run is kept there and goes on after a kill.
+        student: The student, whose grid must hold the timesteps of the rows.
+        settings: The settings of the training.
+        weights: The weight of the squared error at each timestep of the grid.
+        extra: A function that returns a further loss of a step, from the student, the step, its rows and the student's output
+            for this process's rows. The mean over several processes counts.
+        note: A text about `weights` and `extra`, since a kept state of a run with others must not be continued.
 
     Returns:
-        Mean loss of every epoch.
+        The mean loss of every epoch.
     """
+    distributed.join(devices.home(task.model))
     _check(task, settings)
-    with _accelerator(task, settings) as accelerator:
-        return _train(accelerator, task, student, settings, weights, extra, note)
+    with student.mixed_precision(_DTYPES[settings.precision]):
+        return _train(task, student, settings, weights, extra, note)
 
 
 def _train(
-    accelerator: Any,
     task: Task,
     student: Student,
     settings: TrainingSettings,
@@ -174,17 +178,17 @@ def _train(
     extra: Extra | None,
     note: str,
 ) -> list[float]:
-    data = _Rows(task, accelerator)
+    data = _Rows(task)
     groups = _groups(student, settings)
     base = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps = settings.epochs * len(data.grid)
-    model, optimizer = accelerator.prepare(student, optimizer)
-    scaler = _scaler(task, accelerator)
+    model = distributed.data_parallel(student)
+    scaler = _scaler(task, settings)
     made_of = {"settings": repr(settings), "weights": sorted(weights.items()), "extra": note}
     state = Kept(task, student, optimizer, scaler, made_of)
     losses = state.restore(distributed.on_main(state.read))
-    bar = tqdm(total=steps, desc="fine-tune", disable=not (task.progress and accelerator.is_main_process))
+    bar = tqdm(total=steps, desc="fine-tune", disable=not (task.progress and distributed.is_main()))
     bar.update(len(losses))
     done = _done(losses, len(data.grid), settings)
     with bar, distributed.apart():
@@ -195,43 +199,35 @@ def _train(
             loss = torch.zeros(())
             for part in range(settings.accumulation):
                 batch = data.draw(step * settings.accumulation + part, settings.rows, task.seed)
-                with accelerator.accumulate(model):
+                last = part + 1 == settings.accumulation
+                with distributed.exchange_gradients(model, now=last):
                     call = task.calibration.batch(batch.rows)
                     output = first_tensor(model(*call), rows_in_lists(*call))
                     part_loss = weights[batch.timestep] * data.loss(output.float(), batch, settings)
                     if extra is not None:
                         part_loss = part_loss + extra(student, step, batch, output)
                     torch_modes.check_gradients(part_loss)
-                    accelerator.backward(scaler.scale(part_loss))
-                    if accelerator.sync_gradients:
-                        scaler.step(optimizer)
-                        scaler.update()
-                    optimizer.zero_grad()
+                    scaler.scale(part_loss / settings.accumulation).backward()
                 loss = loss + part_loss.detach().cpu() / settings.accumulation
-            losses.append(float(_mean(loss, accelerator)))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses.append(float(distributed.summed(loss.to(data.targets.device))) / distributed.count())
             _check_loss(losses)
             done = _done(losses, len(data.grid), settings)
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
-            if accelerator.is_main_process:
+            if distributed.is_main():
                 state.keep(losses, force=done)
-    accelerator.wait_for_everyone()
-    return _by_epoch(losses, len(data.grid))
+    with distributed.together():  # the main process has kept the last state
+        return _by_epoch(losses, len(data.grid))
 
 
-def _scaler(task: Task, accelerator: Any) -> Any:
-    """Scales losses where gradients pass a float16 denoiser that no mixed precision of `accelerate` scales them for."""
-    device = next(task.model.parameters()).device.type
-    halves = any(parameter.dtype == torch.float16 for parameter in task.model.parameters())
-    return torch.amp.GradScaler(device, enabled=halves and accelerator.scaler is None)
-
-
-def _mean(loss: Tensor, accelerator: Any) -> Tensor:
-    """Over the processes; one alone leaves the number where it is."""
-    if accelerator.num_processes == 1:
-        return loss
-    mean: Tensor = accelerator.reduce(loss.to(accelerator.device), "mean")
-    return mean
+def _scaler(task: Task, settings: TrainingSettings) -> torch.amp.GradScaler:
+    """A scaler of losses, which is on where gradients pass float16 numbers, which would round small ones to nothing."""
+    parameters = list(task.model.parameters())
+    halves = settings.precision == "fp16" or any(one.dtype == torch.float16 for one in parameters)
+    return torch.amp.GradScaler(parameters[0].device.type, enabled=halves)
 
 
 def _check_loss(losses: list[float]) -> None:
@@ -242,41 +238,10 @@ def _check_loss(losses: list[float]) -> None:
         )
 
 
-@contextmanager
-def _accelerator(task: Task, settings: TrainingSettings) -> Iterator[Any]:
-    """An `Accelerator`; its process-wide state is afterwards what it was: the next run may want another precision or device.
-
-    Raises:
-        ValueError: if the process has an `Accelerator` of another precision already.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    states: list[Any] = [AcceleratorState, GradientState, PartialState]
-    before = [dict(state._shared_state) for state in states]
-    if before[0] and AcceleratorState().mixed_precision != settings.precision:
-        raise ValueError(
-            f"precision must be that of the process's Accelerator, {AcceleratorState().mixed_precision!r}, got "
-            f"{settings.precision!r}; say precision={AcceleratorState().mixed_precision}"
-        )
-    try:
-        yield Accelerator(
-            device_placement=False,  # everything is where the denoiser is
-            mixed_precision=settings.precision,
-            gradient_accumulation_steps=settings.accumulation,
-            cpu=next(task.model.parameters()).device.type == "cpu",
-        )
-    finally:
-        for state, shared in zip(states, before, strict=True):
-            state._shared_state.clear()
-            state._shared_state.update(shared)
-
-
 class _Rows:
     """Calibration rows by timestep, with the teacher's outputs; every process takes its share of a batch."""
 
-    def __init__(self, task: Task, accelerator: Any) -> None:
-        self.accelerator = accelerator
+    def __init__(self, task: Task) -> None:
         self.by_timestep: dict[float, list[int]] = {}
         for row, timestep in enumerate(task.calibration.timesteps):
             self.by_timestep.setdefault(timestep, []).append(row)
@@ -289,21 +254,19 @@ class _Rows:
         self.pairs = guidance_pairs(task)
 
     def draw(self, number: int, count: int, seed: int) -> Batch:
-        """Batch `number`: along the trajectory, rows of one timestep at random with repeats."""
+        """The batch of a number along the trajectory: rows of one timestep at random, with repeats."""
         timestep = self.grid[number % len(self.grid)]
         rows = torch.tensor(self.by_timestep[timestep])
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         picked = rows[torch.randint(len(rows), (count,), generator=generator)]
-        return Batch(
-            timestep, picked.tolist(), self.accelerator.process_index, self.accelerator.num_processes
-        )
+        return Batch(timestep, picked.tolist(), distributed.number(), distributed.count())
 
     def loss(self, output: Tensor, batch: Batch, settings: TrainingSettings) -> Tensor:
-        """Mean squared error, and what the pairs among the rows say of guidance; a row drawn twice is in one pair.
+        """The mean squared error, plus the lost guidance of the pairs among the rows. A row drawn twice is in one pair.
 
         The mean over processes is that over all rows, however unevenly they are shared.
         """
-        error = output - self.targets[batch.rows]
+        error = output - self.targets[batch.rows]  # [rows, ...]
         share = len(batch.rows) * batch.world / len(batch.picked)
         place = {row: number for number, row in enumerate(batch.picked)}
         pairs = [(place[one], place[two]) for one, two in self.pairs if one in place and two in place]
@@ -314,7 +277,7 @@ class _Rows:
         if settings.compare_at:  # in one process only, see `_check`
             compared = error[one] + settings.compare_at * (error[two] - error[one])
         targets = self.targets[batch.picked]
-        each = targets[two] - targets[one]
+        each = targets[two] - targets[one]  # [pairs, ...]
         # A row between two others (guidance with three parts) is in two pairs.
         direction = torch.zeros_like(targets).index_add_(0, two, each).index_add_(0, one, -each)
         along = (error * direction[batch.rank :: batch.world]).sum()
@@ -322,36 +285,31 @@ class _Rows:
         return share * compared.square().mean() + settings.guidance_weight * kept
 
     def _total(self, mine: Tensor) -> Tensor:
-        """Sum over processes whose gradient, averaged over them as training does, is that of the sum."""
-        world = self.accelerator.num_processes
-        if world == 1:
-            return mine
-        total = self.accelerator.reduce(mine.detach().clone(), "sum")
-        result: Tensor = total + world * (mine - mine.detach())
-        return result
+        """The sum over processes, whose gradient, averaged over them as training does, is that of the sum."""
+        return distributed.summed(mine.detach()) + distributed.count() * (mine - mine.detach())
 
 
 def lost_guidance(along: Tensor, power: Tensor, count: int) -> Tensor:
-    """Mean square of what the student's guidance direction lacks along the teacher's, taken over all pairs together.
+    """The mean square of what the student's guidance direction lacks along the teacher's, over all pairs together.
 
-    The squared error alone is lowest for a student that responds less than it should: what it cannot know from few bits it
-    leaves out. Guidance multiplies what is left by its scale, and all steps lose it alike, so it adds up along the trajectory
-    where other errors cancel.
+    The squared error alone is lowest for a student that responds less than it should, since it leaves out what it cannot know
+    from few bits. Guidance multiplies the rest by its scale, and all steps lose it alike. So the loss adds up along the
+    trajectory, where other errors cancel.
 
     Args:
-        along: Sum over all pairs and values of the error of the direction (conditional minus unconditional output) times the
-            teacher's direction.
-        power: Sum of the squares of the teacher's direction.
+        along: The sum over all pairs and values of the error of the direction (conditional minus unconditional output) times
+            the teacher's direction.
+        power: The sum of the squares of the teacher's direction.
         count: How many values the directions have.
 
     Returns:
-        A scalar: the squared slope of the error over the direction, times the direction's mean square.
+        A scalar, which is the squared slope of the error over the direction, times the direction's mean square.
     """
     return along.square() / (power.clamp_min(1e-12) * count)
 
 
 def _groups(student: Student, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """Parameter groups with their rates, which are in units of each layer's own steps."""
+    """The parameter groups with their rates, which are in units of each layer's own steps."""
     groups: list[dict[str, Any]] = []
     for twin in student.twins:
         assert isinstance(twin, Adaptive)

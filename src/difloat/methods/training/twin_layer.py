@@ -1,9 +1,10 @@
-"""Trainable twins of quantized layers: low-rank adapters in front of the rounding or beside it, and learned ranges.
+"""Trainable counterparts of quantized layers: low-rank adapters in front of the rounding or beside it, and learned ranges.
 
-A twin trains what is deployed, in one of two ways. Merged, it computes ``Q_x(x) Q_w(W + sum_k c_k up_k down_k)`` with a frozen
-float weight W: adapters are merged before the weight is rounded, so that each can be packed as a weight of its own (QALoRA,
-arXiv:2310.03270; TALoRA, arXiv:2505.21591). As a side branch it computes ``Q_x(x) Q_w(W) + sum_k c_k up_k (down_k x)``: one
-packed weight, and pairs that stay float16 and see the input unrounded. The one-hot choice c depends on the timestep.
+Such a layer trains what is deployed, in one of two ways. Merged, it computes ``Q_x(x) Q_w(W + sum_k c_k up_k down_k)`` with a
+frozen float weight W. Adapters are merged before the weight is rounded, so that each can be packed as a weight of its own
+(QALoRA, arXiv:2310.03270, and TALoRA, arXiv:2505.21591). As a side branch it computes
+``Q_x(x) Q_w(W) + sum_k c_k up_k (down_k x)``, with one packed weight, and pairs that stay float16 and read the unrounded input.
+The one-hot choice c depends on the timestep.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from difloat.plan.plan import LayerPlan
 from difloat.plan.scales import expand_scale, fake_quantize
 from difloat.plan.specs import Part, Side
 
-Carry = Literal[
-    "merged", "side"
-]  # how adapters are carried out: a packed weight each, or beside one packed weight
+# Adapters become a packed weight each, or stay beside one packed weight.
+Carry = Literal["merged", "side"]
 
 Init = Literal["zero", "error"]
 
@@ -38,19 +38,19 @@ _START = 0.02  # size of the adapters' first product, in steps of the weight's g
 
 @final
 class Adaptive(nn.Module):
-    """The trainable twin of one planned layer.
+    """The trainable counterpart of one planned layer.
 
     Attributes:
-        down: [adapters, rank, i, *k], the first factors of the adapters; absent with rank 0.
-        up: [adapters, o, rank], the second ones.
-        weight_scales: One vector per part, as the plan stores them; band after band where rows have several widths.
-        input_scale: [entries, parts], one row per entry of the timestep grid or one in all; absent where inputs are online or
-            not quantized.
-        input_zero_point: Likewise, of the parts that have one.
+        down: The first factors of the adapters, [adapters, rank, i, *k]. They are absent with rank 0.
+        up: The second factors of the adapters, [adapters, o, rank].
+        weight_scales: One vector per part, as the plan stores them, and band after band where rows have several widths.
+        input_scale: [entries, parts], with one row per entry of the timestep grid or one in all. It is absent where inputs are
+            online or not quantized.
+        input_zero_point: [entries, parts] for the parts that have one, with the rows of the input scale.
         wrapped: The layer it stands for, in a list.
-        base: [o, i, *k], the frozen weight that adapters are added to.
-        choice: [adapters], one-hot, of the current call.
-        entry: Of the timestep grid, in the current call.
+        base: The frozen weight [o, i, *k] that adapters are added to.
+        choice: The one-hot choice [adapters] of the current call.
+        entry: The entry of the timestep grid in the current call.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class Adaptive(nn.Module):
         carry: Carry = "merged",
         generator: torch.Generator,
     ) -> None:
-        """A twin of `layer` that starts as `plan` says, with one weight and no branch; rank 0 leaves adapters out.
+        """Start as a plan with one weight and no branch says. Rank 0 leaves adapters out.
 
-        Where the plan rounds a weight elsewhere than to nearest (learned rounding), W is what it was rounded to. With `init`
-        "error" the frozen W is the dequantized weight, and the one adapter starts as the largest directions of what rounding
-        took away (after MPQ-DMv2, arXiv:2507.04290; inferred). On the float weight the same start would add the error twice.
+        Where the plan rounds a weight elsewhere than to nearest (learned rounding), W is the rounded value. With `init` "error"
+        the frozen W is the dequantized weight, and the one adapter starts as the largest directions of the rounding error
+        (after MPQ-DMv2, arXiv:2507.04290, inferred). On the float weight the same start would add the error twice.
 
-        Input ranges by timestep that the plan has already stay apart, whatever `entries` says; the grid must then be the
-        plan's. Tensors of the plan may be on any device, the twin is on the layer's.
+        Input ranges by timestep that the plan has already stay apart, whatever `entries` says, and the grid must be the plan's.
+        Tensors of the plan may be on any device. This layer is on the device of the one it stands for.
 
         Raises:
             ValueError: if several adapters should start from the error: they would be equal.
@@ -113,7 +113,7 @@ class Adaptive(nn.Module):
 
     @torch.no_grad()
     def _as_planned(self, weight: Tensor) -> Tensor:
-        """The float weight, but what the plan says where rounding it to nearest would give another code."""
+        """The float weight, or the planned value where rounding to nearest would give another code."""
         tensors = self._encoded(self._divided(weight.float())).tensors
         nearest = encode.dequantize(replace(self.plan, tensors={**self.plan.tensors, **tensors}))
         planned = encode.dequantize(self.plan)
@@ -129,7 +129,7 @@ class Adaptive(nn.Module):
         error = self._divided(weight - self.base)
         left, sizes, right = torch.linalg.svd(error.flatten(1), full_matrices=False)
         self.rank = min(self.rank, len(sizes))
-        roots = sizes[: self.rank].sqrt()
+        roots = sizes[: self.rank].sqrt()  # both factors get the same size
         self.up = nn.Parameter((left[:, : self.rank] * roots)[None])
         down = roots[:, None] * right[: self.rank]
         self.down = nn.Parameter(down.reshape(1, self.rank, *weight.shape[1:]))
@@ -146,10 +146,10 @@ class Adaptive(nn.Module):
         self.down, self.up = nn.Parameter(down.to(device)), nn.Parameter(up.to(device))
 
     def step(self) -> float:
-        """Mean distance of neighbouring values of the weight's grid: what the adapters' learning rate is measured by.
+        """The mean distance of neighbouring values of the weight's grid, which is the unit of the adapters' learning rate.
 
-        Of grids with fewer values than e2m1 what it would be with as many over the same range: the few large steps of 2 and 3
-        bits are no reason to move weights faster.
+        Grids with fewer values than e2m1 count as if they had as many over the same range, since the few large steps of 2 and
+        3 bits are no reason to move weights faster.
         """
         total, scales = 0.0, iter(self.weight_scales)
         for parts, rows in zip(self._bands, self._rows, strict=True):
@@ -160,19 +160,19 @@ class Adaptive(nn.Module):
         return total / (self.plan.shape[0] * len(self.plan.parts))
 
     def merged(self, choice: Tensor) -> Tensor:
-        """The float weight, divided by the factors of a smoothed input, plus the adapters weighted by `choice` [adapters].
+        """The float weight, divided by the factors of a smoothed input, plus the adapters weighted by a choice [adapters].
 
-        Adapters are added last, so that a step of theirs is one of the grid for every channel. Without them if they are
-        carried beside the weight.
+        Adapters are added last, so that a step of theirs is one of the grid for every channel. Those that are carried beside
+        the weight are left out.
         """
         weight = self._divided(self.base.float())
         if self.rank and self.carry == "merged":
-            change = torch.einsum("h,hor,hri->oi", choice, self.up, self.down.flatten(2))
+            change = torch.einsum("h,hor,hri->oi", choice, self.up, self.down.flatten(2))  # [o, i * k]
             weight = weight + change.view_as(weight)
         return weight
 
     def _divided(self, weight: Tensor) -> Tensor:
-        """By the factors of the input, so that both together give the same product."""
+        """The weight divided by the factors of the input, so that both together give the same product."""
         if not self.plan.smoothed:
             return weight
         return weight / self.plan.tensors["input_factor"].reshape(1, -1, *[1] * (weight.dim() - 2))
@@ -217,7 +217,7 @@ class Adaptive(nn.Module):
         return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=axis)
 
     def forward(self, input: Tensor) -> Tensor:
-        """As the layer it stands for, quantized."""
+        """The quantized result of the layer it stands for."""
         x, layer = input, self.wrapped[0]
         choice = torch.ones(1, device=x.device) if self.choice is None else self.choice
         weight = self.quantized(self.merged(choice)).to(x.dtype)
@@ -231,16 +231,16 @@ class Adaptive(nn.Module):
         return out + self.branch(x, choice) if self.rank and self.carry == "side" else out
 
     def branch(self, x: Tensor, choice: Tensor) -> Tensor:
-        """The pairs in float16 on the input as it comes, weighted by `choice` [adapters]: one product of all ranks together."""
-        up = _as_stored(self.up) * choice[:, None, None]
+        """The float16 pairs on the unrounded input, weighted by a choice [adapters], as one product of all ranks together."""
+        up = _as_stored(self.up) * choice[:, None, None]  # [adapters, o, r]
         return low_rank(self.wrapped[0], x, _as_stored(self.down).flatten(0, 1), torch.cat(list(up), dim=1))
 
     @torch.no_grad()
     def packed(self, schedule: Sequence[int]) -> LayerPlan:
-        """The layer as trained: one packed weight for every adapter that is used, or one with these adapters beside it.
+        """The layer as trained, with one packed weight for every adapter that is used, or one with these adapters beside it.
 
         Args:
-            schedule: Adapter for every entry of the timestep grid.
+            schedule: The adapter for every entry of the timestep grid.
         """
         used = sorted(set(schedule)) if self.rank else [0]
         places = [used.index(adapter) for adapter in schedule] if len(used) > 1 else []
@@ -264,7 +264,7 @@ class Adaptive(nn.Module):
         return self._with_side(joined, used, places) if beside else joined
 
     def _with_side(self, plan: LayerPlan, used: list[int], places: list[int]) -> LayerPlan:
-        """The planned layer with the pairs `used` beside it; ValueError if one has no number in float16."""
+        """The planned layer with the used pairs beside it, or a ValueError if one is not finite in float16."""
         pairs = {"side_down": self.down[used].flatten(0, 1), "side_up": self.up[used].flatten(0, 1)}
         stored = {name: factors.detach().half() for name, factors in pairs.items()}
         if not all(bool(factors.isfinite().all()) for factors in stored.values()):
@@ -287,7 +287,7 @@ class Adaptive(nn.Module):
 
 
 def stored_bytes(plan: LayerPlan, adapters: int, rank: int, carry: Carry) -> int:
-    """Bytes that adapters add to a layer planned without, if all of them are used."""
+    """The bytes that adapters add to a layer planned without them, if all of them are used."""
     if not adapters or not rank:
         return 0
     if carry == "merged":
@@ -299,12 +299,12 @@ def stored_bytes(plan: LayerPlan, adapters: int, rank: int, carry: Carry) -> int
 
 
 def _as_stored(factors: Tensor) -> Tensor:
-    """Rounded to what is stored, with the gradient of the identity: in float16 itself small gradients would vanish."""
+    """The factors rounded to float16, with the gradient of the identity, since in float16 small gradients would vanish."""
     return factors + (factors.half().float() - factors).detach()
 
 
 def _of_parts(plan: LayerPlan, name: str) -> list[Tensor]:
-    """A stored weight vector, cut into its parts; empty for parts that have none."""
+    """A stored weight vector, cut into its parts, which are empty where a part has none."""
     vectors = [
         piece.scale if name == "weight_scale" else piece.zero_point for piece in plan.weight().pieces()
     ]
@@ -312,7 +312,7 @@ def _of_parts(plan: LayerPlan, name: str) -> list[Tensor]:
 
 
 def _by_entry(plan: LayerPlan, name: str, entries: int) -> Tensor:
-    """Stored input scales or zero points as rows for the entries of the timestep grid, [entries, parts]; a copy."""
+    """A copy of stored input scales or zero points as rows [entries, parts] for the entries of the timestep grid."""
     if not plan.input_schedule:
         return plan.tensors[name].repeat(entries, 1)
     ranges = plan.tensors[name].unflatten(0, (max(plan.input_schedule) + 1, -1))

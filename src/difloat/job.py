@@ -1,0 +1,133 @@
+"""A request, made of what a user writes, and fitted to a model: whatever can be refused is refused here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from difloat import components as parts
+from difloat import devices, recipes, torch_modes
+from difloat.checkpoint.data_free import Settings
+from difloat.layers import hooks, offloading
+from difloat.layers.exclude import Exclusion, excluded
+from difloat.layers.quantizable import check_weights, quantizable
+from difloat.lora import wrapped
+from difloat.methods.cost import Cost
+from difloat.plan import options as recipe_options
+from difloat.plan.request import CalibrationSettings, Request
+from difloat.plan.rules import Bits
+
+
+def request(
+    recipe: str,
+    bits: str,
+    options: Mapping[str, Any],
+    calibration: CalibrationSettings | None = None,
+    *,
+    device: torch.device | str | None = None,
+    cache: str | Path | None = None,
+    **others: Any,
+) -> Request:
+    """The request that a user's words make.
+
+    Args:
+        recipe: One of `difloat.recipes.RECIPES`.
+        bits: Like "w4a8".
+        options: Of the recipe, as a user writes them.
+        calibration: What to collect; None: what is usual.
+        device: A name, see `devices.resolve`.
+        cache: Directory that keeps the run.
+        **others: Fields of `Request` that are the same for users.
+
+    Raises:
+        ValueError: on an unknown recipe, option, target or device, or a value that is not allowed or would change nothing.
+    """
+    row = recipes.lookup(recipe)
+    asked = Request(
+        recipe,
+        bits,  # type: ignore[arg-type]  # read by the field
+        calibration or CalibrationSettings(),
+        options=recipe_options.make_options(row.options, options),
+        device=None if device is None else devices.resolve(device),
+        cache=None if cache is None else Path(cache),
+        **others,
+    )
+    recipe_options.checked(asked.options, asked.bits, row.averages)
+    return asked
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that fits a model.
+
+    Attributes:
+        request: What is asked for.
+        model: A pipeline, or a module.
+        denoisers: Bits of every denoiser that is quantized by the recipe; a module has the name "".
+        exclusions: What stays of each of them.
+        others: What is asked of other components, without data.
+    """
+
+    request: Request
+    model: Any
+    denoisers: Mapping[str, Bits]
+    exclusions: Mapping[str, Exclusion]
+    others: Mapping[str, Settings]
+
+    def needs_data(self, bits: Bits) -> bool:
+        """Whether the recipe looks at calibration data at these bits."""
+        return needs_data(self.request, bits)
+
+    def cost(self, bits: Bits) -> Cost:
+        """What the recipe asks of a denoiser at these bits."""
+        return recipes.lookup(self.request.recipe).cost(self.request.options, bits)
+
+
+def needs_data(asked: Request, bits: Bits) -> bool:
+    """Whether the recipe looks at calibration data at these bits."""
+    return recipes.lookup(asked.recipe).needs_data(asked.options, bits)
+
+
+def fit(model: Any, asked: Request) -> Job:
+    """See that a request fits a model, which stays untouched; every weight of its denoisers is looked at.
+
+    Raises:
+        ValueError: on an unknown layer or component, a model without layers to quantize, values not finite, or a model or mode
+            of torch that nothing can be quantized in.
+    """
+    check_sampler(
+        model, getattr(asked.options, "sampler_power", 0.0), f"{asked.recipe} must be told factor_power=0"
+    )
+    others = parts.parse(model, asked.components, asked.bits, asked.target)
+    widths = parts.denoisers(model, asked.components, asked.bits)
+    exclusions = {}
+    averages = recipes.lookup(asked.recipe).averages
+    for name, bits in widths.items():
+        recipe_options.checked(asked.options, bits, averages)
+        module = parts.denoiser(model, name)
+        check_model(module)
+        names = excluded(quantizable(module), asked.exclude)
+        exclusions[name] = Exclusion(asked.exclude, frozenset(names))
+    return Job(asked, model, widths, exclusions, others)
+
+
+def check_sampler(model: Any, power: float, way_out: str) -> None:
+    """Refuse a loss that is weighted by the sampler where there is none, before anything is calibrated."""
+    if power and isinstance(model, nn.Module):
+        raise ValueError(
+            f"{way_out} for a plain module, got one with a loss weighted by the sampler's steps; pass it, or pass the pipeline"
+        )
+
+
+def check_model(module: nn.Module) -> None:
+    """Refuse models, and modes of torch, that cannot be quantized (in) before any work is done."""
+    torch_modes.check_defaults()
+    wrapped.refuse(module, "quantized")
+    with offloading.lifted(module):
+        hooks.check(module)
+        check_weights(module)

@@ -1,0 +1,354 @@
+"""Which format every weight gets within a budget of bytes, so that the denoiser's output changes least; by layer or by row.
+
+An output channel (row) r of a layer at b bits makes the error ``gamma_r * v_r * ratio_b`` of the output: gamma is the output's
+sensitivity (`methods.sensitivity`), v the row's error under the moments when it is rounded to nearest at one width, and ratio
+what second-order rounding at b bits makes of that, measured on some rows of the layer. So one search over all rows tells of all
+widths, and at one price of a byte every row has its best one.
+
+Rows of a layer that get the same width are a band. A price gives every layer a division into bands, many prices give many of
+them, and the budget (`methods.budget`) then chooses between these and one width for the whole layer by exact bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from difloat.layers import packed
+from difloat.methods.budget import Allotment, Candidate, allot
+from difloat.methods.closed_form import Asked, ClosedFormSettings, Inputs
+from difloat.methods.finished import facts_of
+from difloat.methods.moments import Moments, Source, gather
+from difloat.methods.second_order import factor, nearest_row_error, round_second_order
+from difloat.methods.sensitivity import SensitivitySettings, probes_of, sensitivities
+from difloat.methods.task import MixedRows, Task
+from difloat.methods.training.timestep_weights import loss_weights
+from difloat.plan.plan import LayerPlan
+from difloat.plan.rules import Rule, asymmetric_integers, draft_layer
+from difloat.plan.specs import Band, Part, layer_tensor_shapes
+from difloat.plan.target import restrict
+
+_SAMPLE_ROWS = 128  # of a layer, by which widths are compared
+_MEASURED_BITS = 5  # beyond it an additional bit is known to leave a quarter of the error
+_PRICES = 48  # of a byte, that divide a layer into bands
+ROWS_TOGETHER = 16  # bands are multiples of it, for the sake of kernels
+
+
+@dataclass(frozen=True)
+class WidthSettings:
+    """How formats are chosen.
+
+    Attributes:
+        by: Whether rows of a layer may get several widths, or layers one each.
+        size: Bytes of all parameters and stored buffers of the model; None: what the bits asked for take.
+        factor_power: Power of the sampler's factors that weighs timesteps; without a sampler all weigh alike.
+        sensitivity: What is looked at to tell what errors do to the output.
+    """
+
+    by: Literal["rows", "layers"] = "rows"
+    size: int | None = None
+    factor_power: float = 2.0
+    sensitivity: SensitivitySettings = field(default_factory=SensitivitySettings)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What every layer's weight becomes.
+
+    Attributes:
+        asked: By layer.
+        found: What the budget says of it.
+        offers: By layer the candidates with one width: format, bytes, and what its rounding does to the output.
+    """
+
+    asked: dict[str, Asked]
+    found: Allotment
+    offers: dict[str, list[tuple[str, int, float]]]
+
+    def report(self) -> dict[str, Any]:
+        """Plain data for a plan's measurements."""
+        return {
+            "formats": {name: _words(asked) for name, asked in self.asked.items()},
+            "bytes": self.found.size,
+            "error": self.found.error,
+            "optimal": self.found.optimal,
+            "offers": {name: [list(one) for one in offers] for name, offers in self.offers.items()},
+        }
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What is known of a layer: rules by width, ascending; `score` [o] and `ratios` [widths], error = score * ratio."""
+
+    plan: LayerPlan
+    rules: tuple[Rule, ...]
+    score: Tensor = field(repr=False)
+    ratios: tuple[float, ...]
+    divisible: bool
+
+    @property
+    def row_bytes(self) -> Tensor:
+        """Of a row at every width, [widths]."""
+        sizes = [layer_bytes(self.plan, rule) for rule in self.rules]
+        return torch.tensor(sizes, dtype=torch.float64) / self.plan.shape[0]
+
+
+def choose(
+    task: Task,
+    plans: Mapping[str, LayerPlan],
+    inputs: Inputs,
+    offers: Mapping[str, Sequence[Rule]],
+    fixed: Mapping[str, Rule],
+    settings: WidthSettings,
+    rounding: ClosedFormSettings,
+) -> Choice:
+    """The formats with which the output's error is least within a budget of bytes.
+
+    Args:
+        task: Model and data.
+        plans: Layers with inputs.
+        inputs: See `closed_form.inputs_of`.
+        offers: For the layers whose weights are up for choice a rule of one format for every width, ascending.
+        fixed: What is asked of the weights of the other layers.
+        settings: See there.
+        rounding: Of the rounding that follows.
+
+    Raises:
+        ValueError: as `allot` and `sensitivities`; if the smallest candidates do not fit into `WidthSettings.size`.
+    """
+    budget = _budget(task, plans, fixed, offers, settings.size)
+    by_time = loss_weights(task, settings.factor_power if task.scheduler is not None else 0.0)
+    gamma = _gamma(task, plans, inputs, list(offers), by_time, settings.sensitivity)
+    known: dict[str, _Layer] = {}
+    open_: list[Source] = []
+    facts = {
+        source: ["looked at", repr(rounding), repr([offers.get(name) for name in source.names])]
+        + facts_of(task, source.names, plans)
+        for source in inputs.found
+    }
+    for source in inputs.found:
+        kept = inputs.finished.read(facts[source])
+        if kept is None:
+            open_.append(source)
+            continue
+        for name in kept[1]:
+            nearest, ratios = kept[0][f"{name}.nearest"], kept[0][f"{name}.ratios"]
+            known[name] = _layer(task, plans[name], offers[name], nearest, ratios, gamma[name], source)
+    gathered = gather(task.model, inputs.calls, plans, rounding.moments, open_) if open_ else ()
+    with tqdm(desc="choose widths", total=len(inputs.found), disable=not task.progress) as bar:
+        bar.update(len(inputs.found) - len(open_))
+        for moments in gathered:
+            seen: dict[str, Tensor] = {}
+            for name in (name for name in moments.source.names if name in offers):
+                nearest, ratios = _look(task, name, plans[name], offers[name], moments, rounding)
+                seen |= {f"{name}.nearest": nearest, f"{name}.ratios": ratios}
+                known[name] = _layer(
+                    task, plans[name], offers[name], nearest, ratios, gamma[name], moments.source
+                )
+            inputs.finished.write(
+                facts[moments.source], seen, {n: "" for n in moments.source.names if n in offers}
+            )
+            bar.update()
+    every = {name: _candidates(known[name], settings.by) for name in offers}
+    found = allot({name: [one for _, one in candidates] for name, candidates in every.items()}, budget)
+    listed = {
+        name: [(_words(asked), one.size, one.error) for asked, one in every[name] if isinstance(asked, Rule)]
+        for name in offers
+    }
+    return Choice({name: every[name][pick][0] for name, pick in found.picks.items()}, found, listed)
+
+
+def _gamma(
+    task: Task,
+    plans: Mapping[str, LayerPlan],
+    inputs: Inputs,
+    names: list[str],
+    by_time: Mapping[float, float],
+    settings: SensitivitySettings,
+) -> dict[str, Tensor]:
+    """Sensitivities of the output, [o] by layer."""
+    facts = [
+        "sensitivities",
+        repr(settings),
+        json.dumps(sorted(by_time.items())),
+        *facts_of(task, names, plans),
+    ]
+    kept = inputs.finished.read(facts)
+    if kept is not None:
+        return kept[0]
+    gamma = sensitivities(task.model, probes_of(task, settings, by_time), names, settings, task.seed)
+    inputs.finished.write(facts, gamma, {})
+    return gamma
+
+
+def _look(
+    task: Task,
+    name: str,
+    plan: LayerPlan,
+    rules: Sequence[Rule],
+    moments: Moments,
+    settings: ClosedFormSettings,
+) -> tuple[Tensor, Tensor]:
+    """Errors of rows when they are rounded to nearest at one width, [o], and what every width makes of them, [widths]."""
+    weight, splits = packed.weight_of(task.model, name), [part.channels for part in plan.parts]
+    rules = [restrict(rule, task.target) for rule in rules]
+    middle = min(rules, key=lambda rule: abs(rule.formats[0].bits - 4))
+    # Of rows that are rounded exactly, float32 sums may come out a little below zero.
+    nearest = nearest_row_error(draft_layer(weight, splits, middle), moments.matrix).cpu().clamp_min(0)
+    chosen = torch.arange(len(weight))
+    if len(weight) > _SAMPLE_ROWS and moments.source.groups == 1:
+        draw = torch.Generator().manual_seed(task.seed)
+        chosen = torch.randperm(len(weight), generator=draw)[:_SAMPLE_ROWS].sort().values
+    some, base = weight[chosen.to(weight.device)], float(nearest[chosen].sum())
+    ratios: list[float] = []
+    solved = factor(moments.matrix, settings.rounding)
+    for rule, before in zip(rules, (None, *rules), strict=False):
+        if ratios and before is not None and before.formats[0].bits >= _MEASURED_BITS:
+            ratios.append(ratios[-1] / 4 ** (rule.formats[0].bits - before.formats[0].bits))
+            continue
+        done = round_second_order(draft_layer(some, splits, rule), moments.matrix, settings.rounding, solved)
+        ratios.append(max(0.0, float(done.row_error.sum())) / base if base else 0.0)
+    return nearest, torch.tensor(ratios, dtype=torch.float64)
+
+
+def _layer(
+    task: Task,
+    plan: LayerPlan,
+    rules: Sequence[Rule],
+    nearest: Tensor,
+    ratios: Tensor,
+    gamma: Tensor,
+    source: Source,
+) -> _Layer:
+    known = tuple(restrict(rule, task.target) for rule in rules)
+    return _Layer(plan, known, gamma.double() * nearest.double(), tuple(ratios.tolist()), source.groups == 1)
+
+
+def _candidates(layer: _Layer, by: Literal["rows", "layers"]) -> list[tuple[Asked, Candidate]]:
+    """One width for all rows, at every width; and, by rows, divisions into bands."""
+    total = float(layer.score.sum())
+    found: list[tuple[Asked, Candidate]] = [
+        (rule, Candidate(layer_bytes(layer.plan, rule), total * ratio))
+        for rule, ratio in zip(layer.rules, layer.ratios, strict=True)
+    ]
+    if by == "layers" or not layer.divisible:
+        return found
+    order = layer.score.argsort(descending=True, stable=True)
+    sums = torch.cat([torch.zeros(1, dtype=torch.float64), layer.score[order].cumsum(0)])
+    for counts in _divisions(layer, layer.score[order]):
+        bands = [
+            (rule, ratio, n) for rule, ratio, n in zip(layer.rules, layer.ratios, counts, strict=True) if n
+        ]
+        bands.reverse()  # rows that matter most come first
+        ends = torch.tensor([0, *[n for _, _, n in bands]]).cumsum(0)
+        error = sum(ratio * float(sums[ends[k + 1]] - sums[ends[k]]) for k, (_, ratio, _) in enumerate(bands))
+        rows = MixedRows(tuple(rule for rule, _, _ in bands), tuple(n for _, _, n in bands), order)
+        found.append((rows, Candidate(mixed_bytes(layer.plan, rows), error)))
+    return found
+
+
+def _divisions(layer: _Layer, falling: Tensor) -> list[tuple[int, ...]]:
+    """Rows of every width at many prices of a byte, several widths each; `falling` [o] are the scores in order."""
+    sizes, ratios = layer.row_bytes, torch.tensor(layer.ratios, dtype=torch.float64)
+    steps = (ratios[:-1] - ratios[1:]) / (sizes[1:] - sizes[:-1])  # what a byte saves per score
+    positive, steps = falling[falling > 0], steps[steps > 0]
+    if not len(positive) or not len(steps):
+        return []
+    low, high = float(positive.min() * steps.min()), float(positive.max() * steps.max())
+    found: dict[tuple[int, ...], None] = {}
+    for price in torch.logspace(math.log10(low), math.log10(high), _PRICES, dtype=torch.float64):
+        picks = (falling[:, None] * ratios + price * sizes).argmin(1)
+        # Errors fall with the width, so widths fall with the rows; ends of bands are moved to multiples.
+        at_least = [int((picks >= width).sum()) for width in range(len(ratios))]
+        ends = [min(len(falling), round(n / ROWS_TOGETHER) * ROWS_TOGETHER) for n in at_least]
+        ends[0] = len(falling)
+        counts = tuple(a - b for a, b in zip(ends, (*ends[1:], 0), strict=True))
+        if sum(n > 0 for n in counts) > 1 and min(n for n in counts if n) >= ROWS_TOGETHER:
+            found[counts] = None
+    return list(found)
+
+
+def _words(asked: Asked) -> str:
+    rules = (asked,) if isinstance(asked, Rule) else asked.rules
+    return "/".join(rule.formats[0].name for rule in rules)
+
+
+def layer_bytes(plan: LayerPlan, rule: Rule) -> int:
+    """What the layer would take with a weight as `rule` asks for, as `LayerPlan.nbytes` counts."""
+    parts = [_with(part, rule) for part in plan.parts]
+    return _bytes(layer_tensor_shapes(plan.shape, parts))
+
+
+def mixed_bytes(plan: LayerPlan, rows: MixedRows) -> int:
+    """The same of a weight with rows in bands."""
+    bands = tuple(
+        Band(count, tuple(_with(part, rule).weight for part in plan.parts))
+        for count, rule in zip(rows.counts, rows.rules, strict=True)
+    )
+    parts = [_with(part, rows.rules[0]) for part in plan.parts]
+    return _bytes(layer_tensor_shapes(plan.shape, parts, bands=bands))
+
+
+def _with(part: Part, rule: Rule) -> Part:
+    return replace(part, weight=rule.spec(rule.formats[0]))
+
+
+def _bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) * LayerPlan.dtype_of(name).itemsize for name, shape in shapes.items())
+
+
+def _budget(
+    task: Task,
+    plans: Mapping[str, LayerPlan],
+    fixed: Mapping[str, Rule],
+    offers: Mapping[str, Any],
+    size: int | None,
+) -> int:
+    """Bytes for the layers in `offers`: what `task.bits` would take everywhere, or what the others leave of `size`.
+
+    Bits mean integers with one scale and zero point per output channel; between two whole widths bytes grow in proportion.
+
+    Args:
+        task: Model and bits; what is not quantized is counted in its dtype.
+        plans: Layers with inputs.
+        fixed: What is asked of the weights that are not up for choice.
+        offers: Candidates of the others.
+        size: Bytes of all parameters and stored buffers of the model; None: not asked for.
+
+    Raises:
+        ValueError: if the smallest candidates do not fit into `size` (the least size that does is named).
+    """
+    if size is None:
+        low = math.floor(task.bits.mean)
+        share = task.bits.mean - low
+        at = [
+            sum(layer_bytes(plans[name], asymmetric_integers(bits, "channel")) for name in offers)
+            for bits in (low, math.ceil(task.bits.mean))
+        ]
+        return round((1 - share) * at[0] + share * at[1])
+    return _left(task.model, plans, fixed, offers, size)
+
+
+def _left(
+    model: nn.Module,
+    plans: Mapping[str, LayerPlan],
+    fixed: Mapping[str, Rule],
+    offers: Mapping[str, Sequence[Rule]],
+    size: int,
+) -> int:
+    weights = sum(packed.weight_of(model, name).nbytes for name in plans)
+    floating = sum(tensor.nbytes for tensor in model.state_dict().values()) - weights
+    stays = floating + sum(layer_bytes(plans[name], rule) for name, rule in fixed.items())
+    least = sum(min(layer_bytes(plans[name], rule) for rule in rules) for name, rules in offers.items())
+    if size < stays + least:
+        raise ValueError(
+            f"size must be at least {stays + least} bytes for this model, got {size}; {floating} of them are not quantized"
+        )
+    return size - stays
