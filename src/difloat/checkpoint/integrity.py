@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from difloat.checkpoint.layout import CONFIG, QUANT_METHOD, CheckpointError, read_json
-from difloat.checkpoint.manifest import MANIFEST, manifest_entries, read_manifest, sha256
+from difloat.checkpoint.manifest import MANIFEST, Entry, manifest_entries, read_manifest, sha256
 
 VARIABLE = "DIFLOAT_VERIFY"
 
@@ -154,13 +154,13 @@ def unprovable(directory: Path) -> str:
     )
 
 
-def first_fault(root: Path, entries: Mapping[str, Mapping[str, Any]]) -> str:
+def first_fault(root: Path, entries: Mapping[str, Entry]) -> str:
     """What is wrong with the first file that is not as it was saved, in one sentence; empty if all are."""
     for name, entry in entries.items():
         path = root / name
         if not path.is_file():
             return f"{name:.200} must be in the checkpoint, but is missing in {root}; download it again"
-        if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+        if path.stat().st_size != entry.bytes or sha256(path) != entry.sha256:
             return f"{name:.200} must have the bytes it was saved with, but its SHA-256 is another; download it again"
     return ""
 

@@ -9,14 +9,26 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from difloat.checkpoint.layout import CheckpointError, is_file_name, read_json
-from difloat.plan.validation import shown
+from difloat.plan.validation import Whole, read, record, shown
 
 MANIFEST = "difloat.json"
 MANIFEST_VERSION = 1
 _READ_BYTES = 1 << 20
+
+
+@record("entry of a manifest")
+class Entry:
+    """What the manifest says of one file.
+
+    Attributes:
+        bytes: Its size.
+        sha256: Hexadecimal, of its content.
+    """
+
+    bytes: Whole
+    sha256: str
 
 
 def sha256(path: Path) -> str:
@@ -45,7 +57,7 @@ def write_manifest(directory: Path) -> None:
             os.fsync(opened.fileno())
 
 
-def manifest_entries(root: Path) -> dict[str, dict[str, Any]]:
+def manifest_entries(root: Path) -> dict[str, Entry]:
     """The entries of the manifest by file name; no file is looked at.
 
     Raises:
@@ -58,20 +70,27 @@ def manifest_entries(root: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(
             f"{MANIFEST} must be of version {MANIFEST_VERSION} and list files; download it again"
         )
+    found = {}
     for name, entry in files.items():
         parts = Path(name).parts
         inside = (
             parts and not Path(name).is_absolute() and ".." not in parts and all(map(is_file_name, parts))
         )
-        whole = isinstance(entry, dict) and set(entry) == {"bytes", "sha256"}
-        if not inside or not whole or type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
+        if not inside:
             raise CheckpointError(
                 f"{MANIFEST} must list files of the checkpoint with bytes and sha256, got {name!r:.200}; download it again"
             )
-    return files
+        try:
+            found[name] = read(Entry, entry)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{MANIFEST} must list files of the checkpoint with bytes and sha256, got {name!r:.200}, where {error!s:.200}; "
+                "download it again"
+            ) from error
+    return found
 
 
-def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
+def read_manifest(root: Path) -> dict[str, Entry]:
     """The entries of the manifest by file name, after a look that every file is there with its size.
 
     Raises:
@@ -85,8 +104,8 @@ def read_manifest(root: Path) -> dict[str, dict[str, Any]]:
             raise FileNotFoundError(
                 f"{name:.200} must be in the checkpoint, but is missing in {root}; download it again"
             )
-        if path.stat().st_size != entry["bytes"]:
+        if path.stat().st_size != entry.bytes:
             raise CheckpointError(
-                f"{name:.200} must have {shown(entry['bytes'])} bytes, got {path.stat().st_size}; download it again"
+                f"{name:.200} must have {shown(entry.bytes)} bytes, got {path.stat().st_size}; download it again"
             )
     return files

@@ -88,7 +88,7 @@ class Streamed:
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.stored[name].file, []).append(name)
-        found = {}
+        found: dict[str, Tensor] = {}
         for file, own in by_file.items():
             with safe_open(file, framework="pt") as opened:
                 found |= {name: opened.get_tensor(name).clone() for name in own}  # not of the mapped file
@@ -263,7 +263,8 @@ class _Shards:
         """Write what is left, give the files the names that diffusers reads, and an index if there are several."""
         if self._held:
             self._write()
-        count, weight_map = len(self._parts), {}
+        count = len(self._parts)
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._parts, start=1):
             file = (
                 f"{_STEM}.safetensors" if count == 1 else f"{_STEM}-{number:05d}-of-{count:05d}.safetensors"

@@ -126,36 +126,13 @@ def choose(
     budget = _budget(task, plans, fixed, offers, settings.size)
     by_time = loss_weights(task, settings.factor_power if task.scheduler is not None else 0.0)
     gamma = _gamma(task, plans, inputs, list(offers), by_time, settings.sensitivity)
-    known: dict[str, _Layer] = {}
-    open_: list[Source] = []
-    facts = {
-        source: ["looked at", repr(rounding), repr([offers.get(name) for name in source.names])]
-        + facts_of(task, source.names, plans)
+    looks = _looks(task, plans, inputs, offers, rounding)
+    known = {
+        name: _layer(task, plans[name], offers[name], *looks[name], gamma[name], source.groups == 1)
         for source in inputs.found
+        for name in source.names
+        if name in offers
     }
-    for source in inputs.found:
-        kept = inputs.finished.read(facts[source])
-        if kept is None:
-            open_.append(source)
-            continue
-        for name in kept[1]:
-            nearest, ratios = kept[0][f"{name}.nearest"], kept[0][f"{name}.ratios"]
-            known[name] = _layer(task, plans[name], offers[name], nearest, ratios, gamma[name], source)
-    gathered = gather(task.model, inputs.calls, plans, rounding.moments, open_) if open_ else ()
-    with tqdm(desc="choose widths", total=len(inputs.found), disable=not task.progress) as bar:
-        bar.update(len(inputs.found) - len(open_))
-        for moments in gathered:
-            seen: dict[str, Tensor] = {}
-            for name in (name for name in moments.source.names if name in offers):
-                nearest, ratios = _look(task, name, plans[name], offers[name], moments, rounding)
-                seen |= {f"{name}.nearest": nearest, f"{name}.ratios": ratios}
-                known[name] = _layer(
-                    task, plans[name], offers[name], nearest, ratios, gamma[name], moments.source
-                )
-            inputs.finished.write(
-                facts[moments.source], seen, {n: "" for n in moments.source.names if n in offers}
-            )
-            bar.update()
     every = {name: _candidates(known[name], settings.by) for name in offers}
     found = allot({name: [one for _, one in candidates] for name, candidates in every.items()}, budget)
     listed = {
@@ -186,6 +163,41 @@ def _gamma(
     gamma = sensitivities(task.model, probes_of(task, settings, by_time), names, settings, task.seed)
     inputs.finished.write(facts, gamma, {})
     return gamma
+
+
+def _looks(
+    task: Task,
+    plans: Mapping[str, LayerPlan],
+    inputs: Inputs,
+    offers: Mapping[str, Sequence[Rule]],
+    rounding: ClosedFormSettings,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What `_look` says of every layer in `offers`, as far as it is not kept from an earlier run."""
+    facts = {
+        source: ["looked at", repr(rounding), repr([offers.get(name) for name in source.names])]
+        + facts_of(task, source.names, plans)
+        for source in inputs.found
+    }
+    done: dict[str, tuple[Tensor, Tensor]] = {}
+    open_: list[Source] = []
+    for source in inputs.found:
+        kept = inputs.finished.read(facts[source])
+        if kept is None:
+            open_.append(source)
+        else:
+            done |= {name: (kept[0][f"{name}.nearest"], kept[0][f"{name}.ratios"]) for name in kept[1]}
+    gathered = gather(task.model, inputs.calls, plans, rounding.moments, open_) if open_ else ()
+    with tqdm(desc="choose widths", total=len(inputs.found), disable=not task.progress) as bar:
+        bar.update(len(inputs.found) - len(open_))
+        for moments in gathered:
+            names = [name for name in moments.source.names if name in offers]
+            seen = {name: _look(task, name, plans[name], offers[name], moments, rounding) for name in names}
+            tensors = {f"{name}.nearest": nearest for name, (nearest, _) in seen.items()}
+            tensors |= {f"{name}.ratios": ratios for name, (_, ratios) in seen.items()}
+            inputs.finished.write(facts[moments.source], tensors, dict.fromkeys(names, ""))
+            done |= seen
+            bar.update()
+    return done
 
 
 def _look(
@@ -225,10 +237,10 @@ def _layer(
     nearest: Tensor,
     ratios: Tensor,
     gamma: Tensor,
-    source: Source,
+    divisible: bool,
 ) -> _Layer:
     known = tuple(restrict(rule, task.target) for rule in rules)
-    return _Layer(plan, known, gamma.double() * nearest.double(), tuple(ratios.tolist()), source.groups == 1)
+    return _Layer(plan, known, gamma.double() * nearest.double(), tuple(ratios.tolist()), divisible)
 
 
 def _candidates(layer: _Layer, by: Literal["rows", "layers"]) -> list[tuple[Asked, Candidate]]:

@@ -22,7 +22,7 @@ from difloat.methods.second_order import SecondOrderSettings, factor, round_seco
 from difloat.methods.task import MixedRows, Task
 from difloat.methods.trace import Call
 from difloat.plan.encode import join_rows
-from difloat.plan.plan import LayerPlan
+from difloat.plan.plan import LayerPlan, LayerSpec
 from difloat.plan.rules import Draft, Rule, draft_layer
 from difloat.plan.target import restrict
 from difloat.plan.validation import plain, read
@@ -182,7 +182,7 @@ def _take(
     for number, name in enumerate(source.names):
         data, report[name] = json.loads(texts[name])
         own = {k.split(".", 1)[1]: t for k, t in tensors.items() if k.split(".", 1)[0] == str(number)}
-        done[name] = read(LayerPlan, data).with_tensors(own)
+        done[name] = read(LayerSpec, data).with_tensors(own)
 
 
 def _bands(task: Task, name: str, plan: LayerPlan, asked: Asked) -> list[Draft]:
