@@ -7,17 +7,21 @@ measures a plain int8 product of torch, which comes within a tenth of the machin
 Numbers without ``--quick`` go into ``benchmarks/results/kernels.json``; ``--dispatch`` also writes the table by which backends
 are chosen, from those of W4A8. ``--table`` names the layers that run slower than bfloat16 by that table.
 
-The AVX2 unit, all of torch held to the same instructions (bfloat16 is slow there, so float32 is the rival)::
+Other units than the machine's best, each in a process of its own with torch held to the same instructions::
 
-    DIFLOAT_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
-        python benchmarks/kernels.py --only linear conv2d --out benchmarks/results/kernels-avx2.json
+    python benchmarks/kernels.py --isa avx2 avxvnni --only linear conv2d
+
+writes ``benchmarks/results/kernels-avx2.json`` and so on, and prints how fast every kind of layer is against torch's fastest
+float, with the layers that break the rule: 0.95 of it from 64 tokens on, 0.8 for one token.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +56,18 @@ CONV = [  # batch, in, out, side, kernel: Stable Diffusion's U-Net at 512 pixels
     (2, 640, 640, 32, 1),
 ]
 ATTENTION = [(2, 16, 1024, 1024, 72), (2, 16, 1024, 120, 72), (2, 8, 4096, 4096, 40), (2, 8, 1024, 1024, 80)]
+CAPS = {  # what holds torch to the instructions of a unit
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "avxvnni": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "avx512vl": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+    "avx512": {},
+    "neon": {},
+}
+ONE_TOKEN, TOKENS_OF_RULE = 0.8, {"from": 64, "speed": 0.95}
 Contestants = dict[str, Callable[[], object]]
 
 
@@ -190,13 +206,13 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     race("peak", (768, 2048, 768), 2.0 * 768 * 2048 * 768, peak())
     if "linear" in options.only:
-        for channels, out in LINEAR[:2] if options.quick else LINEAR:
+        for channels, out in LINEAR[:2] if options.quick or options.few else LINEAR:
             counts = TOKENS if max(channels, out) <= 4608 else FLUX_TOKENS
-            for tokens in (1, 120) if options.quick else counts:
+            for tokens in (1, 120) if options.quick else (1, 120, 256) if options.few else counts:
                 contestants = linear(tokens, channels, out)
                 race("linear", (tokens, channels, out), 2.0 * tokens * channels * out, contestants)
     if "conv2d" in options.only:
-        for shape in CONV[-1:] if options.quick else CONV:
+        for shape in CONV[-1:] if options.quick else CONV[1::3] if options.few else CONV:
             batch, channels, out, side, kernel = shape
             operations = 2.0 * batch * channels * out * side**2 * kernel**2
             race("conv2d", shape, operations, conv(*shape))
@@ -248,6 +264,60 @@ def slower(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def speeds_over_float(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, str, float]]]:
+    """By kind of layer: tokens, shape and speed of the fastest backend over torch's fastest float of every row."""
+    found: dict[str, list[tuple[int, str, float]]] = {}
+    for row in (row for row in rows if row["kind"] in ("linear", "conv2d")):
+        times = {name: time["median_ms"] for name, time in row["times"].items()}
+        rival = min(times["torch bf16"], times["torch fp32"])
+        best: dict[str, float] = {}
+        for name, time_ms in times.items():
+            if name.startswith("difloat ") and name.split()[1] != "reference":
+                label = name.split(maxsplit=2)[2]
+                best[label] = min(best.get(label, time_ms), time_ms)
+        shape = row["shape"]
+        tokens = shape[0] if row["kind"] == "linear" else shape[0] * shape[3] ** 2
+        text = "x".join(map(str, shape))
+        for label, time_ms in best.items():
+            found.setdefault(f"{row['kind']} {label}", []).append((tokens, text, rival / time_ms))
+    return found
+
+
+def rule(rows: list[dict[str, Any]]) -> str:
+    """Median and range of every kind of layer against torch's fastest float, and what is slower than it may be."""
+    lines = ["| over torch's fastest float | one token | from 64 tokens | range |", "|---|---|---|---|"]
+    broken = []
+    for name, speeds in speeds_over_float(rows).items():
+        one = [speed for tokens, _, speed in speeds if tokens == 1]
+        many = [speed for tokens, _, speed in speeds if tokens >= TOKENS_OF_RULE["from"]]
+        cells = [name, f"{statistics.median(one):.2f}" if one else ""]
+        cells += (
+            [f"{statistics.median(many):.2f}", f"{min(many):.2f} to {max(many):.2f}"] if many else ["", ""]
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+        for tokens, shape, speed in speeds:
+            if speed < (
+                ONE_TOKEN
+                if tokens == 1
+                else TOKENS_OF_RULE["speed"]
+                if tokens >= TOKENS_OF_RULE["from"]
+                else 0
+            ):
+                broken.append(f"{name} {shape}: {speed:.2f}x")
+    lines.append("\nSlower than the rule: " + ("; ".join(broken) or "nothing") + ".")
+    return "\n".join(lines) + "\n"
+
+
+def run_unit(unit: str, options: argparse.Namespace) -> None:
+    """The same run in a process whose native library and torch are held to a unit, and its table."""
+    out = options.out.with_name(f"{options.out.stem}-{unit}.json")
+    command = [sys.executable, __file__, "--threads", str(options.threads), "--repeats", str(options.repeats)]
+    command += ["--only", *options.only, "--pause-s", str(options.pause_s), "--out", str(out)]
+    environment = {**os.environ, "DIFLOAT_CPU_ISA": unit, **CAPS[unit]}
+    subprocess.run(command + ["--few"] * options.few, env=environment, check=True)
+    sys.stdout.write(f"\nunit {unit}\n\n{rule(json.loads(out.read_text())['rows'])}")
+
+
 def tables(result: dict[str, Any]) -> str:
     """The results as Markdown: one table per kind, speed over torch's bfloat16."""
     lines = []
@@ -278,7 +348,15 @@ def main() -> None:
     parser.add_argument(
         "--table", action="store_true", help="print the tables of the last run, measure nothing"
     )
+    parser.add_argument("--few", action="store_true", help="a few shapes")
+    parser.add_argument(
+        "--isa", nargs="+", choices=CAPS, default=[], help="units, each in a process of its own"
+    )
     options = harness.arguments(parser)
+    for unit in options.isa:
+        run_unit(unit, options)
+    if options.isa:
+        return
     if options.table:
         sys.stdout.write(tables(json.loads(options.out.read_text())))
         return

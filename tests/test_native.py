@@ -104,6 +104,21 @@ def test_a_backend_that_cannot_run_here_is_refused(monkeypatch) -> None:
         dispatch._checked.__wrapped__("cpu", "backend")
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no taskset")
+def test_no_more_threads_than_cores_that_a_process_may_use() -> None:
+    """Torch counts them, and the library takes its number from torch, whose pool it shares."""
+    code = """
+import os
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+import torch
+from difloat.kernels import native_library
+print(torch.get_num_threads(), native_library.threads())
+"""
+    free = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=free)
+    assert result.stdout.split() == ["1", "1"], result.stderr
+
+
 @needs_library
 def test_units_agree_bit_for_bit() -> None:
     """Sums are exact and the float operations after them are the same, whatever the width of a vector."""
