@@ -2,6 +2,7 @@
 # make test    install into .venv, run the test suite
 # make lint    ruff and mypy
 # make native  build the native CPU library beside the sources
+# make wheel   the wheel and the source distribution in dist/, the wheel tried in an empty environment without a compiler
 # make bench   the benchmarks that belong to the documentation
 #
 # PYTHON=python3.12        the Python that makes .venv
@@ -16,7 +17,7 @@ TORCH_STAMP := .venv/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -
 RUN_STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 
-.PHONY: demo test lint native bench
+.PHONY: demo test lint native wheel bench
 .DELETE_ON_ERROR:
 
 demo: $(RUN_STAMP)
@@ -34,6 +35,9 @@ native:
 	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release
 	cmake --build build/native
 	cmake --install build/native --prefix src
+
+wheel:
+	PYTHON="$(PYTHON)" .ci/wheel
 
 bench: $(RUN_STAMP)
 	for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done

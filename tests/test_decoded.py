@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import mixed_rows
 from difloat.cli import kernel_summary
-from difloat.kernels import dispatch, native_decode
+from difloat.kernels import dispatch, native_decode, reference
 from difloat.layers import install
 from difloat.numbers.formats import parse
 from difloat.plan.encode import plan_layer
 from difloat.plan.specs import Part, QuantSpec
+from difloat.plan.weight import Inputs
 from test_backends import compute
 
-pytestmark = pytest.mark.skipif("decoded" not in dispatch.available(), reason="no native unit with AVX-512")
+pytestmark = pytest.mark.skipif(
+    "decoded" not in dispatch.available(), reason="no unit of the native library here"
+)
 
 ACTIVATIONS = {
     "none": None,
@@ -156,3 +162,100 @@ def test_chosen_by_itself_and_named() -> None:
         assert kernel_summary.layers(model) == [
             "1 x e2m1 x e3m4: decoded to floats, backend decoded (e3m4 activations are no int8 integers)"
         ]
+
+
+@pytest.fixture
+def allowed(monkeypatch):
+    """Sets how many megabytes of decoded weights are kept."""
+
+    def allow(text: str) -> None:
+        monkeypatch.setenv("DIFLOAT_DECODED_MB", text)
+        native_decode.allowed_bytes.cache_clear()
+
+    yield allow
+    monkeypatch.undo()
+    native_decode.allowed_bytes.cache_clear()
+
+
+def installed(spec: QuantSpec, generator: torch.Generator) -> nn.Module:
+    """A layer of 500 to 300 channels whose inputs stay floats: 600,000 bytes decoded."""
+    model, part = nn.Sequential(nn.Linear(500, 300)), Part(500, spec)
+    weight = torch.randn(300, 500, generator=generator)
+    install.install(model, "0", plan_layer(weight, [part], [weight.abs().amax(1) / spec.format.max]))
+    return model
+
+
+def both_layers(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    results = []
+    with torch.no_grad():
+        for name in ("reference", "decoded", "decoded"):
+            with dispatch.use_backend(name):
+                results.append(model(x))
+                model(x)  # prepared now
+                results.append(model(x))
+    assert torch.equal(results[1], results[0]) and torch.equal(results[3], results[5])
+    return results[0], results[3]
+
+
+def test_decoded_weights_are_kept_as_far_as_allowed(allowed, generator) -> None:
+    before = native_decode.kept_bytes()
+    allowed("1")
+    first, second = installed(WEIGHTS[2], generator), installed(WEIGHTS[2], generator)
+    x, kept = torch.randn(4, 500, generator=generator), []
+    with torch.no_grad(), dispatch.use_backend("decoded"):
+        for model in (first, second, first):
+            result = model(x)
+            kept.append(native_decode.kept_bytes() - before)
+            assert torch.equal(result, model(x))
+    assert kept == [600_000] * 3  # the second had no room
+    with torch.no_grad():
+        for model in (first, second):
+            one, other = both_layers(model, x)
+            assert torch.equal(one, other)
+        first[0].weight.random_(generator=generator)  # loaded again in place
+        one, other = both_layers(first, x)
+        assert torch.equal(one, other)
+    del first, second, model
+    gc.collect()
+    assert native_decode.kept_bytes() == before
+
+
+def test_a_kept_weight_is_decoded_once(allowed, generator, monkeypatch) -> None:
+    allowed("1")
+    model, x, calls = installed(WEIGHTS[0], generator), torch.randn(4, 500, generator=generator), []
+    decoding = native_decode._decoding
+
+    def counted(*arguments: object) -> object:
+        decode = decoding(*arguments)
+        return lambda: (calls.append(1), decode())[1]
+
+    monkeypatch.setattr(native_decode, "_decoding", counted)
+    with torch.no_grad(), dispatch.use_backend("decoded"):
+        for _ in range(5):
+            model(x)
+        assert len(calls) == 1
+        model[0].weight_scale.mul_(2)
+        twice = model(x)
+    assert len(calls) == 2
+    with torch.no_grad(), dispatch.use_backend("reference"):
+        assert torch.equal(model(x), twice)
+
+
+def test_kept_rows_of_several_widths_are_the_reference(allowed, generator) -> None:
+    allowed("10")
+    specs = [mixed_rows.spec_of("e2m1"), mixed_rows.spec_of("e4m3")]
+    weight = mixed_rows.mixed((24, 48), specs, (10, 14), generator, activation=None).joined.weight()
+    x, before = torch.randn(3, 48, generator=generator), native_decode.kept_bytes()
+    expected = reference.linear(x, weight, Inputs(), None)
+    call = native_decode.prepared_linear(weight, torch.float32)
+    for _ in range(2):
+        assert torch.equal(call(x, None, None, None), expected)
+    assert native_decode.kept_bytes() - before == 24 * 48 * 4
+
+
+def test_a_limit_that_is_no_number_is_refused(allowed) -> None:
+    allowed("half")
+    with pytest.raises(
+        ValueError, match="DIFLOAT_DECODED_MB must be a whole number of megabytes, got 'half'"
+    ):
+        native_decode.allowed_bytes()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from difloat.kernels import dispatch, integer_operands, native_library
+from difloat.kernels import dispatch, integer_operands, native_decode, native_library
 from difloat.layers.packed import QuantizedLayer
 from difloat.plan.specs import Part, rows_of_parts
 
@@ -25,7 +25,9 @@ def machine() -> str:
         tier = "native library has no unit for this machine, torch computes"
     else:
         tier = "native library not built, torch computes"
-    return f"kernels: {tier}; backend {dispatch.backend()}, {torch.get_num_threads()} threads"
+    kept = native_decode.allowed_bytes() // 10**6
+    decoded = f", up to {kept} MB of decoded weights kept" if kept else ""
+    return f"kernels: {tier}; backend {dispatch.backend()}, {torch.get_num_threads()} threads{decoded}"
 
 
 def layers(model: nn.Module) -> list[str]:

@@ -59,9 +59,7 @@ def available() -> list[str]:
 def _runs_here(name: str) -> bool:
     if name == "triton":
         return triton.available(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if name == "decoded":
-        return native_library.unit() == "avx512"
-    return name != "cpu" or native_library.unit() is not None
+    return name not in ("cpu", "decoded") or native_library.unit() is not None
 
 
 def backend() -> str:

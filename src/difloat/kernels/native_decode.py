@@ -1,15 +1,18 @@
 """Backend "decoded": the native library rounds activations and decodes weights, and torch multiplies.
 
 It serves layers without a product in integers: formats that do not fit int8 (E4M3, E3M4, ...), and activations that stay as
-they are. Weights stay packed. One layer at a time is decoded into a buffer that all layers of a thread share. Results are
+they are. Weights stay packed. One layer at a time is decoded into a buffer that all layers of a thread share. Layers whose
+calls are prepared keep their decoded weight instead, as far as ``DIFLOAT_DECODED_MB`` allows (0 without it). Results are
 those of the reference, bit for bit.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 
 import torch
@@ -22,7 +25,11 @@ from difloat.plan.specs import Part, QuantSpec
 from difloat.plan.weight import Inputs, Weight
 
 _GROUP_MULTIPLE = 16  # channels: scales change between whole vectors
+_VARIABLE = "DIFLOAT_DECODED_MB"
 _buffers = threading.local()
+_kept: weakref.WeakValueDictionary[Hashable, Tensor] = (
+    weakref.WeakValueDictionary()
+)  # dies with the calls that hold it
 
 
 def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
@@ -31,7 +38,7 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
     return (
         x.dtype in native_library.TYPES
         and x.device.type == "cpu"
-        and native_library.unit() == "avx512"
+        and native_library.unit() is not None
         and (size >= part.channels or size % _GROUP_MULTIPLE == 0)
         and _rounds(part.activation, x)
     )
@@ -48,19 +55,25 @@ def _rounds(spec: QuantSpec | None, x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
     """The linear layer of `reference.linear`. Decoded rows of all widths are alike, so it takes one product."""
-    return prepared_linear(weight, x.dtype)(x, inputs.scale, inputs.zero_point, bias)
+    return _linear(weight, x.dtype, _decoding(weight, x.dtype))(x, inputs.scale, inputs.zero_point, bias)
 
 
 def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The convolution of `reference.conv2d`, as one convolution of torch."""
-    return prepared_conv2d(weight, x.dtype, geometry)(x, inputs.scale, inputs.zero_point, bias)
+    return _conv2d(weight, x.dtype, geometry, _decoding(weight, x.dtype))(
+        x, inputs.scale, inputs.zero_point, bias
+    )
 
 
 def prepared_linear(weight: Weight, dtype: torch.dtype) -> native_prepared.Call:
     """`linear` prepared for one weight, and for inputs of one dtype whose width was checked (`native_prepared`)."""
+    return _linear(weight, dtype, _keeping(weight, dtype))
+
+
+def _linear(weight: Weight, dtype: torch.dtype, decoded: Callable[[], Tensor]) -> native_prepared.Call:
     spec = weight.part.activation
     width = weight.part.channels if spec is None or not spec.group_size else spec.group_size
-    rounded, decoded = _rounding(weight.part, dtype), _decoding(weight, dtype)
+    rounded = _rounding(weight.part, dtype)
 
     def call(x: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None) -> Tensor:
         rows = rounded(x.reshape(-1, width), scale, zero).reshape(x.shape)
@@ -71,7 +84,13 @@ def prepared_linear(weight: Weight, dtype: torch.dtype) -> native_prepared.Call:
 
 def prepared_conv2d(weight: Weight, dtype: torch.dtype, geometry: Geometry) -> native_prepared.Call:
     """`conv2d` prepared for one weight, with results in the memory format of the operator."""
-    rounded, decoded = _rounding(weight.part, dtype), _decoding(weight, dtype)
+    return _conv2d(weight, dtype, geometry, _keeping(weight, dtype))
+
+
+def _conv2d(
+    weight: Weight, dtype: torch.dtype, geometry: Geometry, decoded: Callable[[], Tensor]
+) -> native_prepared.Call:
+    rounded = _rounding(weight.part, dtype)
     last, kernel = torch.channels_last, tuple(weight.kernel)
     weight_last = weight.row_band is None and memory_format(weight.bands[0].codes) == last
     sizes: set[torch.Size] = set()  # of pictures that the kernel reaches
@@ -128,10 +147,61 @@ def _rounding(part: Part, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None
     return rounded
 
 
-def _decoding(weight: Weight, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """A function that decodes the weight [o, i, *k] in the float layer's order, channels last, into this thread's buffer.
+@cache
+def allowed_bytes() -> int:
+    """How many bytes of decoded weights may be kept, by the environment variable.
 
-    The next layer overwrites it.
+    Raises:
+        ValueError: if it is no whole number.
+    """
+    text = os.environ.get(_VARIABLE, "0")
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(
+            f"{_VARIABLE} must be a whole number of megabytes, got {text!r}; write for example 500"
+        )
+    return int(text) * 10**6
+
+
+def kept_bytes() -> int:
+    """How many bytes of decoded weights are kept now."""
+    return sum(tensor.nbytes for tensor in list(_kept.values()))
+
+
+def _keeping(weight: Weight, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """`_decoding` into memory of its own if that is allowed, and again only after the stored tensors were written to.
+
+    The function holds the stored tensors, since it asks for their versions.
+    """
+    count = weight.out_channels * math.prod(weight.kernel) * weight.part.channels
+    sources = [] if weight.row_band is None else [weight.row_band]
+    for piece in weight.bands:
+        sources += [piece.codes, piece.scale, *([] if piece.zero_point is None else [piece.zero_point])]
+    key = (dtype, *[tensor.data_ptr() for tensor in sources])
+    memory = _kept.get(key)  # of another class of token counts
+    if memory is None:
+        if not 0 < count * _bytes(dtype) <= allowed_bytes() - kept_bytes():
+            return _decoding(weight, dtype)
+        memory = _kept[key] = torch.empty(count * _bytes(dtype), dtype=torch.uint8)
+    decode = _decoding(weight, dtype, memory)
+    versions: list[int] = []
+    found: list[Tensor] = []
+
+    def decoded() -> Tensor:
+        now = [tensor._version for tensor in sources]
+        if now != versions:
+            found[:], versions[:] = [decode()], now
+        return found[0]
+
+    return decoded
+
+
+def _decoding(weight: Weight, dtype: torch.dtype, memory: Tensor | None = None) -> Callable[[], Tensor]:
+    """A function that decodes the weight [o, i, *k] in the float layer's order, channels last.
+
+    Args:
+        weight: Of one part.
+        dtype: Of the result.
+        memory: uint8 that holds it; None for this thread's buffer, which the next layer overwrites.
     """
     decode, kind = native_library.library().difloat_decode, native_library.TYPES[dtype]
     shape = (weight.out_channels, *weight.kernel, weight.part.channels)  # [o, *k, i]
@@ -146,7 +216,7 @@ def _decoding(weight: Weight, dtype: torch.dtype) -> Callable[[], Tensor]:
         start += piece.rows
 
     def decoded() -> Tensor:
-        stored = _buffer(count, dtype).view(shape)
+        stored = (_buffer(count, dtype) if memory is None else memory.view(dtype)).view(shape)
         threads = native_library.threads()
         for struct, values, before in bands if count else ():
             to = stored.data_ptr() + (row_bytes * before if order is None else 0)

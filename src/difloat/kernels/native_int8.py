@@ -16,7 +16,6 @@ from difloat.plan.specs import Part
 from difloat.plan.weight import Inputs, Weight
 
 _GROUP_MULTIPLE = 16  # channels: sums of a group are taken from whole vectors
-_AVX2_RANGE = 128  # of the weights' integers: beyond it sums of 16 bits would saturate
 
 
 def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
@@ -35,17 +34,11 @@ def _computes(part: Part, terms: int, axes: int) -> bool:
         integer_operands.reason_against(part) is None
         and integer_operands.sums_fit(part, terms)
         and (size >= part.channels or (size % _GROUP_MULTIPLE == 0 and axes == 2))
-        and (native_library.unit() == "avx512" or _range(part) <= _AVX2_RANGE)
     )
 
 
 def _group(part: Part) -> int:
     return part.weight.group_size or part.channels
-
-
-def _range(part: Part) -> int:
-    format = part.weight.format
-    return round((format.max - format.min) * (format.int8_multiplier() or 0))
 
 
 def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:

@@ -22,9 +22,9 @@ from difloat.numbers import integer_grids
 from difloat.numbers.formats import Format
 from difloat.plan.specs import Part
 
-ABI = 4
+ABI = 5
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_UNITS = ("avx512", "avx2")
+UNITS = ("avx512", "avx512vl", "avxvnni", "avx2", "neon")  # from the fastest to the slowest
 _VARIABLE = "DIFLOAT_CPU_ISA"
 _IMPORTED_IN = os.getpid()  # another process than this one was forked
 _SMALL = 1 << 18  # products; fewer are not worth waking a second thread
@@ -262,12 +262,12 @@ def built() -> bool:
 
 @cache
 def machine() -> dict[str, bool]:
-    """Which units this machine can run, among them ``avx512_bf16`` for attention. All are False without a built library.
+    """Which units this machine can run and the compiler built, among them ``avx512_bf16`` for attention.
 
     Raises:
         ImportError: if the library has another interface than this module.
     """
-    names = (*_UNITS, "avx512_bf16")
+    names = (*UNITS, "avx512_bf16")
     if not built():
         return dict.fromkeys(names, False)
     library = ctypes.CDLL(str(_FOLDER / "libdifloat_machine.so"))
@@ -275,7 +275,9 @@ def machine() -> dict[str, bool]:
         raise ImportError(
             f"native library must have interface {ABI}, got {library.difloat_abi()}; build it again with `make native`"
         )
-    return {name: bool(getattr(library, f"difloat_has_{name}")()) for name in names}
+    files = {name: "attention" if name == "avx512_bf16" else name for name in names}
+    there = {name: (_FOLDER / f"libdifloat_{file}.so").is_file() for name, file in files.items()}
+    return {name: there[name] and bool(getattr(library, f"difloat_has_{name}")()) for name in names}
 
 
 @cache
@@ -285,10 +287,10 @@ def unit() -> str | None:
     Raises:
         ValueError: if the environment variable names no unit.
     """
-    cap = os.environ.get(_VARIABLE, _UNITS[0])
-    if cap not in (*_UNITS, "none"):
-        raise ValueError(f"{_VARIABLE} must be one of {', '.join(_UNITS)} or none, got {cap!r}")
-    allowed = () if cap == "none" else _UNITS[_UNITS.index(cap) :]
+    cap = os.environ.get(_VARIABLE, UNITS[0])
+    if cap not in (*UNITS, "none"):
+        raise ValueError(f"{_VARIABLE} must be one of {', '.join(UNITS)} or none, got {cap!r}")
+    allowed = () if cap == "none" else UNITS[UNITS.index(cap) :]
     return next((name for name in allowed if machine()[name]), None)
 
 
@@ -301,10 +303,9 @@ def library() -> Any:
     source, bands, result, geometry = (ctypes.POINTER(kind) for kind in (Input, Weight, Output, Geometry))
     loaded.difloat_linear.argtypes = [source, bands, ctypes.c_int, result, ctypes.c_int]
     loaded.difloat_conv2d.argtypes = [source, bands, ctypes.c_int, result, geometry, ctypes.c_int]
-    if name == "avx512":
-        table, address = ctypes.POINTER(ctypes.c_float), ctypes.c_void_p
-        loaded.difloat_decode.argtypes = [bands, table, address, address, ctypes.c_int, ctypes.c_int]
-        loaded.difloat_round.argtypes = [source, address, ctypes.c_int]
+    table, address = ctypes.POINTER(ctypes.c_float), ctypes.c_void_p
+    loaded.difloat_decode.argtypes = [bands, table, address, address, ctypes.c_int, ctypes.c_int]
+    loaded.difloat_round.argtypes = [source, address, ctypes.c_int]
     if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
         os.register_at_fork(after_in_child=_compute_alone)
     return loaded

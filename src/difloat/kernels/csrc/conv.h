@@ -109,7 +109,8 @@ static int conv_of(const difloat_input& x, const difloat_weight* bands, int64_t 
             start[row] = pixel * buffer.stride, sums[row] = total, scale[row] = scales[b];
             bias_row[row] = vertical.class_of[y] * (int32_t)horizontal.inside.size() + horizontal.class_of[c];
         }
-        const Operand operand{values, start, sums, scale, bias_row, rows, taps.data(), x.grid.shift, origin};
+        const Operand operand{values, start, sums, scale, bias_row, rows, taps.data(), x.grid.shift, origin,
+                              integer_of(x.grid, x.grid.minimum), integer_of(x.grid, x.grid.maximum)};
         for (int64_t b = 0, before = 0; b < band_count; before += bands[b++].rows)
             product<TYPE>(bands[b], operand, classes, part_of<TYPE>(out, first * pixels, before), memory + own, threads);
     }

@@ -9,13 +9,6 @@
 
 namespace difloat {
 
-// Sixteen codes, one per dword, to their values.
-template <int BITS>
-static INLINE F32 values_of(I32 codes, const float* table) {
-    if (BITS <= 4) return _mm512_permutexvar_ps(codes, load(table));
-    return _mm512_i32gather_ps(bits_and(codes, set_int((1 << BITS) - 1)), table, 4);
-}
-
 template <int TYPE>
 static INLINE void write_first(void* out, int64_t at, int64_t count, F32 x) {
     constexpr int64_t SIZE = TYPE == DIFLOAT_F32 ? 4 : 2;
@@ -32,13 +25,13 @@ static void decode_row(const difloat_weight& w, const uint8_t* stream, int64_t r
     for (int64_t g = 0, k = 0; g < w.groups; g++) {
         const int64_t place = row * w.scale_stride + g, end = std::min((g + 1) * group, w.channels);
         const F32 scale = set(w.scale[place]), zero = set(w.zero ? w.zero[place] : 0.0f);
-        while (k < end) {  // groups are multiples of LANES, so a load of 64 codes may be used in part
-            const int64_t inside = k % 64;
-            alignas(64) uint8_t codes[64];
-            store_int(codes, spread<BITS>(stream + k / 64 * 8 * BITS, bytes - k / 64 * 8 * BITS));
-            const int64_t stop = std::min(end, k - inside + 64);
+        while (k < end) {  // groups are multiples of LANES, so a load of CODES codes may be used in part
+            const int64_t inside = k % CODES, at_byte = k / CODES * (CODES / 8 * BITS);
+            alignas(64) uint8_t codes[CODES];
+            store_int(codes, spread<BITS>(stream + at_byte, bytes - at_byte));
+            const int64_t stop = std::min(end, k - inside + CODES);
             for (int64_t c = inside; k < stop; c += LANES, k += LANES) {
-                F32 x = mul(values_of<BITS>(_mm512_cvtepu8_epi32(_mm_load_si128((const __m128i*)(codes + c))), values), scale);
+                F32 x = mul(values_of<BITS>(codes + c, values), scale);
                 if (w.zero) x = add(x, zero);
                 write_first<TYPE>(out, at + k, std::min<int64_t>(w.channels - k, LANES), x);
             }

@@ -72,24 +72,18 @@ template <int TYPE>
 static void multiply(const difloat_weight* bands, int64_t count, const Operand& operand, int8_t* values, const difloat_output& out,
                      int64_t row, char* panels, int threads) {
     const Classes one{1, nullptr};
-#ifdef __AVX512VBMI__
     bool reordered = false;
-    for (bool reorders : {false, true}) {  // bands that reorder the activations come last
-#endif
+    for (bool reorders : {false, true})  // bands that reorder the activations come last
         for (int64_t b = 0, start = 0; b < count; start += bands[b++].rows) {
             const difloat_output here = part_of<TYPE>(out, row, start);
-#ifdef __AVX512VBMI__
             if (few_rows_reorder(bands[b], operand) != reorders) continue;
             if (few_rows<TYPE>(bands[b], operand, values, here, threads, reordered)) continue;
-#else
-            (void)values;
-#endif
             product<TYPE>(bands[b], operand, one, here, panels, threads);
         }
-#ifdef __AVX512VBMI__
-    }
-#endif
 }
+
+// The integer that a value of the grid becomes.
+static inline int32_t integer_of(const difloat_grid& grid, float value) { return (int32_t)(value * grid.multiplier) - grid.shift; }
 
 template <int TYPE>
 static int linear_of(const difloat_input& x, const difloat_weight* bands, int64_t count, const difloat_output& out, int threads) {
@@ -104,7 +98,8 @@ static int linear_of(const difloat_input& x, const difloat_weight* bands, int64_
         const int64_t rows = std::min(at_once, x.rows - first);
         quantize_rows<TYPE>(x, first, rows, shared, bands[0], block, threads);
         const int64_t taps = 0;
-        const Operand operand{block.values, block.start, block.sums, block.scale, nullptr, rows, &taps, x.grid.shift, origin};
+        const Operand operand{block.values, block.start, block.sums, block.scale, nullptr, rows, &taps, x.grid.shift, origin,
+                              integer_of(x.grid, x.grid.minimum), integer_of(x.grid, x.grid.maximum)};
         multiply<TYPE>(bands, count, operand, block.values, out, first, memory + block_bytes, threads);
     }
     return 0;

@@ -22,6 +22,7 @@ struct Operand {
     const int64_t* taps;  // [taps of the weight] distance of the taps
     int32_t shift;        // integers are this much below what they stand for
     float origin;         // value of the integer 0 before the shift
+    int32_t lowest, highest;  // possible integers
 };
 
 // Bias of every class of rows, [classes][WIDTH]; `inside` says which taps see the picture.
@@ -37,28 +38,6 @@ struct Panel {
     int32_t* shifted;  // [groups][WIDTH] the shift times the sum of the weight's integers
     uint8_t* gathered;
 };
-
-static inline I32 broadcast_quad(const int8_t* p) {
-    int32_t quad;
-    memcpy(&quad, p, 4);
-    return set_int(quad);
-}
-
-// acc += rows x weights over `quads` quads, for the first USED vectors of the panel.
-template <int ROWS, int USED>
-static INLINE void accumulate(I32 (&acc)[ROWS][USED], const int8_t* const (&row)[ROWS], int64_t offset, int64_t quads,
-                              const uint8_t* weights) {
-    const int8_t* a[ROWS];
-    repeat<ROWS>([&](auto i) UNROLLED { a[i] = row[i] + offset; });
-    for (int64_t q = 0; q < quads; q++) {
-        I32 b[USED];
-        repeat<USED>([&](auto v) UNROLLED { b[v] = load_int(weights + (q * VECTORS + v) * LANES * 4); });
-        repeat<ROWS>([&](auto i) UNROLLED {
-            const I32 x = broadcast_quad(a[i] + 4 * q);
-            repeat<USED>([&](auto v) UNROLLED { acc[i][v] = dot(acc[i][v], b[v], x); });
-        });
-    }
-}
 
 template <int TYPE>
 static inline void write(void* out, int64_t at, F32 value) {
@@ -105,9 +84,9 @@ static inline difloat_output part_of(difloat_output out, int64_t row, int64_t st
 }
 
 // ROWS rows by the first USED vectors of one panel, from `row` on. Sums of a group are exact; groups are added up in float32.
-template <int ROWS, int TYPE, int USED>
-static __attribute__((noinline)) void tile(const difloat_weight& w, const Operand& x, const Panel& p, int64_t row, int64_t first,
-                                           const difloat_output& out) {
+template <int ROWS, int TYPE, int USED, class Multiplier>
+static NOINLINE void tile(const Multiplier& multiplier, const difloat_weight& w, const Operand& x, const Panel& p, int64_t row,
+                          int64_t first, const difloat_output& out) {
     const int8_t* rows[ROWS];
     for (int i = 0; i < ROWS; i++) rows[i] = x.values + x.start[row + i];
     const int64_t quads = quads_of(w.channels), group_quads = (w.group_channels + 3) / 4;
@@ -130,8 +109,8 @@ static __attribute__((noinline)) void tile(const difloat_weight& w, const Operan
             });
         }
         const int64_t count = w.taps == 1 ? std::min(group_quads, quads - g * group_quads) : quads;
-        for (int64_t t = 0; t < w.taps; t++, weights += count * WIDTH * 4)
-            accumulate<ROWS, USED>(acc, rows, x.taps[t] + g * group_quads * 4, count, weights);
+        for (int64_t t = 0; t < w.taps; t++, weights += count * WIDTH * 4 * Multiplier::SPREAD)
+            multiplier.template accumulate<ROWS, USED>(acc, rows, x.taps[t] + g * group_quads * 4, count, weights);
         repeat<ROWS>([&](auto i) UNROLLED {
             repeat<USED>([&](auto v) UNROLLED {
                 const int64_t at = g * WIDTH + v * LANES;
@@ -150,22 +129,26 @@ static __attribute__((noinline)) void tile(const difloat_weight& w, const Operan
     }
 }
 
-template <int ROWS, int TYPE, int USED>
-static void tile_of(int64_t rows, const difloat_weight& w, const Operand& x, const Panel& p, int64_t row, int64_t first,
-                    const difloat_output& out) {
-    if (rows == ROWS) return tile<ROWS, TYPE, USED>(w, x, p, row, first, out);
-    if constexpr (ROWS > 1) tile_of<ROWS - 1, TYPE, USED>(rows, w, x, p, row, first, out);
+template <int ROWS, int TYPE, int USED, class Multiplier>
+static void tile_of(int64_t rows, const Multiplier& multiplier, const difloat_weight& w, const Operand& x, const Panel& p,
+                    int64_t row, int64_t first, const difloat_output& out) {
+    if (rows == ROWS) return tile<ROWS, TYPE, USED>(multiplier, w, x, p, row, first, out);
+    if constexpr (ROWS > 1) tile_of<ROWS - 1, TYPE, USED>(rows, multiplier, w, x, p, row, first, out);
 }
 
 // All rows from `begin` to `end` by one panel, in tiles of nearly equal height.
 template <int TYPE, int USED>
 static void stripe(const difloat_weight& w, const Operand& x, const Panel& p, int64_t begin, int64_t end, int64_t first,
                    const difloat_output& out) {
-    for (int64_t tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; tiles--) {
-        const int64_t rows = (end - begin + tiles - 1) / tiles;
-        tile_of<TILE_ROWS, TYPE, USED>(rows, w, x, p, begin, first, out);
-        begin += rows;
-    }
+    with_multiplier(w, x.lowest, x.highest, [&](const auto& multiplier) {
+        multiplier.prepare(p.weights, panel_bytes(w));
+        int64_t row = begin;
+        for (int64_t tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; tiles--) {
+            const int64_t rows = (end - row + tiles - 1) / tiles;
+            tile_of<TILE_ROWS, TYPE, USED>(rows, multiplier, w, x, p, row, first, out);
+            row += rows;
+        }
+    });
 }
 
 // Bias table of a panel: the bias, and the origin times the weights of the taps that see the input. And the sums that take back
@@ -193,7 +176,7 @@ static int64_t place(const difloat_weight& w, const Classes& classes, char* base
     };
     const int64_t row = WIDTH * sizeof(float);
     Panel p;
-    p.weights = (uint8_t*)take(panel_bytes(w));
+    p.weights = (uint8_t*)take(MOST_SPREAD * panel_bytes(w));
     p.scale = (float*)take(w.groups * row);
     p.zero = (float*)take(w.zero ? w.groups * row : 0);
     p.bias = (float*)take(classes.count * row);
@@ -211,20 +194,25 @@ static int64_t place_bands(const difloat_weight* bands, int64_t count, const Cla
     return most;
 }
 
-// The whole product. Panels are shared out among the threads; where there are too few, the rows are cut as well.
+constexpr int64_t FEWEST_IN_BLOCK = 64;  // rows; unpacking a panel costs about as much as multiplying four
+
+// The whole product. Rows are cut into blocks that stay in the second-level cache while all panels pass. Panels are shared out among the threads; where there are too few, the rows are cut as well.
 template <int TYPE>
 static void product(const difloat_weight& w, const Operand& x, const Classes& classes, const difloat_output& out, char* scratch,
                     int threads) {
     const int64_t panels = (w.rows + WIDTH - 1) / WIDTH, bytes = place(w, classes, nullptr, nullptr);
     int64_t cuts = 1;
     if (panels % threads && panels < 8 * threads) cuts = std::min<int64_t>(threads, (x.rows + 31) / 32);
+    const int64_t reach = x.rows ? x.start[x.rows - 1] - x.start[0] : 0;  // bytes of activations
+    const int64_t block = second_level_cache() / 2;
+    cuts = std::max(cuts, std::min((reach + block - 1) / block, x.rows / FEWEST_IN_BLOCK));
 #pragma omp parallel num_threads(threads)
     {
         Panel p;
         place(w, classes, scratch + omp_get_thread_num() * bytes, &p);
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t task = 0; task < panels * cuts; task++) {
-            const int64_t first = task / cuts * WIDTH, cut = task % cuts;
+            const int64_t first = task % panels * WIDTH, cut = task / panels;
             unpack_panel(w, first, p.weights, p.gathered);
             unpack_scales(w, first, p.scale, p.zero);
             make_bias(w, x, classes, out, first, p);

@@ -3,7 +3,10 @@
 #include <math.h>
 #include <string.h>
 
+#include <algorithm>
+
 #include "difloat.h"
+#include "repeat.h"
 
 namespace difloat {
 
@@ -80,25 +83,34 @@ static float quantize_row(const void* row, int64_t channels, const difloat_input
                           int64_t group, int8_t* out, int32_t* sums) {
     const F32 divisor = set(scale), zero = set(input.zero_point);
     const I32 shift = set_int(input.grid.shift), magnitude = set_int(0x7fffffff);
-    I32 total = set_int(0), most = set_int(0);
-    int64_t k = 0, group_end = group;
-    for (; k + LANES <= channels; k += LANES) {
-        if (k == group_end) *sums++ = sum_int(total), total = set_int(0), group_end += group;
-        F32 x = load_as_float<TYPE>(row, k);
+    I32 most = set_int(0);
+    auto integers = [&](F32 x) UNROLLED {
         most = max_int(most, bits_and(as_int(x), magnitude));
-        I32 integers = sub_int(round(div(sub(x, zero), divisor)), shift);
-        total = add_int(total, integers);
-        store_int8(out + k, integers);
-    }
-    if (k < channels) {
-        if (k == group_end) *sums++ = sum_int(total), total = set_int(0);
-        F32 x = load_tail<TYPE>(row, k, channels - k);
-        most = max_int(most, bits_and(as_int(x), magnitude));
-        I32 integers = first_lanes(sub_int(round(div(sub(x, zero), divisor)), shift), channels - k);
-        total = add_int(total, integers);
-        store_int8(out + k, integers);
-    }
-    *sums = sum_int(total);
+        return sub_int(round(div(sub(x, zero), divisor)), shift);
+    };
+    int64_t k = 0;
+    do {
+        const int64_t stop = std::min(k + group, channels);
+        I32 total = set_int(0);
+        for (; k + 4 * LANES <= stop; k += 4 * LANES) {
+            I32 four[4];
+            repeat<4>([&](auto i) UNROLLED { four[i] = integers(load_as_float<TYPE>(row, k + i * LANES)); });
+            total = add_int(total, add_int(add_int(four[0], four[1]), add_int(four[2], four[3])));
+            store_int8_four(out + k, four);
+        }
+        for (; k + LANES <= stop; k += LANES) {
+            const I32 one = integers(load_as_float<TYPE>(row, k));
+            total = add_int(total, one);
+            store_int8(out + k, one);
+        }
+        if (k < stop) {
+            const I32 rest = first_lanes(integers(load_tail<TYPE>(row, k, stop - k)), stop - k);
+            total = add_int(total, rest);
+            store_int8(out + k, rest);
+            k = stop;
+        }
+        *sums++ = sum_int(total);
+    } while (k < channels);
     return largest_int(most) > INFINITY_BITS ? NAN : scale / input.grid.multiplier;
 }
 

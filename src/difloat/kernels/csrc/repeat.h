@@ -3,9 +3,9 @@
 #pragma once
 #include <utility>
 
-namespace difloat {
+#include "compiler.h"
 
-#define INLINE inline __attribute__((always_inline))
+namespace difloat {
 
 template <class Body, int... I>
 static INLINE void repeat_indices(Body&& body, std::integer_sequence<int, I...>) {
@@ -17,7 +17,5 @@ template <int N, class Body>
 static INLINE void repeat(Body&& body) {
     repeat_indices(body, std::make_integer_sequence<int, N>{});
 }
-
-#define UNROLLED __attribute__((always_inline))
 
 }  // namespace difloat

@@ -2,12 +2,24 @@
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
+#ifndef _WIN32
+#include <unistd.h>
+#endif
 
 #include <memory>
 
 namespace difloat {
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Bytes of a core's second-level cache.
+static inline int64_t second_level_cache() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    static const int64_t known = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (known > 0) return known;
+#endif
+    return 512 << 10;
+}
 
 // Memory that a thread keeps from call to call: getting pages from the system costs more than a small product.
 static char* scratch(int64_t bytes) {

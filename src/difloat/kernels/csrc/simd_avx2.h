@@ -4,12 +4,17 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "compiler.h"
+
 namespace difloat {
 
 constexpr int LANES = 8;
 constexpr int VECTORS = 2;    // 16 output channels in a panel
-constexpr int TILE_ROWS = 4;  // 4 x 2 accumulators, 2 weights, 1 activation, ones, temporaries: 16 registers
-constexpr bool HAS_PERMUTE = false;
+#if defined(__AVXVNNI__)
+constexpr int TILE_ROWS = 6;  // 6 x 2 accumulators, 2 weights, 1 activation: 15 of 16 registers
+#else
+constexpr int TILE_ROWS = 4;  // 4 x 2 accumulators, 4 weights, 1 activation, a product: 14
+#endif
 
 using F32 = __m256;
 using I32 = __m256i;
@@ -62,6 +67,11 @@ static inline void store_int8(int8_t* p, I32 x) {
     _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
 }
 
+static inline void store_int8_four(int8_t* p, const I32 (&x)[4]) {
+    const I32 bytes = _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+    store_int(p, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+}
+
 static inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 static inline F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
 static inline F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
@@ -101,11 +111,40 @@ static inline int32_t largest_int(I32 x) {
     return most;
 }
 
-// acc + four uint8 times four int8 per lane. The middle sums are 16 bits wide and saturate: exact for weights up to 128,
-// since 2 * 128 * 127 < 2**15 and 2 * 128 * -128 = -2**15.
-static inline __attribute__((always_inline)) I32 dot(I32 acc, I32 weights, I32 activations) {
-    I32 pairs = _mm256_maddubs_epi16(weights, activations);
+// acc + four uint8 times four int8 per lane.
+#if defined(__AVXVNNI__) && !defined(_MSC_VER)
+static INLINE I32 dot(I32 acc, I32 weights, I32 activations) {  // by assembler for the reason given in simd_avx512.h
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(weights), "x"(activations));
+    return acc;
+}
+#elif defined(__AVXVNNI__)
+static INLINE I32 dot(I32 acc, I32 weights, I32 activations) { return _mm256_dpbusd_avx_epi32(acc, weights, activations); }
+#elif defined(__AVX512VNNI__)
+static INLINE I32 dot(I32 acc, I32 weights, I32 activations) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(activations));
+    return acc;
+}
+#else
+// The middle sums are 16 bits wide and saturate: exact for weights up to 128, since 2 * 128 * 127 < 2**15 and
+// 2 * 128 * -128 = -2**15.
+static INLINE I32 dot(I32 acc, I32 weights, I32 activations) {
+    const I32 pairs = _mm256_maddubs_epi16(weights, activations);
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#endif
+
+// Four numbers, one for each output channel of few_rows.h.
+using Four = __m128;
+static inline Four set_four(float x) { return _mm_set1_ps(x); }
+static inline Four load_four(const float* p) { return _mm_loadu_ps(p); }
+static inline void store_four(float* p, Four x) { _mm_storeu_ps(p, x); }
+static inline Four fma(Four a, Four b, Four c) { return _mm_fmadd_ps(a, b, c); }
+static inline Four to_float(__m128i x, int32_t more) { return _mm_cvtepi32_ps(_mm_add_epi32(x, _mm_set1_epi32(more))); }
+
+// The sums of four vectors.
+static inline __m128i sum_side(const I32 (&a)[4]) {
+    const I32 all = _mm256_hadd_epi32(_mm256_hadd_epi32(a[0], a[1]), _mm256_hadd_epi32(a[2], a[3]));
+    return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
 }
 
 }  // namespace difloat

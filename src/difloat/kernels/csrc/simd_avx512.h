@@ -3,12 +3,13 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#define DIFLOAT_VECTORS_512
+
 namespace difloat {
 
 constexpr int LANES = 16;   // float32 or int32 per vector
 constexpr int VECTORS = 4;  // vectors side by side in a panel: 64 output channels
 constexpr int TILE_ROWS = 6;  // 6 x 4 accumulators, 4 weights, 1 activation: 29 of 32 registers
-constexpr bool HAS_PERMUTE = true;
 
 using F32 = __m512;
 using I32 = __m512i;
@@ -38,6 +39,9 @@ static inline void store_half(uint16_t* p, F32 x) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 static inline void store_int8(int8_t* p, I32 x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
+static inline void store_int8_four(int8_t* p, const I32 (&x)[4]) {
+    for (int i = 0; i < 4; i++) store_int8(p + i * LANES, x[i]);
+}
 static inline void store_low16(uint16_t* p, I32 x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x)); }
 
 static inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
@@ -73,6 +77,23 @@ static inline int32_t largest_int(I32 x) { return _mm512_reduce_max_epi32(x); }
 static inline __attribute__((always_inline)) I32 dot(I32 acc, I32 weights, I32 activations) {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(activations));
     return acc;
+}
+
+// Four numbers, one for each output channel of few_rows.h.
+using Four = __m128;
+static inline Four set_four(float x) { return _mm_set1_ps(x); }
+static inline Four load_four(const float* p) { return _mm_loadu_ps(p); }
+static inline void store_four(float* p, Four x) { _mm_storeu_ps(p, x); }
+static inline Four fma(Four a, Four b, Four c) { return _mm_fmadd_ps(a, b, c); }
+static inline Four to_float(__m128i x, int32_t more) { return _mm_cvtepi32_ps(_mm_add_epi32(x, _mm_set1_epi32(more))); }
+
+// The sums of four vectors.
+static inline __m128i sum_side(const I32 (&a)[4]) {
+    const I32 ab = add_int(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+    const I32 cd = add_int(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
+    const I32 all = add_int(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
 }  // namespace difloat

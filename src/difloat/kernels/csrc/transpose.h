@@ -4,7 +4,7 @@
 
 namespace difloat {
 
-#ifdef __AVX512F__
+#ifdef DIFLOAT_VECTORS_512
 
 // Transpose 16 x 16 dwords in registers.
 static INLINE void transpose(I32 (&r)[16]) {
@@ -31,6 +31,15 @@ static INLINE void transpose(I32 (&r)[16]) {
         r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
         r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
     });
+}
+
+#elif defined(__ARM_NEON)
+
+// Transpose 4 x 4 dwords in registers.
+static INLINE void transpose(I32 (&r)[4]) {
+    const int32x4_t a = vtrn1q_s32(r[0], r[1]), b = vtrn2q_s32(r[0], r[1]), c = vtrn1q_s32(r[2], r[3]), d = vtrn2q_s32(r[2], r[3]);
+    r[0] = vcombine_s32(vget_low_s32(a), vget_low_s32(c)), r[1] = vcombine_s32(vget_low_s32(b), vget_low_s32(d));
+    r[2] = vcombine_s32(vget_high_s32(a), vget_high_s32(c)), r[3] = vcombine_s32(vget_high_s32(b), vget_high_s32(d));
 }
 
 #else

@@ -3,6 +3,4 @@
 // clang-format off: the header builds on the one before it
 #include "attention.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 EXPORT int difloat_attend(const difloat_attention* attention, int threads) { return difloat::attention(*attention, threads); }

@@ -1,0 +1,46 @@
+// Panels and packed rows: how many output channels stand side by side, and where their codes lie.
+//
+// A panel holds WIDTH = LANES * VECTORS output channels, [tap][quad][channel][4]: four input channels (a quad) of every output
+// channel side by side, as one multiply-add instruction takes them. Input channels that are missing in the last quad hold
+// something; the activations there are 0.
+#pragma once
+#include <stdint.h>
+
+#include <algorithm>
+
+#include "difloat.h"
+
+namespace difloat {
+
+constexpr int WIDTH = LANES * VECTORS;
+
+static inline int64_t quads_of(int64_t channels) { return (channels + 3) / 4; }
+static inline int64_t code_bytes(const difloat_weight& w) { return (w.channels * w.bits + 7) / 8; }
+static inline int64_t panel_bytes(const difloat_weight& w) { return w.taps * quads_of(w.channels) * WIDTH * 4; }
+// Scratch in which the bytes of a row stand side by side where they do not in the weight itself.
+static inline int64_t gather_bytes(const difloat_weight& w) {
+    return w.byte_stride == 1 ? 0 : WIDTH * w.taps * code_bytes(w);
+}
+
+// The codes of output channel `first + row` and `tap`; beyond the last channel those of the last.
+struct Rows {
+    const uint8_t* base;
+    int64_t row_stride, tap_stride, last;
+
+    Rows(const difloat_weight& w, int64_t first, uint8_t* gathered) : last(std::min<int64_t>(w.rows - first, WIDTH) - 1) {
+        base = w.data + first * w.row_stride, row_stride = w.row_stride, tap_stride = w.tap_stride;
+        if (w.byte_stride == 1) return;
+        const int64_t bytes = code_bytes(w);
+        for (int64_t row = 0; row <= last; row++)
+            for (int64_t byte = 0; byte < bytes; byte++) {
+                const uint8_t* from = base + row * row_stride + byte * w.byte_stride;
+                uint8_t* to = gathered + row * w.taps * bytes + byte;
+                for (int64_t tap = 0; tap < w.taps; tap++) to[tap * bytes] = from[tap * w.tap_stride];
+            }
+        base = gathered, row_stride = w.taps * bytes, tap_stride = bytes;
+    }
+
+    const uint8_t* at(int64_t row, int64_t tap) const { return base + std::min(row, last) * row_stride + tap * tap_stride; }
+};
+
+}  // namespace difloat
