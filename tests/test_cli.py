@@ -317,6 +317,12 @@ def test_checkpoints_in_half_precision(run: Run, tmp_path: Path, dtype: torch.dt
     }
 
 
+def test_the_batch_of_calibration_is_an_option(run: Run, source: Path, tmp_path: Path) -> None:
+    words = ["quantize", source, tmp_path / "out", "--dry-run", "--samples", 12, "--steps", 2, "--batch"]
+    assert "12 rows from 6 full-precision pictures of 2 steps" in run(*words, 3).out
+    assert "12 rows from 8 full-precision pictures of 2 steps" in run(*words, 8).out
+
+
 def test_a_full_accelerator_says_what_to_set(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,7 +37,7 @@ class CalibrationSettings:
     samples: Positive = 256
     steps: Positive | None = None
     guidance_scale: Annotated[float | None, Field(title="guidance"), Rule("be finite")] = None
-    prompts_per_batch: Annotated[Positive, Field(title="batch")] = 8
+    prompts_per_batch: Positive = 8
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
     timesteps: Annotated[Literal["sampler", "clean"], Rule("be sampler or clean")] = "sampler"
     memory_bytes: Whole = 2 << 30
