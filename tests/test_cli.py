@@ -146,7 +146,10 @@ def test_inspect_says_what_computes_a_model(run: Run, checkpoint: Path) -> None:
 
 def test_unknown_target_is_refused(run: Run, source: Path, tmp_path: Path) -> None:
     result = run("quantize", source, tmp_path / "out", "--target", "tpu", *FAST)
-    assert result.code == 2 and "target must be one of any, cpu, got 'tpu'" in result.err
+    assert (
+        result.code == 2
+        and "target must be one of any, cpu, comfy, gguf, openvino, diffusers, got 'tpu'" in result.err
+    )
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, source: Path, tmp_path: Path) -> None:
@@ -354,7 +357,10 @@ def test_what_nobody_foresaw_is_neither_a_gate_nor_bad_input(
     [
         (["--call", "output_type=latent"], "must not set output_type, which difloat sets itself"),
         (["--guidance", "nan"], "guidance must be finite, got nan"),
-        (["--target", "gpu", "--dry-run"], "target must be one of any, cpu, got 'gpu'"),
+        (
+            ["--target", "gpu", "--dry-run"],
+            "target must be one of any, cpu, comfy, gguf, openvino, diffusers, got 'gpu'",
+        ),
         (["--components", "vea", "--dry-run"], "components must name the denoiser"),
     ],
 )
