@@ -191,7 +191,7 @@ def after_readme(tiny_world: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
 
 
 def test_everything_in_the_readme_runs(after_readme: Path) -> None:
-    assert {"out", "pictures", "emoji-fp4"} <= {path.name for path in after_readme.iterdir()}
+    assert {"out", "pictures", "emoji-w4a8"} <= {path.name for path in after_readme.iterdir()}
     assert (after_readme / "out" / "report.html").is_file()
 
 
