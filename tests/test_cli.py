@@ -35,7 +35,18 @@ from tiny import PROMPTS, tiny_pixart, tiny_unet
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 VERBS = ("inspect", "quantize", "generate", "evaluate", "report", "verify", "demo")
-FAST = ["--samples", "6", "--steps", "2", "--set", "iterations=2", "--set", "rounding_rows=4"]
+FAST = [
+    "--samples",
+    "6",
+    "--steps",
+    "2",
+    "--set",
+    "iterations=2",
+    "--set",
+    "rounding_rows=4",
+    "--recipe",
+    "lbfp",
+]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 

@@ -78,7 +78,9 @@ def test_one_command_checks_each_thing_once(
     words = ["quantize", source, tmp_path / "out", "--prompts", source.parent / "prompts.txt"]
     words += ["--samples", 6, "--steps", 2, "--images", 0, "--exclude", "*.to_q"]
     with calls(*ONCE) as found:
-        code = command(monkeypatch, *words, "--set", "iterations=2", "--set", "rounding_rows=4")
+        code = command(
+            monkeypatch, *words, "--recipe", "lbfp", "--set", "iterations=2", "--set", "rounding_rows=4"
+        )
     assert code == 0
     assert found == {function.__qualname__: 1 for function in ONCE}
 

@@ -209,11 +209,10 @@ def demo(
     model: Annotated[str, typer.Option(help="emoji-pixart or emoji-unet.")] = "emoji-pixart",
     device: Device = AUTO,
 ) -> None:
-    """Quantize an embedded model to FP4 weights and FP8 activations and show what it cost, in a few minutes."""
+    """Quantize an embedded model to 4 bits per weight and show what it cost, in a minute."""
     console.print(
-        f"[bold]difloat demo[/bold]: {model}, LBFP, FP4 weights with learned rounding, FP8 activations"
+        f"[bold]difloat demo[/bold]: {model}, recipe auto, weights of 4 bits on average, INT8 activations"
     )
-    target = out / f"{model}-lbfp-w4a8"
-    fast = ["iterations=80", "rounding_rows=96"]
-    quantize(source=model, out=target, samples=160, option=fast, images=24, overwrite=True, device=device)
+    target = out / f"{model}-auto-w4a8"
+    quantize(source=model, out=target, samples=160, images=24, overwrite=True, device=device)
     verify(target)
