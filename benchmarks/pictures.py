@@ -52,7 +52,7 @@ STRIPS = {
         ("emoji-pixart", "emoji-unet"),
         PROMPTS[:4],
         {
-            "LBFP w4a8, FP4": ("lbfp", {"iterations": 80, "rounding_rows": 96}),
+            "auto w4a8": ("auto", {}),
             "rounding to nearest w4a8, INT4": (
                 "rtn",
                 {"grid": "int", "scale": "minmax", "keep_8bit": (), "activation": "static"},

@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--text-layers", type=int, default=2, help="layers of T5-XXL")
     parser.add_argument(
-        "--blocks", type=int, nargs=2, default=(19, 38), help="of FLUX: double and single ones"
+        "--blocks", type=int, nargs="+", help="of FLUX double and single ones, of PixArt; default: all"
     )
     parser.add_argument(
         "--json", type=Path, default=Path("real_models.json"), help="where measurements are added"
@@ -65,7 +65,9 @@ def main() -> None:
     elif arguments.model == "table":
         print(table(json.loads(Path(arguments.name).read_text(encoding="utf-8"))))
     elif arguments.model == "flux":
-        flux(Path(arguments.name), dtype, arguments.text_layers, tuple(arguments.blocks))
+        flux(Path(arguments.name), dtype, arguments.text_layers, tuple(arguments.blocks or (19, 38)))
+    elif arguments.model == "pixart":
+        pixart(dtype, arguments.text_layers, *(arguments.blocks or ())).save_pretrained(arguments.name)
     else:
         MODELS[arguments.model](dtype, arguments.text_layers).save_pretrained(arguments.name)
 
@@ -216,7 +218,7 @@ def sd15(dtype: torch.dtype, text_layers: int) -> Any:
     )
 
 
-def pixart(dtype: torch.dtype, text_layers: int) -> Any:
+def pixart(dtype: torch.dtype, text_layers: int, blocks: int = 28) -> Any:
     """PixArt-alpha XL/2 at 512 pixels."""
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
     from transformers import T5Config, T5EncoderModel
@@ -227,7 +229,7 @@ def pixart(dtype: torch.dtype, text_layers: int) -> Any:
             attention_head_dim=72,
             in_channels=4,
             out_channels=8,
-            num_layers=28,
+            num_layers=blocks,
             cross_attention_dim=1152,
             sample_size=64,
             patch_size=2,

@@ -35,7 +35,18 @@ from tiny import PROMPTS, tiny_pixart, tiny_unet
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 VERBS = ("inspect", "quantize", "generate", "evaluate", "report", "verify", "demo")
-FAST = ["--samples", "6", "--steps", "2", "--set", "iterations=2", "--set", "rounding_rows=4"]
+FAST = [
+    "--samples",
+    "6",
+    "--steps",
+    "2",
+    "--set",
+    "iterations=2",
+    "--set",
+    "rounding_rows=4",
+    "--recipe",
+    "lbfp",
+]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -146,7 +157,10 @@ def test_inspect_says_what_computes_a_model(run: Run, checkpoint: Path) -> None:
 
 def test_unknown_target_is_refused(run: Run, source: Path, tmp_path: Path) -> None:
     result = run("quantize", source, tmp_path / "out", "--target", "tpu", *FAST)
-    assert result.code == 2 and "target must be one of any, cpu, got 'tpu'" in result.err
+    assert (
+        result.code == 2
+        and "target must be one of any, cpu, comfy, gguf, openvino, diffusers, got 'tpu'" in result.err
+    )
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, source: Path, tmp_path: Path) -> None:
@@ -317,6 +331,12 @@ def test_checkpoints_in_half_precision(run: Run, tmp_path: Path, dtype: torch.dt
     }
 
 
+def test_the_batch_of_calibration_is_an_option(run: Run, source: Path, tmp_path: Path) -> None:
+    words = ["quantize", source, tmp_path / "out", "--dry-run", "--samples", 12, "--steps", 2, "--batch"]
+    assert "12 rows from 6 full-precision pictures of 2 steps" in run(*words, 3).out
+    assert "12 rows from 8 full-precision pictures of 2 steps" in run(*words, 8).out
+
+
 def test_a_full_accelerator_says_what_to_set(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,7 +368,10 @@ def test_what_nobody_foresaw_is_neither_a_gate_nor_bad_input(
     [
         (["--call", "output_type=latent"], "must not set output_type, which difloat sets itself"),
         (["--guidance", "nan"], "guidance must be finite, got nan"),
-        (["--target", "gpu", "--dry-run"], "target must be one of any, cpu, got 'gpu'"),
+        (
+            ["--target", "gpu", "--dry-run"],
+            "target must be one of any, cpu, comfy, gguf, openvino, diffusers, got 'gpu'",
+        ),
         (["--components", "vea", "--dry-run"], "components must name the denoiser"),
     ],
 )

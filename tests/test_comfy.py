@@ -142,6 +142,7 @@ def test_a_branch_in_int4_is_multiplied_as_ours(tmp_path: Path) -> None:
         ours = model.layer(x)
     assert float((ours - theirs).abs().max()) <= 1e-5 * float(ours.abs().max())
     assert {name.removeprefix("layer.weight") for name in tensors} >= _suffixes(tensors, layer)
+    assert [remark.level for remark in interchange.validate(tmp_path / "c.safetensors")] == ["ok"]
     codes = packed_int4(tensors["layer.weight"])
     weight = codes * tensors["layer.weight_scale"].float().t().repeat_interleave(64, 1)
     assert torch.equal(weight, dequantize(replace(layer, side=None)))

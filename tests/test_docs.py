@@ -118,7 +118,7 @@ def tiny_world() -> Iterator[pytest.MonkeyPatch]:
 
     plan, generate = api.plan, evaluate.generate
 
-    def quick(model: object, recipe: str = "lbfp", bits: str = "w4a8", **given: object) -> object:
+    def quick(model: object, recipe: str = "auto", bits: str = "w4a8", **given: object) -> object:
         wanted = {name: value for name, value in QUICK.items() if name in known_to(recipe)}
         wanted |= {name: QUICK[name] for name in ("samples", "steps")}
         return plan(model, recipe, bits, **{**given, **wanted})
@@ -141,7 +141,7 @@ def carry_out(command: str, patch: pytest.MonkeyPatch) -> int:
     words = shlex.split(command)
     words += FEWER.get(words[1], [])
     if words[1] == "quantize":
-        recipe = words[words.index("--recipe") + 1] if "--recipe" in words else "lbfp"
+        recipe = words[words.index("--recipe") + 1] if "--recipe" in words else "auto"
         quick = [name for name in QUICK if name in known_to(recipe)]
         words += [word for name in quick for word in ("--set", f"{name}={QUICK[name]}")]
     patch.setattr("sys.argv", words)
@@ -191,7 +191,7 @@ def after_readme(tiny_world: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
 
 
 def test_everything_in_the_readme_runs(after_readme: Path) -> None:
-    assert {"out", "pictures", "emoji-fp4"} <= {path.name for path in after_readme.iterdir()}
+    assert {"out", "pictures", "emoji-w4a8"} <= {path.name for path in after_readme.iterdir()}
     assert (after_readme / "out" / "report.html").is_file()
 
 

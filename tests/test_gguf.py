@@ -170,6 +170,8 @@ def test_a_file_holds_every_value(exported: tuple[str, object, Path]) -> None:
     assert read.keys() == expected.keys() and counts[kind] > 0.5 * sum(counts.values())
     for name, tensor in expected.items():
         assert torch.equal(read[name], tensor), name
+    levels = [remark.level for remark in interchange.validate(file, tiny().transformer.state_dict())]
+    assert levels == ["ok"]
     reader = gguf.GGUFReader(file)
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert reader.get_field("general.architecture").contents() == "sd3"
@@ -283,3 +285,24 @@ def test_what_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gguf files must hold every layer without loss, but .* --for gguf"):
         interchange.export_checkpoint(tmp_path / "own", tmp_path / "m.gguf", "gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_validate_knows_what_is_wrong_with_a_file(exported: tuple[str, object, Path], tmp_path: Path) -> None:
+    kind, _, file = exported
+    state = {name: -tensor for name, tensor in tiny().transformer.state_dict().items()}
+    messages = [remark.message for remark in interchange.validate(file, state)]
+    assert any("near the float one" in message for message in messages)
+    content = bytearray(file.read_bytes())
+    tensor = next(t for t in gguf.GGUFReader(file).tensors if t.tensor_type.name == kind)
+    content[tensor.data_offset : tensor.data_offset + 2] = b"\x00\x7c"  # the first d is infinite
+    (tmp_path / "bad.gguf").write_bytes(content)
+    (remark, *_) = interchange.validate(tmp_path / "bad.gguf")
+    assert (remark.level, remark.place) == ("error", tensor.name)
+    writer = gguf.GGUFWriter(tmp_path / "float.gguf", "pixart")
+    writer.add_tensor("a.weight", np.zeros((2, 2), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = [(remark.level, remark.message[:24]) for remark in interchange.validate(tmp_path / "float.gguf")]
+    assert found == [("error", "file must hold quantized"), ("suspicion", "general.architecture is ")]

@@ -134,6 +134,7 @@ def test_the_file_is_as_small_as_ours_and_keeps_inputs_float(tmp_path: Path) -> 
             codes["u4"] += int(np.prod(node.get_output_shape(0)))
     plan = api.plan_of(pipeline)
     assert codes["u4"] == sum(int(np.prod(layer.shape)) for layer in plan.layers.values())
+    assert [remark.level for remark in interchange.validate(file)] == ["ok"]
     own = (tmp_path / "own" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert file.with_suffix(".bin").stat().st_size < 1.2 * own
     assert (
@@ -154,3 +155,20 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checkpoint must be of a pipeline to be traced"):
         interchange.export_checkpoint(tmp_path / "own" / "unet", tmp_path / "m.xml", "openvino")
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_validate_knows_what_is_wrong_with_a_file(tmp_path: Path) -> None:
+    from openvino import opset13 as op
+
+    x = op.parameter([-1, 4], np.float32)
+    for name, codes in (("float", np.ones((4, 4), np.float32)), ("int8", np.ones((4, 4), np.int8))):
+        weight = op.convert(op.constant(codes), np.float32)
+        ov.save_model(ov.Model([op.matmul(x, weight, False, True)], [x]), tmp_path / f"{name}.xml")
+    assert [r.message for r in interchange.validate(tmp_path / "float.xml")][0].startswith(
+        "file must hold compressed"
+    )
+    assert [remark.level for remark in interchange.validate(tmp_path / "int8.xml")] == ["ok", "suspicion"]
+    (tmp_path / "int8.xml").write_text("<net")
+    assert "must be read by OpenVINO" in interchange.validate(tmp_path / "int8.xml")[0].message
+    (tmp_path / "int8.bin").unlink()
+    assert "int8.bin must be beside the file" in interchange.validate(tmp_path / "int8.xml")[0].message

@@ -42,7 +42,7 @@ def nonsense(recipe: str) -> list[tuple[str, Any]]:
     options = RECIPES[recipe].options
     found = []
     for name, hint in get_type_hints(options).items():
-        kind = tuple if str(hint).startswith("tuple") else hint
+        kind = tuple if str(hint).startswith("tuple") else int if "ByteSize" in str(hint) else hint
         values = ["banana", 7.5, ""] if "Literal" in str(hint) else NONSENSE[kind]
         field = options.__dataclass_fields__[name]
         found += [(name, value) for value in values if value != field.default]
@@ -73,6 +73,7 @@ def other_value(options: type[Any], name: str) -> Any:
         "weight_format": "e2m1",
         "before_gelu": "e3m0",
         "keep_8bit": ("last",),
+        "size": "1GB",
         "features": "transformer_blocks.1",
     }
     if name in known:

@@ -78,7 +78,9 @@ def test_one_command_checks_each_thing_once(
     words = ["quantize", source, tmp_path / "out", "--prompts", source.parent / "prompts.txt"]
     words += ["--samples", 6, "--steps", 2, "--images", 0, "--exclude", "*.to_q"]
     with calls(*ONCE) as found:
-        code = command(monkeypatch, *words, "--set", "iterations=2", "--set", "rounding_rows=4")
+        code = command(
+            monkeypatch, *words, "--recipe", "lbfp", "--set", "iterations=2", "--set", "rounding_rows=4"
+        )
     assert code == 0
     assert found == {function.__qualname__: 1 for function in ONCE}
 
@@ -110,7 +112,7 @@ def test_a_request_is_plain_frozen_data() -> None:
         ({"bits": 4}, "bits must look like 'w4a8' or 'w3.5a8', got 4"),
         ({"bits": "w4"}, "bits must look like 'w4a8' or 'w3.5a8', got 'w4'"),
         ({"recipe": "best"}, "recipe must be one of lbfp"),
-        ({"target": "gpu"}, "target must be one of any, cpu, got 'gpu'"),
+        ({"target": "gpu"}, "target must be one of any, cpu, comfy, gguf, openvino, diffusers, got 'gpu'"),
         ({"exclude": 3}, "exclude must be names"),
         ({"components": ["vae=8"]}, "bits must look like 'w4a8' or 'w3.5a8', got '8'"),
         ({"components": 3}, "components must be names of components"),

@@ -117,3 +117,16 @@ def test_a_model_without_gradients_is_refused() -> None:
     broken.last.weight.data.fill_(torch.inf)
     with pytest.raises(ValueError, match="NaN or Inf at layer 'first'"):
         sensitivities(broken, [Probe(call_of(2), (1.0, 1.0), False)], ["first"], PLAIN, 0)
+
+
+def test_a_call_holds_as_many_rows_as_memory_does() -> None:
+    pipeline = tiny_unet()
+    data = collect(pipeline, PROMPTS, CalibrationSettings(16, 2, prompts_per_batch=4), progress=False)
+    by_time = dict.fromkeys(data.timesteps, 1.0)
+
+    def rows(memory_bytes: int) -> list[int]:
+        task = Task(pipeline.unet, data, Bits.parse("w4a8"), memory_bytes=memory_bytes)
+        return [len(probe.weights) for probe in probes_of(task, PLAIN, by_time)]
+
+    assert set(rows(1 << 30)) == {4}  # pairs, of eight rows
+    assert set(rows(1)) == {1} and sum(rows(1)) == sum(rows(1 << 30))

@@ -3,7 +3,7 @@
 ```python
 import difloat
 pipeline = difloat.reference("emoji-pixart")                    # or any diffusers pipeline
-difloat.quantize(pipeline, recipe="lbfp", bits="w4a8")          # calibrates on its own trajectories
+difloat.quantize(pipeline, bits="w4a8")                         # calibrates on its own trajectories
 difloat.save(pipeline, "emoji-fp4")                             # packed: 4 bits take 4 bits
 pipeline = difloat.load("emoji-fp4")                            # or plain from_pretrained after `import difloat`
 ```

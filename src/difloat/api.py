@@ -81,7 +81,7 @@ def plan(
         cache_key: A name of `forward_loop` in the cache. None tells loops apart by their code and the values in it.
         progress: Whether to show progress bars.
         call_kwargs: Further arguments of the pipeline's call, such as `height`.
-        target: "cpu" restricts every search to formats that CPUs compute in integers, and "any" does not.
+        target: "cpu" for formats that CPUs compute in integers, or a kind of file that holds the plan (`plan.target.FILES`).
         exclude: Names of layers or blocks, or patterns like ``*.to_q``, that stay as they are, whatever the recipe.
         components: Models of a pipeline, like ["unet", "vae=w8a8"] (`components.parse`). None takes the denoiser or denoisers.
         device: Where the model is put and computes (`devices.resolve`). None leaves it where it is, or is offloaded from.

@@ -17,7 +17,7 @@ from difloat.layers import hooks, offloading
 from difloat.layers.exclude import Exclusion, excluded
 from difloat.layers.quantizable import check_weights, quantizable
 from difloat.lora import wrapped
-from difloat.methods.cost import Cost
+from difloat.methods.cost import Cost, check_files
 from difloat.plan import options as recipe_options
 from difloat.plan.request import CalibrationSettings, Request
 from difloat.plan.rules import Bits
@@ -58,6 +58,7 @@ def request(
         **others,
     )
     recipe_options.checked(asked.options, asked.bits, row.averages)
+    check_files(asked.options, row.cost, asked.bits, asked.target)
     return asked
 
 

@@ -1,6 +1,6 @@
 """The command line; `difloat --help` lists the commands."""
 
-from difloat.cli import checkpoints, diagnosis, files, pictures, quantization
+from difloat.cli import checkpoints, diagnosis, files, hub, pictures, quantization
 from difloat.cli.app import app, main
 
-__all__ = ["app", "checkpoints", "diagnosis", "files", "main", "pictures", "quantization"]
+__all__ = ["app", "checkpoints", "diagnosis", "files", "hub", "main", "pictures", "quantization"]

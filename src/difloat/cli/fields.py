@@ -24,7 +24,7 @@ from difloat.plan.validation import bare, descriptions, read
 
 Words = Mapping[str, Any]  # what a user wrote, by field
 
-_FLAGS = {"guidance_scale": "--guidance", "memory_bytes": "--memory-mb"}
+_FLAGS = {"guidance_scale": "--guidance", "memory_bytes": "--memory-mb", "prompts_per_batch": "--batch"}
 _SHIFTS = {"memory_bytes": 20}  # bits between the field's unit and the option's
 _LISTED = (list, tuple)
 

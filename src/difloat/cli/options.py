@@ -48,6 +48,12 @@ Images = Annotated[
         "million weights, else none.",
     ),
 ]
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for", help="A kind of file that shall hold it exactly: comfy, gguf, openvino or diffusers."
+    ),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")]
 Call = Annotated[

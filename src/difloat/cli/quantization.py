@@ -18,6 +18,7 @@ from difloat.cli.options import (
     Call,
     Device,
     DryRun,
+    For,
     Images,
     Offload,
     Overwrite,
@@ -32,6 +33,7 @@ from difloat.cli.options import (
 )
 from difloat.cli.tables import console
 from difloat.plan.request import CalibrationSettings, RepairSettings, Request
+from difloat.plan.target import check_file
 from difloat.sources import Source as SourceFields
 
 _IMAGES, _LARGE = 16, 100_000_000  # pictures of a report, up to so many weights
@@ -47,6 +49,7 @@ def quantize(
     asked: Annotated[Words, Fields(Request, leave_out=("options", "calibration", "device"))],
     calibration: Annotated[CalibrationSettings, _CALIBRATION],
     where: Annotated[Words, Fields(SourceFields, leave_out=("name",), panel="Source")],
+    reader: For = None,
     option: Setting = None,
     prompts: Prompts = None,
     call: Call = None,
@@ -60,6 +63,8 @@ def quantize(
     from difloat import job, run
 
     place, words = meet(device), options_of(option or [])
+    if reader is not None:
+        asked = {**asked, "target": check_file(reader, asked.get("target", Request.target))}
     request = job.request(**asked, options=words, calibration=calibration, device=place)
     needs_data = job.needs_data(request, request.bits)
     _check_images(images)
@@ -204,11 +209,10 @@ def demo(
     model: Annotated[str, typer.Option(help="emoji-pixart or emoji-unet.")] = "emoji-pixart",
     device: Device = AUTO,
 ) -> None:
-    """Quantize an embedded model to FP4 weights and FP8 activations and show what it cost, in a few minutes."""
+    """Quantize an embedded model to 4 bits per weight and show what it cost, in a minute."""
     console.print(
-        f"[bold]difloat demo[/bold]: {model}, LBFP, FP4 weights with learned rounding, FP8 activations"
+        f"[bold]difloat demo[/bold]: {model}, recipe auto, weights of 4 bits on average, INT8 activations"
     )
-    target = out / f"{model}-lbfp-w4a8"
-    fast = ["iterations=80", "rounding_rows=96"]
-    quantize(source=model, out=target, samples=160, option=fast, images=24, overwrite=True, device=device)
+    target = out / f"{model}-auto-w4a8"
+    quantize(source=model, out=target, samples=160, images=24, overwrite=True, device=device)
     verify(target)

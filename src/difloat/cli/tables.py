@@ -72,7 +72,7 @@ def print_made(made: Record, out: Path) -> None:
 
 def _code_bits(weight_format: str) -> int:
     """Bits of the widest format that a layer's weight is in."""
-    return max(formats.parse(name).bits for name in re.findall(r"u?e\d+m\d+\w*|u?int\d+", weight_format))
+    return max(formats.parse(name).bits for name in re.split(r" \+ |/", weight_format))
 
 
 def print_summary(made: Record) -> None:
@@ -94,10 +94,9 @@ def print_summary(made: Record) -> None:
         row.bytes_before for row in made.layers
     )
     integers = sum(row.integer_grid for row in made.layers)
-    wider = [row.name for row in made.layers if _code_bits(row.weight_format) > made.weight_bits_nominal + 1]
     console.print(
         f"{len(made.layers)} layers quantized, {integers} of them on integer grids; {zeros:.1%} of the weights are 0\n"
-        f"kept at more bits: {', '.join(wider) or 'none'}\n" + _left(made),
+        f"{_widths(made)}\n{_left(made)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -105,6 +104,15 @@ def print_summary(made: Record) -> None:
         console.print(f"note       {made.size_remark}", highlight=False, soft_wrap=True)
     if note := zeros_note(made.layers):
         console.print(note, highlight=False)
+
+
+def _widths(made: Record) -> str:
+    """Which layers have more bits than were asked for, or what a recipe that chooses bits by layer gave them."""
+    if made.shares:
+        bits = [share.bits for share in made.shares]
+        return f"bits chosen by layer: {min(bits):.2f} to {max(bits):.2f} a weight with scales (report: What bytes bought)"
+    wider = [row.name for row in made.layers if _code_bits(row.weight_format) > made.weight_bits_nominal + 1]
+    return f"kept at more bits: {', '.join(wider) or 'none'}"
 
 
 def _left(made: Record) -> str:

@@ -2,7 +2,8 @@
 
 from difloat.interchange.export import export_checkpoint, remarks_of
 from difloat.interchange.import_ import import_into, model_of
+from difloat.interchange.remarks import Remark
 from difloat.interchange.schemes import DIALECTS
-from difloat.interchange.validate import Remark, validate
+from difloat.interchange.validate import validate
 
 __all__ = ["DIALECTS", "Remark", "export_checkpoint", "import_into", "model_of", "remarks_of", "validate"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -74,6 +75,29 @@ def encode_with_branch(name: str, layer: LayerPlan) -> tuple[dict[str, Tensor], 
         "weight_smooth_factor": torch.ones(columns, dtype=torch.float16),
     }
     return tensors, {"format": BRANCH_FORMAT}
+
+
+def check_branch(name: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What is wrong with the tensors of a layer in int4 with a branch, `tensors` being those of the file."""
+    weight = tensors[f"{name}.weight"]
+    rows, columns = weight.shape[0], weight.shape[-1] * 2
+    down = tensors.get(f"{name}.weight_proj_down")
+    rank = -1 if down is None else int(down.shape[-1])
+    wanted = {
+        "weight_scale": (columns // _GROUP, rows),
+        "weight_proj_down": (columns, rank),
+        "weight_proj_up": (rows, rank),
+        "weight_smooth_factor": (columns,),
+    }
+    if weight.dtype != torch.int8 or weight.dim() != 2:
+        yield f"weight must be int8 with two axes in {BRANCH_FORMAT}, got {weight.dtype} {list(weight.shape)}"
+    for key, shape in wanted.items():
+        tensor = tensors.get(f"{name}.{key}")
+        if tensor is None or tuple(tensor.shape) != shape:
+            got = "nothing" if tensor is None else str(list(tensor.shape))
+            yield f"{key} must have the shape {list(shape)} in {BRANCH_FORMAT}, got {got}"
+        elif not bool(tensor.float().isfinite().all()):
+            yield f"{key} must be finite, got NaN or infinity"
 
 
 def remarks(plan: Plan) -> list[str]:

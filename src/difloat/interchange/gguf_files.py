@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,9 @@ _ARCHITECTURES = {  # names of ComfyUI-GGUF, which refuses others
     "QwenImageTransformer2DModel": "qwen_image",
     "PixArtTransformer2DModel": "pixart",
 }
+
+
+COMFY_ARCHITECTURES = frozenset({*_ARCHITECTURES.values(), "sd1", "sdxl"} - {"pixart"})
 
 
 def write(contents: Contents, file: Path) -> None:
@@ -82,7 +86,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Counter[str]]
     try:
         reader = gguf.GGUFReader(path)
         for tensor in reader.tensors:
-            values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            with np.errstate(invalid="ignore"):  # infinite scales, which `validate` speaks of
+                values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
             shape = _original_shape(reader, tensor.name) or [int(size) for size in reversed(tensor.shape)]
             tensors[tensor.name] = values.reshape(shape)
             counts[tensor.tensor_type.name] += values.numel()
@@ -91,6 +96,12 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Counter[str]]
             f"{path} must be a whole GGUF file of float tensors, but {error!s:.200}; download it again"
         ) from error
     return tensors, counts
+
+
+def architecture_in(path: str | os.PathLike[str]) -> str:
+    """What `general.architecture` of a file says; "" if nothing."""
+    field = _package().GGUFReader(path).get_field("general.architecture")
+    return "" if field is None else str(field.contents())
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,33 +18,16 @@ from torch import Tensor
 from difloat.checkpoint.layout import CONFIG, QUANT_METHOD, read_json
 from difloat.checkpoint.manifest import MANIFEST
 from difloat.checkpoint.verify import verify
-from difloat.interchange import read_foreign
+from difloat.interchange import comfy, gguf_files, openvino_ir, read_foreign
 from difloat.interchange.layers import decode
 from difloat.interchange.read_foreign import METADATA, PACKED, Foreign
+from difloat.interchange.remarks import WRONG, Remark
 from difloat.interchange.schemes import E8M0_NAN, Scheme, from_tiles, swap_nibbles, tile_shape, to_tiles
+from difloat.interchange.validate_files import validate_gguf, validate_openvino
 from difloat.numbers import packing
 from difloat.plan.encode import dequantize
 
-Level = Literal["error", "suspicion", "ok"]
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-@dataclass(frozen=True)
-class Remark:
-    """One finding about a file.
-
-    >>> Remark("error", "blocks.0.to_q", "weight must be finite, got NaN or infinity").level
-    'error'
-
-    Attributes:
-        level: "error" for a certain mistake, "suspicion" for a guess, "ok" for a check that was passed.
-        place: The layer or tensor, or "" for the whole file.
-        message: One sentence about the finding.
-    """
-
-    level: Level
-    place: str
-    message: str
 
 
 def validate(path: str | os.PathLike[str], reference: Mapping[str, Tensor] | None = None) -> list[Remark]:
@@ -61,14 +42,18 @@ def validate(path: str | os.PathLike[str], reference: Mapping[str, Tensor] | Non
     [('ok', '1 quantized layers as FP8 per row stores them')]
 
     Args:
-        path: A safetensors file, a directory with one, or a difloat checkpoint.
+        path: A safetensors file, GGUF, OpenVINO's ``.xml``, a directory with safetensors, or a difloat checkpoint.
         reference: The state dict of the float model, with the names of the file. It makes wrong arrangements certain.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is no whole safetensors file.
+        CheckpointError: if it is no whole safetensors file, or GGUF.
     """
     source = Path(path)
+    if source.is_file() and source.suffix == gguf_files.SUFFIX:
+        return list(validate_gguf(source, reference))
+    if source.is_file() and source.suffix == openvino_ir.SUFFIX:
+        return list(validate_openvino(source))
     if source.is_dir() and _is_own(source):
         return [
             Remark("ok" if finding.passed else "error", finding.component, finding.message)
@@ -85,6 +70,7 @@ def validate(path: str | os.PathLike[str], reference: Mapping[str, Tensor] | Non
         remarks.append(Remark("error", "", "file must hold quantized layers, but no tensor looks like one"))
     elif not [remark for remark in remarks if remark.level == "error"]:
         schemes = dict.fromkeys(s.name for name in names if (s := read_foreign.scheme_of(read, name)))
+        schemes |= {comfy.BRANCH_FORMAT: None} if comfy.BRANCH_FORMAT in read.comfy_formats().values() else {}
         remarks.append(Remark("ok", "", f"{len(names)} quantized layers as {', '.join(schemes)} stores them"))
     return remarks
 
@@ -115,6 +101,9 @@ def _layer(read: Foreign, name: str, reference: Mapping[str, Tensor] | None) -> 
         yield Remark(
             "error", name, f"weight must be in the file, since {where} name the layer, but is missing"
         )
+        return
+    if marked == comfy.BRANCH_FORMAT:
+        yield from (Remark("error", name, message) for message in comfy.check_branch(name, read.tensors))
         return
     scheme = read_foreign.scheme_of(read, name)
     if scheme is None:
@@ -212,7 +201,6 @@ _SATURATED = (
 )
 _LARGEST_WEIGHT = 1000.0  # no trained layer has weights beyond it
 _CLEARLY = 0.8  # another arrangement is likelier if it leaves less than this share of the spread within rows
-_WRONG = 0.7  # relative error from which a weight has little to do with the float one
 
 
 def alone(tensors: Mapping[str, Tensor], scheme: Scheme) -> Iterator[str]:
@@ -291,7 +279,7 @@ def against(tensors: Mapping[str, Tensor], scheme: Scheme, weight: Tensor) -> It
         yield (
             f"{best}: read so, the relative error to the float weight is {errors[best]:.3f} instead of {errors['']:.3f}"
         )
-    elif errors[""] > _WRONG:
+    elif errors[""] > WRONG:
         yield f"weight must be near the float one, got a relative error of {errors['']:.3f} in every arrangement"
 
 

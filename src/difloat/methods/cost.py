@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from difloat.calibration.collect import Calibration
 from difloat.methods.learned_rounding import RoundingSettings
@@ -12,6 +13,7 @@ from difloat.methods.task import Sequencing
 from difloat.methods.training.train import TrainingSettings
 from difloat.plan.rules import Bits, Rule
 from difloat.plan.specs import Side
+from difloat.plan.target import FILES, Target, fit_inputs
 
 ALL_ROWS = sys.maxsize  # of a pass that leaves no calibration row out
 # A backward pass multiplies twice where the forward pass does once: by the weights and by the inputs.
@@ -119,3 +121,22 @@ def remaining(cost: Cost, calibration: Calibration) -> str:
         return f"to go: {counted}; no call of the denoiser was timed"
     as_pictures = "" if pace.picture_rows is None else f", as {rows / pace.picture_rows:,.1f} pictures take"
     return f"to go: {counted}; roughly {rows * pace.row_seconds:,.0f} s at {pace.row_seconds:.2g} s a row{as_pictures}"
+
+
+def check_files(options: Any, cost_of: Callable[[Any, Bits], Cost], bits: Bits, target: Target) -> Any:
+    """`options` themselves, unless files of a kind do not hold what a recipe of that cost makes with them.
+
+    Raises:
+        ValueError: says what to take instead.
+    """
+    if target not in FILES:
+        return options
+    cost = cost_of(options, bits)
+    beside = cost.variants > 1 or cost.smoothed or cost.side is not None or cost.epochs > 0
+    if beside or (cost.passes and target != "openvino"):
+        raise ValueError(
+            f"recipe must make one ordinary weight per layer for {target} files, got one that trains, smooths or chooses "
+            "formats of its own; take rtn, lbfp, fp4dit, qdiffusion or qdit"
+        )
+    fit_inputs(bits.activation, bits.weight, target)
+    return options

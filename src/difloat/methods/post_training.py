@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from difloat import distributed
@@ -28,7 +28,7 @@ from difloat.plan.encode import join_rows, join_variants
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Bits, Draft, draft_layer
 from difloat.plan.specs import AttentionPlan
-from difloat.plan.target import Target, restrict
+from difloat.plan.target import FILES, Target, fit, fit_inputs, restrict
 
 __all__ = [
     "Bits",
@@ -102,6 +102,9 @@ def run(
     seen, read = _looked_at(task, generator)
     wished = [name for name in seen.order if (task.only is None or name in task.only) and name not in read]
     decided = {name: EXCLUDED if name in task.exclude.names else rules_for(name, seen) for name in wished}
+    if task.target in FILES:
+        decided = {name: _for_file(rule, candidates[name], task) for name, rule in decided.items()}
+        settings, attention_plan = replace(settings, split=False), None
     rules = {
         name: _on_target(rule, task.target) for name, rule in decided.items() if not isinstance(rule, str)
     }
@@ -191,6 +194,16 @@ def _widest_ranges(task: Task, names: list[str]) -> dict[str, dict[float, list[f
         return float(table.max() / table[:, len(trace.SHARES) // 2].median().clamp_min(1e-12))
 
     return {name: found[name] for name in sorted(names, key=spread, reverse=True)[:_RANGE_LAYERS]}
+
+
+def _for_file(rules: LayerRules | str, layer: nn.Module, task: Task) -> LayerRules | str:
+    """The rules so that a kind of file holds the layer, or the reason why it stays as it is."""
+    if isinstance(rules, str):
+        return rules
+    weight = cast(nn.Linear, layer).weight
+    activation = fit_inputs(task.bits.activation, task.bits.weight, task.target)
+    found = fit(rules.weight, rules.learn, weight.dim() == 2, weight.shape[1], task.target)
+    return found if isinstance(found, str) else replace(rules, weight=found, activation=activation)
 
 
 def _on_target(rules: LayerRules, target: Target) -> LayerRules:

@@ -22,6 +22,8 @@ from difloat.methods.task import Task
 from difloat.methods.trace import Call, removed
 from difloat.methods.training.train import guidance_pairs
 
+_KEPT = 4  # tensors for each that a layer gives: it, its copy, and what norms, activations and attention keep of it
+
 
 @dataclass(frozen=True)
 class SensitivitySettings:
@@ -75,13 +77,29 @@ def probes_of(task: Task, settings: SensitivitySettings, weights: Mapping[float,
     chosen = _spread(
         [data.timesteps[point[0]] for point in points], settings.rows // len(points[0]), generator
     )
-    size = max(1, settings.rows_per_call // len(points[0]))
+    held = min(settings.rows_per_call, task.memory_bytes // _kept_bytes(task))
+    size = max(1, held // len(points[0]))
     result = []
     for at in range(0, len(chosen), size):
         some = [points[index] for index in chosen[at : at + size]]
         of_points = tuple(weights[data.timesteps[point[0]]] for point in some)
         result.append(Probe(data.batch([row for point in some for row in point]), of_points, bool(pairs)))
     return result
+
+
+def _kept_bytes(task: Task) -> int:
+    """About what a forward pass of one row keeps for its gradients, counted from what the layers give."""
+    given = [0]
+
+    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        given[0] += output.nbytes
+
+    layers = packed.quantizable(task.model)
+    handles = [layer.register_forward_hook(count) for layer in layers.values()]
+    with torch_modes.plain(), torch.no_grad(), removed(handles):
+        args, kwargs = task.calibration.batch([0])
+        predict(task.model, args, kwargs)
+    return max(1, _KEPT * given[0])
 
 
 def _spread(timesteps: Sequence[float], count: int, generator: torch.Generator) -> list[int]:

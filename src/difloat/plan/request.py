@@ -37,7 +37,7 @@ class CalibrationSettings:
     samples: Positive = 256
     steps: Positive | None = None
     guidance_scale: Annotated[float | None, Field(title="guidance"), Rule("be finite")] = None
-    prompts_per_batch: Annotated[Positive, Field(title="batch")] = 8
+    prompts_per_batch: Positive = 8
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
     timesteps: Annotated[Literal["sampler", "clean"], Rule("be sampler or clean")] = "sampler"
     memory_bytes: Whole = 2 << 30
@@ -88,10 +88,11 @@ class Request:
     """One quantization as it is asked for; made once (`difloat.job.request`), then passed on.
 
     Attributes:
-        recipe: lbfp, fp4dit, msfp, mpqdm, guided, efficientdm, qdiffusion, viditq, qdit, auto or rtn.
+        recipe: auto, lbfp, fp4dit, msfp, mpqdm, guided, efficientdm, qdiffusion, viditq, qdit, gptq or rtn.
         bits: Bits of weights and inputs, like w4a8; a16 leaves inputs alone. The recipe auto takes averages like w3.5a8.
         calibration: What to collect, where the recipe looks at data.
-        target: "cpu" takes only formats that CPUs compute in integers; "any" takes all.
+        target: "cpu" takes only formats that CPUs compute in integers; "any" takes all; comfy, gguf, openvino and diffusers
+            take what files of that kind hold exactly, as --for does.
         exclude: Layers or blocks that stay as they are whatever the recipe, like down_blocks.0 or '*.to_q'.
         components: What of a pipeline is quantized, like transformer,text_encoder,vae=w8a8; all but the denoiser without data.
             If it is left out, the denoiser.
@@ -100,7 +101,7 @@ class Request:
         options: The recipe's options, made and checked.
     """
 
-    recipe: str = "lbfp"
+    recipe: str = "auto"
     bits: Widths = Bits(4, 8)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     target: Target = "any"

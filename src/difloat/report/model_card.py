@@ -39,16 +39,24 @@ def write(
         FileExistsError: if a README.md of another origin is there.
         ValueError: if `base_model` is no name of a repository.
     """
-    from huggingface_hub import ModelCardData
-    from huggingface_hub.utils import validate_repo_id
-
-    validate_repo_id(base_model)
     target = Path(directory) / CARD
-    made = build.read(Path(directory))[0]
+    content = text(directory, base_model, license, tags)
     if target.exists() and CARD_MARK not in target.read_text(encoding="utf-8") and not overwrite:
         raise FileExistsError(
             f"{CARD} must be one that difloat wrote, got another; say --overwrite to replace it"
         )
+    return replace_file(target, content.encode())
+
+
+def text(
+    directory: str | os.PathLike[str], base_model: str, license: str | None = None, tags: Sequence[str] = ()
+) -> str:
+    """The card that `write` writes; raises what it raises of the record and the name."""
+    from huggingface_hub import ModelCardData
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(base_model)
+    made = build.read(Path(directory))[0]
     data = ModelCardData(
         base_model=base_model,
         base_model_relation="quantized",
@@ -56,8 +64,7 @@ def write(
         license=license,
         tags=[*_tags(made), *tags],
     )
-    text = f"---\n{data.to_yaml()}\n---\n{CARD_MARK}\n\n{body(made, base_model)}"
-    return replace_file(target, text.encode())
+    return f"---\n{data.to_yaml()}\n---\n{CARD_MARK}\n\n{body(made, base_model)}"
 
 
 def _tags(made: Record) -> list[str]:
