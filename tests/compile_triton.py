@@ -101,6 +101,8 @@ def main(target: int) -> None:
     if len({id(kernel) for _, kernel in COMPILED}) == before:
         sys.stdout.write("another number of tokens compiles nothing\n")
     call(spec("e2m1"), None, (1152, 1152), (1, 1152))
+    call(spec("iq4nl"), token("int8"), (1152, 1152), (4096, 1152))
+    call(spec("t3g"), None, (1152, 1152), (1, 1152))
     call(spec("int3"), token("int8"), (1152, 1151), (70, 1151), torch.float32)
     groups = spec("uint4", granularity="group", group_size=64, zero_point=True)
     call(groups, QuantSpec(parse("ue2m2"), zero_point=True), (128, 512), (300, 512), torch.float16)

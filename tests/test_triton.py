@@ -249,6 +249,9 @@ def test_ptx_decodes_every_code_of_every_format_exactly(kind) -> None:
         ("e5m2", "int8", (9, 0), "bf16"),
         ("e2m1", "e2m1", (7, 5), None),
         ("e2m1", None, (9, 0), "fp16"),
+        ("iq4nl", "int8", (9, 0), "int8"),
+        ("iq4nl", "e4m3fn", (9, 0), "bf16"),
+        ("t4g", None, (9, 0), "fp16"),
     ],
 )
 def test_operand_type_is_the_fastest_exact_one(weight, activation, capability, kind) -> None:
@@ -345,14 +348,16 @@ def test_ragged_shapes(name, shape, device) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["uint1", "int2", "int3", "e1m1", "e2m1", "e2m2", "int5", "e2m3", "uint6", "int7", "uint8"]
+    "name",
+    ["uint1", "int2", "int3", "e1m1", "e2m1", "e2m2", "int5", "e2m3", "uint6", "int7", "uint8"]
+    + ["t2g", "t3g", "t4g", "iq4nl", "table(-128,-3,5,127)"],
 )
 def test_every_width(name, device) -> None:
     case = Case(name, "int8", (20, 75), tokens(3, 75))
     assert case.error(device) < case.tolerance(device)
 
 
-@pytest.mark.parametrize("weight", ["e2m1", "int4", "int8", "e2m3"])
+@pytest.mark.parametrize("weight", ["e2m1", "int4", "int8", "e2m3", "iq4nl"])
 @pytest.mark.parametrize("count", [5, 70])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weight_only_is_as_near_as_half_precision(dtype, count, weight, device) -> None:

@@ -24,7 +24,7 @@ from difloat.numbers import formats
 from difloat.plan import options
 from difloat.plan import target as targets
 from difloat.plan.plan import LayerPlan, Plan
-from difloat.plan.rules import Bits, Rule, draft_layer, floating_point
+from difloat.plan.rules import Bits, Rule, draft_layer, every_format, floating_point
 
 RECIPE = "datafree"
 
@@ -35,7 +35,7 @@ class Settings:
 
     Attributes:
         weights: "search" for the format with the lowest squared error per layer among all floating-point formats of the
-            width, or the name of one, like "e2m1".
+            width and the table of levels, or the name of one, like "e2m1".
         bits: Like "w4a8"; "" takes the width of `weights` (4 for "search") and 8-bit activations.
         activations: Format of the inputs, with one scale per token (convolutions: per picture) from the data at run time;
             "" takes the floating-point format of the width that GPUs compute best.
@@ -167,7 +167,7 @@ def _planner(name: str, wanted: Settings, inside: bool) -> Callable[[Tensor], La
     bits, machine = wanted.widths, wanted.target
     width = bits.weight if inside else 8
     searched = wanted.weights == "search" or width != bits.weight
-    grid = formats.candidates(width) if searched else (formats.parse(wanted.weights),)
+    grid = every_format(width) if searched else (formats.parse(wanted.weights),)
     rule = Rule(grid, "group", wanted.group_size) if wanted.group_size else Rule(grid, "channel")
     activation = None
     if bits.activation is not None:

@@ -102,6 +102,18 @@ class Format:
             return tuple(float(self.levels[min(c, len(self.levels) - 1)]) for c in range(2**self.bits))
         return tuple(self._decode(code) for code in range(2**self.bits))
 
+    @property
+    def is_table(self) -> bool:
+        """Whether the values are the levels of a table."""
+        return bool(self.levels)
+
+    @property
+    def level_words(self) -> tuple[int, ...]:
+        """The levels of a table as bytes of four signed 32-bit words, code by code, for look-ups by shifting."""
+        every = [int(self.decode_table[code % len(self.decode_table)]) & 0xFF for code in range(16)]
+        words = [sum(byte << 8 * n for n, byte in enumerate(every[at : at + 4])) for at in range(0, 16, 4)]
+        return tuple(word - 2**32 if word >= 2**31 else word for word in words)
+
     def _decode(self, code: int) -> float:
         if self.integer:
             # Two's complement: the highest bit weighs minus what it weighs without a sign.

@@ -149,6 +149,16 @@ def levels_or_integers(bits: int, granularity: Granularity, group_size: int | No
     return Rule((formats.parse(_LEVELS[bits]),), granularity, group_size)
 
 
+def every_format(bits: int) -> tuple[Format, ...]:
+    """All floating-point formats of a width and, up to 4 bits, the table of levels made for normal weights.
+
+    >>> [format.name for format in every_format(4)]
+    ['e3m0', 'e2m1', 'e1m2', 'iq4nl']
+    """
+    table = (formats.parse(_LEVELS[bits]),) if bits in _LEVELS else ()
+    return (*formats.candidates(bits), *table)
+
+
 def online_integers(bits: int | None, group_size: int) -> Rule | None:
     """Inputs with scales from the data: of up to 4 bits per token and group of channels, with a zero point; else per token.
 

@@ -29,7 +29,13 @@ def shifted(code: tl.tensor, distance: tl.constexpr) -> tl.tensor:
 def decode_value(code: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
     """The float32 values of uint8 codes. Bits above the code are ignored."""
     code = code.to(tl.int32) & (2**FORMAT.bits - 1)
-    if FORMAT.integer:
+    if FORMAT.is_table:
+        # Sixteen levels are the bytes of four words: the upper bits of the code name the word, the lower ones the byte.
+        lower = tl.where(code < 4, FORMAT.level_words[0], FORMAT.level_words[1])
+        upper = tl.where(code < 12, FORMAT.level_words[2], FORMAT.level_words[3])
+        word = tl.where(code < 8, lower, upper)
+        return ((word << (24 - 8 * (code & 3))) >> 24).to(tl.float32)
+    elif FORMAT.integer:
         if FORMAT.signed:
             # The arithmetic shift back copies the sign bit of the code into all bits above it.
             code = (code << (32 - FORMAT.bits)) >> (32 - FORMAT.bits)
@@ -54,7 +60,7 @@ def decode(raw: tl.tensor, SHIFT: tl.constexpr, OPERANDS: tl.constexpr) -> tl.te
         if OPERANDS.swift:
             return decode_bytes(raw, SHIFT, OPERANDS).to(tl.int8, bitcast=True)
         else:
-            return (decode_value(raw >> SHIFT, OPERANDS.weight) * (1 / OPERANDS.weight.step)).to(tl.int8)
+            return (decode_value(raw >> SHIFT, OPERANDS.weight) * OPERANDS.unit).to(tl.int8)
     elif OPERANDS.kind == "bf16":
         if INTERPRET or not OPERANDS.swift:
             return decode_value(raw >> SHIFT, OPERANDS.weight).to(tl.bfloat16)

@@ -63,6 +63,11 @@ class Operands:
         return activation * _factor(self.weight, self.kind, weight=True)
 
     @property
+    def unit(self) -> float:
+        """What values of the weight are multiplied by to be int8: levels of a table are, of others the smallest becomes 1."""
+        return 1.0 if self.weight.is_table else 1 / self.weight.step
+
+    @property
     def fields(self) -> tuple[int, int, int, int]:
         """The masked shifts of `ptx.fields` that turn a code of the weight into an operand."""
         return triton_ptx.fields(self.weight, self.kind)
@@ -70,6 +75,8 @@ class Operands:
     @property
     def swift(self) -> bool:
         """Whether `ptx` decodes the weight. Otherwise the compiler does, code by code."""
+        if self.weight.levels:  # they have no fields to be moved
+            return False
         if self.kind == "int8":
             return self.weight.integer
         short = self.weight.mantissa_bits <= 7 and not (self.weight.integer and self.weight.bits == 8)
@@ -86,6 +93,8 @@ def _factor(format: Format, kind: Kind, weight: bool) -> float:
     if kind == "e4m3":
         return math.ldexp(1.0, _E4M3_BIAS - format.bias)
     if kind == "int8":
+        if format.levels:
+            return 1.0
         left_aligned = weight and format.integer and format.signed
         return format.step / 2 ** (8 - format.bits if left_aligned else 0)
     return 1.0
@@ -129,8 +138,7 @@ def choose(
         planes: How many codes a word has, a multiple of `least_planes`, or 0 for the fewest.
     """
     planes = planes or least_planes(weight.bits)
-    # Kernels take codes apart by their fields, which tables do not have.
-    if group_size % planes or weight.levels:
+    if group_size % planes:
         return None
     for kind in _preference(weight, activation, dtype, capability):
         formats = [weight] if activation is None else [weight, activation]
