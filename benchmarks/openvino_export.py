@@ -19,12 +19,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
-from quantization_time import ROOT, commit, machine
 from torch import Tensor
 
 import difloat
@@ -32,7 +31,7 @@ from difloat import api, interchange, reference_models
 from difloat.interchange import openvino_ir
 from difloat.pipelines import denoiser_of
 
-OUT = ROOT / "benchmarks/results/openvino-export.json"
+OUT = harness.RESULTS / "openvino-export.json"
 GROUP = 16  # divides the channels of both embedded models, which nncf asks for
 
 
@@ -164,15 +163,16 @@ def main() -> None:
                 place = Path(folder) / f"{batch}"
                 place.mkdir(exist_ok=True)
                 found[f"{bits} batch {batch}"] = compare(options.model, bits, batch, options.repeats, place)
-    versions = {}
-    for package in ("openvino", "nncf", "torch", "diffusers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    facts = {"model": options.model, "threads": options.threads, "versions": versions}
+    facts = {
+        "model": options.model,
+        "threads": options.threads,
+        "versions": harness.versions(("openvino", "nncf", "torch", "diffusers")),
+    }
     OUT.write_text(
-        json.dumps({**facts, "commit": commit(), "machine": machine(), "found": found}, indent=1) + "\n"
+        json.dumps(
+            {**facts, "commit": harness.commit(), "machine": harness.machine(), "found": found}, indent=1
+        )
+        + "\n"
     )
 
 

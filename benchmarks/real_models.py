@@ -30,6 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
 import safetensors.torch
 import torch
 from torch import nn
@@ -77,9 +78,6 @@ def measure(name: str, command: Sequence[str]) -> dict[str, Any]:
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "difloat", *command], check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "name": name,
         "command": shlex.join(["difloat", *command]),
@@ -90,7 +88,7 @@ def measure(name: str, command: Sequence[str]) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1),
         "threads": torch.get_num_threads(),
         "machine": render.machine(),
-        "commit": commit.stdout.strip(),
+        "commit": harness.commit(),
     }
 
 

@@ -332,7 +332,8 @@ def test_checkpoints_in_half_precision(run: Run, tmp_path: Path, dtype: torch.dt
 
 
 def test_the_batch_of_calibration_is_an_option(run: Run, source: Path, tmp_path: Path) -> None:
-    words = ["quantize", source, tmp_path / "out", "--dry-run", "--samples", 12, "--steps", 2, "--batch"]
+    words = ["quantize", source, tmp_path / "out", "--recipe", "lbfp", "--dry-run", "--samples", 12]
+    words += ["--steps", 2, "--batch"]
     assert "12 rows from 6 full-precision pictures of 2 steps" in run(*words, 3).out
     assert "12 rows from 8 full-precision pictures of 2 steps" in run(*words, 8).out
 
@@ -753,9 +754,9 @@ def test_half_downloaded_pipelines(run: Run, source: Path, copy_of, tmp_path: Pa
         (["--bits", "w9a8"], ["bits must be 2 to 8", "'w9a8'"]),
         (["--bits", "four"], ["bits must look like 'w4a8'", "'four'"]),
         (["--set", "rounding"], ["--set must be name=value", "'rounding'"]),
-        (["--set", "colour=red"], ["options must be among", "rounding", "colour"]),
-        (["--set", "rounding=up"], ["rounding must be one of learned, nearest", "'up'"]),
-        (["--set", "iterations=many"], ["iterations", "'many'"]),
+        (["--recipe", "lbfp", "--set", "colour=red"], ["options must be among", "rounding", "colour"]),
+        (["--recipe", "lbfp", "--set", "rounding=up"], ["rounding must be one of learned, nearest", "'up'"]),
+        (["--recipe", "lbfp", "--set", "iterations=many"], ["iterations", "'many'"]),
         (["--images", "1"], ["images must be 0 or at least 2"]),
         (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
     ],

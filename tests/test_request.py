@@ -29,7 +29,7 @@ from tiny import PROMPTS, tiny_pixart
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 ONCE = (options.make_options, Bits.parse, excluded, check_weights)
-FLAGS = {"guidance_scale": "--guidance", "memory_bytes": "--memory-mb"}
+FLAGS = {"prompts_per_batch": "--batch", "guidance_scale": "--guidance", "memory_bytes": "--memory-mb"}
 COMPUTING = ("quantize", "repair", "demo", "generate", "evaluate", "diagnose", "report")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,9 @@ def request(
     return asked
 
 
+SMALL = 100_000_000  # weights, up to which pictures take seconds
+
+
 @dataclass(frozen=True)
 class Job:
     """A request that fits a model.
@@ -104,6 +107,7 @@ def fit(model: Any, asked: Request) -> Job:
     check_sampler(
         model, getattr(asked.options, "sampler_power", 0.0), f"{asked.recipe} must be told factor_power=0"
     )
+    asked = _with_trajectories(model, asked)
     others = parts.parse(model, asked.components, asked.bits, asked.target)
     widths = parts.denoisers(model, asked.components, asked.bits)
     exclusions = {}
@@ -115,6 +119,19 @@ def fit(model: Any, asked: Request) -> Job:
         names = excluded(quantizable(module), asked.exclude)
         exclusions[name] = Exclusion(asked.exclude, frozenset(names))
     return Job(asked, model, widths, exclusions, others)
+
+
+def _with_trajectories(model: Any, asked: Request) -> Request:
+    """The request with the recipe's number of trajectories, where the user names none and a picture takes little."""
+    number = recipes.lookup(asked.recipe).trajectories
+    if asked.calibration.trajectories is not None or number is None:
+        return asked
+    weights = sum(weight.numel() for weight in parts.denoiser(model).parameters())
+    if weights > SMALL:
+        return asked
+    return replace(
+        asked, calibration=replace(asked.calibration, trajectories=min(number, asked.calibration.samples))
+    )
 
 
 def check_sampler(model: Any, power: float, way_out: str) -> None:

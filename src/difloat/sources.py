@@ -11,7 +11,6 @@ Files say in which dtype a model is kept, the machine in which it computes: CPUs
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from difloat.checkpoint.remote_code import INDEX
 from difloat.checkpoint.save_load import dtype_argument
 from difloat.checkpoint.stored_dtypes import dtypes_of_tensors, stored_dtypes
 from difloat.interchange import gguf_files, source_names
+from difloat.load_errors import hub_errors, load_errors
 from difloat.pipelines import DENOISER_NAMES, denoiser_of
 
 DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
@@ -74,7 +74,7 @@ class Source:
 
 
 def load(source: Source, device: torch.device | str = "cpu") -> Any:
-    """The pipeline, or the module where a component has no `base`; on the CPU, in the dtype that `device` computes in.
+    """The pipeline, or the module where a component has no `base`, on the CPU and in the dtype that `device` computes in.
 
     Raises:
         FileNotFoundError: there is nothing of that name, here or on the hub.
@@ -91,14 +91,14 @@ def load(source: Source, device: torch.device | str = "cpu") -> Any:
 
 
 def load_into(pipeline: Any, source: Source, device: torch.device | str = "cpu") -> None:
-    """Load a source once more into its own pipeline, in the dtypes that the source says; nothing if it has them already.
+    """Load a source once more into its own pipeline, unless that is in the dtypes that the source says already.
 
     The models that it holds are let go before, so that memory holds one of both.
 
     Args:
-        pipeline: As `load` gave it for this source with any dtype, its models still in float.
-        source: With the dtype that is wanted now.
-        device: As for `load`; the models are put there.
+        pipeline: What `load` gave for this source with any dtype, its models still in float.
+        source: The source, with the dtype that is wanted now.
+        device: Where the models are put, and what they are to be computed on.
 
     Raises:
         FileNotFoundError: as `load`.
@@ -115,7 +115,7 @@ def load_into(pipeline: Any, source: Source, device: torch.device | str = "cpu")
 
 
 def has_dtypes(pipeline: Any, source: Source, device: torch.device | str = "cpu") -> bool:
-    """Whether most values of every model are in the dtype that loading gives; False of single files, where loading tells."""
+    """Whether most values of every model are in the dtype that loading gives. False of single files, where loading tells."""
     if source.embedded:
         return True
     path = located(source)
@@ -158,7 +158,9 @@ def as_in_files(pipeline: Any, source: Source) -> Iterator[None]:
 
 
 def outlined(source: Source) -> outline.Outline:
-    """The denoiser as its files describe it, without their values; not of checkpoints in one file, whose names differ.
+    """The denoiser as its files describe it, without their values.
+
+    Checkpoints in one file have other names and no outline.
 
     Raises:
         FileNotFoundError: there is nothing of that name, here or on the hub.
@@ -176,7 +178,7 @@ def outlined(source: Source) -> outline.Outline:
 
 
 def located(source: Source) -> Path:
-    """The directory or file of a source on this machine; what a hub has is downloaded into its cache.
+    """The directory or file of a source on this machine. What a hub has is downloaded into its cache.
 
     Raises:
         FileNotFoundError: there is nothing of that name, here or on the hub.
@@ -218,69 +220,17 @@ def _downloaded(source: Source) -> Path:
     from diffusers import DiffusionPipeline
 
     chosen = {"revision": source.revision, "variant": source.variant}
-    with _hub_errors(source.name):
+    with hub_errors(source.name):
         return Path(
             DiffusionPipeline.download(source.name, **{k: v for k, v in chosen.items() if v is not None})
         )
-
-
-@contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
-    """What the hub's library raises, as one sentence that says what to do."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    client: Any = sys.modules.get("httpx")  # what newer versions of the library ask the hub with
-    unanswered: tuple[type[Exception], ...] = (EntryNotFoundError, HfHubHTTPError, OSError)
-    unanswered += () if client is None else (client.HTTPError,)
-    try:
-        yield
-    except GatedRepoError as error:
-        raise FileNotFoundError(
-            f"{name!r} must be open to you on the hub, but asks for consent; accept its licence on its page, then hf auth login"
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        what = "revision" if isinstance(error, RevisionNotFoundError) else "model"
-        raise FileNotFoundError(
-            f"{what} must exist on the hub, got {name!r}; check the spelling, or hf auth login"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name!r} must be in the hub's cache where there is no network, but is not; hf download {name} where there is one"
-        ) from error
-    except unanswered as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise FileNotFoundError(
-            f"{name!r} must be a pipeline on the hub, but does not load ({reason}); check its name and the network, or hf "
-            f"download {name} where there is one"
-        ) from error
-
-
-@contextmanager
-def _load_errors(name: str) -> Iterator[None]:
-    """What the loaders of diffusers and transformers raise, as one sentence."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0][:300]
-        raise ValueError(
-            f"source must be a complete pipeline, but {name!r} does not load ({reason}); download it again"
-        ) from error
 
 
 def _from_directory(path: Path, source: Source, device: torch.device | str, **parts: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     variant = source.variant or _variant_of(path)
-    with _load_errors(source.name):
+    with load_errors(source.name):
         dtypes = _dtypes(path, source.dtype, device)
         return DiffusionPipeline.from_pretrained(path, variant=variant, **{dtype_argument(): dtypes}, **parts)
 
@@ -297,7 +247,7 @@ def _dtypes(path: Path, dtype: str, device: torch.device | str) -> Any:
 
 
 def _variant_of(path: Path) -> str | None:
-    """The variant that all weights of a pipeline have in their names, as hubs offer "fp16" apart; None without one."""
+    """The variant that all weights of a pipeline have in their names, as hubs offer "fp16" apart. None without one."""
     names = [file.name.removesuffix(".safetensors") for file in path.glob("*/*.safetensors")]
     found = {name.partition(".")[2].partition("-")[0] for name in names}
     return found.pop() or None if len(found) == 1 else None
@@ -320,7 +270,7 @@ def _component(path: Path, source: Source, device: torch.device | str) -> Any:
     counts = stored_dtypes(path)
     stored = counts.most_common(1)[0][0] if counts else torch.float32
     dtype = computed_in(stored, source.dtype, device)
-    with _load_errors(source.name):
+    with load_errors(source.name):
         module: nn.Module = model_class.from_pretrained(path, **{dtype_argument(): dtype})
     return module if source.base is None else _in_base({"": module}, source, device)
 
@@ -330,7 +280,7 @@ def _from_file(path: Path, source: Source, device: torch.device | str) -> Any:
     import diffusers
     from diffusers.loaders import single_file_utils
 
-    with _load_errors(source.name):
+    with load_errors(source.name):
         if path.suffix == gguf_files.SUFFIX:
             state, stored = _float_gguf(path)
         else:
@@ -348,7 +298,7 @@ def _from_file(path: Path, source: Source, device: torch.device | str) -> Any:
             "a LoRA goes to generate --lora"
         )
     index = _index_of(base, source)
-    with _load_errors(source.name):
+    with load_errors(source.name):
         if whole:
             pipeline_class: Any = getattr(diffusers, index["_class_name"])
             pipeline = pipeline_class.from_single_file(what, config=base, torch_dtype=dtype)
@@ -381,13 +331,13 @@ def _index_of(base: str, source: Source) -> Mapping[str, Any]:
 
     if Path(base).exists() or not _HUB_NAME.fullmatch(base):
         return read_json(located(Source(base)) / INDEX)
-    with _hub_errors(base):
+    with hub_errors(base):
         found: Mapping[str, Any] = DiffusionPipeline.load_config(base, revision=source.revision)
     return found
 
 
 def _in_base(modules: dict[str, nn.Module], source: Source, device: torch.device | str) -> Any:
-    """The pipeline `base` with modules in their places; a module without a name goes where its class is."""
+    """The pipeline `base` with modules in their places. A module without a name goes where its class is."""
     assert source.base is not None
     path = located(Source(source.base, revision=source.revision))
     index = read_json(path / INDEX)

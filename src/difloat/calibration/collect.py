@@ -320,6 +320,7 @@ def sampling_of(
     """
     own: dict[str, Any] = {"samples": settings.samples, "steps": settings.steps, "seed": settings.seed}
     own |= {"guidance_scale": settings.guidance_scale, "batch": settings.prompts_per_batch}
+    own |= {"trajectories": settings.trajectories}
     return Sampling(pipeline, prompts, **own, call_kwargs=call_kwargs or {}, denoiser=component)
 
 

@@ -60,7 +60,7 @@ class Sampling:
         denoiser: The module whose inputs are of interest.
         device: Where the pipeline computes.
         steps: Sampler steps of one batch.
-        batches: Batches that give `samples` rows at one row per picture and step.
+        batches: Batches that give `samples` rows at one row per picture and step, and `trajectories` pictures.
         images: Pictures in a batch.
     """
 
@@ -76,6 +76,7 @@ class Sampling:
         seed: int,
         call_kwargs: Mapping[str, Any],
         denoiser: str | None = None,
+        trajectories: int | None = None,
     ) -> None:
         """Check what is given against the pipeline's call; `denoiser` names the one of interest, None the first."""
         self._denoisers = denoisers_of(pipeline)
@@ -95,7 +96,9 @@ class Sampling:
         self._kwargs = self._fixed_kwargs(steps, guidance_scale, call_kwargs)
         self.steps: int = self._kwargs["num_inference_steps"]
         self.images = batch * math.prod(int(call_kwargs.get(name) or 1) for name in _SAMPLES_PER_PROMPT)
-        self.batches = -(-samples // (self.steps * self.images))
+        # Named only where it is asked for: batches then keep other shares of the rows.
+        self._spread = {} if trajectories is None else {"samples": samples, "trajectories": trajectories}
+        self.batches = max(-(-samples // (self.steps * self.images)), -(-(trajectories or 1) // self.images))
         order = torch.randperm(len(self._prompts), generator=torch.Generator().manual_seed(seed))
         self._prompts = [self._prompts[index] for index in order.tolist()]
 
@@ -151,6 +154,7 @@ class Sampling:
         second = {} if self.denoiser is next(iter(self._denoisers.values())) else {"component": self._name}
         return {
             **second,
+            **self._spread,
             "pipeline": type(self._pipeline).__qualname__,
             "denoiser": type(self.denoiser).__qualname__,
             "denoiser_config": described(config_of(self.denoiser)),

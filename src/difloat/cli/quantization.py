@@ -36,7 +36,7 @@ from difloat.plan.request import CalibrationSettings, RepairSettings, Request
 from difloat.plan.target import check_file
 from difloat.sources import Source as SourceFields
 
-_IMAGES, _LARGE = 16, 100_000_000  # pictures of a report, up to so many weights
+_IMAGES = 16  # pictures of a report, of models that are small
 _PICTURES = 4  # of a report drawn at once: more would take more memory than quantizing
 _CALIBRATION = Fields(CalibrationSettings, panel="Calibration")
 
@@ -119,11 +119,11 @@ def _sampling(
     cache: Path | None,
 ) -> Any:
     """How pictures of the report are drawn: as many as the user says; none of large models, where they take longest."""
-    from difloat import api, run
+    from difloat import api, job, run
 
     if images is None:
         weights = sum(weight.numel() for weight in api.denoiser(pipeline).parameters())
-        images = _IMAGES if weights <= _LARGE else 0
+        images = _IMAGES if weights <= job.SMALL else 0
     sampler = (calibration.steps, calibration.guidance_scale)
     return run.Sampling(texts, images, *sampler, _PICTURES, call, _kept(cache))
 

@@ -27,6 +27,8 @@ class CalibrationSettings:
         steps: Sampler steps. If it is left out, as many as the pipeline's call takes by itself.
         guidance_scale: Scale of classifier-free guidance. If it is left out, the one that the pipeline's call takes by itself.
         prompts_per_batch: Pictures sampled at once, which also sets how many trajectories are drawn.
+        trajectories: Pictures sampled at least, so that rows come from many of them. If it is left out, the recipe's own number
+            for models of up to 100 million weights, and else as many as the rows need at one row per picture and step.
         seed: Seed of everything random: the noise, and every choice of rows.
         timesteps: "sampler" follows the sampler's own trajectory; "clean" takes almost clean latents noised at the raw
             timesteps 0 to 19, conditional only, as the released code of FP4DiT does.
@@ -38,6 +40,7 @@ class CalibrationSettings:
     steps: Positive | None = None
     guidance_scale: Annotated[float | None, Field(title="guidance"), Rule("be finite")] = None
     prompts_per_batch: Positive = 8
+    trajectories: Positive | None = None
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
     timesteps: Annotated[Literal["sampler", "clean"], Rule("be sampler or clean")] = "sampler"
     memory_bytes: Whole = 2 << 30

@@ -1,4 +1,4 @@
-"""Recipes: one page per paper. Each turns a `Task` into an `Outcome`; `plan` wraps it for users.
+"""Recipes, one page per paper. Each turns a `Task` into an `Outcome`, and `plan` wraps it for users.
 
 To add one: a file here, a row in `RECIPES`, a page in docs/papers (see CONTRIBUTING.md). All contract tests then run on it.
 """
@@ -42,16 +42,12 @@ class Recipe:
     cost: Callable[[Any, Bits], Cost]
     needs_data: Callable[[Any, Bits], bool] = lambda options, bits: True
     averages: bool = False
+    trajectories: int | None = None  # of calibration, of small models
 
 
 RECIPES: dict[str, Recipe] = {
     "lbfp": Recipe(lbfp.plan, lbfp.Options, lbfp.SUMMARY, lbfp.cost),
-    "fp4dit": Recipe(
-        fp4dit.plan,
-        fp4dit.Options,
-        "diffusion transformers: FP weights in groups, scale-aware rounding, online activations (arXiv:2503.15465)",
-        fp4dit.cost,
-    ),
+    "fp4dit": Recipe(fp4dit.plan, fp4dit.Options, fp4dit.SUMMARY, fp4dit.cost),
     "msfp": Recipe(
         msfp.plan,
         msfp.Options,
@@ -76,21 +72,21 @@ RECIPES: dict[str, Recipe] = {
         "integers in groups, online activations per token and group (arXiv:2406.17343)",
         integer_transformers.qdit_cost,
     ),
-    "auto": Recipe(auto.plan, auto.Options, auto.SUMMARY, auto.cost, averages=True),
+    "auto": Recipe(auto.plan, auto.Options, auto.SUMMARY, auto.cost, averages=True, trajectories=64),
     "gptq": Recipe(gptq.plan, gptq.Options, gptq.SUMMARY, gptq.cost),
     "rtn": Recipe(rtn.rtn, rtn.NearestOptions, rtn.SUMMARY, rtn.cost, rtn.needs_data),
 }
 
 
 def lookup(name: str) -> Recipe:
-    """The recipe called `name`; ValueError that lists the known ones otherwise."""
+    """The recipe called `name`. ValueError that lists the known ones if there is none."""
     if name not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name]
 
 
 def make_options(recipe: Recipe, values: Mapping[str, Any], bits: str) -> Any:
-    """Options of a recipe from user values; ValueError as from `options.make_options` and `options.checked`."""
+    """Options of a recipe from user values. ValueError as from `options.make_options` and `options.checked`."""
     return options.checked(options.make_options(recipe.options, values), Bits.parse(bits), recipe.averages)
 
 

@@ -65,7 +65,7 @@ class Options:
     group_size: Whole = 0
     input_group: Whole = 32
     keep_8bit: Names = ("first", "last")
-    rows: Positive = 128
+    rows: Positive = 256
 
 
 def plan(task: Task, options: Options) -> Outcome:

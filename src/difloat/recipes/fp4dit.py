@@ -9,9 +9,8 @@ Paper -> here:
 Not stated in the paper, or stated differently by its code, are these choices: E2M3 and E3M4 for 6- and 8-bit activations as in
   the code (a secondary source has E3M2, E4M3), other widths, 400 steps per block at a rate tuned for them (docs/log.md) instead
   of 2,500 at 0.0001, and a reconstruction error relative to the size of the block's output.
-Differs from the released code: calibration follows the sampler's own timesteps, conditional and unconditional. The code takes
-  almost clean latents at timesteps 0 to 19 (`timesteps="clean"`). Block inputs come from the quantized prefix, kept up to date,
-  where the code caches them once (`inputs="full"` is the other end). The input of a convolution has one scale per picture.
+Differs from the released code: calibration follows the sampler's own timesteps, where the code takes almost clean latents
+  (`timesteps="clean"`). Block inputs come from the quantized prefix, where the code caches them. Convolutions: one scale a picture.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from difloat.plan.options import FormatOr, NotNegative, Positive, Whole, recipe_
 from difloat.plan.rules import MIN_MAX, Rule, more_mantissa
 from difloat.plan.specs import AttentionPlan, Granularity
 
+SUMMARY = "diffusion transformers: FP weights in groups, scale-aware rounding, online activations (arXiv:2503.15465)"
 SCALE_AWARE_RATE = 0.003  # of variables in units of the weight, tuned by benchmarks/rounding_rates.py
 
 
