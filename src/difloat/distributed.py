@@ -92,7 +92,7 @@ def speaks() -> bool:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """At the end of the block all processes meet; if one failed in it, all do.
+    """At the end of the block all processes meet, and if one failed in it, all do.
 
     Raises:
         ProcessError: in those that did not fail themselves.
@@ -116,7 +116,7 @@ def apart() -> Iterator[None]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What `work()` gives on the main process, which is on its own meanwhile; the others wait for it.
+    """What `work()` gives on the main process, which is on its own while the others wait for it.
 
     Raises:
         ProcessError: in the others, if it failed.
@@ -154,7 +154,7 @@ def shared(work: Callable[[], T]) -> list[T]:
 
 
 def collected(work: Callable[[], T]) -> list[T]:
-    """What `work()` gives on every process, by process, on the main process; an empty list on the others.
+    """On the main process what `work()` gives on every process, in their order, and on the others an empty list.
 
     Raises:
         ProcessError: if it failed on another one.
@@ -175,7 +175,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
 
 
 def exchange_gradients(model: nn.Module, *, now: bool) -> AbstractContextManager[None]:
-    """For a forward and backward pass of what `data_parallel` gave; unless `now`, gradients add up where they are."""
+    """For a forward and backward pass of what `data_parallel` gave. Unless `now`, gradients add up where they are."""
     if now or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     kept: AbstractContextManager[None] = model.no_sync()
@@ -183,7 +183,7 @@ def exchange_gradients(model: nn.Module, *, now: bool) -> AbstractContextManager
 
 
 def summed(mine: Tensor) -> Tensor:
-    """Sum of a tensor over the processes, without gradients between them; on the device where the models compute.
+    """Sum of a tensor over the processes, on the device where the models compute, without gradients between them.
 
     The processes meet as those of data-parallel training do, so all must call this, and one that fails is not waited for.
     """
@@ -195,7 +195,7 @@ def summed(mine: Tensor) -> Tensor:
 
 
 def sentence(error: BaseException) -> str:
-    """The message of an error for people; what the system says of a file becomes a sentence too."""
+    """The message of an error for people, where what the system says of a file becomes a sentence too."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -219,7 +219,7 @@ def _is_told(error: BaseException | None) -> bool:
 
 
 def _tell(failure: BaseException | None) -> None:
-    """Tell the others how this process fared; ProcessError if it fared well and another did not."""
+    """Tell the others how this process fared. ProcessError if it fared well and another did not."""
     _launch.told = failure
     said: list[str | None] = [None] * _launch.size
     with _meeting():

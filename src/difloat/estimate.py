@@ -103,7 +103,7 @@ def _fates(module: nn.Module, asked: Cost, exclude: Exclusion, needs_data: bool)
 
 
 def _alike(module: nn.Module, fates: Mapping[str, str]) -> list[list[str]]:
-    """The layers at one place in blocks alike; a layer in no block is alone."""
+    """The layers at one place in blocks alike. A layer in no block is alone."""
     kinds: dict[tuple[Any, ...], list[list[str]]] = {}
     for unit, members in packed.blocks(module).items():
         shapes = [(n.removeprefix(unit) or n, packed.weight_of(module, n).shape, fates[n]) for n in members]
@@ -137,7 +137,7 @@ def _words(rule: Rule) -> str:
 
 
 def time_a_call(pipeline: Any, sampling: Sampling) -> Pace:
-    """How fast the first denoiser call of calibration is; the run is broken off at the second one."""
+    """How fast the first denoiser call of calibration is. The run is broken off at the second one."""
 
     def stop() -> None:
         if recorder.calls == 2:

@@ -52,12 +52,11 @@ class Sampling:
     Attributes:
         prompts: None without text.
         count: How many pictures.
-        steps: Of the sampler.
-        guidance_scale: None: the pipeline's own.
+        steps: Steps of the sampler. None takes the pipeline's own.
+        guidance_scale: None takes the pipeline's own.
         batch_size: Pictures per call.
         call_kwargs: Further arguments of the call.
-        kept: Folder of full-precision pictures that were drawn before, and are put there (`evaluation.kept_pictures`); None:
-            all are drawn.
+        kept: Folder that keeps full-precision pictures from run to run (`evaluation.kept_pictures`). None draws all.
     """
 
     prompts: Sequence[str] | None
@@ -165,9 +164,9 @@ def in_time(forecast: Forecast, pace: Pace) -> str:
 
 
 def draw(pipeline: Any, sampling: Sampling, *, kept: Path | None = None, progress: bool = True) -> Generated:
-    """Pictures of seeds 0, 1, ... with the sampler's states; of several processes the main one gets them.
+    """Pictures of seeds 0, 1, ... with the sampler's states. Of several processes the main one gets them.
 
-    Those that lie in `kept` are not drawn, others are put there piece by piece; None draws all.
+    Those that lie in `kept` are not drawn, others are put there piece by piece. None draws all.
     """
     asked: dict[str, Any] = {
         "seeds": list(range(sampling.count)),
@@ -182,7 +181,10 @@ def draw(pipeline: Any, sampling: Sampling, *, kept: Path | None = None, progres
 
 
 def judge(reference: Generated, quantized: Generated, sampling: Sampling) -> Evaluation:
-    """Compare two sets; distance to data and retrieval where the prompts are the embedded models' own captions."""
+    """Compare two sets of pictures.
+
+    Distance to data and retrieval are measured where the prompts are the embedded models' own captions.
+    """
     from difloat.evaluation import emoji_features
 
     captions, known = sampling.captions, sampling.has_known_captions
@@ -207,22 +209,22 @@ def finish(
     seconds: Mapping[str, float],
     overwrite: bool = False,
 ) -> Record | None:
-    """Carry the plan out, save, verify, and write the report; then draw with both models, compare, and complete the report.
+    """Carry the plan out, save, verify, write the report, draw with both models, and complete the report.
 
     Nothing is drawn before the checkpoint is on disk, so whatever fails afterwards loses nothing. Processes of a launch share
-    the drawing; the main one writes. All must see the directory `out`.
+    the drawing, and the main one writes. All must see the directory `out`.
 
     Args:
-        pipeline: Float; quantized on return, and in the dtypes of the files that it came from, whatever it computed in.
+        pipeline: A float pipeline, quantized on return and in the dtypes of its files, whatever it computed in.
         plan: Made for it.
         source: Where it came from.
         out: Directory of the checkpoint and the report.
-        sampling: Pictures for the report; a count of 0 leaves them out.
+        sampling: Pictures for the report. A count of 0 leaves them out.
         seconds: Timings so far.
         overwrite: Replace a checkpoint that is there.
 
     Returns:
-        What the report shows; None on the other processes of a launch.
+        What the report shows, or None on the other processes of a launch.
 
     Raises:
         CheckpointError: what was written does not verify.
@@ -252,7 +254,7 @@ def finish(
 def _reference(
     pipeline: Any, floats: Mapping[str, nn.Module], source: sources.Source, sampling: Sampling
 ) -> tuple[Generated, torch.dtype | None]:
-    """Pictures of full precision, and the dtype that they were computed in; None if it is that of the files.
+    """Pictures of full precision, and the dtype that they were computed in, which is None if it is that of the files.
 
     The models at hand draw them, unless they are not in the dtype that the source is to be computed in.
     """
@@ -277,14 +279,14 @@ def draw_later(
 
     Args:
         reference: Full-precision pictures as `draw` gives them for the same `sampling`.
-        out: Directory of the checkpoint and its report; nothing in it changes until all pictures are drawn.
+        out: Directory of the checkpoint and its report. Nothing in it changes until all pictures are drawn.
         sampling: How they were drawn.
         folder: Holds what is drawn until the report is written, so that a killed run goes on from there.
         dtype: In which to compute; None: that of the files.
         device: Where to compute; None: on the CPU.
 
     Returns:
-        What the report shows; None on processes of a launch that do not write.
+        What the report shows, or None on processes of a launch that do not write.
 
     Raises:
         FileNotFoundError: there is no report.
@@ -326,7 +328,7 @@ def _with_pictures(
 
 @contextmanager
 def _in_place(pipeline: Any, floats: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The float models where their packed ones are, for the time of the block; "" is the denoiser."""
+    """For the time of the block, put the float models where their packed ones are. "" is the denoiser."""
     names = {name or denoiser_of(pipeline)[0]: model for name, model in floats.items()}
     packed = {name: getattr(pipeline, name) for name in names}
     try:

@@ -74,7 +74,7 @@ class Source:
 
 
 def load(source: Source, device: torch.device | str = "cpu") -> Any:
-    """The pipeline, or the module where a component has no `base`; on the CPU, in the dtype that `device` computes in.
+    """The pipeline, or the module where a component has no `base`, on the CPU and in the dtype that `device` computes in.
 
     Raises:
         FileNotFoundError: there is nothing of that name, here or on the hub.
@@ -91,14 +91,14 @@ def load(source: Source, device: torch.device | str = "cpu") -> Any:
 
 
 def load_into(pipeline: Any, source: Source, device: torch.device | str = "cpu") -> None:
-    """Load a source once more into its own pipeline, in the dtypes that the source says; nothing if it has them already.
+    """Load a source once more into its own pipeline, unless that is in the dtypes that the source says already.
 
     The models that it holds are let go before, so that memory holds one of both.
 
     Args:
-        pipeline: As `load` gave it for this source with any dtype, its models still in float.
-        source: With the dtype that is wanted now.
-        device: As for `load`; the models are put there.
+        pipeline: What `load` gave for this source with any dtype, its models still in float.
+        source: The source, with the dtype that is wanted now.
+        device: Where the models are put, and what they are to be computed on.
 
     Raises:
         FileNotFoundError: as `load`.
@@ -115,7 +115,7 @@ def load_into(pipeline: Any, source: Source, device: torch.device | str = "cpu")
 
 
 def has_dtypes(pipeline: Any, source: Source, device: torch.device | str = "cpu") -> bool:
-    """Whether most values of every model are in the dtype that loading gives; False of single files, where loading tells."""
+    """Whether most values of every model are in the dtype that loading gives. False of single files, where loading tells."""
     if source.embedded:
         return True
     path = located(source)
@@ -158,7 +158,9 @@ def as_in_files(pipeline: Any, source: Source) -> Iterator[None]:
 
 
 def outlined(source: Source) -> outline.Outline:
-    """The denoiser as its files describe it, without their values; not of checkpoints in one file, whose names differ.
+    """The denoiser as its files describe it, without their values.
+
+    Checkpoints in one file have other names and no outline.
 
     Raises:
         FileNotFoundError: there is nothing of that name, here or on the hub.
@@ -176,7 +178,7 @@ def outlined(source: Source) -> outline.Outline:
 
 
 def located(source: Source) -> Path:
-    """The directory or file of a source on this machine; what a hub has is downloaded into its cache.
+    """The directory or file of a source on this machine. What a hub has is downloaded into its cache.
 
     Raises:
         FileNotFoundError: there is nothing of that name, here or on the hub.
@@ -297,7 +299,7 @@ def _dtypes(path: Path, dtype: str, device: torch.device | str) -> Any:
 
 
 def _variant_of(path: Path) -> str | None:
-    """The variant that all weights of a pipeline have in their names, as hubs offer "fp16" apart; None without one."""
+    """The variant that all weights of a pipeline have in their names, as hubs offer "fp16" apart. None without one."""
     names = [file.name.removesuffix(".safetensors") for file in path.glob("*/*.safetensors")]
     found = {name.partition(".")[2].partition("-")[0] for name in names}
     return found.pop() or None if len(found) == 1 else None
@@ -387,7 +389,7 @@ def _index_of(base: str, source: Source) -> Mapping[str, Any]:
 
 
 def _in_base(modules: dict[str, nn.Module], source: Source, device: torch.device | str) -> Any:
-    """The pipeline `base` with modules in their places; a module without a name goes where its class is."""
+    """The pipeline `base` with modules in their places. A module without a name goes where its class is."""
     assert source.base is not None
     path = located(Source(source.base, revision=source.revision))
     index = read_json(path / INDEX)

@@ -18,7 +18,7 @@ from difloat.layers.packed import QuantizedLayer
 
 
 def teach_casts() -> None:
-    """Let `to`, `half` and `float` of diffusers' models cast those that difloat packed; again does nothing."""
+    """Let `to`, `half` and `float` of diffusers' models cast those that difloat packed. A second call does nothing."""
     from diffusers.models.modeling_utils import ModelMixin
 
     model_class: Any = ModelMixin

@@ -39,10 +39,10 @@ class Settings:
         bits: Like "w4a8"; "" takes the width of `weights` (4 for "search") and 8-bit activations.
         activations: Format of the inputs, with one scale per token (convolutions: per picture) from the data at run time;
             "" takes the floating-point format of the width that GPUs compute best.
-        group_size: Input channels per weight scale; 0: one scale per output channel.
+        group_size: Input channels per weight scale. 0 takes one scale per output channel.
         exclude: Layers that stay as they are: names, parts of names between dots, or patterns with ``*``.
         outside: Layers outside of all lists of blocks: "keep" them as they are, or "8bit".
-        target: As for `difloat.plan`.
+        target: The machine whose fast formats are taken, as for `difloat.plan`.
     """
 
     weights: str = "search"
@@ -55,7 +55,7 @@ class Settings:
 
     @cached_property
     def widths(self) -> Bits:
-        """The widths asked for; ValueError if the formats have others."""
+        """The widths asked for. ValueError if the formats have others."""
         weight = 4 if self.weights == "search" else formats.parse(self.weights).bits
         activation = formats.parse(self.activations).bits if self.activations else 8
         found = Bits.parse(self.bits or f"w{weight}a{activation}")
@@ -71,7 +71,7 @@ class Settings:
 
 
 def settings(values: Mapping[str, Any]) -> Settings:
-    """Settings from what a user wrote; None stands for a default.
+    """Settings from what a user wrote, where None stands for a default.
 
     Raises:
         ValueError: on an unknown name or a value that is not allowed.
@@ -143,7 +143,7 @@ def decide(model: nn.Module, wanted: Settings, float32: Sequence[str] = ()) -> D
 
 @torch_modes.plain()
 def plan(model: nn.Module, wanted: Settings, *, progress: bool = True) -> Plan:
-    """The plan of a float model in memory, which stays untouched; ValueError as from `decide`, or if a weight is not finite."""
+    """The plan of a float model, which stays untouched. ValueError as from `decide`, or if a weight is not finite."""
     decision = decide(model, wanted)
     todo = tqdm(decision.layers.items(), desc=f"search {type(model).__name__}", disable=not progress)
     return decision.plan({name: make(packed.weight_of(model, name).detach()) for name, make in todo})

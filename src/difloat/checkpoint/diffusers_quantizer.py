@@ -67,11 +67,11 @@ class DifloatQuantizer(DiffusersQuantizer):
 
     @property
     def plan(self) -> Any:
-        """The plan that is loaded; None until a float model is quantized."""
+        """The plan that is loaded. None until a float model is quantized."""
         return self.config.plan
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Take note of which tensors go to disk; ValueError if the weights of a float model would."""
+        """Take note of which tensors go to disk. ValueError if the weights of a float model would."""
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict):
             self._device_map = device_map
@@ -82,7 +82,7 @@ class DifloatQuantizer(DiffusersQuantizer):
                 )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
-        """Dtype of all that is not quantized; float32 unless asked for, as diffusers loads unquantized models."""
+        """Dtype of all that is not quantized, float32 unless asked for, as diffusers loads unquantized models."""
         return torch.float32 if torch_dtype is None else torch_dtype
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
@@ -232,7 +232,7 @@ class DifloatQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """State dict as stored; no metadata, since the config says it all. CheckpointError if adapters are loaded."""
+        """State dict as stored, without metadata, since the config says it all. CheckpointError if adapters are loaded."""
         if wrapped := [name for name in state_dict if ".base_layer." in name]:
             raise CheckpointError(
                 f"model must have no adapters to be saved, but {wrapped[0]!r:.200} has one; "
@@ -300,7 +300,7 @@ def mark(model: Any, quantizer: DifloatQuantizer) -> None:
 
 
 def unmark(model: Any) -> None:
-    """Undo `mark`."""
+    """Take back what `mark` did to a model."""
     unguard(model)
     # A None in the config cannot be saved, so the entry goes altogether.
     _set_entries(model, {k: v for k, v in model._internal_dict.items() if k != "quantization_config"})
@@ -311,7 +311,7 @@ def unmark(model: Any) -> None:
 
 
 def _set_entries(model: Any, entries: Mapping[str, Any]) -> None:
-    """Make the frozen config anew with other entries; attributes that were set beside the entries stay.
+    """Make the frozen config anew with other entries, while attributes that were set beside the entries stay.
 
     diffusers keeps there what is no argument of the model: loading an IP-Adapter sets `encoder_hid_dim_type` on the config,
     and the forward pass asks for the attribute.

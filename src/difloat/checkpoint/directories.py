@@ -114,7 +114,7 @@ def _is_own(path: Path, directory: Path) -> bool:
 
 
 def replace_file(path: Path, content: bytes) -> Path:
-    """Write a file beside a checkpoint (report, card); what was there is replaced only when the new one is complete."""
+    """Write a file beside a checkpoint (report, card), replacing what was there only when the new one is complete."""
     with whole_file(path) as partial:
         partial.write_bytes(content)
     return path
@@ -179,7 +179,7 @@ def _tidy(target: Path) -> None:
 
 @contextlib.contextmanager
 def whole_directory(target: Path, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
-    """Give a fresh directory beside `target` to write into; on success it takes the target's place, otherwise it is gone.
+    """Give a fresh directory to write into, which takes the place of `target` on success and is gone otherwise.
 
     Args:
         target: Resolved; its parents are made.
@@ -218,7 +218,7 @@ def whole_directory(target: Path, overwrite: bool, needed_bytes: int) -> Iterato
 
 
 def _move(partial: Path, target: Path) -> None:
-    """Rename onto the target; what was there survives until the new directory is in its place."""
+    """Rename onto the target, where the old directory survives until the new one is in its place."""
     if not target.exists():
         partial.rename(target)
         return

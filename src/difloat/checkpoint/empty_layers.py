@@ -72,7 +72,7 @@ def check_names(model: nn.Module, found: Collection[str], optional: Collection[s
 
 
 def place(model: nn.Module, name: str, value: Tensor, device: torch.device | str) -> None:
-    """Put one stored tensor (uint8 or float32) into its layer; CheckpointError if it is a vector that cannot be right."""
+    """Put one stored tensor (uint8 or float32) into its layer. CheckpointError if it is a vector that cannot be right."""
     layer_name, _, key = name.rpartition(".")
     layer = model.get_submodule(layer_name)
     assert isinstance(layer, QuantizedLayer)

@@ -1,4 +1,4 @@
-"""What is checked of the files while a checkpoint is read: every tensor is stored once; on request, every byte.
+"""What is checked of the files while a checkpoint is read: that every tensor is stored once and, on request, every byte.
 
 Plain loading reads shapes, dtypes and scales with suspicion but trusts codes: a flipped bit in them is another weight. With
 ``load(..., verify=True)`` or ``DIFLOAT_VERIFY=1`` the files are compared with the hashes of the manifest right before they are
@@ -166,7 +166,7 @@ def first_fault(root: Path, entries: Mapping[str, Entry]) -> str:
 
 
 def unlisted(root: Path, entries: Mapping[str, Any]) -> str:
-    """A weight file or Python file that the manifest does not list, in one sentence; empty if there is none."""
+    """Which weight file or Python file the manifest does not list, in one sentence, or "" if it lists all."""
     present = {
         path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix in _WEIGHT_SUFFIXES
     }
@@ -176,7 +176,7 @@ def unlisted(root: Path, entries: Mapping[str, Any]) -> str:
 
 
 def stored_names(files: Sequence[str | os.PathLike[str]]) -> set[str]:
-    """Names of the tensors in safetensors files; no values are read.
+    """Names of the tensors in safetensors files, without reading values.
 
     Raises:
         CheckpointError: if a file is damaged, or a tensor is in two files: which one counts would depend on the reader.

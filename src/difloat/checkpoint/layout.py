@@ -53,7 +53,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What the header of a safetensors file says of a tensor; `dtype` as spelled there (`U8`, `F32`)."""
+    """What the header of a safetensors file says of a tensor, with `dtype` as spelled there (`U8`, `F32`)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -66,7 +66,10 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values; the first number in the name of a dtype counts bits, and truth values take a byte each."""
+        """Bytes of its values.
+
+        The first number in the name of a dtype counts bits, and truth values take a byte each.
+        """
         bits = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
@@ -111,7 +114,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
 
 
 def parse_config(config: object) -> Plan:
-    """Inverse of `quantization_config`; the plan's tensors are on the meta device and say dtype and shape only.
+    """Make a plan from its `quantization_config`, with tensors on the meta device that say dtype and shape only.
 
     Raises:
         CheckpointError: if it is damaged, of another method or of another version.
@@ -207,7 +210,7 @@ def bundle(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
 
 
 def unbundle(stored: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    """Inverse of `bundle` for what of a state dict is at hand (one shard, say)."""
+    """Undo `bundle` for the tensors of a state dict that are at hand, those of one shard, say."""
     state = dict(stored)
     bundled = state.pop(INPUT_BUNDLE, None)
     if bundled is not None:
@@ -219,7 +222,7 @@ def unbundle(stored: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; FileNotFoundError or CheckpointError with one sentence."""
+    """Read a JSON object. FileNotFoundError or CheckpointError, in one sentence, if there is none."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path.name} must be in the checkpoint directory, but {path} does not exist; download it again"
@@ -238,7 +241,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names are all different; which of two entries counts is up to the reader otherwise."""
+    """A JSON object whose names are all different, since otherwise every reader takes another of two entries."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
@@ -298,7 +301,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def read_headers(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model directory by its name in the files; no values are read.
+    """Every tensor of a model directory by its name in the files, without reading values.
 
     Raises:
         FileNotFoundError: if a file is missing.

@@ -24,7 +24,7 @@ class Outline:
 
     Attributes:
         model: On the meta device, with packed layers where the files have them.
-        stored_bytes: Of its tensors in the files.
+        stored_bytes: Bytes that its tensors take in the files.
     """
 
     model: nn.Module

@@ -18,7 +18,7 @@ _UNFUSING = ("unfuse_qkv_projections", "unfuse_projections")
 
 
 def refuse_fusing(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stands in for `fuse_qkv_projections` and its kin on a quantized model; ValueError."""
+    """Stands in for `fuse_qkv_projections` and its kin on a quantized model, and raises ValueError."""
     raise ValueError(
         "projections must be fused or unfused before a model is quantized, since packed weights have scales of their own, "
         "got a quantized model; leave them as they are, or difloat.restore it first (which keeps the rounded values)"
@@ -26,7 +26,7 @@ def refuse_fusing(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def guard(model: nn.Module) -> None:
-    """Let a quantized model refuse to fuse packed projections, and load IP-Adapters; again does nothing more."""
+    """Let a quantized model refuse to fuse packed projections, and load IP-Adapters. A second call does nothing."""
     unguard(model)
     modules = [module for module in model.modules() if hasattr(module, "fuse_projections")]
     packed = [m for m in modules if any(isinstance(child, QuantizedLayer) for child in m.children())]
@@ -50,7 +50,7 @@ def unguard(model: nn.Module) -> None:
 
 
 def _teach_adapters() -> None:
-    """Let diffusers load IP-Adapters into quantized U-Nets; again does nothing.
+    """Let diffusers load IP-Adapters into quantized U-Nets. A second call does nothing.
 
     Its loader ends with a cast of the whole model to the model's own dtype, which diffusers refuses wherever a model is
     quantized. Our layers keep their packed weights and float32 vectors through any cast.

@@ -82,7 +82,7 @@ def load_into(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> nn.Module:
-    """Give `module` the quantized layers of the plan and all stored tensors, in place; see `checkpoint.load`.
+    """Give `module` the quantized layers of the plan and all stored tensors, in place, as `checkpoint.load` does.
 
     Raises:
         CheckpointError: if the checkpoint is not of this module; it is then unchanged.
@@ -129,7 +129,7 @@ def load_into(
 
 
 def _tied(module: nn.Module, state: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names in `state` of parameters that are one tensor in the module; CheckpointError if their stored values differ."""
+    """Names in `state` of parameters that are one tensor in the module. CheckpointError if their stored values differ."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name in state:

@@ -34,7 +34,7 @@ def register() -> None:
 
 
 def _enter(table: str) -> None:
-    """Import our side of a library, which registers; not while our config is half-made, for that ends with `register`."""
+    """Import our side of a library, which registers, unless our config is half-made, for that ends with `register`."""
     if _CONFIG not in sys.modules or hasattr(sys.modules[_CONFIG], "DifloatConfig"):
         import_module(_TABLES[table])
 

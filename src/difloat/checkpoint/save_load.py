@@ -62,7 +62,7 @@ def mark_quantized(model: nn.Module, plan: Plan) -> None:
 
 
 def unmark_quantized(model: nn.Module) -> None:
-    """Undo `mark_quantized`, for a model whose layers are float again; does nothing to a model that is not marked."""
+    """Take back what `mark_quantized` did, for a model whose layers are float again. Others stay as they are."""
     if "difloat_plan" not in vars(model):
         return
     own = _library_of(model)
@@ -73,7 +73,7 @@ def unmark_quantized(model: nn.Module) -> None:
 
 
 def _library_of(model: Any) -> ModuleType | None:
-    """Our side of the library that a model is of, `io.diffusers` or `io.transformers`; None for a plain module."""
+    """Our module for the library that a model is of, diffusers or transformers. None for a plain module."""
     if _is_of(model, "diffusers", "ModelMixin"):
         return import_module("difloat.checkpoint.diffusers_quantizer")
     if _is_of(model, "transformers", "PreTrainedModel"):
@@ -82,7 +82,7 @@ def _library_of(model: Any) -> ModuleType | None:
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan that `model` carries out, read off its layers; tensors are shared with them.
+    """The plan that `model` carries out, read off its layers, with which it shares tensors.
 
     Raises:
         ValueError: if it has no quantized layers, is not marked, has adapters, or its vectors were cast to another dtype.
@@ -183,7 +183,7 @@ def _save(
 
 
 def _quantized(pipeline_or_module: Any) -> dict[str, nn.Module]:
-    """The models that hold quantized layers by their sub-directory, "" for a model on its own; their marks renewed.
+    """The models that hold quantized layers by their sub-directory, "" for a model on its own, with their marks renewed.
 
     Raises:
         CheckpointError: if a library could not build one of them again from its config.

@@ -33,7 +33,7 @@ def kept(model: nn.Module) -> Mapping[str, Any] | None:
 
 
 def write(model: nn.Module, directory: Path) -> None:
-    """Write what is noted on a model into its directory; nothing if nothing is."""
+    """Write what is noted on a model into its directory, if anything is."""
     if (names := kept(model)) is not None:
         write_json(directory / FILE, dict(names))
 

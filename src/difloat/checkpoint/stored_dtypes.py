@@ -16,7 +16,7 @@ _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 
 
 def common_dtype(plan: Plan | None, stored: Mapping[str, StoredTensor]) -> torch.dtype:
-    """Dtype of most floating values that are not quantized; float32 if there are none."""
+    """Dtype of most floating values that are not quantized, float32 if there are none."""
     planned = {INPUT_BUNDLE} | (set(plan_tensors(plan)) if plan else set())
     counts: Counter[str] = Counter()
     for name, tensor in stored.items():
@@ -26,7 +26,7 @@ def common_dtype(plan: Plan | None, stored: Mapping[str, StoredTensor]) -> torch
 
 
 def dtypes_of_tensors(directory: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every floating tensor of a model directory, by name; none where there are no safetensors."""
+    """Dtype and shape of every floating tensor of a model directory, by name. Empty where there are no safetensors."""
     try:
         stored = read_headers(directory)
     except FileNotFoundError:
@@ -39,7 +39,7 @@ def dtypes_of_tensors(directory: Path) -> dict[str, tuple[torch.dtype, tuple[int
 
 
 def stored_dtypes(directory: Path) -> Counter[torch.dtype]:
-    """How many floating values of a model directory are stored in which dtype; none where there are no safetensors."""
+    """How many floating values of a model directory are stored in which dtype. Empty where there are no safetensors."""
     counts: Counter[torch.dtype] = Counter()
     for dtype, shape in dtypes_of_tensors(directory).values():
         counts[dtype] += math.prod(shape)

@@ -52,7 +52,7 @@ class DifloatHfQuantizer(HfQuantizer):
 
     @property
     def plan(self) -> Any:
-        """The plan that is loaded; None until a float model is quantized."""
+        """The plan that is loaded. None until a float model is quantized."""
         return self.config.plan
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -129,7 +129,7 @@ class DifloatHfQuantizer(HfQuantizer):
         return install.restore(model, model.dtype if dtype is None else dtype)
 
     def remove_quantization_config(self, model: Any) -> None:
-        """Undo `mark`."""
+        """Take back what `mark` did to a model."""
         unmark(model)
 
     def is_serializable(self) -> bool:
@@ -160,7 +160,7 @@ class _Quantize(ConversionOps):
         target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, list[Tensor]]:
-        """Quantize the layer; nothing is left for the loader to do."""
+        """Quantize the layer, which leaves nothing for the loader to do."""
         model, missing = kwargs["model"], kwargs["missing_keys"]
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
@@ -204,7 +204,7 @@ def mark(model: Any, quantizer: DifloatHfQuantizer) -> None:
 
 
 def unmark(model: Any) -> None:
-    """Undo `mark`."""
+    """Take back what `mark` did to a model."""
     for owner, name in (
         (model.config, "quantization_config"),
         (model, "hf_quantizer"),
@@ -226,7 +226,7 @@ def check_online(plan: Plan | None) -> None:
 
 
 def _names(files: Sequence[str]) -> set[str] | None:
-    """Names in the safetensors files of a checkpoint; None for another kind of file."""
+    """Names in the safetensors files of a checkpoint. None for another kind of file."""
     if not all(str(file).endswith(".safetensors") for file in files):
         return None
     return integrity.stored_names(files)

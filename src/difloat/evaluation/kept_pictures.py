@@ -40,24 +40,26 @@ def draw_kept(
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
 ) -> Generated:
-    """What `generate` draws with the sampler's states; what lies in `folder` is not drawn, what is drawn is put there.
+    """What `generate` draws with the sampler's states.
+
+    Pictures that lie in `folder` are not drawn, and those that are drawn are put there.
 
     A piece is one batch of every process of a launch. A batch of which a picture is missing is drawn as a whole, so that what
     is drawn in pieces equals what is drawn at once.
 
     Args:
         pipeline: A diffusers pipeline.
-        prompts: As for `generate`, like the rest.
-        folder: Made where it is missing; the main process of a launch reads and writes it.
+        prompts: Prompts that are taken in turn, as in `generate`. None without text.
+        folder: Made where it is missing. The main process of a launch reads and writes it.
         seeds: One per picture.
-        steps: Of the sampler.
-        guidance_scale: Likewise.
+        steps: Steps of the sampler. None takes the pipeline's own.
+        guidance_scale: Guidance of the call. None takes the pipeline's own.
         batch_size: Pictures per call.
         progress: Show a bar for every piece.
         call_kwargs: Further arguments of the call.
 
     Returns:
-        All pictures on the main process, none on others; `seconds` is what drawing took, whenever that was.
+        All pictures on the main process, none on others, where `seconds` is what drawing took, whenever that was.
 
     Raises:
         ValueError: as `generate`.
@@ -106,7 +108,7 @@ def _bytes_of(tensor: Tensor) -> Any:
 def _names(
     pipeline: Any, seeds: Sequence[int], shown: Sequence[Any] | None, call: Mapping[str, Any]
 ) -> list[str]:
-    """A name for every picture, from all that decides it; none on processes that do not write."""
+    """A name for every picture, from all that decides it. Processes that do not write get none."""
     if not distributed.is_main():
         return []
     scheduler = getattr(pipeline, "scheduler", None)

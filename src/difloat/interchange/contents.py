@@ -25,8 +25,8 @@ class Contents:
     Attributes:
         layers: Quantized layers, by module name.
         others: All other tensors, by full name, as they are stored.
-        config: Of the model, without what says how it is quantized.
-        options: Of the plan.
+        config: The model's config, without what says how it is quantized.
+        options: The plan's options.
         source_names: What `checkpoint.source_names` keeps, or None.
     """
 
@@ -38,7 +38,7 @@ class Contents:
 
 
 def model_directory(directory: str | os.PathLike[str], component: str | None) -> Path:
-    """Where the quantized model lies; ValueError unless it is the only one or named."""
+    """Where the quantized model lies. ValueError unless it is the only one or named."""
     found = components(directory)
     if component is None and len(found) == 1:
         return next(iter(found.values()))

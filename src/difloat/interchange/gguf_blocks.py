@@ -1,6 +1,6 @@
 """Layers in GGUF's blocks of 32 weights, bit for bit: which block holds a layer, its bytes, and what refuses.
 
-A block is a float16 `d`, of Q4_1 a float16 `m` behind it, and 32 codes; a weight is ``d * level + m``. Of two codes in a byte
+A block is a float16 `d`, of Q4_1 a float16 `m` behind it, and 32 codes. A weight is ``d * level + m``. Of two codes in a byte
 the low one belongs to the first half of the block (ggml's `block_q4_0`, `block_q4_1`, `block_q8_0`, `block_iq4_nl`).
 """
 
@@ -27,9 +27,9 @@ class Block:
     """One kind of block.
 
     Attributes:
-        name: As ggml calls it.
-        bits: Of a stored code.
-        levels: Whole numbers that codes stand for, as first and last of a run; of IQ4_NL those of its table.
+        name: What ggml calls it.
+        bits: Width of a stored code.
+        levels: Whole numbers that codes stand for, a range or the table of IQ4_NL.
         offset: Stored code minus level.
         shifted: Whether there is an `m`.
     """
@@ -48,7 +48,7 @@ Q8_0 = Block("Q8_0", 8, range(-128, 128))
 
 
 def flat(layer: LayerPlan) -> LayerPlan:
-    """The layer with all axes behind the first as one, as GGUF lays convolutions out; only where `obstacle` allows it."""
+    """The layer with all axes behind the first as one, as GGUF lays convolutions out, if there is no `obstacle`."""
     if layer.kind == "linear":
         return layer
     rows, part = layer.shape[0], layer.parts[0]
@@ -59,7 +59,7 @@ def flat(layer: LayerPlan) -> LayerPlan:
 
 
 def obstacle(layer: LayerPlan) -> str:
-    """Why no block holds the layer without loss, as the end of "layer L ...", with what to do; "" if one does."""
+    """Why no block holds the layer without loss and what to do, as the end of "layer L ...", or "" if one does."""
     if problem := obstacle_of_structure(layer) or obstacle_of_inputs(layer):
         return problem
     part, columns = layer.parts[0], 1
@@ -91,7 +91,7 @@ def obstacle(layer: LayerPlan) -> str:
 
 
 def block_of(part: Part) -> Block | None:
-    """The block whose levels are those of the part's format, the smallest that there is; None without one."""
+    """The smallest block whose levels are those of the part's format. None without one."""
     format = part.weight.format
     if format.levels == IQ4_NL.levels:
         return None if part.weight.zero_point else IQ4_NL

@@ -21,7 +21,7 @@ _NEIGHBOURS = range(-2, 3)  # units in the last place; a quotient of rounded num
 
 
 def obstacle(layer: LayerPlan, scheme: Scheme) -> str:
-    """Why the layout cannot hold the layer without loss, as the end of "layer L ...", with what to do; "" if it can."""
+    """Why the layout cannot hold the layer without loss and what to do, as the end of "layer L ...", or "" if it can."""
     if problem := obstacle_of_structure(layer):
         return problem
     if layer.kind != "linear":
@@ -47,7 +47,7 @@ def obstacle(layer: LayerPlan, scheme: Scheme) -> str:
 
 
 def obstacle_of_structure(layer: LayerPlan) -> str:
-    """Why no foreign layout holds the layer: it is more than one weight with the same input at all timesteps; "" if not."""
+    """Why no foreign layout holds the layer, or "" if it is a single weight with the same input at all timesteps."""
     if layer.schedule or layer.input_schedule or layer.smoothed:
         return "depends on the timestep or smooths its input; quantize without"
     if layer.bands or layer.side is not None:
@@ -58,7 +58,7 @@ def obstacle_of_structure(layer: LayerPlan) -> str:
 
 
 def obstacle_of_inputs(layer: LayerPlan) -> str:
-    """Why a layout that says nothing of inputs does not hold the layer; "" if it does."""
+    """Why a layout that says nothing of inputs does not hold the layer, or "" if it does."""
     activation = layer.parts[0].activation
     if activation is None:
         return ""
@@ -99,7 +99,7 @@ def _advice_on_groups(scheme: Scheme) -> str:
 
 
 def _scales_at(layer: LayerPlan, scheme: Scheme) -> Tensor | None:
-    """The layer's scales [rows, groups] as the layout groups them, without padding; None if the layer's groups are finer."""
+    """The layer's scales [rows, groups] as the layout groups them, without padding. None if the layer's groups are finer."""
     (rows, columns), spec = layer.shape[:2], layer.parts[0].weight
     scale, size = layer.tensors["weight_scale"], spec.group_size or columns
     if spec.granularity == "tensor":
@@ -172,12 +172,14 @@ def encode(layer: LayerPlan, scheme: Scheme, input_scale: float = NEUTRAL_INPUT_
 
 
 def decode(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> LayerPlan:
-    """The layer [o, i] that stored tensors stand for; negative zeros become zeros, scales of empty groups something positive.
+    """The layer [o, i] that stored tensors stand for.
+
+    Negative zeros become zeros, and scales of groups that are all zero become positive.
 
     Args:
         tensors: `weight`, `weight_scale` and perhaps `weight_scale_2`, with the dtypes and shapes of the scheme.
         scheme: The layout.
-        shape: Of the float weight.
+        shape: The float weight's shape [o, i].
 
     Raises:
         ValueError: if a value is NaN or infinite, or a scale is zero over values that are not.

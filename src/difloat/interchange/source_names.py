@@ -26,12 +26,12 @@ Convert = Callable[..., Mapping[str, Tensor]]
 
 
 def find(model: nn.Module, state: Mapping[str, Tensor], *, keep_unused: bool) -> dict[str, Any] | None:
-    """What `checkpoint.source_names` keeps of a file; None if the names are diffusers' own or the way back is unknown.
+    """What `checkpoint.source_names` keeps of a file. None if the names are diffusers' own or the way back is unknown.
 
     Args:
         model: What diffusers made of the file.
-        state: The file's tensors; only their names and shapes count, and the values of small ones that the model leaves out.
-        keep_unused: Keep those, of the file of a denoiser alone; a whole pipeline's other components are no leftovers.
+        state: The file's tensors. Their names and shapes count, and the values of small ones that the model leaves out.
+        keep_unused: Keep those, for the file of a denoiser alone. A whole pipeline's other components are no leftovers.
     """
     convert = _conversion(model)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -62,9 +62,9 @@ def inverse(
 
     Args:
         convert: diffusers' conversion, called with `checkpoint` and `config`.
-        config: Of the model.
-        shapes: Of the file's tensors.
-        expected: Of the model's tensors, all of which must come out in these shapes.
+        config: The model's config.
+        shapes: Shapes of the file's tensors.
+        expected: Shapes of the model's tensors, all of which must come out so.
 
     Returns:
         None if the conversion does more than moving rows, or leaves out some of a tensor's.
@@ -99,7 +99,7 @@ def inverse(
 
 
 def _conversion(model: nn.Module) -> Convert | None:
-    """What diffusers turns a single file of this class of models into it with; None for classes that it loads no file of."""
+    """The function by which diffusers turns a single file into this class of models. None for classes without one."""
     from diffusers.loaders import single_file_model
 
     name = single_file_model._get_single_file_loadable_mapping_class(type(model))
@@ -127,7 +127,7 @@ def _identities(shapes: Shapes) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 
 def _rows(moved: Tensor, shape: Sequence[int]) -> list[int] | None:
-    """The number of every row of a converted tensor; None where its columns are not those of one row in their order."""
+    """The number of every row of a converted tensor. None where its columns are not those of one row in their order."""
     inner = [min(size, _ENTRIES) for size in shape[1:]]
     if list(moved.shape[1:]) != inner:
         return None

@@ -1,4 +1,4 @@
-"""Which format every weight gets within a budget of bytes, so that the denoiser's output changes least; by layer or by row.
+"""Which format every layer or row gets within a budget of bytes, so that the denoiser's output changes least.
 
 An output channel (row) r of a layer at b bits makes the error ``gamma_r * v_r * ratio_b`` of the output: gamma is the output's
 sensitivity (`methods.sensitivity`), v the row's error under the moments when it is rounded to nearest at one width, and ratio
@@ -47,8 +47,8 @@ class WidthSettings:
 
     Attributes:
         by: Whether rows of a layer may get several widths, or layers one each.
-        size: Bytes of all parameters and stored buffers of the model; None: what the bits asked for take.
-        factor_power: Power of the sampler's factors that weighs timesteps; without a sampler all weigh alike.
+        size: Bytes of all parameters and stored buffers of the model. None takes what the bits asked for take.
+        factor_power: Power of the sampler's factors that weighs timesteps. Without a sampler all weigh alike.
         sensitivity: What is looked at to tell what errors do to the output.
     """
 
@@ -63,7 +63,7 @@ class Choice:
     """What every layer's weight becomes.
 
     Attributes:
-        asked: By layer.
+        asked: The rule of every layer.
         found: What the budget says of it.
         offers: By layer the candidates with one width: format, bytes, and what its rounding does to the output.
     """
@@ -85,7 +85,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What is known of a layer: rules by width, ascending; `score` [o] and `ratios` [widths], error = score * ratio."""
+    """What is known of a layer.
+
+    The rules are sorted by width. `score` [o] times `ratios` [widths] is the error of a row at a width.
+    """
 
     plan: LayerPlan
     rules: tuple[Rule, ...]
@@ -95,7 +98,7 @@ class _Layer:
 
     @property
     def row_bytes(self) -> Tensor:
-        """Of a row at every width, [widths]."""
+        """Bytes of a row at every width, [widths]."""
         sizes = [layer_bytes(self.plan, rule) for rule in self.rules]
         return torch.tensor(sizes, dtype=torch.float64) / self.plan.shape[0]
 
@@ -114,11 +117,11 @@ def choose(
     Args:
         task: Model and data.
         plans: Layers with inputs.
-        inputs: See `closed_form.inputs_of`.
+        inputs: What `closed_form.inputs_of` gave for them.
         offers: For the layers whose weights are up for choice a rule of one format for every width, ascending.
         fixed: What is asked of the weights of the other layers.
-        settings: See there.
-        rounding: Of the rounding that follows.
+        settings: How formats are chosen.
+        rounding: Settings of the rounding that follows.
 
     Raises:
         ValueError: as `allot` and `sensitivities`; if the smallest candidates do not fit into `WidthSettings.size`.
@@ -244,7 +247,7 @@ def _layer(
 
 
 def _candidates(layer: _Layer, by: Literal["rows", "layers"]) -> list[tuple[Asked, Candidate]]:
-    """One width for all rows, at every width; and, by rows, divisions into bands."""
+    """One width for all rows, at every width, and divisions into bands if rows may differ."""
     total = float(layer.score.sum())
     found: list[tuple[Asked, Candidate]] = [
         (rule, Candidate(layer_bytes(layer.plan, rule), total * ratio))
@@ -267,7 +270,7 @@ def _candidates(layer: _Layer, by: Literal["rows", "layers"]) -> list[tuple[Aske
 
 
 def _divisions(layer: _Layer, falling: Tensor) -> list[tuple[int, ...]]:
-    """Rows of every width at many prices of a byte, several widths each; `falling` [o] are the scores in order."""
+    """Counts of rows of every width at many prices of a byte, several widths each, with the scores `falling` [o] in order."""
     sizes, ratios = layer.row_bytes, torch.tensor(layer.ratios, dtype=torch.float64)
     steps = (ratios[:-1] - ratios[1:]) / (sizes[1:] - sizes[:-1])  # what a byte saves per score
     positive, steps = falling[falling > 0], steps[steps > 0]
@@ -332,7 +335,7 @@ def _budget(
         plans: Layers with inputs.
         fixed: What is asked of the weights that are not up for choice.
         offers: Candidates of the others.
-        size: Bytes of all parameters and stored buffers of the model; None: not asked for.
+        size: Bytes of all parameters and stored buffers of the model. None if not asked for.
 
     Raises:
         ValueError: if the smallest candidates do not fit into `size` (the least size that does is named).

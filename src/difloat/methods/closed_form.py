@@ -36,7 +36,7 @@ class ClosedFormSettings:
     """How weights are rounded.
 
     Attributes:
-        rounding: Of the weights.
+        rounding: How second-order rounding goes.
         moments: What is gathered of inputs.
         rows: Calibration rows for moments.
     """
@@ -58,7 +58,7 @@ class Inputs:
 def inputs_of(
     task: Task, plans: Mapping[str, LayerPlan], settings: ClosedFormSettings, row_bytes: int
 ) -> Inputs:
-    """What moments of the layers' inputs are gathered from; a row's largest layer takes `row_bytes`.
+    """What moments of the layers' inputs are gathered from, where a row's largest layer takes `row_bytes`.
 
     Raises:
         ValueError: if there are no calibration rows.
@@ -83,12 +83,12 @@ def round_anew(
     Args:
         task: Model and data.
         plans: Layers with inputs.
-        inputs: See `inputs_of`.
+        inputs: What `inputs_of` gave for them.
         asked: What is asked of the weight of each layer, or of bands of its rows.
-        settings: See there.
+        settings: How weights are rounded.
 
     Returns:
-        The layers in the order of `plans`; what gathering took; and by layer the error relative to nearest rounding on the
+        The layers in the order of `plans`, what gathering took, and by layer the error relative to nearest rounding on the
         searched scales, the damping, and how many input vectors the moments are of.
     """
     done: dict[str, LayerPlan] = {}

@@ -1,4 +1,4 @@
-"""What a recipe works on and how: model, data, widths; what it asks of a layer; settings of the sequence."""
+"""What a recipe works on (`Task`), what it asks of a layer (`LayerRules`), and settings of the sequence (`Sequencing`)."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Task:
     """What every recipe is given.
 
     Attributes:
-        model: The float denoiser; stays untouched.
+        model: The float denoiser, which stays untouched.
         calibration: Its inputs along trajectories.
         bits: What the user asked for.
-        seed: Of everything random.
+        seed: Seeds everything random.
         progress: Show progress bars.
-        work_dir: Where finished blocks are kept, so that a killed run goes on after them; None keeps nothing.
+        work_dir: Where finished blocks are kept, so that a killed run goes on after them. None keeps nothing.
         pipeline: Class name of the pipeline the model is part of, "" for a plain module.
-        scheduler: Gives the pipeline's scheduler as its call sets it for the first step; None for a plain module.
+        scheduler: Gives the pipeline's scheduler as its call sets it for the first step. None for a plain module.
         target: The machine whose fast formats the recipe's candidates are restricted to.
         only: Quantize no other layers than these, to try a recipe on a few; None: all.
         exclude: What the user keeps out of quantization, whatever the recipe.
         layer_bits: Weight bits of some layers, for recipes with one width: in place of that width, but not of 8 bits of edges.
-        memory_bytes: What activations may take while blocks are worked on; bounds the rows, not the result's size.
+        memory_bytes: What activations may take while blocks are worked on. It bounds the rows, not the result's size.
     """
 
     model: nn.Module
@@ -69,11 +69,11 @@ class LayerRules:
     """What is asked of one layer.
 
     Attributes:
-        weight: Of its weight.
-        activation: Of its input; None leaves it.
+        weight: The rule for its weight.
+        activation: The rule for its input. None leaves it.
         learn: Whether rounding is learned.
-        smoothing: What the input is multiplied by before it is quantized, and the weight divided by; None: nothing.
-        mixed: What is asked of rows of the weight apart, in place of `weight`; None: all are alike.
+        smoothing: What the input is multiplied by before it is quantized, and the weight divided by. None leaves both.
+        mixed: What is asked of bands of the weight's rows, in place of `weight`. None if all rows are alike.
     """
 
     weight: Rule
@@ -102,7 +102,7 @@ class Smoothing:
 
     Attributes:
         factors: float [stretches, i], positive.
-        schedule: Stretch of every entry of the plan's timesteps; empty with one stretch.
+        schedule: Stretch of every entry of the plan's timesteps, empty with one stretch.
     """
 
     factors: Tensor
@@ -114,7 +114,7 @@ class MixedRows:
     """Output rows of a layer in bands, each asked for something else.
 
     Attributes:
-        rules: Of every band.
+        rules: The rule of every band.
         counts: Rows of every band.
         order: int64 [o], the rows of the layer, band after band.
     """
@@ -131,7 +131,7 @@ class Sequencing:
     Attributes:
         split: Quantize the pieces of skip concatenations apart.
         rounding: How rounding is learned where a layer asks for it.
-        inputs: Block inputs during learning: from the quantized or from the full-precision prefix.
+        inputs: Whether a block's inputs during learning come from the quantized or from the full-precision prefix.
         rounding_rows: Calibration rows for learning, as far as memory allows.
         activation_rows: Calibration rows for the search over activations.
     """

@@ -1,4 +1,4 @@
-"""From what a user writes to the options of a recipe; none of them is ignored without a word."""
+"""From what a user writes to the options of a recipe, none of which is ignored without a word."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def checked(options: Any, bits: Bits, averages: bool = False) -> Any:
     """`options` themselves, unless one was changed that would change nothing at these widths, or beside the other options.
 
     Args:
-        options: Of a recipe.
+        options: A recipe's options.
         bits: Asked for.
         averages: Whether the recipe can give weights a fraction of bits on average.
 
@@ -173,7 +173,7 @@ def _check_format(name: str, value: str, words: tuple[str, ...], bits: int) -> N
 
 
 def make_options(options: type[Options], values: Mapping[str, Any]) -> Options:
-    """Options of a recipe, of the class `options`, from user values; strings are converted to the field's type.
+    """Make options of the class `options` from user values, converting strings to the field's type.
 
     Raises:
         ValueError: on an unknown option, or a value that is not of the option's type or choices.

@@ -45,15 +45,15 @@ class Rule:
     Attributes:
         formats: Candidates; the one with the lowest squared error is taken.
         granularity: What shares a scale.
-        group_size: With granularity "group".
+        group_size: How many values share a scale, with granularity "group".
         clips: Candidate ranges as fractions of the largest magnitude; `MIN_MAX` for no clipping.
         zero_points: Candidate offsets as fractions of the smallest value (online: any, the smallest value is taken), or
             None for grids that start at zero.
-        online: Activations only: scales from the data at run time, nothing is searched but the format is the first.
+        online: Activations only. Scales come from the data at run time, so nothing is searched and the format is the first.
         unsigned_clips: Candidate ranges of unsigned formats, if others than `clips`.
         asymmetry: Unsigned formats are tried beside the signed ones where the values are at least so lopsided
-            (`lopsidedness`); 0: everywhere.
-        scales: Grid that the scales are restricted to; with zero points "float16", which they are restricted to as well.
+            (`lopsidedness`), at 0 everywhere.
+        scales: Grid that the scales are restricted to. With zero points it is "float16", and they lie on it as well.
     """
 
     formats: tuple[Format, ...]
@@ -78,7 +78,7 @@ class Rule:
         return QuantSpec(format, self.granularity, self.group_size, self.online, zero_point)
 
     def search(self, rows: Tensor) -> Found:
-        """The best of `formats` for rows that share scales each; see `search.search`.
+        """Search the `formats` for the best one for rows [rows, n] that share a scale each, as `search.search` does.
 
         Unsigned formats with zero points are left out where the values lie about as far below zero as above (`asymmetry`).
         """
@@ -143,7 +143,7 @@ def asymmetric_integers(bits: int, granularity: Granularity, group_size: int | N
 
 
 def levels_or_integers(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
-    """A table of levels made for normal weights up to 4 bits, with scales of either sign; above, asymmetric integers."""
+    """Up to 4 bits a table of levels made for normal weights, with scales of either sign, and asymmetric integers above."""
     if bits not in _LEVELS:
         return asymmetric_integers(bits, granularity, group_size)
     return Rule((formats.parse(_LEVELS[bits]),), granularity, group_size)
@@ -160,11 +160,13 @@ def every_format(bits: int) -> tuple[Format, ...]:
 
 
 def online_integers(bits: int | None, group_size: int) -> Rule | None:
-    """Inputs with scales from the data: of up to 4 bits per token and group of channels, with a zero point; else per token.
+    """The rule for inputs with scales from the data.
+
+    Up to 4 bits they have a scale and a zero point per token and group of channels, above a scale per token.
 
     Args:
-        bits: Of an input; None: it stays as it is.
-        group_size: Channels of a group; 0: one scale per token at every width.
+        bits: Width of an input. None leaves it as it is.
+        group_size: Channels of a group. 0 takes one scale per token at every width.
     """
     if bits is None:
         return None
@@ -175,7 +177,9 @@ def online_integers(bits: int | None, group_size: int) -> Rule | None:
 
 
 def floating_grids(bits: int, granularity: Granularity, group_size: int | None = None) -> Rule:
-    """Every floating-point format of the width; unsigned ones with a zero point, of whole tensors only where one side is short.
+    """The rule that tries every floating-point format of the width, unsigned ones with a zero point.
+
+    For whole tensors the unsigned ones are tried only where one side of the values is short.
 
     A tensor counts as lopsided from `LOPSIDED` on; of rows that share a format every one has its own shape.
     """
@@ -194,13 +198,13 @@ def floating_grids(bits: int, granularity: Granularity, group_size: int | None =
 
 @dataclass(frozen=True)
 class Draft:
-    """A layer on its way to a plan: float weight, chosen specs, scales; `plan` encodes it, without inputs.
+    """A layer on its way to a plan, which `plan` encodes without inputs.
 
     Attributes:
         weight: Float [o, i, *k], the original values.
-        parts: As in `LayerPlan`.
-        scales: Per part, of the weight.
-        zero_points: Per part, of the weight (zeros where the spec has none).
+        parts: Pieces of the input channels, as in `LayerPlan`.
+        scales: The weight's scales, one tensor per part.
+        zero_points: The weight's zero points, one tensor per part, which is zero where the spec has none.
         error: Sum of squared errors of the weight, all parts.
     """
 
@@ -285,7 +289,7 @@ class Bits:
 
     @staticmethod
     def parse(text: str) -> Bits:
-        """Read "w4a8" or "w3.5a8"; 16 or 32 activation bits mean unquantized. ValueError on anything else."""
+        """Read "w4a8" or "w3.5a8", where 16 or 32 activation bits mean unquantized. ValueError on anything else."""
         match = re.fullmatch(r"w([0-9]{1,2}(?:\.[0-9]{1,3})?)a([0-9]{1,2})", text.strip().lower())
         if not match:
             raise ValueError(
@@ -311,7 +315,10 @@ QUANTILES = (0.0, 0.01, 0.5, 0.99, 1.0)  # of an input, by which its shape is re
 
 
 def _offsets(values: Tensor, fractions: Sequence[float]) -> list[float]:
-    """Fractions of the smallest value to try as zero points; also those of the 1 % quantile where outliers lie far below it."""
+    """Fractions of the smallest value to try as zero points.
+
+    Where outliers lie far below the 1 % quantile, the fractions of the quantile are tried as well.
+    """
     low, inner, *_ = quantiles(values)
     if low > 2 * inner or inner >= 0:
         return list(fractions)

@@ -27,7 +27,7 @@ class PackedWeight:
     Attributes:
         codes: uint8 [o, bytes, *k], as `packing.pack` lays them out. Rows may be apart.
         scale: float32, as many as the weight spec of the part asks for.
-        zero_point: float32, as many as there are scales, or None.
+        zero_point: float32, as many as there are scales. None without zero points.
         part: Channels, formats and granularities. Its activation is that of the input channels.
     """
 

@@ -1,4 +1,4 @@
-"""Recipes: one page per paper. Each turns a `Task` into an `Outcome`; `plan` wraps it for users.
+"""Recipes, one page per paper. Each turns a `Task` into an `Outcome`, and `plan` wraps it for users.
 
 To add one: a file here, a row in `RECIPES`, a page in docs/papers (see CONTRIBUTING.md). All contract tests then run on it.
 """
@@ -83,14 +83,14 @@ RECIPES: dict[str, Recipe] = {
 
 
 def lookup(name: str) -> Recipe:
-    """The recipe called `name`; ValueError that lists the known ones otherwise."""
+    """The recipe called `name`. ValueError that lists the known ones if there is none."""
     if name not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name]
 
 
 def make_options(recipe: Recipe, values: Mapping[str, Any], bits: str) -> Any:
-    """Options of a recipe from user values; ValueError as from `options.make_options` and `options.checked`."""
+    """Options of a recipe from user values. ValueError as from `options.make_options` and `options.checked`."""
     return options.checked(options.make_options(recipe.options, values), Bits.parse(bits), recipe.averages)
 
 

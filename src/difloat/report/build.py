@@ -159,7 +159,7 @@ def build(
     notes: Sequence[str] = (),
     rows: Sequence[LayerRow] | None = None,
 ) -> Record:
-    """The record of a quantization run, without pictures; `with_pictures` adds what they say.
+    """The record of a quantization run, without pictures, to which `with_pictures` adds what they say.
 
     Args:
         model: The float denoiser.
@@ -218,10 +218,10 @@ def with_pictures(
     """A record with what pictures say, in the place of what earlier ones said.
 
     Args:
-        made: Of the run that made the checkpoint.
-        evaluation: Of all pictures.
-        prompts: Of the pictures that are shown.
-        seeds: Likewise.
+        made: Record of the run that made the checkpoint.
+        evaluation: What all pictures say.
+        prompts: Prompts of the pictures that are shown.
+        seeds: Seeds of the pictures that are shown.
         times: What drawing took, in seconds, by what was drawn.
     """
     others = [(name, seconds) for name, seconds in made.timings if name not in times]

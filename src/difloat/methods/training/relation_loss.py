@@ -39,8 +39,8 @@ class RelationSettings:
     Attributes:
         kind: "attached" as the paper describes, "detached" as its code does (no gradient), "features" for the squared error of
             the same smoothed features relative to the teacher's mean square, "off" for nothing.
-        weight: Of the relations' divergence against the summed squared error of the output.
-        feature_weight: Of the squared error of the features ("features" only) against the mean squared error of the output.
+        weight: Factor of the relations' divergence beside the summed squared error of the output.
+        feature_weight: Factor of the features' squared error ("features" only) beside the mean squared error of the output.
         every: Taken in every so many-th step of an epoch, from one step later on in the next epoch.
         module: Name of the module whose output is the feature; "" finds it (`feature_block`).
     """
@@ -220,7 +220,7 @@ class RelationLoss:
     """
 
     def __init__(self, task: Task, student: Student, settings: RelationSettings) -> None:
-        """Listen to `student`; ValueError as `feature_module`."""
+        """Listen to `student`. ValueError as `feature_module`."""
         self.settings, self._task = settings, task
         self.before = task.calibration.before
         self.name = feature_module(task, settings)
@@ -237,7 +237,7 @@ class RelationLoss:
         self._caught = positions(output)
 
     def __call__(self, student: Student, step: int, batch: Batch, output: Tensor) -> Tensor:
-        """The loss of one step whose forward pass has just been; 0 in the steps between."""
+        """The loss of one step whose forward pass has just been, 0 in the steps between."""
         now = self._caught
         self._caught = None
         rows = batch.rows
@@ -264,7 +264,7 @@ class RelationLoss:
         return share * divergence(smoothed, target)
 
     def _taken(self, step: int) -> bool:
-        """Every so many-th timestep of an epoch; which of them moves on with the epoch, so that none is always left out."""
+        """Every so many-th timestep of an epoch. Which of them moves on with the epoch, so that none is always left out."""
         epoch, place = divmod(step, self._length)
         return (place + 1 + epoch) % self.settings.every == 0
 
@@ -275,7 +275,7 @@ class RelationLoss:
 
     @torch.no_grad()
     def _student_before(self, student: Student, rows: Sequence[int], now: Tensor) -> Tensor:
-        """The student's features of the rows one step earlier; those of `now` at the first step."""
+        """The student's features of the rows one step earlier, or those of `now` at the first step."""
         result = now.clone()
         timesteps = self._task.calibration.timesteps
         moved = [place for place, row in enumerate(rows) if self._earlier(row) != row]

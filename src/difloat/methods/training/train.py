@@ -32,22 +32,22 @@ _DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of mixe
 
 @record("settings of fine-tuning")
 class TrainingSettings:
-    """How a student is trained; a recipe's options are these and its own.
+    """How a student is trained. A recipe's options are these and its own.
 
     Attributes:
         epochs: Passes along the trajectory: one optimiser step per timestep each, of `accumulation` batches.
         rows: Rows per step, all processes together.
-        adapter_rate: Of the adapters, in units of a layer's mean weight step (`Adaptive.step`). arXiv:2310.03270 takes 1/2500
-            for twenty times as many steps; ours is from `benchmarks/tuning_rates.py`.
-        range_rate: Of static input ranges, in units of a layer's own mean input scale.
-        scale_rate: Of weight scales, in units of a layer's own mean weight scale.
-        router_rate: Of the router.
+        adapter_rate: Learning rate of the adapters in units of mean steps (`Adaptive.step`). arXiv:2310.03270 takes 1/2500
+            for twenty times as many steps. Ours is from `benchmarks/tuning_rates.py`.
+        range_rate: Learning rate of static input ranges, in units of a layer's own mean input scale.
+        scale_rate: Learning rate of weight scales, in units of a layer's own mean weight scale.
+        router_rate: Learning rate of the router.
         accumulation: Batches per optimiser step, of one timestep after the other.
-        guidance_weight: Of the squared part of the guidance direction that the student loses, see `lost_guidance`.
-        compare_at: Guidance scale at which pairs of guidance are compared, as the released code of MPQ-DM does; 0: every output
+        guidance_weight: Weight of the squared part of the guidance direction that the student loses (`lost_guidance`).
+        compare_at: Guidance scale at which pairs of guidance are compared, as in MPQ-DM's code. At 0 every output is compared
             by itself.
-        precision: In which `torch.autocast` computes the student; master weights and moments stay in float32.
-        patience: Stop after so many epochs without a lower loss; 0: never.
+        precision: What `torch.autocast` computes the student in. Master weights and moments stay in float32.
+        patience: Stop after so many epochs without a lower loss. 0 never stops.
     """
 
     epochs: Whole = 40
@@ -239,7 +239,7 @@ def _check_loss(losses: list[float]) -> None:
 
 
 class _Rows:
-    """Calibration rows by timestep, with the teacher's outputs; every process takes its share of a batch."""
+    """Calibration rows by timestep, with the teacher's outputs. Every process takes its share of a batch."""
 
     def __init__(self, task: Task) -> None:
         self.by_timestep: dict[float, list[int]] = {}
