@@ -158,9 +158,7 @@ def as_in_files(pipeline: Any, source: Source) -> Iterator[None]:
 
 
 def outlined(source: Source) -> outline.Outline:
-    """The denoiser as its files describe it, without their values.
-
-    Checkpoints in one file have other names and no outline.
+    """The denoiser as its files describe it, without values. Checkpoints in one file have other names and no outline.
 
     Raises:
         FileNotFoundError: there is nothing of that name, here or on the hub.

@@ -95,9 +95,9 @@ def remarks_of(directory: str | os.PathLike[str], to: str, component: str | None
 
     >>> import difloat
     >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
-    >>> _ = difloat.quantize(model, "rtn", "w8a8", progress=False, grid="int", keep_8bit=())
-    >>> remarks_of(difloat.save(model, "remarked"), "diffusers")
-    []
+    >>> _ = difloat.quantize(model, "rtn", "w8a16", weight_format="int8", progress=False)
+    >>> remarks_of(difloat.save(model, "model"), "comfy")
+    ['0: ComfyUI rounds the inputs to 8 bits per token, which the checkpoint does not']
     """
     return comfy.remarks(read_plan(model_directory(Path(directory), component))[0]) if to == "comfy" else []
 

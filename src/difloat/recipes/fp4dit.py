@@ -9,8 +9,8 @@ Paper -> here:
 Not stated in the paper, or stated differently by its code, are these choices: E2M3 and E3M4 for 6- and 8-bit activations as in
   the code (a secondary source has E3M2, E4M3), other widths, 400 steps per block at a rate tuned for them (docs/log.md) instead
   of 2,500 at 0.0001, and a reconstruction error relative to the size of the block's output.
-Differs from the released code: calibration follows the sampler's own timesteps, where the code takes almost clean latents
-  (`timesteps="clean"`). Block inputs come from the quantized prefix, where the code caches them. Convolutions: one scale a picture.
+Differs from the released code: calibration follows the sampler's own timesteps, the code takes almost clean latents
+  (`timesteps="clean"`); block inputs come from the quantized prefix, the code caches them; convolutions have a scale a picture.
 """
 
 from __future__ import annotations
