@@ -7,6 +7,7 @@ next, so that none waits for it for ever.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 from collections.abc import Callable, Iterator
@@ -59,9 +60,16 @@ def join(device: torch.device | str) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=torch.device(device).type == "cpu")
+        atexit.register(_part)  # a process that others leave without a word may abort as it ends
     # A group of its own: objects travel in CPU memory, and waiting may take longer than collectives of training should.
     _launch.group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     _launch.size, _launch.number = distributed.get_world_size(), distributed.get_rank()
+
+
+def _part() -> None:
+    """Take leave of the other processes, as far as that is not done yet."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _size_of_launch() -> int:
