@@ -202,6 +202,30 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert whole.measured["closed_form"] == resumed.measured["closed_form"]
 
 
+def test_what_another_model_kept_is_not_taken(tmp_path: Path) -> None:
+    """The loop draws the same rows whatever the model gives, and a block's own weight stays what it was."""
+    plans = []
+    for change in (0.0, 1.0):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = Plain()
+        model.enter.weight.data[:, 0] += change
+        draw = torch.Generator().manual_seed(0)
+
+        def loop(module: nn.Module, draw: torch.Generator = draw) -> None:
+            for step in range(8):
+                module(torch.randn(8, 8, generator=draw), torch.full((8,), step))
+
+        data = api.calibrate(model, forward_loop=loop, samples=64, progress=False)
+        task = replace(api.task_of(model, data, Bits.parse("w4a8")), progress=False)
+        kept = recipes.plan(replace(task, work_dir=tmp_path), "auto", "w4a8", {"widths": "same"})
+        fresh = recipes.plan(task, "auto", "w4a8", {"widths": "same"})
+        assert kept.measured["closed_form"] == fresh.measured["closed_form"]
+        plans.append(kept)
+    errors = [plan.measured["closed_form"]["layers"]["blocks.0"]["error"] for plan in plans]
+    assert errors[0] != errors[1]
+
+
 def test_what_cannot_be_is_refused() -> None:
     pipeline, data = calibrated("unet")
     with pytest.raises(ValueError, match="weight bits must be a whole number"):

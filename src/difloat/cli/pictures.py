@@ -167,8 +167,7 @@ def _drawn_later(
     out: Path,
     count: int,
     prompts: Path | None,
-    steps: int | None,
-    guidance: float | None,
+    sampler: tuple[int | None, float | None],
     batch: int,
     call: list[str] | None,
     cache: Path | None,
@@ -186,6 +185,7 @@ def _drawn_later(
             f"name the other ({before.model!r} when it was made)"
         )
     texts = run.prompts_of(pipeline, source, prompts)
+    steps, guidance = sampler
     guidance, arguments = call_of(pipeline, source, guidance, call)
     folder = cache if cache is not None else _kept_by_default()
     sampling = run.Sampling(texts, count, steps, guidance, batch, arguments)
@@ -245,8 +245,7 @@ def report(
         out,
         _IMAGES if images is None else images,
         prompts,
-        steps,
-        guidance,
+        (steps, guidance),
         batch,
         call,
         cache,

@@ -129,7 +129,8 @@ def _round(
         for name in moments.source.names:
             drafts = _bands(task, name, plans[name], asked[name])
             bands = [round_second_order(d, moments.matrix, settings.rounding, known) for d in drafts]
-            order = getattr(asked[name], "order", torch.arange(plans[name].shape[0]))
+            wanted = asked[name]
+            order = wanted.order if isinstance(wanted, MixedRows) else torch.arange(plans[name].shape[0])
             done[name] = _with_inputs(join_rows([band.plan() for band in bands], order), plans[name])
             error = sum(float(band.row_error.sum()) for band in bands)
             nearest = sum(float(band.nearest_error.sum()) for band in bands)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from difloat.cache_entries import read_entry, write_entry
@@ -31,7 +32,9 @@ class Finished:
     @staticmethod
     def of(task: Task, rows: int) -> Finished:
         """The entries of a task that gathers moments from so many calibration rows; makes their folder."""
-        common = [task.calibration.fingerprint, rows, task.seed, task.target, str(task.bits)]
+        # Inputs of a layer depend on every layer before it, also where the rows do not tell one model from another.
+        state = [_sums(tensor) for tensor in task.model.state_dict().values()]
+        common = [task.calibration.fingerprint, rows, task.seed, task.target, str(task.bits), state]
         folder = None if task.work_dir is None else task.work_dir / "closed-form"
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +61,11 @@ def facts_of(task: Task, names: Sequence[str], plans: Mapping[str, LayerPlan]) -
     facts = []
     for name in names:
         weight = packed.weight_of(task.model, name).detach()
-        sums = [float(weight.double().sum()), float(weight.abs().sum())]
-        facts.append(repr((name, [part.activation for part in plans[name].parts], tuple(weight.shape), sums)))
+        inputs = [part.activation for part in plans[name].parts]
+        facts.append(repr((name, inputs, tuple(weight.shape), _sums(weight))))
     return facts
+
+
+def _sums(tensor: Tensor) -> list[float]:
+    """Of the values and of their magnitudes, which tell one tensor from another."""
+    return [float(tensor.sum(dtype=torch.float64)), float(tensor.abs().sum(dtype=torch.float64))]
