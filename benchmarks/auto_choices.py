@@ -1,0 +1,132 @@
+"""What single choices of recipe auto bring and cost: one changed at a time, on the same pictures.
+
+    python benchmarks/auto_choices.py                         # both embedded models; minutes on two idle cores
+    python benchmarks/auto_choices.py --models emoji-unet     # one of them
+
+Every row is quantized anew and draws the same pictures as full precision. Stored are the PSNR, its paired difference to the
+first row of the same bits, effective bits, seconds of calibration and of all after it, and seconds of a picture: full precision
+and packed in turns, the median of `--repeats`. Costs are given in full-precision pictures, too.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import harness
+from torch import Tensor
+
+from difloat import api, evaluate, recipes, reference_models
+from difloat.evaluation.picture_metrics import mean_interval, psnr
+from difloat.layers import install
+from difloat.plan.plan import Plan
+from difloat.plan.rules import Bits
+
+STEPS, ROWS = 20, 256
+TRAJECTORIES = "trajectories"
+CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "w4a8": ("auto", "w4a8", {}),
+    "w4a8, rows of 16 trajectories": ("auto", "w4a8", {TRAJECTORIES: 16}),
+    "w4a8, rows of 32 trajectories": ("auto", "w4a8", {TRAJECTORIES: 32}),
+    "w4a8, moments of 128 rows": ("auto", "w4a8", {"rows": 128}),
+    "w4a8, bits by layer": ("auto", "w4a8", {"widths": "layers"}),
+    "w4a8, bits by layer, integers": ("auto", "w4a8", {"widths": "layers", "grid": "integer"}),
+    "w4a8, same bits": ("auto", "w4a8", {"widths": "same"}),
+    "w4a8, same bits, integers": ("auto", "w4a8", {"widths": "same", "grid": "integer"}),
+    "w4a8, gptq": ("gptq", "w4a8", {}),
+    "w4a4": ("auto", "w4a4", {}),
+    "w4a4, inputs per token": ("auto", "w4a4", {"input_group": 0}),
+    "w3a8": ("auto", "w3a8", {}),
+    "w3a8, edges up for choice": ("auto", "w3a8", {"keep_8bit": ()}),
+    "w3a8, weights in groups of 128": ("auto", "w3a8", {"group_size": 128}),
+}
+
+
+def main() -> None:
+    """Measure every choice of every model and store it as soon as it is there."""
+    parser = harness.parser(
+        __doc__, threads=harness.all_threads(), repeats=5, out=harness.RESULTS / "auto-choices.json"
+    )
+    parser.add_argument("--models", nargs="+", default=list(reference_models.NAMES))
+    parser.add_argument("--count", type=int, default=32, help="pictures")
+    parser.add_argument("--choices", nargs="+", default=list(CHOICES))
+    options = harness.arguments(parser)
+    for name in options.models:
+        prompts = reference_models.captions()
+        shown = prompts[:: len(prompts) // options.count][: options.count]
+        reference = drawn(reference_models.load(name), name, shown)
+        first: dict[str, Tensor] = {}
+        for label in options.choices:
+            row, scores = measure(name, label, shown, reference, options.repeats)
+            base = first.setdefault(CHOICES[label][1], scores)
+            if base is not scores:
+                row["psnr_change_db"] = vars(mean_interval(scores - base))
+            harness.add(options.out, {f"{name} | {label}": {**row, **harness.facts()}})
+
+
+def drawn(pipeline: Any, name: str, prompts: list[str]) -> Tensor:
+    """Pictures of seeds 0, 1, ... with the sampler that the model was trained for."""
+    call = reference_models.call_arguments(name)
+    guidance = call.pop("guidance_scale")
+    shared = {"steps": STEPS, "guidance_scale": guidance, "call_kwargs": call, "progress": False}
+    return evaluate.generate(pipeline, prompts, seeds=range(len(prompts)), **shared).images
+
+
+def measure(
+    name: str, label: str, shown: list[str], reference: Tensor, repeats: int
+) -> tuple[dict[str, Any], Tensor]:
+    """One choice: what it took, and the PSNR of every picture."""
+    recipe, bits, chosen = CHOICES[label]
+    own = dict(chosen)
+    trajectories = own.pop(TRAJECTORIES, recipes.lookup("auto").trajectories)
+    pipeline = reference_models.load(name)
+    call = reference_models.call_arguments(name)
+    guidance = call.pop("guidance_scale")
+    start = time.perf_counter()
+    data = api.calibrate(
+        pipeline,
+        prompts=[text for text in reference_models.captions() if text not in shown],
+        samples=ROWS,
+        steps=STEPS,
+        guidance_scale=guidance,
+        trajectories=trajectories,
+        call_kwargs=call,
+        progress=False,
+    )
+    calibrated = time.perf_counter()
+    plan = recipes.plan(api.task_of(pipeline, data, Bits.parse(bits)), recipe, bits, own)
+    done = time.perf_counter()
+    packed = reference_models.load(name)
+    install.apply(api.denoiser(packed), plan)
+    scores = psnr(reference, drawn(packed, name, shown))
+    times = picture_seconds(name, pipeline, packed, shown[:1], repeats)
+    row = {
+        "psnr_db": vars(mean_interval(scores)),
+        "effective_bits": effective_bits(plan),
+        "calibration_s": round(calibrated - start, 1),
+        "after_s": round(done - calibrated, 1),
+        "picture_s": times,
+        "calibration_pictures": round((calibrated - start) / times["full precision"], 1),
+        "after_pictures": round((done - calibrated) / times["full precision"], 1),
+    }
+    return row, scores
+
+
+def picture_seconds(name: str, full: Any, packed: Any, prompts: list[str], repeats: int) -> dict[str, float]:
+    """Seconds of one picture of either pipeline, drawn in turns; medians."""
+    contestants = {
+        "full precision": lambda: drawn(full, name, prompts),
+        "packed": lambda: drawn(packed, name, prompts),
+    }
+    return harness.medians(harness.interleaved(contestants, repeats))
+
+
+def effective_bits(plan: Plan) -> float:
+    """Bits of a weight in the quantized layers, scales and all."""
+    weights = sum(math.prod(layer.shape) for layer in plan.layers.values())
+    return 8 * sum(layer.nbytes for layer in plan.layers.values()) / weights
+
+
+if __name__ == "__main__":
+    main()
