@@ -33,7 +33,7 @@ class ProcessError(ValueError):
 
 @dataclass
 class _Launch:
-    """Of this process: group to meet in (None: not joined), how many, which one, and what it is in the middle of."""
+    """What this process knows of its launch: the group to meet in, the number of processes, its own, and what it is doing."""
 
     group: Any = None
     size: int = 1
@@ -183,7 +183,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
 
 
 def exchange_gradients(model: nn.Module, *, now: bool) -> AbstractContextManager[None]:
-    """For a forward and backward pass of what `data_parallel` gave. Unless `now`, gradients add up where they are."""
+    """Let processes exchange the gradients of a pass of what `data_parallel` gave. Unless `now`, they add up where they are."""
     if now or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     kept: AbstractContextManager[None] = model.no_sync()

@@ -73,8 +73,8 @@ def forecast(
 
     Args:
         fitted: What is asked for, and of which pipeline.
-        prompts: As for `difloat.plan`.
-        call_kwargs: Likewise.
+        prompts: The texts to calibrate with, as `difloat.plan` takes them.
+        call_kwargs: Further arguments of the pipeline's call, as `difloat.plan` takes them.
     """
     name, bits = next(iter(fitted.denoisers.items()))
     pipeline, settings, module = fitted.model, fitted.request.calibration, denoiser(fitted.model, name)

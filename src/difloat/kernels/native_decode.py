@@ -199,8 +199,8 @@ def _decoding(weight: Weight, dtype: torch.dtype, memory: Tensor | None = None) 
     """A function that decodes the weight [o, i, *k] in the float layer's order, channels last.
 
     Args:
-        weight: Of one part.
-        dtype: Of the result.
+        weight: The weight of one part.
+        dtype: The dtype of the result.
         memory: uint8 that holds it; None for this thread's buffer, which the next layer overwrites.
     """
     decode, kind = native_library.library().difloat_decode, native_library.TYPES[dtype]

@@ -77,7 +77,7 @@ def allot(candidates: Mapping[str, Sequence[Candidate]], budget: int) -> Allotme
     Of equal errors the choice with fewer bytes wins where the search was completed.
 
     Args:
-        candidates: For every layer its candidates, at least one, in any order.
+        candidates: The candidates of every layer, at least one, in any order.
         budget: The most bytes that all choices may take together.
 
     Raises:

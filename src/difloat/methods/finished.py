@@ -67,5 +67,5 @@ def facts_of(task: Task, names: Sequence[str], plans: Mapping[str, LayerPlan]) -
 
 
 def _sums(tensor: Tensor) -> list[float]:
-    """Of the values and of their magnitudes, which tell one tensor from another."""
+    """Add up the values and their magnitudes, which tell one tensor from another."""
     return [float(tensor.sum(dtype=torch.float64)), float(tensor.abs().sum(dtype=torch.float64))]

@@ -26,7 +26,7 @@ class Task:
 
     Attributes:
         model: The float denoiser, which stays untouched.
-        calibration: Its inputs along trajectories.
+        calibration: The model's inputs along trajectories.
         bits: What the user asked for.
         seed: Seeds everything random.
         progress: Show progress bars.

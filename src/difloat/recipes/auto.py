@@ -42,7 +42,7 @@ class Options:
 
     Attributes:
         widths: 2 to 8 bits by "rows" (output channels) or "layers", within the bytes of one width or `size`; "same": one width.
-        grid: Of weights of up to 4 bits: a "table" of levels, or an "integer" with a zero point.
+        grid: The grid of weights of up to 4 bits, a "table" of levels or an "integer" with a zero point.
         size: Bytes of the denoiser on disk, such as 300MB, in place of the weight bits asked for; None: those.
         refit: Fit scales and zero points under the moments after rounding.
         sweep: Move every weight once to its best grid value given the others.

@@ -40,9 +40,10 @@ class Options(TrainingSettings):
         iterations, rounding_rows: The options of learned rounding, as in LBFP.
         rank: The rank of the adapters.
         ranges_by_timestep: Learn input ranges apart for every timestep.
-        factor_power: Power of the sampler's factors that weighs a timestep's loss, see `Tuning`; 0 for plain modules.
+        factor_power: The power of the sampler's factors that weighs a timestep's loss. It must be 0 for plain modules.
         keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
-        guidance_weight, epochs: As in `TrainingSettings`; without guidance in the sampler 0, 0 epochs: no fine-tuning.
+        guidance_weight: The field of `TrainingSettings`, which counts as 0 where the sampler has no guidance.
+        epochs: The passes of fine-tuning, of which 0 leaves it out.
     """
 
     rounding: Literal["learned", "nearest"] = "learned"

@@ -50,12 +50,12 @@ class Options(TrainingSettings):
 
     Attributes:
         grid: "int" as in the paper, "fp" for floating-point grids of the same widths.
-        mixed: Choose widths row by row; false: N bits for all, inputs not scaled (the base of the ablation).
+        mixed: Whether widths are chosen row by row. False is the base of the ablation, with N bits and inputs not scaled.
         plus: MPQ-DM+, a tenth of the rows more at N + 1 bits.
         criterion, candidates, scale_inputs: Fields of `AllocationSettings`.
-        relation, relation_weight, feature_weight, relation_every, features: See `RelationSettings` (`features`: its `module`).
+        relation, relation_weight, feature_weight, relation_every, features: The fields of `RelationSettings`.
         rank: The rank of the adapters.
-        adapter_init: "zero", or "error": from the largest directions of the rounding error.
+        adapter_init: "zero", or "error" for a start at the largest directions of the rounding error.
         ranges_by_timestep: Learn input ranges apart for every timestep.
         keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
     """

@@ -20,7 +20,7 @@ class Parcel:
     Attributes:
         repository: On the hub, ``owner/name``.
         files: Bytes by their paths in the repository, the card among them.
-        card: Its text.
+        card: The text of the model card.
         left: Files of the directory that are not difloat's and stay here.
     """
 
