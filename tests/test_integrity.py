@@ -209,7 +209,9 @@ BAD = [math.inf, -math.inf, math.nan, 10**400, 2**70, -1, 0, 1.0, True, "7", Non
     ids=lambda value: ".".join(map(str, value)) if value and isinstance(value[0], str) else "",
 )
 def test_numbers_of_a_plan_are_of_their_type_and_range(path, fine, value):
-    config = json.loads(json.dumps(checkpoint.plan_config.quantization_config(checkpoint.plan_of(quantized()))))
+    config = json.loads(
+        json.dumps(checkpoint.plan_config.quantization_config(checkpoint.plan_of(quantized())))
+    )
     place = config
     for step in path[:-1]:
         place = place[step]

@@ -1,12 +1,12 @@
 """Guided: difloat's own recipe for 2 to 4 bits, made of those parts of the papers that held when they were measured.
 
 Taken from -> here:
-  mixup-sign (MSFP, arXiv:2505.21591), of weights too: signed, or unsigned with a zero point   `assign.floating_grids`
-  learned rounding (LBFP, arXiv:2408.06995), from which fine-tuning starts                     `RoundingSettings`
-  adapters merged before rounding, learned ranges (EfficientDM, arXiv:2310.03270)              `methods.tuned`
-  timesteps weighted by their factor in the sampler's update (MSFP), here by its square        `timestep_weights`
+  mixup-sign (MSFP, arXiv:2505.21591), of weights too: signed, or unsigned with a zero point  `plan.rules.floating_grids`
+  learned rounding (LBFP, arXiv:2408.06995), from which fine-tuning starts                    `RoundingSettings`
+  adapters merged before rounding, learned ranges (EfficientDM, arXiv:2310.03270)             `methods.training.twin_layer`
+  timesteps weighted by the square of their factor in the sampler's update (after MSFP)       `methods.training.fine_tune`
 Its own:
-  the guidance direction, which a plain squared error shrinks, is kept                         `finetune.lost_guidance`
+  the guidance direction, which a plain squared error shrinks, is kept                        `methods.training.train`
 Left out: adapters by timestep and relations; docs/papers says what they bring. Few epochs, since rows repeat.
 Differs from the papers: no page of theirs describes this; what it measures against them is in docs/papers/guided.md.
 """

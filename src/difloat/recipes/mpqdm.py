@@ -1,11 +1,11 @@
 """MPQ-DM: 2 to 4 bits by mixed widths inside a layer and relation distillation (arXiv:2412.11549, AAAI 2025).
 
 Paper -> here:
-  OMQ: input channels scaled, rows sorted by kurtosis, n rows get N + 1 bits and n rows N - 1   `methods.allocate`
-  n searched by output error over 0, k, 2k, ... up to half of the rows                        `allocate.choose`
+  OMQ: input channels scaled, rows sorted by kurtosis, n rows get N + 1 bits and n rows N - 1   `methods.mixed_rows`
+  n searched by output error over 0, k, 2k, ... up to half of the rows                        `methods.mixed_rows.allocate`
   MPQ-DM+: a tenth of the rows more at N + 1                                                  `plus=true`
-  TRD: relations of positions, features smoothed over two sampler steps, every second step    `methods.relation`
-  base: EfficientDM's adapters merged before rounding, input ranges by timestep               `methods.tuned`
+  TRD: relations of positions, features smoothed over two sampler steps, every second step    `methods.training.relation_loss`
+  base: EfficientDM's adapters merged before rounding, input ranges by timestep               `methods.training.twin_layer`
   first and last layers at 8 bits without adapters                                            `keep_8bit`
 
 Differs from the paper: inputs are scaled at run time, never by the operation before (a plan holds planned layers and leaves the

@@ -208,7 +208,7 @@ def features_of(task: Task, wanted: str) -> tuple[str, Tensor]:
 
 @final
 class RelationLoss:
-    """The further loss of a training step (`finetune.Extra`), for the rows of the batch whose row one step earlier is held.
+    """The further loss of a training step (`train.Extra`), for the rows of the batch whose row one step earlier is held.
 
     The sampler's first step has none before it: its features count alone. The teacher's features are computed once per row as
     far as a quarter of `memory_bytes` holds them, and again where not. The student's features of the step before come from the
