@@ -66,6 +66,10 @@ Setting = Annotated[
     list[str] | None,
     typer.Option("--set", help="Option of the recipe, like --set rounding=nearest; repeatable."),
 ]
+Size = Annotated[
+    str | None,
+    typer.Option(help="Bytes of the denoiser on disk, such as 300MB, in place of weight bits (recipe auto)."),
+]
 Offload = Annotated[
     str,
     typer.Option(
@@ -193,6 +197,21 @@ def loras_of(texts: Sequence[str]) -> list[tuple[str, float]]:
         number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", weight)
         found.append((file, float(weight)) if file and number else (text, 1.0))
     return found
+
+
+def with_size(words: dict[str, str], size: str | None) -> dict[str, str]:
+    """The recipe's options with what ``--size`` asks for, which is the option `size` of recipes that choose widths.
+
+    Raises:
+        ValueError: if ``--set size=`` says it, too.
+    """
+    if size is None:
+        return words
+    if "size" in words:
+        raise ValueError(
+            f"--size must stand without --set size={words['size']}, got {size!r}; leave one of them out"
+        )
+    return {**words, "size": size}
 
 
 def call_of(

@@ -24,12 +24,14 @@ from difloat.cli.options import (
     Overwrite,
     Prompts,
     Setting,
+    Size,
     Source,
     call_of,
     claimed,
     meet,
     options_of,
     pipeline_of,
+    with_size,
 )
 from difloat.cli.tables import console
 from difloat.plan.request import CalibrationSettings, RepairSettings, Request
@@ -50,6 +52,7 @@ def quantize(
     calibration: Annotated[CalibrationSettings, _CALIBRATION],
     where: Annotated[Words, Fields(SourceFields, leave_out=("name",), panel="Source")],
     reader: For = None,
+    size: Size = None,
     option: Setting = None,
     prompts: Prompts = None,
     call: Call = None,
@@ -62,7 +65,7 @@ def quantize(
     """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
     from difloat import job, run
 
-    place, words = meet(device), options_of(option or [])
+    place, words = meet(device), with_size(options_of(option or []), size)
     if reader is not None:
         asked = {**asked, "target": check_file(reader, asked.get("target", Request.target))}
     request = job.request(**asked, options=words, calibration=calibration, device=place)
