@@ -64,12 +64,14 @@ class Outcome:
     Attributes:
         images: Pictures drawn with both models for the report, after the checkpoint is saved. 0 draws none. If it is left out,
             16 for models of up to 100 million weights, and none for larger ones.
+        size: Bytes of the denoiser on disk, such as 300MB, in place of weight bits. Recipe auto keeps to it.
         offload: "disk" reads and writes block by block, for models larger than the memory and plans that need no data.
         dry_run: Print plan, size, memory and time, and stop.
         overwrite: Replace a checkpoint that is there.
     """
 
     images: Whole | None = None
+    size: str | None = None
     offload: Annotated[Literal["none", "disk"], Rule("be disk or none")] = "none"
     dry_run: bool = False
     overwrite: bool = False
@@ -195,6 +197,21 @@ def loras_of(texts: Sequence[str]) -> list[tuple[str, float]]:
         number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", weight)
         found.append((file, float(weight)) if file and number else (text, 1.0))
     return found
+
+
+def with_size(words: dict[str, str], size: str | None) -> dict[str, str]:
+    """The recipe's options with what ``--size`` asks for, which is the option `size` of recipes that choose widths.
+
+    Raises:
+        ValueError: if ``--set size=`` says it, too.
+    """
+    if size is None:
+        return words
+    if "size" in words:
+        raise ValueError(
+            f"--size must stand without --set size={words['size']}, got {size!r}; leave one of them out"
+        )
+    return {**words, "size": size}
 
 
 def call_of(

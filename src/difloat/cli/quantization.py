@@ -24,6 +24,7 @@ from difloat.cli.options import (
     meet,
     options_of,
     pipeline_of,
+    with_size,
 )
 from difloat.cli.tables import console
 from difloat.plan.request import CalibrationSettings, RepairSettings, Request
@@ -51,7 +52,7 @@ def quantize(
     """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
     from difloat import job, run
 
-    place, words = meet(inputs.device), options_of(option or [])
+    place, words = meet(inputs.device), with_size(options_of(option or []), outcome.size)
     if reader is not None:
         asked = {**asked, "target": check_file(reader, asked.get("target", Request.target))}
     request = job.request(**asked, options=words, calibration=calibration, device=place)
