@@ -87,7 +87,7 @@ def load_pipeline(source: str, device: torch.device | str | None = None, **where
 
     Args:
         source: The source, as the user names it.
-        device: Where it is put, see `devices.resolve`; None: the CPU.
+        device: Where it is put (`devices.resolve`), or None for the CPU.
         **where: Further fields of `sources.Source`.
 
     Raises:

@@ -156,7 +156,7 @@ def unprovable(directory: Path) -> str:
 
 
 def first_fault(root: Path, entries: Mapping[str, Entry]) -> str:
-    """What is wrong with the first file that is not as it was saved, in one sentence; empty if all are."""
+    """What is wrong with the first file that is not as it was saved, in one sentence, or an empty text."""
     for name, entry in entries.items():
         path = root / name
         if not path.is_file():

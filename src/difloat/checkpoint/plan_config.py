@@ -23,7 +23,7 @@ _parsed: ContextVar[list[tuple[dict[str, Any], Plan]] | None] = ContextVar("pars
 
 @record("quantization_config")
 class _Stored:
-    """The JSON object of a plan; what it says of the layers is read layer by layer, so that an error can name one."""
+    """The JSON object of a plan. Its layers are read one by one, so that an error can name one."""
 
     version: int
     recipe: str
@@ -40,7 +40,7 @@ class _Stored:
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
-    """The `quantization_config` of `config.json`; ValueError if the plan's options are no JSON."""
+    """The `quantization_config` of `config.json`. It is a ValueError if the plan's options are no JSON."""
     layers = {name: plain(layer) for name, layer in plan.layers.items()}
     stored = _Stored(
         PLAN_VERSION,

@@ -189,7 +189,7 @@ def _block(
 
 
 def _with_vectors_only(layer: LayerPlan) -> LayerPlan:
-    """The plan of a layer without the values of what is in a file by now; stored input ranges are written at the end."""
+    """The plan of a layer without the values that are in a file by now. Stored input ranges are written at the end."""
     tensors = {
         key: tensor if key.startswith("input_") else tensor.to("meta")
         for key, tensor in layer.tensors.items()
@@ -213,7 +213,7 @@ def _write_rest(streamed: Streamed, plan: Plan, shards: _Shards) -> None:
 
 
 def _copy_others(streamed: Streamed, partial: Path) -> None:
-    """Everything of the pipeline but the denoiser's weights; of weights in several layouts the safetensors ones."""
+    """Everything of the pipeline but the denoiser's weights. Of weights in several layouts it has the safetensors ones."""
     index = read_json(streamed.directory / INDEX)
     shutil.copyfile(streamed.directory / INDEX, partial / INDEX)
     for name, entry in index.items():

@@ -154,7 +154,7 @@ def by_name(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> 
 
 
 def _compressed(ov: ModuleType, layer: LayerPlan) -> Any:
-    """The weight of a layer as operations over its codes and scales; what it computes is `plan.encode.dequantize`."""
+    """The weight of a layer as operations over its codes and scales, which compute `plan.encode.dequantize`."""
     from openvino import opset13 as op
 
     part, shape = layer.parts[0], list(layer.shape)
@@ -234,7 +234,7 @@ def _quietly() -> Iterator[None]:
 
 
 def package() -> ModuleType:
-    """The package openvino; ImportError that says what to do without it."""
+    """The package openvino. Without it an ImportError says what to do."""
     try:
         import openvino
     except ImportError as error:

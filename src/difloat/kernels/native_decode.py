@@ -201,7 +201,7 @@ def _decoding(weight: Weight, dtype: torch.dtype, memory: Tensor | None = None) 
     Args:
         weight: The weight of one part.
         dtype: The dtype of the result.
-        memory: uint8 that holds it; None for this thread's buffer, which the next layer overwrites.
+        memory: The uint8 memory that holds it, or None for this thread's buffer, which the next layer overwrites.
     """
     decode, kind = native_library.library().difloat_decode, native_library.TYPES[dtype]
     shape = (weight.out_channels, *weight.kernel, weight.part.channels)  # [o, *k, i]

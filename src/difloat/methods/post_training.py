@@ -124,7 +124,7 @@ def run(
 
 
 def _looked_at(task: Task, generator: torch.Generator) -> tuple[Trace, dict[str, str]]:
-    """What two rows show, or the modules alone where there are no rows; and the layers that must stay, with the reason."""
+    """What two rows show, or the modules alone without rows, and the layers that must stay with the reason."""
     read = dtype_readers.kept(task.model)
     if not len(task.calibration):
         return structure(task.model), unread(task.model) | read

@@ -78,7 +78,7 @@ class Options(TrainingSettings):
 
 
 def cost(options: Options, bits: Bits) -> Cost:
-    """What MPQ-DM asks of the denoiser and stores; a layer's widths are counted at their mean."""
+    """What MPQ-DM asks of the denoiser and stores. The widths of a layer are counted at their mean."""
     rule = {"int": asymmetric_integers, "fp": floating_grids}[options.grid]
     scaled, related = options.mixed and options.scale_inputs, options.epochs > 0 and options.relation != "off"
     inputs = None if bits.activation is None else rule(bits.activation, "tensor")

@@ -254,7 +254,7 @@ def _adapters(plan: Plan) -> render.AdapterTable | None:
 
 
 def _shares(plan: Plan) -> list[render.Share]:
-    """What the layers got of a budget; none where a recipe gives all of them the same bits."""
+    """The shares that the layers got of a budget, or none where a recipe gives all of them the same bits."""
     found = plan.measured.get("widths", {})
     shares = []
     for name, formats_of in found.get("formats", {}).items():
