@@ -53,13 +53,15 @@ def write_entry(path: Path, key: str, tensors: Mapping[str, Tensor], facts: Mapp
 
 
 @overload
-def read_entry(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None: ...
+def read_entry(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """The tensors and texts as they were written."""
 
 
 @overload
 def read_entry(
     path: Path, key: str, parse: Callable[[dict[str, str]], Facts]
-) -> tuple[dict[str, Tensor], Facts] | None: ...
+) -> tuple[dict[str, Tensor], Facts] | None:
+    """The tensors, and what `parse` makes of the texts."""
 
 
 def read_entry(path: Path, key: str, parse: Callable[[dict[str, str]], Any] = dict) -> Any:
