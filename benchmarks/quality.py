@@ -84,7 +84,7 @@ def measure_model(arguments: argparse.Namespace, model: str, results: dict[str, 
             steps=arguments.steps,
             guidance_scale=guidance,
             timesteps=row.timesteps,
-            trajectories=recipes.lookup(row.recipe).trajectories,
+            trajectories=row.trajectories or recipes.lookup(row.recipe).trajectories,
             seed=row.seed,
         )
         results[key] = {**setting, **measure_row(row, pipeline, module, data, reference, sampling)}
