@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import harness
@@ -20,11 +21,14 @@ from torch import Tensor
 from difloat import api, evaluate, recipes, reference_models
 from difloat.evaluation.picture_metrics import mean_interval, psnr
 from difloat.layers import install
+from difloat.plan.layer_bits import layer_bits
 from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits
 
 STEPS, ROWS = 20, 256
 TRAJECTORIES = "trajectories"
+ALLOCATED = "bits of auto"  # by layer, with these options of auto
+INTEGER_LAYERS = {"widths": "layers", "grid": "integer"}
 CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "w4a8": ("auto", "w4a8", {}),
     "w4a8, rows of 16 trajectories": ("auto", "w4a8", {TRAJECTORIES: 16}),
@@ -35,6 +39,19 @@ CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "w4a8, same bits": ("auto", "w4a8", {"widths": "same"}),
     "w4a8, same bits, integers": ("auto", "w4a8", {"widths": "same", "grid": "integer"}),
     "w4a8, gptq": ("gptq", "w4a8", {}),
+    "w4a8, gptq, bits of auto": ("gptq", "w4a8", {ALLOCATED: INTEGER_LAYERS}),
+    "w4a8, qdiffusion": ("qdiffusion", "w4a8", {}),
+    "w4a8, qdiffusion, bits of auto": ("qdiffusion", "w4a8", {ALLOCATED: INTEGER_LAYERS}),
+    "w4a8, qdiffusion nearest, bits of auto": (
+        "qdiffusion",
+        "w4a8",
+        {"rounding": "nearest", ALLOCATED: INTEGER_LAYERS},
+    ),
+    "w4a8, qdiffusion online, bits of auto": (
+        "qdiffusion",
+        "w4a8",
+        {"activation": "online", ALLOCATED: INTEGER_LAYERS},
+    ),
     "w4a4": ("auto", "w4a4", {}),
     "w4a4, inputs per token": ("auto", "w4a4", {"input_group": 0}),
     "w3a8": ("auto", "w3a8", {}),
@@ -79,6 +96,7 @@ def measure(
     """One choice: what it took, and the PSNR of every picture."""
     recipe, bits, chosen = CHOICES[label]
     own = dict(chosen)
+    allocated = own.pop(ALLOCATED, None)
     trajectories = own.pop(TRAJECTORIES, recipes.lookup("auto").trajectories)
     pipeline = reference_models.load(name)
     call = reference_models.call_arguments(name)
@@ -95,7 +113,10 @@ def measure(
         progress=False,
     )
     calibrated = time.perf_counter()
-    plan = recipes.plan(api.task_of(pipeline, data, Bits.parse(bits)), recipe, bits, own)
+    task = api.task_of(pipeline, data, Bits.parse(bits))
+    if allocated is not None:
+        task = replace(task, layer_bits=layer_bits(recipes.plan(task, "auto", bits, allocated)))
+    plan = recipes.plan(task, recipe, bits, own)
     done = time.perf_counter()
     packed = reference_models.load(name)
     install.apply(api.denoiser(packed), plan)

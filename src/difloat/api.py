@@ -63,6 +63,7 @@ def plan(
     exclude: Sequence[str] = Request.exclude,
     components: Sequence[str] | None = None,
     device: torch.device | str | None = None,
+    bits_from: Plan | str | Path | None = None,
     **options: Any,
 ) -> Plan:
     """Decide how to quantize a model, which stays untouched.
@@ -85,6 +86,7 @@ def plan(
         exclude: Names of layers or blocks, or patterns like ``*.to_q``, that stay as they are, whatever the recipe.
         components: Models of a pipeline, like ["unet", "vae=w8a8"] (`components.parse`). None takes the denoiser or denoisers.
         device: Where the model is put and computes (`devices.resolve`). None leaves it where it is, or is offloaded from.
+        bits_from: A plan of this model, or its checkpoint, whose layers' weight bits are taken. None takes `bits` everywhere.
         **options: Fields of `CalibrationSettings` (`samples`, `steps`, `seed`, ...) and of the recipe's options.
 
     Raises:
@@ -101,6 +103,7 @@ def plan(
         components=components,
         device=device,
         cache=cache_dir,
+        bits_from=bits_from,
     )
     fitted = job.fit(model, asked)
     given: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "cache_key": cache_key}
@@ -138,6 +141,7 @@ def _decide(fitted: Job, name: str, progress: bool, data: Mapping[str, Any]) -> 
             work_dir=asked.cache,
             target=asked.target,
             exclude=fitted.exclusions[name],
+            layer_bits=fitted.layer_bits[name],
             progress=progress,
         )
         return recipes.decide(task, asked.recipe, asked.options)

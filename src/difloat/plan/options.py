@@ -154,6 +154,17 @@ def checked(options: Any, bits: Bits, averages: bool = False) -> Any:
     return options
 
 
+def check_formats_open(options: Any) -> None:
+    """Refuse an option that names the format of weights where layers are to have several widths."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        for mark in type(options).__pydantic_fields__[field.name].metadata:
+            if isinstance(mark, FormatOr) and value not in mark.words:
+                raise ValueError(
+                    f"{field.name} must be left open with bits_from, as layers have several widths, got {value!r}; leave it out"
+                )
+
+
 def _check_format(name: str, value: str, words: tuple[str, ...], bits: int) -> None:
     if value in words:
         return
