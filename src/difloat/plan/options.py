@@ -117,9 +117,17 @@ _NEEDS = (
         lambda options, bits: options.mixed and bits.weight < 8,
     ),
     _Need(
-        ("guidance", "factor_power", "size"),
-        "widths=rows or layers",
-        lambda options, bits: getattr(options, "widths", "rows") != "same",
+        ("guidance", "factor_power"),
+        "widths=rows or layers, or polish",
+        lambda options, bits: (
+            getattr(options, "widths", "rows") != "same" or getattr(options, "polish", 0) > 0
+        ),
+    ),
+    _Need(("size",), "widths=rows or layers", lambda options, bits: options.widths != "same"),
+    _Need(
+        ("polish_minutes", "polish_rate", "polish_rows", "judge"),
+        "polish of at least one update",
+        lambda options, bits: options.polish > 0,
     ),
     _Need(
         ("size",),
