@@ -558,7 +558,7 @@ def test_a_scaled_run_goes_on_with_its_scale(tmp_path, monkeypatch) -> None:
     student = student_of(task, plans, count=1)
     trained(task, student, replace(SETTINGS, epochs=1))
     (kept,) = tmp_path.glob("fine-tuning-*.safetensors")
-    entry = read_entry(kept, kept.name)
+    entry = read_entry(kept, kept.name, dict)
     assert entry is not None and json.loads(entry[1]["scaler"])["scale"] > 1
     again = student_of(task, plans, count=1)
     trained(task, again, replace(SETTINGS, epochs=1))
@@ -673,7 +673,7 @@ def test_mixed_precision_scales_losses_in_float16_and_ends_with_training(tmp_pat
     student = student_of(task, plans)
     trained(task, student, replace(SETTINGS, epochs=1, precision="fp16"))
     (kept,) = tmp_path.glob("fine-tuning-*.safetensors")
-    entry = read_entry(kept, kept.name)
+    entry = read_entry(kept, kept.name, dict)
     assert entry is not None and json.loads(entry[1]["scaler"])["scale"] > 1
     _, (args, kwargs) = by_timestep(task)[0]
     assert student(args, kwargs).dtype == torch.float32
