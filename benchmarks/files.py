@@ -3,10 +3,10 @@
     python benchmarks/files.py                                # emoji-pixart, rounded to nearest, weights of 4 bits
     python benchmarks/files.py --recipe auto --bits w5a16     # calibrated, bits by layer
 
-The readers are the package gguf, comfy-kitchen's eager code, the functions of diffusers' `bfl` backend, and OpenVINO on the CPU.
-The first three give weights, which are held against ours, and which then take the place of the float ones. OpenVINO gives outputs
-of the denoiser. Writes ``benchmarks/results/files.json``, ``docs/files.png`` (full precision, then for every target a row of ours
-and a row of the re-read file) and the table in ``docs/files.md``.
+The readers are the package gguf, comfy-kitchen's eager code, functions of diffusers' `bfl` backend, and OpenVINO on the CPU.
+The first three give weights, which are held against ours, and which then take the place of the float ones. OpenVINO gives
+outputs of the denoiser. Writes ``benchmarks/results/files.json``, ``docs/files.png`` (full precision, then for every target a
+row of ours and a row of the re-read file) and the table in ``docs/files.md``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import difloat
 from difloat import api, evaluate, interchange, reference_models
-from difloat.evaluation.picture_metrics import mean_interval, psnr
+from difloat.evaluation.picture_metrics import PSNR_CAP_DB, mean_interval, psnr
 from difloat.interchange import openvino_ir
 from difloat.pipelines import denoiser_of
 from difloat.plan.encode import dequantize
@@ -38,7 +38,6 @@ from difloat.report import build
 
 PROMPTS = ["red apple", "cat face", "sunflower", "rocket", "soccer ball", "green heart"]
 DIALECTS = {"diffusers": "nvfp4"}
-MOST_DB = 100  # what `psnr` says of equal pictures
 PAGE = harness.ROOT / "docs/files.md"
 MARK = re.compile(r"(<!-- files -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 READERS = {
@@ -218,7 +217,7 @@ def table(found: dict[str, Any]) -> str:
         reader = ", ".join(f"{name} {version}" for name, version in row["reader"].items())
         size, output = f"{row['file_bytes'] / 1e6:.2f} MB", f"{row['largest_output_difference']:.1e}"
         between = row["psnr_between_db"]
-        pictures = "the same" if between >= MOST_DB else f"{between:.1f} dB apart"
+        pictures = "the same" if between >= PSNR_CAP_DB else f"{between:.1f} dB apart"
         lines.append(f"| `{target}` | {reader} | {layers} | {size} | {weight} | {output} | {pictures} |")
     machine = found["machine"]
     source = f"Commit {found['commit']}; {machine['cpu']}; `{found['command']}`."
