@@ -98,6 +98,8 @@ class Share:
         bits: Of a weight on average, scales and all.
         errors: What its rounding does to the output at every bits per weight that it could have had for all of its rows, as
             pairs of both.
+        times_ms: Expected milliseconds of a call on the machine that quantized, and those of the float layer. None where
+            times had no say.
     """
 
     layer: str
@@ -105,6 +107,7 @@ class Share:
     weights: int
     bits: float
     errors: list[tuple[float, float]]
+    times_ms: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,13 @@ def record_from_json(text: str) -> Record:
         data["layers"] = [LayerRow(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
         data["histograms"] = [Histogram(**histogram) for histogram in data["histograms"]]
         data["shares"] = [
-            Share(**{**share, "errors": [tuple(pair) for pair in share["errors"]]})
+            Share(
+                **{
+                    **share,
+                    "errors": [tuple(pair) for pair in share["errors"]],
+                    "times_ms": tuple(share["times_ms"]) if share.get("times_ms") else None,
+                }
+            )
             for share in data.get("shares", [])
         ]
         data["ranges"] = [TokenRanges(**ranges) for ranges in data["ranges"]]
