@@ -190,6 +190,8 @@ print(*found)
     [
         ("avx512", r"tile<6, [012], 4,[^\n]*Dot>", "vpdpbusd", 4),
         ("avx512", r"tile<6, [012], 2,[^\n]*Dot>", "vpdpbusd", 2),
+        ("avx512", r"sum_stepped<6, 4,[^\n]*Dot>", "vpdpbusd", 4),
+        ("avx512", r"sum_stepped<6, 2,[^\n]*Dot>", "vpdpbusd", 2),
         ("attention", r"panel_product<false, 6, 4>", "vdpbf16ps", 4),
         ("attention", r"panel_product<true, 6, 4>", "vpdpbusd", 4),
     ],

@@ -133,7 +133,7 @@ static INLINE void add_group(const difloat_weight& w, const Panel& p, int64_t g,
 
 // Groups of activations with steps of their own: `inner` and `seen` are the sums over those of one group of the weight.
 template <int ROWS, int USED, class Multiplier>
-static INLINE void sum_stepped(const Multiplier& multiplier, const difloat_weight& w, const Operand& x, const Panel& p, int64_t row,
+static NOINLINE void sum_stepped(const Multiplier& multiplier, const difloat_weight& w, const Operand& x, const Panel& p, int64_t row,
                                const int8_t* const (&rows)[ROWS], Tile<ROWS, USED>& total) {
     const int64_t stretch = w.groups == 1 ? x.groups : w.group_channels / x.group;
     const float *steps[ROWS], *zeros[ROWS];
