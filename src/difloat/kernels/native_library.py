@@ -22,7 +22,7 @@ from difloat.numbers import integer_grids
 from difloat.numbers.formats import Format
 from difloat.plan.specs import Part
 
-ABI = 5
+ABI = 6
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 UNITS = ("avx512", "avx512vl", "avxvnni", "avx2", "neon")  # from the fastest to the slowest
 _VARIABLE = "DIFLOAT_CPU_ISA"
@@ -58,6 +58,7 @@ class Input(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("zero_point", ctypes.c_float),
         ("grid", Grid),
+        ("group", ctypes.c_int64),
     ]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from difloat.layers import packed
+from difloat.methods import layer_times
 from difloat.methods.budget import Allotment, Candidate, allot
 from difloat.methods.byte_counts import budget_of, layer_bytes, mixed_bytes
 from difloat.methods.closed_form import Asked, ClosedFormSettings, Inputs
@@ -67,20 +68,29 @@ class Choice:
         asked: The rule of every layer.
         found: What the budget says of it.
         offers: The candidates of every layer with one width, as format, bytes, and what its rounding does to the output.
+        most_time: The seconds that all layers may take together, or infinity without a limit.
+        seconds: By layer the expected seconds, and those of the float layer. Empty without a limit.
     """
 
     asked: dict[str, Asked]
     found: Allotment
     offers: dict[str, list[tuple[str, int, float]]]
+    most_time: float = math.inf
+    seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def report(self) -> dict[str, Any]:
         """Plain data for a plan's measurements."""
+        timed = {
+            "seconds": {name: list(pair) for name, pair in self.seconds.items()},
+            "most_seconds": self.most_time,
+        }
         return {
             "formats": {name: _words(asked) for name, asked in self.asked.items()},
             "bytes": self.found.size,
             "error": self.found.error,
             "optimal": self.found.optimal,
             "offers": {name: [list(one) for one in offers] for name, offers in self.offers.items()},
+            **(timed if self.seconds else {}),
         }
 
 
@@ -139,12 +149,21 @@ def choose(
         if name in offers
     }
     every = {name: _candidates(known[name], settings.by) for name in offers}
-    found = allot({name: [one for _, one in candidates] for name, candidates in every.items()}, budget)
+    most_time, seconds = math.inf, {}
+    if task.target == "cpu":
+        timed = layer_times.timed(task, plans, every, budget)
+        every, most_time, floating = timed.candidates, timed.most_time, timed.floating
+    found = allot(
+        {name: [one for _, one in candidates] for name, candidates in every.items()}, budget, most_time
+    )
+    if task.target == "cpu":
+        seconds = {name: (every[name][pick][1].time, floating[name]) for name, pick in found.picks.items()}
     listed = {
         name: [(_words(asked), one.size, one.error) for asked, one in every[name] if isinstance(asked, Rule)]
         for name in offers
     }
-    return Choice({name: every[name][pick][0] for name, pick in found.picks.items()}, found, listed)
+    asked = {name: every[name][pick][0] for name, pick in found.picks.items()}
+    return Choice(asked, found, listed, most_time, seconds)
 
 
 def _gamma(

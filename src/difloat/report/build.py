@@ -262,7 +262,9 @@ def _shares(plan: Plan) -> list[render.Share]:
         layer = plan.layers[name]
         weights = math.prod(layer.shape)
         errors = [(8 * nbytes / weights, error) for _, nbytes, error in found["offers"][name]]
-        shares.append(render.Share(name, formats_of, weights, 8 * layer.nbytes / weights, errors))
+        seconds = found.get("seconds", {}).get(name)
+        times_ms = None if seconds is None else (1000 * seconds[0], 1000 * seconds[1])
+        shares.append(render.Share(name, formats_of, weights, 8 * layer.nbytes / weights, errors, times_ms))
     return shares
 
 
