@@ -26,6 +26,7 @@ from quality_tables import seed_table, table
 from difloat import api, recipes, run
 from difloat.evaluation.comparison import Generated
 from difloat.layers import install, packed
+from difloat.layers.exclude import Exclusion
 from difloat.plan.rules import Bits
 from difloat.reference_models import NAMES
 from difloat.report import build, render
@@ -97,6 +98,9 @@ def measure_row(
     """Quantize by one configuration, draw, judge; the pipeline is as before on return."""
     start = time.perf_counter()
     task = replace(api.task_of(pipeline, data, Bits.parse(row.bits)), seed=row.seed)
+    if row.blocks_only:
+        outside = packed.quantizable(module).keys() - packed.inside_blocks(module)
+        task = replace(task, exclude=Exclusion(("outside of the blocks",), frozenset(outside)))
     if row.allocated is not None:
         chosen = recipes.plan(task, "auto", row.bits, row.allocated)
         widths = {name: layer.parts[0].weight.format.bits for name, layer in chosen.layers.items()}

@@ -12,7 +12,8 @@ from difloat.reference_models import NAMES
 class Row:
     """One configuration of a table; `timesteps` as in the calibration settings, `seed` of calibration and recipe.
 
-    With `allocated`, layers have the weight bits that recipe auto with these options gives them.
+    With `allocated`, layers have the weight bits that recipe auto with these options gives them. With `blocks_only`, layers
+    outside of the model's lists of blocks are left as they are, as FP4DiT leaves them.
     """
 
     label: str
@@ -22,12 +23,28 @@ class Row:
     timesteps: str = "sampler"
     seed: int = 0
     allocated: dict[str, Any] | None = None
+    blocks_only: bool = False
 
 
-def seeds(label: str, recipe: str, bits: str, options: dict[str, Any], count: int = 3) -> list[Row]:
-    """The same configuration with several seeds."""
+def seeds(
+    label: str,
+    recipe: str,
+    bits: str,
+    options: dict[str, Any] | None = None,
+    count: int = 3,
+    *,
+    blocks_only: bool = False,
+) -> list[Row]:
+    """The same configuration with several seeds, which vary calibration, rounding and training."""
     return [
-        Row(label if seed == 0 else f"{label}, seed {seed}", recipe, bits, options, seed=seed)
+        Row(
+            label if seed == 0 else f"{label}, seed {seed}",
+            recipe,
+            bits,
+            options or {},
+            seed=seed,
+            blocks_only=blocks_only,
+        )
         for seed in range(count)
     ]
 
@@ -250,10 +267,36 @@ PAPERS["auto"] = [
     Row("W4A8 auto, seed 2", "auto", "w4a8", seed=2),
     Row("W4A4 auto, inputs per token", "auto", "w4a4", {"input_group": 0}),
 ]
+TWIN: dict[str, Any] = {**GROUPS, "activation": "online"}  # INT4 in groups and integers per token
+# With --samples 256. Seeds vary everything that is random in quantization; pictures are the same ones.
+PAPERS["fp4dit-seeds"] = [
+    row
+    for bits in ("w4a6", "w4a8")
+    for rows in (
+        seeds(f"{bits.upper()} FP4DiT", "fp4dit", bits),
+        seeds(f"{bits.upper()} FP4DiT, E2M1 before GELU", "fp4dit", bits, {"before_gelu": "same"}),
+        seeds(f"{bits.upper()} FP4DiT, plain AdaRound", "fp4dit", bits, {"scale_aware": False}),
+        seeds(f"{bits.upper()} integer twin, blocks only", "qdiffusion", bits, TWIN, blocks_only=True),
+        seeds(f"{bits.upper()} Q-Diffusion, blocks only", "qdiffusion", bits, GROUPS, blocks_only=True),
+        seeds(f"{bits.upper()} FP4DiT, one exponent bit more", "fp4dit", bits, {"activation_format": "wide"}),
+    )
+    for row in rows
+]
+PAPERS["lbfp-seeds"] = [
+    *seeds("FP4/FP8 nearest (LBFP)", "lbfp", "w4a8", {"rounding": "nearest"}),
+    *seeds("FP4/FP8 learned rounding (LBFP)", "lbfp", "w4a8"),
+    *seeds("INT4/INT8 AdaRound (Q-Diffusion)", "qdiffusion", "w4a8"),
+    *seeds("FP4/FP8 learned, per channel", "lbfp", "w4a8", {"weight_granularity": "channel"}),
+    *seeds("INT4/INT8 AdaRound, per tensor", "qdiffusion", "w4a8", {"weight_granularity": "tensor"}),
+    Row("FP4/FP8 learned rounding, 2,000 steps", "lbfp", "w4a8", {"iterations": 2000}),
+    Row("INT4/INT8 AdaRound, 2,000 steps", "qdiffusion", "w4a8", {"iterations": 2000}),
+]
 MODELS = {
     "auto": NAMES,
     "lbfp": NAMES,
+    "lbfp-seeds": NAMES,
     "fp4dit": ("emoji-pixart",),
+    "fp4dit-seeds": ("emoji-pixart",),
     "msfp": NAMES,
     "mpqdm": NAMES,
     "mpqdm-short": NAMES,

@@ -91,7 +91,11 @@ _NEEDS = (
         f"weights of at most {FEW_BITS} bits",
         lambda options, bits: options.rounding != "learned" or _few_bits(options, bits),
     ),
-    _Need(("activation", "search", "range_rate"), "activations of at most 8 bits", _has_inputs),
+    _Need(
+        ("activation", "activation_format", "search", "range_rate"),
+        "activations of at most 8 bits",
+        _has_inputs,
+    ),
     _Need(
         ("ranges_by_timestep",),
         "activations of at most 8 bits",
