@@ -6,8 +6,8 @@ Paper -> here:
   online activations, one scale per token, or per token and head for q, k, v  `Rule(online=True)`, `attention`
   the embedders and the final projection stay in high precision               `outside`: what is in no list of blocks
 
-Not stated in the paper, or stated differently by its code: E2M3 and E3M4 for 6- and 8-bit activations as in the code (E3M2, E4M3
-  of a secondary source: `activation_format=wide`), other widths, 400 steps per block at a rate tuned for them (docs/log.md), not
+Not stated in the paper, or stated differently by its code: E2M3 and E3M4 for 6- and 8-bit activations as in the code (elsewhere
+  E3M2 and E4M3: `activation_format=wide`), other widths, 400 steps per block at a rate tuned for them (docs/log.md) instead of
   2,500 at 0.0001, and a reconstruction error relative to the size of the block's output.
 Differs from the released code: calibration follows the sampler's own timesteps (its almost clean latents: `timesteps="clean"`);
   block inputs come from the quantized prefix, the code caches them; convolutions have a scale a picture.
