@@ -268,26 +268,58 @@ PAPERS["auto"] = [
     Row("W4A4 auto, inputs per token", "auto", "w4a4", {"input_group": 0}),
 ]
 TWIN: dict[str, Any] = {**GROUPS, "activation": "online"}  # INT4 in groups and integers per token
-# With --samples 256. Seeds vary everything that is random in quantization; pictures are the same ones.
-PAPERS["fp4dit-seeds"] = [
-    row
-    for bits in ("w4a6", "w4a8")
-    for rows in (
-        seeds(f"{bits.upper()} FP4DiT", "fp4dit", bits),
-        seeds(f"{bits.upper()} FP4DiT, E2M1 before GELU", "fp4dit", bits, {"before_gelu": "same"}),
-        seeds(f"{bits.upper()} FP4DiT, plain AdaRound", "fp4dit", bits, {"scale_aware": False}),
-        seeds(f"{bits.upper()} integer twin, blocks only", "qdiffusion", bits, TWIN, blocks_only=True),
-        seeds(f"{bits.upper()} Q-Diffusion, blocks only", "qdiffusion", bits, GROUPS, blocks_only=True),
-        seeds(f"{bits.upper()} FP4DiT, one exponent bit more", "fp4dit", bits, {"activation_format": "wide"}),
-    )
-    for row in rows
-]
+BRIEF: dict[str, Any] = {
+    "iterations": 100
+}  # a quarter of the default, the same for all rows of the tables over seeds
+NEAREST: dict[str, Any] = {"rounding": "nearest"}
+
+
+def fp4dit_over_seeds(bits: str) -> list[Row]:
+    """FP4DiT's choices one at a time, and integers with the same layers left out. Nearest rounding draws nothing at random."""
+    name = bits.upper()
+    same: dict[str, Any] = {"before_gelu": "same"}
+    return [
+        *seeds(f"{name} FP4DiT", "fp4dit", bits, BRIEF),
+        *seeds(f"{name} FP4DiT, E2M1 before GELU", "fp4dit", bits, {**BRIEF, **same}),
+        *seeds(f"{name} FP4DiT, plain AdaRound", "fp4dit", bits, {**BRIEF, "scale_aware": False}),
+        *seeds(f"{name} integer twin, blocks only", "qdiffusion", bits, {**TWIN, **BRIEF}, blocks_only=True),
+        *seeds(f"{name} Q-Diffusion, blocks only", "qdiffusion", bits, {**GROUPS, **BRIEF}, blocks_only=True),
+        *seeds(
+            f"{name} FP4DiT, one exponent bit more", "fp4dit", bits, {**BRIEF, "activation_format": "wide"}
+        ),
+        Row(f"{name} nearest FP4DiT", "fp4dit", bits, NEAREST),
+        Row(f"{name} nearest FP4DiT, E2M1 before GELU", "fp4dit", bits, {**NEAREST, **same}),
+        Row(
+            f"{name} nearest FP4DiT, one exponent bit more",
+            "fp4dit",
+            bits,
+            {**NEAREST, "activation_format": "wide"},
+        ),
+        Row(
+            f"{name} nearest integer twin, blocks only",
+            "qdiffusion",
+            bits,
+            {**NEAREST, **TWIN},
+            blocks_only=True,
+        ),
+        Row(
+            f"{name} nearest Q-Diffusion, blocks only",
+            "qdiffusion",
+            bits,
+            {**NEAREST, **GROUPS},
+            blocks_only=True,
+        ),
+    ]
+
+
+# Both with --samples 128. Seeds vary all that is random in quantization, and pictures are the same ones.
+PAPERS["fp4dit-seeds"] = [*fp4dit_over_seeds("w4a6"), *fp4dit_over_seeds("w4a8")]
 PAPERS["lbfp-seeds"] = [
-    *seeds("FP4/FP8 nearest (LBFP)", "lbfp", "w4a8", {"rounding": "nearest"}),
-    *seeds("FP4/FP8 learned rounding (LBFP)", "lbfp", "w4a8"),
-    *seeds("INT4/INT8 AdaRound (Q-Diffusion)", "qdiffusion", "w4a8"),
-    *seeds("FP4/FP8 learned, per channel", "lbfp", "w4a8", {"weight_granularity": "channel"}),
-    *seeds("INT4/INT8 AdaRound, per tensor", "qdiffusion", "w4a8", {"weight_granularity": "tensor"}),
+    Row("FP4/FP8 nearest (LBFP)", "lbfp", "w4a8", NEAREST),
+    *seeds("FP4/FP8 learned rounding (LBFP)", "lbfp", "w4a8", BRIEF),
+    *seeds("INT4/INT8 AdaRound (Q-Diffusion)", "qdiffusion", "w4a8", BRIEF),
+    *seeds("FP4/FP8 learned, per channel", "lbfp", "w4a8", {**BRIEF, "weight_granularity": "channel"}),
+    *seeds("INT4/INT8 AdaRound, per tensor", "qdiffusion", "w4a8", {**BRIEF, "weight_granularity": "tensor"}),
     Row("FP4/FP8 learned rounding, 2,000 steps", "lbfp", "w4a8", {"iterations": 2000}),
     Row("INT4/INT8 AdaRound, 2,000 steps", "qdiffusion", "w4a8", {"iterations": 2000}),
 ]
