@@ -323,6 +323,59 @@ PAPERS["lbfp-seeds"] = [
     Row("FP4/FP8 learned rounding, 2,000 steps", "lbfp", "w4a8", {"iterations": 2000}),
     Row("INT4/INT8 AdaRound, 2,000 steps", "qdiffusion", "w4a8", {"iterations": 2000}),
 ]
+
+
+def fresh(
+    name: str, options: dict[str, Any], updates: int, rate: float, bits: str = "w4a4", recipe: str = "msfp"
+) -> list[Row]:
+    """A rung trained on fresh rows: updates of 4 rows, with the adapters' rate."""
+    budget: dict[str, Any] = {"fresh_rows": 1, "rows": 4, "updates": updates, "adapter_rate": rate}
+    return seeds(f"{name}, {updates:,} fresh updates, rate {rate:g}", recipe, bits, {**options, **budget})
+
+
+TALORA: dict[str, Any] = {"dfa": False}
+ONE: dict[str, Any] = {**TALORA, "adapters": 1}
+
+
+def ladder(updates: int, rate: float = 0.01) -> list[Row]:
+    """MSFP's rungs, and what TALoRA has to beat: other tables, as many updates per adapter, and one adapter with its bytes."""
+    return [
+        *fresh("base", BASE, updates, rate),
+        *fresh("+ mixup-sign", {**BASE, "mixup_sign": True}, updates, rate),
+        *fresh("+ TALoRA", TALORA, updates, rate),
+        *fresh("+ DFA, power 1", {}, updates, rate),
+        *fresh("+ DFA, power 2", {"factor_power": 2.0}, updates, rate),
+        *fresh("TALoRA by fixed halves", {**TALORA, "allocation": "halves"}, updates, rate),
+        *fresh("TALoRA at random", {**TALORA, "allocation": "random"}, updates, rate),
+        *fresh("TALoRA, as many per adapter", TALORA, 2 * updates, rate),
+        *fresh("one adapter of rank 64", {**ONE, "rank": 64}, updates, rate),
+        *fresh("one adapter, 8 bits", ONE, updates, rate, "w8a4"),
+    ]
+
+
+def mpqdm_ladder(updates: int, rate: float = 0.01) -> list[Row]:
+    """MPQ-DM's rungs at W2A4."""
+    omq: dict[str, Any] = {"relation": "off"}
+    rungs: dict[str, dict[str, Any]] = {
+        "MPQ-DM base": {**omq, "mixed": False},
+        "OMQ, inputs not scaled": {**omq, "scale_inputs": False},
+        "OMQ": omq,
+        "OMQ and TRD in every step": {"relation_every": 1},
+    }
+    return [row for name, own in rungs.items() for row in fresh(name, own, updates, rate, "w2a4", "mpqdm")]
+
+
+# With --samples 128. Training is kept under --work, so that a row that was cut off goes on where it was.
+PAPERS["msfp-fresh"] = [
+    Row("base, not fine-tuned", "msfp", "w4a4", {**BASE, "adapters": 0}),
+    Row("+ mixup-sign, not fine-tuned", "msfp", "w4a4", {"adapters": 0}),
+    *seeds("base, 800 updates on 256 rows", "msfp", "w4a4", BASE),
+    *fresh("base", BASE, 2000, 0.03),
+    *fresh("base", BASE, 2000, 0.003),
+    *ladder(2000),
+    *ladder(16000),
+    *mpqdm_ladder(16000),
+]
 MODELS = {
     "auto": NAMES,
     "lbfp": NAMES,
@@ -330,6 +383,7 @@ MODELS = {
     "fp4dit": ("emoji-pixart",),
     "fp4dit-seeds": ("emoji-pixart",),
     "msfp": NAMES,
+    "msfp-fresh": ("emoji-unet",),
     "mpqdm": NAMES,
     "mpqdm-short": NAMES,
     "guided": NAMES,

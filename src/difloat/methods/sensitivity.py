@@ -20,7 +20,7 @@ from difloat.calibration.batch_axis import predict, samples_of
 from difloat.layers import packed
 from difloat.methods.task import Task
 from difloat.methods.trace import Call, removed
-from difloat.methods.training.train import guidance_pairs
+from difloat.methods.training.batches import guidance_pairs
 
 _KEPT = 4  # tensors for each that a layer gives: it, its copy, and what norms, activations and attention keep of it
 
@@ -72,7 +72,7 @@ def probes_of(task: Task, settings: SensitivitySettings, weights: Mapping[float,
     if not len(data):
         raise ValueError("sensitivities must be measured on calibration rows, got none; collect some")
     generator = torch.Generator().manual_seed(task.seed)
-    pairs = guidance_pairs(task)
+    pairs = guidance_pairs(task.calibration)
     points: Sequence[tuple[int, ...]] = pairs or [(row,) for row in range(len(data))]
     chosen = _spread(
         [data.timesteps[point[0]] for point in points], settings.rows // len(points[0]), generator

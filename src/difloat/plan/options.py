@@ -106,6 +106,11 @@ _NEEDS = (
         "weight_granularity=group",
         lambda options, bits: getattr(options, "weight_granularity", "group") == "group",
     ),
+    _Need(
+        ("updates", "fresh_rows"),
+        "fine-tuning (epochs of at least 1)",
+        lambda options, bits: options.epochs > 0,
+    ),
     _Need(("allocation",), "several adapters", lambda options, bits: options.adapters > 1),
     _Need(
         ("router_rate",),
