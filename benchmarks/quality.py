@@ -85,7 +85,7 @@ def measure_model(arguments: argparse.Namespace, model: str, results: dict[str, 
             steps=arguments.steps,
             guidance_scale=guidance,
             timesteps=row.timesteps,
-            trajectories=recipes.lookup(row.recipe).trajectories,
+            trajectories=row.trajectories or recipes.lookup(row.recipe).trajectories,
             seed=row.seed,
         )
         kept = arguments.work / "training" if row.options.get("fresh_rows") else None

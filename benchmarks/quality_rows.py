@@ -12,8 +12,9 @@ from difloat.reference_models import NAMES
 class Row:
     """One configuration of a table; `timesteps` as in the calibration settings, `seed` of calibration and recipe.
 
-    With `allocated`, layers have the weight bits that recipe auto with these options gives them. With `blocks_only`, layers
-    outside of the model's lists of blocks are left as they are, as FP4DiT leaves them.
+    With `allocated`, layers have the weight bits that recipe auto with these options gives them. Rows come from as many
+    `trajectories`, or where that is None from as many as the recipe asks for. With `blocks_only`, layers outside of the model's
+    lists of blocks are left as they are, as FP4DiT leaves them.
     """
 
     label: str
@@ -24,6 +25,7 @@ class Row:
     seed: int = 0
     allocated: dict[str, Any] | None = None
     blocks_only: bool = False
+    trajectories: int | None = None
 
 
 def seeds(
@@ -266,6 +268,15 @@ PAPERS["auto"] = [
     Row("W4A8 auto, seed 1", "auto", "w4a8", seed=1),
     Row("W4A8 auto, seed 2", "auto", "w4a8", seed=2),
     Row("W4A4 auto, inputs per token", "auto", "w4a4", {"input_group": 0}),
+    Row("W4A8 GPTQ, 64 trajectories", "gptq", "w4a8", trajectories=64),
+    Row(
+        "W4A8 Q-Diffusion, bits by layer, 64 trajectories",
+        "qdiffusion",
+        "w4a8",
+        allocated=INTEGER_LAYERS,
+        trajectories=64,
+    ),
+    Row("W4A8 Q-Diffusion, 64 trajectories", "qdiffusion", "w4a8", trajectories=64),
 ]
 TWIN: dict[str, Any] = {**GROUPS, "activation": "online"}  # INT4 in groups and integers per token
 BRIEF: dict[str, Any] = {

@@ -146,7 +146,7 @@ def test_a_cut_run_goes_on_with_the_rows_that_it_would_have_had(tmp_path, monkey
 
 def test_relations_take_all_rows_of_a_fresh_pass() -> None:
     task, plans = of_loop()
-    student = student_of(task, plans, adapters=1)
+    student = student_of(task, plans, count=1)
     loss = RelationLoss(task, student, RelationSettings(every=1, module="conv_in"))
     ring = Ring(task, FRESH)
     for number in (0, 1, 4):
