@@ -279,9 +279,7 @@ PAPERS["auto"] = [
     Row("W4A8 Q-Diffusion, 64 trajectories", "qdiffusion", "w4a8", trajectories=64),
 ]
 TWIN: dict[str, Any] = {**GROUPS, "activation": "online"}  # INT4 in groups and integers per token
-BRIEF: dict[str, Any] = {
-    "iterations": 100
-}  # a quarter of the default, the same for all rows of the tables over seeds
+BRIEF: dict[str, Any] = {"iterations": 100}  # a quarter of the default, in all tables over seeds
 NEAREST: dict[str, Any] = {"rounding": "nearest"}
 
 
@@ -381,6 +379,8 @@ PAPERS["msfp-fresh"] = [
     Row("base, not fine-tuned", "msfp", "w4a4", {**BASE, "adapters": 0}),
     Row("+ mixup-sign, not fine-tuned", "msfp", "w4a4", {"adapters": 0}),
     *seeds("base, 800 updates on 256 rows", "msfp", "w4a4", BASE),
+    *fresh("base", BASE, 1000, 0.01),
+    *fresh("base", BASE, 1000, 0.003),
     *fresh("base", BASE, 2000, 0.03),
     *fresh("base", BASE, 2000, 0.003),
     *ladder(2000),
