@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, default=64, help="calibration rows; twice as many are held out"
     )
+    parser.add_argument("--unscaled", action="store_true", help="leave out the rows whose inputs are scaled")
     parser.add_argument("--table", action="store_true", help="print the tables and measure nothing")
     arguments = harness.arguments(parser)
     if arguments.table:
@@ -103,7 +104,7 @@ def measure(
         task = replace(api.task_of(pipeline, data, Bits.parse(arguments.bits)), progress=False, seed=seed)
         task = replace(task, model=install.workable(model), only=frozenset(names))
         for name, options in CHOICES.items():
-            for scaled in (False,) if "mixed" in options else (False, True):
+            for scaled in (False,) if "mixed" in options or arguments.unscaled else (False, True):
                 own = {"scale_inputs": scaled} if "mixed" not in options else {}
                 label = f"{name}{', inputs scaled' if scaled else ''}"
                 key = f"{arguments.bits} | {where} x{strength} | {label} | seed {seed}"
