@@ -1,4 +1,4 @@
-"""Auto: weights in closed form, bits where the output asks for them; no training.
+"""Auto: weights in closed form and bits where the output asks for them, without training.
 
 Taken from -> here:
   second-order rounding (GPTQ, arXiv:2210.17323) in its LDL form, on every grid                   `methods.second_order`
@@ -24,6 +24,7 @@ from difloat.methods import allocation, closed_form, post_training
 from difloat.methods.allocation import WidthSettings
 from difloat.methods.closed_form import Asked, ClosedFormSettings
 from difloat.methods.cost import WITH_GRADIENT, Cost
+from difloat.methods.polish import PolishSettings, polish_cost, polished
 from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task, timed
 from difloat.methods.second_order import SecondOrderSettings
 from difloat.methods.sensitivity import SensitivitySettings
@@ -37,21 +38,21 @@ _DRAFT = replace(asymmetric_integers(8, "channel"), clips=MIN_MAX, zero_points=M
 
 
 @recipe_options
-class Options:
-    """Options of Auto.
+class Options(PolishSettings):
+    """Options of Auto, and those of polishing: `PolishSettings`.
 
     Attributes:
         widths: 2 to 8 bits by "rows" (output channels) or "layers", within the bytes of one width or `size`; "same": one width.
             For a kind of file the formats that it holds, by layers.
-        grid: Of weights of up to 4 bits: a "table" of levels, one "fit" to the layer, or an "integer" with a zero point.
-        size: Bytes of the denoiser on disk, such as 300MB, in place of the weight bits asked for; None: those.
+        grid: Weights of up to 4 bits: a "table" of levels, one "fit" to the layer, or an "integer" with a zero point.
+        size: The bytes of the denoiser on disk, such as 300MB, in place of the weight bits asked for, or None.
         refit: Fit scales and zero points under the moments after rounding.
         sweep: Move every weight once to its best grid value given the others.
         guidance: Scale of the sampler's guidance, for widths; of no account where rows come without pairs.
         factor_power: Power of the sampler's factors that weighs timesteps for widths; a plain module has no sampler, there
             all weigh alike.
-        group_size: Input channels per weight scale; 0: one scale per output channel.
-        input_group: Input channels per scale and zero point of inputs of up to 4 bits; 0: one scale per token, as at 8 bits.
+        group_size: Input channels per weight scale, or 0 for one scale per output channel.
+        input_group: Channels per scale and zero point of inputs of up to 4 bits, or 0 for one scale per token, as at 8 bits.
         keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
         rows: Calibration rows that moments are gathered from.
     """
@@ -72,11 +73,11 @@ class Options:
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by Auto."""
     kept: dict[str, bool] = {}
-    largest = [1]  # bytes of a row's data in one layer
+    traces: list[Trace] = []
 
     def rules(name: str, seen: Trace) -> LayerRules:
         kept[name] = post_training.keeps_8bit(name, seen, options.keep_8bit)
-        largest[0] = seen.row_bytes
+        traces[:] = [seen]
         inputs = task.bits.activation and (8 if kept[name] else task.bits.activation)
         return LayerRules(_DRAFT, online_integers(inputs, options.input_group))
 
@@ -87,7 +88,7 @@ def plan(task: Task, options: Options) -> Outcome:
         sensitivity = SensitivitySettings(guidance=options.guidance)
         rounding = SecondOrderSettings(refit=options.refit, sweep=options.sweep)
         settings = ClosedFormSettings(rounding, rows=options.rows)
-        inputs = closed_form.inputs_of(task, layers, settings, largest[0])
+        inputs = closed_form.inputs_of(task, layers, settings, traces[0].row_bytes)
         rules = WeightRules(options.grid, options.group_size, task.target, task.bits.activation is not None)
         same = {n: rules.at(8 if kept[n] else task.bits_of(n), layers[n].shape) for n in layers}
         asked: dict[str, Asked] = dict(same)
@@ -102,7 +103,8 @@ def plan(task: Task, options: Options) -> Outcome:
             measured["widths"] = choice.report()
         with timed(measured, "round weights"):
             layers, measured["closed_form"] = closed_form.round_anew(task, layers, inputs, asked, settings)
-        return replace(outcome, layers=layers, measured=measured)
+        made = replace(outcome, layers=layers, measured=measured)
+        return polished(task, made, traces[0], options, options.guidance, options.factor_power)
 
     return distributed.on_main(finish)
 
@@ -114,4 +116,4 @@ def cost(options: Options, bits: Bits) -> Cost:
         passes += (options.rows, WITH_GRADIENT * SensitivitySettings.rows * SensitivitySettings.probes)
     inputs = online_integers(bits.activation, options.input_group)
     weight = WeightRules(options.grid, options.group_size).at(bits.weight)
-    return Cost(weight, inputs, options.keep_8bit, passes=passes, for_files=True)
+    return polish_cost(Cost(weight, inputs, options.keep_8bit, passes=passes, for_files=True), options)
