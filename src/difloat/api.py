@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
@@ -27,13 +27,15 @@ from difloat.methods.cost import Cost, remaining
 from difloat.methods.task import Task
 from difloat.methods.training.fine_tune import Tuning, tune
 from difloat.methods.training.from_plan import of_8_bits, start_of
+from difloat.methods.training.student import Adapters
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, guidance_to_keep
 from difloat.plan.plan import Plan
 from difloat.plan.request import RepairSettings, Request
 from difloat.plan.rules import Bits
 
-_SETTINGS = {field.name for field in fields(CalibrationSettings)}
+# Fields of a request that have no argument of their own: `plan` takes them among its options.
+_ASKED = {field.name for field in fields(Request)} - {"recipe", "bits", "calibration", "cache", "options"}
 
 
 def default_prompts() -> list[str]:
@@ -59,10 +61,6 @@ def plan(
     cache_key: str | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
-    target: str = Request.target,
-    exclude: Sequence[str] = Request.exclude,
-    components: Sequence[str] | None = None,
-    device: torch.device | str | None = None,
     **options: Any,
 ) -> Plan:
     """Decide how to quantize a model, which stays untouched.
@@ -81,27 +79,18 @@ def plan(
         cache_key: A name of `forward_loop` in the cache. None tells loops apart by their code and the values in it.
         progress: Whether to show progress bars.
         call_kwargs: Further arguments of the pipeline's call, such as `height`.
-        target: "cpu" for formats that CPUs compute in integers, or a kind of file that holds the plan (`plan.target.FILES`).
-        exclude: Names of layers or blocks, or patterns like ``*.to_q``, that stay as they are, whatever the recipe.
-        components: Models of a pipeline, like ["unet", "vae=w8a8"] (`components.parse`). None takes the denoiser or denoisers.
-        device: Where the model is put and computes (`devices.resolve`). None leaves it where it is, or is offloaded from.
-        **options: Fields of `CalibrationSettings` (`samples`, `steps`, `seed`, ...) and of the recipe's options.
+        **options: Any of these, by name. `target` is "cpu" for formats that CPUs compute in integers, or a kind of file that
+            holds the plan (`plan.target.FILES`). `exclude` has names of layers or blocks, or patterns like ``*.to_q``, that
+            stay as they are. `components` has models of a pipeline, like ["unet", "vae=w8a8"]. `device` is where the model is
+            put and computes, like "cuda". The fields of `CalibrationSettings` (`samples`, `steps`, `seed`, ...) say what is
+            collected, and the rest are options of the recipe. `Request` and these records have the defaults.
 
     Raises:
         ValueError: if a recipe, bits, option or layer is unknown, nothing can be quantized, or a weight is not finite.
     """
-    settings, own = _apart(options)
-    asked = job.request(
-        recipe,
-        bits,
-        own,
-        CalibrationSettings(**settings),
-        target=target,
-        exclude=exclude,
-        components=components,
-        device=device,
-        cache=cache_dir,
-    )
+    named, others = _apart(options, _ASKED)
+    settings, own = _apart(others, _names(CalibrationSettings))
+    asked = job.request(recipe, bits, own, CalibrationSettings(**settings), cache=cache_dir, **named)
     fitted = job.fit(model, asked)
     given: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "cache_key": cache_key}
     return decide(fitted, **given, progress=progress, call_kwargs=call_kwargs)
@@ -143,10 +132,14 @@ def _decide(fitted: Job, name: str, progress: bool, data: Mapping[str, Any]) -> 
         return recipes.decide(task, asked.recipe, asked.options)
 
 
-def _apart(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of `CalibrationSettings` among some options, and the options of a recipe."""
-    settings = {name: value for name, value in options.items() if name in _SETTINGS}
-    return settings, {name: value for name, value in options.items() if name not in _SETTINGS}
+def _names(record: type[Any]) -> list[str]:
+    return [field.name for field in fields(record)]
+
+
+def _apart(options: Mapping[str, Any], names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of these names, and the others."""
+    found = {name: value for name, value in options.items() if name in names}
+    return found, {name: value for name, value in options.items() if name not in names}
 
 
 def _say_remaining(asked: Cost, data: Calibration, progress: bool) -> None:
@@ -159,10 +152,6 @@ def repair(
     model: Any,
     plan: Plan,
     *,
-    epochs: int = RepairSettings.epochs,
-    rank: int = RepairSettings.rank,
-    dfa: bool = RepairSettings.dfa,
-    guidance_weight: float = RepairSettings.guidance_weight,
     prompts: Sequence[str] | None = None,
     forward_loop: Callable[[nn.Module], object] | None = None,
     cache_dir: str | Path | None = None,
@@ -183,10 +172,6 @@ def repair(
     Args:
         model: The full-precision pipeline or module that the plan was made for. It teaches and stays untouched.
         plan: The plan of a recipe or of a quantized model (`plan_of`), with one weight per layer.
-        epochs: Passes along the trajectory. More than the rows are worth make pictures worse (docs/papers/msfp.md).
-        rank: The rank of the adapters. 0 trains ranges and scales only.
-        dfa: Whether the loss of a timestep is weighted by the square of its factor in the sampler's update.
-        guidance_weight: The weight of the guided difference in the loss (`TrainingSettings`), unused without guidance.
         prompts: Texts to calibrate with, or None for general built-in ones.
         forward_loop: A function that samples with a plain module.
         cache_dir: The directory that keeps calibration data and finished blocks.
@@ -194,13 +179,15 @@ def repair(
         progress: Whether to show progress bars.
         call_kwargs: Further arguments of the pipeline's call.
         device: Where the model is put and computes, or None for where it is.
-        **settings: Fields of `CalibrationSettings`.
+        **settings: Fields of `RepairSettings` (`epochs`, `rank`, `dfa`, `guidance_weight`), which say what is trained, and of
+            `CalibrationSettings` (`samples`, `steps`, `seed`, ...), which say what is collected.
 
     Raises:
         ValueError: if a layer has several weights or adapters, the plan is of another model, or a number is out of range.
     """
-    asked, wanted = RepairSettings(epochs, rank, dfa, guidance_weight), CalibrationSettings(**settings)
-    _check_repairable(model, plan, dfa)
+    training, others = _apart(settings, _names(RepairSettings))
+    asked, wanted = RepairSettings(**training), CalibrationSettings(**others)
+    _check_repairable(model, plan, asked.dfa)
     job.check_model(denoiser(devices.move(model, device)))
     source: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "cache_key": cache_key}
     source |= {"cache_dir": cache_dir, "progress": progress, "call_kwargs": call_kwargs}
@@ -221,7 +208,9 @@ def _trained(plan: Plan, task: Task, asked: RepairSettings) -> Plan:
     asked = replace(asked, guidance_weight=guidance_to_keep(asked.guidance_weight, task))
     training = TrainingSettings(asked.epochs, guidance_weight=asked.guidance_weight)
     weights = loss_weights(task, 2.0 if asked.dfa else 0.0)
-    tuned = tune(task, start_of(plan, task), Tuning(training, 1, asked.rank, weights, of_8_bits(plan)))
+    tuned = tune(
+        task, start_of(plan, task), Tuning(training, Adapters(1, asked.rank, of_8_bits(plan)), weights)
+    )
     trained = replace(plan, layers=tuned.layers, timesteps=tuned.timesteps, measured=tuned.measured)
     return replace(trained, options={**plan.options, "repair": {**vars(asked), "seed": task.seed}})
 

@@ -83,7 +83,8 @@ def forecast(
     kinds = tuple(_kind(module, names, asked, fates[names[0]]) for names in _alike(module, fates))
     float_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
     freed = sum(packed.weight_of(module, name).nbytes for name, fate in fates.items() if fate in ("", _WIDE))
-    total = float_bytes - freed + sum(kind.packed_bytes for kind in kinds)
+    counted = float_bytes - freed + sum(kind.packed_bytes for kind in kinds)
+    total = getattr(fitted.request.options, "size", None) or counted
     if not needs_data:
         return Forecast(kinds, float_bytes, total, 0, 0, 0, asked.computed(0, 0))
     sampling = sampling_of(pipeline, prompts, settings, call_kwargs)

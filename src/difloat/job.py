@@ -17,6 +17,7 @@ from difloat.layers import hooks, offloading
 from difloat.layers.exclude import Exclusion, excluded
 from difloat.layers.quantizable import check_weights, quantizable
 from difloat.lora import wrapped
+from difloat.methods.byte_counts import least_bytes
 from difloat.methods.cost import Cost, check_files
 from difloat.plan import options as recipe_options
 from difloat.plan.request import CalibrationSettings, Request
@@ -118,7 +119,20 @@ def fit(model: Any, asked: Request) -> Job:
         check_model(module)
         names = excluded(quantizable(module), asked.exclude)
         exclusions[name] = Exclusion(asked.exclude, frozenset(names))
+        _check_size(module, exclusions[name], asked)
     return Job(asked, model, widths, exclusions, others)
+
+
+def _check_size(module: nn.Module, exclusion: Exclusion, asked: Request) -> None:
+    """Refuse a size that no plan meets before anything is calibrated."""
+    size = getattr(asked.options, "size", None)
+    if size is None:
+        return
+    least = least_bytes(module, exclusion.names, asked.target)
+    if size < least:
+        raise ValueError(
+            f"size must be at least {least} bytes for this model, even with the fewest bits in all layers, got {size}"
+        )
 
 
 def _with_trajectories(model: Any, asked: Request) -> Request:

@@ -318,10 +318,7 @@ def sampling_of(
     Raises:
         ValueError: if prompts or arguments do not fit the pipeline.
     """
-    own: dict[str, Any] = {"samples": settings.samples, "steps": settings.steps, "seed": settings.seed}
-    own |= {"guidance_scale": settings.guidance_scale, "batch": settings.prompts_per_batch}
-    own |= {"trajectories": settings.trajectories}
-    return Sampling(pipeline, prompts, **own, call_kwargs=call_kwargs or {}, denoiser=component)
+    return Sampling(pipeline, prompts, settings, call_kwargs or {}, component)
 
 
 def finish_recording(recorder: Recorder) -> None:

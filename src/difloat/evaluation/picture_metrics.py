@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from difloat.plan.validation import record
+
 PSNR_CAP_DB = 100.0
 """Larger values of PSNR are cut here, since such a difference is float32 rounding. Identical pictures would have infinity."""
 
@@ -22,7 +24,7 @@ class NotFiniteError(ValueError):
     """A model drew pictures with NaN or infinity."""
 
 
-@dataclass(frozen=True)
+@record("estimate", finite=False)
 class Estimate:
     """A value with its 95 % interval `low <= high`, in the unit of the metric.
 

@@ -28,6 +28,7 @@ from difloat.interchange.layers import obstacle_of_inputs, obstacle_of_structure
 from difloat.numbers.formats import Format
 from difloat.numbers.integer_grids import grid_of
 from difloat.plan.plan import LayerPlan
+from difloat.plan.request import CalibrationSettings
 
 SUFFIX = ".xml"
 _MODEL = "model"  # the traced module's name of the denoiser, which the names of constants begin with
@@ -53,8 +54,8 @@ def example_call(
         seen.append((args, kwargs))
         raise Stopped
 
-    settings: dict[str, Any] = {"samples": 1, "steps": _STEPS, "guidance_scale": None, "batch": 1, "seed": 0}
-    sampling = Sampling(pipeline, prompts, **settings, call_kwargs={}, denoiser=name)
+    settings = CalibrationSettings(samples=1, steps=_STEPS, prompts_per_batch=1)
+    sampling = Sampling(pipeline, prompts, settings, {}, name)
     handle = sampling.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         sampling.run(0)

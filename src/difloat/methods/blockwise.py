@@ -149,12 +149,11 @@ def _write(path: Path, codes: Mapping[str, torch.Tensor], errors: Mapping[str, f
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
-    entry = read_entry(path, _key(path))
+    entry = read_entry(path, _key(path), lambda texts: {name: float(value) for name, value in texts.items()})
     if entry is None:
         return None
     tensors, errors = entry
-    codes = {name.removeprefix("."): value for name, value in tensors.items()}
-    return codes, {name: float(value) for name, value in errors.items()}
+    return {name.removeprefix("."): value for name, value in tensors.items()}, errors
 
 
 def _key(path: Path) -> str:

@@ -121,6 +121,11 @@ _NEEDS = (
         "widths=rows or layers",
         lambda options, bits: getattr(options, "widths", "rows") != "same",
     ),
+    _Need(
+        ("size",),
+        "whole weight bits, which it takes the place of",
+        lambda options, bits: bits.average is None,
+    ),
     _Need(("smoothing",), "at least one stretch", lambda options, bits: options.stretches > 0),
 )
 

@@ -54,6 +54,8 @@ class Rule:
         asymmetry: Unsigned formats are tried beside the signed ones where the values are at least so lopsided
             (`lopsidedness`), at 0 everywhere.
         scales: Grid that the scales are restricted to. With zero points it is "float16", and they lie on it as well.
+        fitted: Whether the levels of a table are fitted to the weight, which starts from those of the format. Parts that know
+            inputs do it (`methods.fitted_levels`).
     """
 
     formats: tuple[Format, ...]
@@ -65,6 +67,7 @@ class Rule:
     unsigned_clips: Sequence[float] | None = None
     asymmetry: float = 0.0
     scales: ScaleFormat = "float32"
+    fitted: bool = False
 
     def __post_init__(self) -> None:
         if self.scales not in ("float32", "float16") and self.zero_points is not None:
@@ -206,6 +209,7 @@ class Draft:
         scales: The weight's scales, one tensor per part.
         zero_points: The weight's zero points, one tensor per part, which is zero where the spec has none.
         error: Sum of squared errors of the weight, all parts.
+        scale_format: The grid that the scales lie on, and the zero points where it is float16.
     """
 
     weight: Tensor = field(repr=False)
@@ -213,6 +217,7 @@ class Draft:
     scales: tuple[Tensor, ...] = field(repr=False)
     zero_points: tuple[Tensor, ...] = field(repr=False)
     error: float
+    scale_format: ScaleFormat = "float32"
 
     def plan(self, rounded: Tensor | None = None) -> LayerPlan:
         """Encode and pack the weight, or values on the grid that were learned in place of nearest rounding."""
@@ -263,7 +268,7 @@ def draft_layer(weight: Tensor, splits: Sequence[int], rule: Rule) -> Draft:
         scales.append(found.scale)
         zeros.append(found.zero_point)
         error += float(found.error.sum())
-    return Draft(weight, tuple(parts), tuple(scales), tuple(zeros), error)
+    return Draft(weight, tuple(parts), tuple(scales), tuple(zeros), error, rule.scales)
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,11 @@ from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing,
 from difloat.methods.second_order import SecondOrderSettings
 from difloat.methods.sensitivity import SensitivitySettings
 from difloat.methods.trace import Trace
+from difloat.methods.weight_rules import Grid, WeightRules
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
-from difloat.plan.rules import MIN_MAX, Rule, asymmetric_integers, levels_or_integers, online_integers
+from difloat.plan.rules import MIN_MAX, asymmetric_integers, online_integers
 
 SUMMARY = "bits by layer where the output asks for them, weights rounded in closed form, no training"
-WIDTHS = (2, 3, 4, 5, 6, 8)
 _DRAFT = replace(asymmetric_integers(8, "channel"), clips=MIN_MAX, zero_points=MIN_MAX)  # rounded anew
 
 
@@ -42,7 +42,8 @@ class Options:
 
     Attributes:
         widths: 2 to 8 bits by "rows" (output channels) or "layers", within the bytes of one width or `size`; "same": one width.
-        grid: Of weights of up to 4 bits: a "table" of levels, or an "integer" with a zero point.
+            For a kind of file the formats that it holds, by layers.
+        grid: Of weights of up to 4 bits: a "table" of levels, one "fit" to the layer, or an "integer" with a zero point.
         size: Bytes of the denoiser on disk, such as 300MB, in place of the weight bits asked for; None: those.
         refit: Fit scales and zero points under the moments after rounding.
         sweep: Move every weight once to its best grid value given the others.
@@ -56,7 +57,7 @@ class Options:
     """
 
     widths: Literal["rows", "layers", "same"] = "rows"
-    grid: Literal["table", "integer"] = "table"
+    grid: Grid = "table"
     size: ByteSize | None = None
     refit: bool = True
     sweep: bool = True
@@ -87,12 +88,14 @@ def plan(task: Task, options: Options) -> Outcome:
         rounding = SecondOrderSettings(refit=options.refit, sweep=options.sweep)
         settings = ClosedFormSettings(rounding, rows=options.rows)
         inputs = closed_form.inputs_of(task, layers, settings, largest[0])
-        asked: dict[str, Asked] = {n: _weight(8 if kept[n] else task.bits_of(n), options) for n in layers}
+        rules = WeightRules(options.grid, options.group_size, task.target, task.bits.activation is not None)
+        same = {n: rules.at(8 if kept[n] else task.bits_of(n), layers[n].shape) for n in layers}
+        asked: dict[str, Asked] = dict(same)
         free = [name for name in layers if not kept[name]]
         if options.widths != "same" and free:
             with timed(measured, "choose widths"):
-                offers = dict.fromkeys(free, [_weight(bits, options) for bits in WIDTHS])
-                fixed = {name: _weight(8, options) for name in layers if kept[name]}
+                offers = {name: rules.offers(layers[name].shape) for name in free}
+                fixed = {name: same[name] for name in layers if kept[name]}
                 wanted = WidthSettings(options.widths, options.size, options.factor_power, sensitivity)
                 choice = allocation.choose(task, layers, inputs, offers, fixed, wanted, settings)
             asked |= choice.asked
@@ -110,10 +113,5 @@ def cost(options: Options, bits: Bits) -> Cost:
     if options.widths != "same":
         passes += (options.rows, WITH_GRADIENT * SensitivitySettings.rows * SensitivitySettings.probes)
     inputs = online_integers(bits.activation, options.input_group)
-    return Cost(_weight(bits.weight, options), inputs, options.keep_8bit, passes=passes)
-
-
-def _weight(bits: int, options: Options) -> Rule:
-    size = options.group_size or None
-    make = asymmetric_integers if options.grid == "integer" else levels_or_integers
-    return make(bits, "group" if size else "channel", size)
+    weight = WeightRules(options.grid, options.group_size).at(bits.weight)
+    return Cost(weight, inputs, options.keep_8bit, passes=passes, for_files=True)

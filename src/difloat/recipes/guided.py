@@ -4,7 +4,7 @@ Taken from -> here:
   mixup-sign (MSFP, arXiv:2505.21591), of weights too: signed, or unsigned with a zero point   `assign.floating_grids`
   learned rounding (LBFP, arXiv:2408.06995), from which fine-tuning starts                     `RoundingSettings`
   adapters merged before rounding, learned ranges (EfficientDM, arXiv:2310.03270)              `methods.tuned`
-  timesteps weighted by their factor in the sampler's update (MSFP), here by its square        `Tuning.factor_power`
+  timesteps weighted by their factor in the sampler's update (MSFP), here by its square        `timestep_weights`
 Its own:
   the guidance direction, which a plain squared error shrinks, is kept                         `finetune.lost_guidance`
 Left out: adapters by timestep and relations; docs/papers says what they bring. Few epochs, since rows repeat.
@@ -22,6 +22,7 @@ from difloat.methods.learned_rounding import RoundingSettings
 from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.methods.training.fine_tune import Tuning, tune
+from difloat.methods.training.student import Adapters
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, guidance_to_keep, settings_of
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
@@ -86,5 +87,6 @@ def plan(task: Task, options: Options) -> Outcome:
     rounding = RoundingSettings(iterations=options.iterations)
     sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
     outcome = post_training.run(task, rules, sequencing)
-    tuning = Tuning(settings, 1, options.rank, weights, tuple(kept), options.ranges_by_timestep)
-    return replace(tune(task, outcome, tuning), used={**outcome.used, "guidance_weight": guidance})
+    adapters = Adapters(1, options.rank, tuple(kept), options.ranges_by_timestep)
+    tuned = tune(task, outcome, Tuning(settings, adapters, weights))
+    return replace(tuned, used={**outcome.used, "guidance_weight": guidance})

@@ -32,6 +32,7 @@ from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing,
 from difloat.methods.trace import Trace
 from difloat.methods.training.fine_tune import Tuning, tune
 from difloat.methods.training.relation_loss import Kind, RelationSettings, feature_module
+from difloat.methods.training.student import Adapters
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, settings_of
 from difloat.methods.training.twin_layer import Init
@@ -71,7 +72,7 @@ class Options(TrainingSettings):
     relation_every: Positive = field(default=RelationSettings.every)
     features: str = field(default=RelationSettings.module)
     rank: Whole = 32
-    adapter_init: Init = field(default=Tuning.adapter_init)
+    adapter_init: Init = field(default=Adapters.init)
     ranges_by_timestep: bool = True
     keep_8bit: Names = ("first", "last")
 
@@ -88,13 +89,12 @@ def cost(options: Options, bits: Bits) -> Cost:
 
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by MPQ-DM."""
-    kept: list[str] = []
-    training, weights = settings_of(options, task), loss_weights(task, 0.0)
+    kept, training, weights = list[str](), settings_of(options, task), loss_weights(task, 0.0)
     choosing = AllocationSettings(
         options.criterion, options.candidates, options.plus, scale_inputs=options.scale_inputs
     )
-    weighed = (options.relation_weight, options.feature_weight)
-    relation = RelationSettings(options.relation, *weighed, options.relation_every, options.features)
+    weighed = (options.relation_weight, options.feature_weight, options.relation_every)
+    relation = RelationSettings(options.relation, *weighed, options.features)
     if options.epochs and relation.kind != "off":
         feature_module(task, relation)  # refused before the search, not after it
     rule = {"int": asymmetric_integers, "fp": floating_grids}[options.grid]
@@ -116,5 +116,5 @@ def plan(task: Task, options: Options) -> Outcome:
     outcome.measured["seconds"] |= timing["seconds"]
     outcome.measured["kept_8bit"] = kept
     outcome.measured["widths"] = summary({name: one for name, one in chosen.items() if name not in kept})
-    tuning = Tuning(training, 1, options.rank, weights, tuple(kept), options.ranges_by_timestep)
-    return tune(task, outcome, replace(tuning, relation=relation, adapter_init=options.adapter_init))
+    adapters = Adapters(1, options.rank, tuple(kept), options.ranges_by_timestep, init=options.adapter_init)
+    return tune(task, outcome, Tuning(training, adapters, weights, relation))

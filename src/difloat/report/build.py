@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -125,7 +124,7 @@ def worst_histograms(
     return result
 
 
-def quality_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+def quality_rows(evaluation: Evaluation) -> list[render.Measure]:
     """The rows of the quality table. Metrics that full precision has a value of show it as their reference."""
     full = {
         name: metric for name, metric in evaluation.metrics.items() if name.endswith("_of_full_precision")
@@ -136,16 +135,14 @@ def quality_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
             continue
         reference = full.get(f"{name}_of_full_precision")
         rows.append(
-            {
-                "name": name,
-                "label": metric.label,
-                "value": estimate.value,
-                "low": estimate.low,
-                "high": estimate.high,
-                "unit": metric.unit,
-                "better": metric.better,
-                "reference": None if reference is None else reference.value,
-            }
+            render.Measure(
+                name,
+                metric.label,
+                **vars(estimate),
+                unit=metric.unit,
+                better=metric.better,
+                reference=None if reference is None else reference.value,
+            )
         )
     return rows
 

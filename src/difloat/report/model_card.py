@@ -128,9 +128,10 @@ def _table(made: Record) -> list[str]:
         return []
     lines = ["| measure | value | 95 % interval | full precision |", "|---|---|---|---|"]
     for row in made.quality:
-        value = f"{row['value']:.4g} {_text(row['unit'])}".strip()
-        finite = math.isfinite(row["low"] + row["high"])
-        interval = f"{row['low']:.4g} to {row['high']:.4g}" if finite else "-"
-        reference = "-" if row["reference"] is None else f"{row['reference']:.4g}"
-        lines.append(f"| {_text(row['label'])} | {value} | {interval} | {reference} |")
+        value = f"{row.value:.4g} {_text(row.unit)}".strip()
+        interval = "-"
+        if row.low is not None and row.high is not None and math.isfinite(row.low + row.high):
+            interval = f"{row.low:.4g} to {row.high:.4g}"
+        reference = "-" if row.reference is None else f"{row.reference:.4g}"
+        lines.append(f"| {_text(row.label)} | {value} | {interval} | {reference} |")
     return [*lines, ""]
