@@ -107,11 +107,11 @@ def _sampling(
     cache: Path | None,
 ) -> Any:
     """How pictures of the report are drawn: as many as the user says; none of large models, where they take longest."""
-    from difloat import api, job, run
+    from difloat import api, run
+    from difloat.methods.picture_budget import is_large
 
     if images is None:
-        weights = sum(weight.numel() for weight in api.denoiser(pipeline).parameters())
-        images = _IMAGES if weights <= job.SMALL else 0
+        images = 0 if is_large(api.denoiser(pipeline)) else _IMAGES
     sampler = (calibration.steps, calibration.guidance_scale)
     return run.Sampling(texts, images, *sampler, _PICTURES, call, _kept(cache))
 

@@ -15,7 +15,7 @@ Margins write g for groups, n for columns, r for rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -84,11 +84,14 @@ class Factor:
         upper: The upper triangular B [g, n, n] with a diagonal of ones, such that ``H = B D B^T`` for the damped H in that
             order.
         damping: The share of the mean diagonal that was needed, which is the largest of all groups.
+        share: The error that is left of nearest rounding's when errors are fed forward, if those of columns are independent
+            and alike: the sum of D over the trace of the damped H.
     """
 
     order: Tensor = field(repr=False)
     upper: Tensor = field(repr=False)
     damping: float
+    share: float
 
 
 def factor(moments: Tensor, settings: SecondOrderSettings) -> Factor:
@@ -144,8 +147,8 @@ def nearest_row_error(draft: Draft, moments: Tensor) -> Tensor:
     return error.reshape(draft.weight.shape[0], -1).sum(1)
 
 
-def _upper(moments: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The upper triangular B [g, n, n] of `Factor` for moments that are damped as needed, and the largest damping."""
+def _upper(moments: Tensor, damping: float) -> tuple[Tensor, float, float]:
+    """B [g, n, n], damping and share of `Factor` for moments that are damped as needed."""
     mean = moments.diagonal(dim1=1, dim2=2).mean(1)  # [g]
     shares = torch.full_like(mean, damping)
     for _ in range(_TRIES):
@@ -154,7 +157,9 @@ def _upper(moments: Tensor, damping: float) -> tuple[Tensor, float]:
         lower, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
         if not failed.any():
             upper = lower.flip(1, 2)
-            return upper / upper.diagonal(dim1=1, dim2=2)[:, None], float(shares.max())
+            roots = upper.diagonal(dim1=1, dim2=2)  # [g, n], of D
+            left = roots.square().sum() / damped.diagonal(dim1=1, dim2=2).sum()
+            return upper / roots[:, None], float(shares.max()), float(left)
         shares = torch.where(failed > 0, shares * 10, shares)
     raise ValueError(
         f"moments must be positive definite when damped by up to {float(shares.max()) / 10:g} of their mean diagonal, got "
