@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from difloat import checkpoint, devices, distributed, job, recipes
 from difloat import components as parts
@@ -36,6 +37,17 @@ from difloat.plan.rules import Bits
 
 # Fields of a request that have no argument of their own: `plan` takes them among its options.
 _ASKED = {field.name for field in fields(Request)} - {"recipe", "bits", "calibration", "cache", "options"}
+
+
+class Data(TypedDict, total=False):
+    """Where calibration rows come from: the arguments of `plan`, `repair` and `calibrate` of these names, all optional."""
+
+    prompts: Sequence[str] | None
+    forward_loop: Callable[[nn.Module], object] | None
+    cache_dir: str | Path | None
+    cache_key: str | None
+    progress: bool
+    call_kwargs: Mapping[str, Any] | None
 
 
 def default_prompts() -> list[str]:
@@ -92,30 +104,32 @@ def plan(
     settings, own = _apart(others, _names(CalibrationSettings))
     asked = job.request(recipe, bits, own, CalibrationSettings(**settings), cache=cache_dir, **named)
     fitted = job.fit(model, asked)
-    given: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "cache_key": cache_key}
-    return decide(fitted, **given, progress=progress, call_kwargs=call_kwargs)
+    data = Data(prompts=prompts, forward_loop=forward_loop, cache_key=cache_key, call_kwargs=call_kwargs)
+    return decide(fitted, progress=progress, **data)
 
 
-def decide(fitted: Job, *, progress: bool = True, **data: Any) -> Plan:
+def decide(fitted: Job, **data: Unpack[Data]) -> Plan:
     """`plan` of what is checked already.
 
     Args:
         fitted: What is asked for, and of which model.
-        progress: Show progress bars.
-        **data: `prompts`, `forward_loop`, `cache_key` and `call_kwargs` as for `plan`.
+        **data: The arguments of `Data`, without `cache_dir`, which the request has.
     """
+    progress = data.setdefault("progress", True)
     devices.move(fitted.model, fitted.request.device)
-    first, *second = [_decide(fitted, name, progress, data) for name in fitted.denoisers]
+    first, *second = [
+        _decide(fitted, name, {**data, "cache_dir": fitted.request.cache}) for name in fitted.denoisers
+    ]
     decided = replace(first, components=dict(zip(list(fitted.denoisers)[1:], second, strict=True)))
     return parts.with_components(decided, fitted.model, fitted.others, progress)
 
 
-def _decide(fitted: Job, name: str, progress: bool, data: Mapping[str, Any]) -> Plan:
+def _decide(fitted: Job, name: str, data: Data) -> Plan:
     """The plan of one denoiser, calibrated where the recipe needs data."""
     asked, bits, model = fitted.request, fitted.denoisers[name], fitted.model
-    settings = asked.calibration
+    settings, progress = asked.calibration, data["progress"]
     if fitted.needs_data(bits):
-        rows = _collect(model, name, settings, cache_dir=asked.cache, progress=progress, **data)
+        rows = _collect(model, name, settings, **data)
         _say_remaining(fitted.cost(bits), rows, progress)
     else:  # the denoiser is not called
         rows = Calibration([], Shelf(None, 0, {}), next(denoiser(model, name).parameters()).device)
@@ -189,9 +203,8 @@ def repair(
     asked, wanted = RepairSettings(**training), CalibrationSettings(**others)
     _check_repairable(model, plan, asked.dfa)
     job.check_model(denoiser(devices.move(model, device)))
-    source: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "cache_key": cache_key}
-    source |= {"cache_dir": cache_dir, "progress": progress, "call_kwargs": call_kwargs}
-    data = _collect(model, "", wanted, **source)
+    source = Data(prompts=prompts, forward_loop=forward_loop, cache_key=cache_key, call_kwargs=call_kwargs)
+    data = _collect(model, "", wanted, cache_dir=cache_dir, progress=progress, **source)
     with offloading.lifted(denoiser(model), onload=True):
         task = replace(
             task_of(model, data, Bits.parse(plan.bits)),
@@ -267,57 +280,50 @@ def calibrate(
     model: Any,
     component: str = "",
     *,
-    prompts: Sequence[str] | None = None,
-    forward_loop: Callable[[nn.Module], object] | None = None,
-    cache_dir: str | Path | None = None,
-    cache_key: str | None = None,
-    progress: bool = True,
-    call_kwargs: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
-    **settings: Any,
+    **arguments: Any,
 ) -> Calibration:
-    """The inputs of a denoiser, of several the one called `component`, along its own trajectories. `plan` has the arguments."""
+    """The inputs of a denoiser, of several the one called `component`, along its own trajectories.
+
+    Args:
+        model: A pipeline, or a plain module.
+        component: The name of one of several denoisers, or "" for the only or first one.
+        device: Where the model is put and computes, or None for where it is.
+        **arguments: Those of `Data`, and the fields of `CalibrationSettings`.
+    """
+    settings, data = _apart(arguments, _names(CalibrationSettings))
     wanted = CalibrationSettings(**settings)
     job.check_model(denoiser(devices.move(model, device), component))
-    given: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "call_kwargs": call_kwargs}
-    given |= {"cache_dir": cache_dir, "cache_key": cache_key, "progress": progress}
-    return _collect(model, component, wanted, **given)
+    return _collect(model, component, wanted, **data)
 
 
 def _collect(
     model: Any,
     component: str,
     wanted: CalibrationSettings,
-    *,
-    prompts: Sequence[str] | None = None,
-    forward_loop: Callable[[nn.Module], object] | None = None,
-    cache_dir: Path | str | None = None,
-    cache_key: str | None = None,
-    progress: bool = True,
-    call_kwargs: Mapping[str, Any] | None = None,
+    **data: Unpack[Data],
 ) -> Calibration:
     """`calibrate` of a model that is checked already."""
-    module = denoiser(model, component)
+    module, forward_loop, cache_key = (
+        denoiser(model, component),
+        data.get("forward_loop"),
+        data.get("cache_key"),
+    )
+    shared: dict[str, Any] = {"cache_dir": data.get("cache_dir"), "progress": data.get("progress", True)}
     if model is not module:
         if forward_loop is not None or cache_key is not None:
             raise ValueError(
                 f"forward_loop and cache_key must come with a plain module, got {type(model).__name__}, which samples itself; "
                 "leave them out, or pass its denoiser"
             )
-        texts = prompts_for(model, prompts)
-        shown: dict[str, Any] = {
-            "progress": progress,
-            "call_kwargs": call_kwargs,
-            "component": component or None,
-        }
-        return collect.collect(model, texts, wanted, cache_dir=cache_dir, **shown)
+        texts = prompts_for(model, data.get("prompts"))
+        shared |= {"call_kwargs": data.get("call_kwargs"), "component": component or None}
+        return collect.collect(model, texts, wanted, **shared)
     if forward_loop is None:
         raise ValueError(
             "a plain module must come with forward_loop, got None; give a function that samples with the module"
         )
-    return collect.collect_from_loop(
-        module, forward_loop, wanted, cache_dir=cache_dir, cache_key=cache_key, progress=progress
-    )
+    return collect.collect_from_loop(module, forward_loop, wanted, cache_key=cache_key, **shared)
 
 
 def apply(model: Any, plan: Plan) -> Any:

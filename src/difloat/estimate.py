@@ -33,7 +33,7 @@ _WIDE = "8bit"  # what becomes of a layer: this, nothing special, or the reason 
 
 @dataclass(frozen=True)
 class Kind:
-    """Layers alike: the first one's name, how many, weights and packed bytes of all (0: they stay), grids in words."""
+    """Layers that are alike: the first one's name, their number, weights, packed bytes (0 if they stay) and grids in words."""
 
     name: str
     count: int
@@ -73,8 +73,8 @@ def forecast(
 
     Args:
         fitted: What is asked for, and of which pipeline.
-        prompts: As for `difloat.plan`.
-        call_kwargs: Likewise.
+        prompts: The texts to calibrate with, as `difloat.plan` takes them.
+        call_kwargs: Further arguments of the pipeline's call, as `difloat.plan` takes them.
     """
     name, bits = next(iter(fitted.denoisers.items()))
     pipeline, settings, module = fitted.model, fitted.request.calibration, denoiser(fitted.model, name)
@@ -93,7 +93,7 @@ def forecast(
 
 
 def _fates(module: nn.Module, asked: Cost, exclude: Exclusion, needs_data: bool) -> dict[str, str]:
-    """What becomes of every layer; where its edges are is read off the structure, so a trace may see fewer of them."""
+    """What becomes of every layer. The edges are read off the structure, so a trace may see fewer of them."""
     layers, seen = packed.quantizable(module), structure(module)
     outside = layers.keys() - packed.inside_blocks(module)
     of_outside = {"keep": "outside of the blocks", "8bit": _WIDE, "as others": ""}[asked.outside]

@@ -40,12 +40,12 @@ def request(
 
     Args:
         recipe: One of `difloat.recipes.RECIPES`.
-        bits: Like "w4a8".
-        options: Of the recipe, as a user writes them.
-        calibration: What to collect; None: what is usual.
-        device: A name, see `devices.resolve`.
-        cache: Directory that keeps the run.
-        **others: Fields of `Request` that are the same for users.
+        bits: The bits of weights and inputs, like "w4a8".
+        options: The recipe's options, as a user writes them.
+        calibration: What to collect, or None for the defaults.
+        device: The name of a device (`devices.resolve`), or None to leave the model where it is.
+        cache: The directory that keeps the run, or None.
+        **others: Other fields of `Request`.
 
     Raises:
         ValueError: on an unknown recipe, option, target or device, or a value that is not allowed or would change nothing.
@@ -71,10 +71,10 @@ class Job:
 
     Attributes:
         request: What is asked for.
-        model: A pipeline, or a module.
-        denoisers: Bits of every denoiser that is quantized by the recipe; a module has the name "".
-        exclusions: What stays of each of them.
-        others: What is asked of other components, without data.
+        model: The pipeline or module that it is asked for.
+        denoisers: The bits of every denoiser that the recipe quantizes, by name. A module has the name "".
+        exclusions: The layers of each denoiser that stay as they are.
+        others: What is asked of the other components, which are quantized without data.
     """
 
     request: Request
@@ -98,7 +98,7 @@ def needs_data(asked: Request, bits: Bits) -> bool:
 
 
 def fit(model: Any, asked: Request) -> Job:
-    """See that a request fits a model, which stays untouched; every weight of its denoisers is looked at.
+    """Check that a request fits a model, which stays untouched. Every weight of its denoisers is looked at.
 
     Raises:
         ValueError: on an unknown layer or component, a model without layers to quantize, values not finite, or a model or mode

@@ -74,7 +74,7 @@ class Calibration:
 
     @property
     def before(self) -> list[int | None]:
-        """For every row the row one sampler step earlier on the same trajectory. At the first step it is the row itself.
+        """The row one sampler step earlier on the same trajectory, for every row. At the first step it is the row itself.
 
         It is None where that row was not kept, or the rows are of no trajectory.
         """
@@ -87,7 +87,7 @@ class Calibration:
 
     @property
     def beside(self) -> list[int | None]:
-        """For every row the row of the guidance part before its own, at the same point of the same trajectory.
+        """The row of the guidance part before its own at the same point of the same trajectory, for every row.
 
         It is None for rows of the first part, and where that row was not kept.
         """

@@ -188,11 +188,6 @@ class Recorder:
         self.pace = Pace(pace.seconds + seconds, pace.timed + timed, pace.computed + count, pictures)
         self._newest = now, count
 
-    @property
-    def calls_per_step(self) -> int:
-        """The calls with the first timestep, which are 2 where guidance calls twice per step instead of with a double batch."""
-        return next(iter(self._seen.values()))
-
     def _capacity(self) -> int:
         return max(self._limit, min(len({row.timestep for row in self.rows}), MAX_TIMESTEPS))
 

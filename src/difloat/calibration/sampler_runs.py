@@ -73,7 +73,7 @@ class Sampling:
         call_kwargs: Mapping[str, Any],
         denoiser: str | None = None,
     ) -> None:
-        """Check what is given against the pipeline's call; `denoiser` names the one of interest, None the first."""
+        """Check what is given against the pipeline's call. `denoiser` names the one of interest, or None for the first."""
         self._denoisers = denoisers_of(pipeline)
         self._name = denoiser or next(iter(self._denoisers))
         self.denoiser = self._denoisers[self._name]

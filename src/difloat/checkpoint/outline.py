@@ -52,7 +52,7 @@ def outline(directory: Path) -> Outline:
 
 
 def denoiser_name(directory: Path) -> str:
-    """Which component of a pipeline's directory is its denoiser; CheckpointError if none is."""
+    """The name of the denoiser among the components of a pipeline's directory. It is a CheckpointError if none is one."""
     entries = read_json(directory / PIPELINE_INDEX)
     there = [name for name in DENOISER_NAMES if isinstance(entries.get(name), Sequence) and entries[name][0]]
     if not there:

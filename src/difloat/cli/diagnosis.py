@@ -71,7 +71,7 @@ def _remark(layer: Health) -> str:
 
 
 def _verdict(found: Diagnosis, source: str, plan: Plan, denoiser: str) -> str:
-    """What to do, in lines; the last one is a command where layers were found and a recipe made the plan."""
+    """Say in lines what to do. The last one is a command where layers were found and a recipe made the plan."""
     from difloat.recipes import RECIPES
 
     lines = [f"relative error of the last latents: {found.before:.4f}; {found.runs} sampling runs made"]

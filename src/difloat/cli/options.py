@@ -117,7 +117,7 @@ def pipeline_of(name: str, device: torch.device | str | None = None, **where: An
 
     Args:
         name: What the user calls it.
-        device: Where it is put; None: the CPU.
+        device: Where it is put, or None for the CPU.
         **where: Further fields of `sources.Source`.
     """
     import diffusers.utils.logging as diffusers_logging
@@ -182,7 +182,7 @@ def claimed(out: Path, overwrite: bool, cache: Path | None = None, dry_run: bool
 def options_of(
     pairs: Sequence[str], flag: str = "--set", example: str = "rounding=nearest"
 ) -> dict[str, str]:
-    """`name=value` pairs of a repeatable flag as a dictionary; ValueError on anything else."""
+    """The `name=value` pairs of a repeatable flag as a dictionary. Anything else is a ValueError."""
     for pair in pairs:
         if not pair.partition("=")[0] or "=" not in pair:
             raise ValueError(f"{flag} must be name=value, got {pair!r}; write for example {flag} {example}")
@@ -190,7 +190,7 @@ def options_of(
 
 
 def loras_of(texts: Sequence[str]) -> list[tuple[str, float]]:
-    """`--lora` values as files and weights; a colon without a number after it belongs to the file's name."""
+    """The `--lora` values as files and weights. A colon without a number after it belongs to the file's name."""
     found = []
     for text in texts:
         file, _, weight = text.rpartition(":")

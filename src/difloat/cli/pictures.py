@@ -46,15 +46,17 @@ def generate(
     out: Annotated[Path, typer.Argument(help="Directory for the PNG files, of sounds NumPy files.")],
     inputs: Annotated[Inputs, Fields(Inputs)],
     sampler: Annotated[Words, SAMPLER],
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Pictures; prompts are used again from the start.")] = 4,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Repeatable.")] = None,
+    count: Annotated[
+        int, typer.Option(min=1, help="Number of pictures. Prompts are used again from the start.")
+    ] = 4,
     seed: Annotated[
-        int, typer.Option(min=0, max=MOST_SEED, help="Seed of the first picture; the next ones count up.")
+        int, typer.Option(min=0, max=MOST_SEED, help="Seed of the first picture. The next ones count up.")
     ] = 0,
     batch: Batch = 8,
     lora: Loras = None,
 ) -> None:
-    """Draw pictures with a full-precision or quantized pipeline; processes of a launch share them."""
+    """Draw pictures with a full-precision or quantized pipeline. Processes of a launch share them."""
     import numpy as np
     from PIL import Image
 
@@ -109,13 +111,13 @@ def evaluate(
     fail_under: Annotated[
         list[str] | None,
         typer.Option(
-            help="Gate like psnr=20 or frechet_to_data<=12, repeatable; exit code 1 if one is broken."
+            help="Gate like psnr=20 or frechet_to_data<=12. Exit code 1 says that one is broken. Repeatable."
         ),
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the evaluation as JSON.")] = None,
     cache: Pictures = None,
 ) -> None:
-    """Compare a quantized pipeline with the full-precision one; processes of a launch share the pictures."""
+    """Compare a quantized pipeline with the full-precision one. Processes of a launch share the pictures."""
     from difloat import distributed, run
     from difloat.checkpoint.directories import resolved
     from difloat.evaluation import gates, picture_metrics
@@ -163,7 +165,7 @@ def _drawn_later(
     batch: int,
     cache: Path | None,
 ) -> Record | None:
-    """Draw with the pipeline, free it, draw with the checkpoint; whatever fails, the pictures drawn so far are kept."""
+    """Draw with the pipeline, free it, and draw with the checkpoint. Whatever fails, the pictures drawn so far are kept."""
     from difloat import api, run
     from difloat.report import build
 
@@ -194,7 +196,9 @@ def _kept_by_default() -> Path:
 def report(
     source: Annotated[
         str,
-        typer.Argument(help="The checkpoint; before another, the full-precision pipeline it was made from."),
+        typer.Argument(
+            help="The checkpoint, or the full-precision pipeline that the next one was made from."
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -213,7 +217,7 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Make a checkpoint's report.html again; with the pipeline it was made from, draw pictures and complete it."""
+    """Make a checkpoint's report.html again, or draw pictures with the pipeline it was made from and complete it."""
     from difloat.report import build
     from difloat.report import render as pages
 

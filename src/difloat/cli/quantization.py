@@ -81,7 +81,7 @@ def quantize(
 
 
 def _check_streamed(more: Any) -> None:
-    """Refuse what a model that is quantized block by block from files to files does not allow."""
+    """Refuse what does not go with a model that is quantized block by block from files to files."""
     if more:
         raise ValueError(
             "--offload disk must come without --images, --components and --dry-run, got one of them; leave it out, and draw "
@@ -106,7 +106,7 @@ def _sampling(
     call: Words,
     cache: Path | None,
 ) -> Any:
-    """How pictures of the report are drawn: as many as the user says; none of large models, where they take longest."""
+    """Say how pictures of the report are drawn, as many as the user says, or none of large models, where they take longest."""
     from difloat import api, run
     from difloat.methods.picture_budget import is_large
 

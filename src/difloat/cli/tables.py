@@ -32,7 +32,7 @@ def announce(
 
     Args:
         fitted: What is asked for, and of which pipeline.
-        texts: To calibrate with.
+        texts: The prompts to calibrate with, or None for a pipeline without text.
         words: The recipe's options as the user wrote them.
         call: Further arguments of the pipeline's call.
         dry: Whether that is all that is done.

@@ -70,7 +70,7 @@ class Choice:
     Attributes:
         asked: The rule of every layer.
         found: What the budget says of it.
-        offers: By layer the candidates with one width: format, bytes, and what its rounding does to the output.
+        offers: The candidates of every layer with one width, as format, bytes, and what its rounding does to the output.
     """
 
     asked: dict[str, Asked]
@@ -124,7 +124,7 @@ def choose(
         task: Model and data.
         plans: Layers with inputs.
         inputs: What `closed_form.inputs_of` gave for them.
-        offers: For the layers whose weights are up for choice a rule of one format for every width, ascending.
+        offers: A rule of one format for every width, ascending, for the layers whose weights are up for choice.
         fixed: What is asked of the weights of the other layers.
         settings: How formats are chosen.
         rounding: Settings of the rounding that follows.

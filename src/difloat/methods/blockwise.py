@@ -94,7 +94,7 @@ def learn_blocks(
 
 
 def _rows_held(task: Task, settings: Sequencing, seen: Trace) -> int:
-    """How many of the rows asked for memory holds; said if it is not all of them."""
+    """The number of rows that memory holds of those asked for. It is said if it is not all of them."""
     wanted = min(settings.rounding_rows, len(task.calibration))
     count = min(wanted, max(1, task.memory_bytes // seen.row_bytes))
     if count < wanted and task.progress:

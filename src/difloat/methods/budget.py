@@ -88,7 +88,7 @@ def allot(
     Of equal errors the choice with fewer bytes wins where the search was completed.
 
     Args:
-        candidates: For every layer its candidates, at least one, in any order.
+        candidates: The candidates of every layer, at least one, in any order.
         budget: The most bytes that all choices may take together.
         most_time: The most time that all choices may take together, in the unit of the candidates.
 

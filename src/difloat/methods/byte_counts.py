@@ -15,7 +15,7 @@ from difloat.plan.file_offers import LEAST_BITS, MOST_BITS, file_bytes, float_by
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Rule, asymmetric_integers, levels_or_integers
 from difloat.plan.specs import Band, Part, layer_tensor_shapes
-from difloat.plan.target import FILES, Target
+from difloat.plan.target import FILES, Target, fit
 
 
 def least_bytes(model: nn.Module, kept: Collection[str], target: Target) -> int:
@@ -29,6 +29,9 @@ def least_bytes(model: nn.Module, kept: Collection[str], target: Target) -> int:
     total = sum(float_bytes(tensor, target) for tensor in model.state_dict().values())
     for name in packed.quantizable(model).keys() - kept:
         weight = packed.weight_of(model, name)
+        asked = asymmetric_integers(8, "channel")
+        if target in FILES and isinstance(fit(asked, False, weight.dim() == 2, weight.shape[1], target), str):
+            continue  # stays float
         rules = file_offers.offers(tuple(weight.shape), False, target) or (levels_or_integers(2, "channel"),)
         part = Part(weight.shape[1], rules[0].spec(rules[0].formats[0]))
         least = _bytes(layer_tensor_shapes(tuple(weight.shape), [part]))

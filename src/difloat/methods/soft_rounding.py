@@ -63,6 +63,7 @@ def _unit(distance: Tensor) -> Tensor:
 class _Soften(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, variable: Tensor, owner: SoftWeight) -> Tensor:
+        """The soft weight ``low + clip(share, 0, 1) * distance``, piece by piece."""
         ctx.owner = owner
         ctx.save_for_backward(variable)
         result = torch.empty_like(variable)
@@ -72,6 +73,7 @@ class _Soften(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient to the variable, with that of the pull to 0 or 1 if there is one."""
         owner: SoftWeight = ctx.owner
         (variable,) = ctx.saved_tensors
         result = torch.empty_like(variable)

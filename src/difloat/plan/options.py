@@ -1,4 +1,4 @@
-"""From what a user writes to the options of a recipe, none of which is ignored without a word."""
+"""The options of a recipe made of what a user writes, of which none is ignored without a word."""
 
 from __future__ import annotations
 

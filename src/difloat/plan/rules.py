@@ -229,7 +229,7 @@ class Draft:
         )
 
     def grid_neighbours(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For every weight the grid value below, the one above, and where it lies between them (0 to 1).
+        """Find the grid value below every weight, the one above it, and where the weight lies between them (0 to 1).
 
         Beyond the ends of the grid both neighbours are the end. The distance of the neighbours is the interval s of
         AdaRound, on a floating-point grid the local step.
@@ -276,8 +276,8 @@ class Bits:
     """Widths of weights and activations.
 
     Attributes:
-        weight: Of weights; of a fractional average the whole number above it.
-        activation: Of activations; None leaves them as they are.
+        weight: The bits of weights. For a fractional average it is the whole number above.
+        activation: The bits of activations, or None to leave them as they are.
         average: What weights have on average, where that is no whole number; only recipes that choose widths by layer can.
         wide: How it was written that activations stay: a16 and a32 mean the same.
     """
@@ -312,7 +312,7 @@ class Bits:
         return Bits(weight, activation, average)
 
     def __str__(self) -> str:
-        """As `parse` reads it: "w4a8"; where activations stay, "w4a16" or "w4a32", as it was written."""
+        """Write the bits as `parse` reads them, like "w4a8", or "w4a16" and "w4a32" as given where activations stay."""
         return f"w{self.mean:g}a{self.activation or self.wide}"
 
 

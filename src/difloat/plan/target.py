@@ -57,7 +57,7 @@ def fit(rule: Rule, learn: bool, linear: bool, channels: int, target: Target) ->
         rule: What the recipe asks.
         learn: Whether rounding is learned, which tables are no grid for.
         linear: Whether the layer is linear, or else a convolution.
-        channels: Of the layer's input.
+        channels: The channels of the layer's input.
         target: One of `FILES`.
     """
     if target == "openvino":

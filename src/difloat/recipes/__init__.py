@@ -98,7 +98,7 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
 
 @torch_modes.plain()
 def decide(task: Task, recipe: str, settings: Any) -> Plan:
-    """Decide everything about the task's model, with the recipe's options as made; the model stays untouched."""
+    """Decide everything about the task's model, with the recipe's options as made. The model stays untouched."""
     outcome = lookup(recipe).plan(task, settings)
     stored = {**dataclasses.asdict(settings), **outcome.used, "seed": task.seed}
     stored |= {"calibration_rows": len(task.calibration)}

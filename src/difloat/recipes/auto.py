@@ -1,4 +1,4 @@
-"""Auto: weights in closed form, bits where the output asks for them; no training.
+"""Auto: weights in closed form and bits where the output asks for them, without training.
 
 Taken from -> here:
   second-order rounding (GPTQ, arXiv:2210.17323) in its LDL form, on every grid                   `methods.second_order`
@@ -43,15 +43,15 @@ class Options:
     Attributes:
         widths: 2 to 8 bits by "rows" (output channels) or "layers", within the bytes of one width or `size`; "same": one width.
             For a kind of file the formats that it holds, by layers.
-        grid: Of weights of up to 4 bits: a "table" of levels, one "fit" to the layer, or an "integer" with a zero point.
-        size: Bytes of the denoiser on disk, such as 300MB, in place of the weight bits asked for; None: those.
+        grid: Weights of up to 4 bits: a "table" of levels, one "fit" to the layer, or an "integer" with a zero point.
+        size: The bytes of the denoiser on disk, such as 300MB, in place of the weight bits asked for, or None.
         refit: Fit scales and zero points under the moments after rounding.
         sweep: Move every weight once to its best grid value given the others.
         guidance: Scale of the sampler's guidance, for widths; of no account where rows come without pairs.
         factor_power: Power of the sampler's factors that weighs timesteps for widths; a plain module has no sampler, there
             all weigh alike.
-        group_size: Input channels per weight scale; 0: one scale per output channel.
-        input_group: Input channels per scale and zero point of inputs of up to 4 bits; 0: one scale per token, as at 8 bits.
+        group_size: Input channels per weight scale, or 0 for one scale per output channel.
+        input_group: Channels per scale and zero point of inputs of up to 4 bits, or 0 for one scale per token, as at 8 bits.
         keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
         rows: Calibration rows that moments are gathered from, as far as `pictures` allows.
         pictures: Full-precision pictures whose time a model of more than 100 million weights costs at most, which bounds what

@@ -1,10 +1,10 @@
 """EfficientDM: quantization-aware low-rank fine-tuning on integer grids (arXiv:2310.03270), the baseline of MSFP and MPQ-DM.
 
 Paper -> here:
-  QALoRA: adapters merged before rounding                              `methods.adapters`
+  QALoRA: adapters merged before rounding                              `methods.training.twin_layer`
   scale-aware rate, in units of a layer's mean weight step             `TrainingSettings.adapter_rate`
   TALSQ: input ranges learned for every timestep                        `Adapters.input_ranges_by_timestep`
-  distillation along full-precision trajectories, plain squared error   `methods.finetune`
+  distillation along full-precision trajectories, plain squared error   `methods.training.train`
 
 Differs from the paper: adapters are added to the float weight, not to dequantized integers; zero points are real numbers and
   those of weights do not move; ranges are indexed by the timestep of the call, never by counting calls; first and last layer

@@ -1,11 +1,11 @@
 """MPQ-DM: 2 to 4 bits by mixed widths inside a layer and relation distillation (arXiv:2412.11549, AAAI 2025).
 
 Paper -> here:
-  OMQ: input channels scaled, rows sorted by kurtosis, n rows get N + 1 bits and n rows N - 1   `methods.allocate`
-  n searched by output error over 0, k, 2k, ... up to half of the rows                        `allocate.choose`
+  OMQ: input channels scaled, rows sorted by kurtosis, n rows get N + 1 bits and n rows N - 1   `methods.mixed_rows`
+  n searched by output error over 0, k, 2k, ... up to half of the rows                        `methods.mixed_rows.allocate`
   MPQ-DM+: a tenth of the rows more at N + 1                                                  `plus=true`
-  TRD: relations of positions, features smoothed over two sampler steps, every second step    `methods.relation`
-  base: EfficientDM's adapters merged before rounding, input ranges by timestep               `methods.tuned`
+  TRD: relations of positions, features smoothed over two sampler steps, every second step    `methods.training.relation_loss`
+  base: EfficientDM's adapters merged before rounding, input ranges by timestep               `methods.training.twin_layer`
   first and last layers at 8 bits without adapters                                            `keep_8bit`
 
 Differs from the paper: inputs are scaled at run time, never by the operation before (a plan holds planned layers and leaves the
@@ -50,12 +50,12 @@ class Options(TrainingSettings):
 
     Attributes:
         grid: "int" as in the paper, "fp" for floating-point grids of the same widths.
-        mixed: Choose widths row by row; false: N bits for all, inputs not scaled (the base of the ablation).
+        mixed: Whether widths are chosen row by row. False is the base of the ablation, with N bits and inputs not scaled.
         plus: MPQ-DM+, a tenth of the rows more at N + 1 bits.
         criterion, candidates, scale_inputs: Fields of `AllocationSettings`.
-        relation, relation_weight, feature_weight, relation_every, features: See `RelationSettings` (`features`: its `module`).
+        relation, relation_weight, feature_weight, relation_every, features: The fields of `RelationSettings`.
         rank: The rank of the adapters.
-        adapter_init: "zero", or "error": from the largest directions of the rounding error.
+        adapter_init: "zero", or "error" for a start at the largest directions of the rounding error.
         ranges_by_timestep: Learn input ranges apart for every timestep.
         keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
     """
@@ -78,7 +78,7 @@ class Options(TrainingSettings):
 
 
 def cost(options: Options, bits: Bits) -> Cost:
-    """What MPQ-DM asks of the denoiser and stores; a layer's widths are counted at their mean."""
+    """What MPQ-DM asks of the denoiser and stores. The widths of a layer are counted at their mean."""
     rule = {"int": asymmetric_integers, "fp": floating_grids}[options.grid]
     scaled, related = options.mixed and options.scale_inputs, options.epochs > 0 and options.relation != "off"
     inputs = None if bits.activation is None else rule(bits.activation, "tensor")

@@ -2,7 +2,7 @@
 
 Paper -> here:
   signed weights and symmetric inputs, lopsided inputs also unsigned with a zero point  `methods.mixup_sign`
-  TALoRA: adapters per layer, chosen by a router that reads the timestep     `methods.training.student`, `.twin_layer`
+  TALoRA: adapters per layer, chosen by a router that reads the timestep     `methods.training.student`
   DFA: the loss of a timestep weighted by its factor in the sampler's update `methods.training.timestep_weights`
   data-free distillation along full-precision trajectories                   `methods.training.train`
 

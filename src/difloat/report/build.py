@@ -161,11 +161,11 @@ def build(
     Args:
         model: The float denoiser.
         plan: What was decided for it.
-        name: How the user calls the model.
-        timings: Seconds besides those the plan measured.
+        name: The user's name of the model.
+        timings: The seconds of steps besides those that the plan measured.
         notes: What the paper leaves open and how it was decided.
-        rows: Of the layers, where neither the model's nor the plan's values are in memory any more; then there are no
-            histograms. None: they are made here.
+        rows: The rows of the layers, where neither the model's nor the plan's values are in memory any more. There are no
+            histograms then. None makes the rows here.
     """
     known = rows is not None
     rows = rows or [layer_row(key, layer, weight_of(model, key)) for key, layer in plan.layers.items()]
@@ -254,7 +254,7 @@ def _adapters(plan: Plan) -> render.AdapterTable | None:
 
 
 def _shares(plan: Plan) -> list[render.Share]:
-    """What the layers got of a budget; none where a recipe gives all of them the same bits."""
+    """The shares that the layers got of a budget, or none where a recipe gives all of them the same bits."""
     found = plan.measured.get("widths", {})
     shares = []
     for name, formats_of in found.get("formats", {}).items():

@@ -51,7 +51,7 @@ def write(
 def text(
     directory: str | os.PathLike[str], base_model: str, license: str | None = None, tags: Sequence[str] = ()
 ) -> str:
-    """The card that `write` writes; raises what it raises of the record and the name."""
+    """The card that `write` writes. It raises the errors of `write` about the record and the name."""
     from huggingface_hub import ModelCardData
     from huggingface_hub.utils import validate_repo_id
 

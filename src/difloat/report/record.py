@@ -93,10 +93,10 @@ class Share:
     """What a layer got of a budget of bytes.
 
     Attributes:
-        layer: Its name.
-        formats: Of its weights, from the rows with most bits on.
-        weights: How many it has.
-        bits: Of a weight on average, scales and all.
+        layer: The name of the layer.
+        formats: The formats of its weights, from the rows with most bits on.
+        weights: How many weights it has.
+        bits: The bits of a weight on average, scales and all.
         errors: What its rounding does to the output at every bits per weight that it could have had for all of its rows, as
             pairs of both.
     """
@@ -122,7 +122,7 @@ class Measure:
     """One measured metric of a report.
 
     Attributes:
-        name: Its name in `evaluation.picture_metrics.METRICS`.
+        name: The name in `evaluation.picture_metrics.METRICS`.
         label: What people call it.
         value: What was measured, in `unit`.
         low: The lower end of its 95 % interval, or None without one.

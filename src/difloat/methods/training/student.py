@@ -183,7 +183,7 @@ class Student(nn.Module):
 
     @contextmanager
     def mixed_precision(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Inside, calls compute under `torch.autocast` in `dtype`; None computes in the dtypes of the weights."""
+        """Inside, calls compute under `torch.autocast` in `dtype`, or in the dtypes of the weights if it is None."""
         before, self._mixed = self._mixed, dtype
         try:
             yield
