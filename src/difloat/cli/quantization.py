@@ -127,10 +127,11 @@ def _check_images(images: int | None) -> None:
 
 
 def _carry_out(fitted: Any, source: SourceFields, out: Path, sampling: Any, overwrite: bool) -> None:
-    from difloat import api, run
+    from difloat import api, encoded_prompts, run
 
     start = time.perf_counter()
-    plan = api.decide(fitted, prompts=sampling.prompts, call_kwargs=sampling.call_kwargs)
+    with encoded_prompts.freed(fitted, source, sampling.prompts, sampling.call_kwargs):
+        plan = api.decide(fitted, prompts=sampling.prompts, call_kwargs=sampling.call_kwargs)
     seconds = _beside(plan, time.perf_counter() - start)
     made = run.finish(fitted.model, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
     if made is not None:
