@@ -98,6 +98,11 @@ class Calibration:
         return rows_before([(row.trajectory, row.part, row.step) for row in self._rows])
 
     @property
+    def pictures(self) -> int:
+        """How many trajectories the rows are of, or 0 if that is not known."""
+        return len({row.trajectory for row in self._rows if row.trajectory})
+
+    @property
     def beside(self) -> list[int | None]:
         """The row of the guidance part before its own at the same point of the same trajectory, for every row.
 

@@ -49,6 +49,16 @@ def weights_summary(modules: Iterable[nn.Module]) -> str:
     return digest.hexdigest()
 
 
+WEIGHTS = "_difloat_weights"  # what `weights_of` gives for a pipeline whose weights are not all there now
+
+
+def weights_of(pipeline: Any) -> str:
+    """`weights_summary` of all models of a pipeline."""
+    modules = [part for part in _components(pipeline).values() if isinstance(part, nn.Module)]
+    kept: str | None = vars(pipeline).get(WEIGHTS)
+    return weights_summary(modules) if kept is None else kept
+
+
 class Stopped(Exception):
     """Raised at a call of the denoiser to end a run there."""
 
@@ -130,22 +140,25 @@ class Sampling:
             raise ValueError(
                 f"pipeline must have a scheduler with steps, got {type(self.pipeline).__name__} without"
             )
+        return self.run_to_denoiser(0)
+
+    def run_to_denoiser(self, batch: int) -> Any:
+        """Run a batch up to the first call of any denoiser, and return a copy of the scheduler as it is then."""
         found: list[Any] = []
 
         def stop(*_: Any) -> None:
-            found.append(copy.deepcopy(self.pipeline.scheduler))
+            found.append(copy.deepcopy(getattr(self.pipeline, "scheduler", None)))
             raise Stopped
 
         with contextlib.ExitStack() as hooks:
             for denoiser in self._denoisers.values():
                 hooks.callback(denoiser.register_forward_pre_hook(stop).remove)
             with quiet(self.pipeline), contextlib.suppress(Stopped):
-                self.run(0)
+                self.run(batch)
         return found[0]
 
     def request(self) -> dict[str, Any]:
         """All that decides the rows, as plain data: the cache is valid for exactly this."""
-        modules = {n: m for n, m in _components(self.pipeline).items() if isinstance(m, nn.Module)}
         scheduler = getattr(self.pipeline, "scheduler", None)
         # Named only where it is not the first, so that caches of pipelines with one denoiser stay valid.
         second = {} if self.denoiser is next(iter(self._denoisers.values())) else {"component": self._name}
@@ -157,7 +170,7 @@ class Sampling:
             "denoiser_config": described(config_of(self.denoiser)),
             "scheduler": type(scheduler).__qualname__,
             "scheduler_config": described(config_of(scheduler)),
-            "weights": weights_summary(modules.values()),
+            "weights": weights_of(self.pipeline),
             "prompts": self._prompts,
             "batch": self._batch,
             "seed": self._seed,
