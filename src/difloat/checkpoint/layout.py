@@ -1,4 +1,4 @@
-"""The file format, version 1: names, shapes and checks that saving, loading and verifying share.
+"""The file format, versions 1 and 2: names, shapes and checks that saving, loading and verifying share.
 
 `docs/format.md` specifies it for readers of other origin. In memory every layer has its own vectors; in the file the
 input vectors of all layers are one tensor, because the header entry of a tensor takes some 120 bytes and most of
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from difloat.layers.packed import QuantizedLayer
-from difloat.plan.plan import PLAN_VERSION, LayerPlan, LayerSpec, Plan
+from difloat.plan.plan import PLAN_VERSION, ROTATED_VERSION, LayerPlan, LayerSpec, Plan
 from difloat.plan.specs import SIDE, AttentionPlan
 from difloat.plan.validation import LISTED, OPTIONAL, Rule, plain, read, record, shown
 
@@ -96,7 +96,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     """The `quantization_config` of `config.json`; ValueError if the plan's options are no JSON."""
     layers = {name: plain(layer) for name, layer in plan.layers.items()}
     stored = _Stored(
-        PLAN_VERSION,
+        max((layer.version for layer in plan.layers.values()), default=PLAN_VERSION),
         plan.recipe,
         plan.bits,
         plan.options,
@@ -130,14 +130,14 @@ def parse_config(config: object) -> Plan:
             f"quant_method must be {QUANT_METHOD!r}, got {shown(method)}; load it with its own library"
         )
     version = fields.get("version")
-    if type(version) is not int or version != PLAN_VERSION:
+    if type(version) is not int or version not in (PLAN_VERSION, ROTATED_VERSION):
         raise CheckpointError(
-            f"checkpoint must be of version {PLAN_VERSION}, got {shown(version)}; "
+            f"checkpoint must be of version {PLAN_VERSION} or {ROTATED_VERSION}, got {shown(version)}; "
             "load it with the difloat that wrote it, or update"
         )
     try:
         stored = read(_Stored, fields)
-        layers = {name: _parse_layer(name, data) for name, data in stored.layers.items()}
+        layers = {name: _parse_layer(name, data, version) for name, data in stored.layers.items()}
         return Plan(
             stored.recipe,
             stored.bits,
@@ -155,9 +155,13 @@ def parse_config(config: object) -> Plan:
         ) from error
 
 
-def _parse_layer(name: str, data: Any) -> LayerPlan:
+def _parse_layer(name: str, data: Any, version: int) -> LayerPlan:
     try:
         layer = read(LayerSpec, data)
+        if layer.version > version:
+            raise ValueError(
+                f"a checkpoint of version {version} cannot have what came with version {layer.version}"
+            )
         if any(spec.online for band in layer.bands for spec in band.weights):
             raise ValueError("a weight cannot have online scales")
         return layer.with_tensors(

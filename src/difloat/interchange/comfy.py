@@ -39,8 +39,11 @@ def mark(scheme: Scheme, contents: Contents) -> dict[str, Any]:
 def obstacle_with_branch(layer: LayerPlan) -> str:
     """Why ComfyUI's int4 with a branch cannot hold a layer that has one, as the end of "layer L ..."; "" if it can."""
     assert layer.side is not None
-    if layer.kind != "linear" or layer.schedules or layer.smoothed or layer.bands or len(layer.parts) != 1:
-        return "is no linear layer with one weight, one branch and no smoothing; quantize without"
+    changed = layer.smoothed or layer.rotation is not None
+    if layer.kind != "linear" or layer.schedules or changed or layer.bands or len(layer.parts) != 1:
+        return (
+            "is no linear layer with one weight, one branch, no smoothing and no rotation; quantize without"
+        )
     part = layer.parts[0]
     if part.weight.format != _INT4 or part.weight.zero_point:
         return f"is on the grid of {part.weight.format.name}, not int4 without zero points; quantize to int4"

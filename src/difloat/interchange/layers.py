@@ -48,6 +48,8 @@ def obstacle(layer: LayerPlan, scheme: Scheme) -> str:
 
 def obstacle_of_structure(layer: LayerPlan) -> str:
     """Why no foreign layout holds the layer, or "" if it is a single weight with the same input at all timesteps."""
+    if layer.rotation is not None:
+        return "rotates its input; quantize without, which is --set rotate=none"
     if layer.schedule or layer.input_schedule or layer.smoothed:
         return "depends on the timestep or smooths its input; quantize without"
     if layer.bands or layer.side is not None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from difloat.kernels import checks, dispatch, native_decode, native_int8, native_prepared, operators
+from difloat.kernels import checks, dispatch, native_decode, native_int8, native_prepared, operators, rotation
 from difloat.plan.weight import Layout
 
 if TYPE_CHECKING:
@@ -99,7 +99,9 @@ def computed(layer: QuantLinear | QuantConv2d, x: Tensor, axis: int) -> Tensor |
     direct = prepared.direct
     if prepared.call is None and direct is None:
         return None
-    if layer.smoothed:
+    if layer.rotation is not None:
+        x = rotation.run(x, layer.rotation)
+    elif layer.smoothed:
         factor = buffers["input_factor"].to(x.dtype)  # type: ignore[union-attr]
         x = x * (factor if axis == -1 else factor.reshape(-1, 1, 1))
     if prepared.call is None and direct is not None:

@@ -232,6 +232,10 @@ def _search_weights(
         splits = list(seen.splits.get(name, ())) if settings.split else []
         if sum(splits) != weight.shape[1]:  # no concatenation, or one into a grouped convolution
             splits = [weight.shape[1]]
+        if rule.rotation is not None:
+            turned = draft_layer(rule.rotation.forward(weight.detach()), [weight.shape[1]], rule.weight)
+            plans[name] = replace(turned.plan(), rotation=rule.rotation)
+            continue
         if rule.smoothing is not None:
             plans[name] = _smooth(weight, splits, rule, rule.smoothing)
             continue

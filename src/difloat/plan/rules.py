@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from difloat.numbers import formats, rounding
+from difloat.numbers import formats, hadamard, rounding
 from difloat.numbers.formats import Format
 from difloat.numbers.scale_grids import ScaleFormat, snapping
 from difloat.numbers.search import (
@@ -28,7 +28,7 @@ from difloat.numbers.search import (
 from difloat.plan import encode
 from difloat.plan.plan import LayerPlan
 from difloat.plan.scales import expand_scale, rows_of
-from difloat.plan.specs import Granularity, Part, QuantSpec
+from difloat.plan.specs import Granularity, Part, QuantSpec, Rotation
 
 MIN_MAX: tuple[float, ...] = (1.0,)
 
@@ -194,6 +194,24 @@ def floating_grids(bits: int, granularity: Granularity, group_size: int | None =
         unsigned_clips=SHRUNK_FAR,  # with 11 zero points each, refined by the search
         asymmetry=asymmetry,
     )
+
+
+_SMALLEST_BLOCK = 16  # below it a rotation spreads little
+
+
+def block_rotation(shape: Sequence[int], most: int = 256, permuted: bool = False) -> Rotation | None:
+    """The rotation of the inputs of a weight [o, i, *k] in the largest blocks of up to `most` channels.
+
+    >>> block_rotation((64, 1152))
+    Rotation(block=128, seed=0, permuted=False, regular=False)
+    >>> block_rotation((64, 72)), block_rotation((64, 64, 3, 3))
+    (None, None)
+
+    Returns:
+        None for convolutions, and where no block of 16 channels or more divides the channels.
+    """
+    block = hadamard.largest_block(shape[1], most)
+    return Rotation(block, permuted=permuted) if len(shape) == 2 and block >= _SMALLEST_BLOCK else None
 
 
 @dataclass(frozen=True)

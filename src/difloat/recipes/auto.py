@@ -5,8 +5,7 @@ Taken from -> here:
   16 levels in place of 4-bit integers, as GGUF's IQ4_NL has them                                 `numbers.tables`
 Its own:
   scales and zero points fitted under the moments, and every weight moved once                    `methods.second_order`
-  sensitivities of the guided output, by timestep                                                 `methods.sensitivity`
-  formats by row within the bytes of one width everywhere, or within a size                       `methods.allocation`
+  formats by row within a budget of bytes, by sensitivities of the guided output   `methods.allocation`, `methods.sensitivity`
   inputs of up to 4 bits in groups of channels with zero points, scaled as they come              `plan.rules`
 Differs from the paper: moments are of inputs as the float model makes them and the layer rounds them, so layers need not wait
 for each other; columns keep their order. Bits such as w4a8 mean the bytes of 4-bit integers everywhere.
@@ -25,6 +24,7 @@ from difloat.methods.allocation import WidthSettings
 from difloat.methods.closed_form import Asked, ClosedFormSettings
 from difloat.methods.cost import WITH_GRADIENT, Cost
 from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task, timed
+from difloat.methods.rotated_inputs import Rotate, rotate_inputs
 from difloat.methods.second_order import SecondOrderSettings
 from difloat.methods.sensitivity import SensitivitySettings
 from difloat.methods.trace import Trace
@@ -53,6 +53,7 @@ class Options:
         input_group: Input channels per scale and zero point of inputs of up to 4 bits; 0: one scale per token, as at 8 bits.
         keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
         rows: Calibration rows that moments are gathered from.
+        rotate: Rotate the inputs of linear layers: "none", "all", or "chosen" where a layer's output then changes less.
     """
 
     widths: Literal["rows", "layers", "same"] = "rows"
@@ -66,6 +67,7 @@ class Options:
     input_group: Whole = 32
     keep_8bit: Names = ("first", "last")
     rows: Positive = 256
+    rotate: Rotate = "none"
 
 
 def plan(task: Task, options: Options) -> Outcome:
@@ -83,13 +85,14 @@ def plan(task: Task, options: Options) -> Outcome:
 
     def finish() -> Outcome:
         layers, measured = outcome.layers, dict(outcome.measured)
-        sensitivity = SensitivitySettings(guidance=options.guidance)
-        rounding = SecondOrderSettings(refit=options.refit, sweep=options.sweep)
-        settings = ClosedFormSettings(rounding, rows=options.rows)
-        inputs = closed_form.inputs_of(task, layers, settings, largest[0])
         asked: dict[str, Asked] = {n: _weight(8 if kept[n] else task.bits_of(n), options) for n in layers}
-        free = [name for name in layers if not kept[name]]
-        if options.widths != "same" and free:
+        layers, measured["rotations"] = rotate_inputs(task, layers, options.rotate, asked, largest[0])
+        sensitivity = SensitivitySettings(guidance=options.guidance)
+        settings = ClosedFormSettings(
+            SecondOrderSettings(refit=options.refit, sweep=options.sweep), rows=options.rows
+        )
+        inputs = closed_form.inputs_of(task, layers, settings, largest[0])
+        if options.widths != "same" and (free := [name for name in layers if not kept[name]]):
             with timed(measured, "choose widths"):
                 offers = dict.fromkeys(free, [_weight(bits, options) for bits in WIDTHS])
                 fixed = {name: _weight(8, options) for name in layers if kept[name]}
