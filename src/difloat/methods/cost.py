@@ -32,6 +32,7 @@ class Cost:
         outside: "as others", "8bit" or "keep" (in high precision) for layers outside of all lists of blocks.
         variants: How many packed weights a layer has.
         smoothed: Whether input channels have stored factors.
+        rotated: Whether inputs of linear layers are rotated.
         side: The low-rank pairs beside a layer that has no 8 bits.
         passes: The most rows of each forward pass over calibration rows besides those that the other fields imply.
         iterations: The updates of learned rounding per block, or 0 if no rounding is learned.
@@ -47,6 +48,7 @@ class Cost:
     outside: str = "as others"
     variants: int = 1
     smoothed: bool = False
+    rotated: bool = False
     side: Side | None = None
     passes: tuple[int, ...] = ()
     iterations: int = 0
@@ -132,10 +134,10 @@ def check_files(options: Any, cost_of: Callable[[Any, Bits], Cost], bits: Bits, 
     if target not in FILES:
         return options
     cost = cost_of(options, bits)
-    beside = cost.variants > 1 or cost.smoothed or cost.side is not None or cost.epochs > 0
+    beside = cost.variants > 1 or cost.smoothed or cost.rotated or cost.side is not None or cost.epochs > 0
     if beside or (cost.passes and target != "openvino"):
         raise ValueError(
-            f"recipe must make one ordinary weight per layer for {target} files, got one that trains, smooths or chooses "
+            f"recipe must make one ordinary weight per layer for {target} files, got one that trains, smooths, rotates or chooses "
             "formats of its own; take rtn, lbfp, fp4dit, qdiffusion or qdit"
         )
     fit_inputs(bits.activation, bits.weight, target)

@@ -88,9 +88,8 @@ def plan(task: Task, options: Options) -> Outcome:
         asked: dict[str, Asked] = {n: _weight(8 if kept[n] else task.bits_of(n), options) for n in layers}
         layers, measured["rotations"] = rotate_inputs(task, layers, options.rotate, asked, largest[0])
         sensitivity = SensitivitySettings(guidance=options.guidance)
-        settings = ClosedFormSettings(
-            SecondOrderSettings(refit=options.refit, sweep=options.sweep), rows=options.rows
-        )
+        rounding = SecondOrderSettings(refit=options.refit, sweep=options.sweep)
+        settings = ClosedFormSettings(rounding, rows=options.rows)
         inputs = closed_form.inputs_of(task, layers, settings, largest[0])
         if options.widths != "same" and (free := [name for name in layers if not kept[name]]):
             with timed(measured, "choose widths"):
@@ -113,10 +112,10 @@ def cost(options: Options, bits: Bits) -> Cost:
     if options.widths != "same":
         passes += (options.rows, WITH_GRADIENT * SensitivitySettings.rows * SensitivitySettings.probes)
     inputs = online_integers(bits.activation, options.input_group)
-    return Cost(_weight(bits.weight, options), inputs, options.keep_8bit, passes=passes)
+    rotated = options.rotate != "none"
+    return Cost(_weight(bits.weight, options), inputs, options.keep_8bit, passes=passes, rotated=rotated)
 
 
 def _weight(bits: int, options: Options) -> Rule:
-    size = options.group_size or None
     make = asymmetric_integers if options.grid == "integer" else levels_or_integers
-    return make(bits, "group" if size else "channel", size)
+    return make(bits, "group" if options.group_size else "channel", options.group_size or None)
