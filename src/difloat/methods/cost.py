@@ -137,8 +137,8 @@ def check_files(options: Any, cost_of: Callable[[Any, Bits], Cost], bits: Bits, 
     beside = cost.variants > 1 or cost.smoothed or cost.rotated or cost.side is not None or cost.epochs > 0
     if beside or (cost.passes and target != "openvino"):
         raise ValueError(
-            f"recipe must make one ordinary weight per layer for {target} files, got one that trains, smooths, rotates or chooses "
-            "formats of its own; take rtn, lbfp, fp4dit, qdiffusion or qdit"
+            f"recipe must make one ordinary weight per layer for {target} files, got one that trains, smooths, rotates or "
+            "chooses formats of its own; take rtn, lbfp, fp4dit, qdiffusion or qdit"
         )
     fit_inputs(bits.activation, bits.weight, target)
     return options
