@@ -48,7 +48,7 @@ def obstacle(layer: LayerPlan) -> str:
 
 
 def _split(layer: LayerPlan) -> tuple[Tensor, Tensor] | None:
-    """The scales as whole numbers [o, groups] times one number of the row [o], exactly, or None if they are no such products."""
+    """The scales as whole numbers [o, groups] times one number of the row [o], exactly, or None if they are not."""
     scales = layer.tensors["weight_scale"].reshape(layer.shape[0], -1)
     largest = max(abs(level) for level in layer.parts[0].weight.format.levels)
     units = scales[:, 0].clone()
