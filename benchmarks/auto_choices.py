@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import harness
@@ -20,11 +21,16 @@ from torch import Tensor
 from difloat import api, evaluate, recipes, reference_models
 from difloat.evaluation.picture_metrics import mean_interval, psnr
 from difloat.layers import install
-from difloat.plan.plan import Plan
+from difloat.plan import file_offers
+from difloat.plan.layer_bits import layer_bits
+from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.rules import Bits
+from difloat.plan.target import FILES, Target
 
 STEPS, ROWS = 20, 256
-TRAJECTORIES = "trajectories"
+TRAJECTORIES, TARGET = "trajectories", "target"
+ALLOCATED = "bits of auto"  # by layer, with these options of auto
+INTEGER_LAYERS = {"widths": "layers", "grid": "integer"}
 CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "w4a8": ("auto", "w4a8", {}),
     "w4a8, rows of 16 trajectories": ("auto", "w4a8", {TRAJECTORIES: 16}),
@@ -35,7 +41,24 @@ CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "w4a8, same bits": ("auto", "w4a8", {"widths": "same"}),
     "w4a8, same bits, integers": ("auto", "w4a8", {"widths": "same", "grid": "integer"}),
     "w4a8, gptq": ("gptq", "w4a8", {}),
+    "w4a8, gptq, bits of auto": ("gptq", "w4a8", {ALLOCATED: INTEGER_LAYERS}),
+    "w4a8, qdiffusion": ("qdiffusion", "w4a8", {}),
+    "w4a8, qdiffusion, bits of auto": ("qdiffusion", "w4a8", {ALLOCATED: INTEGER_LAYERS}),
+    "w4a8, qdiffusion nearest, bits of auto": (
+        "qdiffusion",
+        "w4a8",
+        {"rounding": "nearest", ALLOCATED: INTEGER_LAYERS},
+    ),
+    "w4a8, qdiffusion online, bits of auto": (
+        "qdiffusion",
+        "w4a8",
+        {"activation": "online", ALLOCATED: INTEGER_LAYERS},
+    ),
+    "w4a8, tables fitted to layers": ("auto", "w4a8", {"grid": "fit"}),
+    "w4a8, bits by layer, tables fitted to layers": ("auto", "w4a8", {"widths": "layers", "grid": "fit"}),
+    "w4a8, polished": ("auto", "w4a8", {"polish": 200}),
     "w4a4": ("auto", "w4a4", {}),
+    "w4a4, polished": ("auto", "w4a4", {"polish": 200}),
     "w4a4, inputs per token": ("auto", "w4a4", {"input_group": 0}),
     "w4a8, all inputs rotated": ("auto", "w4a8", {"rotate": "all"}),
     "w4a8, chosen inputs rotated": ("auto", "w4a8", {"rotate": "chosen"}),
@@ -49,8 +72,16 @@ CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "w2a4, per token": ("auto", "w2a4", {"input_group": 0}),
     "w2a4, per token, all rotated": ("auto", "w2a4", {"input_group": 0, "rotate": "all"}),
     "w3a8": ("auto", "w3a8", {}),
+    "w3a8, polished": ("auto", "w3a8", {"polish": 200}),
     "w3a8, edges up for choice": ("auto", "w3a8", {"keep_8bit": ()}),
     "w3a8, weights in groups of 128": ("auto", "w3a8", {"group_size": 128}),
+    "w3a8, tables fitted to layers": ("auto", "w3a8", {"grid": "fit"}),
+    "w4a16 for gguf, nearest": ("rtn", "w4a16", {TARGET: "gguf"}),
+    "w4a16 for gguf": ("auto", "w4a16", {TARGET: "gguf"}),
+    "w5a16 for gguf": ("auto", "w5a16", {TARGET: "gguf"}),
+    "w4a16 for comfy, nearest": ("rtn", "w4a16", {TARGET: "comfy"}),
+    "w4a16 for comfy": ("auto", "w4a16", {TARGET: "comfy"}),
+    "w5a16 for comfy": ("auto", "w5a16", {TARGET: "comfy"}),
 }
 
 
@@ -90,7 +121,9 @@ def measure(
     """One choice: what it took, and the PSNR of every picture."""
     recipe, bits, chosen = CHOICES[label]
     own = dict(chosen)
+    allocated = own.pop(ALLOCATED, None)
     trajectories = own.pop(TRAJECTORIES, recipes.lookup("auto").trajectories)
+    target = own.pop(TARGET, "any")
     pipeline = reference_models.load(name)
     call = reference_models.call_arguments(name)
     guidance = call.pop("guidance_scale")
@@ -106,7 +139,10 @@ def measure(
         progress=False,
     )
     calibrated = time.perf_counter()
-    plan = recipes.plan(api.task_of(pipeline, data, Bits.parse(bits)), recipe, bits, own)
+    task = replace(api.task_of(pipeline, data, Bits.parse(bits)), target=target)
+    if allocated is not None:
+        task = replace(task, layer_bits=layer_bits(recipes.plan(task, "auto", bits, allocated)))
+    plan = recipes.plan(task, recipe, bits, own)
     done = time.perf_counter()
     packed = reference_models.load(name)
     install.apply(api.denoiser(packed), plan)
@@ -114,7 +150,7 @@ def measure(
     times = picture_seconds(name, pipeline, packed, shown[:1], repeats)
     row = {
         "psnr_db": vars(mean_interval(scores)),
-        "effective_bits": effective_bits(plan),
+        "effective_bits": effective_bits(plan, target),
         "calibration_s": round(calibrated - start, 1),
         "after_s": round(done - calibrated, 1),
         "picture_s": times,
@@ -133,10 +169,20 @@ def picture_seconds(name: str, full: Any, packed: Any, prompts: list[str], repea
     return harness.medians(harness.interleaved(contestants, repeats))
 
 
-def effective_bits(plan: Plan) -> float:
-    """Bits of a weight in the quantized layers, scales and all."""
+def effective_bits(plan: Plan, target: Target) -> float:
+    """Bits of a weight in the quantized layers, scales and all, in our checkpoint or in a file of the target."""
     weights = sum(math.prod(layer.shape) for layer in plan.layers.values())
-    return 8 * sum(layer.nbytes for layer in plan.layers.values()) / weights
+    return 8 * sum(stored_bytes(layer, target) for layer in plan.layers.values()) / weights
+
+
+def stored_bytes(layer: LayerPlan, target: Target) -> int:
+    """The bytes of a layer in our checkpoint, or in a file of the target."""
+    if target not in FILES:
+        return layer.nbytes
+    spec = layer.parts[0].weight
+    made_for = file_offers.offers(layer.shape, layer.parts[0].activation is not None, target)
+    rule = next(rule for rule in made_for if rule.spec(rule.formats[0]) == spec)
+    return file_offers.file_bytes(layer.shape, rule, target)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from difloat.reference_models import NAMES
 class Row:
     """One configuration of a table; `timesteps` as in the calibration settings, `seed` of calibration and recipe.
 
-    With `allocated`, layers have the weight bits that recipe auto with these options gives them.
+    With `allocated`, layers have the weight bits that recipe auto with these options gives them. Rows come from as many
+    `trajectories`, or where that is None from as many as the recipe asks for.
     """
 
     label: str
@@ -22,6 +23,7 @@ class Row:
     timesteps: str = "sampler"
     seed: int = 0
     allocated: dict[str, Any] | None = None
+    trajectories: int | None = None
 
 
 def seeds(label: str, recipe: str, bits: str, options: dict[str, Any], count: int = 3) -> list[Row]:
@@ -249,6 +251,15 @@ PAPERS["auto"] = [
     Row("W4A8 auto, seed 1", "auto", "w4a8", seed=1),
     Row("W4A8 auto, seed 2", "auto", "w4a8", seed=2),
     Row("W4A4 auto, inputs per token", "auto", "w4a4", {"input_group": 0}),
+    Row("W4A8 GPTQ, 64 trajectories", "gptq", "w4a8", trajectories=64),
+    Row(
+        "W4A8 Q-Diffusion, bits by layer, 64 trajectories",
+        "qdiffusion",
+        "w4a8",
+        allocated=INTEGER_LAYERS,
+        trajectories=64,
+    ),
+    Row("W4A8 Q-Diffusion, 64 trajectories", "qdiffusion", "w4a8", trajectories=64),
 ]
 MODELS = {
     "auto": NAMES,

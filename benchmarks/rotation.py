@@ -3,9 +3,9 @@
     python benchmarks/rotation.py                          # both embedded models
     python benchmarks/rotation.py --models emoji-pixart    # one of them
 
-Every arm is recipe auto with one width for all layers (`widths=same`), so that arms differ in the rotation alone, or quantization
-without data. Stored are the signal-to-noise ratio of the output by row, its paired difference to the arm without rotation,
-effective bits, and the relative error of the weights.
+Every arm is recipe auto with one width for all layers (`widths=same`), so that arms differ in the rotation alone, or
+quantization without data. Stored are the signal-to-noise ratio of the output by row, its paired difference to the arm without
+rotation, effective bits, and the relative error of the weights.
 """
 
 from __future__ import annotations

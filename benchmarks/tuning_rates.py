@@ -27,6 +27,7 @@ from difloat.layers import install
 from difloat.methods.post_training import Outcome
 from difloat.methods.task import Task
 from difloat.methods.training.fine_tune import Tuning, tune
+from difloat.methods.training.student import Adapters
 from difloat.methods.training.train import TrainingSettings
 from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits
@@ -72,7 +73,7 @@ def main() -> None:
         settings = replace(TrainingSettings(epochs=arguments.epochs), **rates)
         eight = (n for n, plan in outcome.layers.items() if plan.parts[0].weight.format.bits == 8)
         kept = tuple(outcome.measured.get("kept_8bit", eight))
-        tuned = tune(train, outcome, Tuning(settings, 1, 32, alike, kept, by_timestep))
+        tuned = tune(train, outcome, Tuning(settings, Adapters(1, 32, kept, by_timestep), alike))
         result = {
             "held_out_error_over_untrained": error(model, tuned, held_out) / before,
             "losses": tuned.measured["losses"],

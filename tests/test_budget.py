@@ -108,3 +108,62 @@ def test_bad_input_is_refused_by_name() -> None:
     for empty in ({}, {"a": []}):
         with pytest.raises(ValueError, match="must have a candidate"):
             allot(empty, 100)
+
+
+def timed_layers(draw: random.Random, count: int) -> dict[str, list[Candidate]]:
+    """Layers whose candidates have times that go neither with their sizes nor with their errors."""
+    return {
+        f"layer{n}": [
+            Candidate(
+                draw.randint(1, 60), draw.random(), draw.choice([draw.random(), float(draw.randint(0, 3))])
+            )
+            for _ in range(draw.randint(1, 5))
+        ]
+        for n in range(count)
+    }
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_equals_brute_force_under_two_limits(seed: int) -> None:
+    draw = random.Random(seed)
+    layers = timed_layers(draw, draw.randint(1, 6))
+    choices = list(itertools.product(*layers.values()))
+    sizes = [sum(one.size for one in choice) for choice in choices]
+    times = [math.fsum(one.time for one in choice) for choice in choices]
+    errors = [math.fsum(one.error for one in choice) for choice in choices]
+    tried = 0
+    for _ in range(6):
+        limit, most = draw.choice(sizes), draw.choice(times)
+        fitting = [
+            error
+            for error, size, time in zip(errors, sizes, times, strict=True)
+            if size <= limit and time <= most
+        ]
+        if not fitting:
+            with pytest.raises(ValueError, match="time must be at least"):
+                allot(layers, limit, most)
+            continue
+        found = allot(layers, limit, most)
+        assert found.optimal and found.error == pytest.approx(min(fitting), rel=1e-12)
+        assert found.size == bytes_of(layers, found) <= limit and found.time <= most * (1 + 1e-9)
+        tried += 1
+    assert tried
+
+
+def test_many_layers_keep_both_limits() -> None:
+    draw = random.Random(0)
+    layers = {
+        name: [Candidate(one.size, one.error, one.size * draw.uniform(0.5, 2.0)) for one in layer]
+        for name, layer in like_a_model(draw, 150).items()
+    }
+    free = allot(layers, 150 * 5000)
+    assert free.error == allot(layers, 150 * 5000, free.time).error
+    found = allot(layers, 150 * 5000, 0.9 * free.time)
+    assert found.size <= 150 * 5000 and found.time <= 0.9 * free.time
+    assert free.error <= found.bound <= found.error <= 1.2 * found.bound
+
+
+def test_times_that_no_choice_meets_are_named() -> None:
+    slow = {"layer": [Candidate(4, 1.0, 2.5), Candidate(8, 0.5, 3.0)]}
+    with pytest.raises(ValueError, match=r"time must be at least 2.5, which the fastest .* take, got 2"):
+        allot(slow, 8, 2.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -135,6 +136,20 @@ def test_every_cut_and_every_flip_is_noticed(finished: tuple[Path, Plan], tmp_pa
             assert read_entry(path, key) is None
     path.write_bytes(content)
     assert read_entry(path, key) is not None
+
+
+def test_a_shard_of_another_version_is_drawn_again(tmp_path: Path) -> None:
+    settings = CalibrationSettings(samples=24, steps=4, prompts_per_batch=4, seed=3)
+    expected = collect(DotPipeline(), PROMPTS, settings, cache_dir=tmp_path, progress=False)
+    shard = min(tmp_path.glob("*/batch-*.safetensors"))
+    key = f"{shard.parent.name}/{shard.name}"
+    tensors, texts = read_entry(shard, key)
+    rows = [{**row, "colour": "red"} for row in json.loads(texts["rows"])]
+    write_entry(shard, key, tensors, {"rows": json.dumps(rows)})
+    with pytest.warns(CacheWarning, match=r"of this version of difloat, but calibration row .* 'colour'"):
+        data = collect(DotPipeline(), PROMPTS, settings, cache_dir=tmp_path, progress=False)
+    assert data.fingerprint == expected.fingerprint
+    assert read_entry(shard, key)[1] == texts, "what was drawn again took its place"
 
 
 def test_shards_do_not_stand_for_each_other(tmp_path: Path) -> None:

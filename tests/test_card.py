@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def test_what_a_record_quotes_is_text(checkpoint: Path) -> None:
     from huggingface_hub import ModelCard
 
     nasty = "x`|[a](http://b) <script>alert(1)</script>\n---\n# *big* _under_"
-    quality = [{**row, "label": nasty, "unit": nasty} for row in made().quality]
+    quality = [replace(row, label=nasty, unit=nasty) for row in made().quality]
     empty = np.zeros((0, 1, 1, 3), np.uint8)
     changes = dict(
         recipe=nasty, bits=nasty, attention=nasty, quality=quality, versions={"difloat": nasty}, created=nasty

@@ -752,7 +752,7 @@ def test_a_reader_after_the_document_decodes_rows_of_several_widths():
 def test_rows_of_several_widths_load_verify_and_save_again(tmp_path):
     loaded = checkpoint.load(GOLDEN_ROWS, into=tiny(1))
     assert same_state(loaded, banded()) and loaded.conv.weight.dim() == 4
-    config = checkpoint.layout.quantization_config
+    config = checkpoint.plan_config.quantization_config
     assert config(checkpoint.plan_of(loaded)) == config(checkpoint.plan_of(banded()))
     assert all(finding.passed for finding in checkpoint.verify(GOLDEN_ROWS))
     assert contents(checkpoint.save(loaded, tmp_path / "a")) == contents(GOLDEN_ROWS)

@@ -758,6 +758,11 @@ def test_half_downloaded_pipelines(run: Run, source: Path, copy_of, tmp_path: Pa
         (["--recipe", "lbfp", "--set", "rounding=up"], ["rounding must be one of learned, nearest", "'up'"]),
         (["--recipe", "lbfp", "--set", "iterations=many"], ["iterations", "'many'"]),
         (["--images", "1"], ["images must be 0 or at least 2"]),
+        (["--size", "9kB"], ["size must be at least", "bytes for this model", "got 9000"]),
+        (["--size", "9kB", "--set", "size=9kB"], ["--size must stand without --set size=9kB"]),
+        (["--size", "1MB", "--bits", "w3.5a8"], ["size must come with whole weight bits"]),
+        (["--size", "much"], ["size", "'much'"]),
+        (["--size", "1MB", "--recipe", "lbfp"], ["options must be among", "size"]),
         (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
     ],
 )

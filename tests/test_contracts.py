@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from difloat import api, recipes
 from difloat.calibration.collect import Calibration, CalibrationSettings, collect, denoiser_of
-from difloat.checkpoint.layout import quantization_config
+from difloat.checkpoint.plan_config import quantization_config
 from difloat.layers import install, packed, quantizable
 from difloat.methods.post_training import Bits, Task
 from difloat.methods.trace import removed

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -67,3 +69,41 @@ def _public() -> dict[str, object]:
 def test_public_names_have_an_example(name: str) -> None:
     """An example of a function or class is in its own docstring, so that ``help`` shows it."""
     assert ">>> " in (_public()[name].__doc__ or ""), f"difloat.{name} must show an example, got none"
+
+
+_FRAGMENT = re.compile(r"(Of|As|Likewise|See|Those|Also|Its|Without|By|From|Like) ")
+_ENTRY = re.compile(r" {4,}(?:\*{0,2}[a-z_]\w*(?:, \w+)*|[A-Z]\w*Error): (.*)")
+
+
+@pytest.mark.parametrize(
+    "file", [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
+)
+def test_docstrings_begin_with_what_they_speak_of(file: str) -> None:
+    """The first line and the entries below "Args:" are no leftovers of a sentence, like "Of the layer." or "As above."."""
+    tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node, clean=False) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+    starts = [text.lstrip() for text in texts]
+    starts += [entry[1] for text in texts for line in text.splitlines() if (entry := _ENTRY.fullmatch(line))]
+    assert not [start.splitlines()[0] for start in starts if _FRAGMENT.match(start)]
+
+
+@pytest.mark.parametrize("recipe", [path.stem for path in sorted((PACKAGE / "recipes").glob("[a-z]*.py"))])
+def test_the_parts_that_a_recipe_page_names_are_there(recipe: str) -> None:
+    page = importlib.import_module(f"difloat.recipes.{recipe}")
+    named = re.findall(r"`([A-Za-z]\w*(?:\.\w+)+)`", page.__doc__ or "")
+    missing = [name for name in named if not _is_there(name, page)]
+    assert not missing, f"{recipe}.py names {missing}, which are neither in the package nor in the page"
+
+
+def _is_there(name: str, page: ModuleType) -> bool:
+    """Whether a dotted name is a module of difloat, something in one, or a field of something that the page imports."""
+    *owners, last = name.split(".")
+    for cut in range(len(owners), 0, -1):
+        module = ".".join(["difloat", *owners[:cut]])
+        if (PACKAGE.parent / module.replace(".", "/")).with_suffix(".py").is_file():
+            return cut == len(owners) and hasattr(importlib.import_module(module), last)
+    if (PACKAGE / "/".join(owners) / f"{last}.py").is_file():
+        return True
+    owner = vars(page).get(owners[0])
+    return last in getattr(owner, "__dataclass_fields__", {})

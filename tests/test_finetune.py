@@ -28,7 +28,7 @@ from difloat.methods.trace import Trace
 from difloat.methods.training import resume
 from difloat.methods.training import train as finetune
 from difloat.methods.training.relation_loss import RelationLoss, RelationSettings
-from difloat.methods.training.student import Router, Student
+from difloat.methods.training.student import Adapters, Router, Student
 from difloat.methods.training.train import Batch, TrainingSettings, lost_guidance, train
 from difloat.numbers.formats import parse
 from difloat.numbers.search import ZERO_POINTS
@@ -78,15 +78,9 @@ def prepared(
 
 
 def student_of(task: Task, plans: dict[str, LayerPlan], **changes: object) -> Student:
-    arguments = {"adapters": 2, "rank": 3, "input_ranges_by_timestep": False, **changes}
-    return Student(
-        task.model,
-        plans,
-        {},
-        post_training.timestep_grid(task),
-        generator=torch.Generator().manual_seed(1),
-        **arguments,
-    )
+    adapters = Adapters(**{"count": 2, "rank": 3, **changes})
+    generator = torch.Generator().manual_seed(1)
+    return Student(task.model, plans, {}, post_training.timestep_grid(task), adapters, generator)
 
 
 def by_timestep(task: Task) -> list[tuple[float, tuple]]:
@@ -111,11 +105,11 @@ def test_the_input_after_silu_is_unsigned_and_the_others_signed() -> None:
     "changes",
     [
         {},
-        {"adapters": 1},
+        {"count": 1},
         {"input_ranges_by_timestep": True},
         {"rank": 0},
         {"carry": "side"},
-        {"carry": "side", "adapters": 1, "without_adapters": ["conv_in"]},
+        {"carry": "side", "count": 1, "left_out": ("conv_in",)},
         {"carry": "side", "input_ranges_by_timestep": True},
     ],
 )
@@ -131,7 +125,7 @@ def test_packed_layers_compute_what_was_trained(changes: dict) -> None:
             torch.testing.assert_close(model(*args, **kwargs), student(args, kwargs), rtol=1e-4, atol=1e-5)
     assert (len(packed["conv_in"].input_schedule) == 3) == bool(changes.get("input_ranges_by_timestep"))
     beside = {name for name, plan in packed.items() if plan.side is not None}
-    expected = set(packed) - {*changes.get("without_adapters", ())} if "carry" in changes else set()
+    expected = set(packed) - {*changes.get("left_out", ())} if "carry" in changes else set()
     assert beside == expected and not any(packed[name].schedule for name in beside)
 
 
@@ -147,7 +141,7 @@ def test_packed_codes_are_those_of_the_fake_quantized_weight() -> None:
             assert torch.equal(dequantize(plan.variant(variant)), weight), name
 
 
-@pytest.mark.parametrize("changes", [{}, {"adapters": 1, "input_ranges_by_timestep": True}, {"rank": 0}])
+@pytest.mark.parametrize("changes", [{}, {"count": 1, "input_ranges_by_timestep": True}, {"rank": 0}])
 @pytest.mark.parametrize("smoothed", [False, True])
 def test_rows_of_several_widths_are_packed_as_they_were_trained(smoothed: bool, changes: dict) -> None:
     task, plans = prepared()
@@ -187,7 +181,7 @@ def test_a_smoothed_layer_is_trained_as_the_input_sees_it() -> None:
     factor = torch.tensor([0.5, 3.0, 1.2])
     weight, parts = task.model.conv_in.weight.detach(), plans["conv_in"].parts
     smoothed = in_bands(weight, parts, ["int8"], factor)
-    twin = student_of(task, {"conv_in": smoothed}, adapters=1, rank=0).twins[0]
+    twin = student_of(task, {"conv_in": smoothed}, count=1, rank=0).twins[0]
     x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     expected = nn.functional.conv2d(
         twin.quantized_input(x), weight / factor.reshape(1, 3, 1, 1), task.model.conv_in.bias, padding=1
@@ -285,7 +279,7 @@ def in_two_ways() -> dict[str, Student]:
     plain = student_of(task, plans)
     trained(task, plain, replace(SETTINGS, rows=5))  # which two processes share unevenly
     task = replace(task, calibration=Guided(task.calibration))
-    student = student_of(task, plans, adapters=1)
+    student = student_of(task, plans, count=1)
     relations = RelationLoss(task, student, RelationSettings(every=1, module="conv_in"))
     settings = replace(SETTINGS, guidance_weight=20.0, rows=6, accumulation=2)
     train(task, student, settings, dict.fromkeys(student.grid, 1.0), relations)
@@ -380,7 +374,7 @@ def mixed(task: Task) -> dict[str, LayerPlan]:
 def test_adapters_of_smoothed_layers_move_in_steps_of_the_grid() -> None:
     task, _ = prepared()
     plans = mixed(task)
-    student = student_of(task, plans, adapters=1)
+    student = student_of(task, plans, count=1)
     for twin, (name, plan) in zip(student.twins, plans.items(), strict=True):
         weight = task.model.get_submodule(name).weight.detach()
         factor = plan.tensors["input_factor"].reshape(1, -1, *[1] * (weight.dim() - 2))
@@ -396,7 +390,7 @@ def test_adapters_of_smoothed_layers_move_in_steps_of_the_grid() -> None:
 def test_adapters_from_the_error_are_packed_as_they_were_trained() -> None:
     task, _ = prepared()
     plans = mixed(task)
-    changes = {"adapters": 1, "input_ranges_by_timestep": True, "adapter_init": "error"}
+    changes = {"count": 1, "input_ranges_by_timestep": True, "init": "error"}
     student = student_of(task, plans, **changes)
     losses = trained(task, student, replace(SETTINGS, epochs=8, adapter_rate=0.2))
     assert losses[-1] < 0.9 * losses[0]
@@ -411,7 +405,7 @@ def test_adapters_from_the_error_are_packed_as_they_were_trained() -> None:
 def test_adapters_from_the_error_start_at_the_float_weight_as_far_as_their_rank_goes() -> None:
     task, _ = prepared()
     plans = mixed(task)
-    changes = {"adapters": 1, "adapter_init": "error"}
+    changes = {"count": 1, "init": "error"}
     left = {}
     for rank in (1, 4, 100):
         student = student_of(task, plans, rank=rank, **changes)
@@ -427,7 +421,7 @@ def test_adapters_from_the_error_start_at_the_float_weight_as_far_as_their_rank_
             )
     assert left[100] < 1e-8 < left[4] < left[1]
     with pytest.raises(ValueError, match="one per layer, got 2"):
-        student_of(task, plans, adapters=2, adapter_init="error")
+        student_of(task, plans, count=2, init="error")
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -445,7 +439,7 @@ def test_training_starts_at_what_learned_rounding_left(rank: int) -> None:
             plans[name], tensors={**plans[name].tensors, "weight": draft.plan(other).tensors["weight"]}
         )
         assert not torch.equal(moved[name].tensors["weight"], plans[name].tensors["weight"])
-    packed = student_of(task, moved, adapters=1, rank=rank).packed()
+    packed = student_of(task, moved, count=1, rank=rank).packed()
     for name, plan in packed.items():
         assert torch.equal(plan.tensors["weight"], moved[name].tensors["weight"])
 
@@ -550,7 +544,7 @@ def test_gradients_pass_a_float16_denoiser(mean: float) -> None:
     found = {}
     for dtype in (torch.float16, torch.float32):
         task, plans = prepared(dtype=dtype)
-        student = student_of(task, plans, adapters=1)
+        student = student_of(task, plans, count=1)
         before = student.module("conv_in").up.detach().clone()
         train(task, student, replace(SETTINGS, epochs=1), dict.fromkeys(student.grid, mean))
         found[dtype] = student.module("conv_in").up.detach() - before
@@ -561,12 +555,12 @@ def test_gradients_pass_a_float16_denoiser(mean: float) -> None:
 def test_a_scaled_run_goes_on_with_its_scale(tmp_path, monkeypatch) -> None:
     task, plans = prepared(tmp_path, torch.float16)
     monkeypatch.setattr(resume, "_SAVE_EVERY_S", 0.0)
-    student = student_of(task, plans, adapters=1)
+    student = student_of(task, plans, count=1)
     trained(task, student, replace(SETTINGS, epochs=1))
     (kept,) = tmp_path.glob("fine-tuning-*.safetensors")
     entry = read_entry(kept, kept.name)
     assert entry is not None and json.loads(entry[1]["scaler"])["scale"] > 1
-    again = student_of(task, plans, adapters=1)
+    again = student_of(task, plans, count=1)
     trained(task, again, replace(SETTINGS, epochs=1))
     assert torch.equal(student.module("conv_in").up, again.module("conv_in").up)
 

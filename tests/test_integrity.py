@@ -209,16 +209,18 @@ BAD = [math.inf, -math.inf, math.nan, 10**400, 2**70, -1, 0, 1.0, True, "7", Non
     ids=lambda value: ".".join(map(str, value)) if value and isinstance(value[0], str) else "",
 )
 def test_numbers_of_a_plan_are_of_their_type_and_range(path, fine, value):
-    config = json.loads(json.dumps(checkpoint.layout.quantization_config(checkpoint.plan_of(quantized()))))
+    config = json.loads(
+        json.dumps(checkpoint.plan_config.quantization_config(checkpoint.plan_of(quantized())))
+    )
     place = config
     for step in path[:-1]:
         place = place[step]
     place[path[-1]] = value
     if any(value == one and type(value) is type(one) for one in fine):
-        checkpoint.layout.parse_config(config)
+        checkpoint.plan_config.parse_config(config)
         return
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.layout.parse_config(config)
+        checkpoint.plan_config.parse_config(config)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
 
@@ -237,9 +239,9 @@ def test_infinite_and_huge_numbers_are_refused_in_files(tmp_path):
 
 @pytest.mark.parametrize("timesteps", [[math.inf], [math.nan, 1], ["1"], [True], [10**400], [3, 1], [[1]]])
 def test_timesteps_of_a_plan_are_finite_and_ascend(timesteps):
-    config = checkpoint.layout.quantization_config(checkpoint.plan_of(quantized()))
+    config = checkpoint.plan_config.quantization_config(checkpoint.plan_of(quantized()))
     with pytest.raises(CheckpointError, match="timestep"):
-        checkpoint.layout.parse_config({**config, "timesteps": timesteps})
+        checkpoint.plan_config.parse_config({**config, "timesteps": timesteps})
 
 
 @pytest.mark.parametrize("schedule", [[0.0], [True], [-1], [10**9], ["0"], "01", 7, [math.inf]])

@@ -48,7 +48,7 @@ INTEGRATION = {  # these subclass the library's own classes, and are imported on
     "checkpoint/transformers_quantizer.py": {"transformers"},
     "lora/peft_layers.py": {"peft"},
 }
-FILE_LINES, FUNCTION_LINES, RECIPE_LINES = 400, 60, 120
+FILE_LINES, FUNCTION_LINES, RECIPE_LINES, ARGUMENTS = 400, 60, 120, 9
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -170,6 +170,16 @@ def test_files_and_functions_are_short(file: str) -> None:
     assert lines <= (RECIPE_LINES if file.startswith("recipes/") else FILE_LINES)
     long = {f.name: n for f in functions(tree(file)) if (n := f.end_lineno - f.lineno + 1) > FUNCTION_LINES}
     assert not long
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("kernels/triton/")])
+def test_functions_take_few_arguments(file: str) -> None:
+    """Commands of the command line included; only Triton's kernels, which know no records, take more."""
+    many = {}
+    for function in functions(tree(file)):
+        named = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+        many[f"{function.name}:{function.lineno}"] = len([a for a in named if a.arg not in ("self", "cls")])
+    assert not {name: count for name, count in many.items() if count > ARGUMENTS}
 
 
 @pytest.mark.parametrize("file", FILES)

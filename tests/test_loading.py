@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 import difloat
 from difloat import DifloatConfig, checkpoint
-from difloat.checkpoint import CheckpointError, data_free
+from difloat.checkpoint import CheckpointError, data_free, plan_config
 from difloat.layers import install, packed
 from difloat.layers.packed import QuantizedLayer
 from test_diffusers import contents, output
@@ -371,3 +371,25 @@ print(json.dumps(state, sort_keys=True))
     assert first == second and len(first) == sum(
         len(layer.tensors) for layer in checkpoint.plan_of(model).layers.values()
     )
+
+
+def test_a_checkpoint_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = tiny_pixart()
+    components = ["transformer", "text_encoder"]
+    difloat.quantize(pipeline, "rtn", "w4a8", components=components, progress=False)
+    difloat.save(pipeline, tmp_path / "out")
+    parsed: list[str] = []
+    parse = plan_config._parse_layer
+
+    def counting(name: str, data: object) -> object:
+        parsed.append(name)
+        return parse(name, data)
+
+    monkeypatch.setattr(plan_config, "_parse_layer", counting)
+    loaded = difloat.load(tmp_path / "out")
+    layers = [
+        m for part in components for m in getattr(loaded, part).modules() if isinstance(m, QuantizedLayer)
+    ]
+    assert len(parsed) == len(layers) > 10
+    difloat.load(tmp_path / "out")
+    assert len(parsed) == 2 * len(layers), "nothing is remembered from one load to the next"

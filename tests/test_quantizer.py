@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from difloat.checkpoint.layout import quantization_config
+from difloat.checkpoint.plan_config import quantization_config
 from difloat.numbers import formats, rounding
 from difloat.numbers.formats import parse
 from difloat.plan.encode import dequantize, plan_layer

@@ -21,7 +21,7 @@ from difloat.methods.training.relation_loss import (
     feature_block,
     positions,
 )
-from difloat.methods.training.student import Student
+from difloat.methods.training.student import Adapters, Student
 from difloat.methods.training.train import Batch, TrainingSettings, train
 from difloat.numbers.formats import parse
 from difloat.plan.plan import Plan
@@ -70,10 +70,8 @@ def student_of(task: Task, planned: bool = True) -> Student:
         plans,
         {},
         post_training.timestep_grid(task),
-        adapters=1,
-        rank=2,
-        input_ranges_by_timestep=False,
-        generator=torch.Generator().manual_seed(1),
+        Adapters(1, 2),
+        torch.Generator().manual_seed(1),
     )
 
 
@@ -211,16 +209,7 @@ def test_a_call_for_the_step_before_leaves_the_steps_own_timestep() -> None:
     plans = post_training.run(task, lambda name, seen: rules, Sequencing()).layers
     grid = post_training.timestep_grid(task)
     generator = torch.Generator().manual_seed(1)
-    student = Student(
-        task.model,
-        plans,
-        {},
-        grid,
-        adapters=2,
-        rank=2,
-        input_ranges_by_timestep=True,
-        generator=generator,
-    )
+    student = Student(task.model, plans, {}, grid, Adapters(2, 2, input_ranges_by_timestep=True), generator)
     extra = RelationLoss(task, student, RelationSettings(every=1))
     rows = [row for row, timestep in enumerate(task.calibration.timesteps) if timestep == 500.0]
     output = student(*task.calibration.batch(rows))

@@ -86,7 +86,7 @@ def test_a_student_starts_with_the_ranges_of_every_timestep(rows_apart: bool) ->
     plans["conv_in"] = by_time(plans["conv_in"], (1.0, 1.7), (1, 0, 1))
     plans["conv_out"] = by_time(plans["conv_out"], (1.0, 1.7, 0.6), (2, 1, 0))  # `time` has one range for all
     expected = install.apply(install.shadow(task.model), Plan("test", "w4a4", plans, timesteps=GRID))
-    student = student_of(task, plans, adapters=1, without_adapters=list(plans))
+    student = student_of(task, plans, count=1, left_out=tuple(plans))
     packed = install.apply(install.shadow(task.model), Plan("test", "w4a4", student.packed(), timesteps=GRID))
     for _, (args, kwargs) in by_timestep(task):
         with torch.no_grad():  # the bounds are those of packed against trained layers in test_finetune

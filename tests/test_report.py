@@ -296,7 +296,12 @@ def test_missing_directory_is_named(tmp_path):
         (_pictures(2).astype(np.float32), _pictures(2), {}, "reference_images must be uint8"),
         (_pictures(2), _pictures(1), {}, "must have the shape of reference_images"),
         (_pictures(3), _pictures(3), {}, "record.prompts must be empty or hold one entry per picture"),
-        (_pictures(2), _pictures(2), {"quality": [{"name": "psnr"}]}, "record.quality entries must have"),
+        (
+            _pictures(2),
+            _pictures(2),
+            {"quality": [{"name": "psnr"}]},
+            "measure of a report must have the fields",
+        ),
     ],
 )
 def test_bad_input_leaves_no_file(tmp_path, reference, quantized, changes, message):

@@ -230,7 +230,9 @@ def test_a_rotated_layer_in_a_file_of_version_1_is_refused(rotated: nn.Sequentia
     path = tmp_path / "a" / "config.json"
     path.write_text(path.read_text().replace('"version":2', '"version":1'))
     (tmp_path / "a" / "difloat.json").unlink()
-    with pytest.raises(difloat.CheckpointError, match="version 1 cannot have what came with version 2"):
+    with pytest.raises(
+        difloat.CheckpointError, match="a file of version 1 cannot have what came with version 2"
+    ):
         difloat.load(tmp_path / "a", into=nn.Sequential(nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 64)))
 
 

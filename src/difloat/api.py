@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from difloat import checkpoint, devices, distributed, job, recipes
 from difloat import components as parts
@@ -27,13 +28,26 @@ from difloat.methods.cost import Cost, remaining
 from difloat.methods.task import Task
 from difloat.methods.training.fine_tune import Tuning, tune
 from difloat.methods.training.from_plan import of_8_bits, start_of
+from difloat.methods.training.student import Adapters
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, guidance_to_keep
 from difloat.plan.plan import Plan
 from difloat.plan.request import RepairSettings, Request
 from difloat.plan.rules import Bits
 
-_SETTINGS = {field.name for field in fields(CalibrationSettings)}
+# Fields of a request that have no argument of their own: `plan` takes them among its options.
+_ASKED = {field.name for field in fields(Request)} - {"recipe", "bits", "calibration", "cache", "options"}
+
+
+class Data(TypedDict, total=False):
+    """Where calibration rows come from: the arguments of `plan`, `repair` and `calibrate` of these names, all optional."""
+
+    prompts: Sequence[str] | None
+    forward_loop: Callable[[nn.Module], object] | None
+    cache_dir: str | Path | None
+    cache_key: str | None
+    progress: bool
+    call_kwargs: Mapping[str, Any] | None
 
 
 def default_prompts() -> list[str]:
@@ -59,10 +73,6 @@ def plan(
     cache_key: str | None = None,
     progress: bool = True,
     call_kwargs: Mapping[str, Any] | None = None,
-    target: str = Request.target,
-    exclude: Sequence[str] = Request.exclude,
-    components: Sequence[str] | None = None,
-    device: torch.device | str | None = None,
     **options: Any,
 ) -> Plan:
     """Decide how to quantize a model, which stays untouched.
@@ -81,52 +91,46 @@ def plan(
         cache_key: A name of `forward_loop` in the cache. None tells loops apart by their code and the values in it.
         progress: Whether to show progress bars.
         call_kwargs: Further arguments of the pipeline's call, such as `height`.
-        target: "cpu" for formats that CPUs compute in integers, or a kind of file that holds the plan (`plan.target.FILES`).
-        exclude: Names of layers or blocks, or patterns like ``*.to_q``, that stay as they are, whatever the recipe.
-        components: Models of a pipeline, like ["unet", "vae=w8a8"] (`components.parse`). None takes the denoiser or denoisers.
-        device: Where the model is put and computes (`devices.resolve`). None leaves it where it is, or is offloaded from.
-        **options: Fields of `CalibrationSettings` (`samples`, `steps`, `seed`, ...) and of the recipe's options.
+        **options: Any of these, by name. `target` is "cpu" for formats that CPUs compute in integers, or a kind of file that
+            holds the plan (`plan.target.FILES`). `exclude` has names of layers or blocks, or patterns like ``*.to_q``, that
+            stay as they are. `components` has models of a pipeline, like ["unet", "vae=w8a8"]. `device` is where the model is
+            put and computes, like "cuda". `bits_from` is a plan of this model, or its checkpoint, whose layers' weight bits
+            are taken. The fields of `CalibrationSettings` (`samples`, `steps`, `seed`, ...) say what is collected, and the
+            rest are options of the recipe. `Request` and these records have the defaults.
 
     Raises:
         ValueError: if a recipe, bits, option or layer is unknown, nothing can be quantized, or a weight is not finite.
     """
-    settings, own = _apart(options)
-    asked = job.request(
-        recipe,
-        bits,
-        own,
-        CalibrationSettings(**settings),
-        target=target,
-        exclude=exclude,
-        components=components,
-        device=device,
-        cache=cache_dir,
-    )
+    named, others = _apart(options, _ASKED)
+    settings, own = _apart(others, _names(CalibrationSettings))
+    asked = job.request(recipe, bits, own, CalibrationSettings(**settings), cache=cache_dir, **named)
     fitted = job.fit(model, asked)
-    given: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "cache_key": cache_key}
-    return decide(fitted, **given, progress=progress, call_kwargs=call_kwargs)
+    data = Data(prompts=prompts, forward_loop=forward_loop, cache_key=cache_key, call_kwargs=call_kwargs)
+    return decide(fitted, progress=progress, **data)
 
 
-def decide(fitted: Job, *, progress: bool = True, **data: Any) -> Plan:
+def decide(fitted: Job, **data: Unpack[Data]) -> Plan:
     """`plan` of what is checked already.
 
     Args:
         fitted: What is asked for, and of which model.
-        progress: Show progress bars.
-        **data: `prompts`, `forward_loop`, `cache_key` and `call_kwargs` as for `plan`.
+        **data: The arguments of `Data`, without `cache_dir`, which the request has.
     """
+    progress = data.setdefault("progress", True)
     devices.move(fitted.model, fitted.request.device)
-    first, *second = [_decide(fitted, name, progress, data) for name in fitted.denoisers]
+    first, *second = [
+        _decide(fitted, name, {**data, "cache_dir": fitted.request.cache}) for name in fitted.denoisers
+    ]
     decided = replace(first, components=dict(zip(list(fitted.denoisers)[1:], second, strict=True)))
     return parts.with_components(decided, fitted.model, fitted.others, progress)
 
 
-def _decide(fitted: Job, name: str, progress: bool, data: Mapping[str, Any]) -> Plan:
+def _decide(fitted: Job, name: str, data: Data) -> Plan:
     """The plan of one denoiser, calibrated where the recipe needs data."""
     asked, bits, model = fitted.request, fitted.denoisers[name], fitted.model
-    settings = asked.calibration
+    settings, progress = asked.calibration, data["progress"]
     if fitted.needs_data(bits):
-        rows = _collect(model, name, settings, cache_dir=asked.cache, progress=progress, **data)
+        rows = _collect(model, name, settings, **data)
         _say_remaining(fitted.cost(bits), rows, progress)
     else:  # the denoiser is not called
         rows = Calibration([], Shelf(None, 0, {}), next(denoiser(model, name).parameters()).device)
@@ -138,15 +142,20 @@ def _decide(fitted: Job, name: str, progress: bool, data: Mapping[str, Any]) -> 
             work_dir=asked.cache,
             target=asked.target,
             exclude=fitted.exclusions[name],
+            layer_bits=fitted.layer_bits[name],
             progress=progress,
         )
         return recipes.decide(task, asked.recipe, asked.options)
 
 
-def _apart(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of `CalibrationSettings` among some options, and the options of a recipe."""
-    settings = {name: value for name, value in options.items() if name in _SETTINGS}
-    return settings, {name: value for name, value in options.items() if name not in _SETTINGS}
+def _names(record: type[Any]) -> list[str]:
+    return [field.name for field in fields(record)]
+
+
+def _apart(options: Mapping[str, Any], names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of these names, and the others."""
+    found = {name: value for name, value in options.items() if name in names}
+    return found, {name: value for name, value in options.items() if name not in names}
 
 
 def _say_remaining(asked: Cost, data: Calibration, progress: bool) -> None:
@@ -159,10 +168,6 @@ def repair(
     model: Any,
     plan: Plan,
     *,
-    epochs: int = RepairSettings.epochs,
-    rank: int = RepairSettings.rank,
-    dfa: bool = RepairSettings.dfa,
-    guidance_weight: float = RepairSettings.guidance_weight,
     prompts: Sequence[str] | None = None,
     forward_loop: Callable[[nn.Module], object] | None = None,
     cache_dir: str | Path | None = None,
@@ -183,10 +188,6 @@ def repair(
     Args:
         model: The full-precision pipeline or module that the plan was made for. It teaches and stays untouched.
         plan: The plan of a recipe or of a quantized model (`plan_of`), with one weight per layer.
-        epochs: Passes along the trajectory. More than the rows are worth make pictures worse (docs/papers/msfp.md).
-        rank: The rank of the adapters. 0 trains ranges and scales only.
-        dfa: Whether the loss of a timestep is weighted by the square of its factor in the sampler's update.
-        guidance_weight: The weight of the guided difference in the loss (`TrainingSettings`), unused without guidance.
         prompts: Texts to calibrate with, or None for general built-in ones.
         forward_loop: A function that samples with a plain module.
         cache_dir: The directory that keeps calibration data and finished blocks.
@@ -194,17 +195,18 @@ def repair(
         progress: Whether to show progress bars.
         call_kwargs: Further arguments of the pipeline's call.
         device: Where the model is put and computes, or None for where it is.
-        **settings: Fields of `CalibrationSettings`.
+        **settings: Fields of `RepairSettings` (`epochs`, `rank`, `dfa`, `guidance_weight`), which say what is trained, and of
+            `CalibrationSettings` (`samples`, `steps`, `seed`, ...), which say what is collected.
 
     Raises:
         ValueError: if a layer has several weights or adapters, the plan is of another model, or a number is out of range.
     """
-    asked, wanted = RepairSettings(epochs, rank, dfa, guidance_weight), CalibrationSettings(**settings)
-    _check_repairable(model, plan, dfa)
+    training, others = _apart(settings, _names(RepairSettings))
+    asked, wanted = RepairSettings(**training), CalibrationSettings(**others)
+    _check_repairable(model, plan, asked.dfa)
     job.check_model(denoiser(devices.move(model, device)))
-    source: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "cache_key": cache_key}
-    source |= {"cache_dir": cache_dir, "progress": progress, "call_kwargs": call_kwargs}
-    data = _collect(model, "", wanted, **source)
+    source = Data(prompts=prompts, forward_loop=forward_loop, cache_key=cache_key, call_kwargs=call_kwargs)
+    data = _collect(model, "", wanted, cache_dir=cache_dir, progress=progress, **source)
     with offloading.lifted(denoiser(model), onload=True):
         task = replace(
             task_of(model, data, Bits.parse(plan.bits)),
@@ -221,7 +223,9 @@ def _trained(plan: Plan, task: Task, asked: RepairSettings) -> Plan:
     asked = replace(asked, guidance_weight=guidance_to_keep(asked.guidance_weight, task))
     training = TrainingSettings(asked.epochs, guidance_weight=asked.guidance_weight)
     weights = loss_weights(task, 2.0 if asked.dfa else 0.0)
-    tuned = tune(task, start_of(plan, task), Tuning(training, 1, asked.rank, weights, of_8_bits(plan)))
+    tuned = tune(
+        task, start_of(plan, task), Tuning(training, Adapters(1, asked.rank, of_8_bits(plan)), weights)
+    )
     trained = replace(plan, layers=tuned.layers, timesteps=tuned.timesteps, measured=tuned.measured)
     return replace(trained, options={**plan.options, "repair": {**vars(asked), "seed": task.seed}})
 
@@ -278,57 +282,50 @@ def calibrate(
     model: Any,
     component: str = "",
     *,
-    prompts: Sequence[str] | None = None,
-    forward_loop: Callable[[nn.Module], object] | None = None,
-    cache_dir: str | Path | None = None,
-    cache_key: str | None = None,
-    progress: bool = True,
-    call_kwargs: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
-    **settings: Any,
+    **arguments: Any,
 ) -> Calibration:
-    """The inputs of a denoiser, of several the one called `component`, along its own trajectories. `plan` has the arguments."""
+    """The inputs of a denoiser, of several the one called `component`, along its own trajectories.
+
+    Args:
+        model: A pipeline, or a plain module.
+        component: The name of one of several denoisers, or "" for the only or first one.
+        device: Where the model is put and computes, or None for where it is.
+        **arguments: Those of `Data`, and the fields of `CalibrationSettings`.
+    """
+    settings, data = _apart(arguments, _names(CalibrationSettings))
     wanted = CalibrationSettings(**settings)
     job.check_model(denoiser(devices.move(model, device), component))
-    given: dict[str, Any] = {"prompts": prompts, "forward_loop": forward_loop, "call_kwargs": call_kwargs}
-    given |= {"cache_dir": cache_dir, "cache_key": cache_key, "progress": progress}
-    return _collect(model, component, wanted, **given)
+    return _collect(model, component, wanted, **data)
 
 
 def _collect(
     model: Any,
     component: str,
     wanted: CalibrationSettings,
-    *,
-    prompts: Sequence[str] | None = None,
-    forward_loop: Callable[[nn.Module], object] | None = None,
-    cache_dir: Path | str | None = None,
-    cache_key: str | None = None,
-    progress: bool = True,
-    call_kwargs: Mapping[str, Any] | None = None,
+    **data: Unpack[Data],
 ) -> Calibration:
     """`calibrate` of a model that is checked already."""
-    module = denoiser(model, component)
+    module, forward_loop, cache_key = (
+        denoiser(model, component),
+        data.get("forward_loop"),
+        data.get("cache_key"),
+    )
+    shared: dict[str, Any] = {"cache_dir": data.get("cache_dir"), "progress": data.get("progress", True)}
     if model is not module:
         if forward_loop is not None or cache_key is not None:
             raise ValueError(
                 f"forward_loop and cache_key must come with a plain module, got {type(model).__name__}, which samples itself; "
                 "leave them out, or pass its denoiser"
             )
-        texts = prompts_for(model, prompts)
-        shown: dict[str, Any] = {
-            "progress": progress,
-            "call_kwargs": call_kwargs,
-            "component": component or None,
-        }
-        return collect.collect(model, texts, wanted, cache_dir=cache_dir, **shown)
+        texts = prompts_for(model, data.get("prompts"))
+        shared |= {"call_kwargs": data.get("call_kwargs"), "component": component or None}
+        return collect.collect(model, texts, wanted, **shared)
     if forward_loop is None:
         raise ValueError(
             "a plain module must come with forward_loop, got None; give a function that samples with the module"
         )
-    return collect.collect_from_loop(
-        module, forward_loop, wanted, cache_dir=cache_dir, cache_key=cache_key, progress=progress
-    )
+    return collect.collect_from_loop(module, forward_loop, wanted, cache_key=cache_key, **shared)
 
 
 def apply(model: Any, plan: Plan) -> Any:

@@ -15,8 +15,9 @@ import re
 import secrets
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar, overload
 
 from rich.filesize import decimal
 from safetensors.torch import load, save
@@ -25,6 +26,7 @@ from torch import Tensor
 _HEX = 64
 _ENTRY = "difloat"  # one text, for safetensors writes several in any order, and equal runs give equal bytes
 _PLACE = re.compile(rb'"difloat":"{\\"blake2b\\":\\"([0-9a-f]{64})\\"')
+Facts = TypeVar("Facts")
 _LEFTOVER_S = 3600.0  # no entry takes that long to write: what is older was left by a killed process
 
 
@@ -50,22 +52,47 @@ def write_entry(path: Path, key: str, tensors: Mapping[str, Tensor], facts: Mapp
     write_atomically(path, content[:start] + _digest(key, content).encode() + content[end:])
 
 
-def read_entry(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """The tensors and texts of an entry with this key, or None if there is none, with a `CacheWarning` if it is damaged."""
+@overload
+def read_entry(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None: ...
+
+
+@overload
+def read_entry(
+    path: Path, key: str, parse: Callable[[dict[str, str]], Facts]
+) -> tuple[dict[str, Tensor], Facts] | None: ...
+
+
+def read_entry(path: Path, key: str, parse: Callable[[dict[str, str]], Any] = dict) -> Any:
+    """The tensors and texts of an entry with this key, or None if there is none.
+
+    Args:
+        path: The path of the file.
+        key: The key that it was written with.
+        parse: Makes of the texts what is returned. A ValueError says that another version of difloat wrote them.
+
+    An entry that is damaged, or that `parse` does not know, counts as if it were missing, with a `CacheWarning`.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
     found = _PLACE.search(content)
     if found is None or found.group(1).decode() != _digest(key, content):
-        warnings.warn(
-            f"cache entry {path} must hold what was written to it, but is damaged or of another run; it is made again",
-            CacheWarning,
-            stacklevel=2,
+        _warn(
+            f"cache entry {path} must hold what was written to it, but is damaged or of another run; it is made again"
         )
         return None
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return load(content), json.loads(header["__metadata__"][_ENTRY])["facts"]
+    facts = json.loads(header["__metadata__"][_ENTRY])["facts"]
+    try:
+        return load(content), parse(facts)
+    except ValueError as error:
+        _warn(f"cache entry {path} must be of this version of difloat, but {error!s:.200}; it is made again")
+        return None
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, CacheWarning, stacklevel=3)
 
 
 def _place(content: bytes) -> tuple[int, int]:

@@ -33,7 +33,7 @@ class ProcessError(ValueError):
 
 @dataclass
 class _Launch:
-    """Of this process: group to meet in (None: not joined), how many, which one, and what it is in the middle of."""
+    """What this process knows of its launch: the group to meet in, the number of processes, its own, and what it is doing."""
 
     group: Any = None
     size: int = 1
@@ -151,14 +151,7 @@ def shared(work: Callable[[], T]) -> list[T]:
     Raises:
         ProcessError: if it failed on another one.
     """
-    if count() == 1:
-        return [work()]
-    with together():
-        mine = work()
-    results: list[Any] = [None] * count()
-    with _meeting():
-        torch.distributed.all_gather_object(results, mine, group=_launch.group)
-    return results
+    return _gathered(work, torch.distributed.all_gather_object)
 
 
 def collected(work: Callable[[], T]) -> list[T]:
@@ -167,13 +160,23 @@ def collected(work: Callable[[], T]) -> list[T]:
     Raises:
         ProcessError: if it failed on another one.
     """
+
+    def gather(results: list[T], mine: T, group: Any) -> None:
+        torch.distributed.gather_object(mine, results if is_main() else None, dst=0, group=group)
+
+    found = _gathered(work, gather)
+    return found if is_main() else []
+
+
+def _gathered(work: Callable[[], T], gather: Callable[..., None]) -> list[T]:
+    """What `work()` gives on every process, where `gather` brings it."""
     if count() == 1:
         return [work()]
     with together():
         mine = work()
-    results: list[Any] = [None] * count() if is_main() else []
+    results: list[Any] = [None] * count()
     with _meeting():
-        torch.distributed.gather_object(mine, results or None, dst=0, group=_launch.group)
+        gather(results, mine, group=_launch.group)
     return results
 
 
@@ -183,7 +186,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
 
 
 def exchange_gradients(model: nn.Module, *, now: bool) -> AbstractContextManager[None]:
-    """For a forward and backward pass of what `data_parallel` gave. Unless `now`, gradients add up where they are."""
+    """Let processes exchange the gradients of a pass of what `data_parallel` gave. Unless `now`, they add up where they are."""
     if now or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     kept: AbstractContextManager[None] = model.no_sync()

@@ -33,7 +33,7 @@ _WIDE = "8bit"  # what becomes of a layer: this, nothing special, or the reason 
 
 @dataclass(frozen=True)
 class Kind:
-    """Layers alike: the first one's name, how many, weights and packed bytes of all (0: they stay), grids in words."""
+    """Layers that are alike: the first one's name, their number, weights, packed bytes (0 if they stay) and grids in words."""
 
     name: str
     count: int
@@ -73,17 +73,25 @@ def forecast(
 
     Args:
         fitted: What is asked for, and of which pipeline.
-        prompts: As for `difloat.plan`.
-        call_kwargs: Likewise.
+        prompts: The texts to calibrate with, as `difloat.plan` takes them.
+        call_kwargs: Further arguments of the pipeline's call, as `difloat.plan` takes them.
     """
     name, bits = next(iter(fitted.denoisers.items()))
     pipeline, settings, module = fitted.model, fitted.request.calibration, denoiser(fitted.model, name)
-    asked, needs_data = fitted.cost(bits), fitted.needs_data(bits)
+    own, needs_data = fitted.layer_bits[name], fitted.needs_data(bits)
+    costs = {width: fitted.cost(replace(bits, weight=width)) for width in {*own.values()}} | {
+        bits.weight: fitted.cost(bits)
+    }
+    asked = costs[min(costs)]
     fates = _fates(module, asked, fitted.exclusions[name], needs_data)
-    kinds = tuple(_kind(module, names, asked, fates[names[0]]) for names in _alike(module, fates))
+    kinds = tuple(
+        _kind(module, names, costs[own.get(names[0], bits.weight)], fates[names[0]])
+        for names in _alike(module, fates, own)
+    )
     float_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
     freed = sum(packed.weight_of(module, name).nbytes for name, fate in fates.items() if fate in ("", _WIDE))
-    total = float_bytes - freed + sum(kind.packed_bytes for kind in kinds)
+    counted = float_bytes - freed + sum(kind.packed_bytes for kind in kinds)
+    total = getattr(fitted.request.options, "size", None) or counted
     if not needs_data:
         return Forecast(kinds, float_bytes, total, 0, 0, 0, asked.computed(0, 0))
     sampling = sampling_of(pipeline, prompts, settings, call_kwargs)
@@ -92,7 +100,7 @@ def forecast(
 
 
 def _fates(module: nn.Module, asked: Cost, exclude: Exclusion, needs_data: bool) -> dict[str, str]:
-    """What becomes of every layer; where its edges are is read off the structure, so a trace may see fewer of them."""
+    """What becomes of every layer. The edges are read off the structure, so a trace may see fewer of them."""
     layers, seen = packed.quantizable(module), structure(module)
     outside = layers.keys() - packed.inside_blocks(module)
     of_outside = {"keep": "outside of the blocks", "8bit": _WIDE, "as others": ""}[asked.outside]
@@ -102,11 +110,14 @@ def _fates(module: nn.Module, asked: Cost, exclude: Exclusion, needs_data: bool)
     return fates | ({} if needs_data else unread(module)) | dtype_readers.kept(module)
 
 
-def _alike(module: nn.Module, fates: Mapping[str, str]) -> list[list[str]]:
+def _alike(module: nn.Module, fates: Mapping[str, str], bits: Mapping[str, int]) -> list[list[str]]:
     """The layers at one place in blocks alike. A layer in no block is alone."""
     kinds: dict[tuple[Any, ...], list[list[str]]] = {}
     for unit, members in packed.blocks(module).items():
-        shapes = [(n.removeprefix(unit) or n, packed.weight_of(module, n).shape, fates[n]) for n in members]
+        shapes = [
+            (n.removeprefix(unit) or n, packed.weight_of(module, n).shape, fates[n], bits.get(n))
+            for n in members
+        ]
         kinds.setdefault(tuple(shapes), []).append(members)
     return [list(names) for units in kinds.values() for names in zip(*units, strict=True)]
 

@@ -153,7 +153,7 @@ def call(pipeline: Any, arguments: Mapping[str, Any], given: Mapping[str, Any]) 
 
 
 def _mixed_dtypes(pipeline: Any, reason: str) -> str:
-    """The dtypes of a pipeline's models in words, where a call failed over several of them; else empty."""
+    """The dtypes of a pipeline's models in words, where a call failed over several of them, or an empty text."""
     if "dtype" not in reason and "scalar type" not in reason and "should be the same" not in reason:
         return ""
     found: dict[str, set[str]] = {}
@@ -275,7 +275,7 @@ def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def denoiser_of(pipeline: Any) -> tuple[str, nn.Module]:
-    """Name and module of a pipeline's denoiser, of several the first; ValueError as from `denoisers_of`."""
+    """The name and module of a pipeline's only or first denoiser. Raises what `denoisers_of` raises."""
     return next(iter(denoisers_of(pipeline).items()))
 
 

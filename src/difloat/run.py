@@ -50,10 +50,10 @@ class Sampling:
     """How pictures are drawn.
 
     Attributes:
-        prompts: None without text.
+        prompts: The texts, or None for a pipeline without text.
         count: How many pictures.
-        steps: Steps of the sampler. None takes the pipeline's own.
-        guidance_scale: None takes the pipeline's own.
+        steps: The steps of the sampler. None takes the pipeline's own.
+        guidance_scale: The scale of guidance. None takes the pipeline's own.
         batch_size: Pictures per call.
         call_kwargs: Further arguments of the call.
         kept: Folder that keeps full-precision pictures from run to run (`evaluation.kept_pictures`). None draws all.
@@ -86,8 +86,8 @@ def load_pipeline(source: str, device: torch.device | str | None = None, **where
     """The pipeline behind what a user names.
 
     Args:
-        source: As the user names it.
-        device: Where it is put, see `devices.resolve`; None: the CPU.
+        source: The source, as the user names it.
+        device: Where it is put (`devices.resolve`), or None for the CPU.
         **where: Further fields of `sources.Source`.
 
     Raises:
@@ -216,8 +216,8 @@ def finish(
 
     Args:
         pipeline: A float pipeline, quantized on return and in the dtypes of its files, whatever it computed in.
-        plan: Made for it.
-        source: Where it came from.
+        plan: The plan that was made for it.
+        source: Where the pipeline came from.
         out: Directory of the checkpoint and the report.
         sampling: Pictures for the report. A count of 0 leaves them out.
         seconds: Timings so far.
@@ -282,8 +282,8 @@ def draw_later(
         out: Directory of the checkpoint and its report. Nothing in it changes until all pictures are drawn.
         sampling: How they were drawn.
         folder: Holds what is drawn until the report is written, so that a killed run goes on from there.
-        dtype: In which to compute; None: that of the files.
-        device: Where to compute; None: on the CPU.
+        dtype: The dtype to compute in, or None for that of the files.
+        device: The device to compute on, or None for the CPU.
 
     Returns:
         What the report shows, or None on processes of a launch that do not write.
@@ -328,7 +328,7 @@ def _with_pictures(
 
 @contextmanager
 def _in_place(pipeline: Any, floats: Mapping[str, nn.Module]) -> Iterator[None]:
-    """For the time of the block, put the float models where their packed ones are. "" is the denoiser."""
+    """Put the float models where their packed ones are for the time of the block. "" is the denoiser."""
     names = {name or denoiser_of(pipeline)[0]: model for name, model in floats.items()}
     packed = {name: getattr(pipeline, name) for name in names}
     try:

@@ -73,8 +73,19 @@ class Calibration:
         return [row.step if row.trajectory else None for row in self._rows]
 
     @property
+    def trajectories(self) -> list[str]:
+        """A name of the trajectory of every row, one of its own for a row of none."""
+        return [row.trajectory or f"row {number}" for number, row in enumerate(self._rows)]
+
+    def some(self, rows: Sequence[int]) -> Calibration:
+        """The calibration data of some of the rows, which stay where they are held."""
+        return Calibration(
+            [self._rows[row] for row in rows], self._shelf, self.device, self.scheduler, self.pace
+        )
+
+    @property
     def before(self) -> list[int | None]:
-        """For every row the row one sampler step earlier on the same trajectory. At the first step it is the row itself.
+        """The row one sampler step earlier on the same trajectory, for every row. At the first step it is the row itself.
 
         It is None where that row was not kept, or the rows are of no trajectory.
         """
@@ -82,7 +93,7 @@ class Calibration:
 
     @property
     def beside(self) -> list[int | None]:
-        """For every row the row of the guidance part before its own, at the same point of the same trajectory.
+        """The row of the guidance part before its own at the same point of the same trajectory, for every row.
 
         It is None for rows of the first part, and where that row was not kept.
         """
@@ -318,10 +329,7 @@ def sampling_of(
     Raises:
         ValueError: if prompts or arguments do not fit the pipeline.
     """
-    own: dict[str, Any] = {"samples": settings.samples, "steps": settings.steps, "seed": settings.seed}
-    own |= {"guidance_scale": settings.guidance_scale, "batch": settings.prompts_per_batch}
-    own |= {"trajectories": settings.trajectories}
-    return Sampling(pipeline, prompts, **own, call_kwargs=call_kwargs or {}, denoiser=component)
+    return Sampling(pipeline, prompts, settings, call_kwargs or {}, component)
 
 
 def finish_recording(recorder: Recorder) -> None:

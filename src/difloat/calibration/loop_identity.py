@@ -97,7 +97,7 @@ def _is_filled(cell: Any) -> bool:
 
 
 class _Begun(BaseException):
-    """Ends a loop at its first call; no `Exception`, so that no loop swallows it."""
+    """Ends a loop at its first call. It is no `Exception`, so that no loop swallows it."""
 
 
 @final

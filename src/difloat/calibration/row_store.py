@@ -14,6 +14,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -23,10 +24,18 @@ from torch import Tensor
 from difloat import distributed
 from difloat.cache_entries import read_entry, write_atomically, write_entry
 from difloat.calibration.rows import Row, content_hash
+from difloat.plan.validation import read_texts, record
 
 _VERSION = 4  # 2: rows know their trajectory; 3: which all parts share; 4: lists of one tensor per row, shards know their hash
 
 Recorded = tuple[list[Row], Mapping[str, Tensor]]  # rows of a shard, and their tensors by content hash
+
+
+@record("shard of calibration rows")
+class _Texts:
+    """What a shard holds beside its tensors."""
+
+    rows: list[Row]
 
 
 @final
@@ -73,13 +82,12 @@ class Shelf:
     def find(self, shard: str) -> Recorded | None:
         """The rows and tensors of a shard of an earlier run, which can be `put`, or None if there is no undamaged one."""
         path = None if self._folder is None else self._folder / f"{shard}.safetensors"
-        entry = None if path is None else read_entry(path, self._key(path))
+        entry = None if path is None else read_entry(path, self._key(path), partial(read_texts, _Texts))
         if path is None or entry is None:
             return None
         self._complete.add(path)
-        blobs, facts = entry
-        rows = [Row(**{**row, "leaves": tuple(row["leaves"])}) for row in json.loads(facts["rows"])]
-        return rows, blobs
+        blobs, texts = entry
+        return texts.rows, blobs
 
     @staticmethod
     def _key(path: Path) -> str:

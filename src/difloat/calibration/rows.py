@@ -14,8 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from difloat.calibration.batch_axis import (
 )
 from difloat.calibration.pace import Pace
 from difloat.calibration.trajectory import Course
+from difloat.plan.validation import LISTED, record
 
 __all__ = [
     "MAX_TIMESTEPS",
@@ -55,7 +55,7 @@ __all__ = [
 MAX_TIMESTEPS = 1024
 
 
-@dataclass(frozen=True)
+@record("calibration row")
 class Row:
     """One entry of the batch axis of one call.
 
@@ -71,7 +71,7 @@ class Row:
     timestep: float
     part: int
     template: str
-    leaves: tuple[str, ...]
+    leaves: Annotated[tuple[str, ...], LISTED]
     trajectory: str = ""
     step: int = 0
 
@@ -187,11 +187,6 @@ class Recorder:
         pictures = self._images or 0
         self.pace = Pace(pace.seconds + seconds, pace.timed + timed, pace.computed + count, pictures)
         self._newest = now, count
-
-    @property
-    def calls_per_step(self) -> int:
-        """The calls with the first timestep, which are 2 where guidance calls twice per step instead of with a double batch."""
-        return next(iter(self._seen.values()))
 
     def _capacity(self) -> int:
         return max(self._limit, min(len({row.timestep for row in self.rows}), MAX_TIMESTEPS))

@@ -29,6 +29,7 @@ from difloat.pipelines import (
     stops_at_latents,
     takes,
 )
+from difloat.plan.request import CalibrationSettings
 
 # Seeds of pictures are seed * stride + number, so two runs with different seeds share no picture.
 _SEED_STRIDE = 1_000_003
@@ -68,38 +69,33 @@ class Sampling:
         self,
         pipeline: Any,
         prompts: Sequence[str] | None,
-        *,
-        samples: int,
-        steps: int | None,
-        guidance_scale: float | None,
-        batch: int,
-        seed: int,
+        settings: CalibrationSettings,
         call_kwargs: Mapping[str, Any],
         denoiser: str | None = None,
-        trajectories: int | None = None,
     ) -> None:
-        """Check what is given against the pipeline's call; `denoiser` names the one of interest, None the first."""
+        """Check what is given against the pipeline's call. `denoiser` names the one of interest, or None for the first."""
         self._denoisers = denoisers_of(pipeline)
         self._name = denoiser or next(iter(self._denoisers))
         self.denoiser = self._denoisers[self._name]
         self.device = devices.home(pipeline)
         self._pipeline = pipeline
-        batch = 1 if one_at_a_time(call_kwargs) else batch
+        batch = 1 if one_at_a_time(call_kwargs) else settings.prompts_per_batch
         self._batch = batch
-        self._seed = seed
+        self._seed = settings.seed
         self._parameters = parameters_of(pipeline)
         self._condition = condition_of(pipeline, self.denoiser)
         self._check_names(call_kwargs)
         self._given = dict(call_kwargs)
-        check_call(pipeline, steps, call_kwargs)
+        check_call(pipeline, settings.steps, call_kwargs)
         self._prompts = self._checked_prompts(prompts, call_kwargs)
-        self._kwargs = self._fixed_kwargs(steps, guidance_scale, call_kwargs)
+        self._kwargs = self._fixed_kwargs(settings.steps, settings.guidance_scale, call_kwargs)
         self.steps: int = self._kwargs["num_inference_steps"]
         self.images = batch * math.prod(int(call_kwargs.get(name) or 1) for name in _SAMPLES_PER_PROMPT)
         # Named only where it is asked for: batches then keep other shares of the rows.
-        self._spread = {} if trajectories is None else {"samples": samples, "trajectories": trajectories}
-        self.batches = max(-(-samples // (self.steps * self.images)), -(-(trajectories or 1) // self.images))
-        order = torch.randperm(len(self._prompts), generator=torch.Generator().manual_seed(seed))
+        samples, drawn = settings.samples, settings.trajectories
+        self._spread = {} if drawn is None else {"samples": samples, "trajectories": drawn}
+        self.batches = max(-(-samples // (self.steps * self.images)), -(-(drawn or 1) // self.images))
+        order = torch.randperm(len(self._prompts), generator=torch.Generator().manual_seed(settings.seed))
         self._prompts = [self._prompts[index] for index in order.tolist()]
 
     def seed(self, batch: int) -> int:

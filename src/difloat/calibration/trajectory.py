@@ -46,7 +46,7 @@ Point = tuple[str, int, int]  # trajectory, guidance part, step
 
 
 def rows_before(points: Sequence[Point]) -> list[int | None]:
-    """For every row the row one step earlier on the same trajectory, in the same part.
+    """Find the row one step earlier on the same trajectory, in the same part, for every row.
 
     >>> rows_before([("a", 0, 0), ("a", 0, 1), ("b", 0, 5)])
     [0, 0, None]
@@ -62,7 +62,7 @@ def rows_before(points: Sequence[Point]) -> list[int | None]:
 
 
 def rows_beside(points: Sequence[Point], samples: Sequence[str]) -> list[int | None]:
-    """For every row the row of the part before its own, at the same step of the same trajectory, or None if it is not there.
+    """Find the row of the part before its own at the same step of the same trajectory, or None, for every row.
 
     It is None as well where both have different `samples`, since the second call of a step may be a corrector's.
     """

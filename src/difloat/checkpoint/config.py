@@ -10,7 +10,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin as 
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfig
 
 from difloat.checkpoint import data_free
-from difloat.checkpoint.layout import QUANT_METHOD, parse_config
+from difloat.checkpoint.layout import QUANT_METHOD
+from difloat.checkpoint.plan_config import parse_config
 from difloat.checkpoint.register import register
 from difloat.plan.plan import Plan
 
@@ -45,8 +46,8 @@ class DifloatConfig(DiffusersConfig, TransformersConfig):
         exclude: Layers that stay as they are, as names, parts of names between dots, or patterns with ``*``.
         outside: "keep" or "8bit" for layers outside of all lists of blocks, such as embedders and final projections.
         target: "cpu" for formats that CPUs compute in integers, or "any".
-        rotate: Whether inputs of linear layers are rotated, which 4-bit inputs gain by. The default is no.
-        **plan: The fields of the JSON object of a checkpoint, as `layout.quantization_config` writes it.
+        rotate: Whether inputs of linear layers are rotated. The default is no.
+        **plan: The fields of the JSON object of a checkpoint, as `plan_config.quantization_config` writes it.
 
     Raises:
         ValueError: if a name is unknown or a value is not allowed.

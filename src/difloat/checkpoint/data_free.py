@@ -36,7 +36,7 @@ class Settings:
     Attributes:
         weights: "search" for the format with the lowest squared error per layer among all floating-point formats of the
             width and the table of levels, or the name of one, like "e2m1".
-        bits: Like "w4a8"; "" takes the width of `weights` (4 for "search") and 8-bit activations.
+        bits: The bits of weights and inputs, like "w4a8". "" takes the width of `weights` (4 for "search") and 8-bit inputs.
         activations: Format of the inputs, with one scale per token (convolutions: per picture) from the data at run time;
             "" takes the floating-point format of the width that GPUs compute best.
         group_size: Input channels per weight scale. 0 takes one scale per output channel.
@@ -93,7 +93,7 @@ class Decision:
     """How every layer of a model is quantized, and why some are not.
 
     Attributes:
-        layers: By name, what makes a plan of the float weight.
+        layers: A function for every layer name that makes a plan of the float weight.
         skipped: Reasons by name.
         settings: What was asked for.
     """

@@ -24,10 +24,10 @@ from difloat.checkpoint.layout import (
     bundle,
     bundled_names,
     plan_tensors,
-    quantization_config,
     unbundle,
 )
 from difloat.checkpoint.packed_models import guard, unguard
+from difloat.checkpoint.plan_config import quantization_config
 from difloat.layers import install
 from difloat.lora.flux_loader import teach_shapes
 from difloat.plan.plan import LayerPlan
@@ -47,7 +47,7 @@ class DifloatQuantizer(DiffusersQuantizer):
     use_keep_in_fp32_modules = True
 
     def __init__(self, quantization_config: DifloatConfig, **kwargs: Any) -> None:
-        """For a checkpoint's config or for what a user asks for."""
+        """Make the quantizer of a checkpoint's config, or of what a user asks for."""
         super().__init__(quantization_config, **kwargs)
         plan = quantization_config.plan
         if plan is not None and not self.pre_quantized:
@@ -119,7 +119,7 @@ class DifloatQuantizer(DiffusersQuantizer):
             empty_layers.check_names(model, self._loaded_names, empty_layers.other_names(model, self.plan))
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
-        """Without further names of layers that are registered twice: they were loaded under their first."""
+        """Leave out the further names of layers that are registered twice, which were loaded under their first."""
         again = set() if self.plan is None else empty_layers.other_names(model, self.plan)
         return [name for name in missing_keys if name not in again]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import secrets
@@ -24,7 +23,7 @@ from safetensors import SafetensorError
 
 from difloat.cache_entries import whole_file
 from difloat.checkpoint.layout import CheckpointError
-from difloat.checkpoint.manifest import MANIFEST
+from difloat.checkpoint.manifest import MANIFEST, manifest_entries
 
 REPORT_FILES = ("report.json", "report-pictures.npz", "report.html")
 CARD, CARD_MARK = "README.md", "<!-- written by difloat card -->"
@@ -86,8 +85,8 @@ def foreign_files(directory: Path) -> list[str]:
         CheckpointError: if the manifest cannot be read.
     """
     try:
-        listed = set(json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"])
-    except (ValueError, KeyError, TypeError) as error:
+        listed = manifest_entries(directory)
+    except CheckpointError as error:
         raise CheckpointError(
             f"{MANIFEST} must list the files of the checkpoint to be replaced, but is damaged; choose another directory"
         ) from error

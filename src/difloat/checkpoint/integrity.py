@@ -58,7 +58,7 @@ def check_directory(root: Path) -> None:
 
 
 def check_loading(files: Sequence[str | os.PathLike[str]]) -> None:
-    """For `from_pretrained`: compare what belongs to a component with the manifest, if the environment asks for it.
+    """Compare the files of a component with the manifest while `from_pretrained` runs, if the environment asks for it.
 
     That is its own files, and in a pipeline also the top level and the components that are not quantized, as far as they
     are there: nobody else would look at those, while quantized ones are looked at when they are loaded themselves.
@@ -133,7 +133,8 @@ def said_in_one_sentence(root: Path, library: str) -> Iterator[None]:
             raise
         raise CheckpointError(_not_built(root, library, error)) from error
     except Exception as error:
-        if type(error) is Exception:  # all that the tokenizers library raises
+        # The tokenizers library raises nothing but bare `Exception` over its file. Subclasses pass as they are.
+        if type(error) is Exception:
             raise CheckpointError(_not_built(root, library, error)) from error
         raise
 
@@ -155,7 +156,7 @@ def unprovable(directory: Path) -> str:
 
 
 def first_fault(root: Path, entries: Mapping[str, Entry]) -> str:
-    """What is wrong with the first file that is not as it was saved, in one sentence; empty if all are."""
+    """What is wrong with the first file that is not as it was saved, in one sentence, or an empty text."""
     for name, entry in entries.items():
         path = root / name
         if not path.is_file():

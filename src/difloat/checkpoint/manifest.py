@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from difloat.checkpoint.layout import CheckpointError, is_file_name, read_json
-from difloat.plan.validation import Whole, read, record, shown
+from difloat.plan.validation import Rule, Whole, read, record, shown
 
 MANIFEST = "difloat.json"
 MANIFEST_VERSION = 1
@@ -23,12 +24,19 @@ class Entry:
     """What the manifest says of one file.
 
     Attributes:
-        bytes: Its size.
-        sha256: Hexadecimal, of its content.
+        bytes: The size of the file.
+        sha256: The SHA-256 of its content, in hexadecimal digits.
     """
 
     bytes: Whole
     sha256: str
+
+
+@record("manifest")
+class _Manifest:
+    # The entries are read one by one, so that an error can name the file.
+    version: Annotated[Literal[1], Rule("be 1")]
+    files: dict[str, Any]
 
 
 def sha256(path: Path) -> str:
@@ -64,12 +72,13 @@ def manifest_entries(root: Path) -> dict[str, Entry]:
         FileNotFoundError: if the manifest is missing.
         CheckpointError: if it is damaged.
     """
-    manifest = read_json(root / MANIFEST)
-    version, files = manifest.get("version"), manifest.get("files")
-    if type(version) is not int or version != MANIFEST_VERSION or not isinstance(files, dict):
+    data = read_json(root / MANIFEST)
+    try:
+        files = read(_Manifest, data).files
+    except ValueError as error:
         raise CheckpointError(
-            f"{MANIFEST} must be of version {MANIFEST_VERSION} and list files; download it again"
-        )
+            f"{MANIFEST} must be of version {MANIFEST_VERSION} and list files, but {error!s:.200}; download it again"
+        ) from error
     found = {}
     for name, entry in files.items():
         parts = Path(name).parts

@@ -19,10 +19,10 @@ from difloat.checkpoint.layout import (
     bundle,
     check_stored,
     plan_tensors,
-    quantization_config,
     unbundle,
     write_json,
 )
+from difloat.checkpoint.plan_config import quantization_config
 from difloat.layers import attention, install, packed
 from difloat.layers.packed import QuantizedLayer
 from difloat.layers.timestep_clock import Clock

@@ -48,6 +48,7 @@ class _RegisterOnImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """Find the awaited module as usual, with a loader that registers difloat after it has run."""
         if fullname != self.table:
             return None
         sys.meta_path.remove(self)

@@ -27,14 +27,13 @@ from difloat.checkpoint.layout import (
     StoredTensor,
     check_headers,
     is_file_name,
-    parse_config,
-    quantization_config,
     read_headers,
     read_json,
     write_json,
 )
 from difloat.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from difloat.checkpoint.plain_modules import load_into, write_module
+from difloat.checkpoint.plan_config import parse_config, parsed_once, quantization_config
 from difloat.checkpoint.remote_code import INDEX as PIPELINE_INDEX
 from difloat.checkpoint.remote_code import write_loaders
 from difloat.checkpoint.stored_dtypes import common_dtype
@@ -303,7 +302,7 @@ def load(
         integrity.check_directory(root)
     elif (root / MANIFEST).is_file():
         read_manifest(root)
-    with integrity.settled():
+    with integrity.settled(), parsed_once():
         return _load(root, found, into, dtype, device)
 
 

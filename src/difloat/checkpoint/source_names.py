@@ -10,14 +10,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from torch import nn
 
 from difloat.checkpoint.layout import CheckpointError, read_json, write_json
+from difloat.plan import validation
+from difloat.plan.validation import TUPLE, Rule, Whole, record
 
 FILE = "source_names.json"
 VERSION = 1
+
+
+@record("tensor of source_names.json")
+class _Rows:
+    shape: list[Whole]
+    rows: Annotated[list[Annotated[tuple[str, Whole, Whole], TUPLE]], Field(min_length=1)]
+
+
+@record("unused tensor of source_names.json")
+class _Unused:
+    shape: list[Whole]
+    dtype: str
+    base64: str
+
+
+@record("source_names.json")
+class _Names:
+    version: Annotated[Literal[1], Rule("be 1")]
+    tensors: dict[str, _Rows]
+    unused: dict[str, _Unused]
+
+
 _ATTRIBUTE = "difloat_source_names"
 
 
@@ -47,23 +72,10 @@ def read(directory: Path) -> Mapping[str, Any] | None:
     if not (directory / FILE).is_file():
         return None
     names = read_json(directory / FILE)
-    tensors, unused = names.get("tensors"), names.get("unused")
-    whole = isinstance(unused, dict) and isinstance(tensors, dict) and all(map(_is_entry, tensors.values()))
-    if names.get("version") != VERSION or not whole:
-        raise CheckpointError(f"{FILE} must be of version {VERSION} and list tensors; download it again")
+    try:
+        validation.read(_Names, names)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{FILE} must be of version {VERSION} and list tensors, but {error!s:.200}; download it again"
+        ) from error
     return names
-
-
-def _is_entry(entry: object) -> bool:
-    if not isinstance(entry, dict) or set(entry) != {"shape", "rows"}:
-        return False
-    sizes, rows = entry["shape"], entry["rows"]
-    if not isinstance(sizes, list) or not isinstance(rows, list) or not rows:
-        return False
-    pieces = [row for row in rows if isinstance(row, list) and len(row) == 3]
-    numbers = [*sizes, *(number for piece in pieces for number in piece[1:])]
-    return (
-        len(pieces) == len(rows)
-        and all(isinstance(piece[0], str) for piece in pieces)
-        and all(type(number) is int and number >= 0 for number in numbers)
-    )

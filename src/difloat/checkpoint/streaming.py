@@ -27,12 +27,12 @@ from difloat.checkpoint.layout import (
     bundle,
     bundled_names,
     plan_tensors,
-    quantization_config,
     read_headers,
     read_json,
     write_json,
 )
 from difloat.checkpoint.manifest import write_manifest
+from difloat.checkpoint.plan_config import quantization_config
 from difloat.checkpoint.remote_code import INDEX
 from difloat.checkpoint.save_load import clean_configs
 from difloat.layers import packed
@@ -52,8 +52,8 @@ class Streamed:
     """The denoiser of a pipeline's directory with its values in the files.
 
     Attributes:
-        model: As its config builds it, in the dtypes of the files; tensors are zeros that take no memory, but for the weights
-            of a block while it is worked on.
+        model: The model as its config builds it, in the dtypes of the files. Its tensors are zeros that take no memory, but for
+            the weights of a block while it is worked on.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -134,7 +134,7 @@ def quantize(
         out: The checkpoint; it appears whole or not at all.
         plan_block: Plans layers of the model, given by name, whose weights are there.
         kept: Layers that stay as they are, with the reason.
-        overwrite: As for `save`.
+        overwrite: Whether a checkpoint that is there is replaced.
         on_layer: Is shown every layer's plan and float weight.
         progress: Show a bar over blocks.
 
@@ -189,7 +189,7 @@ def _block(
 
 
 def _with_vectors_only(layer: LayerPlan) -> LayerPlan:
-    """The plan of a layer without the values of what is in a file by now; stored input ranges are written at the end."""
+    """The plan of a layer without the values that are in a file by now. Stored input ranges are written at the end."""
     tensors = {
         key: tensor if key.startswith("input_") else tensor.to("meta")
         for key, tensor in layer.tensors.items()
@@ -213,7 +213,7 @@ def _write_rest(streamed: Streamed, plan: Plan, shards: _Shards) -> None:
 
 
 def _copy_others(streamed: Streamed, partial: Path) -> None:
-    """Everything of the pipeline but the denoiser's weights; of weights in several layouts the safetensors ones."""
+    """Everything of the pipeline but the denoiser's weights. Of weights in several layouts it has the safetensors ones."""
     index = read_json(streamed.directory / INDEX)
     shutil.copyfile(streamed.directory / INDEX, partial / INDEX)
     for name, entry in index.items():

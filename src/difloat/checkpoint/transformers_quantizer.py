@@ -17,14 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from difloat.checkpoint import data_free, empty_layers, integrity
 from difloat.checkpoint.config import DifloatConfig
-from difloat.checkpoint.layout import (
-    QUANT_METHOD,
-    CheckpointError,
-    bundled_names,
-    check_stored,
-    plan_tensors,
-    quantization_config,
-)
+from difloat.checkpoint.layout import QUANT_METHOD, CheckpointError, bundled_names, check_stored, plan_tensors
+from difloat.checkpoint.plan_config import quantization_config
 from difloat.layers import install
 from difloat.layers.packed import QuantizedLayer
 from difloat.plan.plan import LayerPlan, Plan
@@ -37,7 +31,7 @@ class DifloatHfQuantizer(HfQuantizer):
     """
 
     def __init__(self, quantization_config: DifloatConfig, **kwargs: Any) -> None:
-        """For a checkpoint's config or for what a user asks for."""
+        """Make the quantizer of a checkpoint's config, or of what a user asks for."""
         super().__init__(quantization_config, **kwargs)
         plan = quantization_config.plan
         if plan is not None and not self.pre_quantized:

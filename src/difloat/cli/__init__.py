@@ -1,4 +1,4 @@
-"""The command line; `difloat --help` lists the commands."""
+"""The command line, whose commands `difloat --help` lists."""
 
 from difloat.cli import checkpoints, diagnosis, files, hub, pictures, quantization
 from difloat.cli.app import app, main

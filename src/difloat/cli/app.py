@@ -72,7 +72,7 @@ def _say(errors: Console, mark: str, text: str) -> None:
 
 @contextmanager
 def _warnings_in_one_line(errors: Console) -> Iterator[None]:
-    """Warnings of a damaged cache as a sentence, not with the line of code that found it; others as ever."""
+    """Show warnings of a damaged cache as a sentence, without the line of code that found it, and others as ever."""
     with warnings.catch_warnings():
         others = warnings.showwarning
 
@@ -95,7 +95,7 @@ def _warnings_in_one_line(errors: Console) -> Iterator[None]:
 
 
 def _run(errors: Console) -> str | int | None:
-    """The exit code of the command; SystemExit if it was interrupted."""
+    """The exit code of the command. It raises SystemExit if it was interrupted."""
     try:
         app()
     except SystemExit as stop:

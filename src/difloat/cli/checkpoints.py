@@ -23,7 +23,7 @@ def inspect(
     kernels: Annotated[bool, typer.Option("--kernels", help="Say what computes it on this machine.")] = False,
     revision: Revision = None,
 ) -> None:
-    """Show what a model consists of, and what of it can be quantized or is; only configs and headers are read."""
+    """Show what a model consists of, and what of it can be quantized or is. Only configs and headers are read."""
     from difloat import sources
     from difloat.cli import kernel_summary
     from difloat.layers import packed as rooms

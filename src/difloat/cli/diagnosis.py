@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from difloat.cli.app import app
 from difloat.cli.fields import Fields, with_fields
-from difloat.cli.options import AUTO, Call, Checkpoint, Device, Prompts, Source, call_of, pipeline_of
+from difloat.cli.options import Checkpoint, Inputs, Source, call_of, pipeline_of
 from difloat.cli.tables import console
 from difloat.evaluation.diagnosis import DiagnosisSettings
 
@@ -28,19 +28,17 @@ def diagnose(
     source: Source,
     directory: Checkpoint,
     settings: Annotated[DiagnosisSettings, Fields(DiagnosisSettings)],
-    prompts: Prompts = None,
-    call: Call = None,
-    device: Device = AUTO,
+    inputs: Annotated[Inputs, Fields(Inputs)],
 ) -> None:
     """Find the layers that cost a quantized model its quality, and say how to leave them out."""
     from difloat import api, devices, run
     from difloat.evaluation import diagnosis
     from difloat.pipelines import denoiser_of
 
-    place = devices.resolve(device)
+    place = devices.resolve(inputs.device)
     pipeline, quantized = pipeline_of(source, place), pipeline_of(str(directory), place)
-    texts = run.prompts_of(pipeline, source, prompts)
-    guidance, arguments = call_of(pipeline, source, settings.guidance_scale, call)
+    texts = run.prompts_of(pipeline, source, inputs.prompts)
+    guidance, arguments = call_of(pipeline, source, settings.guidance_scale, inputs.call)
     settings = replace(settings, guidance_scale=guidance)
     runs = diagnosis.runs_needed(api.denoiser(pipeline), api.denoiser(quantized))
     console.print(f"at most {runs} sampling runs of {settings.images} pictures each", highlight=False)
@@ -73,7 +71,7 @@ def _remark(layer: Health) -> str:
 
 
 def _verdict(found: Diagnosis, source: str, plan: Plan, denoiser: str) -> str:
-    """What to do, in lines; the last one is a command where layers were found and a recipe made the plan."""
+    """Say in lines what to do. The last one is a command where layers were found and a recipe made the plan."""
     from difloat.recipes import RECIPES
 
     lines = [f"relative error of the last latents: {found.before:.4f}; {found.runs} sampling runs made"]

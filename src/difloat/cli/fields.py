@@ -36,17 +36,20 @@ class Fields:
     Attributes:
         record: A dataclass. A parameter of this type is given an instance, a parameter of type `Words` the values.
         leave_out: Fields that are no options.
+        only: The fields that are options. If it is empty, all that are not left out.
         panel: Heading of the options in the help; "" for the common one.
     """
 
     record: type[Any]
     leave_out: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     panel: str = ""
 
     @property
     def names(self) -> list[str]:
         """The fields that are options."""
-        return [one.name for one in dataclasses.fields(self.record) if one.name not in self.leave_out]
+        names = [one.name for one in dataclasses.fields(self.record)]
+        return [name for name in self.only or names if name not in self.leave_out]
 
 
 def with_fields(command: Callable[..., None]) -> Callable[..., None]:
@@ -94,7 +97,7 @@ def _option(name: str, hint: Any, usual: Any, text: str, panel: str) -> inspect.
     least: Any = next((one.ge for one in limits if isinstance(one, annotated_types.Ge)), None)
     most: Any = next((one.le for one in limits if isinstance(one, annotated_types.Le)), None)
     flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
-    if kind is bool:
+    if kind is bool and usual:
         flag = f"{flag}/--no-{flag[2:]}"
     taken: Any = kind if kind in (int, float, bool, Path) else str
     if get_origin(kind) in _LISTED:

@@ -40,7 +40,7 @@ def export(
         ),
     ] = "auto",
 ) -> None:
-    """Write a checkpoint's quantized model for another program; what the file cannot hold exactly is refused."""
+    """Write a checkpoint's quantized model for another program. What the file cannot hold exactly is refused."""
     from difloat import interchange
 
     file = interchange.export_checkpoint(directory, out, to, component=component, names=names)
@@ -60,7 +60,7 @@ def import_(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a file of another program into a difloat checkpoint; codes and scales stay what they are."""
+    """Turn a file of another program into a difloat checkpoint. Codes and scales stay what they are."""
     from difloat import api, checkpoint, interchange
 
     with claimed(out, overwrite):
@@ -86,7 +86,7 @@ def validate(
         ),
     ] = None,
 ) -> None:
-    """Say what is wrong with a quantized file. Exit code 1 on errors; suspicions are guesses."""
+    """Say what is wrong with a quantized file. Exit code 1 says that there are errors. Suspicions are guesses."""
     from difloat import api, interchange
 
     state = None if reference is None else api.denoiser(pipeline_of(reference)).state_dict()

@@ -8,15 +8,16 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 
 from difloat import devices, distributed
+from difloat.cli.fields import Fields
 from difloat.cli.tables import console
 from difloat.plan.request import CalibrationSettings
-from difloat.plan.validation import descriptions
+from difloat.plan.validation import LISTED, Rule, Whole, record
 
 Source = Annotated[
     str,
@@ -26,28 +27,7 @@ Source = Annotated[
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
-Device = Annotated[
-    str,
-    typer.Option(
-        help="Where to compute: cpu, cuda, cuda:1, xpu or mps; auto is the first of CUDA, XPU, MPS and CPU that is here."
-    ),
-]
-AUTO = "auto"
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint that difloat quantize has written.")]
-Prompts = Annotated[
-    Path | None, typer.Option(help="Text file, one prompt per line. Default: built-in prompts.")
-]
-_SAMPLER = descriptions(CalibrationSettings)
-Steps = Annotated[int | None, typer.Option(min=1, help=_SAMPLER["steps"])]
-Guidance = Annotated[float | None, typer.Option(help=_SAMPLER["guidance_scale"])]
-Images = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        help="Pictures drawn with both models for the report, after the checkpoint is saved; 0: none. Default: 16 up to 100 "
-        "million weights, else none.",
-    ),
-]
 For = Annotated[
     str | None,
     typer.Option(
@@ -56,24 +36,48 @@ For = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")]
-Call = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Argument of the pipeline's call, like --call height=512 --call width=512; repeatable."
-    ),
-]
 Setting = Annotated[
     list[str] | None,
     typer.Option("--set", help="Option of the recipe, like --set rounding=nearest; repeatable."),
 ]
-Offload = Annotated[
-    str,
-    typer.Option(
-        help="disk: read and write block by block, for models larger than the memory; plans that need no data. Or none."
-    ),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, size, memory and time, stop.")]
 
+
+@record("input")
+class Inputs:
+    """What goes into a pipeline, and where it computes.
+
+    Attributes:
+        prompts: Text file, one prompt per line. If it is left out, the built-in prompts.
+        call: Argument of the pipeline's call, like --call height=512 --call width=512.
+        device: Where to compute: cpu, cuda, cuda:1, xpu or mps. auto is the first of CUDA, XPU, MPS and CPU that is here.
+    """
+
+    prompts: Path | None = None
+    call: Annotated[tuple[str, ...], LISTED] = ()
+    device: str = "auto"
+
+
+@record("outcome", each="--{}")
+class Outcome:
+    """What becomes of a plan.
+
+    Attributes:
+        images: Pictures drawn with both models for the report, after the checkpoint is saved. 0 draws none. If it is left out,
+            16 for models of up to 100 million weights, and none for larger ones.
+        size: Bytes of the denoiser on disk, such as 300MB, in place of weight bits. Recipe auto keeps to it.
+        offload: "disk" reads and writes block by block, for models larger than the memory and plans that need no data.
+        dry_run: Print plan, size, memory and time, and stop.
+        overwrite: Replace a checkpoint that is there.
+    """
+
+    images: Whole | None = None
+    size: str | None = None
+    offload: Annotated[Literal["none", "disk"], Rule("be disk or none")] = "none"
+    dry_run: bool = False
+    overwrite: bool = False
+
+
+SAMPLER = Fields(CalibrationSettings, only=("steps", "guidance_scale"))  # of commands that only draw
 _OPTIONS_OF_THEIR_OWN = {
     "prompt": "--prompts",
     "num_inference_steps": "--steps",
@@ -113,7 +117,7 @@ def pipeline_of(name: str, device: torch.device | str | None = None, **where: An
 
     Args:
         name: What the user calls it.
-        device: Where it is put; None: the CPU.
+        device: Where it is put, or None for the CPU.
         **where: Further fields of `sources.Source`.
     """
     import diffusers.utils.logging as diffusers_logging
@@ -178,7 +182,7 @@ def claimed(out: Path, overwrite: bool, cache: Path | None = None, dry_run: bool
 def options_of(
     pairs: Sequence[str], flag: str = "--set", example: str = "rounding=nearest"
 ) -> dict[str, str]:
-    """`name=value` pairs of a repeatable flag as a dictionary; ValueError on anything else."""
+    """The `name=value` pairs of a repeatable flag as a dictionary. Anything else is a ValueError."""
     for pair in pairs:
         if not pair.partition("=")[0] or "=" not in pair:
             raise ValueError(f"{flag} must be name=value, got {pair!r}; write for example {flag} {example}")
@@ -186,13 +190,28 @@ def options_of(
 
 
 def loras_of(texts: Sequence[str]) -> list[tuple[str, float]]:
-    """`--lora` values as files and weights; a colon without a number after it belongs to the file's name."""
+    """The `--lora` values as files and weights. A colon without a number after it belongs to the file's name."""
     found = []
     for text in texts:
         file, _, weight = text.rpartition(":")
         number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", weight)
         found.append((file, float(weight)) if file and number else (text, 1.0))
     return found
+
+
+def with_size(words: dict[str, str], size: str | None) -> dict[str, str]:
+    """The recipe's options with what ``--size`` asks for, which is the option `size` of recipes that choose widths.
+
+    Raises:
+        ValueError: if ``--set size=`` says it, too.
+    """
+    if size is None:
+        return words
+    if "size" in words:
+        raise ValueError(
+            f"--size must stand without --set size={words['size']}, got {size!r}; leave one of them out"
+        )
+    return {**words, "size": size}
 
 
 def call_of(

@@ -6,22 +6,18 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.table import Table
 
 from difloat.cli import tables
 from difloat.cli.app import app
+from difloat.cli.fields import Fields, Words, with_fields
 from difloat.cli.options import (
-    AUTO,
+    SAMPLER,
     Batch,
-    Call,
-    Device,
-    Guidance,
+    Inputs,
     Loras,
-    Prompts,
     Source,
-    Steps,
     call_of,
     loras_of,
     meet,
@@ -44,23 +40,23 @@ Pictures = Annotated[
 
 
 @app.command()
+@with_fields
 def generate(
     source: Source,
     out: Annotated[Path, typer.Argument(help="Directory for the PNG files, of sounds NumPy files.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")] = None,
-    prompts: Prompts = None,
-    count: Annotated[int, typer.Option(min=1, help="Pictures; prompts are used again from the start.")] = 4,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    inputs: Annotated[Inputs, Fields(Inputs)],
+    sampler: Annotated[Words, SAMPLER],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Repeatable.")] = None,
+    count: Annotated[
+        int, typer.Option(min=1, help="Number of pictures. Prompts are used again from the start.")
+    ] = 4,
     seed: Annotated[
-        int, typer.Option(min=0, max=MOST_SEED, help="Seed of the first picture; the next ones count up.")
+        int, typer.Option(min=0, max=MOST_SEED, help="Seed of the first picture. The next ones count up.")
     ] = 0,
     batch: Batch = 8,
     lora: Loras = None,
-    call: Call = None,
-    device: Device = AUTO,
 ) -> None:
-    """Draw pictures with a full-precision or quantized pipeline; processes of a launch share them."""
+    """Draw pictures with a full-precision or quantized pipeline. Processes of a launch share them."""
     import numpy as np
     from PIL import Image
 
@@ -69,20 +65,20 @@ def generate(
     from difloat.lora import adapters
     from difloat.report import build
 
-    place = meet(device)
+    place = meet(inputs.device)
     if resolved(out).exists() and not out.is_dir():
         raise NotADirectoryError(f"output must be a directory, got the file {str(out)!r}; choose another")
     pipeline = pipeline_of(source, place)
     for number, (file, weight) in enumerate(loras_of(lora or [])):
         adapters.load(pipeline, file, f"lora{number}", weight)
-    texts = list(prompt) if prompt else run.prompts_of(pipeline, source, prompts)
-    guidance, arguments = call_of(pipeline, source, guidance, call)
+    texts = list(prompt) if prompt else run.prompts_of(pipeline, source, inputs.prompts)
+    guidance, arguments = call_of(pipeline, source, sampler["guidance_scale"], inputs.call)
     seeds = list(range(seed, seed + count))
     drawn = evaluation.generate(
         pipeline,
         texts,
         seeds=seeds,
-        steps=steps,
+        steps=sampler["steps"],
         guidance_scale=guidance,
         batch_size=batch,
         call_kwargs=arguments,
@@ -102,28 +98,26 @@ def generate(
 
 
 @app.command()
+@with_fields
 def evaluate(
     reference: Annotated[
         str, typer.Argument(help="The full-precision pipeline: directory or embedded model.")
     ],
     quantized: Annotated[str, typer.Argument(help="The quantized pipeline's directory.")],
-    prompts: Prompts = None,
+    inputs: Annotated[Inputs, Fields(Inputs)],
+    sampler: Annotated[Words, SAMPLER],
     samples: Annotated[int, typer.Option(min=2, help="Pictures per model.")] = 64,
-    steps: Steps = None,
-    guidance: Guidance = None,
     batch: Batch = PER_CALL,
-    call: Call = None,
     fail_under: Annotated[
         list[str] | None,
         typer.Option(
-            help="Gate like psnr=20 or frechet_to_data<=12, repeatable; exit code 1 if one is broken."
+            help="Gate like psnr=20 or frechet_to_data<=12. Exit code 1 says that one is broken. Repeatable."
         ),
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the evaluation as JSON.")] = None,
     cache: Pictures = None,
-    device: Device = AUTO,
 ) -> None:
-    """Compare a quantized pipeline with the full-precision one; processes of a launch share the pictures."""
+    """Compare a quantized pipeline with the full-precision one. Processes of a launch share the pictures."""
     from difloat import distributed, run
     from difloat.checkpoint.directories import resolved
     from difloat.evaluation import gates, picture_metrics
@@ -131,11 +125,11 @@ def evaluate(
     rules = [gates.parse(rule) for rule in fail_under or []]  # a misspelled gate must not cost the pictures
     if save is not None and not resolved(save, "--save").parent.is_dir():
         raise FileNotFoundError(f"--save must name a file in a directory that is there, got {str(save)!r}")
-    place = meet(device)
+    place = meet(inputs.device)
     first, second = pipeline_of(reference, place), pipeline_of(quantized, place)
-    texts = run.prompts_of(first, reference, prompts)
-    guidance, arguments = call_of(first, reference, guidance, call)
-    sampling = run.Sampling(texts, samples, steps, guidance, batch, arguments)
+    texts = run.prompts_of(first, reference, inputs.prompts)
+    guidance, arguments = call_of(first, reference, sampler["guidance_scale"], inputs.call)
+    sampling = run.Sampling(texts, samples, sampler["steps"], guidance, batch, arguments)
     unknown = [rule.metric for rule in rules if rule.metric in picture_metrics.NEED_CAPTIONS]
     if unknown and not sampling.has_known_captions:
         raise ValueError(
@@ -166,29 +160,26 @@ def _drawn_later(
     source: str,
     out: Path,
     count: int,
-    prompts: Path | None,
-    sampler: tuple[int | None, float | None],
+    inputs: Inputs,
+    sampler: Words,
     batch: int,
-    call: list[str] | None,
     cache: Path | None,
-    device: torch.device,
 ) -> Record | None:
-    """Draw with the pipeline, free it, draw with the checkpoint; whatever fails, the pictures drawn so far are kept."""
+    """Draw with the pipeline, free it, and draw with the checkpoint. Whatever fails, the pictures drawn so far are kept."""
     from difloat import api, run
     from difloat.report import build
 
-    before = build.read(out)[0]
+    device, before = meet(inputs.device), build.read(out)[0]
     pipeline = pipeline_of(source, device)
     if (got := type(api.denoiser(pipeline)).__name__) != before.model_class:
         raise ValueError(
             f"source must be the pipeline that {str(out)!r} was made from, with a {before.model_class}, got one with a {got}; "
             f"name the other ({before.model!r} when it was made)"
         )
-    texts = run.prompts_of(pipeline, source, prompts)
-    steps, guidance = sampler
-    guidance, arguments = call_of(pipeline, source, guidance, call)
+    texts = run.prompts_of(pipeline, source, inputs.prompts)
+    guidance, arguments = call_of(pipeline, source, sampler["guidance_scale"], inputs.call)
     folder = cache if cache is not None else _kept_by_default()
-    sampling = run.Sampling(texts, count, steps, guidance, batch, arguments)
+    sampling = run.Sampling(texts, count, sampler["steps"], guidance, batch, arguments)
     reference = run.draw(pipeline, sampling, kept=folder)
     dtype = next(tensor.dtype for tensor in api.denoiser(pipeline).parameters())
     del pipeline  # the checkpoint takes its place in memory
@@ -201,21 +192,23 @@ def _kept_by_default() -> Path:
 
 
 @app.command()
+@with_fields
 def report(
     source: Annotated[
         str,
-        typer.Argument(help="The checkpoint; before another, the full-precision pipeline it was made from."),
+        typer.Argument(
+            help="The checkpoint, or the full-precision pipeline that the next one was made from."
+        ),
     ],
     out: Annotated[
         Path | None,
         typer.Argument(help="The checkpoint, to draw pictures with both and complete its report."),
     ] = None,
+    *,
+    inputs: Annotated[Inputs, Fields(Inputs)],
+    sampler: Annotated[Words, SAMPLER],
     images: Annotated[int | None, typer.Option(min=2, help="Pictures to draw with both models.")] = None,
-    prompts: Prompts = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
     batch: Batch = 1,
-    call: Call = None,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -223,9 +216,8 @@ def report(
             "Default: difloat/pictures in the user's cache (XDG_CACHE_HOME)."
         ),
     ] = None,
-    device: Device = AUTO,
 ) -> None:
-    """Make a checkpoint's report.html again; with the pipeline it was made from, draw pictures and complete it."""
+    """Make a checkpoint's report.html again, or draw pictures with the pipeline it was made from and complete it."""
     from difloat.report import build
     from difloat.report import render as pages
 
@@ -239,17 +231,7 @@ def report(
         page = pages.render(made, left, right, Path(source) / build.PAGE)
         console.print(f"report     {page}", highlight=False, soft_wrap=True)
         return
-    place = meet(device)
-    complete = _drawn_later(
-        source,
-        out,
-        _IMAGES if images is None else images,
-        prompts,
-        (steps, guidance),
-        batch,
-        call,
-        cache,
-        place,
-    )
+    count = _IMAGES if images is None else images
+    complete = _drawn_later(source, out, count, inputs, sampler, batch, cache)
     if complete is not None:
         tables.print_made(complete, out)

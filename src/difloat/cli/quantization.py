@@ -14,15 +14,9 @@ from difloat.cli.app import app
 from difloat.cli.checkpoints import verify
 from difloat.cli.fields import Fields, Words, with_fields
 from difloat.cli.options import (
-    AUTO,
-    Call,
-    Device,
-    DryRun,
     For,
-    Images,
-    Offload,
-    Overwrite,
-    Prompts,
+    Inputs,
+    Outcome,
     Setting,
     Source,
     call_of,
@@ -30,6 +24,7 @@ from difloat.cli.options import (
     meet,
     options_of,
     pipeline_of,
+    with_size,
 )
 from difloat.cli.tables import console
 from difloat.plan.request import CalibrationSettings, RepairSettings, Request
@@ -49,56 +44,49 @@ def quantize(
     asked: Annotated[Words, Fields(Request, leave_out=("options", "calibration", "device"))],
     calibration: Annotated[CalibrationSettings, _CALIBRATION],
     where: Annotated[Words, Fields(SourceFields, leave_out=("name",), panel="Source")],
+    inputs: Annotated[Inputs, Fields(Inputs)],
+    outcome: Annotated[Outcome, Fields(Outcome)],
     reader: For = None,
     option: Setting = None,
-    prompts: Prompts = None,
-    call: Call = None,
-    images: Images = None,
-    device: Device = AUTO,
-    offload: Offload = "none",
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
 ) -> None:
     """Quantize a pipeline's denoiser (and others: --components), write the packed checkpoint and a report of what it cost."""
     from difloat import job, run
 
-    place, words = meet(device), options_of(option or [])
+    place, words = meet(inputs.device), with_size(options_of(option or []), outcome.size)
     if reader is not None:
         asked = {**asked, "target": check_file(reader, asked.get("target", Request.target))}
     request = job.request(**asked, options=words, calibration=calibration, device=place)
     needs_data = job.needs_data(request, request.bits)
-    _check_images(images)
+    _check_images(outcome.images)
     origin = SourceFields(source, **where)
-    if _from_disk(offload, images or request.components or dry_run):
-        _stream(origin, out, request, overwrite)
+    if outcome.offload == "disk":
+        _check_streamed(outcome.images or request.components or outcome.dry_run)
+        _stream(origin, out, request, outcome.overwrite)
         return
     as_stored = not needs_data and origin.dtype == "auto"  # then nothing is computed
-    with claimed(out, overwrite, request.cache, dry_run):
+    with claimed(out, outcome.overwrite, request.cache, outcome.dry_run):
         pipeline = pipeline_of(
             **{**vars(origin), "dtype": "stored" if as_stored else origin.dtype}, device=place
         )
-        texts = run.prompts_of(pipeline, source, prompts)
-        guidance, arguments = call_of(pipeline, source, calibration.guidance_scale, call)
+        texts = run.prompts_of(pipeline, source, inputs.prompts)
+        guidance, arguments = call_of(pipeline, source, calibration.guidance_scale, inputs.call)
         calibration = replace(calibration, guidance_scale=guidance)
         fitted = job.fit(pipeline, replace(request, calibration=calibration))
-        if needs_data or dry_run:
-            tables.announce(fitted, texts, words, arguments, dry=dry_run)
-        if dry_run:
+        if needs_data or outcome.dry_run:
+            tables.announce(fitted, texts, words, arguments, dry=outcome.dry_run)
+        if outcome.dry_run:
             return
-        sampling = _sampling(pipeline, texts, images, calibration, arguments, request.cache)
-        _carry_out(fitted, origin, out, sampling, overwrite)
+        sampling = _sampling(pipeline, texts, outcome.images, calibration, arguments, request.cache)
+        _carry_out(fitted, origin, out, sampling, outcome.overwrite)
 
 
-def _from_disk(offload: str, more: Any) -> bool:
-    """Whether a model is quantized block by block from files to files, which allows no `more`."""
-    if offload not in ("none", "disk"):
-        raise ValueError(f"--offload must be disk or none, got {offload!r}; choose one of these")
-    if offload == "disk" and more:
+def _check_streamed(more: Any) -> None:
+    """Refuse what does not go with a model that is quantized block by block from files to files."""
+    if more:
         raise ValueError(
             "--offload disk must come without --images, --components and --dry-run, got one of them; leave it out, and draw "
             "pictures with difloat report afterwards"
         )
-    return offload == "disk"
 
 
 def _stream(source: Any, out: Path, request: Any, overwrite: bool) -> None:
@@ -118,7 +106,7 @@ def _sampling(
     call: Words,
     cache: Path | None,
 ) -> Any:
-    """How pictures of the report are drawn: as many as the user says; none of large models, where they take longest."""
+    """Say how pictures of the report are drawn, as many as the user says, or none of large models, where they take longest."""
     from difloat import api, job, run
 
     if images is None:
@@ -165,14 +153,11 @@ def repair(
     out: Annotated[Path, typer.Argument(help="Directory of the repaired checkpoint and its report.")],
     training: Annotated[RepairSettings, Fields(RepairSettings)],
     calibration: Annotated[CalibrationSettings, _CALIBRATION],
-    prompts: Prompts = None,
+    inputs: Annotated[Inputs, Fields(Inputs)],
+    outcome: Annotated[Outcome, Fields(Outcome, only=("images", "overwrite"))],
     cache: Annotated[
         Path | None, typer.Option(help="Keeps the run: a killed one goes on from there.")
     ] = None,
-    call: Call = None,
-    images: Images = None,
-    device: Device = AUTO,
-    overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune the denoiser of a quantized pipeline against the full-precision one it was made from.
 
@@ -183,36 +168,38 @@ def repair(
     """
     from difloat import api, run
 
-    place = meet(device)
-    _check_images(images)
-    with claimed(out, overwrite, cache):
+    place = meet(inputs.device)
+    _check_images(outcome.images)
+    with claimed(out, outcome.overwrite, cache):
         pipeline, plan = pipeline_of(source, place), api.plan_of(pipeline_of(str(checkpoint)))
-        texts = run.prompts_of(pipeline, source, prompts)
-        guidance, arguments = call_of(pipeline, source, calibration.guidance_scale, call)
+        texts = run.prompts_of(pipeline, source, inputs.prompts)
+        guidance, arguments = call_of(pipeline, source, calibration.guidance_scale, inputs.call)
         calibration = replace(calibration, guidance_scale=guidance)
-        sampling = _sampling(pipeline, texts, images, calibration, arguments, cache)
+        sampling = _sampling(pipeline, texts, outcome.images, calibration, arguments, cache)
         everything = {"cache_dir": cache, "call_kwargs": arguments, **vars(training), **vars(calibration)}
         start = time.perf_counter()
         plan = api.repair(pipeline, plan, prompts=texts, **everything)
         seconds = _beside(plan, time.perf_counter() - start)
         origin = SourceFields(source)
-        made = run.finish(pipeline, plan, origin, out, sampling, seconds=seconds, overwrite=overwrite)
+        made = run.finish(pipeline, plan, origin, out, sampling, seconds=seconds, overwrite=outcome.overwrite)
         if made is not None:
             tables.print_made(made, out)
 
 
 @app.command()
+@with_fields
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the checkpoint and the report.")] = Path(
         "demo-out"
     ),
     model: Annotated[str, typer.Option(help="emoji-pixart or emoji-unet.")] = "emoji-pixart",
-    device: Device = AUTO,
+    *,
+    inputs: Annotated[Inputs, Fields(Inputs, only=("device",))],
 ) -> None:
     """Quantize an embedded model to 4 bits per weight and show what it cost, in a minute."""
     console.print(
         f"[bold]difloat demo[/bold]: {model}, recipe auto, weights of 4 bits on average, INT8 activations"
     )
     target = out / f"{model}-auto-w4a8"
-    quantize(source=model, out=target, samples=160, images=24, overwrite=True, device=device)
+    quantize(source=model, out=target, samples=160, images=24, overwrite=True, device=inputs.device)
     verify(target)

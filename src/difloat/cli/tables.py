@@ -32,7 +32,7 @@ def announce(
 
     Args:
         fitted: What is asked for, and of which pipeline.
-        texts: To calibrate with.
+        texts: The prompts to calibrate with, or None for a pipeline without text.
         words: The recipe's options as the user wrote them.
         call: Further arguments of the pipeline's call.
         dry: Whether that is all that is done.
@@ -59,9 +59,11 @@ def announce(
         console.print(run.in_time(expected, pace), highlight=False, soft_wrap=True)
 
 
-def interval(low: float, high: float) -> str:
+def interval(low: float | None, high: float | None) -> str:
     """Both ends of an interval, or that there is none yet."""
-    return f"{low:.4g} to {high:.4g}" if math.isfinite(low + high) else "needs more pictures"
+    if low is None or high is None or not math.isfinite(low + high):
+        return "needs more pictures"
+    return f"{low:.4g} to {high:.4g}"
 
 
 def print_made(made: Record, out: Path) -> None:
@@ -79,9 +81,9 @@ def print_summary(made: Record) -> None:
     """Print quality, size, zeros and what was kept at more bits."""
     table = Table("measure", "value", "95 % interval", "full precision", title=made.title)
     for row in made.quality:
-        reference = "" if row["reference"] is None else f"{row['reference']:.4g}"
-        value = f"{row['value']:.4g} {row['unit']}".strip()
-        table.add_row(row["label"], value, interval(row["low"], row["high"]), reference)
+        reference = "" if row.reference is None else f"{row.reference:.4g}"
+        value = f"{row.value:.4g} {row.unit}".strip()
+        table.add_row(row.label, value, interval(row.low, row.high), reference)
     change = size_text(made.original_bytes, made.packed_bytes, 2)
     table.add_row(
         "denoiser on disk",

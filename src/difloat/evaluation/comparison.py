@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import Annotated
 
 from torch import Tensor
 
@@ -26,11 +27,12 @@ from difloat.evaluation.set_distances import (
     frechet_ratio_interval,
     kernel_interval,
 )
+from difloat.plan.validation import LISTED, read, record
 
 _KERNEL_PICTURES = 8
 
 
-@dataclass(frozen=True)
+@record("evaluation", finite=False)
 class Evaluation:
     """The measured difference between a quantized and a full-precision model.
 
@@ -49,7 +51,7 @@ class Evaluation:
     metrics: dict[str, Estimate]
     samples: int
     trajectory: list[Estimate] | None = None
-    timesteps: tuple[float, ...] = ()
+    timesteps: Annotated[tuple[float, ...], LISTED] = ()
 
     def rows(self) -> list[tuple[str, Metric, Estimate]]:
         """The measured metrics `(name, how to show it, estimate)` in the fixed order of `METRICS`."""
@@ -69,16 +71,12 @@ class Evaluation:
             ValueError: if the text is no such object.
         """
         try:
-            data = json.loads(text)
-            metrics = {name: Estimate(**value) for name, value in data["metrics"].items()}
-            trajectory = data["trajectory"]
-            steps = None if trajectory is None else [Estimate(**value) for value in trajectory]
-            evaluation = cls(metrics, data["samples"], steps, tuple(data["timesteps"]))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            evaluation = read(cls, json.loads(text))
+        except ValueError as error:
             raise ValueError(
-                f"an evaluation must be JSON as difloat writes it, got {text[:60]!r} ({error!r}); evaluate again."
+                f"an evaluation must be JSON as difloat writes it, got {text[:60]!r} ({error}); evaluate again."
             ) from error
-        unknown = sorted(set(metrics) - set(METRICS))
+        unknown = sorted(set(evaluation.metrics) - set(METRICS))
         if unknown:
             raise ValueError(f"metrics must be among {', '.join(METRICS)}, got {', '.join(unknown)}.")
         return evaluation

@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,18 @@ from difloat.calibration.sampler_runs import config_of, described
 from difloat.evaluation.generation import Generated, generate, joined
 from difloat.layers import offloading
 from difloat.pipelines import one_at_a_time
+from difloat.plan.validation import read_texts, record
 
 _LIBRARIES = ("torch", "diffusers", "transformers")  # whose versions may round otherwise
+
+
+@record("kept picture")
+class _Texts:
+    """What a file holds beside its tensors, as `Generated` has it."""
+
+    timesteps: list[float]
+    seconds: float
+    frames: int
 
 
 def draw_kept(
@@ -148,25 +159,17 @@ def _one_of(drawn: Generated, place: int) -> Generated:
 def _write(folder: Path, name: str, drawn: Generated) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"images": drawn.images, "latents": drawn.latents, "signal": drawn.signal}
-    facts = {
-        "timesteps": json.dumps(drawn.timesteps),
-        "seconds": repr(drawn.seconds),
-        "frames": str(drawn.frames),
-    }
+    texts = _Texts(drawn.timesteps, drawn.seconds, drawn.frames)
     held = {key: tensor.contiguous() for key, tensor in tensors.items() if tensor is not None}
-    write_entry(_path(folder, name), name, held, facts)
+    write_entry(
+        _path(folder, name), name, held, {key: json.dumps(value) for key, value in vars(texts).items()}
+    )
 
 
 def _read(folder: Path, name: str) -> Generated | None:
-    entry = read_entry(_path(folder, name), name)
+    entry = read_entry(_path(folder, name), name, partial(read_texts, _Texts))
     if entry is None:
         return None
-    tensors, facts = entry
-    return Generated(
-        tensors["images"],
-        tensors.get("latents"),
-        json.loads(facts["timesteps"]),
-        float(facts["seconds"]),
-        int(facts["frames"]),
-        tensors.get("signal"),
-    )
+    tensors, texts = entry
+    parts = (texts.timesteps, texts.seconds, texts.frames)
+    return Generated(tensors["images"], tensors.get("latents"), *parts, tensors.get("signal"))

@@ -60,7 +60,7 @@ def export_checkpoint(
         out: A new file that ends in ``.safetensors`` (``.gguf``), or a new directory for it and the model's `config.json`.
         to: One of `TARGETS`.
         component: The component of the pipeline, or None if only one is quantized.
-        input_scales: For NVFP4, by layer, the divisors of the reader's own 4-bit inputs. Other layers get a neutral one.
+        input_scales: The divisors of the reader's own 4-bit inputs by layer, for NVFP4. Other layers get a neutral one.
         names: "source" for the names of the single file that the model came from, or "diffusers" for those of its model.
             "auto" takes the first for programs that know no others (ComfyUI, GGUF) where there was such a file.
 

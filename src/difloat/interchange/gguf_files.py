@@ -22,6 +22,7 @@ from difloat.cache_entries import whole_file
 from difloat.checkpoint.layout import CheckpointError
 from difloat.interchange import gguf_blocks
 from difloat.interchange.contents import Contents
+from difloat.plan.file_offers import gguf_dtype
 
 SUFFIX = ".gguf"
 _SHAPE = "comfy.gguf.orig_shape."  # ComfyUI-GGUF's key of the shape of a tensor that lies flat
@@ -128,8 +129,7 @@ def _float(name: str, tensor: Tensor) -> Tensor:
         raise ValueError(
             f"tensors of a gguf file must fit float32, but {name!r} does not; save it in float32"
         )
-    half = exact.half()
-    return half if tensor.dim() > 1 and torch.equal(half.float(), exact) else exact
+    return exact.to(gguf_dtype(tensor))
 
 
 def _package() -> ModuleType:

@@ -122,7 +122,7 @@ def _scales_at(layer: LayerPlan, scheme: Scheme) -> Tensor | None:
         return per_row if per_row.shape[1] == 1 else None
     if size < columns and size % scheme.group_size:
         return None
-    first_channels = torch.arange(0, columns, scheme.group_size)
+    first_channels = torch.arange(0, columns, scheme.group_size)  # of every group of the layout
     return per_row[:, first_channels // size]
 
 
@@ -154,7 +154,7 @@ def encode(layer: LayerPlan, scheme: Scheme, input_scale: float = NEUTRAL_INPUT_
     """The stored tensors of a layer for which there is no `obstacle`, by their names behind the layer's."""
     rows, columns = layer.shape[:2]
     stored_rows, stored_columns = scheme.padded((rows, columns))
-    codes = torch.zeros(stored_rows, stored_columns, dtype=torch.uint8)
+    codes = torch.zeros(stored_rows, stored_columns, dtype=torch.uint8)  # padded to the layout's tiles
     codes[:rows, :columns] = layer.codes()[0]
     weight = packing.pack(codes, scheme.element.bits)
     if scheme.high_first:
@@ -167,7 +167,9 @@ def encode(layer: LayerPlan, scheme: Scheme, input_scale: float = NEUTRAL_INPUT_
         assert found is not None
         scales, tensors["weight_scale_2"] = found
     elif scheme.scales == "e8m0":
-        scales = (torch.frexp(scales).exponent - 1 + E8M0_BIAS).to(torch.uint8)
+        scales = (torch.frexp(scales).exponent - 1 + E8M0_BIAS).to(
+            torch.uint8
+        )  # 2**e is 0.5 * 2**(e + 1) to frexp
     if scheme.group_size and scales.shape != scheme.groups((rows, columns)):
         padded = torch.zeros(scheme.groups((rows, columns)), dtype=torch.uint8)
         padded[: scales.shape[0], : scales.shape[1]] = scales.view(torch.uint8)
@@ -198,7 +200,7 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
     if scheme.high_first:
         packed = swap_nibbles(packed)
     codes = packing.unpack(packed, scheme.element.bits, columns)[:rows]
-    table = torch.tensor(scheme.element.decode_table)
+    table = torch.tensor(scheme.element.decode_table)  # the value of every code
     if not bool(table[codes.int()].isfinite().all()):
         raise ValueError("weight must be finite, got NaN or infinity; download it again")
     codes = torch.where(table[codes.int()] == 0, 0, codes)
@@ -212,7 +214,7 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
     expanded = (
         scales.expand(rows, 1) if scheme.group_size is None else scales[:rows, : math.ceil(columns / groups)]
     )
-    empty = (expanded == 0).repeat_interleave(groups, 1)[:, :columns]
+    empty = (expanded == 0).repeat_interleave(groups, 1)[:, :columns]  # [o, i]
     codes = torch.where(empty, 0, codes).to(torch.uint8)  # whatever is multiplied by zero is zero
     smallest = scales[scales > 0].min() if bool((scales > 0).any()) else torch.tensor(1.0)
     spec = QuantSpec(

@@ -28,6 +28,7 @@ from difloat.interchange.layers import obstacle_of_inputs, obstacle_of_rotation,
 from difloat.numbers.formats import Format
 from difloat.numbers.integer_grids import grid_of
 from difloat.plan.plan import LayerPlan
+from difloat.plan.request import CalibrationSettings
 
 SUFFIX = ".xml"
 _MODEL = "model"  # the traced module's name of the denoiser, which the names of constants begin with
@@ -53,8 +54,8 @@ def example_call(
         seen.append((args, kwargs))
         raise Stopped
 
-    settings: dict[str, Any] = {"samples": 1, "steps": _STEPS, "guidance_scale": None, "batch": 1, "seed": 0}
-    sampling = Sampling(pipeline, prompts, **settings, call_kwargs={}, denoiser=name)
+    settings = CalibrationSettings(samples=1, steps=_STEPS, prompts_per_batch=1)
+    sampling = Sampling(pipeline, prompts, settings, {}, name)
     handle = sampling.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         sampling.run(0)
@@ -75,9 +76,9 @@ def write(
 
     Args:
         module: The quantized denoiser; float on return.
-        layers: Its quantized layers.
+        layers: The plans of its quantized layers by name.
         call: Arguments of `example_call`; tensors among them become inputs of the same names and free sizes.
-        file: In a folder that exists.
+        file: The path of the file, in a folder that exists.
 
     Raises:
         ValueError: if a layer cannot be held exactly, or tracing has lost it.
@@ -153,7 +154,7 @@ def by_name(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> 
 
 
 def _compressed(ov: ModuleType, layer: LayerPlan) -> Any:
-    """The weight of a layer as operations over its codes and scales; what it computes is `plan.encode.dequantize`."""
+    """The weight of a layer as operations over its codes and scales, which compute `plan.encode.dequantize`."""
     from openvino import opset13 as op
 
     part, shape = layer.parts[0], list(layer.shape)
@@ -220,20 +221,20 @@ def _float32(tensor: Tensor) -> Tensor:
 
 
 def _name(path: Sequence[Any]) -> str:
-    """Of an input, from its place among the arguments: "encoder_hidden_states", "added_cond_kwargs.time_ids"."""
+    """Name an input by its place among the arguments, like "encoder_hidden_states" or "added_cond_kwargs.time_ids"."""
     return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path)
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the warnings of tracing: sizes stay free in what OpenVINO makes of it, which the tests prove by other sizes."""
+    """Silence the warnings of tracing: OpenVINO keeps sizes free, which the tests prove by other sizes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def package() -> ModuleType:
-    """The package openvino; ImportError that says what to do without it."""
+    """The package openvino. Without it an ImportError says what to do."""
     try:
         import openvino
     except ImportError as error:

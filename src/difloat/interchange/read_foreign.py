@@ -30,11 +30,6 @@ class Foreign:
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
 
-    @property
-    def is_comfy(self) -> bool:
-        """Whether the file carries ComfyUI's marks."""
-        return METADATA in self.metadata or any(name.endswith(".comfy_quant") for name in self.tensors)
-
     def layer(self, name: str) -> dict[str, Tensor]:
         """The tensors of a quantized layer by their names, without the layer's."""
         found = {key: self.tensors[f"{name}.{key}"] for key in SUFFIXES if f"{name}.{key}" in self.tensors}

@@ -58,7 +58,7 @@ def find(model: nn.Module, state: Mapping[str, Tensor], *, keep_unused: bool) ->
 def inverse(
     convert: Convert, config: Mapping[str, Any], shapes: Shapes, expected: Shapes
 ) -> dict[str, dict[str, Any]] | None:
-    """For every tensor of a file that a conversion used, its shape and the rows of converted tensors that make it.
+    """Find the shape of every tensor of a file that a conversion used, and the rows of converted tensors that make it.
 
     Args:
         convert: diffusers' conversion, called with `checkpoint` and `config`.

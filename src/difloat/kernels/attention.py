@@ -154,7 +154,7 @@ def _native(
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     batch, heads, queries, width = query.shape
     out = query.new_empty(batch, queries, heads, width).transpose(1, 2)
-    triple = ctypes.c_int64 * 3
+    triple = ctypes.c_int64 * 3  # strides of batch, head and token
     # Strides of an absent mask are passed on too, so they must be numbers.
     none = torch.zeros(0).expand(1, 1, 1, 0)
     call = native_library.Attention(

@@ -199,9 +199,9 @@ def _decoding(weight: Weight, dtype: torch.dtype, memory: Tensor | None = None) 
     """A function that decodes the weight [o, i, *k] in the float layer's order, channels last.
 
     Args:
-        weight: Of one part.
-        dtype: Of the result.
-        memory: uint8 that holds it; None for this thread's buffer, which the next layer overwrites.
+        weight: The weight of one part.
+        dtype: The dtype of the result.
+        memory: The uint8 memory that holds it, or None for this thread's buffer, which the next layer overwrites.
     """
     decode, kind = native_library.library().difloat_decode, native_library.TYPES[dtype]
     shape = (weight.out_channels, *weight.kernel, weight.part.channels)  # [o, *k, i]

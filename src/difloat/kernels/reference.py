@@ -50,7 +50,7 @@ def _decode_packed(packed: Tensor, format: Format, channels: int) -> Tensor:
         return decode(unpack(packed, format.bits, channels), format)
     # A byte holds whole codes, so one table look-up per byte gives all of its values at once.
     every_byte = torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None]
-    table = decode(unpack(every_byte, format.bits, 8 // format.bits), format)
+    table = decode(unpack(every_byte, format.bits, 8 // format.bits), format)  # [256, codes of a byte]
     values = torch.nn.functional.embedding(packed.int(), table).flatten(1)  # [o, bytes * codes of a byte]
     return values[:, :channels].contiguous()
 
@@ -58,8 +58,8 @@ def _decode_packed(packed: Tensor, format: Format, channels: int) -> Tensor:
 def _expand(scale: Tensor, shape: torch.Size, group_size: int) -> Tensor:
     ones = [1] * (len(shape) - 2)
     if not group_size:
-        return scale.reshape(-1, 1, *ones)
-    groups = scale.reshape(shape[0], -1).repeat_interleave(group_size, dim=1)[:, : shape[1]]
+        return scale.reshape(-1, 1, *ones)  # [o, 1, *1], or [1, 1, *1] for one scale
+    groups = scale.reshape(shape[0], -1).repeat_interleave(group_size, dim=1)[:, : shape[1]]  # [o, i]
     return groups.reshape(shape[0], shape[1], *ones)
 
 
@@ -136,7 +136,7 @@ def online_scale(x: Tensor, format: Format, per_token: bool) -> Tensor:
     Returns:
         Scales in a shape that broadcasts with the input.
     """
-    largest = x.abs().amax(dim=_token_axes(x, per_token), keepdim=True)
+    largest = x.abs().amax(dim=_token_axes(x, per_token), keepdim=True)  # [..., 1], [b, 1, 1, 1] or all ones
     return torch.where(largest > 0, largest / format.max, torch.ones_like(largest))
 
 
@@ -172,7 +172,7 @@ def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Te
         [..., o] in the dtype of the input.
     """
     # Four axes would count as a picture, whose rows share an online scale.
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = x.reshape(-1, x.shape[-1])  # [t, i]
     rounded = round_input(tokens, inputs.scale, inputs.zero_point, weight.part).reshape(x.shape)
     shift = None if bias is None else bias.to(x.dtype)
     return functional.linear(rounded, decode_weight(weight).to(x.dtype), shift)

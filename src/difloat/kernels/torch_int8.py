@@ -62,8 +62,8 @@ def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Te
     """The linear layer of `reference.linear`. As int8 operands rows of all widths are alike, so it takes one product."""
     spec, channels, operands = weight.part.activation, weight.part.channels, _operands(weight)
     assert spec is not None
-    rows, out_channels = x.reshape(-1, channels), operands.operand.shape[0]
-    out, scale = x.new_empty(rows.shape[0], out_channels), inputs.scale
+    rows, out_channels = x.reshape(-1, channels), operands.operand.shape[0]  # [t, i], o
+    out, scale = x.new_empty(rows.shape[0], out_channels), inputs.scale  # [t, o]
     if spec.online and spec.granularity == "tensor" and x.numel():
         scale = online_scale(rows.float(), spec.format, per_token=False)
     for chunk, target in zip(rows.split(_CHUNK_ROWS), out.split(_CHUNK_ROWS), strict=True):
@@ -79,12 +79,12 @@ def conv2d(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None, geome
     spec, operands = weight.part.activation, _operands(weight)
     taps = _Taps(weight.kernel, geometry, x.shape[2:])
     assert spec is not None
-    out = x.new_empty(x.shape[0], *taps.out, operands.operand.shape[0])
+    out = x.new_empty(x.shape[0], *taps.out, operands.operand.shape[0])  # [b, h', w', o]
     scale = inputs.scale
     if spec.online and x.numel():
         axes = (1, 2, 3) if spec.granularity == "token" else (0, 1, 2, 3)
         largest = x.abs().amax(axes, keepdim=True).float()  # exact in any dtype, so no copy in float32
-        scale = online_scale(largest, spec.format, per_token=True).expand(x.shape[0], 1, 1, 1)
+        scale = online_scale(largest, spec.format, per_token=True).expand(x.shape[0], 1, 1, 1)  # [b, 1, 1, 1]
     for index, (picture, target) in enumerate(zip(x, out, strict=True)):
         own = scale if scale is None or not spec.online else scale[index].reshape(1, 1)
         of_picture = Inputs(own, inputs.zero_point)
@@ -118,12 +118,14 @@ def _conv_picture(
     pixels: integer_operands.Operand, weight: _Operands, taps: _Taps, bias: Tensor | None, out: Tensor
 ) -> None:
     """Fill `out` [h', w', o] from the pixels [h * w, i] of one picture."""
-    patches = taps.patches(pixels.values, -pixels.shift)
+    patches = taps.patches(pixels.values, -pixels.shift)  # [h', w', kh, kw, i]
     shift = None
     if pixels.zero_point is not None:  # padding is the value 0, not the zero point: only taps inside count
-        shift = taps.sums_inside(weight.tap_sums(taps.kernel)).flatten(1).t() * pixels.zero_point
+        shift = (
+            taps.sums_inside(weight.tap_sums(taps.kernel)).flatten(1).t() * pixels.zero_point
+        )  # [h' * w', o]
     scale = pixels.scale.amax().reshape(1, 1)  # NaN if one of them is
-    # Whole lines of output pixels, as many as make a chunk of rows.
+    # Only one chunk of the patches is ever written out: all of them would take kh * kw times the picture.
     lines = max(1, _CHUNK_ROWS // taps.out[1])
     for start in range(0, taps.out[0], lines):
         # Where results are one pixel wide the reshaped view has rows that overlap, which torch's product does not expect.
@@ -158,7 +160,9 @@ class _Taps:
         """A view [h', w', kh, kw, i] of the pixels [h * w, i], padded by `zero`, with what every output pixel sees."""
         vertical, horizontal = self.geometry.padding
         picture = pixels.view(*self.size, -1)
-        picture = functional.pad(picture, (0, 0, horizontal, horizontal, vertical, vertical), value=zero)
+        picture = functional.pad(
+            picture, (0, 0, horizontal, horizontal, vertical, vertical), value=zero
+        )  # [h + 2p, w + 2p, i]
         line, pixel, channel = picture.stride()
         return picture.as_strided(
             (*self.out, *self.kernel, picture.shape[2]),
@@ -204,8 +208,8 @@ class _Operands:
             row_sums = (
                 rows.values.sum(-1, keepdim=True, dtype=torch.int32) + rows.shift * rows.values.shape[1]
             )
-            out += row_sums * self.zero
-        out *= rows.scale
+            out += row_sums * self.zero  # [t, 1] * [1, o]
+        out *= rows.scale  # [t, 1], or [1, 1] where the range is static
         if rows.zero_point is not None:
             out += rows.zero_point * self.value_sums()
         return out if bias is None else out.add_(bias)
@@ -218,7 +222,7 @@ class _Operands:
     def tap_sums(self, kernel: Sequence[int]) -> Tensor:
         """The sums of the weight's values over input channels, float32 [o, 1, kh, kw]."""
         taps = self.operand.unflatten(1, (*kernel, -1))  # [o, kh, kw, i]
-        sums = taps.sum(-1, dtype=torch.int32) * self.scale.reshape(-1, 1, 1)
+        sums = taps.sum(-1, dtype=torch.int32) * self.scale.reshape(-1, 1, 1)  # [o, kh, kw]
         if self.zero is not None:
             sums = sums + taps.shape[-1] * self.zero.reshape(-1, 1, 1)
         return sums[:, None]
@@ -250,6 +254,7 @@ def _steps(piece: PackedWeight) -> tuple[Tensor, Tensor | None]:
     """The scale and zero of the operands of rows that have one width."""
     grid = integer_grids.grid_of(piece.spec.format)
     assert grid is not None
+    # [1, o], or [1, 1] with one scale per tensor. A value is a whole number of steps of scale / multiplier.
     step = expand_scale(piece.scale, piece.spec, piece.codes.shape[:2]).reshape(1, -1) / grid.multiplier
     zero = None if piece.zero_point is None else piece.zero_point.reshape(1, -1)
     if grid.shift:
@@ -260,6 +265,6 @@ def _steps(piece: PackedWeight) -> tuple[Tensor, Tensor | None]:
 
 def _decode(piece: PackedWeight) -> Tensor:
     """The int8 operands of a piece, [o, i] or [o, kh * kw * i]."""
-    codes = unpack(piece.codes, piece.spec.format.bits, piece.part.channels).movedim(1, -1)
-    table = integer_operands.operand_table(piece.spec.format)
+    codes = unpack(piece.codes, piece.spec.format.bits, piece.part.channels).movedim(1, -1)  # [o, *k, i]
+    table = integer_operands.operand_table(piece.spec.format)  # int8 [codes]
     return functional.embedding(codes.int(), table[:, None]).squeeze(-1).flatten(1).contiguous()

@@ -14,7 +14,7 @@ class Exclusion:
     """What a user keeps out of a model, matched once.
 
     Attributes:
-        patterns: As the user wrote them.
+        patterns: The names and patterns, as the user wrote them.
         names: The layers that can be quantized and that they mean.
     """
 

@@ -48,7 +48,7 @@ class Prepared:
         call: The function that computes the layer, or None where it is computed another way.
         direct: The backend that computes the layer past torch's dispatcher, or None for the general way.
         epoch: The count of changes of the backend (`dispatch.epoch`) at which the call was prepared.
-        held: For every stored tensor whether it is a parameter, its name, a weak reference to it, and its address.
+        held: Every stored tensor, as whether it is a parameter, its name, a weak reference to it, and its address.
         bias: Whether the layer had a bias.
         version: The version counter of the order of rows, from which other tensors are derived, or -1 without one.
     """

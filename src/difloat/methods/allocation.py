@@ -14,26 +14,27 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from difloat.layers import packed
 from difloat.methods.budget import Allotment, Candidate, allot
+from difloat.methods.byte_counts import budget_of, layer_bytes, mixed_bytes
 from difloat.methods.closed_form import Asked, ClosedFormSettings, Inputs
 from difloat.methods.finished import facts_of
+from difloat.methods.fitted_levels import fitted
 from difloat.methods.moments import Moments, Source, gather
 from difloat.methods.second_order import factor, nearest_row_error, round_second_order
 from difloat.methods.sensitivity import SensitivitySettings, probes_of, sensitivities
 from difloat.methods.task import MixedRows, Task
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.plan.plan import LayerPlan
-from difloat.plan.rules import Rule, asymmetric_integers, draft_layer
-from difloat.plan.specs import Band, Part, layer_tensor_shapes
-from difloat.plan.target import restrict
+from difloat.plan.rules import Rule, draft_layer
+from difloat.plan.target import FILES, Target, restrict
 
 _SAMPLE_ROWS = 128  # of a layer, by which widths are compared
 _MEASURED_BITS = 5  # beyond it an additional bit is known to leave a quarter of the error
@@ -65,7 +66,7 @@ class Choice:
     Attributes:
         asked: The rule of every layer.
         found: What the budget says of it.
-        offers: By layer the candidates with one width: format, bytes, and what its rounding does to the output.
+        offers: The candidates of every layer with one width, as format, bytes, and what its rounding does to the output.
     """
 
     asked: dict[str, Asked]
@@ -95,11 +96,12 @@ class _Layer:
     score: Tensor = field(repr=False)
     ratios: tuple[float, ...]
     divisible: bool
+    target: Target = "any"
 
     @property
     def row_bytes(self) -> Tensor:
         """Bytes of a row at every width, [widths]."""
-        sizes = [layer_bytes(self.plan, rule) for rule in self.rules]
+        sizes = [layer_bytes(self.plan, rule, self.target) for rule in self.rules]
         return torch.tensor(sizes, dtype=torch.float64) / self.plan.shape[0]
 
 
@@ -118,7 +120,7 @@ def choose(
         task: Model and data.
         plans: Layers with inputs.
         inputs: What `closed_form.inputs_of` gave for them.
-        offers: For the layers whose weights are up for choice a rule of one format for every width, ascending.
+        offers: A rule of one format for every width, ascending, for the layers whose weights are up for choice.
         fixed: What is asked of the weights of the other layers.
         settings: How formats are chosen.
         rounding: Settings of the rounding that follows.
@@ -126,7 +128,7 @@ def choose(
     Raises:
         ValueError: as `allot` and `sensitivities`; if the smallest candidates do not fit into `WidthSettings.size`.
     """
-    budget = _budget(task, plans, fixed, offers, settings.size)
+    budget = budget_of(task, plans, fixed, offers, settings.size)
     by_time = loss_weights(task, settings.factor_power if task.scheduler is not None else 0.0)
     gamma = _gamma(task, plans, inputs, list(offers), by_time, settings.sensitivity)
     looks = _looks(task, plans, inputs, offers, rounding)
@@ -229,7 +231,8 @@ def _look(
         if ratios and before is not None and before.formats[0].bits >= _MEASURED_BITS:
             ratios.append(ratios[-1] / 4 ** (rule.formats[0].bits - before.formats[0].bits))
             continue
-        done = round_second_order(draft_layer(some, splits, rule), moments.matrix, settings.rounding, solved)
+        draft = draft_layer(some, splits, fitted(rule, some, splits, moments.matrix))
+        done = round_second_order(draft, moments.matrix, settings.rounding, solved)
         ratios.append(max(0.0, float(done.row_error.sum())) / base if base else 0.0)
     return nearest, torch.tensor(ratios, dtype=torch.float64)
 
@@ -244,17 +247,18 @@ def _layer(
     divisible: bool,
 ) -> _Layer:
     known = tuple(restrict(rule, task.target) for rule in rules)
-    return _Layer(plan, known, gamma.double() * nearest.double(), tuple(ratios.tolist()), divisible)
+    score = gamma.double() * nearest.double()
+    return _Layer(plan, known, score, tuple(ratios.tolist()), divisible, task.target)
 
 
 def _candidates(layer: _Layer, by: Literal["rows", "layers"]) -> list[tuple[Asked, Candidate]]:
     """One width for all rows, at every width, and divisions into bands if rows may differ."""
     total = float(layer.score.sum())
     found: list[tuple[Asked, Candidate]] = [
-        (rule, Candidate(layer_bytes(layer.plan, rule), total * ratio))
+        (rule, Candidate(layer_bytes(layer.plan, rule, layer.target), total * ratio))
         for rule, ratio in zip(layer.rules, layer.ratios, strict=True)
     ]
-    if by == "layers" or not layer.divisible:
+    if by == "layers" or not layer.divisible or layer.target in FILES:
         return found
     order = layer.score.argsort(descending=True, stable=True)
     sums = torch.cat([torch.zeros(1, dtype=torch.float64), layer.score[order].cumsum(0)])
@@ -294,77 +298,3 @@ def _divisions(layer: _Layer, falling: Tensor) -> list[tuple[int, ...]]:
 def _words(asked: Asked) -> str:
     rules = (asked,) if isinstance(asked, Rule) else asked.rules
     return "/".join(rule.formats[0].name for rule in rules)
-
-
-def layer_bytes(plan: LayerPlan, rule: Rule) -> int:
-    """What the layer would take with a weight as `rule` asks for, as `LayerPlan.nbytes` counts."""
-    parts = [_with(part, rule) for part in plan.parts]
-    return _bytes(layer_tensor_shapes(plan.shape, parts))
-
-
-def mixed_bytes(plan: LayerPlan, rows: MixedRows) -> int:
-    """The same of a weight with rows in bands."""
-    bands = tuple(
-        Band(count, tuple(_with(part, rule).weight for part in plan.parts))
-        for count, rule in zip(rows.counts, rows.rules, strict=True)
-    )
-    parts = [_with(part, rows.rules[0]) for part in plan.parts]
-    return _bytes(layer_tensor_shapes(plan.shape, parts, bands=bands))
-
-
-def _with(part: Part, rule: Rule) -> Part:
-    return replace(part, weight=rule.spec(rule.formats[0]))
-
-
-def _bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) * LayerPlan.dtype_of(name).itemsize for name, shape in shapes.items())
-
-
-def _budget(
-    task: Task,
-    plans: Mapping[str, LayerPlan],
-    fixed: Mapping[str, Rule],
-    offers: Mapping[str, Any],
-    size: int | None,
-) -> int:
-    """Bytes for the layers in `offers`: what `task.bits` would take everywhere, or what the others leave of `size`.
-
-    Bits mean integers with one scale and zero point per output channel; between two whole widths bytes grow in proportion.
-
-    Args:
-        task: Model and bits; what is not quantized is counted in its dtype.
-        plans: Layers with inputs.
-        fixed: What is asked of the weights that are not up for choice.
-        offers: Candidates of the others.
-        size: Bytes of all parameters and stored buffers of the model. None if not asked for.
-
-    Raises:
-        ValueError: if the smallest candidates do not fit into `size` (the least size that does is named).
-    """
-    if size is None:
-        low = math.floor(task.bits.mean)
-        share = task.bits.mean - low
-        at = [
-            sum(layer_bytes(plans[name], asymmetric_integers(bits, "channel")) for name in offers)
-            for bits in (low, math.ceil(task.bits.mean))
-        ]
-        return round((1 - share) * at[0] + share * at[1])
-    return _left(task.model, plans, fixed, offers, size)
-
-
-def _left(
-    model: nn.Module,
-    plans: Mapping[str, LayerPlan],
-    fixed: Mapping[str, Rule],
-    offers: Mapping[str, Sequence[Rule]],
-    size: int,
-) -> int:
-    weights = sum(packed.weight_of(model, name).nbytes for name in plans)
-    floating = sum(tensor.nbytes for tensor in model.state_dict().values()) - weights
-    stays = floating + sum(layer_bytes(plans[name], rule) for name, rule in fixed.items())
-    least = sum(min(layer_bytes(plans[name], rule) for rule in rules) for name, rules in offers.items())
-    if size < stays + least:
-        raise ValueError(
-            f"size must be at least {stays + least} bytes for this model, got {size}; {floating} of them are not quantized"
-        )
-    return size - stays

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from difloat.layers import packed
 from difloat.methods.finished import Finished, facts_of
+from difloat.methods.fitted_levels import fitted
 from difloat.methods.moments import Moments, MomentSettings, Source, cost, gather, sources
 from difloat.methods.second_order import SecondOrderSettings, factor, round_second_order
 from difloat.methods.task import MixedRows, Task
@@ -127,7 +128,7 @@ def _round(
     try:
         known = factor(moments.matrix, settings.rounding)
         for name in moments.source.names:
-            drafts = _bands(task, name, plans[name], asked[name])
+            drafts = _bands(task, name, plans[name], asked[name], moments.matrix)
             bands = [round_second_order(d, moments.matrix, settings.rounding, known) for d in drafts]
             wanted = asked[name]
             order = wanted.order if isinstance(wanted, MixedRows) else torch.arange(plans[name].shape[0])
@@ -186,17 +187,18 @@ def _take(
         done[name] = read(LayerSpec, data).with_tensors(own)
 
 
-def _bands(task: Task, name: str, plan: LayerPlan, asked: Asked) -> list[Draft]:
+def _bands(task: Task, name: str, plan: LayerPlan, asked: Asked, moments: Tensor) -> list[Draft]:
     """Drafts of the rows that are asked for the same, in the order of `MixedRows`."""
     weight = plan.rotated(packed.weight_of(task.model, name).detach())
     splits = [part.channels for part in plan.parts]
+
+    def draft(rows: Tensor, rule: Rule) -> Draft:
+        return draft_layer(rows, splits, fitted(restrict(rule, task.target), rows, splits, moments))
+
     if isinstance(asked, Rule):
-        return [draft_layer(weight, splits, restrict(asked, task.target))]
+        return [draft(weight, asked)]
     pieces = zip(asked.order.split(list(asked.counts)), asked.rules, strict=True)
-    return [
-        draft_layer(weight[rows.to(weight.device)], splits, restrict(rule, task.target))
-        for rows, rule in pieces
-    ]
+    return [draft(weight[rows.to(weight.device)], rule) for rows, rule in pieces]
 
 
 def _with_inputs(new: LayerPlan, old: LayerPlan) -> LayerPlan:

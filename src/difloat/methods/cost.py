@@ -11,6 +11,7 @@ from difloat.calibration.collect import Calibration
 from difloat.methods.learned_rounding import RoundingSettings
 from difloat.methods.task import Sequencing
 from difloat.methods.training.train import TrainingSettings
+from difloat.plan.file_offers import LEAST_BITS, MOST_BITS
 from difloat.plan.rules import Bits, Rule
 from difloat.plan.specs import Side
 from difloat.plan.target import FILES, Target, fit_inputs
@@ -40,6 +41,7 @@ class Cost:
         epochs: The passes of fine-tuning along the trajectory, with an update per timestep, or 0 if nothing is trained.
         batch: The rows of an update of fine-tuning.
         beside: The forward passes without gradient per row of such an update.
+        for_files: Whether the recipe chooses among the formats of a kind of file, where one is asked for.
     """
 
     weight: Rule
@@ -56,6 +58,7 @@ class Cost:
     epochs: int = 0
     batch: int = 0
     beside: float = 0.0
+    for_files: bool = False
 
     def computed(self, rows: int, timesteps: int) -> dict[str, float]:
         """The rows that the denoiser computes after calibration, by stage. A row with gradient counts as three.
@@ -134,11 +137,27 @@ def check_files(options: Any, cost_of: Callable[[Any, Bits], Cost], bits: Bits, 
     if target not in FILES:
         return options
     cost = cost_of(options, bits)
+    if cost.for_files:
+        _check_choice(options, bits, target)
     beside = cost.variants > 1 or cost.smoothed or cost.rotated or cost.side is not None or cost.epochs > 0
-    if beside or (cost.passes and target != "openvino"):
+    if beside or (cost.passes and target != "openvino" and not cost.for_files):
         raise ValueError(
             f"recipe must make one ordinary weight per layer for {target} files, got one that trains, smooths, rotates or "
-            "chooses formats of its own; take rtn, lbfp, fp4dit, qdiffusion or qdit"
+            "chooses formats of its own; take auto, rtn, lbfp, fp4dit, qdiffusion or qdit"
         )
     fit_inputs(bits.activation, bits.weight, target)
     return options
+
+
+def _check_choice(options: Any, bits: Bits, target: Target) -> None:
+    """Refuse what leaves nothing to choose among the formats of a kind of file, or what no such file can follow."""
+    if bits.mean < LEAST_BITS or (bits.activation is not None and bits.weight < MOST_BITS):
+        usual = f"w{LEAST_BITS}a16 or w5.5a16"
+        raise ValueError(
+            f"bits must be averages of {LEAST_BITS} to {MOST_BITS} with inputs left as they are for {target} files, such as "
+            f"{usual}, got {bits}"
+        )
+    if getattr(options, "group_size", 0):
+        raise ValueError(
+            f"group_size must be left to the file for {target} files, got {options.group_size}; leave it out"
+        )

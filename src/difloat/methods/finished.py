@@ -22,8 +22,8 @@ class Finished:
     """Entries of one task in its folder.
 
     Attributes:
-        folder: Where they are; None keeps nothing.
-        task: What the entries of this task have in common: data, seed, machine.
+        folder: Where they are. None keeps nothing.
+        task: What the entries of this task have in common, such as data and seed.
     """
 
     folder: Path | None
@@ -31,7 +31,7 @@ class Finished:
 
     @staticmethod
     def of(task: Task, rows: int) -> Finished:
-        """The entries of a task that gathers moments from so many calibration rows; makes their folder."""
+        """The entries of a task that gathers moments from so many calibration rows, whose folder is made."""
         # Inputs of a layer depend on every layer before it, also where the rows do not tell one model from another.
         state = [_sums(tensor) for tensor in task.model.state_dict().values()]
         common = [task.calibration.fingerprint, rows, task.seed, task.target, str(task.bits), state]
@@ -41,7 +41,7 @@ class Finished:
         return Finished(folder, json.dumps(common))
 
     def read(self, facts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """Tensors and texts that were written under these facts; None if there are none."""
+        """The tensors and texts that were written under these facts, or None if there are none."""
         return None if self.folder is None else read_entry(*self._place(facts))
 
     def write(self, facts: Sequence[str], tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
@@ -67,5 +67,5 @@ def facts_of(task: Task, names: Sequence[str], plans: Mapping[str, LayerPlan]) -
 
 
 def _sums(tensor: Tensor) -> list[float]:
-    """Of the values and of their magnitudes, which tell one tensor from another."""
+    """Add up the values and their magnitudes, which tell one tensor from another."""
     return [float(tensor.sum(dtype=torch.float64)), float(tensor.abs().sum(dtype=torch.float64))]

@@ -172,7 +172,7 @@ def allocate(
     Args:
         task: Model, data, N.
         rule_of: What is asked of a weight of so many bits, rows apart; of its formats those that fit the task's target.
-        settings: See there.
+        settings: How widths are chosen.
     """
     return distributed.on_main(
         lambda: _allocate(task, lambda bits: restrict(rule_of(bits), task.target), settings)

@@ -91,8 +91,8 @@ def run(
     Args:
         task: Model and data.
         rules_for: What is asked of a layer, given its name and the trace; or the reason why it stays as it is.
-        settings: See there.
-        attention_plan: For every attention that the trace finds; None leaves all of them.
+        settings: The order of the work, and whether and how weights are learned.
+        attention_plan: How every attention that the trace finds is quantized. None leaves all of them.
 
     Raises:
         ValueError: if no layer is left to quantize.
@@ -124,7 +124,7 @@ def run(
 
 
 def _looked_at(task: Task, generator: torch.Generator) -> tuple[Trace, dict[str, str]]:
-    """What two rows show, or the modules alone where there are no rows; and the layers that must stay, with the reason."""
+    """What two rows show, or the modules alone without rows, and the layers that must stay with the reason."""
     read = dtype_readers.kept(task.model)
     if not len(task.calibration):
         return structure(task.model), unread(task.model) | read

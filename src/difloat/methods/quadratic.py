@@ -16,17 +16,30 @@ from torch import Tensor
 
 from difloat.numbers import rounding
 from difloat.numbers.formats import Format
+from difloat.numbers.scale_grids import ScaleFormat, Snap, snap_zero_points, snapping
 from difloat.plan.rules import Draft
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A run of columns that share scales, which is one part or one group of it."""
+    """A run of columns that share scales, which is one part or one group of it.
+
+    `snap` moves scales to the grid that they must lie on, and zero points lie on `zero_format`.
+    """
 
     start: int
     stop: int
     format: Format
     shifted: bool
+    snap: Snap | None = None
+    zero_format: ScaleFormat = "float32"
+
+    def stored(self, step: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zero points as they can be stored, near the ones given."""
+        step, shift = step.float(), shift.float()
+        if self.snap is not None:
+            step = step.sign() * self.snap(step.abs(), self.format)
+        return step, snap_zero_points(shift, self.zero_format)
 
 
 @dataclass(frozen=True)
@@ -142,8 +155,10 @@ def _units(draft: Draft, width: int) -> list[Unit]:
     for part in draft.parts:
         size = part.weight.group_size or part.channels
         edges = [*range(at, at + part.channels, size), at + part.channels]
-        shifted = part.weight.zero_point
-        units += [Unit(a * width, b * width, part.weight.format, shifted) for a, b in pairwise(edges)]
+        piece = draft.weight.detach()[:, at : at + part.channels]
+        snap = snapping(piece, draft.scale_format)
+        shared = (part.weight.format, part.weight.zero_point, snap, draft.scale_format)
+        units += [Unit(a * width, b * width, *shared) for a, b in pairwise(edges)]
         at += part.channels
     return units
 

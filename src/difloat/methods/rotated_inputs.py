@@ -24,7 +24,7 @@ Rotate = Literal["none", "all", "chosen"]
 _ROWS, _VECTORS = 16, 4096  # calibration rows, and vectors of each call, by which bases are compared
 
 
-def rotate_inputs(
+def rotate(
     task: Task, plans: Mapping[str, LayerPlan], how: Rotate, asked: Mapping[str, Asked], row_bytes: int
 ) -> tuple[dict[str, LayerPlan], dict[str, float]]:
     """Rotate the inputs of linear layers. Their stored weights stay what they are and must be rounded anew.

@@ -40,7 +40,7 @@ class SecondOrderSettings:
         damping: The share of the mean diagonal of H that is added to its diagonal. Where H is not definite it grows tenfold, up
             to six times.
         by_diagonal: Whether columns go by falling diagonal of H instead of in their own order. Scales stay with their columns.
-        refit: Whether to fit scales and zero points, which must not be restricted to a grid then.
+        refit: Whether to fit scales and zero points, on the grid that they lie on.
         sweep: Whether to move every weight once to its best grid value given the others.
         rounds: How many rounds of fit and sweep there are.
     """
@@ -220,8 +220,8 @@ def _refit(problem: Problem, solution: Solution, gradient: Tensor) -> Solution:
             solvable, divisor = determinant > _INDEPENDENT * a11 * a22, determinant.clamp_min(1e-300)
             by_step = torch.where(solvable, (a12 * g2 - a22 * g1) / divisor, by_step)
             by_shift = torch.where(solvable, (a12 * g1 - a11 * g2) / divisor, by_shift)
-        step, shift = ((of[number] + by).float() for of, by in ((steps, by_step), (shifts, by_shift)))
-        # What is stored is float32, so the gain is that of the rounded numbers.
+        # What is stored lies on a grid, that of float32 or one of few bits, so the gain is that of the rounded numbers.
+        step, shift = unit.stored(steps[number] + by_step, shifts[number] + by_shift)
         by_step, by_shift = step - steps[number].double(), shift - shifts[number].double()
         gained = 2 * (by_step * g1 + by_shift * g2) + (
             by_step.square() * a11 + 2 * by_step * by_shift * a12 + by_shift.square() * a22

@@ -27,7 +27,7 @@ class Task:
 
     Attributes:
         model: The float denoiser, which stays untouched.
-        calibration: Its inputs along trajectories.
+        calibration: The model's inputs along trajectories.
         bits: What the user asked for.
         seed: Seeds everything random.
         progress: Show progress bars.
@@ -35,7 +35,7 @@ class Task:
         pipeline: Class name of the pipeline the model is part of, "" for a plain module.
         scheduler: Gives the pipeline's scheduler as its call sets it for the first step. None for a plain module.
         target: The machine whose fast formats the recipe's candidates are restricted to.
-        only: Quantize no other layers than these, to try a recipe on a few; None: all.
+        only: The only layers to quantize, to try a recipe on a few, or None for all.
         exclude: What the user keeps out of quantization, whatever the recipe.
         layer_bits: Weight bits of some layers, for recipes with one width: in place of that width, but not of 8 bits of edges.
         memory_bytes: What activations may take while blocks are worked on. It bounds the rows, not the result's size.
@@ -137,6 +137,8 @@ class Sequencing:
         inputs: Whether a block's inputs during learning come from the quantized or from the full-precision prefix.
         rounding_rows: Calibration rows for learning, as far as memory allows.
         activation_rows: Calibration rows for the search over activations.
+        minutes: After which no further block is learned. Then, or when a user interrupts, the others keep what they have. None
+            learns all of them.
     """
 
     split: bool = True
@@ -144,3 +146,4 @@ class Sequencing:
     inputs: Literal["quantized", "full"] = "quantized"
     rounding_rows: int = 256
     activation_rows: int = 128
+    minutes: float | None = None

@@ -88,12 +88,14 @@ def _anchor(format: Format, mantissa_bits: int) -> float:
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, format: Format) -> Tensor:  # type: ignore[no-untyped-def]
+        """Round, and note which values the range of the format holds."""
         # What saturates does not move with its input, so it gets no gradient.
         ctx.save_for_backward((x >= format.min) & (x <= format.max))
         return round_to(x, format)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        """The gradient of the values inside the range, and 0 for those that saturate."""
         (inside,) = ctx.saved_tensors
         return gradient * inside, None
 

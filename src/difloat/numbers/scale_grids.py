@@ -92,7 +92,7 @@ def _whole(scale: Tensor, format: Format) -> Tensor:
 
 
 def snap_zero_points(zero_points: Tensor, scale_format: ScaleFormat) -> Tensor:
-    """Zero points moved to the grid of the scales; float32 ones stay what they are."""
+    """Zero points moved to the grid of the scales. Those on float32 stay what they are."""
     return _float16(zero_points) if scale_format == "float16" else zero_points
 
 

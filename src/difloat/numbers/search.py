@@ -104,10 +104,10 @@ def search(
         formats: Candidates, among which signed and unsigned ones may be mixed.
         clips: Fractions of the reach of the row to try as clip value.
         zero_points: Fractions of the minimum of the row to try as zero point of unsigned formats, for example
-            `ZERO_POINTS`. None: no zero point, and unsigned formats need rows without negative values.
+            `ZERO_POINTS`. None tries no zero point, and unsigned formats then need rows without negative values.
         refine: Rounds of a finer grid between the neighbours of each winner.
-        snap: Moves the candidate scales of a format to the nearest that are allowed; the errors are those of the moved.
-        zero_format: Grid of the zero points; the errors are those of zero points on it.
+        snap: Moves the candidate scales of a format to the nearest that are allowed. The errors are those of the moved.
+        zero_format: Grid of the zero points. The errors are those of zero points on it.
 
     Raises:
         ValueError: if rows are empty or not finite, a fraction is not usable, or an unsigned format meets a negative value.

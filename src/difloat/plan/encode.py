@@ -37,10 +37,10 @@ def plan_layer(
     Args:
         weight: The float weight, [o, i] or [o, i, kh, kw]. Values off the grid are rounded to the nearest.
         parts: The parts of the layer, whose channels add up to i.
-        weight_scales: For every part as many scales as its spec asks for.
-        weight_zero_points: For every part its zero points, where a spec has some.
-        input_scales: For every part its input scale, or None where the activation is online or not quantized.
-        input_zero_points: For every part the zero point of its input, or None.
+        weight_scales: The scales of every part, as many as its spec asks for.
+        weight_zero_points: The zero points of every part whose spec has some.
+        input_scales: The input scale of every part, or None where the activation is online or not quantized.
+        input_zero_points: The zero point of every part's input, or None.
 
     Raises:
         ValueError: if shapes do not fit.

@@ -98,7 +98,7 @@ class LayerSpec:
                 )
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> LayerPlan:
-        """The layer with its stored tensors; ValueError where their shapes do not fit."""
+        """The layer with its stored tensors. A ValueError says where their shapes do not fit."""
         got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if got != (expected := self.tensor_shapes()):
             raise ValueError(f"tensors of a layer must have the shapes {expected}, got {got}")

@@ -20,7 +20,7 @@ MOST_SEED = 2**40  # what becomes of it must fit torch's 64 bits
 
 @record("calibration settings", each="calibration setting '{}'")
 class CalibrationSettings:
-    """What to collect; the defaults are written here and nowhere else.
+    """What to collect. The defaults are written here and nowhere else.
 
     Attributes:
         samples: Denoiser inputs that are kept, the calibration rows.
@@ -30,9 +30,9 @@ class CalibrationSettings:
         trajectories: Pictures sampled at least, so that rows come from many of them. If it is left out, the recipe's own number
             for models of up to 100 million weights, and else as many as the rows need at one row per picture and step.
         seed: Seed of everything random: the noise, and every choice of rows.
-        timesteps: "sampler" follows the sampler's own trajectory; "clean" takes almost clean latents noised at the raw
+        timesteps: "sampler" follows the sampler's own trajectory. "clean" takes almost clean latents noised at the raw
             timesteps 0 to 19, conditional only, as the released code of FP4DiT does.
-        memory_bytes: Calibration rows held in RAM; what is above stays on disk and is read on demand. While a batch of
+        memory_bytes: Calibration rows held in RAM. What is above stays on disk and is read on demand. While a batch of
             prompts runs, its rows are in RAM on top of this.
     """
 
@@ -66,6 +66,10 @@ ByName = Annotated[
     BeforeValidator(_by_name),
     Rule("be names of components, perhaps with their bits, like vae=w8a8"),
 ]
+LayerBits = Annotated[
+    Mapping[str, Mapping[str, Annotated[int, Field(ge=1, le=8)]]],
+    Rule("be weight bits by denoiser and layer"),
+]
 
 
 @record("settings of repair")
@@ -73,11 +77,11 @@ class RepairSettings:
     """How a plan is fine-tuned (`difloat.repair`).
 
     Attributes:
-        epochs: Passes along the trajectory; more than the rows are worth make pictures worse.
-        rank: Rank of the adapters; 0 trains input ranges and weight scales only.
-        dfa: Weight the loss of a timestep by the square of its factor in the sampler's update; not for samplers that call the
-            denoiser several times a step.
-        guidance_weight: Weight of the part of the guidance direction that is lost; 0 leaves it out.
+        epochs: Passes along the trajectory. More than the rows are worth make pictures worse.
+        rank: Rank of the adapters. 0 trains input ranges and weight scales only.
+        dfa: Weight the loss of a timestep by the square of its factor in the sampler's update. It is not for samplers that
+            call the denoiser several times a step.
+        guidance_weight: Weight of the part of the guidance direction that is lost. 0 leaves it out.
     """
 
     epochs: Positive = 10
@@ -88,20 +92,22 @@ class RepairSettings:
 
 @record("request")
 class Request:
-    """One quantization as it is asked for; made once (`difloat.job.request`), then passed on.
+    """One quantization as it is asked for, made once (`difloat.job.request`) and then passed on.
 
     Attributes:
         recipe: auto, lbfp, fp4dit, msfp, mpqdm, guided, efficientdm, qdiffusion, viditq, qdit, gptq, orbitquant or
             rtn.
-        bits: Bits of weights and inputs, like w4a8; a16 leaves inputs alone. The recipe auto takes averages like w3.5a8.
+        bits: Bits of weights and inputs, like w4a8. a16 leaves inputs alone. The recipe auto takes averages like w3.5a8.
         calibration: What to collect, where the recipe looks at data.
-        target: "cpu" takes only formats that CPUs compute in integers; "any" takes all; comfy, gguf, openvino and diffusers
+        target: "cpu" takes only formats that CPUs compute in integers, and "any" takes all. comfy, gguf, openvino and diffusers
             take what files of that kind hold exactly, as --for does.
         exclude: Layers or blocks that stay as they are whatever the recipe, like down_blocks.0 or '*.to_q'.
-        components: What of a pipeline is quantized, like transformer,text_encoder,vae=w8a8; all but the denoiser without data.
-            If it is left out, the denoiser.
-        cache: Directory that keeps calibration rows and finished blocks; a killed run goes on from there.
-        device: Where the model is put, stays and computes; None: where it is.
+        components: What of a pipeline is quantized, like transformer,text_encoder,vae=w8a8. All but the denoiser do without
+            data. If it is left out, the denoiser.
+        cache: Directory that keeps calibration rows and finished blocks. A killed run goes on from there.
+        device: Where the model is put, stays and computes, or None for where it is.
+        bits_from: A checkpoint of this model whose layers' weight bits are taken, such as one of auto with widths=layers. Edges
+            that the recipe keeps at 8 bits keep them.
         options: The recipe's options, made and checked.
     """
 
@@ -113,4 +119,5 @@ class Request:
     components: ByName | None = None
     cache: Path | None = None
     device: InstanceOf[torch.device] | None = None
+    bits_from: LayerBits | None = None
     options: Any = field(kw_only=True)

@@ -55,6 +55,8 @@ class Rule:
             (`lopsidedness`), at 0 everywhere.
         scales: Grid that the scales are restricted to. With "whole" they are multiples of a number per row, of channels or
             groups. With zero points it is "float16", and they lie on it as well.
+        fitted: Whether the levels of a table are fitted to the weight, which starts from those of the format. Parts that know
+            inputs do it (`methods.fitted_levels`).
     """
 
     formats: tuple[Format, ...]
@@ -66,6 +68,7 @@ class Rule:
     unsigned_clips: Sequence[float] | None = None
     asymmetry: float = 0.0
     scales: ScaleFormat = "float32"
+    fitted: bool = False
 
     def __post_init__(self) -> None:
         if self.scales == "whole" and (
@@ -232,6 +235,7 @@ class Draft:
         scales: The weight's scales, one tensor per part.
         zero_points: The weight's zero points, one tensor per part, which is zero where the spec has none.
         error: Sum of squared errors of the weight, all parts.
+        scale_format: The grid that the scales lie on, and the zero points where it is float16.
     """
 
     weight: Tensor = field(repr=False)
@@ -239,6 +243,7 @@ class Draft:
     scales: tuple[Tensor, ...] = field(repr=False)
     zero_points: tuple[Tensor, ...] = field(repr=False)
     error: float
+    scale_format: ScaleFormat = "float32"
 
     def plan(self, rounded: Tensor | None = None) -> LayerPlan:
         """Encode and pack the weight, or values on the grid that were learned in place of nearest rounding."""
@@ -250,7 +255,7 @@ class Draft:
         )
 
     def grid_neighbours(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For every weight the grid value below, the one above, and where it lies between them (0 to 1).
+        """Find the grid value below every weight, the one above it, and where the weight lies between them (0 to 1).
 
         Beyond the ends of the grid both neighbours are the end. The distance of the neighbours is the interval s of
         AdaRound, on a floating-point grid the local step.
@@ -292,7 +297,7 @@ def draft_layer(weight: Tensor, splits: Sequence[int], rule: Rule) -> Draft:
         )
         zeros.append(found.zero_point)
         error += float(found.error.sum())
-    return Draft(weight, tuple(parts), tuple(scales), tuple(zeros), error)
+    return Draft(weight, tuple(parts), tuple(scales), tuple(zeros), error, rule.scales)
 
 
 @dataclass(frozen=True)
@@ -300,8 +305,8 @@ class Bits:
     """Widths of weights and activations.
 
     Attributes:
-        weight: Of weights; of a fractional average the whole number above it.
-        activation: Of activations; None leaves them as they are.
+        weight: The bits of weights. For a fractional average it is the whole number above.
+        activation: The bits of activations, or None to leave them as they are.
         average: What weights have on average, where that is no whole number; only recipes that choose widths by layer can.
         wide: How it was written that activations stay: a16 and a32 mean the same.
     """
@@ -336,7 +341,7 @@ class Bits:
         return Bits(weight, activation, average)
 
     def __str__(self) -> str:
-        """As `parse` reads it: "w4a8"; where activations stay, "w4a16" or "w4a32", as it was written."""
+        """Write the bits as `parse` reads them, like "w4a8", or "w4a16" and "w4a32" as given where activations stay."""
         return f"w{self.mean:g}a{self.activation or self.wide}"
 
 

@@ -51,12 +51,16 @@ def rows_of(weight: Tensor, spec: QuantSpec) -> Tensor:
     assert spec.group_size is not None
     size = spec.group_size
     channels_last = weight.movedim(1, -1)  # [o, *k, i]
-    padded = torch.nn.functional.pad(channels_last, (0, -weight.shape[1] % size)).unflatten(-1, (-1, size))
+    padded = torch.nn.functional.pad(channels_last, (0, -weight.shape[1] % size)).unflatten(
+        -1, (-1, size)
+    )  # [o, *k, groups, size]
+    # [o, groups, *k, size]: a scale is shared by its channels at all kernel positions.
     return padded.movedim(-2, 1).reshape(weight.shape[0] * padded.shape[-2], -1)
 
 
 def row_places(row_band: Tensor) -> Tensor:
     """The place of every output channel among the stored rows, int64 [o], found from the band of each."""
+    # The first sort says which channel a stored row has, and the second inverts that permutation.
     return row_band.argsort(stable=True).argsort()
 
 

@@ -63,7 +63,7 @@ def fit(
         rule: What the recipe asks.
         learn: Whether rounding is learned, which tables are no grid for.
         linear: Whether the layer is linear, or else a convolution.
-        channels: Of the layer's input.
+        channels: The channels of the layer's input.
         target: One of `FILES`.
         inputs: Bits of the layer's inputs, or None where they stay. At 4 bits ComfyUI's files then have 16 levels for
             rotated inputs, `COMFY_ROTATION`, and 8 bits where its blocks do not divide the channels.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
@@ -32,6 +33,7 @@ OPTIONAL = Field(
     exclude_if=lambda value: not value
 )  # of what JSON leaves out at its default: empty, false or None
 LISTED = Field(strict=False, max_length=MOST_ENTRIES)  # of a tuple, which JSON holds as a list
+TUPLE = Field(strict=False)  # of a tuple of so many entries
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _FIELDS = ("missing", "unexpected_keyword_argument", "unexpected_positional_argument", "dataclass_type")
 Record = TypeVar("Record")
@@ -48,17 +50,19 @@ class Rule:
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, Field))
-def record(noun: str, each: str = "{}") -> Callable[[type[Record]], type[Record]]:
+def record(noun: str, each: str = "{}", *, finite: bool = True) -> Callable[[type[Record]], type[Record]]:
     """Make a class a frozen pydantic dataclass that takes no unknown field, converts nothing, and says errors in one sentence.
 
     Args:
         noun: The noun for an instance in errors, like "band of rows".
         each: The noun for its fields, like "option {}". A field with a title is called by it.
+        finite: Whether Inf and NaN are refused, which only measurements may be.
     """
 
     def made(plain: type[Record]) -> type[Record]:
         plain.__get_pydantic_core_schema__ = classmethod(_schema)  # type: ignore[attr-defined]
-        cls: Any = pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)(plain)
+        config = ConfigDict(**{**_CONFIG, "allow_inf_nan": not finite})
+        cls: Any = pydantic.dataclasses.dataclass(frozen=True, config=config)(plain)
         validating = cls.__init__
 
         @functools.wraps(validating)
@@ -99,6 +103,11 @@ def read(cls: type[Record], data: Any, *, words: bool = False) -> Record:
         return found
     except ValidationError as error:
         raise ValueError(sentence(error, cls, words=words)) from error
+
+
+def read_texts(cls: type[Record], texts: Mapping[str, str]) -> Record:
+    """An instance from the JSON text of every field, as files of tensors carry them. ValueError as from `read`."""
+    return read(cls, {name: json.loads(text) for name, text in texts.items()})
 
 
 def plain(instance: Any) -> dict[str, Any]:

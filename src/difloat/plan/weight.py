@@ -73,10 +73,10 @@ class Weight:
     """The packed weight of a layer.
 
     Attributes:
-        columns: For every part its rectangles, band after band. There is one where all rows have one width.
+        columns: The rectangles of every part, band after band. There is one where all rows have one width.
         row_band: uint8 [o], the band of every output channel, or None with one band. The rows of a band keep their order.
         branch: The low-rank pair beside the weight, or None.
-        texts: For every part the text that `parts_text` makes of its rectangles. It is made where it is left out.
+        texts: The text that `parts_text` makes of every part's rectangles. It is made where it is left out.
     """
 
     columns: tuple[tuple[PackedWeight, ...], ...]
@@ -162,9 +162,9 @@ class Layout:
     """The places of all rectangles in the flat vectors of one variant of a layer.
 
     Attributes:
-        places: For every part its places, band after band.
-        inputs: For every part the entries of ``input_scale`` and ``input_zero_point``, or None where there are none.
-        texts: For every part its text, as operators take it.
+        places: The places of every part, band after band.
+        inputs: The entries of ``input_scale`` and ``input_zero_point`` of every part, or None where there are none.
+        texts: The text of every part, as operators take it.
     """
 
     places: tuple[tuple[Place, ...], ...]

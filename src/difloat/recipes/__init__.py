@@ -81,6 +81,8 @@ RECIPES: dict[str, Recipe] = {
     "rtn": Recipe(rtn.rtn, rtn.NearestOptions, rtn.SUMMARY, rtn.cost, rtn.needs_data),
 }
 
+UNTOLD = ("auto", "mpqdm", "viditq", "qdit")  # do not take `Task.layer_bits`
+
 
 def lookup(name: str) -> Recipe:
     """The recipe called `name`. ValueError that lists the known ones if there is none."""
@@ -102,11 +104,12 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
 
 @torch_modes.plain()
 def decide(task: Task, recipe: str, settings: Any) -> Plan:
-    """Decide everything about the task's model, with the recipe's options as made; the model stays untouched."""
+    """Decide everything about the task's model, with the recipe's options as made. The model stays untouched."""
     outcome = lookup(recipe).plan(task, settings)
     stored = {**dataclasses.asdict(settings), **outcome.used, "seed": task.seed}
     stored |= {"calibration_rows": len(task.calibration)}
     stored |= {"target": task.target} if task.target != "any" else {}
+    stored |= {"layer_bits": "of another plan"} if task.layer_bits else {}
     stored |= {"exclude": list(task.exclude.patterns)} if task.exclude.patterns else {}
     return Plan(
         recipe,

@@ -1,4 +1,4 @@
-"""Auto: weights in closed form, bits where the output asks for them; no training.
+"""Auto: weights in closed form and bits where the output asks for them, without training.
 
 Taken from -> here:
   second-order rounding (GPTQ, arXiv:2210.17323) in its LDL form, on every grid                   `methods.second_order`
@@ -19,45 +19,45 @@ from typing import Literal
 from pydantic import ByteSize
 
 from difloat import distributed
-from difloat.methods import allocation, closed_form, post_training
+from difloat.methods import allocation, closed_form, post_training, rotated_inputs
 from difloat.methods.allocation import WidthSettings
 from difloat.methods.closed_form import Asked, ClosedFormSettings
 from difloat.methods.cost import WITH_GRADIENT, Cost
+from difloat.methods.polish import PolishSettings, polish_cost, polished
 from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task, timed
-from difloat.methods.rotated_inputs import Rotate, rotate_inputs
 from difloat.methods.second_order import SecondOrderSettings
 from difloat.methods.sensitivity import SensitivitySettings
 from difloat.methods.trace import Trace
+from difloat.methods.weight_rules import Grid, WeightRules
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
-from difloat.plan.rules import MIN_MAX, Rule, asymmetric_integers, levels_or_integers, online_integers
+from difloat.plan.rules import MIN_MAX, asymmetric_integers, online_integers
 
 SUMMARY = "bits by layer where the output asks for them, weights rounded in closed form, no training"
-WIDTHS = (2, 3, 4, 5, 6, 8)
 _DRAFT = replace(asymmetric_integers(8, "channel"), clips=MIN_MAX, zero_points=MIN_MAX)  # rounded anew
 
 
 @recipe_options
-class Options:
-    """Options of Auto.
+class Options(PolishSettings):
+    """Options of Auto, and those of polishing: `PolishSettings`.
 
     Attributes:
         widths: 2 to 8 bits by "rows" (output channels) or "layers", within the bytes of one width or `size`; "same": one width.
-        grid: Of weights of up to 4 bits: a "table" of levels, or an "integer" with a zero point.
-        size: Bytes of the denoiser on disk, such as 300MB, in place of the weight bits asked for; None: those.
+            For a kind of file the formats that it holds, by layers.
+        grid: Weights of up to 4 bits: a "table" of levels, one "fit" to the layer, or an "integer" with a zero point.
+        size: The bytes of the denoiser on disk, such as 300MB, in place of the weight bits asked for, or None.
         refit: Fit scales and zero points under the moments after rounding.
         sweep: Move every weight once to its best grid value given the others.
         guidance: Scale of the sampler's guidance, for widths; of no account where rows come without pairs.
-        factor_power: Power of the sampler's factors that weighs timesteps for widths; a plain module has no sampler, there
-            all weigh alike.
-        group_size: Input channels per weight scale; 0: one scale per output channel.
-        input_group: Input channels per scale and zero point of inputs of up to 4 bits; 0: one scale per token, as at 8 bits.
+        factor_power: Power of the sampler's factors that weighs timesteps for widths; plain modules have none: all weigh alike.
+        group_size: Input channels per weight scale, or 0 for one scale per output channel.
+        input_group: Channels per scale and zero point of inputs of up to 4 bits, or 0 for one scale per token, as at 8 bits.
         keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
         rows: Calibration rows that moments are gathered from.
         rotate: Rotate the inputs of linear layers: "none", "all", or "chosen" where a layer's output then changes less.
     """
 
     widths: Literal["rows", "layers", "same"] = "rows"
-    grid: Literal["table", "integer"] = "table"
+    grid: Grid = "table"
     size: ByteSize | None = None
     refit: bool = True
     sweep: bool = True
@@ -67,17 +67,17 @@ class Options:
     input_group: Whole = 32
     keep_8bit: Names = ("first", "last")
     rows: Positive = 256
-    rotate: Rotate = "none"
+    rotate: rotated_inputs.Rotate = "none"
 
 
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by Auto."""
     kept: dict[str, bool] = {}
-    largest = [1]  # bytes of a row's data in one layer
+    traces: list[Trace] = []
 
     def rules(name: str, seen: Trace) -> LayerRules:
         kept[name] = post_training.keeps_8bit(name, seen, options.keep_8bit)
-        largest[0] = seen.row_bytes
+        traces[:] = [seen]
         inputs = task.bits.activation and (8 if kept[name] else task.bits.activation)
         return LayerRules(_DRAFT, online_integers(inputs, options.input_group))
 
@@ -85,23 +85,26 @@ def plan(task: Task, options: Options) -> Outcome:
 
     def finish() -> Outcome:
         layers, measured = outcome.layers, dict(outcome.measured)
-        asked: dict[str, Asked] = {n: _weight(8 if kept[n] else task.bits_of(n), options) for n in layers}
-        layers, measured["rotations"] = rotate_inputs(task, layers, options.rotate, asked, largest[0])
         sensitivity = SensitivitySettings(guidance=options.guidance)
         rounding = SecondOrderSettings(refit=options.refit, sweep=options.sweep)
         settings = ClosedFormSettings(rounding, rows=options.rows)
-        inputs = closed_form.inputs_of(task, layers, settings, largest[0])
+        rules = WeightRules(options.grid, options.group_size, task.target, task.bits.activation is not None)
+        bits, most = {n: 8 if kept[n] else task.bits_of(n) for n in layers}, traces[0].row_bytes
+        asked: dict[str, Asked] = {n: rules.at(bits[n], layers[n].shape) for n in layers}
+        layers, measured["rotations"] = rotated_inputs.rotate(task, layers, options.rotate, asked, most)
+        inputs = closed_form.inputs_of(task, layers, settings, most)
         if options.widths != "same" and (free := [name for name in layers if not kept[name]]):
             with timed(measured, "choose widths"):
-                offers = dict.fromkeys(free, [_weight(bits, options) for bits in WIDTHS])
-                fixed = {name: _weight(8, options) for name in layers if kept[name]}
+                offers = {name: rules.offers(layers[name].shape) for name in free}
+                fixed = {name: rules.at(8, layers[name].shape) for name in layers if kept[name]}
                 wanted = WidthSettings(options.widths, options.size, options.factor_power, sensitivity)
                 choice = allocation.choose(task, layers, inputs, offers, fixed, wanted, settings)
             asked |= choice.asked
             measured["widths"] = choice.report()
         with timed(measured, "round weights"):
             layers, measured["closed_form"] = closed_form.round_anew(task, layers, inputs, asked, settings)
-        return replace(outcome, layers=layers, measured=measured)
+        made = replace(outcome, layers=layers, measured=measured)
+        return polished(task, made, traces[0], options, options.guidance, options.factor_power)
 
     return distributed.on_main(finish)
 
@@ -112,10 +115,6 @@ def cost(options: Options, bits: Bits) -> Cost:
     if options.widths != "same":
         passes += (options.rows, WITH_GRADIENT * SensitivitySettings.rows * SensitivitySettings.probes)
     inputs = online_integers(bits.activation, options.input_group)
-    rotated = options.rotate != "none"
-    return Cost(_weight(bits.weight, options), inputs, options.keep_8bit, passes=passes, rotated=rotated)
-
-
-def _weight(bits: int, options: Options) -> Rule:
-    make = asymmetric_integers if options.grid == "integer" else levels_or_integers
-    return make(bits, "group" if options.group_size else "channel", options.group_size or None)
+    weight, rotated = WeightRules(options.grid, options.group_size).at(bits.weight), options.rotate != "none"
+    made = Cost(weight, inputs, options.keep_8bit, rotated=rotated, passes=passes, for_files=True)
+    return polish_cost(made, options)

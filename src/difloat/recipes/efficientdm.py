@@ -1,10 +1,10 @@
 """EfficientDM: quantization-aware low-rank fine-tuning on integer grids (arXiv:2310.03270), the baseline of MSFP and MPQ-DM.
 
 Paper -> here:
-  QALoRA: adapters merged before rounding                              `methods.adapters`
+  QALoRA: adapters merged before rounding                              `methods.training.twin_layer`
   scale-aware rate, in units of a layer's mean weight step             `TrainingSettings.adapter_rate`
-  TALSQ: input ranges learned for every timestep                        `Student(input_ranges_by_timestep=True)`
-  distillation along full-precision trajectories, plain squared error   `methods.finetune`
+  TALSQ: input ranges learned for every timestep                        `Adapters.input_ranges_by_timestep`
+  distillation along full-precision trajectories, plain squared error   `methods.training.train`
 
 Differs from the paper: adapters are added to the float weight, not to dequantized integers; zero points are real numbers and
   those of weights do not move; ranges are indexed by the timestep of the call, never by counting calls; first and last layer
@@ -23,6 +23,7 @@ from difloat.methods.learned_rounding import RoundingSettings
 from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.methods.training.fine_tune import Tuning, tune
+from difloat.methods.training.student import Adapters
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, settings_of
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
@@ -79,5 +80,5 @@ def plan(task: Task, options: Options) -> Outcome:
     rounding = RoundingSettings(iterations=options.iterations)
     sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
     outcome = post_training.run(task, rules, sequencing)
-    tuning = Tuning(settings, 1, options.rank, weights, tuple(kept), options.ranges_by_timestep)
-    return tune(task, outcome, tuning)
+    adapters = Adapters(1, options.rank, tuple(kept), options.ranges_by_timestep)
+    return tune(task, outcome, Tuning(settings, adapters, weights))

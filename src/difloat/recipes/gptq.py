@@ -31,9 +31,9 @@ class Options:
     """Options of GPTQ.
 
     Attributes:
-        group_size: Input channels per weight scale; 0: one scale per output channel.
+        group_size: Input channels per weight scale, or 0 for one scale per output channel.
         by_diagonal: Round the columns with the largest inputs first.
-        keep_8bit: As in LBFP.
+        keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
         rows: Calibration rows that moments are gathered from.
     """
 

@@ -1,12 +1,12 @@
 """Guided: difloat's own recipe for 2 to 4 bits, made of those parts of the papers that held when they were measured.
 
 Taken from -> here:
-  mixup-sign (MSFP, arXiv:2505.21591), of weights too: signed, or unsigned with a zero point   `assign.floating_grids`
-  learned rounding (LBFP, arXiv:2408.06995), from which fine-tuning starts                     `RoundingSettings`
-  adapters merged before rounding, learned ranges (EfficientDM, arXiv:2310.03270)              `methods.tuned`
-  timesteps weighted by their factor in the sampler's update (MSFP), here by its square        `Tuning.factor_power`
+  mixup-sign (MSFP, arXiv:2505.21591), of weights too: signed, or unsigned with a zero point  `plan.rules.floating_grids`
+  learned rounding (LBFP, arXiv:2408.06995), from which fine-tuning starts                    `RoundingSettings`
+  adapters merged before rounding, learned ranges (EfficientDM, arXiv:2310.03270)             `methods.training.twin_layer`
+  timesteps weighted by the square of their factor in the sampler's update (after MSFP)       `methods.training.fine_tune`
 Its own:
-  the guidance direction, which a plain squared error shrinks, is kept                         `finetune.lost_guidance`
+  the guidance direction, which a plain squared error shrinks, is kept                        `methods.training.train`
 Left out: adapters by timestep and relations; docs/papers says what they bring. Few epochs, since rows repeat.
 Differs from the papers: no page of theirs describes this; what it measures against them is in docs/papers/guided.md.
 """
@@ -22,6 +22,7 @@ from difloat.methods.learned_rounding import RoundingSettings
 from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.methods.training.fine_tune import Tuning, tune
+from difloat.methods.training.student import Adapters
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, guidance_to_keep, settings_of
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
@@ -39,9 +40,10 @@ class Options(TrainingSettings):
         iterations, rounding_rows: The options of learned rounding, as in LBFP.
         rank: The rank of the adapters.
         ranges_by_timestep: Learn input ranges apart for every timestep.
-        factor_power: Power of the sampler's factors that weighs a timestep's loss, see `Tuning`; 0 for plain modules.
+        factor_power: The power of the sampler's factors that weighs a timestep's loss. It must be 0 for plain modules.
         keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
-        guidance_weight, epochs: As in `TrainingSettings`; without guidance in the sampler 0, 0 epochs: no fine-tuning.
+        guidance_weight: The field of `TrainingSettings`, which counts as 0 where the sampler has no guidance.
+        epochs: The passes of fine-tuning, of which 0 leaves it out.
     """
 
     rounding: Literal["learned", "nearest"] = "learned"
@@ -86,5 +88,6 @@ def plan(task: Task, options: Options) -> Outcome:
     rounding = RoundingSettings(iterations=options.iterations)
     sequencing = Sequencing(rounding=rounding, rounding_rows=options.rounding_rows)
     outcome = post_training.run(task, rules, sequencing)
-    tuning = Tuning(settings, 1, options.rank, weights, tuple(kept), options.ranges_by_timestep)
-    return replace(tune(task, outcome, tuning), used={**outcome.used, "guidance_weight": guidance})
+    adapters = Adapters(1, options.rank, tuple(kept), options.ranges_by_timestep)
+    tuned = tune(task, outcome, Tuning(settings, adapters, weights))
+    return replace(tuned, used={**outcome.used, "guidance_weight": guidance})

@@ -37,7 +37,7 @@ class ViDiTQOptions:
 
     Attributes:
         smoothing: The exponent a; 0 smooths by the weights alone, "off" is `stretches=0`.
-        stretches: Equal stretches of the sampler's steps, each with factors and a packed weight of its own; 0: no smoothing.
+        stretches: Equal stretches of the sampler's steps, each with factors and a packed weight. 0 does not smooth.
         rows: Calibration rows per stretch.
     """
 

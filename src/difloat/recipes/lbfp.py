@@ -61,6 +61,7 @@ def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by LBFP."""
 
     def rules(name: str, seen: Trace) -> LayerRules:
+        """The formats to search for a layer, of 8 bits where `keep_8bit` names it."""
         kept = post_training.keeps_8bit(name, seen, options.keep_8bit)
         weight_bits = 8 if kept else task.bits_of(name)
         weight = Rule(encodings(weight_bits), options.weight_granularity)

@@ -1,11 +1,11 @@
 """MPQ-DM: 2 to 4 bits by mixed widths inside a layer and relation distillation (arXiv:2412.11549, AAAI 2025).
 
 Paper -> here:
-  OMQ: input channels scaled, rows sorted by kurtosis, n rows get N + 1 bits and n rows N - 1   `methods.allocate`
-  n searched by output error over 0, k, 2k, ... up to half of the rows                        `allocate.choose`
+  OMQ: input channels scaled, rows sorted by kurtosis, n rows get N + 1 bits and n rows N - 1   `methods.mixed_rows`
+  n searched by output error over 0, k, 2k, ... up to half of the rows                        `methods.mixed_rows.allocate`
   MPQ-DM+: a tenth of the rows more at N + 1                                                  `plus=true`
-  TRD: relations of positions, features smoothed over two sampler steps, every second step    `methods.relation`
-  base: EfficientDM's adapters merged before rounding, input ranges by timestep               `methods.tuned`
+  TRD: relations of positions, features smoothed over two sampler steps, every second step    `methods.training.relation_loss`
+  base: EfficientDM's adapters merged before rounding, input ranges by timestep               `methods.training.twin_layer`
   first and last layers at 8 bits without adapters                                            `keep_8bit`
 
 Differs from the paper: inputs are scaled at run time, never by the operation before (a plan holds planned layers and leaves the
@@ -32,6 +32,7 @@ from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing,
 from difloat.methods.trace import Trace
 from difloat.methods.training.fine_tune import Tuning, tune
 from difloat.methods.training.relation_loss import Kind, RelationSettings, feature_module
+from difloat.methods.training.student import Adapters
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, settings_of
 from difloat.methods.training.twin_layer import Init
@@ -49,12 +50,12 @@ class Options(TrainingSettings):
 
     Attributes:
         grid: "int" as in the paper, "fp" for floating-point grids of the same widths.
-        mixed: Choose widths row by row; false: N bits for all, inputs not scaled (the base of the ablation).
+        mixed: Whether widths are chosen row by row. False is the base of the ablation, with N bits and inputs not scaled.
         plus: MPQ-DM+, a tenth of the rows more at N + 1 bits.
         criterion, candidates, scale_inputs: Fields of `AllocationSettings`.
-        relation, relation_weight, feature_weight, relation_every, features: See `RelationSettings` (`features`: its `module`).
+        relation, relation_weight, feature_weight, relation_every, features: The fields of `RelationSettings`.
         rank: The rank of the adapters.
-        adapter_init: "zero", or "error": from the largest directions of the rounding error.
+        adapter_init: "zero", or "error" for a start at the largest directions of the rounding error.
         ranges_by_timestep: Learn input ranges apart for every timestep.
         keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
     """
@@ -71,13 +72,13 @@ class Options(TrainingSettings):
     relation_every: Positive = field(default=RelationSettings.every)
     features: str = field(default=RelationSettings.module)
     rank: Whole = 32
-    adapter_init: Init = field(default=Tuning.adapter_init)
+    adapter_init: Init = field(default=Adapters.init)
     ranges_by_timestep: bool = True
     keep_8bit: Names = ("first", "last")
 
 
 def cost(options: Options, bits: Bits) -> Cost:
-    """What MPQ-DM asks of the denoiser and stores; a layer's widths are counted at their mean."""
+    """What MPQ-DM asks of the denoiser and stores. The widths of a layer are counted at their mean."""
     rule = {"int": asymmetric_integers, "fp": floating_grids}[options.grid]
     scaled, related = options.mixed and options.scale_inputs, options.epochs > 0 and options.relation != "off"
     inputs = None if bits.activation is None else rule(bits.activation, "tensor")
@@ -88,13 +89,12 @@ def cost(options: Options, bits: Bits) -> Cost:
 
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by MPQ-DM."""
-    kept: list[str] = []
-    training, weights = settings_of(options, task), loss_weights(task, 0.0)
+    kept, training, weights = list[str](), settings_of(options, task), loss_weights(task, 0.0)
     choosing = AllocationSettings(
         options.criterion, options.candidates, options.plus, scale_inputs=options.scale_inputs
     )
-    weighed = (options.relation_weight, options.feature_weight)
-    relation = RelationSettings(options.relation, *weighed, options.relation_every, options.features)
+    weighed = (options.relation_weight, options.feature_weight, options.relation_every)
+    relation = RelationSettings(options.relation, *weighed, options.features)
     if options.epochs and relation.kind != "off":
         feature_module(task, relation)  # refused before the search, not after it
     rule = {"int": asymmetric_integers, "fp": floating_grids}[options.grid]
@@ -116,5 +116,5 @@ def plan(task: Task, options: Options) -> Outcome:
     outcome.measured["seconds"] |= timing["seconds"]
     outcome.measured["kept_8bit"] = kept
     outcome.measured["widths"] = summary({name: one for name, one in chosen.items() if name not in kept})
-    tuning = Tuning(training, 1, options.rank, weights, tuple(kept), options.ranges_by_timestep)
-    return tune(task, outcome, replace(tuning, relation=relation, adapter_init=options.adapter_init))
+    adapters = Adapters(1, options.rank, tuple(kept), options.ranges_by_timestep, init=options.adapter_init)
+    return tune(task, outcome, Tuning(training, adapters, weights, relation))

@@ -2,7 +2,7 @@
 
 Paper -> here:
   signed weights and symmetric inputs, lopsided inputs also unsigned with a zero point  `methods.mixup_sign`
-  TALoRA: adapters per layer, chosen by a router that reads the timestep     `methods.training.student`, `.twin_layer`
+  TALoRA: adapters per layer, chosen by a router that reads the timestep     `methods.training.student`
   DFA: the loss of a timestep weighted by its factor in the sampler's update `methods.training.timestep_weights`
   data-free distillation along full-precision trajectories                   `methods.training.train`
 
@@ -29,7 +29,7 @@ from difloat.methods.mixup_sign import input_rule
 from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.methods.training.fine_tune import Tuning, tune
-from difloat.methods.training.student import Allocation
+from difloat.methods.training.student import Adapters, Allocation
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, settings_of
 from difloat.methods.training.twin_layer import Carry
@@ -93,8 +93,8 @@ def plan(task: Task, options: Options) -> Outcome:
     outcome = post_training.run(task, rules, Sequencing(True, rounding, rounding_rows=options.rounding_rows))
     if not options.adapters:
         return outcome
-    tuning = Tuning(settings, options.adapters, options.rank, weights, tuple(kept), carry=options.carry)
-    return tune(task, outcome, replace(tuning, allocation=options.allocation))
+    adapters = Adapters(options.adapters, options.rank, tuple(kept), carry=options.carry)
+    return tune(task, outcome, Tuning(settings, replace(adapters, allocation=options.allocation), weights))
 
 
 def cost(options: Options, bits: Bits) -> Cost:

@@ -34,7 +34,7 @@ class QDiffusionOptions:
         weight_granularity: What shares a weight scale.
         group_size: Input channels per weight scale, with granularity "group".
         activation: "static" per tensor as in the paper, or "online" per token.
-        iterations, learning_rate: Of learned rounding, per block.
+        iterations, learning_rate: The steps of learned rounding per block, and their rate.
         rounding_rows: Calibration rows used for learning.
     """
 

@@ -1,1 +1,1 @@
-"""What a run has to say: gathered, drawn, written."""
+"""The report of a run, gathered, drawn and written."""

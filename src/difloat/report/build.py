@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +125,7 @@ def worst_histograms(
     return result
 
 
-def quality_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+def quality_rows(evaluation: Evaluation) -> list[render.Measure]:
     """The rows of the quality table. Metrics that full precision has a value of show it as their reference."""
     full = {
         name: metric for name, metric in evaluation.metrics.items() if name.endswith("_of_full_precision")
@@ -137,16 +136,14 @@ def quality_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
             continue
         reference = full.get(f"{name}_of_full_precision")
         rows.append(
-            {
-                "name": name,
-                "label": metric.label,
-                "value": estimate.value,
-                "low": estimate.low,
-                "high": estimate.high,
-                "unit": metric.unit,
-                "better": metric.better,
-                "reference": None if reference is None else reference.value,
-            }
+            render.Measure(
+                name,
+                metric.label,
+                **vars(estimate),
+                unit=metric.unit,
+                better=metric.better,
+                reference=None if reference is None else reference.value,
+            )
         )
     return rows
 
@@ -165,11 +162,11 @@ def build(
     Args:
         model: The float denoiser.
         plan: What was decided for it.
-        name: How the user calls the model.
-        timings: Seconds besides those the plan measured.
+        name: The user's name of the model.
+        timings: The seconds of steps besides those that the plan measured.
         notes: What the paper leaves open and how it was decided.
-        rows: Of the layers, where neither the model's nor the plan's values are in memory any more; then there are no
-            histograms. None: they are made here.
+        rows: The rows of the layers, where neither the model's nor the plan's values are in memory any more. There are no
+            histograms then. None makes the rows here.
     """
     known = rows is not None
     rows = rows or [layer_row(key, layer, weight_of(model, key)) for key, layer in plan.layers.items()]
@@ -258,7 +255,7 @@ def _adapters(plan: Plan) -> render.AdapterTable | None:
 
 
 def _shares(plan: Plan) -> list[render.Share]:
-    """What the layers got of a budget; none where a recipe gives all of them the same bits."""
+    """The shares that the layers got of a budget, or none where a recipe gives all of them the same bits."""
     found = plan.measured.get("widths", {})
     shares = []
     for name, formats_of in found.get("formats", {}).items():

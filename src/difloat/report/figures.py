@@ -137,7 +137,7 @@ def ranges(timesteps: Sequence[float], quantiles: Sequence[Sequence[float]], sal
 
     Args:
         timesteps: The timesteps in the sampler's order.
-        quantiles: For each timestep the smallest, 10 %, median, 90 % and largest range of a token.
+        quantiles: The smallest, 10 %, median, 90 % and largest range of a token, for each timestep.
         salt: A text that makes the element's ids differ from those of other figures of the page.
     """
     smallest, low, middle, high, largest = np.maximum(np.array(quantiles, dtype=float).T, 1e-12)
@@ -162,7 +162,7 @@ def adapters(timesteps: Sequence[float], table: Sequence[Sequence[int]], salt: s
 
     Args:
         timesteps: The timesteps in the sampler's order.
-        table: For each timestep the adapter of every layer.
+        table: The adapter of every layer, for each timestep.
         salt: A text that makes the element's ids differ from those of other figures of the page.
     """
     by_layer = np.array(table).T

@@ -20,7 +20,7 @@ class Parcel:
     Attributes:
         repository: On the hub, ``owner/name``.
         files: Bytes by their paths in the repository, the card among them.
-        card: Its text.
+        card: The text of the model card.
         left: Files of the directory that are not difloat's and stay here.
     """
 
@@ -43,7 +43,7 @@ def parcel(
     Args:
         directory: A checkpoint with its report.
         repository: On the hub, ``owner/name``.
-        base_model: What was quantized, ``owner/name``, for a card of the moment; None takes the card that is there.
+        base_model: What was quantized, ``owner/name``, for a card of the moment, or None for the card that is there.
         license: Identifier of the base model's licence, for the card.
         tags: Further tags, for the card.
 
@@ -79,7 +79,7 @@ def parcel(
 
 
 def push(directory: str | os.PathLike[str], made: Parcel, *, private: bool = False) -> str:
-    """Send a parcel: make the repository if it is not there and put all files into one commit; returns its address.
+    """Send a parcel and return its address. The repository is made if it is not there, and all files go into one commit.
 
     The user's own login is used, as `hf auth login` keeps it.
 

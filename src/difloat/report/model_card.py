@@ -51,7 +51,7 @@ def write(
 def text(
     directory: str | os.PathLike[str], base_model: str, license: str | None = None, tags: Sequence[str] = ()
 ) -> str:
-    """The card that `write` writes; raises what it raises of the record and the name."""
+    """The card that `write` writes. It raises the errors of `write` about the record and the name."""
     from huggingface_hub import ModelCardData
     from huggingface_hub.utils import validate_repo_id
 
@@ -128,9 +128,10 @@ def _table(made: Record) -> list[str]:
         return []
     lines = ["| measure | value | 95 % interval | full precision |", "|---|---|---|---|"]
     for row in made.quality:
-        value = f"{row['value']:.4g} {_text(row['unit'])}".strip()
-        finite = math.isfinite(row["low"] + row["high"])
-        interval = f"{row['low']:.4g} to {row['high']:.4g}" if finite else "-"
-        reference = "-" if row["reference"] is None else f"{row['reference']:.4g}"
-        lines.append(f"| {_text(row['label'])} | {value} | {interval} | {reference} |")
+        value = f"{row.value:.4g} {_text(row.unit)}".strip()
+        interval = "-"
+        if row.low is not None and row.high is not None and math.isfinite(row.low + row.high):
+            interval = f"{row.low:.4g} to {row.high:.4g}"
+        reference = "-" if row.reference is None else f"{row.reference:.4g}"
+        lines.append(f"| {_text(row.label)} | {value} | {interval} | {reference} |")
     return [*lines, ""]

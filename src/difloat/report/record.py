@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, field
+from typing import Annotated, Any, Literal
 
 from rich.filesize import decimal
 from torch.utils import _pytree as pytree
 
 from difloat.methods.sparsity import MOSTLY, rounded_away
+from difloat.plan.validation import LISTED, TUPLE, read, record
 from difloat.report.text import number_text, size_text
 
 NO_LAYER = "no layer to quantize"  # ends the reasons of modules that no recipe could quantize, such as norms
@@ -19,7 +20,7 @@ _SHOWN = 3  # layers that a note names
 _FAR_MORE = 1.5
 
 
-@dataclass(frozen=True)
+@record("layer of a report", finite=False)
 class LayerRow:
     """One quantized layer of a report.
 
@@ -31,7 +32,7 @@ class LayerRow:
 
     name: str
     kind: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[int, ...], LISTED]
     weight_format: str
     weight_granularity: str
     activation_format: str | None
@@ -47,7 +48,7 @@ class LayerRow:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@record("histogram of a report", finite=False)
 class Histogram:
     """The values of a layer and the grid they are rounded to. `edges` (one more than `counts`) and `grid` are real units."""
 
@@ -58,7 +59,7 @@ class Histogram:
     quantity: str  # "weight" or "activation"
 
 
-@dataclass(frozen=True)
+@record("ranges of a report", finite=False)
 class TokenRanges:
     """The reach of the tokens of a layer's input: `quantiles` (smallest, 10 %, median, 90 %, largest) per timestep."""
 
@@ -67,7 +68,7 @@ class TokenRanges:
     quantiles: list[list[float]]
 
 
-@dataclass(frozen=True)
+@record("input of a report", finite=False)
 class InputShape:
     """A static input that may be asymmetric: its `quantiles` (smallest, 1 %, median, 99 %, largest) and the chosen format.
 
@@ -87,15 +88,15 @@ class InputShape:
         return self.format.startswith("u")
 
 
-@dataclass(frozen=True)
+@record("share of a report", finite=False)
 class Share:
     """What a layer got of a budget of bytes.
 
     Attributes:
-        layer: Its name.
-        formats: Of its weights, from the rows with most bits on.
-        weights: How many it has.
-        bits: Of a weight on average, scales and all.
+        layer: The name of the layer.
+        formats: The formats of its weights, from the rows with most bits on.
+        weights: How many weights it has.
+        bits: The bits of a weight on average, scales and all.
         errors: What its rounding does to the output at every bits per weight that it could have had for all of its rows, as
             pairs of both.
     """
@@ -104,10 +105,10 @@ class Share:
     formats: str
     weights: int
     bits: float
-    errors: list[tuple[float, float]]
+    errors: list[Annotated[tuple[float, float], TUPLE]]
 
 
-@dataclass(frozen=True)
+@record("adapters of a report", finite=False)
 class AdapterTable:
     """The adapter of every layer: `table` has a row per timestep, in the sampler's order, and a column per layer."""
 
@@ -116,13 +117,37 @@ class AdapterTable:
     table: list[list[int]]
 
 
-@dataclass(frozen=True)
+@record("measure of a report", finite=False)
+class Measure:
+    """One measured metric of a report.
+
+    Attributes:
+        name: The name in `evaluation.picture_metrics.METRICS`.
+        label: What people call it.
+        value: What was measured, in `unit`.
+        low: The lower end of its 95 % interval, or None without one.
+        high: The upper end.
+        unit: The unit, or "" without one.
+        better: "higher" or "lower".
+        reference: The value of full precision, or None where it has none.
+    """
+
+    name: str
+    label: str
+    value: float
+    low: float | None
+    high: float | None
+    unit: str
+    better: Literal["higher", "lower"]
+    reference: float | None
+
+
+@record("report record", finite=False)
 class Record:
     """Everything that the report shows besides pictures, as plain data that survives JSON.
 
     `created` is an ISO date. `recipe_notes` say what the paper leaves open and what was taken. `skipped` holds (layer, reason,
-    bytes) of what stayed in high precision. Each entry of `quality` has the keys name, label, value, low, high (95 %
-    interval), unit, better (``higher`` or ``lower``) and reference (full precision's value or None). `attention` is a sentence
+    bytes) of what stayed in high precision. `quality` has the metrics in the order of the table. `attention` is a sentence
     about what is quantized inside attention, or empty. `trajectory` has timesteps, value, low and high, one per sampler step.
     `timings` are (name, seconds).
     """
@@ -143,8 +168,8 @@ class Record:
     effective_bits: float
     weight_bits_nominal: float
     layers: list[LayerRow]
-    skipped: list[tuple[str, str, int]]
-    quality: list[dict[str, Any]]
+    skipped: list[Annotated[tuple[str, str, int], TUPLE]]
+    quality: list[Measure]
     samples: int
     prompts: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
@@ -155,7 +180,7 @@ class Record:
     adapters: AdapterTable | None = None
     shares: list[Share] = field(default_factory=list)
     attention: str = ""
-    timings: list[tuple[str, float]] = field(default_factory=list)
+    timings: list[Annotated[tuple[str, float], TUPLE]] = field(default_factory=list)
     peak_memory_bytes: int | None = None
 
     @property
@@ -190,7 +215,7 @@ class Record:
         )
         change = size_text(self.original_bytes, self.packed_bytes)
         size = f"{change} ({packed} instead of {original})"
-        quality = [f"{q['label']} {number_text(q['value'])} {q['unit']}".strip() for q in self.quality[:3]]
+        quality = [f"{q.label} {number_text(q.value)} {q.unit}".strip() for q in self.quality[:3]]
         return f"{self.model}, {self.recipe.upper()} {self.bits}: " + ", ".join([size, *quality]) + "."
 
 
@@ -208,36 +233,25 @@ def zeros_note(rows: Sequence[LayerRow]) -> str:
     )
 
 
-def record_to_json(record: Record) -> str:
+def record_to_json(made: Record) -> str:
     """The record as strict JSON text, which `record_from_json` reads. Inf and NaN become ``{"float": "inf"}``."""
-    return json.dumps(_without_specials(asdict(record)), indent=1, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_without_specials(asdict(made)), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def record_from_json(text: str) -> Record:
     """The record that `record_to_json` wrote.
 
     Raises:
-        ValueError: if the text is no JSON, or a field is missing or unknown.
+        ValueError: if the text is no JSON, or a field is missing, unknown or of another type.
     """
     try:
         data = json.loads(text, object_hook=lambda d: float(d["float"]) if d.keys() == {"float"} else d)
         for row in data["layers"]:
             row.pop("output_error_db", None)  # of earlier versions, which never knew it
-        data["layers"] = [LayerRow(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
-        data["histograms"] = [Histogram(**histogram) for histogram in data["histograms"]]
-        data["shares"] = [
-            Share(**{**share, "errors": [tuple(pair) for pair in share["errors"]]})
-            for share in data.get("shares", [])
-        ]
-        data["ranges"] = [TokenRanges(**ranges) for ranges in data["ranges"]]
-        data["inputs"] = [InputShape(**shape) for shape in data["inputs"]]
-        data["adapters"] = data["adapters"] and AdapterTable(**data["adapters"])
-        data["skipped"] = [tuple(row) for row in data["skipped"]]
-        data["timings"] = [tuple(row) for row in data["timings"]]
-        return Record(**data)
-    except (ValueError, TypeError, KeyError) as error:
+        return read(Record, data)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"report record must be JSON with the fields of this version of difloat, got {error}; quantize again to write one"
+            f"report record must be JSON with the fields of this version of difloat, but {error}; quantize again to write one"
         ) from error
 
 

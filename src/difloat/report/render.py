@@ -27,6 +27,7 @@ from difloat.report.record import (
     Histogram,
     InputShape,
     LayerRow,
+    Measure,
     Record,
     Share,
     TokenRanges,
@@ -43,6 +44,7 @@ __all__ = [
     "Histogram",
     "InputShape",
     "LayerRow",
+    "Measure",
     "Record",
     "Share",
     "TokenRanges",
@@ -53,7 +55,6 @@ __all__ = [
     "versions",
 ]
 _WORST_LAYERS = 5
-_QUALITY_KEYS = ("name", "label", "value", "low", "high", "unit", "better", "reference")
 
 
 def machine() -> str:
@@ -124,11 +125,6 @@ def _check(record: Record, reference: np.ndarray, quantized: np.ndarray) -> None
             got = f"{len(items)} for {len(reference)} pictures"
             raise ValueError(
                 f"record.{name} must be empty or hold one entry per picture, got {got}; list all of them"
-            )
-    for metric in record.quality:
-        if missing := [key for key in _QUALITY_KEYS if key not in metric]:
-            raise ValueError(
-                f"record.quality entries must have {', '.join(_QUALITY_KEYS)}, got none of {missing}; add them"
             )
 
 

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 
 from difloat.cache_entries import whole_file
 from difloat.kernels.triton.operands import DTYPES, Operands, step_words
@@ -34,7 +35,7 @@ class Tile:
         words: How many words of packed weight one step along k takes.
         splits: How many programs share the k axis of the tile.
         warps: How many warps a program has.
-        stages: For how many steps loads are in flight.
+        stages: How many steps ahead loads are in flight.
         together: How many rows of tiles run next to each other.
     """
 
@@ -210,9 +211,8 @@ def _known(device: str) -> dict[str, Tile]:
     if not path.is_file():
         return {}
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return {key: Tile(**entry) for key, entry in stored.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        return TypeAdapter(dict[str, Tile]).validate_json(path.read_bytes(), strict=True)
+    except ValueError as error:
         raise ValueError(f"file of measured tiles must be JSON as written, got {path}; delete it") from error
 
 

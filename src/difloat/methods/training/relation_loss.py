@@ -66,7 +66,7 @@ def feature_block(model: nn.Module, call: Call) -> str:
 
     Args:
         model: The denoiser.
-        call: Its arguments.
+        call: The arguments of its call.
 
     Raises:
         ValueError: if there is no such block.
@@ -180,7 +180,7 @@ def features_of(task: Task, wanted: str) -> tuple[str, Tensor]:
     """Name of the module whose output is the feature, and the teacher's features of the first row.
 
     Args:
-        task: Its model is the teacher.
+        task: The task, whose model is the teacher.
         wanted: Name of the module; "" finds it.
 
     Raises:
@@ -208,7 +208,7 @@ def features_of(task: Task, wanted: str) -> tuple[str, Tensor]:
 
 @final
 class RelationLoss:
-    """The further loss of a training step (`finetune.Extra`), for the rows of the batch whose row one step earlier is held.
+    """The further loss of a training step (`train.Extra`), for the rows of the batch whose row one step earlier is held.
 
     The sampler's first step has none before it: its features count alone. The teacher's features are computed once per row as
     far as a quarter of `memory_bytes` holds them, and again where not. The student's features of the step before come from the

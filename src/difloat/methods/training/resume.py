@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -16,9 +17,22 @@ from difloat.calibration.rows import content_hash
 from difloat.methods.task import Task
 from difloat.methods.training.student import Student
 from difloat.methods.training.twin_layer import Adaptive
-from difloat.plan.validation import plain
+from difloat.plan.validation import plain, read_texts, record
 
 _SAVE_EVERY_S = 60.0
+
+
+@record("state of fine-tuning", finite=False)
+class Numbers:
+    """What is kept beside the tensors.
+
+    Attributes:
+        losses: The losses so far.
+        scaler: The state of the `GradScaler`.
+    """
+
+    losses: list[float]
+    scaler: dict[str, Any]
 
 
 @final
@@ -46,9 +60,9 @@ class Kept:
             "seed": task.seed,
             "grid": student.grid,
             "names": student.names,
-            "carry": student.carry,
-            "init": student.adapter_init,
-            "allocation": student.allocation,
+            "carry": student.adapters.carry,
+            "init": student.adapters.init,
+            "allocation": student.adapters.allocation,
             "parameters": [tuple(parameter.shape) for parameter in student.parameters()],
             "layers": [plain(twin.plan) for twin in twins],
             "starts": [_hashes({**twin.plan.tensors, "base": twin.base}) for twin in twins],
@@ -69,26 +83,23 @@ class Kept:
         if self.path is None or not (force or time.monotonic() - self.saved > _SAVE_EVERY_S):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        numbers = {"losses": losses, "scaler": self.scaler.state_dict()}
-        texts = {name: json.dumps(value) for name, value in numbers.items()}
+        numbers = Numbers(losses, self.scaler.state_dict())
+        texts = {name: json.dumps(value) for name, value in vars(numbers).items()}
         write_entry(self.path, self.path.name, self._tensors(), texts)
         self.saved = time.monotonic()
 
-    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def read(self) -> tuple[dict[str, Tensor], Numbers] | None:
         """A state of this very run that was kept, or None if there is no undamaged one."""
-        entry = None if self.path is None else read_entry(self.path, self.path.name)
-        if entry is None:
-            return None
-        tensors, numbers = entry
-        return tensors, {name: json.loads(value) for name, value in numbers.items()}
+        return (
+            None if self.path is None else read_entry(self.path, self.path.name, partial(read_texts, Numbers))
+        )
 
-    def restore(self, state: tuple[dict[str, Tensor], dict[str, Any]] | None) -> list[float]:
+    def restore(self, state: tuple[dict[str, Tensor], Numbers] | None) -> list[float]:
         """Take over a state from `read`, and return the losses so far."""
         if state is None:
             return []
         tensors, numbers = state
-        losses: list[float] = numbers["losses"]
-        self.scaler.load_state_dict(numbers["scaler"])
+        self.scaler.load_state_dict(numbers.scaler)
         for name, parameter in self.student.named_parameters():
             parameter.data.copy_(tensors[f"value.{name}"])
             moments = {
@@ -98,7 +109,7 @@ class Kept:
             }
             if moments:
                 self.optimizer.state[parameter] = moments
-        return losses
+        return list(numbers.losses)
 
 
 def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:

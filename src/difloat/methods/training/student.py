@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
@@ -21,6 +22,29 @@ _ROUTER_WIDTH = 128
 _FASTEST = 1.0  # radians over half of the trajectory: an untrained router's table varies slowly
 
 Allocation = Literal["learned", "halves", "random"]  # how the adapter of a layer in a step is chosen
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What every layer learns beside its weight.
+
+    Attributes:
+        count: How many adapters a layer has, of which one is active at a time.
+        rank: The rank of the adapters. With 0 a layer learns ranges and scales only.
+        left_out: The layers that learn ranges and scales only, whatever the rank.
+        input_ranges_by_timestep: Whether static input ranges are learned apart for every timestep.
+        carry: Whether adapters are merged into weights or stay beside them (`twin_layer`).
+        init: "zero", or "error" for a start at the largest directions of the rounding error (`twin_layer.Adaptive`).
+        allocation: Whether a router learns which adapter a timestep has, or `fixed_table` says it.
+    """
+
+    count: int
+    rank: int
+    left_out: tuple[str, ...] = ()
+    input_ranges_by_timestep: bool = False
+    carry: Carry = "merged"
+    init: Init = "zero"
+    allocation: Allocation = "learned"
 
 
 @final
@@ -82,9 +106,7 @@ class Student(nn.Module):
         grid: The timesteps that adapters and input ranges are learned for, in ascending order.
         twins: The trainable layers by their position in `names`.
         router: The router, or None with one adapter or a fixed choice.
-        allocation: The way in which adapters are allotted to timesteps.
-        carry: Whether adapters are merged into weights or stay beside them.
-        adapter_init: The start of the adapters.
+        adapters: What the layers learn.
     """
 
     _mixed: torch.dtype | None = None  # what `mixed_precision` says
@@ -95,14 +117,7 @@ class Student(nn.Module):
         plans: Mapping[str, LayerPlan],
         attention_plans: Mapping[str, AttentionPlan],
         grid: Sequence[float],
-        *,
-        adapters: int,
-        rank: int,
-        input_ranges_by_timestep: bool,
-        carry: Carry = "merged",
-        without_adapters: Sequence[str] = (),
-        adapter_init: Init = "zero",
-        allocation: Allocation = "learned",
+        adapters: Adapters,
         generator: torch.Generator,
     ) -> None:
         """Build the trainable layers. The model stays untouched.
@@ -112,28 +127,22 @@ class Student(nn.Module):
             plans: The layers at the start of training.
             attention_plans: The quantized attention of the same plan.
             grid: The timesteps, in the unit of the denoiser's argument.
-            adapters: How many adapters a layer has, of which one is active at a time.
-            rank: The rank of the adapters.
-            input_ranges_by_timestep: Whether static input ranges are learned apart for every entry of the grid.
-            carry: Whether adapters are merged into weights or stay beside them (`twin_layer`).
-            without_adapters: The layers that learn ranges only.
-            adapter_init: The start of the adapters (`Adaptive`).
-            allocation: Whether a router learns the adapters of timesteps, or `fixed_table` says them.
+            adapters: What the layers learn.
             generator: The generator that draws the first values.
         """
         super().__init__()
         shadow = install.shadow(model, frozen=True)
-        self.grid, self.names, self.carry, self.adapter_init = tuple(grid), list(plans), carry, adapter_init
-        self.allocation, self.adapters, self._clock = allocation, adapters, Clock(shadow, self.grid)
+        self.grid, self.names, self.adapters = tuple(grid), list(plans), adapters
+        self._clock = Clock(shadow, self.grid)
         self.twins = nn.ModuleList(
             Adaptive(
                 model.get_submodule(name),  # type: ignore[arg-type]
                 plan,
-                adapters=adapters,
-                rank=0 if name in without_adapters else rank,
-                entries=len(grid) if input_ranges_by_timestep else 1,
-                init=adapter_init,
-                carry=carry,
+                adapters=adapters.count,
+                rank=0 if name in adapters.left_out else adapters.rank,
+                entries=len(grid) if adapters.input_ranges_by_timestep else 1,
+                init=adapters.init,
+                carry=adapters.carry,
                 generator=generator,
             )
             for name, plan in plans.items()
@@ -143,11 +152,11 @@ class Student(nn.Module):
             install.replace(shadow, name, twin)
         attention.install(shadow, attention_plans)
         self.router, self._table = None, torch.zeros(len(grid), len(plans), dtype=torch.long)
-        if adapters > 1 and allocation == "learned":
+        if adapters.count > 1 and adapters.allocation == "learned":
             device = next(model.parameters()).device
-            self.router = Router(len(plans), adapters, generator).to(device)
-        elif adapters > 1:
-            self._table = fixed_table(allocation, len(grid), len(plans), adapters, generator)
+            self.router = Router(len(plans), adapters.count, generator).to(device)
+        elif adapters.count > 1:
+            self._table = fixed_table(adapters.allocation, len(grid), len(plans), adapters.count, generator)
         self._model = [shadow]  # in a list: its frozen tensors are neither trained nor saved
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,14 +176,14 @@ class Student(nn.Module):
         if self.router is not None:
             choices: Tensor = self.router(self.place(entry))
             return choices
-        if self.adapters < 2:
+        if self.adapters.count < 2:
             return None
         device = next(self._model[0].parameters()).device
-        return F.one_hot(self._table[entry], self.adapters).float().to(device)
+        return F.one_hot(self._table[entry], self.adapters.count).float().to(device)
 
     @contextmanager
     def mixed_precision(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Inside, calls compute under `torch.autocast` in `dtype`; None computes in the dtypes of the weights."""
+        """Inside, calls compute under `torch.autocast` in `dtype`, or in the dtypes of the weights if it is None."""
         before, self._mixed = self._mixed, dtype
         try:
             yield

@@ -132,21 +132,25 @@ class Adaptive(nn.Module):
         weight = self.base.float()
         self.base = encode.dequantize(self.plan).to(weight)
         error = self._divided(weight - self.base)
-        left, sizes, right = torch.linalg.svd(error.flatten(1), full_matrices=False)
+        left, sizes, right = torch.linalg.svd(
+            error.flatten(1), full_matrices=False
+        )  # [o, n], [n], [n, i * k]
         self.rank = min(self.rank, len(sizes))
         roots = sizes[: self.rank].sqrt()  # both factors get the same size
         self.up = nn.Parameter((left[:, : self.rank] * roots)[None])
-        down = roots[:, None] * right[: self.rank]
+        down = roots[:, None] * right[: self.rank]  # [r, i * k]
         self.down = nn.Parameter(down.reshape(1, self.rank, *weight.shape[1:]))
 
     def _add_adapters(self, generator: torch.Generator) -> None:
         out_channels, in_channels, *kernel = self.plan.shape
         bound = 1 / math.sqrt(in_channels * math.prod(kernel))  # kaiming_uniform with a = sqrt(5)
-        down = torch.empty(self.adapters, self.rank, in_channels, *kernel)
+        down = torch.empty(self.adapters, self.rank, in_channels, *kernel)  # [adapters, r, i, *k]
         down.uniform_(-bound, bound, generator=generator)
         # All-zero second factors would make the adapters equal and leave the router without gradient.
         size = _START * self.step() / (bound * math.sqrt(self.rank / 3))
-        up = size * torch.randn(self.adapters, out_channels, self.rank, generator=generator)
+        up = size * torch.randn(
+            self.adapters, out_channels, self.rank, generator=generator
+        )  # [adapters, o, r]
         device = self.base.device
         self.down, self.up = nn.Parameter(down.to(device)), nn.Parameter(up.to(device))
 
