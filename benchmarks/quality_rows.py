@@ -257,6 +257,8 @@ PAPERS["auto"] = [
     Row("W4A8 auto, same bits", "auto", "w4a8", {"widths": "same"}),
     Row("W4A8 auto, same bits, integers", "auto", "w4a8", {"widths": "same", "grid": "integer"}),
     Row("W4A8 GPTQ", "gptq", "w4a8"),
+    Row("W4A8 OrbitQuant", "orbitquant", "w4a8"),
+    Row("W4A4 OrbitQuant", "orbitquant", "w4a4"),
     Row("W4A8 Q-Diffusion, bits by layer", "qdiffusion", "w4a8", allocated=INTEGER_LAYERS),
     Row(
         "W4A8 Q-Diffusion nearest, bits by layer",

@@ -242,7 +242,8 @@ def _look(
     settings: ClosedFormSettings,
 ) -> tuple[Tensor, Tensor]:
     """Errors of rows when they are rounded to nearest at one width, [o], and what every width makes of them, [widths]."""
-    weight, splits = packed.weight_of(task.model, name), [part.channels for part in plan.parts]
+    weight = plan.rotated(packed.weight_of(task.model, name).detach())
+    splits = [part.channels for part in plan.parts]
     rules = [restrict(rule, task.target) for rule in rules]
     middle = min(rules, key=lambda rule: abs(rule.formats[0].bits - 4))
     # Of rows that are rounded exactly, float32 sums may come out a little below zero.

@@ -232,7 +232,8 @@ def _take(
 
 def _bands(task: Task, name: str, plan: LayerPlan, asked: Asked, moments: Tensor) -> list[Draft]:
     """Drafts of the rows that are asked for the same, in the order of `MixedRows`."""
-    weight, splits = packed.weight_of(task.model, name), [part.channels for part in plan.parts]
+    weight = plan.rotated(packed.weight_of(task.model, name).detach())
+    splits = [part.channels for part in plan.parts]
 
     def draft(rows: Tensor, rule: Rule) -> Draft:
         return draft_layer(rows, splits, fitted(restrict(rule, task.target), rows, splits, moments))
@@ -247,4 +248,4 @@ def _with_inputs(new: LayerPlan, old: LayerPlan) -> LayerPlan:
     """The layer `new` with the inputs of `old`."""
     parts = tuple(replace(n, activation=o.activation) for n, o in zip(new.parts, old.parts, strict=True))
     stored = {name: tensor for name, tensor in old.tensors.items() if name.startswith("input_")}
-    return replace(new, parts=parts, tensors={**new.tensors, **stored})
+    return replace(new, parts=parts, tensors={**new.tensors, **stored}, rotation=old.rotation)

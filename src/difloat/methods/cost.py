@@ -33,6 +33,7 @@ class Cost:
         outside: "as others", "8bit" or "keep" (in high precision) for layers outside of all lists of blocks.
         variants: How many packed weights a layer has.
         smoothed: Whether input channels have stored factors.
+        rotated: Whether inputs of linear layers are rotated.
         side: The low-rank pairs beside a layer that has no 8 bits.
         passes: The most rows of each forward pass over calibration rows besides those that the other fields imply.
         iterations: The updates of learned rounding per block, or 0 if no rounding is learned.
@@ -51,6 +52,7 @@ class Cost:
     outside: str = "as others"
     variants: int = 1
     smoothed: bool = False
+    rotated: bool = False
     side: Side | None = None
     passes: tuple[int, ...] = ()
     iterations: int = 0
@@ -144,11 +146,11 @@ def check_files(options: Any, cost_of: Callable[[Any, Bits], Cost], bits: Bits, 
     cost = cost_of(options, bits)
     if cost.for_files:
         _check_choice(options, bits, target)
-    beside = cost.variants > 1 or cost.smoothed or cost.side is not None or cost.epochs > 0
+    beside = cost.variants > 1 or cost.smoothed or cost.rotated or cost.side is not None or cost.epochs > 0
     if beside or (cost.passes and target != "openvino" and not cost.for_files):
         raise ValueError(
-            f"recipe must make one ordinary weight per layer for {target} files, got one that trains, smooths or chooses "
-            "formats of its own; take auto, rtn, lbfp, fp4dit, qdiffusion or qdit"
+            f"recipe must make one ordinary weight per layer for {target} files, got one that trains, smooths, rotates or "
+            "chooses formats of its own; take auto, rtn, lbfp, fp4dit, qdiffusion or qdit"
         )
     fit_inputs(bits.activation, bits.weight, target)
     return options

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from difloat.calibration.batch_axis import rows_of
-from difloat.kernels import reference
+from difloat.kernels import reference, rotation
 from difloat.layers import packed
 from difloat.methods import trace
 from difloat.methods.mixed_rows import input_vectors
@@ -138,7 +138,7 @@ def _reading(layer: nn.Module, plan: LayerPlan) -> tuple[Any, ...]:
     if isinstance(layer, nn.Conv2d):
         padding = (str(layer.padding), layer.padding_mode)
         geometry = (layer.kernel_size, layer.stride, layer.dilation, layer.groups, *padding)
-    return rounding, stored if rounding else (), geometry
+    return rounding, stored if rounding else (), geometry, plan.rotation
 
 
 def _source(model: nn.Module, names: Sequence[str], settings: MomentSettings) -> Source:
@@ -256,7 +256,7 @@ class _Sum:
         pieces = x.chunk(math.ceil(4 * self.left * source.groups * source.columns / _PIECE_BYTES))
         for piece, still in zip(pieces, range(len(pieces), 0, -1), strict=True):
             # Whole rows are rounded before vectors are drawn, because an online scale is that of a whole token.
-            rounded = _rounded(piece.detach(), self._plan)
+            rounded = rounded_input(piece.detach(), self._plan)
             count = math.ceil(self.left / still)
             vectors = self._vectors_of(layer, rounded, count)
             if not vectors.isfinite().all():
@@ -293,8 +293,10 @@ def _product(vectors: Tensor) -> Tensor:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def _rounded(x: Tensor, plan: LayerPlan) -> Tensor:
-    """The input [..., i] or [b, i, h, w] as the layer multiplies it, in float32."""
+def rounded_input(x: Tensor, plan: LayerPlan) -> Tensor:
+    """The input [..., i] or [b, i, h, w] as the layer multiplies it, rotated and rounded, in float32."""
+    if plan.rotation is not None:
+        x = rotation.rotate(x.float(), plan.rotation)
     axis = -1 if plan.kind == "linear" else 1
     inputs = plan.layout.stored_inputs(plan.tensors)
     if plan.kind == "linear":

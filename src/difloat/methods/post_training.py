@@ -29,7 +29,7 @@ from difloat.plan.encode import join_rows, join_variants
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Bits, Draft, draft_layer
 from difloat.plan.specs import AttentionPlan
-from difloat.plan.target import FILES, Target, fit, fit_inputs, restrict
+from difloat.plan.target import COMFY_ROTATION, FILES, Target, fit, fit_inputs, restrict
 
 __all__ = [
     "Bits",
@@ -204,8 +204,12 @@ def _for_file(rules: LayerRules | str, layer: nn.Module, task: Task) -> LayerRul
         return rules
     weight = cast(nn.Linear, layer).weight
     activation = fit_inputs(task.bits.activation, task.bits.weight, task.target)
-    found = fit(rules.weight, rules.learn, weight.dim() == 2, weight.shape[1], task.target)
-    return found if isinstance(found, str) else replace(rules, weight=found, activation=activation)
+    inputs = task.bits.activation
+    found = fit(rules.weight, rules.learn, weight.dim() == 2, weight.shape[1], task.target, inputs)
+    if isinstance(found, str):
+        return found
+    rotation = COMFY_ROTATION if found.scales == "whole" else rules.rotation
+    return replace(rules, weight=found, activation=activation, rotation=rotation)
 
 
 def _on_target(rules: LayerRules, target: Target) -> LayerRules:
@@ -234,6 +238,10 @@ def _search_weights(
         splits = list(seen.splits.get(name, ())) if settings.split else []
         if sum(splits) != weight.shape[1]:  # no concatenation, or one into a grouped convolution
             splits = [weight.shape[1]]
+        if rule.rotation is not None:
+            turned = draft_layer(rule.rotation.forward(weight.detach()), [weight.shape[1]], rule.weight)
+            plans[name] = replace(turned.plan(), rotation=rule.rotation)
+            continue
         if rule.smoothing is not None:
             plans[name] = _smooth(weight, splits, rule, rule.smoothing)
             continue

@@ -113,6 +113,7 @@ def worst_histograms(
             weight = weight[layer.tensors["row_band"] == 0]
         if part.weight.granularity != "tensor":
             weight = weight[:1]
+        weight = layer.rotated(weight)
         if layer.smoothed:  # the grid is that of the weight as the scaled input sees it
             factor = layer.tensors["input_factor"][: weight.shape[1]]
             weight = weight / factor.reshape(1, -1, *[1] * (weight.dim() - 2))
