@@ -22,7 +22,7 @@ from difloat.numbers import integer_grids
 from difloat.numbers.formats import Format
 from difloat.plan.specs import Part
 
-ABI = 5
+ABI = 6
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 UNITS = ("avx512", "avx512vl", "avxvnni", "avx2", "neon")  # from the fastest to the slowest
 _VARIABLE = "DIFLOAT_CPU_ISA"
@@ -58,6 +58,7 @@ class Input(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("zero_point", ctypes.c_float),
         ("grid", Grid),
+        ("group", ctypes.c_int64),
     ]
 
 
@@ -306,6 +307,9 @@ def library() -> Any:
     table, address = ctypes.POINTER(ctypes.c_float), ctypes.c_void_p
     loaded.difloat_decode.argtypes = [bands, table, address, address, ctypes.c_int, ctypes.c_int]
     loaded.difloat_round.argtypes = [source, address, ctypes.c_int]
+    count = ctypes.c_int64
+    sizes = [count, count, count, ctypes.c_float]
+    loaded.difloat_rotate.argtypes = [address, address, *sizes, address, address, ctypes.c_int]
     if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
         os.register_at_fork(after_in_child=_compute_alone)
     return loaded

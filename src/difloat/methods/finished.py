@@ -62,7 +62,7 @@ def facts_of(task: Task, names: Sequence[str], plans: Mapping[str, LayerPlan]) -
     for name in names:
         weight = packed.weight_of(task.model, name).detach()
         inputs = [part.activation for part in plans[name].parts]
-        facts.append(repr((name, inputs, tuple(weight.shape), _sums(weight))))
+        facts.append(repr((name, inputs, plans[name].rotation, tuple(weight.shape), _sums(weight))))
     return facts
 
 

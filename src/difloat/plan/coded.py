@@ -98,7 +98,7 @@ class Coded:
 
 def startable(layer: LayerPlan) -> bool:
     """Whether codes of the layer stand for its weight as a float block sees it, one weight and nothing beside it."""
-    return not (layer.smoothed or layer.schedule or layer.side is not None)
+    return not (layer.smoothed or layer.schedule or layer.side is not None or layer.rotation is not None)
 
 
 def _neighbours(weight: Tensor, piece: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
