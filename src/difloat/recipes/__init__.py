@@ -58,9 +58,7 @@ RECIPES: dict[str, Recipe] = {
     "mpqdm": Recipe(mpqdm.plan, mpqdm.Options, mpqdm.SUMMARY, mpqdm.cost),
     "guided": Recipe(guided.plan, guided.Options, guided.SUMMARY, guided.cost),
     "efficientdm": Recipe(efficientdm.plan, efficientdm.Options, efficientdm.SUMMARY, efficientdm.cost),
-    "qdiffusion": Recipe(
-        qdiffusion.qdiffusion, qdiffusion.QDiffusionOptions, qdiffusion.SUMMARY, qdiffusion.cost
-    ),
+    "qdiffusion": Recipe(qdiffusion.plan, qdiffusion.QDiffusionOptions, qdiffusion.SUMMARY, qdiffusion.cost),
     "viditq": Recipe(
         integer_transformers.viditq,
         integer_transformers.ViDiTQOptions,
@@ -106,8 +104,12 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
 def decide(task: Task, recipe: str, settings: Any) -> Plan:
     """Decide everything about the task's model, with the recipe's options as made. The model stays untouched."""
     outcome = lookup(recipe).plan(task, settings)
-    stored = {**dataclasses.asdict(settings), **outcome.used, "seed": task.seed}
-    stored |= {"calibration_rows": len(task.calibration)}
+    stored = {
+        **dataclasses.asdict(settings),
+        **outcome.used,
+        "seed": task.seed,
+        "calibration_rows": len(task.calibration),
+    }
     stored |= {"target": task.target} if task.target != "any" else {}
     stored |= {"layer_bits": "of another plan"} if task.layer_bits else {}
     stored |= {"exclude": list(task.exclude.patterns)} if task.exclude.patterns else {}

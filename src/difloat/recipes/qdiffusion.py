@@ -49,7 +49,7 @@ class QDiffusionOptions:
     rounding_rows: Positive = field(default=Sequencing.rounding_rows)
 
 
-def qdiffusion(task: Task, options: QDiffusionOptions) -> Outcome:
+def plan(task: Task, options: QDiffusionOptions) -> Outcome:
     """Quantize the task's model by Q-Diffusion."""
 
     def rules(name: str, seen: Trace) -> LayerRules:
