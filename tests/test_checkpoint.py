@@ -458,8 +458,8 @@ DAMAGES = {
         edit_config(lambda c: c.update(quant_method="gguf")),
         "quant_method must be 'difloat', got 'gguf'",
     ),
-    "other version": (edit_config(lambda c: c.update(version=2)), "must be of version 1, got 2"),
-    "no version": (edit_config(lambda c: c.pop("version")), "must be of version 1, got None"),
+    "other version": (edit_config(lambda c: c.update(version=3)), "must be of version 1 or 2, got 3"),
+    "no version": (edit_config(lambda c: c.pop("version")), "must be of version 1 or 2, got None"),
     "missing field": (edit_config(lambda c: c.pop("bits")), "must have the fields"),
     "layers is a list": (edit_config(lambda c: c.update(layers=[])), "layers must be an object, got"),
     "layer is a number": (

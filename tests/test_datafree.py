@@ -10,6 +10,7 @@ from difloat.checkpoint import data_free
 from difloat.layers import packed, quantizable
 from difloat.numbers.search import search
 from difloat.plan.encode import dequantize
+from difloat.plan.rules import block_rotation
 from difloat.plan.scales import rows_of
 from tiny import tiny_pixart, tiny_unet, tiny_vae
 
@@ -119,3 +120,20 @@ def test_a_weight_that_is_not_finite_names_its_layer() -> None:
     model.transformer_blocks[0].attn1.to_q.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="transformer_blocks.0.attn1.to_q"):
         data_free.plan(model, settings(), progress=False)
+
+
+def test_rotated_layers_are_those_of_the_blocks_and_stay_near_their_weights() -> None:
+    model = tiny_pixart().transformer
+    plain, turned = (
+        data_free.plan(model, settings(bits="w4a4", outside="8bit", **more), progress=False)
+        for more in ({}, {"rotate": True})
+    )
+    inside = set(packed.inside_blocks(model))
+    for name, layer in turned.layers.items():
+        shape = tuple(packed.weight_of(model, name).shape)
+        wanted = block_rotation(shape) if name in inside else None
+        assert layer.rotation == wanted and plain.layers[name].rotation is None
+        weight = packed.weight_of(model, name).detach()
+        assert (dequantize(layer) - weight).square().sum() < 0.03 * weight.square().sum()
+        assert layer.nbytes == plain.layers[name].nbytes
+    assert any(layer.rotation is not None for layer in turned.layers.values())

@@ -80,7 +80,7 @@ def test_inputs_that_a_reader_rounds_as_the_plan_does(tmp_path: Path) -> None:
             "gguf",
             "bits must leave inputs as they are for gguf files, such as w4a16, got w4a8",
         ),
-        ("rtn", "w4a8", "comfy", "such as w4a16 or w8a8"),
+        ("rtn", "w3a8", "comfy", "such as w3a16 or w8a8, w4a8"),
         ("msfp", "w4a4", "gguf", "recipe must make one ordinary weight per layer for gguf files"),
         ("viditq", "w4a16", "openvino", "for openvino files, got one that trains, smooths"),
     ],

@@ -46,6 +46,7 @@ class DifloatConfig(DiffusersConfig, TransformersConfig):
         exclude: Layers that stay as they are, as names, parts of names between dots, or patterns with ``*``.
         outside: "keep" or "8bit" for layers outside of all lists of blocks, such as embedders and final projections.
         target: "cpu" for formats that CPUs compute in integers, or "any".
+        rotate: Whether inputs of linear layers are rotated. The default is no.
         **plan: The fields of the JSON object of a checkpoint, as `plan_config.quantization_config` writes it.
 
     Raises:
@@ -62,6 +63,7 @@ class DifloatConfig(DiffusersConfig, TransformersConfig):
         exclude: list[str] | tuple[str, ...] | None = None,
         outside: str | None = None,
         target: str | None = None,
+        rotate: bool | None = None,
         **plan: Any,
     ) -> None:
         """Take the wishes of a user, or the fields of a plan."""
@@ -75,6 +77,7 @@ class DifloatConfig(DiffusersConfig, TransformersConfig):
             "exclude": exclude,
             "outside": outside,
             "target": target,
+            "rotate": rotate,
         }
         given = {name: value for name, value in wishes.items() if value is not None}
         plan.pop("quant_method", None)

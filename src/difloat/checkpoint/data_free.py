@@ -24,7 +24,7 @@ from difloat.numbers import formats
 from difloat.plan import options
 from difloat.plan import target as targets
 from difloat.plan.plan import LayerPlan, Plan
-from difloat.plan.rules import Bits, Rule, draft_layer, every_format, floating_point
+from difloat.plan.rules import Bits, Rule, block_rotation, draft_layer, every_format, floating_point
 
 RECIPE = "datafree"
 
@@ -42,6 +42,7 @@ class Settings:
         group_size: Input channels per weight scale. 0 takes one scale per output channel.
         exclude: Layers that stay as they are: names, parts of names between dots, or patterns with ``*``.
         outside: Layers outside of all lists of blocks: "keep" them as they are, or "8bit".
+        rotate: Whether inputs of linear layers within the blocks are rotated, which 4-bit inputs gain by.
         target: The machine whose fast formats are taken, as for `difloat.plan`.
     """
 
@@ -51,6 +52,7 @@ class Settings:
     group_size: options.Whole = 128
     exclude: options.Names = ()
     outside: Literal["keep", "8bit"] = "keep"
+    rotate: bool = False
     target: targets.Target = "any"
 
     @cached_property
@@ -182,7 +184,9 @@ def _planner(name: str, wanted: Settings, inside: bool) -> Callable[[Tensor], La
             raise ValueError(
                 f"weights must be finite, got NaN or Inf in layer {name!r}; repair the checkpoint"
             )
-        found = draft_layer(weight, [weight.shape[1]], rule).plan()
+        rotation = block_rotation(weight.shape) if wanted.rotate and inside else None
+        turned = weight if rotation is None else rotation.forward(weight)
+        found = replace(draft_layer(turned, [weight.shape[1]], rule).plan(), rotation=rotation)
         return found if activation is None else plan_inputs(found, None, activation, torch.Generator())
 
     return make

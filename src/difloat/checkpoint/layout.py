@@ -1,4 +1,4 @@
-"""The file format, version 1: names, shapes and checks that saving, loading and verifying share.
+"""The file format, versions 1 and 2: names, shapes and checks that saving, loading and verifying share.
 
 `docs/format.md` specifies it for readers of other origin. In memory every layer has its own vectors; in the file the
 input vectors of all layers are one tensor, because the header entry of a tensor takes some 120 bytes and most of

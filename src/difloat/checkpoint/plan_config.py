@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from difloat.checkpoint.layout import QUANT_METHOD, CheckpointError
-from difloat.plan.plan import PLAN_VERSION, LayerPlan, LayerSpec, Plan
+from difloat.plan.plan import PLAN_VERSION, ROTATED_VERSION, LayerPlan, LayerSpec, Plan
 from difloat.plan.specs import AttentionPlan
 from difloat.plan.validation import LISTED, OPTIONAL, Rule, plain, read, record, shown
 
@@ -43,7 +43,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     """The `quantization_config` of `config.json`. It is a ValueError if the plan's options are no JSON."""
     layers = {name: plain(layer) for name, layer in plan.layers.items()}
     stored = _Stored(
-        PLAN_VERSION,
+        max((layer.version for layer in plan.layers.values()), default=PLAN_VERSION),
         plan.recipe,
         plan.bits,
         plan.options,
@@ -87,9 +87,9 @@ def parse_config(config: object) -> Plan:
             f"quant_method must be {QUANT_METHOD!r}, got {shown(method)}; load it with its own library"
         )
     version = fields.get("version")
-    if type(version) is not int or version != PLAN_VERSION:
+    if type(version) is not int or version not in (PLAN_VERSION, ROTATED_VERSION):
         raise CheckpointError(
-            f"checkpoint must be of version {PLAN_VERSION}, got {shown(version)}; "
+            f"checkpoint must be of version {PLAN_VERSION} or {ROTATED_VERSION}, got {shown(version)}; "
             "load it with the difloat that wrote it, or update"
         )
     known = _parsed.get()
@@ -105,7 +105,7 @@ def parse_config(config: object) -> Plan:
 def _plan_of(fields: Mapping[str, Any]) -> Plan:
     try:
         stored = read(_Stored, fields)
-        layers = {name: _parse_layer(name, data) for name, data in stored.layers.items()}
+        layers = {name: _parse_layer(name, data, stored.version) for name, data in stored.layers.items()}
         return Plan(
             stored.recipe,
             stored.bits,
@@ -123,9 +123,13 @@ def _plan_of(fields: Mapping[str, Any]) -> Plan:
         ) from error
 
 
-def _parse_layer(name: str, data: Any) -> LayerPlan:
+def _parse_layer(name: str, data: Any, version: int) -> LayerPlan:
     try:
         layer = read(LayerSpec, data)
+        if layer.version > version:
+            raise ValueError(
+                f"a file of version {version} cannot have what came with version {layer.version}"
+            )
         if any(spec.online for band in layer.bands for spec in band.weights):
             raise ValueError("a weight cannot have online scales")
         return layer.with_tensors(

@@ -16,7 +16,7 @@ from difloat.checkpoint.layout import INPUT_BUNDLE, CheckpointError, StoredTenso
 from difloat.checkpoint.manifest import MANIFEST, read_manifest
 from difloat.checkpoint.save_load import components, read_plan
 from difloat.numbers.packing import pack
-from difloat.plan.encode import dequantize, plan_layer
+from difloat.plan.encode import plan_layer, stored_values
 from difloat.plan.plan import LayerPlan, Plan
 
 _MAX_OVERHEAD = 1.03
@@ -174,8 +174,7 @@ def _encodes_to_itself(layer: LayerPlan) -> bool:
     scales = [piece.scale for piece in pieces]
     zeros = [torch.zeros(0) if piece.zero_point is None else piece.zero_point for piece in pieces]
     weight_only = [type(part)(part.channels, part.weight) for part in layer.parts]
-    weight = dequantize(replace(layer, smoothed=False))
-    again = plan_layer(weight, weight_only, scales, weight_zero_points=zeros)
+    again = plan_layer(stored_values(layer), weight_only, scales, weight_zero_points=zeros)
     return torch.equal(again.tensors["weight"], layer.tensors["weight"])
 
 

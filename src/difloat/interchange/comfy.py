@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difloat.interchange import comfy_tables
 from difloat.interchange.contents import Contents
 from difloat.interchange.schemes import Scheme
 from difloat.numbers import formats, packing
@@ -31,16 +32,24 @@ def mark(scheme: Scheme, contents: Contents) -> dict[str, Any]:
     """ComfyUI's note of a layer's layout."""
     if not scheme.element.integer:
         return {"format": scheme.comfy_format}
+    entry = {"format": scheme.comfy_format, "orig_dtype": dtype_of(contents), "per_row": True}
+    return entry | ({"convrot": True, "convrot_groupsize": scheme.rotated} if scheme.rotated else {})
+
+
+def dtype_of(contents: Contents) -> str:
+    """The dtype that ComfyUI computes in: the one that most tensors in float have."""
     floats = Counter(str(t.dtype) for t in contents.others.values() if t.is_floating_point())
-    dtype = floats.most_common(1)[0][0] if floats else str(torch.bfloat16)
-    return {"format": scheme.comfy_format, "orig_dtype": dtype, "per_row": True}
+    return floats.most_common(1)[0][0] if floats else str(torch.bfloat16)
 
 
 def obstacle_with_branch(layer: LayerPlan) -> str:
     """Why ComfyUI's int4 with a branch cannot hold a layer that has one, as the end of "layer L ..."; "" if it can."""
     assert layer.side is not None
-    if layer.kind != "linear" or layer.schedules or layer.smoothed or layer.bands or len(layer.parts) != 1:
-        return "is no linear layer with one weight, one branch and no smoothing; quantize without"
+    changed = layer.smoothed or layer.rotation is not None
+    if layer.kind != "linear" or layer.schedules or changed or layer.bands or len(layer.parts) != 1:
+        return (
+            "is no linear layer with one weight, one branch, no smoothing and no rotation; quantize without"
+        )
     part = layer.parts[0]
     if part.weight.format != _INT4 or part.weight.zero_point:
         return f"is on the grid of {part.weight.format.name}, not int4 without zero points; quantize to int4"
@@ -109,7 +118,9 @@ def remarks(plan: Plan) -> list[str]:
     open_ = {n: layer for n, layer in linear.items() if layer.parts[0].activation is None}
     branches = [name for name, layer in open_.items() if layer.side is not None]
     integers = [
-        n for n, layer in open_.items() if layer.side is None and layer.parts[0].weight.format == _INT8
+        name
+        for name, layer in open_.items()
+        if layer.side is None and (layer.parts[0].weight.format == _INT8 or comfy_tables.asked(layer))
     ]
     for names, what in ((integers, "8 bits per token"), (branches, f"4 bits per {_GROUP} channels")):
         if names:

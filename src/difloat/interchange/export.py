@@ -20,7 +20,7 @@ from difloat.cache_entries import whole_file
 from difloat.checkpoint.layout import CONFIG, write_json
 from difloat.checkpoint.remote_code import INDEX as PIPELINE_INDEX
 from difloat.checkpoint.save_load import read_plan
-from difloat.interchange import comfy, gguf_files, openvino_ir
+from difloat.interchange import comfy, comfy_tables, gguf_files, openvino_ir
 from difloat.interchange.contents import Contents, model_directory, read_contents
 from difloat.interchange.layers import NEUTRAL_INPUT_SCALE, encode, obstacle
 from difloat.interchange.rename import renamed
@@ -146,6 +146,8 @@ def _write_safetensors(contents: Contents, file: Path, to: str, input_scales: Ma
             continue
         if to == "comfy" and layer.side is not None:
             encoded, marks[name] = comfy.encode_with_branch(name, layer)
+        elif to == "comfy" and comfy_tables.asked(layer):
+            encoded, marks[name] = comfy_tables.encode(name, layer, comfy.dtype_of(contents))
         else:
             scheme = _layout(name, layer, DIALECTS[to], to)
             encoded = encode(layer, scheme, float(given.get(name, NEUTRAL_INPUT_SCALE)))

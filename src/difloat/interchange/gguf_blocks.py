@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from difloat.interchange.layers import obstacle_of_inputs, obstacle_of_structure
+from difloat.interchange.layers import obstacle_of_inputs, obstacle_of_rotation, obstacle_of_structure
 from difloat.numbers import packing, tables
 from difloat.numbers.formats import Format
 from difloat.numbers.integer_grids import grid_of
@@ -60,7 +60,7 @@ def flat(layer: LayerPlan) -> LayerPlan:
 
 def obstacle(layer: LayerPlan) -> str:
     """Why no block holds the layer without loss and what to do, as the end of "layer L ...", or "" if one does."""
-    if problem := obstacle_of_structure(layer) or obstacle_of_inputs(layer):
+    if problem := obstacle_of_structure(layer) or obstacle_of_rotation(layer) or obstacle_of_inputs(layer):
         return problem
     part, columns = layer.parts[0], 1
     for size in layer.shape[1:]:

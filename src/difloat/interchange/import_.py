@@ -11,7 +11,7 @@ from torch import nn
 
 from difloat.checkpoint.layout import CONFIG, read_json
 from difloat.checkpoint.save_load import mark_quantized
-from difloat.interchange import read_foreign
+from difloat.interchange import comfy_tables, read_foreign
 from difloat.interchange.export import INPUT_SCALES
 from difloat.interchange.layers import decode
 from difloat.interchange.read_foreign import SUFFIXES, Foreign
@@ -61,7 +61,9 @@ def import_into(module: nn.Module, path: str | os.PathLike[str], source: str) ->
                 "import it into its own model"
             )
         planned[name] = _layer(read, name, float_layers[name], schemes, source)
-    taken = {f"{name}.{key}" for name in names for key in (*SUFFIXES, read_foreign.PACKED)}
+    taken = {
+        f"{name}.{key}" for name in names for key in (*SUFFIXES, read_foreign.PACKED, *comfy_tables.KEYS)
+    }
     _check_rest(module, read, taken, set(planned))
     plan = Plan(RECIPE, _bits(planned), planned, options=_options(read, names, source))
     install.apply(module, plan)
@@ -74,6 +76,14 @@ def import_into(module: nn.Module, path: str | os.PathLike[str], source: str) ->
 def _layer(
     read: Foreign, name: str, layer: nn.Linear | nn.Conv2d, schemes: tuple[Scheme, ...], source: str
 ) -> LayerPlan:
+    if source == "comfy" and read.comfy_formats().get(name) == comfy_tables.FORMAT:
+        found = comfy_tables.decode(name, read.tensors, read.comfy_marks()[name])
+        if found.shape != tuple(layer.weight.shape):
+            raise ValueError(
+                f"{name!r} must have the shape {list(layer.weight.shape)}, got {list(found.shape)}; "
+                "import it into its own model"
+            )
+        return found
     scheme, tensors = read_foreign.scheme_of(read, name), read.layer(name)
     if scheme not in schemes or scheme is None:
         found = "of an unknown layout" if scheme is None else scheme.name

@@ -11,7 +11,7 @@ from torch import Tensor
 from difloat.interchange.schemes import E8M0_BIAS, E8M0_NAN, Scheme, from_tiles, swap_nibbles, to_tiles
 from difloat.numbers import formats, packing
 from difloat.plan.plan import LayerPlan
-from difloat.plan.specs import Part, QuantSpec
+from difloat.plan.specs import Part, QuantSpec, Rotation
 
 NEUTRAL_INPUT_SCALE = (
     1.0  # inputs up to 448 * 6 = 2688 fit, those below 2**-10 * 6 of a group's largest vanish
@@ -22,7 +22,7 @@ _NEIGHBOURS = range(-2, 3)  # units in the last place; a quotient of rounded num
 
 def obstacle(layer: LayerPlan, scheme: Scheme) -> str:
     """Why the layout cannot hold the layer without loss and what to do, as the end of "layer L ...", or "" if it can."""
-    if problem := obstacle_of_structure(layer):
+    if problem := obstacle_of_structure(layer) or obstacle_of_rotation(layer, scheme.rotated):
         return problem
     if layer.kind != "linear":
         return "is a convolution; keep it as it is with --exclude"
@@ -55,6 +55,15 @@ def obstacle_of_structure(layer: LayerPlan) -> str:
     if len(layer.parts) != 1:
         return "has parts with scales of their own; quantize with --set split=false"
     return ""
+
+
+def obstacle_of_rotation(layer: LayerPlan, block: int = 0) -> str:
+    """Why a layout with the regular rotation in such blocks (0 for none) does not hold the layer, or "" if it does."""
+    if layer.rotation == (Rotation(block, regular=True) if block else None):
+        return ""
+    if layer.rotation is None:
+        return f"does not rotate its input in blocks of {block}"
+    return "rotates its input; quantize without, which is --set rotate=none, or with another recipe"
 
 
 def obstacle_of_inputs(layer: LayerPlan) -> str:
@@ -218,7 +227,8 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
         "weight": packing.pack(codes, scheme.element.bits),
         "weight_scale": torch.where(flat == 0, smallest, flat).reshape(-1).contiguous(),
     }
-    return LayerPlan("linear", shape, (Part(columns, spec),), tensors=stored)
+    rotation = Rotation(scheme.rotated, regular=True) if scheme.rotated else None
+    return LayerPlan("linear", shape, (Part(columns, spec),), rotation=rotation, tensors=stored)
 
 
 def _decoded_scales(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Tensor:

@@ -24,7 +24,7 @@ from torch.utils import _pytree
 
 from difloat import api
 from difloat.calibration.sampler_runs import Sampling, Stopped
-from difloat.interchange.layers import obstacle_of_inputs, obstacle_of_structure
+from difloat.interchange.layers import obstacle_of_inputs, obstacle_of_rotation, obstacle_of_structure
 from difloat.numbers.formats import Format
 from difloat.numbers.integer_grids import grid_of
 from difloat.plan.plan import LayerPlan
@@ -37,7 +37,7 @@ _STEPS = 2  # of the sampler that the traced call is taken from
 
 def obstacle(layer: LayerPlan) -> str:
     """Why the representation cannot hold a layer, as the end of "layer L ...", with what to do; "" if it can."""
-    return obstacle_of_structure(layer) or obstacle_of_inputs(layer)
+    return obstacle_of_structure(layer) or obstacle_of_rotation(layer) or obstacle_of_inputs(layer)
 
 
 def example_call(

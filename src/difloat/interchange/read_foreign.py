@@ -19,7 +19,8 @@ from difloat.interchange.schemes import COMFY, FP8_ROWS, MXFP4, NVFP4, Scheme
 METADATA = "_quantization_metadata"
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "comfy_quant")
 PACKED = "weight_packed"  # the name of packed weights in compressed-tensors
-_BY_COMFY_NAME = {scheme.comfy_format: scheme for scheme in COMFY}
+_TURNED = " rotated"  # behind the name of a layout, where inputs are
+_BY_COMFY_NAME = {scheme.comfy_format + _TURNED * bool(scheme.rotated): scheme for scheme in COMFY}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,15 @@ class Foreign:
         return list(dict.fromkeys([*named, *self.comfy_formats()]))
 
     def comfy_formats(self) -> dict[str, str]:
-        """The name of the layout of every layer in ComfyUI's marks.
+        """The name of the layout of every layer in ComfyUI's marks, which is another one where inputs are rotated.
+
+        Raises:
+            ValueError: as from `comfy_marks`.
+        """
+        return {name: entry["format"] + _turned(entry) for name, entry in self.comfy_marks().items()}
+
+    def comfy_marks(self) -> dict[str, dict[str, Any]]:
+        """ComfyUI's note of every layer.
 
         Raises:
             ValueError: if a mark is no JSON object with a format.
@@ -57,9 +66,15 @@ class Foreign:
         for name, entry in found.items():
             if not isinstance(entry, dict) or not isinstance(entry.get("format"), str):
                 raise ValueError(f"mark of layer {name!r} must hold a format, got {entry!r:.80}")
-        # Rotated weights are another layout, whose name no plan has.
-        turned = {name: " rotated" if entry.get("convrot") else "" for name, entry in found.items()}
-        return {name: entry["format"] + turned[name] for name, entry in found.items()}
+        return found
+
+
+def _turned(entry: dict[str, Any]) -> str:
+    """What stands behind the name of the layout: blocks that no layout here has are named as well."""
+    if not entry.get("convrot"):
+        return ""
+    block = entry.get("convrot_groupsize", 256)
+    return _TURNED if block == 256 else f"{_TURNED} in blocks of {block!r:.20}"
 
 
 def _json(text: str | bytes, name: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _joined(source: str, pieces: list[tuple[LayerPlan, slice]], shape: Sequence[
     for layer, _ in pieces:
         if problem := obstacle_of_structure(layer):
             raise ValueError(f"{source!r} must be made of layers that files hold, but one {problem}")
-    specs = {layer.parts for layer, _ in pieces}
+    specs = {(layer.parts, layer.rotation) for layer, _ in pieces}
     static = [layer.tensors.get("input_scale") for layer, _ in pieces]
     same_inputs = all(
         scale is None or torch.equal(scale, static[0]) for scale in static if static[0] is not None

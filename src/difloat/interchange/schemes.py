@@ -36,6 +36,7 @@ class Scheme:
         padded_to: The number to a multiple of which rows and columns are padded with zeros.
         input_scale: Whether the reader wants `input_scale`, a float32 scalar for its own quantization of the input.
         comfy_format: The name of the layout in ComfyUI's metadata, or "" for files of other programs.
+        rotated: The block of the regular rotation of inputs, or 0 for none.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Scheme:
     padded_to: int = 1
     input_scale: bool = False
     comfy_format: str = ""
+    rotated: int = 0
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -110,6 +112,7 @@ COMFY = (
     Scheme("ComfyUI float8_e5m2", _E5M2, "float32", None, comfy_format="float8_e5m2"),
     Scheme("ComfyUI mxfp8", _E4M3, "e8m0", 32, tiled=True, padded_to=32, comfy_format="mxfp8"),
     Scheme("ComfyUI int8", _INT8, "float32", 0, comfy_format="int8_tensorwise"),
+    Scheme("ComfyUI int8 rotated", _INT8, "float32", 0, comfy_format="int8_tensorwise", rotated=256),
 )
 
 DIALECTS: dict[str, tuple[Scheme, ...]] = {

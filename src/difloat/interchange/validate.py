@@ -18,7 +18,7 @@ from torch import Tensor
 from difloat.checkpoint.layout import CONFIG, QUANT_METHOD, read_json
 from difloat.checkpoint.manifest import MANIFEST
 from difloat.checkpoint.verify import verify
-from difloat.interchange import comfy, gguf_files, openvino_ir, read_foreign
+from difloat.interchange import comfy, comfy_tables, gguf_files, openvino_ir, read_foreign
 from difloat.interchange.layers import decode
 from difloat.interchange.read_foreign import METADATA, PACKED, Foreign
 from difloat.interchange.remarks import WRONG, Remark
@@ -70,7 +70,8 @@ def validate(path: str | os.PathLike[str], reference: Mapping[str, Tensor] | Non
         remarks.append(Remark("error", "", "file must hold quantized layers, but no tensor looks like one"))
     elif not [remark for remark in remarks if remark.level == "error"]:
         schemes = dict.fromkeys(s.name for name in names if (s := read_foreign.scheme_of(read, name)))
-        schemes |= {comfy.BRANCH_FORMAT: None} if comfy.BRANCH_FORMAT in read.comfy_formats().values() else {}
+        own = (comfy.BRANCH_FORMAT, comfy_tables.FORMAT)
+        schemes |= {format: None for format in own if format in read.comfy_formats().values()}
         remarks.append(Remark("ok", "", f"{len(names)} quantized layers as {', '.join(schemes)} stores them"))
     return remarks
 
@@ -104,6 +105,10 @@ def _layer(read: Foreign, name: str, reference: Mapping[str, Tensor] | None) -> 
         return
     if marked == comfy.BRANCH_FORMAT:
         yield from (Remark("error", name, message) for message in comfy.check_branch(name, read.tensors))
+        return
+    if marked == comfy_tables.FORMAT:
+        found = comfy_tables.check(name, read.tensors, read.comfy_marks()[name])
+        yield from (Remark("error", name, message) for message in found)
         return
     scheme = read_foreign.scheme_of(read, name)
     if scheme is None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from difloat import torch_modes
-from difloat.kernels import checks, operators
+from difloat.kernels import checks, operators, rotation
 from difloat.kernels.geometry import Geometry
 from difloat.layers import prepared
 from difloat.layers.dtype_readers import HoldsPackedWeight
@@ -30,7 +30,7 @@ from difloat.layers.low_rank_branch import low_rank
 from difloat.layers.quantizable import blocks, inside_blocks, quantizable
 from difloat.layers.timestep_clock import Clock
 from difloat.plan.plan import VARIED, LayerPlan
-from difloat.plan.specs import SIDE, Band, Part, Side, weight_formats
+from difloat.plan.specs import SIDE, Band, Part, Rotation, Side, weight_formats
 from difloat.plan.weight import Branch, Inputs, Layout, Weight
 
 __all__ = [
@@ -59,6 +59,7 @@ class QuantizedLayer(HoldsPackedWeight):
     schedule: tuple[int, ...] = ()
     input_schedule: tuple[int, ...] = ()
     side: Side | None = None
+    rotation: Rotation | None = None
     clock: Clock | None = None  # set where there is a schedule
     _prepared: dict[Any, prepared.Prepared] | None = None  # calls by dtype, device and class of token counts
     weight_scale: Tensor
@@ -85,7 +86,7 @@ class QuantizedLayer(HoldsPackedWeight):
         self.parts, self.float_shape = plan.parts, tuple(plan.shape)
         self.smoothed, self.schedule = plan.smoothed, plan.schedule
         self.input_schedule, self.bands, self.side = plan.input_schedule, plan.bands, plan.side
-        self.layout, self._prepared = plan.layout, {}
+        self.layout, self.rotation, self._prepared = plan.layout, plan.rotation, {}
         for name, tensor in plan.tensors.items():
             if name == "weight":
                 self.hold(torch.empty_like(tensor, device=device))
@@ -121,7 +122,7 @@ class QuantizedLayer(HoldsPackedWeight):
     def plan(self) -> LayerPlan:
         """The layer's state as an entry of a plan, whose tensors are shared and not copied."""
         kind: Literal["linear", "conv2d"] = "linear" if len(self.float_shape) == 2 else "conv2d"
-        fields = (self.smoothed, self.schedule, self.input_schedule, self.bands, self.side)
+        fields = (self.smoothed, self.schedule, self.input_schedule, self.bands, self.side, self.rotation)
         empty = LayerPlan(kind, self.float_shape, self.parts, *fields, tensors={})
         return with_changes(
             empty, tensors={name: self._tensor(name).detach() for name in empty.tensor_shapes()}
@@ -152,7 +153,7 @@ class QuantizedLayer(HoldsPackedWeight):
         return tensor.unflatten(0, (max(schedule) + 1, -1)).index_select(0, number)[0]
 
     def dequantized_weight(self) -> Tensor:
-        """The float32 weight [o, i, *k] that the codes stand for. The factors of a smoothed layer are not undone."""
+        """The float32 weight [o, i, *k] that the codes stand for. Factors and rotation are not undone."""
         return operators.decode(self.packed_weight()[0])
 
     def weight_formats(self) -> str:
@@ -186,8 +187,11 @@ class QuantizedLayer(HoldsPackedWeight):
         return x * (factor if axis == -1 else factor.reshape(-1, 1, 1))
 
     def _smoothed(self, x: Tensor, axis: int) -> Tensor:
-        """The input as the parts read it: cast, and multiplied by the smoothing factors."""
+        """The input as the parts read it: cast, and multiplied by the smoothing factors or rotated."""
         x = self._cast(x)
+        if self.rotation is not None:
+            checks.width(x, x.dim() - 1, self.float_shape[1])
+            return rotation.rotate(x, self.rotation)
         if not self.smoothed:
             return x
         channels = sum(part.channels for part in self.parts) * getattr(self, "groups", 1)
@@ -211,7 +215,8 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         if out is not None:
             return self._with_side(out, input) if self.side is not None else out
         weight, inputs = self.packed_weight()
-        if self.side is not None and not self.smoothed and len(self.parts) == 1 and not self.bands:
+        apart = self.smoothed or self.rotation is not None or len(self.parts) > 1 or bool(self.bands)
+        if self.side is not None and not apart:
             branch = Branch(self.current("side_down"), self.current("side_up"))
             weight = Weight(weight.columns, weight.row_band, branch, weight.texts)
             return operators.linear(self._cast(input), weight, inputs, self.bias)

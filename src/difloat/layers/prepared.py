@@ -25,6 +25,7 @@ from difloat.kernels import (
     native_int8,
     native_prepared,
     operators,
+    rotation,
 )
 from difloat.kernels.pieces import shapes
 from difloat.plan.weight import Layout, Weight
@@ -108,7 +109,9 @@ def computed(layer: QuantLinear | QuantConv2d, x: Tensor, axis: int) -> Tensor |
     direct = prepared.direct
     if prepared.call is None and direct is None:
         return None
-    if layer.smoothed:
+    if layer.rotation is not None:
+        x = rotation.run(x, layer.rotation)
+    elif layer.smoothed:
         factor = buffers["input_factor"].to(x.dtype)  # type: ignore[union-attr]
         x = x * (factor if axis == -1 else factor.reshape(-1, 1, 1))
     if prepared.call is None and direct is not None:

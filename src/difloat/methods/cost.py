@@ -33,6 +33,7 @@ class Cost:
         outside: "as others", "8bit" or "keep" (in high precision) for layers outside of all lists of blocks.
         variants: How many packed weights a layer has.
         smoothed: Whether input channels have stored factors.
+        rotated: Whether inputs of linear layers are rotated.
         side: The low-rank pairs beside a layer that has no 8 bits.
         passes: The most rows of each forward pass over calibration rows besides those that the other fields imply.
         iterations: The updates of learned rounding per block, or 0 if no rounding is learned.
@@ -40,6 +41,8 @@ class Cost:
         epochs: The passes of fine-tuning along the trajectory, with an update per timestep, or 0 if nothing is trained.
         batch: The rows of an update of fine-tuning.
         beside: The forward passes without gradient per row of such an update.
+        updates: The updates of fine-tuning, or 0 for those of the epochs.
+        fresh: Whether fine-tuning draws rows of its own, so that the teacher does not compute the calibration rows.
         for_files: Whether the recipe chooses among the formats of a kind of file, where one is asked for.
     """
 
@@ -49,6 +52,7 @@ class Cost:
     outside: str = "as others"
     variants: int = 1
     smoothed: bool = False
+    rotated: bool = False
     side: Side | None = None
     passes: tuple[int, ...] = ()
     iterations: int = 0
@@ -56,6 +60,8 @@ class Cost:
     epochs: int = 0
     batch: int = 0
     beside: float = 0.0
+    updates: int = 0
+    fresh: bool = False
     for_files: bool = False
 
     def computed(self, rows: int, timesteps: int) -> dict[str, float]:
@@ -73,13 +79,14 @@ class Cost:
         passes = (*self.passes, *[Sequencing.activation_rows] * ranges)
         learned = min(rows, self.rounding_rows)
         update = WITH_GRADIENT * min(RoundingSettings.rows, learned)
-        trained = self.epochs * min(rows, timesteps) * self.batch * (WITH_GRADIENT + self.beside)
+        updates = self.updates or self.epochs * min(rows, timesteps)
+        trained = updates * self.batch * (WITH_GRADIENT + self.beside)
         return {
             "search": sum(min(rows, most) for most in passes),
             "learned rounding": self.iterations * update + _LEARNING_PASSES * learned
             if self.iterations
             else 0,
-            "fine-tuning": rows + trained if self.epochs else 0,
+            "fine-tuning": (not self.fresh) * rows + trained if self.epochs else 0,
         }
 
 
@@ -108,7 +115,9 @@ def learned(cost: Cost, options: LearnsRounding, bits: Bits) -> Cost:
 
 def trained(cost: Cost, options: TrainingSettings) -> Cost:
     """A cost with fine-tuning added."""
-    return replace(cost, epochs=options.epochs, batch=options.rows * options.accumulation)
+    fresh = options.fresh_rows > 0
+    asked = replace(cost, epochs=options.epochs, batch=options.rows * options.accumulation, fresh=fresh)
+    return replace(asked, updates=options.updates, beside=float(fresh))
 
 
 def remaining(cost: Cost, calibration: Calibration) -> str:
@@ -137,11 +146,11 @@ def check_files(options: Any, cost_of: Callable[[Any, Bits], Cost], bits: Bits, 
     cost = cost_of(options, bits)
     if cost.for_files:
         _check_choice(options, bits, target)
-    beside = cost.variants > 1 or cost.smoothed or cost.side is not None or cost.epochs > 0
+    beside = cost.variants > 1 or cost.smoothed or cost.rotated or cost.side is not None or cost.epochs > 0
     if beside or (cost.passes and target != "openvino" and not cost.for_files):
         raise ValueError(
-            f"recipe must make one ordinary weight per layer for {target} files, got one that trains, smooths or chooses "
-            "formats of its own; take auto, rtn, lbfp, fp4dit, qdiffusion or qdit"
+            f"recipe must make one ordinary weight per layer for {target} files, got one that trains, smooths, rotates or "
+            "chooses formats of its own; take auto, rtn, lbfp, fp4dit, qdiffusion or qdit"
         )
     fit_inputs(bits.activation, bits.weight, target)
     return options

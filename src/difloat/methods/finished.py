@@ -42,7 +42,7 @@ class Finished:
 
     def read(self, facts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """The tensors and texts that were written under these facts, or None if there are none."""
-        return None if self.folder is None else read_entry(*self._place(facts))
+        return None if self.folder is None else read_entry(*self._place(facts), dict)
 
     def write(self, facts: Sequence[str], tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
         """Keep tensors and texts under everything that they depend on."""
@@ -62,7 +62,7 @@ def facts_of(task: Task, names: Sequence[str], plans: Mapping[str, LayerPlan]) -
     for name in names:
         weight = packed.weight_of(task.model, name).detach()
         inputs = [part.activation for part in plans[name].parts]
-        facts.append(repr((name, inputs, tuple(weight.shape), _sums(weight))))
+        facts.append(repr((name, inputs, plans[name].rotation, tuple(weight.shape), _sums(weight))))
     return facts
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from difloat.kernels import rotation
 from difloat.layers.packed import QuantizedLayer
 from difloat.methods.paused_forwards import Passes
 from difloat.methods.trace import Call, input_of
@@ -130,6 +131,8 @@ def _shape(x: Tensor, rule: Rule) -> dict[str, Any]:
 
 
 def _smoothed(x: Tensor, plan: LayerPlan) -> Tensor:
+    if plan.rotation is not None:
+        return rotation.rotate(x, plan.rotation)
     if not plan.smoothed:
         return x
     factor = plan.tensors["input_factor"].to(x.device)

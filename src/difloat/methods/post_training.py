@@ -21,6 +21,7 @@ from difloat.layers.exclude import EXCLUDED, matches
 from difloat.methods import malloc_trim, readers, trace
 from difloat.methods.blockwise import learn_blocks
 from difloat.methods.input_search import search_inputs
+from difloat.methods.picture_budget import is_large
 from difloat.methods.structure import structure, unread
 from difloat.methods.task import LayerRules, Sequencing, Smoothing, Task
 from difloat.methods.trace import Trace
@@ -28,7 +29,7 @@ from difloat.plan.encode import join_rows, join_variants
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Bits, Draft, draft_layer
 from difloat.plan.specs import AttentionPlan
-from difloat.plan.target import FILES, Target, fit, fit_inputs, restrict
+from difloat.plan.target import COMFY_ROTATION, FILES, Target, fit, fit_inputs, restrict
 
 __all__ = [
     "Bits",
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 
-_RANGE_TIMESTEPS, _RANGE_LAYERS = 20, 4  # shown in reports
+_RANGE_TIMESTEPS, _FEW_RANGE_TIMESTEPS, _RANGE_LAYERS = 20, 4, 4  # shown in reports, fewer of large models
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ def _widest_ranges(task: Task, names: list[str]) -> dict[str, dict[float, list[f
     """Ranges by token and timestep of the inputs where the largest is furthest above the typical."""
     first = {timestep: row for row, timestep in reversed(list(enumerate(task.calibration.timesteps)))}
     grid = sorted(first, reverse=True)
-    shown = grid[:: -(-len(grid) // _RANGE_TIMESTEPS)]
+    most = _FEW_RANGE_TIMESTEPS if is_large(task.model) else _RANGE_TIMESTEPS
+    shown = grid[:: -(-len(grid) // most)]
     calls = {timestep: task.calibration.batch([first[timestep]]) for timestep in shown}
     found = trace.token_ranges(task.model, names, calls)
 
@@ -202,8 +204,12 @@ def _for_file(rules: LayerRules | str, layer: nn.Module, task: Task) -> LayerRul
         return rules
     weight = cast(nn.Linear, layer).weight
     activation = fit_inputs(task.bits.activation, task.bits.weight, task.target)
-    found = fit(rules.weight, rules.learn, weight.dim() == 2, weight.shape[1], task.target)
-    return found if isinstance(found, str) else replace(rules, weight=found, activation=activation)
+    inputs = task.bits.activation
+    found = fit(rules.weight, rules.learn, weight.dim() == 2, weight.shape[1], task.target, inputs)
+    if isinstance(found, str):
+        return found
+    rotation = COMFY_ROTATION if found.scales == "whole" else rules.rotation
+    return replace(rules, weight=found, activation=activation, rotation=rotation)
 
 
 def _on_target(rules: LayerRules, target: Target) -> LayerRules:
@@ -232,6 +238,10 @@ def _search_weights(
         splits = list(seen.splits.get(name, ())) if settings.split else []
         if sum(splits) != weight.shape[1]:  # no concatenation, or one into a grouped convolution
             splits = [weight.shape[1]]
+        if rule.rotation is not None:
+            turned = draft_layer(rule.rotation.forward(weight.detach()), [weight.shape[1]], rule.weight)
+            plans[name] = replace(turned.plan(), rotation=rule.rotation)
+            continue
         if rule.smoothing is not None:
             plans[name] = _smooth(weight, splits, rule, rule.smoothing)
             continue

@@ -14,6 +14,7 @@ from difloat.layers.exclude import Exclusion
 from difloat.methods.learned_rounding import RoundingSettings
 from difloat.methods.trace import Call
 from difloat.plan.rules import Bits, Rule
+from difloat.plan.specs import Rotation
 from difloat.plan.target import Target
 
 _ROWS_PER_CALL = 32
@@ -74,6 +75,7 @@ class LayerRules:
         learn: Whether rounding is learned.
         smoothing: What the input is multiplied by before it is quantized, and the weight divided by. None leaves both.
         mixed: What is asked of bands of the weight's rows, in place of `weight`. None if all rows are alike.
+        rotation: How the input is rotated before it is quantized, and the weight with it. None leaves both.
     """
 
     weight: Rule
@@ -81,11 +83,12 @@ class LayerRules:
     learn: bool = False
     smoothing: Smoothing | None = None
     mixed: MixedRows | None = None
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
-        if self.learn and (self.smoothing is not None or self.mixed is not None):
+        if self.learn and (self.smoothing is not None or self.mixed is not None or self.rotation is not None):
             raise ValueError(
-                "rounding can be learned for layers without smoothing and with rows alike only, got a layer with both"
+                "rounding can be learned for layers without smoothing and rotation and with rows alike only, got another"
             )
         if (
             self.smoothing is not None

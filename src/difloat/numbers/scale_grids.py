@@ -2,7 +2,8 @@
 
 NVFP4 stores the scale of every group as an e4m3 number, times one float32 scale of the whole tensor; the MX formats store
 a power of two (OCP Microscaling Formats v1.0, section 5); GGUF stores a float16 number, and for the types that have one its
-zero point as another. A plan whose scales were searched on such a grid can be exported
+zero point as another. ComfyUI's W4A8 decodes to int8 numbers of a row, so a scale there is a whole number times one of the row.
+A plan whose scales were searched on such a grid can be exported
 without any loss (`interchange`).
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from difloat.numbers import formats, rounding
 from difloat.numbers.formats import Format
 
-ScaleFormat = Literal["float32", "e4m3", "e8m0", "float16"]
+ScaleFormat = Literal["float32", "e4m3", "e8m0", "float16", "whole"]
 Snap = Callable[[Tensor, Format], Tensor]
 
 _GRID = formats.parse("e4m3fn")  # of group scales, hardware's own: no 480
@@ -27,6 +28,7 @@ _GLOBAL_BITS = (
 )
 _SMALLEST_SHARED = -100  # exponent; its product with the smallest e4m3 number is no subnormal
 _SMALLEST_FLOAT16 = 2.0**-24
+_LARGEST_INT8 = 127
 _LARGEST_EXPONENT = 127  # of e8m0, and of float32
 
 
@@ -34,7 +36,8 @@ def snapping(rows: Tensor, scale_format: ScaleFormat) -> Snap | None:
     """The function that moves scales to the nearest ones that a scale format allows, or None for float32.
 
     With "e4m3" all rows share one float32 scale. It is chosen so that the row that reaches furthest gets the largest e4m3
-    number. The results of the function are positive and finite.
+    number. With "whole" scales are whole numbers, for rows of a weight that were divided by `row_units`. The results of the
+    function are positive and finite.
 
     >>> from difloat import formats
     >>> snap = snapping(torch.ones(2, 4), "e8m0")
@@ -54,6 +57,8 @@ def snapping(rows: Tensor, scale_format: ScaleFormat) -> Snap | None:
         return None
     if scale_format == "float16":
         return lambda scale, format: _float16(scale.clamp_min(_SMALLEST_FLOAT16))
+    if scale_format == "whole":
+        return _whole
     if scale_format == "e8m0":
         return lambda scale, format: _power_of_two(scale)
     reach = float(rows.detach().abs().max())
@@ -65,6 +70,25 @@ def snapping(rows: Tensor, scale_format: ScaleFormat) -> Snap | None:
         return rounding.round_to(inside, _GRID) * shared
 
     return snap
+
+
+def row_units(weight: Tensor) -> Tensor:
+    """Of every row of a weight [o, i] the number that its scales are whole multiples of, float32 [o, 1].
+
+    The largest weight of a row becomes about 127 of them. A unit has few significant bits, so that products with int8 numbers
+    are exact.
+
+    >>> row_units(torch.tensor([[127.0, -3.0], [0.0, 0.0]])).tolist()
+    [[1.0], [1.0]]
+    """
+    mantissa, exponent = torch.frexp(weight.detach().float().abs().amax(1, keepdim=True) / _LARGEST_INT8)
+    short = torch.ldexp((mantissa * 2**_GLOBAL_BITS).ceil(), exponent - _GLOBAL_BITS)
+    return torch.where(short > 0, short.clamp_min(2.0**_SMALLEST_SHARED), 1.0)
+
+
+def _whole(scale: Tensor, format: Format) -> Tensor:
+    """The nearest whole numbers with which no value of the format leaves int8."""
+    return scale.round().clamp(1, max(1, _LARGEST_INT8 // max(format.max, -format.min)))
 
 
 def snap_zero_points(zero_points: Tensor, scale_format: ScaleFormat) -> Tensor:

@@ -51,6 +51,16 @@ def lloyd_max(count: int) -> tuple[float, ...]:
     return tuple((a - b) / 2 for a, b in zip(levels, reversed(levels), strict=True))
 
 
+def of_normal(count: int) -> tuple[int, ...]:
+    """The levels of `lloyd_max` as whole numbers, the largest of them 127.
+
+    >>> of_normal(4)
+    (-127, -38, 38, 127)
+    """
+    levels = lloyd_max(count)
+    return tuple(round(127 * level / levels[-1]) for level in levels)
+
+
 def _density(x: float) -> float:
     return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 

@@ -27,7 +27,7 @@ class Changed:
     Attributes:
         layer: The changed layer, with the same shape, parts, inputs and schedules.
         share: The share of the change's squared norm that arrived, which is 0 where every weight stayed as it was. It counts
-            all variants, as the quantized input sees them (with smoothing factors divided out).
+            all variants, as the quantized input sees them (with smoothing factors divided out, and rotated).
     """
 
     layer: LayerPlan
@@ -59,20 +59,16 @@ def add_to_weight(layer: LayerPlan, change: Tensor) -> Changed:
         added = change.float().to(variant.tensors["weight"].device)
         if layer.smoothed:
             added = added / variant.tensors["input_factor"].reshape(1, -1, *[1] * (added.dim() - 2))
+        added = layer.rotated(added)
         changed, target = _encode(variant, added)
         asked += float(added.square().sum())
-        lost += float((_stored_weight(changed) - target).square().sum())
+        lost += float((encode.stored_values(changed) - target).square().sum())
         plans.append(changed)
     joined = encode.join_variants(plans, layer.schedule)
     beside = {name: layer.tensors[name] for name in SIDE if name in layer.tensors}
     tensors = {**joined.tensors, **beside}
     joined = replace(joined, tensors=tensors, smoothed=layer.smoothed, side=layer.side)
     return Changed(joined, 1 - lost / asked if asked else 1.0)
-
-
-def _stored_weight(layer: LayerPlan) -> Tensor:
-    """The weight that the codes of one variant stand for, with smoothing factors left in."""
-    return encode.dequantize(replace(layer, smoothed=False))
 
 
 def _encode(layer: LayerPlan, added: Tensor) -> tuple[LayerPlan, Tensor]:
@@ -82,7 +78,7 @@ def _encode(layer: LayerPlan, added: Tensor) -> tuple[LayerPlan, Tensor]:
         pieces = added[order].split([band.rows for band in layer.bands])
         bands, targets = zip(*map(_encode, layer.split_rows(), pieces), strict=True)
         return encode.join_rows(bands, order), torch.cat(targets)[order.argsort()]
-    before = _stored_weight(layer)
+    before = encode.stored_values(layer)
     after = before + added
     scales, zeros = [], []
     pieces = after.split([part.channels for part in layer.parts], dim=1)

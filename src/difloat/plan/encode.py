@@ -146,7 +146,7 @@ def _check_belongs(band: LayerPlan, first: LayerPlan) -> None:
 
     def inputs(layer: LayerPlan) -> list[object]:
         facts = [(part.channels, part.activation) for part in layer.parts]
-        return [layer.kind, layer.shape[1:], facts, layer.smoothed, layer.input_schedule]
+        return [layer.kind, layer.shape[1:], facts, layer.smoothed, layer.input_schedule, layer.rotation]
 
     if band.schedule or band.bands:
         raise ValueError(
@@ -167,8 +167,17 @@ def _rows_of(layer: LayerPlan, rows: Tensor) -> LayerPlan:
 def dequantize(layer: LayerPlan) -> Tensor:
     """The float32 weight [o, i, *k] that the codes stand for. Of several variants it is the first.
 
-    A smoothed layer's weight comes back as the input sees it, with the factors multiplied in.
+    A smoothed layer's weight comes back as the input sees it, with the factors multiplied in, and that of a rotated layer is
+    rotated back.
     """
+    weight = stored_values(layer)
+    if layer.smoothed:
+        weight = weight * layer.variant(0).tensors["input_factor"].reshape(1, -1, *[1] * (weight.dim() - 2))
+    return weight if layer.rotation is None else layer.rotation.backward(weight)
+
+
+def stored_values(layer: LayerPlan) -> Tensor:
+    """The float32 values [o, i, *k] of the codes themselves, for a smoothed and rotated input."""
     columns, places = [], None
     for column in layer.weight().columns:
         stored = torch.cat([_values(piece) for piece in column])
@@ -176,10 +185,7 @@ def dequantize(layer: LayerPlan) -> Tensor:
             places = row_places(layer.tensors["row_band"]) if places is None else places
             stored = stored[places]
         columns.append(stored)
-    weight = torch.cat(columns, dim=1)
-    if layer.smoothed:
-        weight = weight * layer.variant(0).tensors["input_factor"].reshape(1, -1, *[1] * (weight.dim() - 2))
-    return weight
+    return torch.cat(columns, dim=1)
 
 
 def _values(piece: PackedWeight) -> Tensor:

@@ -19,20 +19,35 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from difloat.numbers.packing import unpack
-from difloat.plan.specs import SIDE, AttentionPlan, Band, Part, Schedule, Side, layer_tensor_shapes
+from difloat.plan.specs import (
+    SIDE,
+    AttentionPlan,
+    Band,
+    Part,
+    Rotation,
+    Schedule,
+    Side,
+    layer_tensor_shapes,
+)
 from difloat.plan.validation import LARGEST, LISTED, OPTIONAL, Rule, record, shown
 from difloat.plan.weight import Layout, Weight, layout, pack
 
 PLAN_VERSION = 1
+ROTATED_VERSION = 2  # of plans with rotated layers only, so that older readers refuse these and no others
 VARIED = ("weight", "weight_scale", "weight_zero_point", "input_factor")  # one after the other per variant
 _DTYPES = {"weight": torch.uint8, "row_band": torch.uint8, **dict.fromkeys(SIDE, torch.float16)}
 _INPUT_SIDE = ("input_scale", "input_zero_point", "input_factor")  # what the bands of a layer have in common
 
 
-def _given(side: Any) -> Any:
-    if side is None:
-        raise ValueError("side branch must be left out of a layer that has none, got None")
-    return side
+def _given(noun: str) -> BeforeValidator:
+    """Refuse an explicit None of an optional record."""
+
+    def check(found: Any) -> Any:
+        if found is None:
+            raise ValueError(f"{noun} must be left out of a layer that has none, got None")
+        return found
+
+    return BeforeValidator(check)
 
 
 @record("plan of a layer")
@@ -52,6 +67,8 @@ class LayerSpec:
             follow those of the one before. `parts` has the weight specs of the first band.
         side: The low-rank pairs beside the weight, with float16 tensors `side_down` [pairs * rank, i, *k] and `side_up`
             [pairs * o, rank].
+        rotation: How the input of a linear layer is rotated before anything else. The stored weight is meant for the rotated
+            input. The side branch reads the input as it comes.
     """
 
     kind: Annotated[Literal["linear", "conv2d"], Field(title="kind of a layer"), Rule("be linear or conv2d")]
@@ -61,7 +78,8 @@ class LayerSpec:
     schedule: Annotated[Schedule, OPTIONAL] = ()
     input_schedule: Annotated[Schedule, OPTIONAL] = ()
     bands: Annotated[tuple[Band, ...], LISTED, OPTIONAL, Field(title="bands of a layer")] = ()
-    side: Annotated[Side | None, OPTIONAL, BeforeValidator(_given)] = None
+    side: Annotated[Side | None, OPTIONAL, _given("side branch")] = None
+    rotation: Annotated[Rotation | None, OPTIONAL, _given("rotation")] = None
 
     def __post_init__(self) -> None:
         if len(self.shape) != {"linear": 2, "conv2d": 4}[self.kind]:
@@ -69,6 +87,15 @@ class LayerSpec:
         pairs = 0 if self.side is None else self.side.rank * self.side.pairs
         if math.prod(self.shape) * max(1, pairs) > LARGEST:
             raise ValueError(f"a layer must be of a possible size, got {self.shape} and {pairs} pairs")
+        if self.rotation is not None:
+            if self.kind != "linear" or len(self.parts) != 1 or self.smoothed:
+                raise ValueError(
+                    "a rotated layer must be linear, of one part and not smoothed, got another; rotate other layers"
+                )
+            if self.shape[1] % self.rotation.block:
+                raise ValueError(
+                    f"block of a rotation must divide the {self.shape[1]} input channels, got {self.rotation.block}"
+                )
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> LayerPlan:
         """The layer with its stored tensors. A ValueError says where their shapes do not fit."""
@@ -82,11 +109,20 @@ class LayerSpec:
         numbers = (self.variants, self.smoothed, max(self.input_schedule, default=0) + 1)
         return layer_tensor_shapes(self.shape, self.parts, *numbers, self.bands, self.side)
 
+    def rotated(self, weight: Tensor) -> Tensor:
+        """A weight [..., i], or rows of it, as a rotated layer stores it. Of other layers it is the weight itself."""
+        return weight if self.rotation is None else self.rotation.forward(weight)
+
     @property
     def schedules(self) -> list[tuple[int, ...]]:
         """All schedules of the layer, each with an entry for every entry of the plan's timesteps."""
         side = () if self.side is None else self.side.schedule
         return [schedule for schedule in (self.schedule, self.input_schedule, side) if schedule]
+
+    @property
+    def version(self) -> int:
+        """The version of the file format from which on a reader knows everything that the layer has."""
+        return PLAN_VERSION if self.rotation is None else ROTATED_VERSION
 
     @property
     def variants(self) -> int:

@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from difloat.numbers import formats, rounding
+from difloat.numbers import formats, hadamard, rounding
 from difloat.numbers.formats import Format
-from difloat.numbers.scale_grids import ScaleFormat, snapping
+from difloat.numbers.scale_grids import ScaleFormat, row_units, snapping
 from difloat.numbers.search import (
     CLIPS,
     FEW_LEVELS_BITS,
@@ -28,7 +28,7 @@ from difloat.numbers.search import (
 from difloat.plan import encode
 from difloat.plan.plan import LayerPlan
 from difloat.plan.scales import expand_scale, rows_of
-from difloat.plan.specs import Granularity, Part, QuantSpec
+from difloat.plan.specs import Granularity, Part, QuantSpec, Rotation
 
 MIN_MAX: tuple[float, ...] = (1.0,)
 
@@ -53,7 +53,8 @@ class Rule:
         unsigned_clips: Candidate ranges of unsigned formats, if others than `clips`.
         asymmetry: Unsigned formats are tried beside the signed ones where the values are at least so lopsided
             (`lopsidedness`), at 0 everywhere.
-        scales: Grid that the scales are restricted to. With zero points it is "float16", and they lie on it as well.
+        scales: Grid that the scales are restricted to. With "whole" they are multiples of a number per row, of channels or
+            groups. With zero points it is "float16", and they lie on it as well.
         fitted: Whether the levels of a table are fitted to the weight, which starts from those of the format. Parts that know
             inputs do it (`methods.fitted_levels`).
     """
@@ -70,6 +71,13 @@ class Rule:
     fitted: bool = False
 
     def __post_init__(self) -> None:
+        if self.scales == "whole" and (
+            self.granularity not in ("channel", "group") or self.zero_points is not None
+        ):
+            raise ValueError(
+                "whole multiples of a row's number must be scales of channels or groups without zero points, "
+                f"got one per {self.granularity}; write --set weight_granularity=group"
+            )
         if self.scales not in ("float32", "float16") and self.zero_points is not None:
             raise ValueError(
                 f"scales must be float32 where there are zero points, or float16, got {self.scales!r}"
@@ -131,9 +139,12 @@ def floating_point(bits: int) -> Format:
     return Format(True, exponent_bits, bits - 1 - exponent_bits)
 
 
-def more_mantissa(bits: int) -> Format:
-    """The formats of FP4DiT (arXiv:2503.15465): two exponent bits, three at 8 bits (E2M1, E2M3, E3M4)."""
-    exponent_bits = min(3 if bits == 8 else 2, bits - 1)
+def more_mantissa(bits: int, wide: bool = False) -> Format:
+    """The formats of FP4DiT (arXiv:2503.15465): two exponent bits, three at 8 bits (E2M1, E2M3, E3M4).
+
+    With `wide` one mantissa bit is an exponent bit instead (E3M2 at 6 bits, E4M3 at 8).
+    """
+    exponent_bits = min((3 if bits == 8 else 2) + wide, bits - 1)
     return Format(True, exponent_bits, bits - 1 - exponent_bits)
 
 
@@ -199,6 +210,24 @@ def floating_grids(bits: int, granularity: Granularity, group_size: int | None =
     )
 
 
+_SMALLEST_BLOCK = 16  # below it a rotation spreads little
+
+
+def block_rotation(shape: Sequence[int], most: int = 256, permuted: bool = False) -> Rotation | None:
+    """The rotation of the inputs of a weight [o, i, *k] in the largest blocks of up to `most` channels.
+
+    >>> block_rotation((64, 1152))
+    Rotation(block=128, seed=0, permuted=False, regular=False)
+    >>> block_rotation((64, 72)), block_rotation((64, 64, 3, 3))
+    (None, None)
+
+    Returns:
+        None for convolutions, and where no block of 16 channels or more divides the channels.
+    """
+    block = hadamard.largest_block(shape[1], most)
+    return Rotation(block, permuted=permuted) if len(shape) == 2 and block >= _SMALLEST_BLOCK else None
+
+
 @dataclass(frozen=True)
 class Draft:
     """A layer on its way to a plan, which `plan` encodes without inputs.
@@ -262,10 +291,13 @@ def draft_layer(weight: Tensor, splits: Sequence[int], rule: Rule) -> Draft:
     weight = weight.detach().contiguous()  # of a channels_last model it is not
     parts, scales, zeros, error = [], [], [], 0.0
     for piece in weight.float().split(list(splits), dim=1):
-        rows = rows_of(piece, rule.spec(rule.formats[0]))
-        found = rule.search(rows)
+        units = row_units(piece.flatten(1)) if rule.scales == "whole" else None  # [o, 1]
+        scaled = piece if units is None else piece / units.reshape(-1, *[1] * (piece.dim() - 1))
+        found = rule.search(rows_of(scaled, rule.spec(rule.formats[0])))
         parts.append(Part(piece.shape[1], rule.spec(found.format)))
-        scales.append(found.scale)
+        scales.append(
+            found.scale if units is None else (found.scale.reshape(len(units), -1) * units).flatten()
+        )
         zeros.append(found.zero_point)
         error += float(found.error.sum())
     return Draft(weight, tuple(parts), tuple(scales), tuple(zeros), error, rule.scales)

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer
+from torch import Tensor
 
-from difloat.numbers import formats
+from difloat.numbers import formats, hadamard
 from difloat.numbers.formats import Format
 from difloat.numbers.packing import packed_channels
 from difloat.plan.validation import LARGEST, LISTED, OPTIONAL, Rule, plain, record
@@ -150,6 +151,41 @@ class Side:
         out_channels, *inner = shape
         shapes = (self.pairs * self.rank, *inner), (self.pairs * out_channels, self.rank)
         return dict(zip(SIDE, shapes, strict=True))
+
+
+@record("rotation")
+class Rotation:
+    """The rotation of a linear layer's input, which its stored weight undoes (`numbers.hadamard`).
+
+    >>> plain(Rotation(128, seed=3))
+    {'block': 128, 'seed': 3}
+
+    Attributes:
+        block: The number of neighbouring channels that are mixed, a power of two.
+        seed: The seed of the channels' signs and of their permutation.
+        permuted: Whether channels are permuted before they are cut into blocks.
+        regular: Whether the regular Hadamard matrix of a power of four takes the place of signs, as in ComfyUI's files.
+    """
+
+    block: Annotated[int, Field(ge=2, le=MOST_IN_A_GROUP, title="block of a rotation")]
+    seed: Annotated[int, OPTIONAL, Field(ge=0, lt=1 << 31, title="seed of a rotation")] = 0
+    permuted: Annotated[bool, OPTIONAL] = False
+    regular: Annotated[bool, OPTIONAL] = False
+
+    def __post_init__(self) -> None:
+        if self.block & (self.block - 1) or (self.regular and self.block.bit_length() % 2 == 0):
+            kind = "four where it is regular" if self.regular else "two"
+            raise ValueError(f"block of a rotation must be a power of {kind}, got {self.block}")
+        if self.regular and (self.seed or self.permuted):
+            raise ValueError("a regular rotation must have neither seed nor permutation, got one")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The rotated input or weight [..., i], in float32."""
+        return hadamard.rotate(x, self.block, None if self.regular else self.seed, self.permuted)
+
+    def backward(self, x: Tensor) -> Tensor:
+        """The inverse of `forward`, in float32."""
+        return hadamard.rotate_back(x, self.block, None if self.regular else self.seed, self.permuted)
 
 
 def rows_of_parts(out_channels: int, parts: Sequence[Part], bands: Sequence[Band] = ()) -> list[Band]:

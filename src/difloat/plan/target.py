@@ -9,10 +9,14 @@ from difloat.numbers import formats
 from difloat.numbers.formats import Format, candidates
 from difloat.numbers.integer_grids import grid_of
 from difloat.plan.rules import Rule
+from difloat.plan.specs import Rotation
 
 Target = Literal["any", "cpu", "comfy", "gguf", "openvino", "diffusers"]
 FILES: tuple[Target, ...] = ("comfy", "gguf", "openvino", "diffusers")
 _BLOCK = 32  # weights of a block of GGUF
+COMFY_ROTATION = Rotation(256, regular=True)  # of layers with `_WHOLE_LEVELS`
+# Lloyd-Max levels of a group of normal numbers in units of a fifteenth: whole multiples of up to 8 stay within int8.
+_WHOLE_LEVELS = (-15, -12, -10, -8, -6, -4, -2, -1, 1, 2, 4, 6, 8, 10, 12, 15)
 _OPENVINO = ("e2m1", "e4m3fn")  # formats beside the uniform ones that OpenVINO has a type for
 
 
@@ -50,7 +54,9 @@ def restrict(rule: Rule, target: Target) -> Rule:
     return rule if kept == rule.formats else replace(rule, formats=kept)
 
 
-def fit(rule: Rule, learn: bool, linear: bool, channels: int, target: Target) -> Rule | str:
+def fit(
+    rule: Rule, learn: bool, linear: bool, channels: int, target: Target, inputs: int | None = None
+) -> Rule | str:
     """What is asked of a weight so that a kind of file holds it exactly, or why it must stay float there.
 
     Args:
@@ -59,6 +65,11 @@ def fit(rule: Rule, learn: bool, linear: bool, channels: int, target: Target) ->
         linear: Whether the layer is linear, or else a convolution.
         channels: The channels of the layer's input.
         target: One of `FILES`.
+        inputs: Bits of the layer's inputs, or None where they stay. At 4 bits ComfyUI's files then have 16 levels for
+            rotated inputs, `COMFY_ROTATION`, and 8 bits where its blocks do not divide the channels.
+
+    Raises:
+        ValueError: if rounding is learned where the file has a table.
     """
     if target == "openvino":
         kept = tuple(f for f in rule.formats if (f.uniform or f.name in _OPENVINO) and f.specials != "ieee")
@@ -77,7 +88,20 @@ def fit(rule: Rule, learn: bool, linear: bool, channels: int, target: Target) ->
         tables = () if learn else (formats.parse("iq4nl"),)
         names = (formats.parse("int8"),) if wide else (*tables, formats.parse("int4"))
         return replace(asked, formats=names, zero_points=None)
-    if not wide:
+    rounded = (
+        target == "comfy" and inputs == 8
+    )  # such files have the layout with a rotation for inputs of 8 bits
+    if not wide and rounded and not channels % COMFY_ROTATION.block:
+        if learn:
+            raise ValueError(
+                "rounding must be nearest for comfy files at w4a8, whose weights are rotated and in tables, got learned; add "
+                "--set rounding=nearest, or take rtn"
+            )
+        grid = (formats.parse(f"table({','.join(map(str, _WHOLE_LEVELS))})"),)
+        return replace(
+            rule, formats=grid, zero_points=None, granularity="group", group_size=16, scales="whole"
+        )
+    if not wide and not rounded:
         if target == "diffusers" and channels % 16:
             return f"{channels} input channels, no multiple of 16, which diffusers files hold in float"
         asked = replace(rule, formats=(formats.parse("e2m1"),), zero_points=None)
@@ -96,8 +120,8 @@ def fit_inputs(bits: int | None, weight_bits: int, target: Target) -> Rule | Non
     if target not in FILES or bits is None:
         return None
     own = {"comfy": "int8", "diffusers": "e4m3fn"}.get(target)
-    if own is None or bits != 8 or weight_bits <= 4:
-        usual = f"w{weight_bits}a16" + " or w8a8" * bool(own)
+    if own is None or bits != 8 or (weight_bits <= 4 and (target, weight_bits) != ("comfy", 4)):
+        usual = f"w{weight_bits}a16" + " or w8a8" * bool(own) + ", w4a8" * (target == "comfy")
         raise ValueError(
             f"bits must leave inputs as they are for {target} files, such as {usual}, got w{weight_bits}a{bits}"
         )

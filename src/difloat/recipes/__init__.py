@@ -27,6 +27,7 @@ from difloat.recipes import (
     lbfp,
     mpqdm,
     msfp,
+    orbitquant,
     qdiffusion,
     rtn,
 )
@@ -74,6 +75,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     "auto": Recipe(auto.plan, auto.Options, auto.SUMMARY, auto.cost, averages=True, trajectories=64),
     "gptq": Recipe(gptq.plan, gptq.Options, gptq.SUMMARY, gptq.cost),
+    "orbitquant": Recipe(
+        orbitquant.plan, orbitquant.Options, orbitquant.SUMMARY, orbitquant.cost, orbitquant.needs_data
+    ),
     "rtn": Recipe(rtn.rtn, rtn.NearestOptions, rtn.SUMMARY, rtn.cost, rtn.needs_data),
 }
 

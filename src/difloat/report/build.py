@@ -113,6 +113,7 @@ def worst_histograms(
             weight = weight[layer.tensors["row_band"] == 0]
         if part.weight.granularity != "tensor":
             weight = weight[:1]
+        weight = layer.rotated(weight)
         if layer.smoothed:  # the grid is that of the weight as the scaled input sees it
             factor = layer.tensors["input_factor"][: weight.shape[1]]
             weight = weight / factor.reshape(1, -1, *[1] * (weight.dim() - 2))
@@ -198,6 +199,7 @@ def build(
         inputs=_inputs(plan),
         adapters=_adapters(plan),
         shares=_shares(plan),
+        tried=tried(plan),
         attention=_attention(plan),
         timings=[*plan.measured.get("seconds", {}).items(), *(timings or {}).items()],
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -265,6 +267,20 @@ def _shares(plan: Plan) -> list[render.Share]:
         times_ms = None if seconds is None else (1000 * seconds[0], 1000 * seconds[1])
         shares.append(render.Share(name, formats_of, weights, 8 * layer.nbytes / weights, errors, times_ms))
     return shares
+
+
+def tried(plan: Plan) -> list[render.Tried]:
+    """The optional parts that were judged, those that were refused too."""
+    return [
+        render.Tried(
+            one["part"],
+            one["kept"],
+            (one["gain"]["value"], one["gain"]["low"], one["gain"]["high"]),
+            one["trajectories"],
+            one["pictures"],
+        )
+        for one in plan.measured.get("tried", [])
+    ]
 
 
 def _attention(plan: Plan) -> str:

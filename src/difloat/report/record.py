@@ -111,6 +111,26 @@ class Share:
     times_ms: Annotated[Annotated[tuple[float, float], TUPLE] | None, OPTIONAL] = None
 
 
+@record("tried part of a report", finite=False)
+class Tried:
+    """An optional part that was judged on held-out trajectories.
+
+    Attributes:
+        part: Its name.
+        kept: Whether the plan has it.
+        gain_db: By how much the squared error of the guided output falls: the mean over trajectories, low and high end of its
+            95 % interval.
+        trajectories: How many were held out.
+        pictures: What judging took, in full-precision pictures, or None where that is not known.
+    """
+
+    part: str
+    kept: bool
+    gain_db: Annotated[tuple[float, float, float], TUPLE]
+    trajectories: int
+    pictures: float | None
+
+
 @record("adapters of a report", finite=False)
 class AdapterTable:
     """The adapter of every layer: `table` has a row per timestep, in the sampler's order, and a column per layer."""
@@ -182,6 +202,7 @@ class Record:
     inputs: list[InputShape] = field(default_factory=list)
     adapters: AdapterTable | None = None
     shares: list[Share] = field(default_factory=list)
+    tried: list[Tried] = field(default_factory=list)
     attention: str = ""
     timings: list[Annotated[tuple[str, float], TUPLE]] = field(default_factory=list)
     peak_memory_bytes: int | None = None

@@ -8,6 +8,7 @@
 #include "linear.h"
 #include "conv.h"
 #include "decode.h"
+#include "rotate.h"
 // clang-format on
 
 namespace difloat {
@@ -48,6 +49,11 @@ EXPORT int difloat_decode(const difloat_weight* weight, const float* values, con
     if (type == DIFLOAT_BF16) return difloat::decode<DIFLOAT_BF16>(*weight, values, channel, out, threads);
     if (type == DIFLOAT_F16) return difloat::decode<DIFLOAT_F16>(*weight, values, channel, out, threads);
     return difloat::decode<DIFLOAT_F32>(*weight, values, channel, out, threads);
+}
+
+EXPORT int difloat_rotate(const float* x, float* out, int64_t rows, int64_t channels, int64_t block, float factor, const float* signs,
+                          const int32_t* order, int threads) {
+    return difloat::rotate(x, out, rows, channels, block, factor, signs, order, threads);
 }
 
 EXPORT int difloat_round(const difloat_input* x, void* out, int threads) {

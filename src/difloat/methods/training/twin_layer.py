@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difloat.kernels import operators
+from difloat.kernels import operators, rotation
 from difloat.layers.low_rank_branch import low_rank
 from difloat.plan import encode
 from difloat.plan import plan as quantizer
@@ -114,10 +114,15 @@ class Adaptive(nn.Module):
     @torch.no_grad()
     def _as_planned(self, weight: Tensor) -> Tensor:
         """The float weight, or the planned value where rounding to nearest would give another code."""
-        tensors = self._encoded(self._divided(weight.float())).tensors
-        nearest = encode.dequantize(replace(self.plan, tensors={**self.plan.tensors, **tensors}))
-        planned = encode.dequantize(self.plan)
-        return torch.where(nearest == planned, weight, planned.to(weight))
+        stored = self._divided(weight.float())
+        tensors = self._encoded(stored).tensors
+        rounded = replace(self.plan, tensors={**self.plan.tensors, **tensors})
+        same = encode.stored_values(rounded) == encode.stored_values(self.plan)
+        if (
+            self.plan.rotation is not None
+        ):  # in the weight itself one code would change all channels of its block
+            return self.plan.rotation.backward(stored.where(same, encode.stored_values(self.plan))).to(weight)
+        return torch.where(same, weight, encode.dequantize(self.plan).to(weight))
 
     def _start_from_error(self) -> None:
         if self.adapters != 1:
@@ -176,9 +181,9 @@ class Adaptive(nn.Module):
         return weight
 
     def _divided(self, weight: Tensor) -> Tensor:
-        """The weight divided by the factors of the input, so that both together give the same product."""
+        """The weight divided by the factors of the input, or rotated like it, so that both together give the same product."""
         if not self.plan.smoothed:
-            return weight
+            return self.plan.rotated(weight)
         return weight / self.plan.tensors["input_factor"].reshape(1, -1, *[1] * (weight.dim() - 2))
 
     def quantized(self, weight: Tensor) -> Tensor:
@@ -198,8 +203,10 @@ class Adaptive(nn.Module):
         return bands[0] if len(bands) == 1 else torch.cat(bands)[torch.cat(self._rows).argsort()]
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """The input, smoothed and on the grids of its parts, with the ranges of the current entry."""
+        """The input, smoothed or rotated and on the grids of its parts, with the ranges of the current entry."""
         axis = -1 if self.plan.kind == "linear" else 1
+        if self.plan.rotation is not None:
+            x = rotation.rotate(x, self.plan.rotation)
         if self.plan.smoothed:
             factor = self.plan.tensors["input_factor"].to(x.dtype)
             x = x * (factor if axis == -1 else factor.reshape(-1, 1, 1))
