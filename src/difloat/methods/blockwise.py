@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def learn_blocks(
     generator: torch.Generator,
     measured: dict[str, Any],
 ) -> dict[str, LayerPlan]:
-    """Learn the rounding of the layers in `drafts`.
+    """Learn the rounding of the layers in `drafts`, and return the learned ones.
 
     Args:
         task: The model, its data, and the memory for activations.
@@ -54,14 +54,11 @@ def learn_blocks(
 
     With `Sequencing.minutes` no block begins after that time, and an interrupt (Ctrl-C) ends learning: blocks that are not done
     keep what they have.
-
-    Returns: The learned layers.
     """
     units = _units(task.model, drafts)
-    count = _rows_held(task, settings, seen)
+    count = measured["rounding_rows"] = _rows_held(task, settings, seen)
     rows = task.calibration.stratified(count, generator)
     calls = task.calls(rows, seen.row_bytes)
-    measured["rounding_rows"] = count
     store = _store(task, drafts, settings, rows)
     steps = settings.rounding.iterations
     done: dict[str, LayerPlan] = {}
@@ -71,6 +68,7 @@ def learn_blocks(
         Passes(twin, calls) as rounded,
         tqdm(total=len(units) * steps, desc="learn rounding", disable=not task.progress) as bar,
     ):
+        passes = (exact if settings.inputs == "full" else rounded, exact)
         for number, (unit, names) in enumerate(units.items()):
             if minutes is not None and time.monotonic() - begun >= 60 * minutes:
                 break
@@ -79,29 +77,38 @@ def learn_blocks(
             path = None if store is None else store / f"{number:04d}.safetensors"
             kept = None if path is None else _read(path)
             if kept is not None:
-                codes, errors = kept
                 bar.update(steps)
-            else:
-                try:
-                    source = exact if settings.inputs == "full" else rounded
-                    seeded = torch.Generator().manual_seed(task.seed + 1000 + number)
-                    inputs, targets = source.enter(unit), exact.leave(unit)
-                    malloc_trim.release()
-                    block, of = task.model.get_submodule(unit), settings.rounding
-                    learned = learn_rounding(block, inside, inputs, targets, of, seeded, bar.update)
-                    codes, errors = _codes_and_errors(inside, learned)
-                except KeyboardInterrupt:
-                    if minutes is None:
-                        raise
-                    tqdm.write(f"interrupted: goes on with {number} of {len(units)} blocks", file=sys.stderr)
-                    break
-                if path is not None:
-                    _write(path, codes, errors)
+            try:
+                codes, errors = kept or _learn(task, passes, unit, inside, settings, number, bar.update)
+            except KeyboardInterrupt:
+                if minutes is None:
+                    raise
+                tqdm.write(f"interrupted: goes on with {number} of {len(units)} blocks", file=sys.stderr)
+                break
+            if kept is None and path is not None:
+                _write(path, codes, errors)
             for name, short in zip(names, inside, strict=True):
                 done[name] = _take_over(twin, name, drafts[name], codes[short])
             malloc_trim.release()
             measured["blocks"][unit] = {**errors, "seconds": time.perf_counter() - start}
     return done
+
+
+def _learn(
+    task: Task,
+    passes: tuple[Passes, Passes],
+    unit: str,
+    drafts: Mapping[str, Draft | Coded],
+    settings: Sequencing,
+    number: int,
+    on_step: Callable[[], object],
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Codes and errors of one block, which has this number, with inputs of the first pass and targets of the second."""
+    inputs, targets = passes[0].enter(unit), passes[1].leave(unit)
+    malloc_trim.release()
+    block, seeded = task.model.get_submodule(unit), torch.Generator().manual_seed(task.seed + 1000 + number)
+    learned = learn_rounding(block, drafts, inputs, targets, settings.rounding, seeded, on_step)
+    return _codes_and_errors(drafts, learned)
 
 
 def _rows_held(task: Task, settings: Sequencing, seen: Trace) -> int:

@@ -106,9 +106,8 @@ def _neighbours(weight: Tensor, piece: PackedWeight) -> tuple[Tensor, Tensor, Te
     codes = unpack(piece.codes, spec.format.bits, piece.part.channels)
     now = decode(codes, spec.format).to(weight.device)
     scale = expand_scale(piece.scale, spec, piece.shape).to(weight.device)
-    offset = 0.0
-    if piece.zero_point is not None:
-        offset = expand_scale(piece.zero_point, spec, piece.shape).to(weight.device)
+    zero = torch.zeros_like(piece.scale) if piece.zero_point is None else piece.zero_point
+    offset = expand_scale(zero, spec, piece.shape).to(weight.device)
     wanted = (weight - offset) / scale  # in units of the grid, as `now`
     grid = torch.tensor(spec.format.values, device=weight.device)
     step = (wanted - now).sign().long()
