@@ -22,12 +22,15 @@ from difloat import api, evaluate, recipes, reference_models
 from difloat.evaluation.picture_metrics import mean_interval, psnr
 from difloat.layers import install
 from difloat.plan import file_offers
+from difloat.plan.layer_bits import layer_bits
 from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.rules import Bits
 from difloat.plan.target import FILES, Target
 
 STEPS, ROWS = 20, 256
 TRAJECTORIES, TARGET = "trajectories", "target"
+ALLOCATED = "bits of auto"  # by layer, with these options of auto
+INTEGER_LAYERS = {"widths": "layers", "grid": "integer"}
 CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "w4a8": ("auto", "w4a8", {}),
     "w4a8, rows of 16 trajectories": ("auto", "w4a8", {TRAJECTORIES: 16}),
@@ -38,11 +41,27 @@ CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "w4a8, same bits": ("auto", "w4a8", {"widths": "same"}),
     "w4a8, same bits, integers": ("auto", "w4a8", {"widths": "same", "grid": "integer"}),
     "w4a8, gptq": ("gptq", "w4a8", {}),
+    "w4a8, gptq, bits of auto": ("gptq", "w4a8", {ALLOCATED: INTEGER_LAYERS}),
+    "w4a8, qdiffusion": ("qdiffusion", "w4a8", {}),
+    "w4a8, qdiffusion, bits of auto": ("qdiffusion", "w4a8", {ALLOCATED: INTEGER_LAYERS}),
+    "w4a8, qdiffusion nearest, bits of auto": (
+        "qdiffusion",
+        "w4a8",
+        {"rounding": "nearest", ALLOCATED: INTEGER_LAYERS},
+    ),
+    "w4a8, qdiffusion online, bits of auto": (
+        "qdiffusion",
+        "w4a8",
+        {"activation": "online", ALLOCATED: INTEGER_LAYERS},
+    ),
     "w4a8, tables fitted to layers": ("auto", "w4a8", {"grid": "fit"}),
     "w4a8, bits by layer, tables fitted to layers": ("auto", "w4a8", {"widths": "layers", "grid": "fit"}),
+    "w4a8, polished": ("auto", "w4a8", {"polish": 200}),
     "w4a4": ("auto", "w4a4", {}),
+    "w4a4, polished": ("auto", "w4a4", {"polish": 200}),
     "w4a4, inputs per token": ("auto", "w4a4", {"input_group": 0}),
     "w3a8": ("auto", "w3a8", {}),
+    "w3a8, polished": ("auto", "w3a8", {"polish": 200}),
     "w3a8, edges up for choice": ("auto", "w3a8", {"keep_8bit": ()}),
     "w3a8, weights in groups of 128": ("auto", "w3a8", {"group_size": 128}),
     "w3a8, tables fitted to layers": ("auto", "w3a8", {"grid": "fit"}),
@@ -91,6 +110,7 @@ def measure(
     """One choice: what it took, and the PSNR of every picture."""
     recipe, bits, chosen = CHOICES[label]
     own = dict(chosen)
+    allocated = own.pop(ALLOCATED, None)
     trajectories = own.pop(TRAJECTORIES, recipes.lookup("auto").trajectories)
     target = own.pop(TARGET, "any")
     pipeline = reference_models.load(name)
@@ -109,6 +129,8 @@ def measure(
     )
     calibrated = time.perf_counter()
     task = replace(api.task_of(pipeline, data, Bits.parse(bits)), target=target)
+    if allocated is not None:
+        task = replace(task, layer_bits=layer_bits(recipes.plan(task, "auto", bits, allocated)))
     plan = recipes.plan(task, recipe, bits, own)
     done = time.perf_counter()
     packed = reference_models.load(name)

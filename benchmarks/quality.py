@@ -26,6 +26,7 @@ from quality_tables import seed_table, table
 from difloat import api, recipes, run
 from difloat.evaluation.comparison import Generated
 from difloat.layers import install, packed
+from difloat.plan.layer_bits import layer_bits
 from difloat.plan.rules import Bits
 from difloat.reference_models import NAMES
 from difloat.report import build, render
@@ -99,8 +100,7 @@ def measure_row(
     task = replace(api.task_of(pipeline, data, Bits.parse(row.bits)), seed=row.seed)
     if row.allocated is not None:
         chosen = recipes.plan(task, "auto", row.bits, row.allocated)
-        widths = {name: layer.parts[0].weight.format.bits for name, layer in chosen.layers.items()}
-        task = replace(task, layer_bits=widths)
+        task = replace(task, layer_bits=layer_bits(chosen))
     plan = recipes.plan(task, row.recipe, row.bits, row.options)
     seconds = time.perf_counter() - start
     twin = install.apply(install.shadow(module), plan)

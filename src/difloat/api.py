@@ -94,8 +94,9 @@ def plan(
         **options: Any of these, by name. `target` is "cpu" for formats that CPUs compute in integers, or a kind of file that
             holds the plan (`plan.target.FILES`). `exclude` has names of layers or blocks, or patterns like ``*.to_q``, that
             stay as they are. `components` has models of a pipeline, like ["unet", "vae=w8a8"]. `device` is where the model is
-            put and computes, like "cuda". The fields of `CalibrationSettings` (`samples`, `steps`, `seed`, ...) say what is
-            collected, and the rest are options of the recipe. `Request` and these records have the defaults.
+            put and computes, like "cuda". `bits_from` is a plan of this model, or its checkpoint, whose layers' weight bits
+            are taken. The fields of `CalibrationSettings` (`samples`, `steps`, `seed`, ...) say what is collected, and the
+            rest are options of the recipe. `Request` and these records have the defaults.
 
     Raises:
         ValueError: if a recipe, bits, option or layer is unknown, nothing can be quantized, or a weight is not finite.
@@ -141,6 +142,7 @@ def _decide(fitted: Job, name: str, data: Data) -> Plan:
             work_dir=asked.cache,
             target=asked.target,
             exclude=fitted.exclusions[name],
+            layer_bits=fitted.layer_bits[name],
             progress=progress,
         )
         return recipes.decide(task, asked.recipe, asked.options)

@@ -78,9 +78,16 @@ def forecast(
     """
     name, bits = next(iter(fitted.denoisers.items()))
     pipeline, settings, module = fitted.model, fitted.request.calibration, denoiser(fitted.model, name)
-    asked, needs_data = fitted.cost(bits), fitted.needs_data(bits)
+    own, needs_data = fitted.layer_bits[name], fitted.needs_data(bits)
+    costs = {width: fitted.cost(replace(bits, weight=width)) for width in {*own.values()}} | {
+        bits.weight: fitted.cost(bits)
+    }
+    asked = costs[min(costs)]
     fates = _fates(module, asked, fitted.exclusions[name], needs_data)
-    kinds = tuple(_kind(module, names, asked, fates[names[0]]) for names in _alike(module, fates))
+    kinds = tuple(
+        _kind(module, names, costs[own.get(names[0], bits.weight)], fates[names[0]])
+        for names in _alike(module, fates, own)
+    )
     float_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
     freed = sum(packed.weight_of(module, name).nbytes for name, fate in fates.items() if fate in ("", _WIDE))
     counted = float_bytes - freed + sum(kind.packed_bytes for kind in kinds)
@@ -103,11 +110,14 @@ def _fates(module: nn.Module, asked: Cost, exclude: Exclusion, needs_data: bool)
     return fates | ({} if needs_data else unread(module)) | dtype_readers.kept(module)
 
 
-def _alike(module: nn.Module, fates: Mapping[str, str]) -> list[list[str]]:
+def _alike(module: nn.Module, fates: Mapping[str, str], bits: Mapping[str, int]) -> list[list[str]]:
     """The layers at one place in blocks alike. A layer in no block is alone."""
     kinds: dict[tuple[Any, ...], list[list[str]]] = {}
     for unit, members in packed.blocks(module).items():
-        shapes = [(n.removeprefix(unit) or n, packed.weight_of(module, n).shape, fates[n]) for n in members]
+        shapes = [
+            (n.removeprefix(unit) or n, packed.weight_of(module, n).shape, fates[n], bits.get(n))
+            for n in members
+        ]
         kinds.setdefault(tuple(shapes), []).append(members)
     return [list(names) for units in kinds.values() for names in zip(*units, strict=True)]
 

@@ -13,6 +13,7 @@ from torch import nn
 from difloat import components as parts
 from difloat import devices, recipes, torch_modes
 from difloat.checkpoint.data_free import Settings
+from difloat.checkpoint.outline import widths_in
 from difloat.layers import hooks, offloading
 from difloat.layers.exclude import Exclusion, excluded
 from difloat.layers.quantizable import check_weights, quantizable
@@ -22,6 +23,8 @@ from difloat.methods.cost import Cost, check_files
 from difloat.methods.picture_budget import is_large, sampled
 from difloat.pipelines import usual_steps
 from difloat.plan import options as recipe_options
+from difloat.plan.layer_bits import by_component
+from difloat.plan.plan import Plan
 from difloat.plan.request import CalibrationSettings, Request
 from difloat.plan.rules import Bits
 
@@ -34,6 +37,7 @@ def request(
     *,
     device: torch.device | str | None = None,
     cache: str | Path | None = None,
+    bits_from: Plan | str | Path | None = None,
     **others: Any,
 ) -> Request:
     """The request that a user's words make.
@@ -45,10 +49,12 @@ def request(
         calibration: What to collect, or None for the defaults.
         device: The name of a device (`devices.resolve`), or None to leave the model where it is.
         cache: The directory that keeps the run, or None.
+        bits_from: A plan whose layers' weight bits are taken, or the directory of a checkpoint.
         **others: Other fields of `Request`.
 
     Raises:
         ValueError: on an unknown recipe, option, target or device, or a value that is not allowed or would change nothing.
+        FileNotFoundError: if there is no checkpoint where `bits_from` says.
     """
     row = recipes.lookup(recipe)
     asked = Request(
@@ -58,11 +64,24 @@ def request(
         options=recipe_options.make_options(row.options, options),
         device=None if device is None else devices.resolve(device),
         cache=None if cache is None else Path(cache),
+        bits_from=None if bits_from is None else _widths(bits_from, recipe),
         **others,
     )
     recipe_options.checked(asked.options, asked.bits, row.averages)
+    if asked.bits_from is not None:
+        recipe_options.check_formats_open(asked.options)
     check_files(asked.options, row.cost, asked.bits, asked.target)
     return asked
+
+
+def _widths(source: Plan | str | Path, recipe: str) -> Mapping[str, Mapping[str, int]]:
+    """Weight bits by denoiser and layer, for a recipe that takes them."""
+    if recipe in recipes.UNTOLD:
+        able = ", ".join(name for name in recipes.RECIPES if name not in recipes.UNTOLD)
+        raise ValueError(
+            f"bits_from must come with a recipe that is told the bits of layers ({able}), got {recipe}; leave it out"
+        )
+    return by_component(source) if isinstance(source, Plan) else widths_in(Path(source))
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,7 @@ class Job:
         denoisers: The bits of every denoiser that the recipe quantizes, by name. A module has the name "".
         exclusions: The layers of each denoiser that stay as they are.
         others: What is asked of the other components, which are quantized without data.
+        layer_bits: Weight bits of layers by denoiser, where the request takes them from a plan.
     """
 
     request: Request
@@ -82,6 +102,7 @@ class Job:
     denoisers: Mapping[str, Bits]
     exclusions: Mapping[str, Exclusion]
     others: Mapping[str, Settings]
+    layer_bits: Mapping[str, Mapping[str, int]]
 
     def needs_data(self, bits: Bits) -> bool:
         """Whether the recipe looks at calibration data at these bits."""
@@ -110,16 +131,27 @@ def fit(model: Any, asked: Request) -> Job:
     asked = _with_trajectories(model, asked)
     others = parts.parse(model, asked.components, asked.bits, asked.target)
     widths = parts.denoisers(model, asked.components, asked.bits)
-    exclusions = {}
+    exclusions, layer_bits = {}, dict[str, Mapping[str, int]]()
     averages = recipes.lookup(asked.recipe).averages
-    for name, bits in widths.items():
+    for number, (name, bits) in enumerate(widths.items()):
         recipe_options.checked(asked.options, bits, averages)
         module = parts.denoiser(model, name)
         check_model(module)
         names = excluded(quantizable(module), asked.exclude)
         exclusions[name] = Exclusion(asked.exclude, frozenset(names))
         _check_size(module, exclusions[name], asked)
-    return Job(asked, model, widths, exclusions, others)
+        layer_bits[name] = (asked.bits_from or {}).get(name if number else "", {})
+        check_layers(module, layer_bits[name])
+    return Job(asked, model, widths, exclusions, others, layer_bits)
+
+
+def check_layers(module: nn.Module, given: Mapping[str, int]) -> None:
+    """Refuse weight bits of layers that the module does not have."""
+    unknown = sorted(given.keys() - quantizable(module).keys())
+    if unknown:
+        raise ValueError(
+            f"bits_from must be a plan of this model, got one with a layer {unknown[0]!r}; quantize this model for it"
+        )
 
 
 def _check_size(module: nn.Module, exclusion: Exclusion, asked: Request) -> None:

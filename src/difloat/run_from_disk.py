@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from difloat import distributed, recipes, sources
 from difloat.calibration.collect import Calibration
 from difloat.calibration.row_store import Shelf
 from difloat.checkpoint import integrity, streaming
-from difloat.job import needs_data
+from difloat.job import check_layers, needs_data
 from difloat.layers import dtype_readers, packed, quantizable
 from difloat.layers.exclude import EXCLUDED, Exclusion, excluded
 from difloat.methods import structure
@@ -51,6 +52,8 @@ def quantize(
     kept = (
         dtype_readers.kept(streamed.model) | structure.unread(streamed.model) | dict.fromkeys(left, EXCLUDED)
     )
+    widths = (request.bits_from or {}).get("", {})
+    check_layers(streamed.model, widths)
     exclusion, rows = Exclusion(request.exclude, frozenset(left)), dict[str, LayerRow]()
 
     def plan_block(model: nn.Module, names: frozenset[str]) -> Plan:
@@ -60,6 +63,7 @@ def quantize(
         task = Task(
             model, nothing, request.bits, progress=False, target=request.target, only=names, exclude=exclusion
         )
+        task = replace(task, layer_bits=widths)
         return recipes.decide(task, request.recipe, request.options)
 
     def note(name: str, layer: LayerPlan, weight: Tensor) -> None:

@@ -73,6 +73,17 @@ class Calibration:
         return [row.step if row.trajectory else None for row in self._rows]
 
     @property
+    def trajectories(self) -> list[str]:
+        """A name of the trajectory of every row, one of its own for a row of none."""
+        return [row.trajectory or f"row {number}" for number, row in enumerate(self._rows)]
+
+    def some(self, rows: Sequence[int]) -> Calibration:
+        """The calibration data of some of the rows, which stay where they are held."""
+        return Calibration(
+            [self._rows[row] for row in rows], self._shelf, self.device, self.scheduler, self.pace
+        )
+
+    @property
     def before(self) -> list[int | None]:
         """The row one sampler step earlier on the same trajectory, for every row. At the first step it is the row itself.
 

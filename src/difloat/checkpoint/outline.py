@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +16,7 @@ from difloat.checkpoint.layout import CONFIG, CheckpointError, read_headers, rea
 from difloat.checkpoint.remote_code import INDEX as PIPELINE_INDEX
 from difloat.checkpoint.save_load import read_plan
 from difloat.pipelines import DENOISER_NAMES
+from difloat.plan.layer_bits import layer_bits
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,27 @@ def outline(directory: Path) -> Outline:
         plan, stored = read_plan(own)
         empty_layers.allocate(model, plan)
     return Outline(model, sum(tensor.nbytes for tensor in stored.values()))
+
+
+def widths_in(directory: Path) -> Mapping[str, Mapping[str, int]]:
+    """The weight bits of the layers of a checkpoint's denoisers by component, those of the first one under the name "".
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        CheckpointError: if it is damaged, or no checkpoint of difloat.
+        ValueError: as from `layer_bits`.
+    """
+    if not (directory / PIPELINE_INDEX).is_file():
+        return {"": layer_bits(read_plan(directory)[0])}
+    first = denoiser_name(directory)
+    others = [name for name in DENOISER_NAMES if name != first and _quantized(directory / name)]
+    return {
+        "" if name == first else name: layer_bits(read_plan(directory / name)[0]) for name in (first, *others)
+    }
+
+
+def _quantized(directory: Path) -> bool:
+    return (directory / CONFIG).is_file() and "quantization_config" in read_json(directory / CONFIG)
 
 
 def denoiser_name(directory: Path) -> str:

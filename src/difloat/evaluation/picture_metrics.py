@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from difloat.plan.validation import record
+from difloat.methods.intervals import Estimate as Estimate
+from difloat.methods.intervals import mean_interval as mean_interval
 
 PSNR_CAP_DB = 100.0
 """Larger values of PSNR are cut here, since such a difference is float32 rounding. Identical pictures would have infinity."""
@@ -22,19 +23,6 @@ NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 class NotFiniteError(ValueError):
     """A model drew pictures with NaN or infinity."""
-
-
-@record("estimate", finite=False)
-class Estimate:
-    """A value with its 95 % interval `low <= high`, in the unit of the metric.
-
-    >>> Estimate(value=27.0, low=26.1, high=27.9).value
-    27.0
-    """
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -171,33 +159,6 @@ def perceptual(
         return torch.stack(layers).mean(0)
 
     return _per_image(distance, reference, images)
-
-
-def mean_interval(values: Tensor, *, resamples: int = 1000, seed: int = 0) -> Estimate:
-    """The mean of per-picture values with its percentile bootstrap interval.
-
-    A mean is unbiased, so the plain percentile interval fits. A single value has an interval of width 0.
-
-    >>> estimate = mean_interval(torch.tensor([20.0, 22.0, 24.0]))
-    >>> estimate.value, estimate.low, estimate.high
-    (22.0, 20.0, 24.0)
-
-    Args:
-        values: One number per picture, `[n]`.
-        resamples: How many bootstrap resamples are drawn.
-        seed: The seed of the resampling.
-
-    Raises:
-        ValueError: if the values are not one number per picture.
-    """
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"values must be one number per picture [n], got shape {tuple(values.shape)}.")
-    exact = values.detach().cpu().double()
-    generator = torch.Generator().manual_seed(seed)
-    n = len(exact)
-    means = torch.stack([exact[torch.randint(n, (n,), generator=generator)].mean() for _ in range(resamples)])
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(exact.mean().item(), low, high)
 
 
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

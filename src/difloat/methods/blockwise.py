@@ -27,6 +27,7 @@ from difloat.methods.learned_rounding import Learned, learn_rounding
 from difloat.methods.paused_forwards import Passes
 from difloat.methods.task import Sequencing, Task
 from difloat.methods.trace import Trace
+from difloat.plan.coded import Coded
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Draft
 
@@ -34,7 +35,7 @@ from difloat.plan.rules import Draft
 def learn_blocks(
     task: Task,
     twin: nn.Module,
-    drafts: Mapping[str, Draft],
+    drafts: Mapping[str, Draft | Coded],
     seen: Trace,
     settings: Sequencing,
     generator: torch.Generator,
@@ -51,6 +52,9 @@ def learn_blocks(
         generator: The generator that draws the calibration rows.
         measured: A dict that gets errors and seconds of every block under "blocks", and the rows used under "rounding_rows".
 
+    With `Sequencing.minutes` no block begins after that time, and an interrupt (Ctrl-C) ends learning: blocks that are not done
+    keep what they have.
+
     Returns: The learned layers.
     """
     units = _units(task.model, drafts)
@@ -61,12 +65,15 @@ def learn_blocks(
     store = _store(task, drafts, settings, rows)
     steps = settings.rounding.iterations
     done: dict[str, LayerPlan] = {}
+    begun, minutes = time.monotonic(), settings.minutes
     with (
         Passes(task.model, calls) as exact,
         Passes(twin, calls) as rounded,
         tqdm(total=len(units) * steps, desc="learn rounding", disable=not task.progress) as bar,
     ):
         for number, (unit, names) in enumerate(units.items()):
+            if minutes is not None and time.monotonic() - begun >= 60 * minutes:
+                break
             start = time.perf_counter()
             inside = {name.removeprefix(unit).removeprefix("."): drafts[name] for name in names}
             path = None if store is None else store / f"{number:04d}.safetensors"
@@ -75,15 +82,19 @@ def learn_blocks(
                 codes, errors = kept
                 bar.update(steps)
             else:
-                block = task.model.get_submodule(unit)
-                source = exact if settings.inputs == "full" else rounded
-                seeded = torch.Generator().manual_seed(task.seed + 1000 + number)
-                inputs, targets = source.enter(unit), exact.leave(unit)
-                malloc_trim.release()
-                learned = learn_rounding(
-                    block, inside, inputs, targets, settings.rounding, seeded, bar.update
-                )
-                codes, errors = _codes_and_errors(inside, learned)
+                try:
+                    source = exact if settings.inputs == "full" else rounded
+                    seeded = torch.Generator().manual_seed(task.seed + 1000 + number)
+                    inputs, targets = source.enter(unit), exact.leave(unit)
+                    malloc_trim.release()
+                    block, of = task.model.get_submodule(unit), settings.rounding
+                    learned = learn_rounding(block, inside, inputs, targets, of, seeded, bar.update)
+                    codes, errors = _codes_and_errors(inside, learned)
+                except KeyboardInterrupt:
+                    if minutes is None:
+                        raise
+                    tqdm.write(f"interrupted: goes on with {number} of {len(units)} blocks", file=sys.stderr)
+                    break
                 if path is not None:
                     _write(path, codes, errors)
             for name, short in zip(names, inside, strict=True):
@@ -107,13 +118,13 @@ def _rows_held(task: Task, settings: Sequencing, seen: Trace) -> int:
 
 
 def _codes_and_errors(
-    drafts: Mapping[str, Draft], learned: Learned
+    drafts: Mapping[str, Draft | Coded], learned: Learned
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     codes = {name: draft.plan(learned.weights[name]).tensors["weight"] for name, draft in drafts.items()}
     return codes, {"nearest": learned.error_nearest, "learned": learned.error_learned}
 
 
-def _take_over(twin: nn.Module, name: str, draft: Draft, codes: torch.Tensor) -> LayerPlan:
+def _take_over(twin: nn.Module, name: str, draft: Draft | Coded, codes: torch.Tensor) -> LayerPlan:
     """Give a layer of `twin` learned codes, and return the layer's plan."""
     nearest = draft.plan()
     plan = replace(nearest, tensors={**nearest.tensors, "weight": codes})
@@ -123,7 +134,7 @@ def _take_over(twin: nn.Module, name: str, draft: Draft, codes: torch.Tensor) ->
     return plan
 
 
-def _units(model: nn.Module, drafts: Mapping[str, Draft]) -> dict[str, list[str]]:
+def _units(model: nn.Module, drafts: Mapping[str, Draft | Coded]) -> dict[str, list[str]]:
     """The layers to learn by their block, in the order of execution."""
     order = list(drafts)
     units = {unit: [n for n in names if n in drafts] for unit, names in packed.blocks(model).items()}
@@ -131,11 +142,20 @@ def _units(model: nn.Module, drafts: Mapping[str, Draft]) -> dict[str, list[str]
     return dict(sorted(units.items(), key=lambda item: min(order.index(name) for name in item[1])))
 
 
-def _store(task: Task, drafts: Mapping[str, Draft], settings: Sequencing, rows: Sequence[int]) -> Path | None:
+def _store(
+    task: Task, drafts: Mapping[str, Draft | Coded], settings: Sequencing, rows: Sequence[int]
+) -> Path | None:
     """The folder for finished blocks of exactly this task, or None."""
     if task.work_dir is None:
         return None
-    facts = ["layout 2", repr(settings), repr(task.bits), task.seed, list(rows), task.calibration.fingerprint]
+    facts = [
+        "layout 2",
+        repr(replace(settings, minutes=None)),
+        repr(task.bits),
+        task.seed,
+        list(rows),
+        task.calibration.fingerprint,
+    ]
     facts += [[name, draft.error, repr(draft.parts)] for name, draft in drafts.items()]
     name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     folder = task.work_dir / f"rounding-{name}"

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from difloat import torch_modes
 from difloat.methods.soft_rounding import SoftWeight
 from difloat.methods.trace import Call, select, tensors_of
+from difloat.plan.coded import Coded
 from difloat.plan.rules import Draft
 
 
@@ -35,6 +36,8 @@ class RoundingSettings:
         beta: The exponent of that term, which falls linearly from the first to the second value after the warm-up.
         scale_aware: Whether rounding variables are in units of the weight (arXiv:2503.15465 Eq. 8) instead of unitless.
         precision: The precision of the block's matrix products. The variables, the loss and Adam are always float32.
+        held_out: The share of the rows that are not learned from and judge the result. With 0 all rows do both.
+        checks: How often the hard rounding is judged on the way. The best one is kept.
     """
 
     iterations: int = 400
@@ -46,6 +49,8 @@ class RoundingSettings:
     beta: tuple[float, float] = (20.0, 2.0)
     scale_aware: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
+    held_out: float = 0.0
+    checks: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Learned:
 
 def learn_rounding(
     block: nn.Module,
-    drafts: Mapping[str, Draft],
+    drafts: Mapping[str, Draft | Coded],
     inputs: Call,
     targets: list[Tensor],
     settings: RoundingSettings,
@@ -69,12 +74,12 @@ def learn_rounding(
     """Learn the rounding of the layers of one block.
 
     The loss is the squared error of the block's output, relative to the size of that output so that one regularisation fits all
-    blocks, plus ``regularization * sum(1 - |2h - 1|**beta)``. If the learned rounding ends worse than rounding to nearest on
-    these rows, the nearest rounding is returned.
+    blocks, plus ``regularization * sum(1 - |2h - 1|**beta)``. If the learned rounding is worse than the start (rounding to
+    nearest, or the codes of a plan) on the rows that judge, the start is returned.
 
     Args:
         block: The module, which stays untouched.
-        drafts: The layers of the block by their names inside it ("" for the block itself).
+        drafts: The layers of the block by their names inside it ("" for the block itself), as floats or with codes.
         inputs: The arguments of the block for all rows.
         targets: The outputs of the block in full precision, [rows, ...] each.
         settings: How rounding is learned.
@@ -84,9 +89,14 @@ def learn_rounding(
     soft = {name: SoftWeight(draft, settings.scale_aware) for name, draft in drafts.items()}
     loss_of = _Reconstruction(block, inputs, targets, settings)
     optimizer = torch.optim.Adam([s.variable for s in soft.values()], lr=settings.learning_rate, fused=True)
+    # Judged on all rows, or those held out: the loss of a step is of a few rows, and of soft weights.
+    taught, judges = _shared_out(loss_of.count, settings.held_out)
+    best = {name: _nearest(draft) for name, draft in drafts.items()}
+    error = start_error = loss_of.total(best, judges)
+    every = -(-settings.iterations // settings.checks)
     for iteration in range(settings.iterations):
         # With repeats, so that a step is the same whatever the steps before it drew.
-        index = torch.randint(loss_of.count, (min(loss_of.rows, loss_of.count),), generator=generator)
+        index = torch.randint(taught, (min(loss_of.rows, taught),), generator=generator)
         beta = _beta(iteration / settings.iterations, settings)
         for each in soft.values():
             each.pull = None if beta is None else (settings.regularization, beta)
@@ -96,14 +106,21 @@ def learn_rounding(
         loss.backward()
         optimizer.step()
         on_step()
-    # Judged on all rows: the loss of the last step is of a few rows, and of soft weights.
-    hard = {name: s.hard() for name, s in soft.items()}
-    nearest = {name: _nearest(draft) for name, draft in drafts.items()}
-    error, error_nearest = loss_of.total(hard), loss_of.total(nearest)
-    return Learned(hard if error <= error_nearest else nearest, error_nearest, min(error, error_nearest))
+        if (iteration + 1) % every == 0 or iteration + 1 == settings.iterations:
+            hard = {name: s.hard() for name, s in soft.items()}
+            now = loss_of.total(hard, judges)
+            if now <= error:
+                best, error = hard, now
+    return Learned(best, start_error, error)
 
 
-def _nearest(draft: Draft) -> Tensor:
+def _shared_out(count: int, held_out: float) -> tuple[int, Tensor]:
+    """How many of the rows, from the first on, are learned from, and the numbers of those that judge."""
+    held = min(round(held_out * count), count - 1)
+    return count - held, torch.arange(count - held if held else 0, count)
+
+
+def _nearest(draft: Draft | Coded) -> Tensor:
     low, high, position = draft.grid_neighbours()  # [o, i, *k] each
     return torch.where(position > 0.5, high, low)
 
@@ -147,10 +164,10 @@ class _Reconstruction:
         )
 
     @torch.no_grad()
-    def total(self, weights: Mapping[str, Tensor]) -> float:
-        """The error over all rows."""
-        chunks = torch.arange(self.count).split(self.rows)
-        return float(sum(float(self(weights, chunk)) * len(chunk) for chunk in chunks)) / self.count
+    def total(self, weights: Mapping[str, Tensor], rows: Tensor) -> float:
+        """The error over some rows."""
+        chunks = rows.split(self.rows)
+        return float(sum(float(self(weights, chunk)) * len(chunk) for chunk in chunks)) / len(rows)
 
 
 def _channels(target: Tensor) -> int:

@@ -72,8 +72,7 @@ def probes_of(task: Task, settings: SensitivitySettings, weights: Mapping[float,
     if not len(data):
         raise ValueError("sensitivities must be measured on calibration rows, got none; collect some")
     generator = torch.Generator().manual_seed(task.seed)
-    pairs = guidance_pairs(task)
-    points: Sequence[tuple[int, ...]] = pairs or [(row,) for row in range(len(data))]
+    points, paired = guided_points(task)
     chosen = _spread(
         [data.timesteps[point[0]] for point in points], settings.rows // len(points[0]), generator
     )
@@ -83,8 +82,14 @@ def probes_of(task: Task, settings: SensitivitySettings, weights: Mapping[float,
     for at in range(0, len(chosen), size):
         some = [points[index] for index in chosen[at : at + size]]
         of_points = tuple(weights[data.timesteps[point[0]]] for point in some)
-        result.append(Probe(data.batch([row for point in some for row in point]), of_points, bool(pairs)))
+        result.append(Probe(data.batch([row for point in some for row in point]), of_points, paired))
     return result
+
+
+def guided_points(task: Task) -> tuple[Sequence[tuple[int, ...]], bool]:
+    """The rows that make up a guided output, and whether they are pairs, the row without condition first."""
+    pairs = guidance_pairs(task)
+    return (pairs, True) if pairs else ([(row,) for row in range(len(task.calibration))], False)
 
 
 def _kept_bytes(task: Task) -> int:
@@ -142,7 +147,7 @@ def sensitivities(
         handles = [model.get_submodule(n).register_forward_hook(_keeping(outputs[n])) for n in names]
         with torch_modes.plain(), removed(handles):
             args, kwargs = probe.call
-            seen = _seen_by_sampler(predict(model, args, kwargs), probe, settings.guidance)
+            seen = seen_by_sampler(predict(model, args, kwargs), probe, settings.guidance)
             torch_modes.check_gradients(seen)
             _add_squares(found, outputs, seen, settings.probes, generator)
     count = settings.probes * sum(len(probe.weights) for probe in probes)
@@ -165,7 +170,7 @@ def _keeping(outputs: list[Tensor]) -> Callable[..., Tensor]:
     return hook
 
 
-def _seen_by_sampler(output: Tensor, probe: Probe, guidance: float) -> Tensor:
+def seen_by_sampler(output: Tensor, probe: Probe, guidance: float) -> Tensor:
     """The output that the sampler goes on with for every row or pair, multiplied by the root of its weight, [n, ...]."""
     sample = samples_of(*probe.call)[0]
     if output.dim() > 1 and sample.dim() == output.dim() and output.shape[1] == 2 * sample.shape[1]:

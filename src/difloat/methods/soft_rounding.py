@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from difloat.plan.coded import Coded
 from difloat.plan.rules import Draft
 
 _GAMMA, _ZETA = -0.1, 1.1  # ends of the stretched sigmoid, arXiv:2004.10568 Eq. 23
@@ -24,14 +25,14 @@ class SoftWeight:
     """The rounding of one layer on its way from soft to hard.
 
     Attributes:
-        low: The grid value below every weight, [o, i, *k].
-        distance: The distance from there to the grid value above, which is 0 beyond the ends of the grid.
+        low: The grid value below every weight, [o, i, *k], or the one that a plan has given it.
+        distance: The distance from there to the grid value above, or the next one, which is 0 beyond the ends of the grid.
         variable: The learned variable, in units of the weight (arXiv:2503.15465 Eq. 8: v' = s v) or unitless.
         pull: The weight and exponent of the regulariser ``weight * sum(1 - |2h - 1|**exponent)``, which adds to the gradient
             of the next backward pass. None adds nothing.
     """
 
-    def __init__(self, draft: Draft, scale_aware: bool) -> None:
+    def __init__(self, draft: Draft | Coded, scale_aware: bool) -> None:
         """Start at the float weight, so that ``h(variable)`` is its place between its neighbours."""
         self.low, high, position = draft.grid_neighbours()
         self.distance = high - self.low
@@ -57,7 +58,7 @@ class SoftWeight:
 
 def _unit(distance: Tensor) -> Tensor:
     # A weight beyond the ends of the grid has no neighbours; any unit serves it.
-    return torch.where(distance > 0, distance, torch.ones_like(distance))
+    return torch.where(distance != 0, distance, torch.ones_like(distance))
 
 
 class _Soften(torch.autograd.Function):

@@ -134,6 +134,8 @@ class Sequencing:
         inputs: Whether a block's inputs during learning come from the quantized or from the full-precision prefix.
         rounding_rows: Calibration rows for learning, as far as memory allows.
         activation_rows: Calibration rows for the search over activations.
+        minutes: After which no further block is learned. Then, or when a user interrupts, the others keep what they have. None
+            learns all of them.
     """
 
     split: bool = True
@@ -141,3 +143,4 @@ class Sequencing:
     inputs: Literal["quantized", "full"] = "quantized"
     rounding_rows: int = 256
     activation_rows: int = 128
+    minutes: float | None = None

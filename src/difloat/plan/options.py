@@ -117,9 +117,17 @@ _NEEDS = (
         lambda options, bits: options.mixed and bits.weight < 8,
     ),
     _Need(
-        ("guidance", "factor_power", "size"),
-        "widths=rows or layers",
-        lambda options, bits: getattr(options, "widths", "rows") != "same",
+        ("guidance", "factor_power"),
+        "widths=rows or layers, or polish",
+        lambda options, bits: (
+            getattr(options, "widths", "rows") != "same" or getattr(options, "polish", 0) > 0
+        ),
+    ),
+    _Need(("size",), "widths=rows or layers", lambda options, bits: options.widths != "same"),
+    _Need(
+        ("polish_minutes", "polish_rate", "polish_rows", "judge"),
+        "polish of at least one update",
+        lambda options, bits: options.polish > 0,
     ),
     _Need(
         ("size",),
@@ -157,6 +165,17 @@ def checked(options: Any, bits: Bits, averages: bool = False) -> Any:
                     f"{field.name} must come with {need.what}, got {field.name}={value} at {bits}; leave it out"
                 )
     return options
+
+
+def check_formats_open(options: Any) -> None:
+    """Refuse an option that names the format of weights where layers are to have several widths."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        for mark in type(options).__pydantic_fields__[field.name].metadata:
+            if isinstance(mark, FormatOr) and value not in mark.words:
+                raise ValueError(
+                    f"{field.name} must be left open with bits_from, as layers have several widths, got {value!r}; leave it out"
+                )
 
 
 def _check_format(name: str, value: str, words: tuple[str, ...], bits: int) -> None:

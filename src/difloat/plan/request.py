@@ -66,6 +66,10 @@ ByName = Annotated[
     BeforeValidator(_by_name),
     Rule("be names of components, perhaps with their bits, like vae=w8a8"),
 ]
+LayerBits = Annotated[
+    Mapping[str, Mapping[str, Annotated[int, Field(ge=1, le=8)]]],
+    Rule("be weight bits by denoiser and layer"),
+]
 
 
 @record("settings of repair")
@@ -101,6 +105,8 @@ class Request:
             data. If it is left out, the denoiser.
         cache: Directory that keeps calibration rows and finished blocks. A killed run goes on from there.
         device: Where the model is put, stays and computes, or None for where it is.
+        bits_from: A checkpoint of this model whose layers' weight bits are taken, such as one of auto with widths=layers. Edges
+            that the recipe keeps at 8 bits keep them.
         options: The recipe's options, made and checked.
     """
 
@@ -112,4 +118,5 @@ class Request:
     components: ByName | None = None
     cache: Path | None = None
     device: InstanceOf[torch.device] | None = None
+    bits_from: LayerBits | None = None
     options: Any = field(kw_only=True)

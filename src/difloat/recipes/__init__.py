@@ -77,6 +77,8 @@ RECIPES: dict[str, Recipe] = {
     "rtn": Recipe(rtn.rtn, rtn.NearestOptions, rtn.SUMMARY, rtn.cost, rtn.needs_data),
 }
 
+UNTOLD = ("auto", "mpqdm", "viditq", "qdit")  # do not take `Task.layer_bits`
+
 
 def lookup(name: str) -> Recipe:
     """The recipe called `name`. ValueError that lists the known ones if there is none."""
@@ -103,6 +105,7 @@ def decide(task: Task, recipe: str, settings: Any) -> Plan:
     stored = {**dataclasses.asdict(settings), **outcome.used, "seed": task.seed}
     stored |= {"calibration_rows": len(task.calibration)}
     stored |= {"target": task.target} if task.target != "any" else {}
+    stored |= {"layer_bits": "of another plan"} if task.layer_bits else {}
     stored |= {"exclude": list(task.exclude.patterns)} if task.exclude.patterns else {}
     return Plan(
         recipe,

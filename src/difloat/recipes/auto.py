@@ -19,11 +19,13 @@ from typing import Literal
 
 from pydantic import ByteSize
 
+from difloat import distributed
 from difloat.methods import allocation, closed_form, post_training
 from difloat.methods.allocation import WidthSettings
 from difloat.methods.closed_form import Asked, ClosedFormSettings
 from difloat.methods.cost import WITH_GRADIENT, Cost
 from difloat.methods.picture_budget import rows_for
+from difloat.methods.polish import PolishSettings, polish_cost, polished
 from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task, timed
 from difloat.methods.second_order import SecondOrderSettings
 from difloat.methods.sensitivity import SensitivitySettings
@@ -37,8 +39,8 @@ _DRAFT = replace(asymmetric_integers(8, "channel"), clips=MIN_MAX, zero_points=M
 
 
 @recipe_options
-class Options:
-    """Options of Auto.
+class Options(PolishSettings):
+    """Options of Auto, and those of polishing: `PolishSettings`.
 
     Attributes:
         widths: 2 to 8 bits by "rows" (output channels) or "layers", within the bytes of one width or `size`; "same": one width.
@@ -54,8 +56,7 @@ class Options:
         input_group: Channels per scale and zero point of inputs of up to 4 bits, or 0 for one scale per token, as at 8 bits.
         keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
         rows: Calibration rows that moments are gathered from, as far as `pictures` allows.
-        pictures: Full-precision pictures whose time a model of more than 100 million weights costs at most, which bounds what
-            is sampled, `rows` and the rows of sensitivities; 0: no bound.
+        pictures: Full-precision pictures' time that calibration aims at for models of over 100 million weights; 0: no limit.
     """
 
     widths: Literal["rows", "layers", "same"] = "rows"
@@ -75,11 +76,11 @@ class Options:
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by Auto."""
     kept: dict[str, bool] = {}
-    largest = [1]  # bytes of a row's data in one layer
+    traces: list[Trace] = []
 
     def rules(name: str, seen: Trace) -> LayerRules:
         kept[name] = post_training.keeps_8bit(name, seen, options.keep_8bit)
-        largest[0] = seen.row_bytes
+        traces[:] = [seen]
         inputs = task.bits.activation and (8 if kept[name] else task.bits.activation)
         return LayerRules(_DRAFT, online_integers(inputs, options.input_group))
 
@@ -87,9 +88,10 @@ def plan(task: Task, options: Options) -> Outcome:
     layers, measured = outcome.layers, dict(outcome.measured)
     rows = rows_for(task, options.pictures, options.rows, SensitivitySettings.rows)
     sensitivity = SensitivitySettings(rows.gradients, guidance=options.guidance)
-    rounding = SecondOrderSettings(refit=options.refit, sweep=options.sweep)
-    settings = ClosedFormSettings(rounding, rows=rows.moments)
-    inputs = closed_form.inputs_of(task, layers, settings, largest[0])
+    settings = ClosedFormSettings(
+        SecondOrderSettings(refit=options.refit, sweep=options.sweep), rows=rows.moments
+    )
+    inputs = closed_form.inputs_of(task, layers, settings, traces[0].row_bytes)
     weights = WeightRules(options.grid, options.group_size, task.target, task.bits.activation is not None)
     same = {n: weights.at(8 if kept[n] else task.bits_of(n), layers[n].shape) for n in layers}
     asked: dict[str, Asked] = dict(same)
@@ -104,7 +106,10 @@ def plan(task: Task, options: Options) -> Outcome:
         measured["widths"] = choice.report()
     with timed(measured, "round weights"):
         layers, measured["closed_form"] = closed_form.round_anew(task, layers, inputs, asked, settings)
-    return replace(outcome, layers=layers, measured=measured)
+    made = replace(outcome, layers=layers, measured=measured)
+    return distributed.on_main(
+        lambda: polished(task, made, traces[0], options, options.guidance, options.factor_power)
+    )
 
 
 def cost(options: Options, bits: Bits) -> Cost:
@@ -114,4 +119,4 @@ def cost(options: Options, bits: Bits) -> Cost:
         passes += (WITH_GRADIENT * SensitivitySettings.rows * SensitivitySettings.probes,)
     inputs = online_integers(bits.activation, options.input_group)
     weight = WeightRules(options.grid, options.group_size).at(bits.weight)
-    return Cost(weight, inputs, options.keep_8bit, passes=passes, for_files=True)
+    return polish_cost(Cost(weight, inputs, options.keep_8bit, passes=passes, for_files=True), options)
