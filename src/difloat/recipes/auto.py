@@ -88,9 +88,8 @@ def plan(task: Task, options: Options) -> Outcome:
     layers, measured = outcome.layers, dict(outcome.measured)
     rows = rows_for(task, options.pictures, options.rows, SensitivitySettings.rows)
     sensitivity = SensitivitySettings(rows.gradients, guidance=options.guidance)
-    settings = ClosedFormSettings(
-        SecondOrderSettings(refit=options.refit, sweep=options.sweep), rows=rows.moments
-    )
+    rounding = SecondOrderSettings(refit=options.refit, sweep=options.sweep)
+    settings = ClosedFormSettings(rounding, rows=rows.moments)
     inputs = closed_form.inputs_of(task, layers, settings, traces[0].row_bytes)
     weights = WeightRules(options.grid, options.group_size, task.target, task.bits.activation is not None)
     same = {n: weights.at(8 if kept[n] else task.bits_of(n), layers[n].shape) for n in layers}
@@ -106,10 +105,8 @@ def plan(task: Task, options: Options) -> Outcome:
         measured["widths"] = choice.report()
     with timed(measured, "round weights"):
         layers, measured["closed_form"] = closed_form.round_anew(task, layers, inputs, asked, settings)
-    made = replace(outcome, layers=layers, measured=measured)
-    return distributed.on_main(
-        lambda: polished(task, made, traces[0], options, options.guidance, options.factor_power)
-    )
+    made, power = replace(outcome, layers=layers, measured=measured), options.factor_power
+    return distributed.on_main(lambda: polished(task, made, traces[0], options, options.guidance, power))
 
 
 def cost(options: Options, bits: Bits) -> Cost:
