@@ -2,6 +2,7 @@
 
     python benchmarks/auto_choices.py                         # both embedded models; minutes on two idle cores
     python benchmarks/auto_choices.py --models emoji-unet     # one of them
+    python benchmarks/auto_choices.py --table                 # the tables of docs/papers/auto.md from what is stored
 
 Every row is quantized anew and draws the same pictures as full precision. Stored are the PSNR, its paired difference to the
 first row of the same bits, effective bits, seconds of calibration and of all after it, and seconds of a picture: full precision
@@ -11,6 +12,7 @@ and packed in turns, the median of `--repeats`. Costs are given in full-precisio
 from __future__ import annotations
 
 import math
+import re
 import time
 from dataclasses import replace
 from typing import Any
@@ -28,6 +30,8 @@ from difloat.plan.rules import Bits
 from difloat.plan.target import FILES, Target
 
 STEPS, ROWS = 20, 256
+PAGE = harness.ROOT / "docs/papers/auto.md"
+MARK = re.compile(r"(<!-- choices -->\n)(.*?)(<!-- end choices -->)", re.DOTALL)
 TRAJECTORIES, TARGET = "trajectories", "target"
 ALLOCATED = "bits of auto"  # by layer, with these options of auto
 INTEGER_LAYERS = {"widths": "layers", "grid": "integer"}
@@ -93,7 +97,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(reference_models.NAMES))
     parser.add_argument("--count", type=int, default=32, help="pictures")
     parser.add_argument("--choices", nargs="+", default=list(CHOICES))
+    parser.add_argument(
+        "--table", action="store_true", help="write the tables of docs/papers/auto.md and stop"
+    )
     options = harness.arguments(parser)
+    if options.table:
+        write_tables(harness.stored(options.out))
+        return
     for name in options.models:
         prompts = reference_models.captions()
         shown = prompts[:: len(prompts) // options.count][: options.count]
@@ -183,6 +193,44 @@ def stored_bytes(layer: LayerPlan, target: Target) -> int:
     made_for = file_offers.offers(layer.shape, layer.parts[0].activation is not None, target)
     rule = next(rule for rule in made_for if rule.spec(rule.formats[0]) == spec)
     return file_offers.file_bytes(layer.shape, rule, target)
+
+
+def write_tables(stored: dict[str, Any]) -> None:
+    """A table per model on the page of recipe auto, between its marks."""
+    tables = [table_of(name, stored) for name in reference_models.NAMES]
+    text = MARK.sub(
+        lambda match: f"{match[1]}\n{''.join(filter(None, tables))}{match[3]}", PAGE.read_text("utf-8")
+    )
+    PAGE.write_text(text, "utf-8")
+
+
+def table_of(name: str, stored: dict[str, Any]) -> str:
+    """The rows of one model in Markdown; nothing where there are none."""
+    rows = {label: stored[f"{name} | {label}"] for label in CHOICES if f"{name} | {label}" in stored}
+    if not rows:
+        return ""
+    lines = [
+        f"**{name}**",
+        "",
+        "| choice | PSNR dB | change dB | bits | calibration s | after s | both in pictures | packed / float, s a picture |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for label, row in rows.items():
+        change = _interval(row["psnr_change_db"], 2) if "psnr_change_db" in row else ""
+        both = row["calibration_pictures"] + row["after_pictures"]
+        speed = row["picture_s"]["packed"] / row["picture_s"]["full precision"]
+        cells = (label, _interval(row["psnr_db"], 1), change, f"{row['effective_bits']:.2f}")
+        costs = (f"{row['calibration_s']:g}", f"{row['after_s']:g}", f"{both:.0f}", f"{speed:.2f}")
+        lines.append(f"| {' | '.join((*cells, *costs))} |")
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows.values()))
+    threads = ", ".join(dict.fromkeys(str(row["machine"]["threads"]) for row in rows.values()))
+    cpu = next(iter(rows.values()))["machine"]["cpu"]
+    return "\n".join([*lines, "", f"Commits {commits}; {cpu}, threads {threads}.", "", ""])
+
+
+def _interval(found: dict[str, float], digits: int) -> str:
+    value, low, high = (f"{found[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ python benchmarks/code_metrics.py --against 9cfdd59  # a Markdown table of that 
 
 Everything but the Python calls is counted in the text of the source. Those are counted by `sys.setprofile` while packed layers
 of the imported package run once, warm. A comment line is one with a comment at its end or on its own, directives to tools
-(`# type:`, `# noqa`, `# fmt:`) aside. A duplicate pair is two places whose code is the same for at least six lines, with
-docstrings, comments, imports, blank lines and lines of brackets left out. A longer run counts once.
+(`# type:`, `# noqa`, `# fmt:`) aside. Lines of code are those that are left without docstrings, comments, imports, blank lines
+and lines of brackets. A duplicate pair is two places whose code is the same for at least six lines of code.
+A longer run counts once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import tarfile
 import tempfile
 import tokenize
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -102,7 +103,8 @@ def measure(root: Path) -> dict[str, Any]:
     package = root / "src" / "difloat"
     files = sorted(package.rglob("*.py"))
     return {
-        "lines": {"all": sum(map(_lines, files)), **_lines_by_folder(package, files)},
+        "lines": _by_folder(package, files, _lines),
+        "of those code": _by_folder(package, files, lambda path: len(_code_lines(path))),
         "functions": _functions(files),
         "lines with a comment, %": _comments(files),
         "duplicate pairs of six lines": _duplicates(files),
@@ -118,7 +120,7 @@ def table(commit: str, before: dict[str, Any], after: dict[str, Any]) -> str:
     for name in ["all", *sorted((before["lines"].keys() | after["lines"].keys()) - {"all"})]:
         label = "lines of `src`" if name == "all" else f"lines of `{name}/`"
         label = "lines beside the folders" if name == "beside the folders" else label
-        pairs.append((label, before["lines"].get(name, "-"), after["lines"].get(name, "-")))
+        pairs.append((f"{label} (of those code)", *(_of_code(found, name) for found in (before, after))))
     for name in after["functions"]:
         pairs.append((f"functions: {name}", before["functions"][name], after["functions"][name]))
     for name in ("lines with a comment, %", "duplicate pairs of six lines"):
@@ -136,13 +138,19 @@ def _lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
-def _lines_by_folder(package: Path, files: list[Path]) -> dict[str, int]:
+def _of_code(found: dict[str, Any], folder: str) -> str:
+    lines = found["lines"].get(folder)
+    return "-" if lines is None else f"{lines} ({found['of those code'][folder]})"
+
+
+def _by_folder(package: Path, files: list[Path], count: Callable[[Path], int]) -> dict[str, int]:
+    """Counts of all files, and of those of every folder."""
     folders: dict[str, int] = {}
     for path in files:
         parts = path.relative_to(package).parts
         folder = parts[0] if len(parts) > 1 else "beside the folders"
-        folders[folder] = folders.get(folder, 0) + _lines(path)
-    return dict(sorted(folders.items()))
+        folders[folder] = folders.get(folder, 0) + count(path)
+    return {"all": sum(folders.values()), **dict(sorted(folders.items()))}
 
 
 def _functions(files: list[Path]) -> dict[str, float]:

@@ -2,7 +2,7 @@ r"""Speed of quantized linear layers, convolutions and attention on a CPU, again
 
 Everything of one shape runs in one process, interleaved: every repetition calls each contestant once, in rotated order, after a
 pause in which other libraries' threads stop spinning and one call that is not timed. Medians count. For comparison the same run
-measures a plain int8 product of torch, which comes within a tenth of the machine's int8 peak.
+measures a plain int8 product of torch, and what a core can multiply at most in registers (`limits.py`).
 
 Numbers without ``--quick`` go into ``benchmarks/results/kernels.json``; ``--dispatch`` also writes the table by which backends
 are chosen, from those of W4A8. ``--table`` names the layers that run slower than bfloat16 by that table.
@@ -28,6 +28,7 @@ from typing import Any
 
 import harness
 import torch
+from limits import measured
 from torch import Tensor
 from torch.nn import functional
 
@@ -78,11 +79,18 @@ def interleaved(contestants: Contestants, repeats: int, pause_s: float) -> dict[
     return {name: {"median_ms": 1000 * found[name], "min_ms": 1000 * min(times[name])} for name in times}
 
 
-def layer(shape: tuple[int, ...], weight: str, activation: str, group: int | None = None) -> list[Any]:
-    """The arguments of an operator after its input: random weights on a grid."""
+def layer(
+    shape: tuple[int, ...], weight: str, activation: str, group: int | None = None, inputs: int | None = None
+) -> list[Any]:
+    """The arguments of an operator after its input: random weights on a grid.
+
+    With `inputs` so many channels of a token share a scale and a zero point, else all share a scale.
+    """
     granularity: Granularity = "group" if group else "channel"
     spec = QuantSpec(parse(weight), granularity, group)
-    part = Part(shape[1], spec, QuantSpec(parse(activation), "token", online=True))
+    token = QuantSpec(parse(activation), "token", online=True)
+    ranged = QuantSpec(parse(activation), "group", inputs, online=True, zero_point=True) if inputs else token
+    part = Part(shape[1], spec, ranged)
     values = torch.randn(shape) * 0.02
     scale = torch.full((spec.scale_count(*shape[:2]),), 0.06 / spec.format.max)
     stored = plan_layer(values, [part], [scale]).tensors
@@ -134,6 +142,7 @@ def linear(rows: int, channels: int, out: int) -> Contestants:
         **{
             f"w4a8 groups of {g}": layer(shape, "e2m1", "int8", g) for g in (128, 64, 32) if channels % g == 0
         },
+        "w4a4 inputs in groups of 32": layer(shape, "t4g", "uint4", inputs=32),
     }
     wide = x.float()
     found: Contestants = {
@@ -150,7 +159,11 @@ def conv(batch: int, channels: int, out: int, side: int, kernel: int) -> Contest
     x = torch.randn(batch, channels, side, side).bfloat16().to(memory_format=torch.channels_last)
     weight = (torch.randn(shape) * 0.02).to(memory_format=torch.channels_last)
     half, padding = weight.bfloat16(), kernel // 2
-    settings = {"w4a4": layer(shape, "e2m1", "e2m1"), "w4a8": layer(shape, "e2m1", "int8")}
+    settings = {
+        "w4a4": layer(shape, "e2m1", "e2m1"),
+        "w4a8": layer(shape, "e2m1", "int8"),
+        "w4a4 inputs in groups of 32": layer(shape, "t4g", "uint4", inputs=32),
+    }
     geometry = Geometry(padding=(padding, padding))
     wide = x.float()
     return {
@@ -360,6 +373,7 @@ def main() -> None:
     if options.table:
         sys.stdout.write(tables(json.loads(options.out.read_text())))
         return
+    limits = {} if options.quick else measured()
     with torch.no_grad():
         rows = run(options)
     where = f"{harness.machine()['cpu']}, {options.threads} threads"
@@ -368,7 +382,7 @@ def main() -> None:
         path = harness.ROOT / "src/difloat/kernels/dispatch.json"
         path.write_text(json.dumps(table, indent=2) + "\n")
     if not options.quick:
-        harness.write(options.out, {"rows": rows})
+        harness.write(options.out, {"rows": rows, "limits_gops_of_a_core": limits})
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from quality_tables import seed_table, table
 from difloat import api, recipes, run
 from difloat.evaluation.comparison import Generated
 from difloat.layers import install, packed
+from difloat.layers.exclude import Exclusion
 from difloat.plan.layer_bits import layer_bits
 from difloat.plan.rules import Bits
 from difloat.reference_models import NAMES
@@ -88,16 +89,26 @@ def measure_model(arguments: argparse.Namespace, model: str, results: dict[str, 
             trajectories=row.trajectories or recipes.lookup(row.recipe).trajectories,
             seed=row.seed,
         )
-        results[key] = {**setting, **measure_row(row, pipeline, module, data, reference, sampling)}
+        kept = arguments.work / "training" if row.options.get("fresh_rows") else None
+        results[key] = {**setting, **measure_row(row, pipeline, module, data, reference, sampling, kept)}
         harness.add(path, {key: results[key]})  # another process may measure another model meanwhile
 
 
 def measure_row(
-    row: Row, pipeline: Any, module: Any, data: Any, reference: Generated, sampling: run.Sampling
+    row: Row,
+    pipeline: Any,
+    module: Any,
+    data: Any,
+    reference: Generated,
+    sampling: run.Sampling,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
-    """Quantize by one configuration, draw, judge; the pipeline is as before on return."""
+    """Quantize by one configuration, draw, judge; the pipeline is as before on return. Training is kept in `kept`."""
     start = time.perf_counter()
-    task = replace(api.task_of(pipeline, data, Bits.parse(row.bits)), seed=row.seed)
+    task = replace(api.task_of(pipeline, data, Bits.parse(row.bits)), seed=row.seed, work_dir=kept)
+    if row.blocks_only:
+        outside = packed.quantizable(module).keys() - packed.inside_blocks(module)
+        task = replace(task, exclude=Exclusion(("outside of the blocks",), frozenset(outside)))
     if row.allocated is not None:
         chosen = recipes.plan(task, "auto", row.bits, row.allocated)
         task = replace(task, layer_bits=layer_bits(chosen))

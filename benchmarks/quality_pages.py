@@ -1,4 +1,4 @@
-"""Write what `quality.py` measured into the pages of docs/papers, between `<!-- quality NAME -->` and `<!-- end -->`.
+"""Write what was measured into docs/papers and docs/which_recipe.md, between `<!-- quality NAME -->` and `<!-- end -->`.
 
 python benchmarks/quality_pages.py           # write
 python benchmarks/quality_pages.py --check   # exit code 1 if a page says something else than benchmarks/results
@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from outlier_tables import tables
 from quality_rows import MODELS, PAPERS
 from quality_tables import interval, seed_table, table
+from recipe_figure import which_table
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs" / "papers").glob("*.md"))
+PAGES = [*sorted((ROOT / "docs" / "papers").glob("*.md")), ROOT / "docs" / "which_recipe.md"]
 MARK = re.compile(r"(<!-- quality ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -169,6 +171,10 @@ def block(name: str) -> str:
         return comparison(COMPARISONS[name])
     if name == "mpqdm-settings":
         return settings()
+    if name == "which-recipe":
+        return which_table()
+    if name == "outliers":
+        return tables(json.loads((ROOT / "benchmarks/results/outlier-rows.json").read_text(encoding="utf-8")))
     if name not in PAPERS:
         raise KeyError(f"a block must be named after one of {[*PAPERS, *COMPARISONS]}, got {name!r}")
     order = [row.label for row in PAPERS[name]]

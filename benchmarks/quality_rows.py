@@ -13,7 +13,8 @@ class Row:
     """One configuration of a table; `timesteps` as in the calibration settings, `seed` of calibration and recipe.
 
     With `allocated`, layers have the weight bits that recipe auto with these options gives them. Rows come from as many
-    `trajectories`, or where that is None from as many as the recipe asks for.
+    `trajectories`, or where that is None from as many as the recipe asks for. With `blocks_only`, layers outside of the model's
+    lists of blocks are left as they are, as FP4DiT leaves them.
     """
 
     label: str
@@ -23,13 +24,29 @@ class Row:
     timesteps: str = "sampler"
     seed: int = 0
     allocated: dict[str, Any] | None = None
+    blocks_only: bool = False
     trajectories: int | None = None
 
 
-def seeds(label: str, recipe: str, bits: str, options: dict[str, Any], count: int = 3) -> list[Row]:
-    """The same configuration with several seeds."""
+def seeds(
+    label: str,
+    recipe: str,
+    bits: str,
+    options: dict[str, Any] | None = None,
+    count: int = 3,
+    *,
+    blocks_only: bool = False,
+) -> list[Row]:
+    """The same configuration with several seeds, which vary calibration, rounding and training."""
     return [
-        Row(label if seed == 0 else f"{label}, seed {seed}", recipe, bits, options, seed=seed)
+        Row(
+            label if seed == 0 else f"{label}, seed {seed}",
+            recipe,
+            bits,
+            options or {},
+            seed=seed,
+            blocks_only=blocks_only,
+        )
         for seed in range(count)
     ]
 
@@ -263,11 +280,123 @@ PAPERS["auto"] = [
     ),
     Row("W4A8 Q-Diffusion, 64 trajectories", "qdiffusion", "w4a8", trajectories=64),
 ]
+TWIN: dict[str, Any] = {**GROUPS, "activation": "online"}  # INT4 in groups and integers per token
+BRIEF: dict[str, Any] = {"iterations": 100}  # a quarter of the default, in all tables over seeds
+NEAREST: dict[str, Any] = {"rounding": "nearest"}
+
+
+def fp4dit_over_seeds(bits: str) -> list[Row]:
+    """FP4DiT's choices one at a time, and integers with the same layers left out. Nearest rounding draws nothing at random."""
+    name = bits.upper()
+    same: dict[str, Any] = {"before_gelu": "same"}
+    return [
+        *seeds(f"{name} FP4DiT", "fp4dit", bits, BRIEF),
+        *seeds(f"{name} FP4DiT, E2M1 before GELU", "fp4dit", bits, {**BRIEF, **same}),
+        *seeds(f"{name} FP4DiT, plain AdaRound", "fp4dit", bits, {**BRIEF, "scale_aware": False}),
+        *seeds(f"{name} integer twin, blocks only", "qdiffusion", bits, {**TWIN, **BRIEF}, blocks_only=True),
+        *seeds(f"{name} Q-Diffusion, blocks only", "qdiffusion", bits, {**GROUPS, **BRIEF}, blocks_only=True),
+        *seeds(
+            f"{name} FP4DiT, one exponent bit more", "fp4dit", bits, {**BRIEF, "activation_format": "wide"}
+        ),
+        Row(f"{name} nearest FP4DiT", "fp4dit", bits, NEAREST),
+        Row(f"{name} nearest FP4DiT, E2M1 before GELU", "fp4dit", bits, {**NEAREST, **same}),
+        Row(
+            f"{name} nearest FP4DiT, one exponent bit more",
+            "fp4dit",
+            bits,
+            {**NEAREST, "activation_format": "wide"},
+        ),
+        Row(
+            f"{name} nearest integer twin, blocks only",
+            "qdiffusion",
+            bits,
+            {**NEAREST, **TWIN},
+            blocks_only=True,
+        ),
+        Row(
+            f"{name} nearest Q-Diffusion, blocks only",
+            "qdiffusion",
+            bits,
+            {**NEAREST, **GROUPS},
+            blocks_only=True,
+        ),
+    ]
+
+
+# Both with --samples 128. Seeds vary all that is random in quantization, and pictures are the same ones.
+PAPERS["fp4dit-seeds"] = [*fp4dit_over_seeds("w4a6"), *fp4dit_over_seeds("w4a8")]
+PAPERS["lbfp-seeds"] = [
+    Row("FP4/FP8 nearest (LBFP)", "lbfp", "w4a8", NEAREST),
+    *seeds("FP4/FP8 learned rounding (LBFP)", "lbfp", "w4a8", BRIEF),
+    *seeds("INT4/INT8 AdaRound (Q-Diffusion)", "qdiffusion", "w4a8", BRIEF),
+    *seeds("FP4/FP8 learned, per channel", "lbfp", "w4a8", {**BRIEF, "weight_granularity": "channel"}),
+    *seeds("INT4/INT8 AdaRound, per tensor", "qdiffusion", "w4a8", {**BRIEF, "weight_granularity": "tensor"}),
+    Row("FP4/FP8 learned rounding, 2,000 steps", "lbfp", "w4a8", {"iterations": 2000}),
+    Row("INT4/INT8 AdaRound, 2,000 steps", "qdiffusion", "w4a8", {"iterations": 2000}),
+]
+
+
+def fresh(
+    name: str, options: dict[str, Any], updates: int, rate: float, bits: str = "w4a4", recipe: str = "msfp"
+) -> list[Row]:
+    """A rung trained on fresh rows: updates of 4 rows, with the adapters' rate."""
+    budget: dict[str, Any] = {"fresh_rows": 1, "rows": 4, "updates": updates, "adapter_rate": rate}
+    return seeds(f"{name}, {updates:,} fresh updates, rate {rate:g}", recipe, bits, {**options, **budget})
+
+
+TALORA: dict[str, Any] = {"dfa": False}
+ONE: dict[str, Any] = {**TALORA, "adapters": 1}
+
+
+def ladder(updates: int, rate: float = 0.01) -> list[Row]:
+    """MSFP's rungs, and what TALoRA has to beat: other tables, as many updates per adapter, and one adapter with its bytes."""
+    return [
+        *fresh("base", BASE, updates, rate),
+        *fresh("+ mixup-sign", {**BASE, "mixup_sign": True}, updates, rate),
+        *fresh("+ TALoRA", TALORA, updates, rate),
+        *fresh("+ DFA, power 1", {}, updates, rate),
+        *fresh("+ DFA, power 2", {"factor_power": 2.0}, updates, rate),
+        *fresh("TALoRA by fixed halves", {**TALORA, "allocation": "halves"}, updates, rate),
+        *fresh("TALoRA at random", {**TALORA, "allocation": "random"}, updates, rate),
+        *fresh("TALoRA, as many per adapter", TALORA, 2 * updates, rate),
+        *fresh("one adapter of rank 64", {**ONE, "rank": 64}, updates, rate),
+        *fresh("one adapter, 8 bits", ONE, updates, rate, "w8a4"),
+    ]
+
+
+def mpqdm_ladder(updates: int, rate: float = 0.01) -> list[Row]:
+    """MPQ-DM's rungs at W2A4."""
+    omq: dict[str, Any] = {"relation": "off"}
+    rungs: dict[str, dict[str, Any]] = {
+        "MPQ-DM base": {**omq, "mixed": False},
+        "OMQ, inputs not scaled": {**omq, "scale_inputs": False},
+        "OMQ": omq,
+        "OMQ and TRD in every step": {"relation_every": 1},
+    }
+    return [row for name, own in rungs.items() for row in fresh(name, own, updates, rate, "w2a4", "mpqdm")]
+
+
+# With --samples 128. Training is kept under --work, so that a row that was cut off goes on where it was.
+PAPERS["msfp-fresh"] = [
+    Row("base, not fine-tuned", "msfp", "w4a4", {**BASE, "adapters": 0}),
+    Row("+ mixup-sign, not fine-tuned", "msfp", "w4a4", {"adapters": 0}),
+    *seeds("base, 800 updates on 256 rows", "msfp", "w4a4", BASE),
+    *seeds("base, 160 updates of 16 on 256 rows", "msfp", "w4a4", {**BASE, "epochs": 8}),
+    *seeds("base, 160 updates of 16 on fresh rows", "msfp", "w4a4", {**BASE, "epochs": 8, "fresh_rows": 1}),
+    *fresh("base", BASE, 2000, 0.03),
+    *fresh("base", BASE, 2000, 0.003),
+    *ladder(2000),
+    *ladder(16000),
+    *mpqdm_ladder(16000),
+]
 MODELS = {
     "auto": NAMES,
     "lbfp": NAMES,
+    "lbfp-seeds": NAMES,
     "fp4dit": ("emoji-pixart",),
+    "fp4dit-seeds": ("emoji-pixart",),
     "msfp": NAMES,
+    "msfp-fresh": ("emoji-unet",),
     "mpqdm": NAMES,
     "mpqdm-short": NAMES,
     "guided": NAMES,

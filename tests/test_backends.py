@@ -84,10 +84,10 @@ def rounded(x: Tensor, one: Case, picture: bool) -> Tensor:
     """The input on its grid, without the rounding to the input's dtype."""
     spec, x = one.part.activation, x.float()
     flat = x if picture else x.reshape(-1, x.shape[-1])
-    per_token = spec.granularity == "token"
-    return reference.fake_quantize_input(
-        flat, one.tensors[3], one.tensors[4], spec.format.name, per_token
-    ).reshape(x.shape)
+    per_token = spec.granularity in ("token", "group")
+    ranged = spec.online and spec.zero_point
+    grid = spec.format.name, per_token, spec.group_size or 0, ranged
+    return reference.fake_quantize_input(flat, one.tensors[3], one.tensors[4], *grid).reshape(x.shape)
 
 
 def check(result: Tensor, x: Tensor, one: Case, *geometry: object) -> None:
@@ -139,12 +139,28 @@ FORMATS = [
     ("ue1m7", "channel", True, TOKEN),
 ]
 GROUPED = [("e2m1", 32, False, TOKEN), ("int4", 64, True, TOKEN), ("e2m3", 128, False, TOKEN)]
+RANGED = QuantSpec(parse("uint4"), "group", 32, online=True, zero_point=True)
+STEPPED = [  # inputs whose groups of channels have steps of their own
+    ("int4", None, True, RANGED),
+    ("iq4nl", None, False, RANGED),
+    ("int8", None, False, RANGED),
+    ("t3g", 64, False, RANGED),
+    ("e2m1", 32, True, RANGED),
+    ("e2m1", None, False, QuantSpec(parse("int4"), "group", 16, online=True)),
+    ("int6", 32, False, QuantSpec(parse("e2m1"), "group", 32, online=True)),
+    ("uint4", None, True, QuantSpec(parse("uint4"), "token", online=True, zero_point=True)),
+    ("int4", None, False, QuantSpec(parse("int4"), "group", 48, online=True, zero_point=True)),
+]
 
 
 def parts(channels: int) -> list[Part]:
     plain = [Part(channels, QuantSpec(parse(f), g, None, False, z), a) for f, g, z, a in FORMATS]
     grouped = [Part(channels, QuantSpec(parse(f), "group", g, False, z), a) for f, g, z, a in GROUPED]
-    return plain + grouped
+    stepped = [
+        Part(channels, QuantSpec(parse(f), "group" if g else "channel", g, False, z), a)
+        for f, g, z, a in STEPPED
+    ]
+    return plain + grouped + stepped
 
 
 SHAPES = [
@@ -159,7 +175,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(FORMATS) + len(GROUPED)))
+@pytest.mark.parametrize("number", range(len(FORMATS) + len(GROUPED) + len(STEPPED)))
 @pytest.mark.parametrize("name", FAST)
 def test_linear_is_as_close_to_float64_as_float32_sums_are(name, number, generator) -> None:
     ran = 0
@@ -185,7 +201,7 @@ GEOMETRIES = [  # shape of the weight, size of the picture, stride, padding, dil
 ]
 
 
-@pytest.mark.parametrize("number", range(len(FORMATS)))
+@pytest.mark.parametrize("number", range(len(FORMATS) + len(GROUPED) + len(STEPPED)))
 @pytest.mark.parametrize("name", FAST)
 def test_convolution_is_as_close_to_float64_as_float32_sums_are(name, number, generator) -> None:
     ran = 0
@@ -237,7 +253,7 @@ def test_empty_batch_of_pictures(name, generator) -> None:
 
 @pytest.mark.parametrize("name", FAST)
 def test_nan_spoils_its_token_or_picture_only(name, generator) -> None:
-    for activation in (TOKEN, QuantSpec(parse("e2m1"))):
+    for activation in (TOKEN, QuantSpec(parse("e2m1")), RANGED):
         part = Part(4, QuantSpec(parse("e2m1"), "channel"), activation)
         x, picture = torch.randn(3, 4, generator=generator), torch.randn(3, 4, 5, 5, generator=generator)
         x[1, 2] = picture[1, 2, 3, 3] = math.nan

@@ -133,9 +133,9 @@ def test_every_cut_and_every_flip_is_noticed(finished: tuple[Path, Plan], tmp_pa
     for one in damaged:
         path.write_bytes(one)
         with said_once(path):
-            assert read_entry(path, key) is None
+            assert read_entry(path, key, dict) is None
     path.write_bytes(content)
-    assert read_entry(path, key) is not None
+    assert read_entry(path, key, dict) is not None
 
 
 def test_a_shard_of_another_version_is_drawn_again(tmp_path: Path) -> None:
@@ -143,13 +143,13 @@ def test_a_shard_of_another_version_is_drawn_again(tmp_path: Path) -> None:
     expected = collect(DotPipeline(), PROMPTS, settings, cache_dir=tmp_path, progress=False)
     shard = min(tmp_path.glob("*/batch-*.safetensors"))
     key = f"{shard.parent.name}/{shard.name}"
-    tensors, texts = read_entry(shard, key)
+    tensors, texts = read_entry(shard, key, dict)
     rows = [{**row, "colour": "red"} for row in json.loads(texts["rows"])]
     write_entry(shard, key, tensors, {"rows": json.dumps(rows)})
     with pytest.warns(CacheWarning, match=r"of this version of difloat, but calibration row .* 'colour'"):
         data = collect(DotPipeline(), PROMPTS, settings, cache_dir=tmp_path, progress=False)
     assert data.fingerprint == expected.fingerprint
-    assert read_entry(shard, key)[1] == texts, "what was drawn again took its place"
+    assert read_entry(shard, key, dict)[1] == texts, "what was drawn again took its place"
 
 
 def test_shards_do_not_stand_for_each_other(tmp_path: Path) -> None:

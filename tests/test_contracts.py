@@ -215,6 +215,16 @@ def test_fp4dit_ablations_differ_where_they_should() -> None:
     assert not static.attention and len(static.layers) == 27
     assert all("input_scale" in layer.tensors for layer in static.layers.values())
     assert static.layers["proj_out"].parts[0].weight.format.name == "e3m4"
+    wide = {
+        bits: plan_with("pixart", "fp4dit", bits, rounding="nearest", activation_format="wide")
+        for bits in ("w4a6", "w4a8")
+    }
+    inputs = {
+        bits: {layer.parts[0].activation.format.name for layer in made.layers.values()}
+        for bits, made in wide.items()
+    }
+    assert inputs == {"w4a6": {"e3m2"}, "w4a8": {"e4m3"}}
+    assert {entry.operand.name for entry in wide["w4a6"].attention.values()} == {"e3m2"}
 
 
 def test_viditq_has_a_weight_for_every_stretch_of_the_trajectory() -> None:

@@ -33,6 +33,8 @@ ACTIVATIONS = {
     "integers": QuantSpec(parse("int8"), "token", online=True),
     "powers": QuantSpec(parse("e4m0"), "token", online=True),
     "groups": QuantSpec(parse("e3m4"), "group", 16, online=True),
+    "ranged": QuantSpec(parse("ue4m4"), "token", online=True, zero_point=True),
+    "ranged groups": QuantSpec(parse("e3m4"), "group", 16, online=True, zero_point=True),
 }
 WEIGHTS = [
     QuantSpec(parse("e2m1"), "channel"),
@@ -149,7 +151,7 @@ def test_what_it_leaves_alone() -> None:
     assert not native_decode.supports(part, (8, 48), x.to("meta"))
     odd = QuantSpec(parse("e2m1"), "group", 24)
     assert not native_decode.supports(Part(48, odd, None), (8, 48), x)
-    ranged = QuantSpec(parse("e3m4"), "token", online=True, zero_point=True)
+    ranged = QuantSpec(parse("e3m4"), "tensor", online=True, zero_point=True)
     assert not native_decode.supports(Part(48, WEIGHTS[0], ranged), (8, 48), x)
 
 

@@ -25,11 +25,12 @@ from difloat.methods import post_training
 from difloat.methods.post_training import LayerRules, Sequencing
 from difloat.methods.task import MixedRows, Smoothing, Task
 from difloat.methods.trace import Trace
-from difloat.methods.training import resume
+from difloat.methods.training import batches, resume
 from difloat.methods.training import train as finetune
+from difloat.methods.training.batches import Batch, Fixed, lost_guidance
 from difloat.methods.training.relation_loss import RelationLoss, RelationSettings
 from difloat.methods.training.student import Adapters, Router, Student
-from difloat.methods.training.train import Batch, TrainingSettings, lost_guidance, train
+from difloat.methods.training.train import TrainingSettings, train
 from difloat.numbers.formats import parse
 from difloat.numbers.search import ZERO_POINTS
 from difloat.plan import rules as rules_module
@@ -63,6 +64,13 @@ def sample_with(module: nn.Module) -> None:
         x = x.to(next(module.parameters()).dtype)
         for timestep in (900, 500, 100):
             x = x - 0.1 * module(x, torch.full((4,), timestep))
+
+
+def sample_anew(module: nn.Module) -> None:
+    """As `sample_with`, from noise of torch's own random state."""
+    x = torch.randn(8, 3, 6, 6)
+    for timestep in (900, 500, 100):
+        x = x - 0.1 * module(x, torch.full((8,), timestep))
 
 
 def prepared(
@@ -283,7 +291,11 @@ def in_two_ways() -> dict[str, Student]:
     relations = RelationLoss(task, student, RelationSettings(every=1, module="conv_in"))
     settings = replace(SETTINGS, guidance_weight=20.0, rows=6, accumulation=2)
     train(task, student, settings, dict.fromkeys(student.grid, 1.0), relations)
-    return {"plain": plain, "all": student}
+    data = collect_from_loop(task.model, sample_anew, CalibrationSettings(samples=24), progress=False)
+    task = replace(task, calibration=data)
+    fresh = student_of(task, plans)
+    trained(task, fresh, replace(SETTINGS, rows=5, fresh_rows=1))
+    return {"plain": plain, "all": student, "fresh": fresh}
 
 
 def test_two_processes_train_what_one_does(tmp_path) -> None:
@@ -465,7 +477,7 @@ def test_pairs_of_guidance_enter_the_loss_once(conditional: int) -> None:
     task = prepared()[0]
     task = replace(task, calibration=Guided(task.calibration, conditional))
     settings = replace(SETTINGS, guidance_weight=3.0)
-    data = finetune._Rows(task)
+    data = Fixed(task).rows
     (first, second), (other, _), *_ = [(a, b) for b, a in enumerate(task.calibration.beside) if a is not None]
     rows = [first, second, other, first, second]  # drawn twice; `other` without its half
     batch = Batch(500.0, rows)
@@ -558,7 +570,7 @@ def test_a_scaled_run_goes_on_with_its_scale(tmp_path, monkeypatch) -> None:
     student = student_of(task, plans, count=1)
     trained(task, student, replace(SETTINGS, epochs=1))
     (kept,) = tmp_path.glob("fine-tuning-*.safetensors")
-    entry = read_entry(kept, kept.name)
+    entry = read_entry(kept, kept.name, dict)
     assert entry is not None and json.loads(entry[1]["scaler"])["scale"] > 1
     again = student_of(task, plans, count=1)
     trained(task, again, replace(SETTINGS, epochs=1))
@@ -598,7 +610,7 @@ def test_what_accelerate_holds_for_the_process_is_given_back() -> None:
 
 def test_calibration_rows_come_to_the_device_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     task, _ = prepared()
-    monkeypatch.setattr(finetune, "_TEACHER_ROWS", 4)
+    monkeypatch.setattr(batches, "_TEACHER_ROWS", 4)
     held: list[weakref.ref] = []
     alive: list[int] = []
     batch = type(task.calibration).batch
@@ -610,7 +622,7 @@ def test_calibration_rows_come_to_the_device_a_few_at_a_time(monkeypatch: pytest
         return made
 
     monkeypatch.setattr(type(task.calibration), "batch", counted)
-    finetune._Rows(task)
+    Fixed(task)
     assert len(alive) == 6 and max(alive) <= 2
 
 
@@ -621,7 +633,7 @@ def test_a_row_between_two_others_is_in_two_pairs() -> None:
     three.beside = [None] * len(three)
     three.beside[rows[1]], three.beside[rows[2]] = rows[0], rows[1]
     task = replace(task, calibration=three)
-    data = finetune._Rows(task)
+    data = Fixed(task).rows
     output = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(2))
     error, targets = output - data.targets[rows], data.targets[rows]
     missing = lost(torch.cat([error[1:] - error[:-1]]), torch.cat([targets[1:] - targets[:-1]]))
@@ -673,7 +685,7 @@ def test_mixed_precision_scales_losses_in_float16_and_ends_with_training(tmp_pat
     student = student_of(task, plans)
     trained(task, student, replace(SETTINGS, epochs=1, precision="fp16"))
     (kept,) = tmp_path.glob("fine-tuning-*.safetensors")
-    entry = read_entry(kept, kept.name)
+    entry = read_entry(kept, kept.name, dict)
     assert entry is not None and json.loads(entry[1]["scaler"])["scale"] > 1
     _, (args, kwargs) = by_timestep(task)[0]
     assert student(args, kwargs).dtype == torch.float32

@@ -28,7 +28,7 @@ ORDER: tuple[set[str], ...] = (
     {"api", "components", "interchange", "job"},
     {"evaluation"},
     {"report"},
-    {"estimate", "load_errors", "run", "run_from_disk", "sources"},
+    {"encoded_prompts", "estimate", "load_errors", "run", "run_from_disk", "sources"},
     {"cli"},
     {"__init__", "__main__"},
 )  # a folder (or a file beside the folders) imports itself, its neighbours in the same set, and what stands before it

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,15 @@ def test_what_the_library_leaves_alone() -> None:
     odd = Part(48, QuantSpec(parse("e2m1"), "group", 24), TOKEN)
     x, picture = torch.zeros(2, 48), torch.zeros(1, 48, 4, 4)
     assert native_int8.supports(part, (8, 48), x) and not native_int8.supports(odd, (8, 48), x)
-    assert not native_int8.supports(part, (8, 48, 3, 3), picture)
+    assert native_int8.supports(part, (8, 48, 3, 3), picture)
+    assert not native_int8.supports(odd, (8, 48, 3, 3), picture)
+    ranged = QuantSpec(parse("uint4"), "group", 16, online=True, zero_point=True)
+    assert native_int8.supports(Part(48, QuantSpec(parse("e2m1"), "channel"), ranged), (8, 48), x)
+    for size in (24, 32):  # no whole vectors; no whole number of them in a group of the weight
+        other = replace(ranged, group_size=size)
+        assert not native_int8.supports(Part(48, part.weight, other), (8, 48), x)
+    shifted = replace(ranged, format=parse("uint8"))
+    assert not native_int8.supports(Part(48, part.weight, shifted), (8, 48), x)
     assert not native_int8.supports(part, (8, 48), x.double())
     assert not native_int8.supports(part, (8, 48), x.to("meta"))
     assert not native_int8.supports(Part(48, QuantSpec(parse("e4m3"), "channel"), TOKEN), (8, 48), x)
@@ -132,16 +141,19 @@ from difloat.plan.encode import plan_layer
 from difloat.plan.specs import Part, QuantSpec
 from difloat.plan.weight import Inputs
 generator, digest = torch.Generator().manual_seed(0), hashlib.sha256()
+token = QuantSpec(parse("e3m0"), "token", online=True)
+ranged = QuantSpec(parse("uint4"), "group", 32, online=True, zero_point=True)
 for name, zero, group in [("e2m1", False, None), ("uint4", True, 32), ("int3", False, None), ("e3m0", False, 64)]:
     for rows in (1, 5, 40):
         spec = QuantSpec(parse(name), "group" if group else "channel", group, False, zero)
-        part = Part(100, spec, QuantSpec(parse("e3m0"), "token", online=True))
         scale = torch.rand(spec.scale_count(70, 100), generator=generator) + 0.5
         weight, shift = torch.randn(70, 100, generator=generator), scale - 1
-        layer = plan_layer(weight, [part], [scale], weight_zero_points=[shift] if zero else None)
         x = torch.randn(rows, 100, generator=generator).bfloat16()
-        out = native_int8.linear(x, layer.weight(), Inputs(), None)
-        digest.update(out.float().numpy().tobytes())
+        for inputs in (token, ranged):
+            part = Part(100, spec, inputs)
+            layer = plan_layer(weight, [part], [scale], weight_zero_points=[shift] if zero else None)
+            out = native_int8.linear(x, layer.weight(), Inputs(), None)
+            digest.update(out.float().numpy().tobytes())
 print(digest.hexdigest())
 """
     first, second = run(code, DIFLOAT_CPU_ISA="avx512"), run(code, DIFLOAT_CPU_ISA="avx2")
@@ -178,6 +190,8 @@ print(*found)
     [
         ("avx512", r"tile<6, [012], 4,[^\n]*Dot>", "vpdpbusd", 4),
         ("avx512", r"tile<6, [012], 2,[^\n]*Dot>", "vpdpbusd", 2),
+        ("avx512", r"sum_stepped<6, 4,[^\n]*Dot>", "vpdpbusd", 4),
+        ("avx512", r"sum_stepped<6, 2,[^\n]*Dot>", "vpdpbusd", 2),
         ("attention", r"panel_product<false, 6, 4>", "vdpbf16ps", 4),
         ("attention", r"panel_product<true, 6, 4>", "vpdpbusd", 4),
     ],

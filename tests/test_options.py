@@ -86,7 +86,7 @@ def other_value(options: type[Any], name: str) -> Any:
 CASES = [(recipe, field.name) for recipe, row in RECIPES.items() for field in dataclasses.fields(row.options)]
 # What is kept from doing anything by the bits, by the name of the option: at no other width is it refused.
 NEEDS_FEW_BITS = {"iterations", "rounding_rows", "learning_rate", "scale_aware", "inputs"}
-NEEDS_INPUTS = {"range_rate", "activation", "search"}
+NEEDS_INPUTS = {"range_rate", "activation", "activation_format", "search"}
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

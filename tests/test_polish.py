@@ -24,6 +24,7 @@ from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.rules import Bits, asymmetric_integers, draft_layer, levels_or_integers
 from difloat.plan.specs import Part, QuantSpec
 from difloat.recipes.auto import Options
+from difloat.report import build
 from tiny import PROMPTS, tiny_pixart
 
 # diffusers' DPM solver hands torch tensors to numpy in a way numpy 2 deprecates; nothing here can change that.
@@ -158,6 +159,8 @@ def test_what_does_not_help_goes_back_to_the_start(task: Task, monkeypatch: pyte
     monkeypatch.setattr(polish, "learn_blocks", spoil)
     start, done = auto(task), auto(task, polish=1)
     (tried,) = done.measured["tried"]
+    (told,) = build.tried(Plan("auto", "w3a8", done.layers, measured=done.measured))
+    assert (told.part, told.kept, told.gain_db[0]) == ("polish", False, tried["gain"]["value"])
     assert not tried["kept"] and tried["gain"]["high"] < 0
     assert all(
         torch.equal(tensor, start.layers[name].tensors[key])

@@ -17,7 +17,7 @@ from PIL import Image
 import difloat
 from difloat import distributed
 from tiny import PROMPTS, tiny_unet
-from work_in_two_processes import alone, command, outcome, pictures, rows, rows_of_loop
+from work_in_two_processes import alone, closed_form, command, outcome, pictures, rows, rows_of_loop
 
 SCRIPT = Path(__file__).with_name("work_in_two_processes.py")
 FAST = ["--samples", "8", "--steps", "2"]
@@ -159,6 +159,22 @@ def test_commands_write_what_one_process_writes(launched, folder: Path) -> None:
         assert np.array_equal(*pixels)
     for file in ("rtn/unet/diffusion_pytorch_model.safetensors", "rtn/unet/config.json", "evaluation.json"):
         assert (one / file).read_bytes() == (two / file).read_bytes(), file
+
+
+def test_weights_rounded_by_two_processes_are_those_of_one(launched, folder: Path) -> None:
+    alone = closed_form(folder / "one" / "closed-form")
+    for found in launched[0]:
+        plan = found["closed form"]
+        assert plan.layers.keys() == alone.layers.keys()
+        for name, layer in plan.layers.items():
+            expected = alone.layers[name]
+            assert layer.parts == expected.parts and layer.tensors.keys() == expected.tensors.keys()
+            assert all(torch.equal(tensor, expected.tensors[key]) for key, tensor in layer.tensors.items())
+        assert plan.measured["widths"] == alone.measured["widths"]
+        assert plan.measured["closed_form"] == alone.measured["closed_form"]
+    # Each kept what it made: looks and weights of every input, and sensitivities once.
+    entries = list((folder / "one" / "closed-form" / "closed-form").glob("*.safetensors"))
+    assert launched[0][0]["entries"] == launched[0][1]["entries"] == len(entries) > 20
 
 
 def test_training_in_two_processes_ends_with_one_checkpoint(launched, folder: Path) -> None:

@@ -14,6 +14,7 @@ from difloat.methods import post_training
 from difloat.methods.post_training import LayerRules, Sequencing
 from difloat.methods.task import Task
 from difloat.methods.training import relation_loss
+from difloat.methods.training.batches import Batch
 from difloat.methods.training.relation_loss import (
     RelationLoss,
     RelationSettings,
@@ -22,7 +23,7 @@ from difloat.methods.training.relation_loss import (
     positions,
 )
 from difloat.methods.training.student import Adapters, Student
-from difloat.methods.training.train import Batch, TrainingSettings, train
+from difloat.methods.training.train import TrainingSettings, train
 from difloat.numbers.formats import parse
 from difloat.plan.plan import Plan
 from difloat.plan.rules import Bits, Rule

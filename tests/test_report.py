@@ -101,6 +101,10 @@ def _record(**changes) -> render.Record:
             render.InputShape("blocks.0.norm", [-4.0, -3.0, 0.0, 3.0, 4.5], 0.11, False, "e2m1"),
         ],
         adapters=render.AdapterTable([900.0, 100.0], ["blocks.0.silu", "blocks.0.norm"], [[0, 1], [1, 1]]),
+        tried=[
+            render.Tried("polish", True, (0.71, 0.4, 1.02), 16, 4.8),
+            render.Tried("schedule", False, (0.05, -0.11, 0.2), 16, None),
+        ],
         timings=[("search", 1.5), ("learned rounding", 133.0)],
         peak_memory_bytes=1_000_000_000,
     )
@@ -184,6 +188,14 @@ def test_attention_is_told_where_it_is_quantized(page, tmp_path):
     made = _record(attention=said + ".")
     assert said not in page
     assert said in render.render(made, _pictures(2), _pictures(2), tmp_path / "a.html").read_text()
+
+
+def test_what_was_tried_and_refused_is_told(page, tmp_path):
+    assert "What was tried" in page
+    assert '<td>polish</td><td>yes</td><td class="n">0.71</td><td class="n">0.40 to 1.02</td>' in page
+    assert '<td>schedule</td><td>no</td><td class="n">0.05</td><td class="n">-0.11 to 0.20</td>' in page
+    without = render.render(_record(tried=[]), _pictures(2), _pictures(2), tmp_path / "a.html").read_text()
+    assert "What was tried" not in without
 
 
 def test_text_is_escaped(page):

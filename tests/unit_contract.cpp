@@ -88,18 +88,34 @@ struct Inputs {
     Grid grid;
     std::vector<char> memory;
 
-    Inputs(int64_t rows, int64_t channels, int64_t stride, bool may_shift) : grid(Grid::random()) {
-        while (!may_shift && grid.grid.shift) grid = Grid::random();
+    // `group` channels have a scale of their own, and maybe a zero point; 0: as the input is otherwise.
+    Inputs(int64_t rows, int64_t channels, int64_t stride, bool may_shift, int64_t group = 0) : grid(Grid::random()) {
+        while ((!may_shift || group) && grid.grid.shift) grid = Grid::random();
         const bool is_signed = grid.grid.minimum < 0;
-        input = {nullptr, rows, channels, stride, (int32_t)below(3), is_signed ? (int32_t)below(3) : 0, 0.37f, 0.0f, grid.grid};
+        int32_t online = is_signed ? (int32_t)below(3) : 0;
+        if (group) online = is_signed && below(2) ? 1 : 3;
+        input = {nullptr, rows, channels, stride, (int32_t)below(3), online, 0.37f, 0.0f, grid.grid, group ? group : channels};
         memory.resize(std::max<int64_t>(1, rows * stride) * 4);
         for (int64_t i = 0; i < rows * stride; i++) {
+            if (group && !below(30)) i += std::min<int64_t>(below(2 * group), rows * stride - i - 1);  // runs of zeros
             const float reach = input.scale * grid.grid.maximum * (below(4) ? 1.0f : 3.0f);  // a quarter of them at the ends
             put(memory.data(), i, input.type, is_signed ? (2 * uniform() - 1) * reach : uniform() * reach);
         }
         input.data = memory.data();
     }
     float at(int64_t row, int64_t channel) const { return as_float(memory.data(), row * input.stride + channel, input.type); }
+    // Scale and zero of group `g` of the channels in the rows [first, first + count).
+    std::pair<float, float> step_of(int64_t first, int64_t count, int64_t g) const {
+        float low = INFINITY, high = -INFINITY;
+        for (int64_t row = first; row < first + count; row++)
+            for (int64_t c = g * input.group; c < std::min((g + 1) * input.group, input.channels); c++)
+                low = std::min(low, at(row, c)), high = std::max(high, at(row, c));
+        if (input.online == 1) return {std::max(-low, high) > 0 ? std::max(-low, high) / grid.grid.maximum : 1.0f, 0.0f};
+        if (!(high - low > 0)) return {1.0f, low};
+        const float scale = (high - low) / (grid.grid.maximum - grid.grid.minimum);
+        volatile float below_zero = grid.grid.minimum * scale;  // rounded before the difference
+        return {scale, low - below_zero};
+    }
     // Scale of the rows [first, first + count).
     float scale_of(int64_t first, int64_t count) const {
         if (!input.online) return input.scale;
@@ -182,6 +198,41 @@ static float one_result(const Weights& w, int64_t row, const At& at, float scale
     return fmaf(total, scale, bias);
 }
 
+// The same where activations have steps in groups of `group` channels: by group what an integer of 1 and the integer 0 are worth.
+// `seen(tap)` says whether a tap sees the picture; without it zeros are added group by group, with it they come with the bias.
+template <class At, class Step, class Seen>
+static float stepped_result(const Weights& w, int64_t row, int64_t group, const At& at, const Step& step, const Seen* seen, float bias) {
+    const difloat_weight& s = w.weight;
+    float total = 0, of_zeros = 0;
+    for (int64_t g = 0; g < s.groups; g++) {
+        float inner = 0, sum_seen = 0, inner_zeros = 0, seen_zeros = 0;
+        for (int64_t begin = g * s.group_channels; begin < std::min((g + 1) * s.group_channels, s.channels); begin += group) {
+            const int64_t end = std::min(begin + group, s.channels);
+            int64_t sum = 0, acc = 0, integers = 0, count = 0;
+            for (int64_t tap = 0; tap < s.taps; tap++)
+                for (int64_t c = begin; c < end; c++) {
+                    const int64_t x = at(tap, c), weight = s.table[w.code(row, tap, c)] + s.minimum;
+                    sum += x, acc += x * weight;
+                    if (!seen || (*seen)(tap)) integers += weight, count++;
+                }
+            const auto [worth, zero] = step(begin / group);
+            inner = fmaf((float)acc, worth, inner);
+            sum_seen = fmaf((float)sum, worth, sum_seen);
+            float &to = seen ? inner_zeros : inner, &to_seen = seen ? seen_zeros : sum_seen;
+            to = fmaf(zero, (float)integers, to);
+            to_seen = fmaf((float)count, zero, to_seen);
+        }
+        const int64_t place = s.scale_stride ? row * s.scale_stride + g : 0;
+        total = fmaf(inner, s.scale[place] * s.unit, total);
+        if (s.zero) total = fmaf(sum_seen, s.zero[place], total);
+        of_zeros = fmaf(inner_zeros, s.scale[place] * s.unit, of_zeros);
+        if (s.zero) of_zeros = fmaf(seen_zeros, s.zero[place], of_zeros);
+    }
+    return total + (bias + of_zeros);
+}
+
+using Nothing = bool (*)(int64_t);
+
 static std::vector<float> random_bias(int64_t rows) {
     std::vector<float> bias;
     for (int64_t i = 0; i < rows; i++) bias.push_back(uniform() - 0.5f);
@@ -208,7 +259,9 @@ static std::vector<difloat_weight> cut(const difloat_weight& w) {
 static void check_linear() {
     const int64_t channels = pick<int64_t>({1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 64, 65, 100, 128, 130, 200, 300, 1100});
     const int64_t rows = pick<int64_t>({1, 2, 3, 4, 5, 6, 7, 9, 13, 40}), group = below(3) ? 0 : pick<int64_t>({16, 32, 64});
-    const Inputs x(rows, channels, channels + below(4), true);
+    const int64_t steps = below(2) ? 0 : pick<int64_t>({16, 32, 64, channels});  // channels of a group of activations
+    const Inputs x(rows, channels, channels + below(4), true, !group || (steps && group % steps == 0) ? steps : 0);
+    const bool stepped = x.input.online == 3 || x.input.group < channels;
     const Weights w(1 + below(40), channels, 1, group);
     const std::vector<float> bias = random_bias(w.weight.rows);
     const difloat_grid& grid = x.input.grid;
@@ -220,7 +273,23 @@ static void check_linear() {
     const difloat_output out{found.data(), biased ? bias.data() : nullptr, ordered ? order.data() : nullptr, w.weight.rows};
     const std::vector<difloat_weight> bands = cut(w.weight);
     if (difloat_linear(&x.input, bands.data(), bands.size(), &out, 1)) exit(2);
-    for (int64_t t = 0; t < rows; t++) {
+    for (int64_t t = 0; stepped && t < rows; t++) {
+        std::vector<std::pair<float, float>> found_steps;
+        for (int64_t c = 0; c < channels; c += x.input.group) found_steps.push_back(x.step_of(t, 1, c / x.input.group));
+        const auto at = [&](int64_t, int64_t c) {
+            const auto& [scale, zero] = found_steps[c / x.input.group];
+            return x.grid.integer_of((x.at(t, c) - zero) / scale);
+        };
+        const auto step = [&](int64_t g) {
+            return std::make_pair(found_steps[g].first / grid.multiplier, x.input.online == 3 ? found_steps[g].second : 0.0f);
+        };
+        for (int64_t o = 0; o < w.weight.rows; o++) {
+            const int64_t to = ordered ? order[o] : o;
+            const float result = stepped_result(w, o, x.input.group, at, step, (const Nothing*)nullptr, biased ? bias[to] : 0);
+            put(expected.data(), t * w.weight.rows + to, x.input.type, result);
+        }
+    }
+    for (int64_t t = 0; !stepped && t < rows; t++) {
         const float scale = x.scale_of(t, 1);
         const auto at = [&](int64_t, int64_t c) { return x.grid.integer_of(x.at(t, c) / scale) + grid.shift; };
         for (int64_t o = 0; o < w.weight.rows; o++) {
@@ -241,8 +310,10 @@ static void check_conv2d() {
         g.out[axis] = reach / g.stride[axis] + 1;
     }
     const int64_t channels = pick<int64_t>({1, 3, 4, 16, 17, 33, 64}), pixels = g.size[0] * g.size[1];
-    const Inputs x(g.batch * pixels, channels, channels, true);
-    const Weights w(1 + below(40), channels, g.kernel[0] * g.kernel[1], 0);
+    const int64_t group = below(3) ? 0 : pick<int64_t>({16, 32}), steps = below(2) ? 0 : pick<int64_t>({16, 32, channels});
+    const Inputs x(g.batch * pixels, channels, channels, true, !group || (steps && group % steps == 0) ? steps : 0);
+    const Weights w(1 + below(40), channels, g.kernel[0] * g.kernel[1], group);
+    const bool stepped = x.input.online == 3 || x.input.group < channels;
     const std::vector<float> bias = random_bias(w.weight.rows);
     const int size = x.input.type == DIFLOAT_F32 ? 4 : 2;
     std::vector<char> found(g.batch * g.out[0] * g.out[1] * w.weight.rows * size), expected(found.size());
@@ -252,12 +323,31 @@ static void check_conv2d() {
     int64_t at_result = 0;
     for (int64_t place = 0; place < g.batch * g.out[0] * g.out[1]; place++) {
         const int64_t b = place / (g.out[0] * g.out[1]), y = place / g.out[1] % g.out[0], c0 = place % g.out[1];
-        const float scale = x.scale_of(b * pixels, pixels);
-        const auto at = [&](int64_t tap, int64_t c) {
+        const auto pixel_of = [&](int64_t tap) -> int64_t {  // -1 outside of the picture
             const int64_t line = y * g.stride[0] - g.padding[0] + tap / g.kernel[1] * g.dilation[0];
             const int64_t column = c0 * g.stride[1] - g.padding[1] + tap % g.kernel[1] * g.dilation[1];
-            if (line < 0 || line >= g.size[0] || column < 0 || column >= g.size[1]) return 0;
-            return x.grid.integer_of(x.at(b * pixels + line * g.size[1] + column, c) / scale) + x.input.grid.shift;
+            if (line < 0 || line >= g.size[0] || column < 0 || column >= g.size[1]) return -1;
+            return b * pixels + line * g.size[1] + column;
+        };
+        if (stepped) {
+            std::vector<std::pair<float, float>> found_steps;
+            for (int64_t c = 0; c < channels; c += x.input.group)
+                found_steps.push_back(x.step_of(b * pixels, pixels, c / x.input.group));
+            const auto at = [&](int64_t tap, int64_t c) {
+                const auto& [scale, zero] = found_steps[c / x.input.group];
+                return pixel_of(tap) < 0 ? 0 : x.grid.integer_of((x.at(pixel_of(tap), c) - zero) / scale);
+            };
+            const auto step = [&](int64_t n) {
+                return std::make_pair(found_steps[n].first / x.input.grid.multiplier, x.input.online == 3 ? found_steps[n].second : 0.0f);
+            };
+            const auto seen = [&](int64_t tap) { return pixel_of(tap) >= 0; };
+            for (int64_t o = 0; o < w.weight.rows; o++)
+                put(expected.data(), at_result++, x.input.type, stepped_result(w, o, x.input.group, at, step, &seen, bias[o]));
+            continue;
+        }
+        const float scale = x.scale_of(b * pixels, pixels);
+        const auto at = [&](int64_t tap, int64_t c) {
+            return pixel_of(tap) < 0 ? 0 : x.grid.integer_of(x.at(pixel_of(tap), c) / scale) + x.input.grid.shift;
         };
         for (int64_t o = 0; o < w.weight.rows; o++)
             put(expected.data(), at_result++, x.input.type, one_result(w, o, at, scale / x.input.grid.multiplier, bias[o]));

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from difloat import cli, distributed, evaluate, run
+from difloat import api, cli, distributed, evaluate, run
 from difloat.calibration.collect import CalibrationSettings, collect, collect_from_loop
 from tiny import PROMPTS, tiny_ddim, tiny_unet
 
@@ -50,6 +50,12 @@ def rows_of_loop(runs: list[int]) -> list[Any]:
     settings = CalibrationSettings(samples=2)
     data = collect_from_loop(tiny_ddim_pipeline.unet, loop, settings, progress=False)
     return [(row.timestep, row.leaves) for row in data._rows]
+
+
+def closed_form(cache: Path | None) -> Any:
+    """A plan of recipe auto, whose layers are shared out by input."""
+    settings = {"samples": 8, "steps": 4, "prompts_per_batch": 2, "trajectories": 4, "seed": 3}
+    return api.plan(tiny_unet(), "auto", "w4a8", prompts=PROMPTS, cache_dir=cache, progress=False, **settings)
 
 
 def failing(number: int) -> Callable[[], None]:
@@ -100,6 +106,8 @@ if __name__ == "__main__":
         "timesteps": drawn.timesteps,
         "loop": rows_of_loop(runs),
         "runs": runs,
+        "closed form": closed_form(folder / "closed-form"),
+        "entries": len(list((folder / "closed-form" / "closed-form").glob("*.safetensors"))),
         "shared": distributed.shared(distributed.number),
         "collected": distributed.collected(distributed.number),
         "on_main": distributed.on_main(distributed.is_main),

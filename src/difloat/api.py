@@ -106,7 +106,8 @@ def plan(
     asked = job.request(recipe, bits, own, CalibrationSettings(**settings), cache=cache_dir, **named)
     fitted = job.fit(model, asked)
     data = Data(prompts=prompts, forward_loop=forward_loop, cache_key=cache_key, call_kwargs=call_kwargs)
-    return decide(fitted, progress=progress, **data)
+    data["progress"] = progress
+    return decide(fitted, **data)
 
 
 def decide(fitted: Job, **data: Unpack[Data]) -> Plan:
@@ -206,7 +207,8 @@ def repair(
     _check_repairable(model, plan, asked.dfa)
     job.check_model(denoiser(devices.move(model, device)))
     source = Data(prompts=prompts, forward_loop=forward_loop, cache_key=cache_key, call_kwargs=call_kwargs)
-    data = _collect(model, "", wanted, cache_dir=cache_dir, progress=progress, **source)
+    source |= Data(cache_dir=cache_dir, progress=progress)
+    data = _collect(model, "", wanted, **source)
     with offloading.lifted(denoiser(model), onload=True):
         task = replace(
             task_of(model, data, Bits.parse(plan.bits)),

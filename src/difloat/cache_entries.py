@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import TypeVar
 
 from rich.filesize import decimal
 from safetensors.torch import load, save
@@ -52,23 +52,15 @@ def write_entry(path: Path, key: str, tensors: Mapping[str, Tensor], facts: Mapp
     write_atomically(path, content[:start] + _digest(key, content).encode() + content[end:])
 
 
-@overload
-def read_entry(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None: ...
-
-
-@overload
 def read_entry(
     path: Path, key: str, parse: Callable[[dict[str, str]], Facts]
-) -> tuple[dict[str, Tensor], Facts] | None: ...
-
-
-def read_entry(path: Path, key: str, parse: Callable[[dict[str, str]], Any] = dict) -> Any:
+) -> tuple[dict[str, Tensor], Facts] | None:
     """The tensors and texts of an entry with this key, or None if there is none.
 
     Args:
         path: The path of the file.
         key: The key that it was written with.
-        parse: Makes of the texts what is returned. A ValueError says that another version of difloat wrote them.
+        parse: Makes of the texts what is returned, such as `dict`. Its ValueError says that another version wrote them.
 
     An entry that is damaged, or that `parse` does not know, counts as if it were missing, with a `CacheWarning`.
     """

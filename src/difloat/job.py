@@ -20,6 +20,8 @@ from difloat.layers.quantizable import check_weights, quantizable
 from difloat.lora import wrapped
 from difloat.methods.byte_counts import least_bytes
 from difloat.methods.cost import Cost, check_files
+from difloat.methods.picture_budget import is_large, sampled
+from difloat.pipelines import usual_steps
 from difloat.plan import options as recipe_options
 from difloat.plan.layer_bits import by_component
 from difloat.plan.plan import Plan
@@ -80,9 +82,6 @@ def _widths(source: Plan | str | Path, recipe: str) -> Mapping[str, Mapping[str,
             f"bits_from must come with a recipe that is told the bits of layers ({able}), got {recipe}; leave it out"
         )
     return by_component(source) if isinstance(source, Plan) else widths_in(Path(source))
-
-
-SMALL = 100_000_000  # weights, up to which pictures take seconds
 
 
 @dataclass(frozen=True)
@@ -168,16 +167,22 @@ def _check_size(module: nn.Module, exclusion: Exclusion, asked: Request) -> None
 
 
 def _with_trajectories(model: Any, asked: Request) -> Request:
-    """The request with the recipe's number of trajectories, where the user names none and a picture takes little."""
-    number = recipes.lookup(asked.recipe).trajectories
-    if asked.calibration.trajectories is not None or number is None:
+    """The request with the recipe's number of trajectories, where the user names none.
+
+    Small models get the recipe's own number. Of large ones it is what a budget of pictures allows (`picture_budget`).
+    """
+    number, wanted = recipes.lookup(asked.recipe).trajectories, asked.calibration
+    budget = getattr(asked.options, "pictures", 0.0)
+    if wanted.trajectories is not None or number is None:
         return asked
-    weights = sum(weight.numel() for weight in parts.denoiser(model).parameters())
-    if weights > SMALL:
+    if not is_large(parts.denoiser(model)):
+        return replace(asked, calibration=replace(wanted, trajectories=min(number, wanted.samples)))
+    steps = wanted.steps or (None if isinstance(model, nn.Module) else usual_steps(model))
+    if not budget or steps is None:
         return asked
-    return replace(
-        asked, calibration=replace(asked.calibration, trajectories=min(number, asked.calibration.samples))
-    )
+    pictures, samples = sampled(budget, wanted.samples, steps)
+    at_once = min(pictures, wanted.prompts_per_batch)
+    return replace(asked, calibration=replace(wanted, samples=samples, prompts_per_batch=at_once))
 
 
 def check_sampler(model: Any, power: float, way_out: str) -> None:

@@ -54,6 +54,12 @@ def takes(pipeline: Any, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def usual_steps(pipeline: Any) -> int | None:
+    """Steps of the sampler that the pipeline's call takes by itself, or None if it has no such number."""
+    parameter = parameters_of(pipeline).get("num_inference_steps")
+    return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
+
+
 def class_count(denoiser: nn.Module) -> int | None:
     """The number of classes of a class-conditional denoiser by its config, or None if it has no classes."""
     config = dict(getattr(denoiser, "config", {}))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from difloat import devices, distributed, torch_modes
 from difloat.calibration import loop_identity
 from difloat.calibration.clean_latents import record_clean
+from difloat.calibration.fresh_rows import FreshRows, from_loop, from_pipeline
 from difloat.calibration.mergeable import check_mergeable
 from difloat.calibration.pace import Pace, joined
 from difloat.calibration.row_store import Recorded, Shelf, open_shelf, record_shards
@@ -52,11 +54,15 @@ class Calibration:
         device: torch.device,
         scheduler: Callable[[], Any] | None = None,
         pace: Pace | None = None,
+        fresh: FreshRows | None = None,
     ) -> None:
-        """Take rows whose tensors are on a shelf. `batch` puts them on the device, and `pace` was measured."""
+        """Take rows whose tensors are on a shelf. `batch` puts them on the device, and `pace` was measured.
+
+        `fresh` draws rows of further trajectories, or is None where there is no sampler to do so.
+        """
         self._rows = list(rows)
         self._shelf = shelf
-        self.device, self.scheduler, self.pace = device, scheduler, pace or Pace()
+        self.device, self.scheduler, self.pace, self.fresh = device, scheduler, pace or Pace(), fresh
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -92,6 +98,11 @@ class Calibration:
         return rows_before([(row.trajectory, row.part, row.step) for row in self._rows])
 
     @property
+    def pictures(self) -> int:
+        """How many trajectories the rows are of, or 0 if that is not known."""
+        return len({row.trajectory for row in self._rows if row.trajectory})
+
+    @property
     def beside(self) -> list[int | None]:
         """The row of the guidance part before its own at the same point of the same trajectory, for every row.
 
@@ -104,6 +115,16 @@ class Calibration:
     def conditional_part(self) -> int | None:
         """The part of guidance with a condition, or None without guidance, or if all trajectories had the same condition."""
         return conditional_part([row.part for row in self._rows], [row.leaves[1:] for row in self._rows])
+
+    @property
+    def parts(self) -> int:
+        """The number of guidance parts, which is 1 without guidance."""
+        return 1 + max(row.part for row in self._rows)
+
+    @property
+    def samples(self) -> set[str]:
+        """The content hashes of the noisy samples of all rows."""
+        return {row.leaves[0] for row in self._rows}
 
     @property
     def fingerprint(self) -> str:
@@ -208,7 +229,14 @@ def collect(
                         shelf.put(_shard(batch), *recorded)
                     batch += 1
             bar.update(max(0, batch * sampling.steps - bar.n))  # of other processes and earlier runs
-    return _finish(sampling.denoiser, shelf, settings, sampling.device, joined(paces), sampling.scheduler)
+
+    def alike(pictures: int) -> Sampling:
+        at_once = replace(settings, prompts_per_batch=pictures)
+        return sampling_of(pipeline, prompts, at_once, call_kwargs, component)
+
+    fresh = from_pipeline(alike, request) if settings.timesteps == "sampler" else None
+    pace = joined(paces)
+    return _finish(sampling.denoiser, shelf, settings, sampling.device, pace, fresh, sampling.scheduler)
 
 
 def _shard(batch: int) -> str:
@@ -284,7 +312,8 @@ def collect_from_loop(
     distributed.join(devices.home(module))
     shelf = open_shelf(cache_dir, settings.memory_bytes, request)
     paces = _collect_loop(module, forward_loop, settings, shelf, progress)
-    return _finish(module, shelf, settings, devices.home(module), joined(paces))
+    fresh = from_loop(module, forward_loop, request, settings.seed)
+    return _finish(module, shelf, settings, devices.home(module), joined(paces), fresh)
 
 
 def _collect_loop(
@@ -352,12 +381,13 @@ def _finish(
     settings: CalibrationSettings,
     device: torch.device,
     pace: Pace,
+    fresh: FreshRows | None,
     scheduler: Callable[[], Any] | None = None,
 ) -> Calibration:
     """The calibration with the number of rows that was asked for, of which rows of different timesteps can be merged."""
     rows = shelf.rows
     generator = torch.Generator().manual_seed(settings.seed)
     keep = stratified_indices(rows, min(settings.samples, len(rows)), generator)
-    calibration = Calibration([rows[index] for index in keep], shelf, device, scheduler, pace)
+    calibration = Calibration([rows[index] for index in keep], shelf, device, scheduler, pace, fresh)
     check_mergeable(module, calibration.timesteps, calibration.batch)
     return calibration

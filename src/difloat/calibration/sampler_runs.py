@@ -32,7 +32,7 @@ from difloat.pipelines import (
 from difloat.plan.request import CalibrationSettings
 
 # Seeds of pictures are seed * stride + number, so two runs with different seeds share no picture.
-_SEED_STRIDE = 1_000_003
+SEED_STRIDE = 1_000_003
 # How pipelines call the number of pictures, videos or sounds that they draw for every prompt.
 _SAMPLES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
@@ -49,6 +49,16 @@ def weights_summary(modules: Iterable[nn.Module]) -> str:
     return digest.hexdigest()
 
 
+WEIGHTS = "_difloat_weights"  # what `weights_of` gives for a pipeline whose weights are not all there now
+
+
+def weights_of(pipeline: Any) -> str:
+    """`weights_summary` of all models of a pipeline."""
+    modules = [part for part in _components(pipeline).values() if isinstance(part, nn.Module)]
+    kept: str | None = vars(pipeline).get(WEIGHTS)
+    return weights_summary(modules) if kept is None else kept
+
+
 class Stopped(Exception):
     """Raised at a call of the denoiser to end a run there."""
 
@@ -59,6 +69,7 @@ class Sampling:
 
     Attributes:
         denoiser: The module whose inputs are of interest.
+        pipeline: The pipeline.
         device: Where the pipeline computes.
         steps: Sampler steps of one batch.
         batches: Batches that give `samples` rows at one row per picture and step, and `trajectories` pictures.
@@ -78,7 +89,7 @@ class Sampling:
         self._name = denoiser or next(iter(self._denoisers))
         self.denoiser = self._denoisers[self._name]
         self.device = devices.home(pipeline)
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         batch = 1 if one_at_a_time(call_kwargs) else settings.prompts_per_batch
         self._batch = batch
         self._seed = settings.seed
@@ -100,7 +111,7 @@ class Sampling:
 
     def seed(self, batch: int) -> int:
         """Seed of everything random in a batch that is not a picture's own noise."""
-        return self._seed * _SEED_STRIDE + batch
+        return self._seed * SEED_STRIDE + batch
 
     def run(self, batch: int) -> None:
         """Sample one batch, to latents where the pipeline can stop there."""
@@ -109,13 +120,13 @@ class Sampling:
         if self._prompts:
             shown["prompt"] = [self._prompts[number % len(self._prompts)] for number in numbers]
         elif self._condition == "class_labels" and "class_labels" not in self._kwargs:
-            seeds = [self._seed * _SEED_STRIDE + number for number in numbers]
+            seeds = [self._seed * SEED_STRIDE + number for number in numbers]
             shown["class_labels"] = draw_classes(self.denoiser, seeds)
-        kwargs = for_pictures(self._pipeline, self._kwargs, shown, self._batch)
+        kwargs = for_pictures(self.pipeline, self._kwargs, shown, self._batch)
         if "generator" in self._parameters:
-            start = self._seed * _SEED_STRIDE + batch * self.images
+            start = self._seed * SEED_STRIDE + batch * self.images
             kwargs["generator"] = generators_of(self._kwargs, range(start, start + self.images))
-        call(self._pipeline, kwargs, self._given)
+        call(self.pipeline, kwargs, self._given)
 
     def scheduler(self) -> Any:
         """A copy of the pipeline's scheduler as the first call of any denoiser finds it: timesteps, shifts and all are set.
@@ -125,38 +136,41 @@ class Sampling:
         Raises:
             ValueError: if the pipeline has no scheduler.
         """
-        if not hasattr(getattr(self._pipeline, "scheduler", None), "step"):
+        if not hasattr(getattr(self.pipeline, "scheduler", None), "step"):
             raise ValueError(
-                f"pipeline must have a scheduler with steps, got {type(self._pipeline).__name__} without"
+                f"pipeline must have a scheduler with steps, got {type(self.pipeline).__name__} without"
             )
+        return self.run_to_denoiser(0)
+
+    def run_to_denoiser(self, batch: int) -> Any:
+        """Run a batch up to the first call of any denoiser, and return a copy of the scheduler as it is then."""
         found: list[Any] = []
 
         def stop(*_: Any) -> None:
-            found.append(copy.deepcopy(self._pipeline.scheduler))
+            found.append(copy.deepcopy(getattr(self.pipeline, "scheduler", None)))
             raise Stopped
 
         with contextlib.ExitStack() as hooks:
             for denoiser in self._denoisers.values():
                 hooks.callback(denoiser.register_forward_pre_hook(stop).remove)
-            with quiet(self._pipeline), contextlib.suppress(Stopped):
-                self.run(0)
+            with quiet(self.pipeline), contextlib.suppress(Stopped):
+                self.run(batch)
         return found[0]
 
     def request(self) -> dict[str, Any]:
         """All that decides the rows, as plain data: the cache is valid for exactly this."""
-        modules = {n: m for n, m in _components(self._pipeline).items() if isinstance(m, nn.Module)}
-        scheduler = getattr(self._pipeline, "scheduler", None)
+        scheduler = getattr(self.pipeline, "scheduler", None)
         # Named only where it is not the first, so that caches of pipelines with one denoiser stay valid.
         second = {} if self.denoiser is next(iter(self._denoisers.values())) else {"component": self._name}
         return {
             **second,
             **self._spread,
-            "pipeline": type(self._pipeline).__qualname__,
+            "pipeline": type(self.pipeline).__qualname__,
             "denoiser": type(self.denoiser).__qualname__,
             "denoiser_config": described(config_of(self.denoiser)),
             "scheduler": type(scheduler).__qualname__,
             "scheduler_config": described(config_of(scheduler)),
-            "weights": weights_summary(modules.values()),
+            "weights": weights_of(self.pipeline),
             "prompts": self._prompts,
             "batch": self._batch,
             "seed": self._seed,
@@ -170,13 +184,13 @@ class Sampling:
                     f"call arguments must not hold '{name}', which calibration sets itself, got it in call_kwargs; "
                     "use the prompts and the calibration settings"
                 )
-            if not takes(self._pipeline, name):
+            if not takes(self.pipeline, name):
                 raise ValueError(
-                    f"call arguments must be ones that {type(self._pipeline).__name__} takes, got '{name}'; remove it"
+                    f"call arguments must be ones that {type(self.pipeline).__name__} takes, got '{name}'; remove it"
                 )
 
     def _checked_prompts(self, prompts: Sequence[str] | None, call_kwargs: Mapping[str, Any]) -> list[str]:
-        kind = type(self._pipeline).__name__
+        kind = type(self.pipeline).__name__
         if self._condition != "prompt":
             if prompts:
                 raise ValueError(f"{kind} must be given no prompts, got {len(prompts)}; pass prompts=None")
@@ -195,26 +209,26 @@ class Sampling:
     def _fixed_kwargs(
         self, steps: int | None, guidance_scale: float | None, call_kwargs: Mapping[str, Any]
     ) -> dict[str, Any]:
-        kwargs = completed(self._pipeline, call_kwargs)
+        kwargs = completed(self.pipeline, call_kwargs)
         parameter = self._parameters.get("num_inference_steps")
         default = None if parameter is None else parameter.default
         steps = default if steps is None else steps
         if not isinstance(steps, int):
             raise ValueError(
-                f"calibration setting 'steps' must be given for {type(self._pipeline).__name__}, whose call has no "
+                f"calibration setting 'steps' must be given for {type(self.pipeline).__name__}, whose call has no "
                 f"default, got {steps!r}; set steps"
             )
         kwargs["num_inference_steps"] = steps
         if guidance_scale is not None:
             if "guidance_scale" not in self._parameters:
                 raise ValueError(
-                    f"calibration setting 'guidance_scale' must be None for {type(self._pipeline).__name__}, which "
+                    f"calibration setting 'guidance_scale' must be None for {type(self.pipeline).__name__}, which "
                     f"has no guidance, got {guidance_scale}; leave it out"
                 )
             kwargs["guidance_scale"] = guidance_scale
         if "output_type" in self._parameters:
             # Only a pipeline with an autoencoder can stop before it; others have pictures all along.
-            kwargs.setdefault("output_type", "latent" if stops_at_latents(self._pipeline) else "np")
+            kwargs.setdefault("output_type", "latent" if stops_at_latents(self.pipeline) else "np")
         return kwargs
 
 

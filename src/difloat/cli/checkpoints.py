@@ -53,7 +53,7 @@ def inspect(
     )
     if kernels:
         console.print(
-            "\n".join([kernel_summary.machine(), *kernel_summary.layers(module)]),
+            "\n".join([kernel_summary.machine(), kernel_summary.times(), *kernel_summary.layers(module)]),
             highlight=False,
             soft_wrap=True,
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from difloat.kernels import dispatch, integer_operands, native_decode, native_library
+from difloat.kernels import dispatch, integer_operands, latency, native_decode, native_library
 from difloat.layers.packed import QuantizedLayer
 from difloat.plan.specs import Part, rows_of_parts
 
@@ -28,6 +28,11 @@ def machine() -> str:
     kept = native_decode.allowed_bytes() // 10**6
     decoded = f", up to {kept} MB of decoded weights kept" if kept else ""
     return f"kernels: {tier}; backend {dispatch.backend()}, {torch.get_num_threads()} threads{decoded}"
+
+
+def times() -> str:
+    """One line: where the times come from by which layers are computed packed or decoded."""
+    return f"times: {latency.origin()}"
 
 
 def layers(model: nn.Module) -> list[str]:

@@ -107,11 +107,11 @@ def _sampling(
     cache: Path | None,
 ) -> Any:
     """Say how pictures of the report are drawn, as many as the user says, or none of large models, where they take longest."""
-    from difloat import api, job, run
+    from difloat import api, run
+    from difloat.methods.picture_budget import is_large
 
     if images is None:
-        weights = sum(weight.numel() for weight in api.denoiser(pipeline).parameters())
-        images = _IMAGES if weights <= job.SMALL else 0
+        images = 0 if is_large(api.denoiser(pipeline)) else _IMAGES
     sampler = (calibration.steps, calibration.guidance_scale)
     return run.Sampling(texts, images, *sampler, _PICTURES, call, _kept(cache))
 
@@ -127,10 +127,11 @@ def _check_images(images: int | None) -> None:
 
 
 def _carry_out(fitted: Any, source: SourceFields, out: Path, sampling: Any, overwrite: bool) -> None:
-    from difloat import api, run
+    from difloat import api, encoded_prompts, run
 
     start = time.perf_counter()
-    plan = api.decide(fitted, prompts=sampling.prompts, call_kwargs=sampling.call_kwargs)
+    with encoded_prompts.freed(fitted, source, sampling.prompts, sampling.call_kwargs):
+        plan = api.decide(fitted, prompts=sampling.prompts, call_kwargs=sampling.call_kwargs)
     seconds = _beside(plan, time.perf_counter() - start)
     made = run.finish(fitted.model, plan, source, out, sampling, seconds=seconds, overwrite=overwrite)
     if made is not None:

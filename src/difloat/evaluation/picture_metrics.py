@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Metric:
 
     label: str
     unit: str
-    better: str
+    better: Literal["higher", "lower"]
 
 
 METRICS: dict[str, Metric] = {

@@ -130,6 +130,17 @@ def _checked(name: str, what: str) -> str:
     return name
 
 
+def prepare_anew() -> None:
+    """Have calls of layers prepared anew, since what they were prepared by has changed."""
+    global epoch
+    epoch += 1
+
+
+def measured_on() -> str:
+    """The machine that the order of backends in `dispatch.json` was measured on."""
+    return str(_table()["measured_on"])
+
+
 def choose(part: Part, weight_shape: Sequence[int], x: Tensor) -> ModuleType:
     """The module that computes a part of a layer.
 

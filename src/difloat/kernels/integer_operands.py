@@ -47,20 +47,39 @@ def operand_table(format: Format) -> Tensor:
 
 
 def reason_against(part: Part) -> str | None:
-    """Why int8 products do not compute this part exactly, in a few words, or None if they do."""
+    """Why int8 products do not compute this part exactly, in a few words, or None if they do.
+
+    Inputs in groups of channels, or with a zero point from the data, take a sum per group (`is_stepped`).
+    """
     if part.activation is None:
         return "activations are not quantized"
     for spec, what in ((part.weight, "weights"), (part.activation, "activations")):
         if grid_of(spec.format) is None:
             return f"{spec.format.name} {what} are no int8 integers"
-    return None if _plain(part.activation) else "kind of activation scale"
+    return None if is_plain(part.activation) or is_stepped(part.activation) else "kind of activation scale"
 
 
-def _plain(spec: QuantSpec) -> bool:
+def is_plain(spec: QuantSpec) -> bool:
     """Whether an input is static per tensor (with or without zero point), or online per token or tensor on a signed grid."""
     if spec.online:
         return spec.granularity in ("token", "tensor") and spec.format.signed and not spec.zero_point
     return spec.granularity == "tensor"
+
+
+def is_stepped(spec: QuantSpec) -> bool:
+    """Whether every token of an input, or group of its channels, has an online step of its own and maybe a zero point.
+
+    A grid without a zero point must be signed, since the largest magnitude may be that of a negative value. A shift by 128
+    could not be taken back in integers.
+    """
+    grid = grid_of(spec.format)
+    return (
+        spec.online
+        and spec.granularity in ("token", "group")
+        and (spec.zero_point or (spec.granularity == "group" and spec.format.signed))
+        and grid is not None
+        and not grid.shift
+    )
 
 
 def sums_fit(part: Part, terms: int) -> bool:

@@ -49,8 +49,8 @@ def _rounds(spec: QuantSpec | None, x: Tensor) -> bool:
         return True
     if spec.granularity == "group":
         assert spec.group_size is not None
-        return not spec.zero_point and x.dim() != 4 and x.shape[-1] % spec.group_size == 0
-    return not (spec.online and spec.zero_point)
+        return x.dim() != 4 and x.shape[-1] % spec.group_size == 0
+    return not (spec.online and spec.zero_point and spec.granularity == "tensor")
 
 
 def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
@@ -121,11 +121,8 @@ def _rounding(part: Part, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None
     if spec is None:
         return lambda rows, scale, zero: rows
     round_rows, from_kind = native_library.library().difloat_round, native_library.Input.from_buffer_copy
-    grid, online = (
-        native_library.any_grid(spec.format),
-        0 if not spec.online else 2 if spec.granularity == "tensor" else 1,
-    )
-    kind = native_library.Input(None, 0, 0, 0, native_library.TYPES[dtype], online, 1.0, 0.0, grid)
+    grid, online = native_library.any_grid(spec.format), native_prepared.online(spec)
+    kind = native_library.Input(None, 0, 0, 0, native_library.TYPES[dtype], online, 1.0, 0.0, grid, 0)
 
     def rounded(rows: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
         if not rows.numel():
@@ -167,21 +164,41 @@ def kept_bytes() -> int:
     return sum(tensor.nbytes for tensor in list(_kept.values()))
 
 
+def may_keep(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether `prepared_linear` or `prepared_conv2d` would keep this weight decoded, or does already."""
+    known = _key(_sources(weight), dtype) in _kept
+    return known or 0 < decoded_bytes(weight, dtype) <= allowed_bytes() - kept_bytes()
+
+
+def decoded_bytes(weight: Weight, dtype: torch.dtype) -> int:
+    """The bytes of the decoded weight of one part."""
+    return weight.out_channels * math.prod(weight.kernel) * weight.part.channels * _bytes(dtype)
+
+
+def _sources(weight: Weight) -> list[Tensor]:
+    """The stored tensors that a decoded weight is made from."""
+    sources = [] if weight.row_band is None else [weight.row_band]
+    for piece in weight.bands:
+        sources += [piece.codes, piece.scale, *([] if piece.zero_point is None else [piece.zero_point])]
+    return sources
+
+
+def _key(sources: Sequence[Tensor], dtype: torch.dtype) -> Hashable:
+    return (dtype, *[tensor.data_ptr() for tensor in sources])
+
+
 def _keeping(weight: Weight, dtype: torch.dtype) -> Callable[[], Tensor]:
     """`_decoding` into memory of its own if that is allowed, and again only after the stored tensors were written to.
 
     The function holds the stored tensors, since it asks for their versions.
     """
-    count = weight.out_channels * math.prod(weight.kernel) * weight.part.channels
-    sources = [] if weight.row_band is None else [weight.row_band]
-    for piece in weight.bands:
-        sources += [piece.codes, piece.scale, *([] if piece.zero_point is None else [piece.zero_point])]
-    key = (dtype, *[tensor.data_ptr() for tensor in sources])
+    sources = _sources(weight)
+    key = _key(sources, dtype)
     memory = _kept.get(key)  # of another class of token counts
     if memory is None:
-        if not 0 < count * _bytes(dtype) <= allowed_bytes() - kept_bytes():
+        if not may_keep(weight, dtype):
             return _decoding(weight, dtype)
-        memory = _kept[key] = torch.empty(count * _bytes(dtype), dtype=torch.uint8)
+        memory = _kept[key] = torch.empty(decoded_bytes(weight, dtype), dtype=torch.uint8)
     decode = _decoding(weight, dtype, memory)
     versions: list[int] = []
     found: list[Tensor] = []

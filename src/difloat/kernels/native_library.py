@@ -58,6 +58,7 @@ class Input(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("zero_point", ctypes.c_float),
         ("grid", Grid),
+        ("group", ctypes.c_int64),
     ]
 
 

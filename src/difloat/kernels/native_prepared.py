@@ -22,7 +22,7 @@ from torch import Tensor
 
 from difloat.kernels import checks, native_library, pieces
 from difloat.kernels.geometry import Geometry, memory_format
-from difloat.plan.specs import Part
+from difloat.plan.specs import Part, QuantSpec
 from difloat.plan.weight import PackedWeight, Weight
 
 Call = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
@@ -132,17 +132,19 @@ def input_kind(part: Part, dtype: torch.dtype) -> native_library.Input:
     """The fields that all inputs of a part have in common. Copying them is faster than filling in every field."""
     spec = part.activation
     assert spec is not None
-    grid = native_library.grid(spec.format)
-    return native_library.Input(
-        None, 0, part.channels, 0, native_library.TYPES[dtype], _online(part), 1.0, 0.0, grid
-    )
+    grid, group = native_library.grid(spec.format), min(spec.group_size or part.channels, part.channels)
+    kind = native_library.TYPES[dtype]
+    return native_library.Input(None, 0, part.channels, 0, kind, online(spec), 1.0, 0.0, grid, group)
 
 
-def _online(part: Part) -> int:
-    """The source of an input's scales in the library's numbers: 0 is stored, 1 per token, 2 per tensor."""
-    spec = part.activation
-    assert spec is not None
-    return 0 if not spec.online else 1 if spec.granularity == "token" else 2
+def online(spec: QuantSpec) -> int:
+    """The source of an input's scales in the library's numbers.
+
+    0 is stored, 1 per token (or group of its channels), 2 per tensor, and 3 as 1 with a zero point.
+    """
+    if not spec.online:
+        return 0
+    return 2 if spec.granularity == "tensor" else 3 if spec.zero_point else 1
 
 
 def native_geometry(

@@ -40,6 +40,8 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
         and x.dtype != torch.float64
         and part.weight.granularity in ("tensor", "channel")
         and integer_operands.reason_against(part) is None
+        and part.activation is not None
+        and integer_operands.is_plain(part.activation)
         and integer_operands.sums_fit(part, math.prod(weight_shape[1:]))
         and (_reach(part.weight.format) <= _SATURATES_BEYOND or _exact_for_all_weights())
     )

@@ -17,8 +17,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from difloat.kernels import checks, dispatch, native_decode, native_int8, native_prepared, operators, rotation
-from difloat.plan.weight import Layout
+from difloat.kernels import (
+    checks,
+    dispatch,
+    latency,
+    native_decode,
+    native_int8,
+    native_prepared,
+    operators,
+    rotation,
+)
+from difloat.kernels.pieces import shapes
+from difloat.plan.weight import Layout, Weight
 
 if TYPE_CHECKING:
     from difloat.layers.packed import QuantConv2d, QuantLinear
@@ -170,7 +180,7 @@ def _call(
             checks.linear(piece, part, own, bias)
         else:
             checks.conv2d(piece, part, own, bias, geometry)
-        backend = dispatch.choose_for(part, piece)
+        backend = _allowed(dispatch.choose_for(part, piece), part, piece)
         if backend not in _PREPARES:
             # Triton multiplies a branch in the same pass, which is the operator's business, also in the interpreter.
             known = x.device.type == "cpu" and backend is not dispatch.BACKENDS["triton"]
@@ -178,6 +188,22 @@ def _call(
         linear, conv2d = _PREPARES[backend]
         calls.append(linear(part, x.dtype) if geometry is None else conv2d(part, x.dtype, geometry))
     return calls[0] if len(calls) == 1 else _sum(calls, layer.layout, axis), None
+
+
+def _allowed(backend: ModuleType, part: Weight, x: Tensor) -> ModuleType:
+    """The backend, or that of decoded weights where this machine has it faster by measure and memory for it is allowed.
+
+    Both compute the layer's result, and a named backend stays as it was named.
+    """
+    if (
+        backend is not native_int8
+        or dispatch.backend() != "auto"
+        or not native_decode.may_keep(part, x.dtype)
+    ):
+        return backend
+    bands = zip(part.bands, shapes(part), strict=True)
+    decodes = all(native_decode.supports(piece.part, shape, x) for piece, shape in bands)
+    return native_decode if decodes and latency.slower_than_float(part, x) else backend
 
 
 def _sum(calls: Sequence[native_prepared.Call], layout: Layout, axis: int) -> native_prepared.Call:

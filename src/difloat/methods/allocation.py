@@ -3,7 +3,8 @@
 An output channel (row) r of a layer at b bits makes the error ``gamma_r * v_r * ratio_b`` of the output: gamma is the output's
 sensitivity (`methods.sensitivity`), v the row's error under the moments when it is rounded to nearest at one width, and ratio
 what second-order rounding at b bits makes of that, measured on some rows of the layer. So one search over all rows tells of all
-widths, and at one price of a byte every row has its best one.
+widths, and at one price of a byte every row has its best one. Of large models the ratio is counted from nearest rounding of
+these rows and the factorised moments (`second_order.Factor`).
 
 Rows of a layer that get the same width are a band. A price gives every layer a division into bands, many prices give many of
 them, and the budget (`methods.budget`) then chooses between these and one width for the whole layer by exact bytes.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,13 +23,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from difloat import distributed
 from difloat.layers import packed
+from difloat.methods import layer_times
 from difloat.methods.budget import Allotment, Candidate, allot
 from difloat.methods.byte_counts import budget_of, layer_bytes, mixed_bytes
 from difloat.methods.closed_form import Asked, ClosedFormSettings, Inputs
 from difloat.methods.finished import facts_of
 from difloat.methods.fitted_levels import fitted
-from difloat.methods.moments import Moments, Source, gather
+from difloat.methods.moments import Moments, Source
+from difloat.methods.picture_budget import is_large
 from difloat.methods.second_order import factor, nearest_row_error, round_second_order
 from difloat.methods.sensitivity import SensitivitySettings, probes_of, sensitivities
 from difloat.methods.task import MixedRows, Task
@@ -67,20 +72,29 @@ class Choice:
         asked: The rule of every layer.
         found: What the budget says of it.
         offers: The candidates of every layer with one width, as format, bytes, and what its rounding does to the output.
+        most_time: The seconds that all layers may take together, or infinity without a limit.
+        seconds: By layer the expected seconds, and those of the float layer. Empty without a limit.
     """
 
     asked: dict[str, Asked]
     found: Allotment
     offers: dict[str, list[tuple[str, int, float]]]
+    most_time: float = math.inf
+    seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def report(self) -> dict[str, Any]:
         """Plain data for a plan's measurements."""
+        timed = {
+            "seconds": {name: list(pair) for name, pair in self.seconds.items()},
+            "most_seconds": self.most_time,
+        }
         return {
             "formats": {name: _words(asked) for name, asked in self.asked.items()},
             "bytes": self.found.size,
             "error": self.found.error,
             "optimal": self.found.optimal,
             "offers": {name: [list(one) for one in offers] for name, offers in self.offers.items()},
+            **(timed if self.seconds else {}),
         }
 
 
@@ -130,8 +144,11 @@ def choose(
     """
     budget = budget_of(task, plans, fixed, offers, settings.size)
     by_time = loss_weights(task, settings.factor_power if task.scheduler is not None else 0.0)
-    gamma = _gamma(task, plans, inputs, list(offers), by_time, settings.sensitivity)
-    looks = _looks(task, plans, inputs, offers, rounding)
+    gamma = distributed.on_main(
+        lambda: _gamma(task, plans, inputs, list(offers), by_time, settings.sensitivity)
+    )
+    shared = distributed.shared(lambda: _looks(task, plans, inputs, offers, rounding))
+    looks = {name: look for each in shared for name, look in each.items()}
     known = {
         name: _layer(task, plans[name], offers[name], *looks[name], gamma[name], source.groups == 1)
         for source in inputs.found
@@ -139,12 +156,21 @@ def choose(
         if name in offers
     }
     every = {name: _candidates(known[name], settings.by) for name in offers}
-    found = allot({name: [one for _, one in candidates] for name, candidates in every.items()}, budget)
+    most_time, seconds = math.inf, {}
+    if task.target == "cpu":
+        timed = layer_times.timed(task, plans, every, budget)
+        every, most_time, floating = timed.candidates, timed.most_time, timed.floating
+    found = allot(
+        {name: [one for _, one in candidates] for name, candidates in every.items()}, budget, most_time
+    )
+    if task.target == "cpu":
+        seconds = {name: (every[name][pick][1].time, floating[name]) for name, pick in found.picks.items()}
     listed = {
         name: [(_words(asked), one.size, one.error) for asked, one in every[name] if isinstance(asked, Rule)]
         for name in offers
     }
-    return Choice({name: every[name][pick][0] for name, pick in found.picks.items()}, found, listed)
+    asked = {name: every[name][pick][0] for name, pick in found.picks.items()}
+    return Choice(asked, found, listed, most_time, seconds)
 
 
 def _gamma(
@@ -177,23 +203,25 @@ def _looks(
     offers: Mapping[str, Sequence[Rule]],
     rounding: ClosedFormSettings,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What `_look` says of every layer in `offers`, as far as it is not kept from an earlier run."""
+    """What `_look` says of this process's layers in `offers`, as far as it is not kept from an earlier run."""
+    own = inputs.own(task)
     facts = {
         source: ["looked at", repr(rounding), repr([offers.get(name) for name in source.names])]
         + facts_of(task, source.names, plans)
-        for source in inputs.found
+        for source in own
     }
     done: dict[str, tuple[Tensor, Tensor]] = {}
     open_: list[Source] = []
-    for source in inputs.found:
+    for source in own:
         kept = inputs.finished.read(facts[source])
         if kept is None:
             open_.append(source)
         else:
             done |= {name: (kept[0][f"{name}.nearest"], kept[0][f"{name}.ratios"]) for name in kept[1]}
-    gathered = gather(task.model, inputs.calls, plans, rounding.moments, open_) if open_ else ()
-    with tqdm(desc="choose widths", total=len(inputs.found), disable=not task.progress) as bar:
-        bar.update(len(inputs.found) - len(open_))
+    shown = task.progress and distributed.is_main()
+    of_open = inputs.kept.gather(task.model, inputs.calls, plans, rounding.moments, open_, keep=True)
+    with closing(of_open) as gathered, tqdm(desc="choose widths", total=len(own), disable=not shown) as bar:
+        bar.update(len(own) - len(open_))
         for moments in gathered:
             names = [name for name in moments.source.names if name in offers]
             seen = {name: _look(task, name, plans[name], offers[name], moments, rounding) for name in names}
@@ -226,14 +254,19 @@ def _look(
         chosen = torch.randperm(len(weight), generator=draw)[:_SAMPLE_ROWS].sort().values
     some, base = weight[chosen.to(weight.device)], float(nearest[chosen].sum())
     ratios: list[float] = []
-    solved = factor(moments.matrix, settings.rounding)
+    solved, counted = factor(moments.matrix, settings.rounding), is_large(task.model)
     for rule, before in zip(rules, (None, *rules), strict=False):
         if ratios and before is not None and before.formats[0].bits >= _MEASURED_BITS:
             ratios.append(ratios[-1] / 4 ** (rule.formats[0].bits - before.formats[0].bits))
             continue
         draft = draft_layer(some, splits, fitted(rule, some, splits, moments.matrix))
-        done = round_second_order(draft, moments.matrix, settings.rounding, solved)
-        ratios.append(max(0.0, float(done.row_error.sum())) / base if base else 0.0)
+        if counted:  # rounding some rows of every layer at every width would take longer than pictures do
+            error = solved.share * float(nearest_row_error(draft, moments.matrix).sum())
+        else:
+            error = float(
+                round_second_order(draft, moments.matrix, settings.rounding, solved).row_error.sum()
+            )
+        ratios.append(max(0.0, error) / base if base else 0.0)
     return nearest, torch.tensor(ratios, dtype=torch.float64)
 
 

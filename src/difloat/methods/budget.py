@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,7 +154,12 @@ def _relaxed(layers: Sequence[Sequence[Candidate]], limits: _Limits) -> tuple[li
     picks, byte_price = at(0.0)
     if _time(layers, picks) <= limits.time:
         return picks, (byte_price, 0.0)
-    quick = _fastest(layers, limits)
+    by_time = allot(_by_time(dict(enumerate(layers))), limits.size)
+    if by_time.error > limits.time:
+        raise ValueError(
+            f"the time must be at least {by_time.error:.6g}, which the fastest candidates within {limits.size} bytes take, "
+            f"got {limits.time:.6g}; raise it or the bytes"
+        )
     low, high = 0.0, _error(layers, [0] * len(layers)) / max(limits.time, _SLACK) + _SLACK
     for _ in range(_BISECTIONS):  # until time is so dear that the choice is fast enough
         picks, byte_price = at(high)
@@ -162,7 +168,7 @@ def _relaxed(layers: Sequence[Sequence[Candidate]], limits: _Limits) -> tuple[li
         low, high = high, 4 * high
     else:
         # Prices reach only choices on the hull; one beside it keeps the limits.
-        return quick, (byte_price, high)
+        return list(by_time.picks.values()), (byte_price, high)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         found, price = at(middle)
@@ -173,20 +179,20 @@ def _relaxed(layers: Sequence[Sequence[Candidate]], limits: _Limits) -> tuple[li
     return picks, (byte_price, high)
 
 
-def _fastest(layers: Sequence[Sequence[Candidate]], limits: _Limits) -> list[int]:
-    """The fastest choice within the bytes.
+def least_time(candidates: Mapping[str, Sequence[Candidate]], budget: int) -> float:
+    """The least time that was found for choices whose bytes are at most the budget.
+
+    >>> least_time({"layer": [Candidate(2, 1.0, time=3.0), Candidate(4, 0.1, time=1.0)]}, budget=3)
+    3.0
 
     Raises:
-        ValueError: if it takes more time than allowed.
+        ValueError: as `allot`.
     """
-    by_time = {str(n): [Candidate(one.size, one.time) for one in layer] for n, layer in enumerate(layers)}
-    found = allot(by_time, limits.size)
-    if found.error > limits.time:
-        raise ValueError(
-            f"the time must be at least {found.error:.6g}, which the fastest candidates within {limits.size} bytes take, "
-            f"got {limits.time:.6g}; raise it or the bytes"
-        )
-    return list(found.picks.values())
+    return allot(_by_time(candidates), budget).error
+
+
+def _by_time(candidates: Mapping[Any, Sequence[Candidate]]) -> dict[str, list[Candidate]]:
+    return {str(name): [Candidate(one.size, one.time) for one in layer] for name, layer in candidates.items()}
 
 
 def _time(layers: Sequence[Sequence[Candidate]], picks: Sequence[int]) -> float:

@@ -6,8 +6,10 @@ another one, since inputs are those that the float model makes.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,10 +17,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from difloat import distributed
 from difloat.layers import packed
 from difloat.methods.finished import Finished, facts_of
 from difloat.methods.fitted_levels import fitted
-from difloat.methods.moments import Moments, MomentSettings, Source, cost, gather, sources
+from difloat.methods.kept_moments import KeptMoments
+from difloat.methods.moments import Moments, MomentSettings, Source, cost, sources
 from difloat.methods.second_order import SecondOrderSettings, factor, round_second_order
 from difloat.methods.task import MixedRows, Task
 from difloat.methods.trace import Call
@@ -49,11 +53,31 @@ class ClosedFormSettings:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Calls that give layers their inputs, the distinct inputs among them, and what an earlier run finished."""
+    """What moments are gathered from, and what is there already.
+
+    Attributes:
+        calls: Calls that give layers their inputs.
+        found: The distinct inputs among them.
+        finished: What an earlier run finished.
+        kept: Moments that were looked at once.
+    """
 
     calls: list[Call]
     found: list[Source]
     finished: Finished
+    kept: KeptMoments
+
+    def own(self, task: Task) -> list[Source]:
+        """The inputs whose layers this process of a launch works on. They follow each other, with about equal work."""
+        work = [
+            source.columns * sum(packed.weight_of(task.model, name).numel() for name in source.names)
+            for source in self.found
+        ]
+        ends, total = list(itertools.accumulate(work)), sum(work)
+        turns = [min((end - 1) * distributed.count() // total, distributed.count() - 1) for end in ends]
+        return [
+            source for source, turn in zip(self.found, turns, strict=True) if turn == distributed.number()
+        ]
 
 
 def inputs_of(
@@ -69,7 +93,9 @@ def inputs_of(
     generator = torch.Generator().manual_seed(task.seed)
     rows = task.calibration.stratified(min(settings.rows, len(task.calibration)), generator)
     calls = task.calls(rows, row_bytes)
-    return Inputs(calls, sources(task.model, calls[0], plans, settings.moments), Finished.of(task, len(rows)))
+    few = task.calibration.batch(rows[:2])
+    found = sources(task.model, few, plans, settings.moments)
+    return Inputs(calls, found, Finished.of(task, len(rows)), KeptMoments(task.work_dir))
 
 
 def round_anew(
@@ -94,26 +120,43 @@ def round_anew(
     """
     done: dict[str, LayerPlan] = {}
     report: dict[str, Any] = {}
+    for layers, said in distributed.shared(lambda: _round_own(task, plans, inputs, asked, settings)):
+        done, report = done | layers, report | said
+    in_order = {name: done[name] for name in plans}
+    ordered = {name: report[name] for name in plans}
+    return in_order, {"moments": cost(inputs.found, settings.moments), "layers": ordered}
+
+
+def _round_own(
+    task: Task,
+    plans: Mapping[str, LayerPlan],
+    inputs: Inputs,
+    asked: Mapping[str, Asked],
+    settings: ClosedFormSettings,
+) -> tuple[dict[str, LayerPlan], dict[str, Any]]:
+    """The layers that this process of a launch works on, and what is reported of them."""
+    done: dict[str, LayerPlan] = {}
+    report: dict[str, Any] = {}
     open_: list[Source] = []
-    facts = {source: _facts(task, source, plans, asked, settings) for source in inputs.found}
-    for source in inputs.found:
+    own = inputs.own(task)
+    facts = {source: _facts(task, source, plans, asked, settings) for source in own}
+    for source in own:
         kept = inputs.finished.read(facts[source])
         if kept is None:
             open_.append(source)
         else:
             _take(done, report, source, *kept)
-    gathered = gather(task.model, inputs.calls, plans, settings.moments, open_) if open_ else ()
-    with tqdm(desc="round weights", total=len(inputs.found), disable=not task.progress) as bar:
-        bar.update(len(inputs.found) - len(open_))
+    shown = task.progress and distributed.is_main()
+    of_open = inputs.kept.gather(task.model, inputs.calls, plans, settings.moments, open_, keep=False)
+    with closing(of_open) as gathered, tqdm(desc="round weights", total=len(own), disable=not shown) as bar:
+        bar.update(len(own) - len(open_))
         for moments in gathered:
             rounded, said = _round(task, plans, asked, moments, settings)
             _keep(inputs.finished, facts[moments.source], moments.source, rounded, said)
             done |= rounded
             report |= said
             bar.update()
-    layers = {name: done[name] for name in plans}
-    ordered = {name: report[name] for name in plans}
-    return layers, {"moments": cost(inputs.found, settings.moments), "layers": ordered}
+    return done, report
 
 
 def _round(

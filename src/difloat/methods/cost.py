@@ -41,6 +41,8 @@ class Cost:
         epochs: The passes of fine-tuning along the trajectory, with an update per timestep, or 0 if nothing is trained.
         batch: The rows of an update of fine-tuning.
         beside: The forward passes without gradient per row of such an update.
+        updates: The updates of fine-tuning, or 0 for those of the epochs.
+        fresh: Whether fine-tuning draws rows of its own, so that the teacher does not compute the calibration rows.
         for_files: Whether the recipe chooses among the formats of a kind of file, where one is asked for.
     """
 
@@ -58,6 +60,8 @@ class Cost:
     epochs: int = 0
     batch: int = 0
     beside: float = 0.0
+    updates: int = 0
+    fresh: bool = False
     for_files: bool = False
 
     def computed(self, rows: int, timesteps: int) -> dict[str, float]:
@@ -75,13 +79,14 @@ class Cost:
         passes = (*self.passes, *[Sequencing.activation_rows] * ranges)
         learned = min(rows, self.rounding_rows)
         update = WITH_GRADIENT * min(RoundingSettings.rows, learned)
-        trained = self.epochs * min(rows, timesteps) * self.batch * (WITH_GRADIENT + self.beside)
+        updates = self.updates or self.epochs * min(rows, timesteps)
+        trained = updates * self.batch * (WITH_GRADIENT + self.beside)
         return {
             "search": sum(min(rows, most) for most in passes),
             "learned rounding": self.iterations * update + _LEARNING_PASSES * learned
             if self.iterations
             else 0,
-            "fine-tuning": rows + trained if self.epochs else 0,
+            "fine-tuning": (not self.fresh) * rows + trained if self.epochs else 0,
         }
 
 
@@ -110,7 +115,9 @@ def learned(cost: Cost, options: LearnsRounding, bits: Bits) -> Cost:
 
 def trained(cost: Cost, options: TrainingSettings) -> Cost:
     """A cost with fine-tuning added."""
-    return replace(cost, epochs=options.epochs, batch=options.rows * options.accumulation)
+    fresh = options.fresh_rows > 0
+    asked = replace(cost, epochs=options.epochs, batch=options.rows * options.accumulation, fresh=fresh)
+    return replace(asked, updates=options.updates, beside=float(fresh))
 
 
 def remaining(cost: Cost, calibration: Calibration) -> str:

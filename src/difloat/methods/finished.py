@@ -42,7 +42,7 @@ class Finished:
 
     def read(self, facts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """The tensors and texts that were written under these facts, or None if there are none."""
-        return None if self.folder is None else read_entry(*self._place(facts))
+        return None if self.folder is None else read_entry(*self._place(facts), dict)
 
     def write(self, facts: Sequence[str], tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
         """Keep tensors and texts under everything that they depend on."""

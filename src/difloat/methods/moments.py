@@ -2,7 +2,7 @@
 
 Inputs come from the float model, which runs as it is while hooks look on. No activation is kept. Vectors are drawn from every
 call, added to the matrix of their layer, and let go. Layers that read the same tensor and round it alike, such as query, key
-and value, share a matrix. As many matrices as memory allows are filled in one pass over the calls.
+and value, share a matrix. As many matrices are filled at a time as memory allows, while the calls wait behind their layers.
 
 A convolution multiplies its rows with patches. The moments of whole patches, [i * kh * kw] squared, are taken up to a limit of
 bytes. Beyond it the moments of its input channels are taken, which ignore how the taps of a patch go together.
@@ -13,12 +13,15 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from difloat.calibration.batch_axis import rows_of
@@ -26,6 +29,7 @@ from difloat.kernels import reference, rotation
 from difloat.layers import packed
 from difloat.methods import trace
 from difloat.methods.mixed_rows import input_vectors
+from difloat.methods.paused_forwards import Passes
 from difloat.methods.trace import Call, removed
 from difloat.plan.plan import LayerPlan
 
@@ -40,7 +44,7 @@ class MomentSettings:
         fewest: The fewest vectors per layer. Four times the columns of its matrix are drawn, within the limits.
         most: The most vectors per layer.
         patch_bytes: The most bytes of the matrices of one convolution's patches. A larger one is known by its channels.
-        memory_bytes: The most bytes of the matrices filled in one pass over the calls. A single layer's may take more.
+        memory_bytes: The most bytes of the matrices filled at a time. A single layer's may take more.
         seed: The seed of the draw.
     """
 
@@ -165,8 +169,8 @@ def cost(found: Sequence[Source], settings: MomentSettings) -> dict[str, int]:
     """The cost of gathering.
 
     Returns:
-        The numbers of layers, of distinct inputs and of passes over the calls, the bytes of all matrices and of those held at
-        once, and the most multiplications besides the model's own.
+        The numbers of layers, of distinct inputs and of times that matrices are filled (passes), the bytes of all matrices and
+        of those held at once, and the most multiplications besides the model's own.
     """
     together = passes(found, settings.memory_bytes)
     return {
@@ -185,10 +189,11 @@ def gather(
     plans: Mapping[str, LayerPlan],
     settings: MomentSettings,
     found: Sequence[Source] | None = None,
-) -> Iterator[Moments]:
+) -> Generator[Moments]:
     """Moments of the inputs of layers, one distinct input after the other, in the order of execution.
 
-    Which vectors are drawn depends on the seed, the layer and the calls, not on how many passes memory allows. Products are
+    Every call runs once. Where memory does not hold all matrices, the calls wait together behind the layers whose matrices are
+    filled until these are used. Which vectors are drawn depends on the seed, the layer and the calls alone. Products are
     computed in float32, on accelerators whatever `torch` is set to.
 
     Args:
@@ -205,17 +210,30 @@ def gather(
         raise ValueError("moments must be gathered from at least one calibration row, got none; collect some")
     found = sources(model, calls[0], plans, settings) if found is None else found
     rows = sum(rows_of(*call) for call in calls)
+    shares = [rows_of(*call) / rows for call in calls]
     seeds = {source.names[0]: settings.seed + zlib.crc32(source.names[0].encode()) for source in found}
-    for together in passes(found, settings.memory_bytes):
-        sums = {s.names[0]: _Sum(s, plans[s.names[0]], seeds[s.names[0]]) for s in together}
-        for call in calls:
-            share = rows_of(*call) / rows
-            for one in sums.values():
-                # Every call gives its share, so that all timesteps are in the mean.
-                one.left = math.ceil(one.source.wanted * share)
-            _run(model, [call], {name: one.look for name, one in sums.items()})
-        while sums:
-            yield sums.pop(next(iter(sums))).mean()
+    stages = passes(found, settings.memory_bytes)
+    with Passes(model, calls) if len(stages) > 1 else nullcontext() as held:
+        for together in stages:
+            sums = {s.names[0]: _Sum(s, plans[s.names[0]], seeds[s.names[0]]) for s in together}
+            # Every call gives its share, so that all timesteps are in the mean.
+            begin = partial(_share_out, sums, shares)
+            look = {name: one.look for name, one in sums.items()}
+            if held is None:
+                for number, call in enumerate(calls):
+                    begin(number)
+                    _run(model, [call], look)
+            else:
+                with removed(_looking(model, look)):
+                    held.past(together[-1].names[0], begin)
+            while sums:
+                yield sums.pop(next(iter(sums))).mean()
+
+
+def _share_out(sums: Mapping[str, _Sum], shares: Sequence[float], number: int) -> None:
+    """Let a call give its share of the vectors."""
+    for one in sums.values():
+        one.left = math.ceil(one.source.wanted * shares[number])
 
 
 class _Sum:
@@ -297,11 +315,15 @@ def _run(
     model: nn.Module, calls: Sequence[Call], look: Mapping[str, Callable[[str, nn.Module, Tensor], None]]
 ) -> None:
     """Run calls, and show the inputs of the named layers to their functions first."""
+    with removed(_looking(model, look)), torch.no_grad():
+        for args, kwargs in calls:
+            model(*args, **kwargs)
 
+
+def _looking(
+    model: nn.Module, look: Mapping[str, Callable[[str, nn.Module, Tensor], None]]
+) -> list[RemovableHandle]:
     def hook_for(name: str) -> Callable[[nn.Module, Tensor], None]:
         return lambda layer, x: look[name](name, layer, x)
 
-    handles = [trace.before_call(model.get_submodule(name), hook_for(name)) for name in look]
-    with removed(handles), torch.no_grad():
-        for args, kwargs in calls:
-            model(*args, **kwargs)
+    return [trace.before_call(model.get_submodule(name), hook_for(name)) for name in look]

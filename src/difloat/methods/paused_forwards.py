@@ -132,10 +132,22 @@ class Passes:
         caught = self._run(name, lambda: module.register_forward_hook(hook))
         return [torch.cat(leaves) for leaves in zip(*caught, strict=True)]
 
-    def _run(self, name: str, register: Callable[[], Any]) -> list[Any]:
+    def past(self, name: str, begin: Callable[[int], object]) -> None:
+        """Run every pass until it has called a module; before it goes on, `begin` is told its number.
+
+        Raises:
+            ValueError: if a pass never gets there.
+        """
+        module = self._model.get_submodule(name)
+        self._run(name, lambda: module.register_forward_hook(lambda *_: _current.held.hold(None)), begin)
+
+    def _run(
+        self, name: str, register: Callable[[], Any], begin: Callable[[int], object] = lambda number: None
+    ) -> list[Any]:
         handle = register()
         try:
-            for each in self._passes:
+            for number, each in enumerate(self._passes):
+                begin(number)
                 if not each.resume():
                     raise ValueError(
                         f"module {name!r} must be called by the model's forward, but a pass did not reach it"

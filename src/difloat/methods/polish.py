@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from difloat import distributed
 from difloat.layers import install, packed
 from difloat.layers.packed import QuantizedLayer
 from difloat.methods.blockwise import learn_blocks
@@ -77,6 +78,17 @@ def polished(
     """
     if not settings.polish:
         return outcome
+    return distributed.on_main(lambda: _learned(task, outcome, seen, settings, guidance, factor_power))
+
+
+def _learned(
+    task: Task,
+    outcome: Outcome,
+    seen: Trace,
+    settings: PolishSettings,
+    guidance: float,
+    factor_power: float,
+) -> Outcome:
     starts = {
         name: Coded(packed.weight_of(task.model, name).detach(), layer)
         for name, layer in outcome.layers.items()

@@ -21,6 +21,7 @@ from difloat.layers.exclude import EXCLUDED, matches
 from difloat.methods import malloc_trim, readers, trace
 from difloat.methods.blockwise import learn_blocks
 from difloat.methods.input_search import search_inputs
+from difloat.methods.picture_budget import is_large
 from difloat.methods.structure import structure, unread
 from difloat.methods.task import LayerRules, Sequencing, Smoothing, Task
 from difloat.methods.trace import Trace
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 
-_RANGE_TIMESTEPS, _RANGE_LAYERS = 20, 4  # shown in reports
+_RANGE_TIMESTEPS, _FEW_RANGE_TIMESTEPS, _RANGE_LAYERS = 20, 4, 4  # shown in reports, fewer of large models
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ def _widest_ranges(task: Task, names: list[str]) -> dict[str, dict[float, list[f
     """Ranges by token and timestep of the inputs where the largest is furthest above the typical."""
     first = {timestep: row for row, timestep in reversed(list(enumerate(task.calibration.timesteps)))}
     grid = sorted(first, reverse=True)
-    shown = grid[:: -(-len(grid) // _RANGE_TIMESTEPS)]
+    most = _FEW_RANGE_TIMESTEPS if is_large(task.model) else _RANGE_TIMESTEPS
+    shown = grid[:: -(-len(grid) // most)]
     calls = {timestep: task.calibration.batch([first[timestep]]) for timestep in shown}
     found = trace.token_ranges(task.model, names, calls)
 

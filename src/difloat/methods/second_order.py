@@ -15,7 +15,7 @@ Margins write g for groups, n for columns, r for rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,7 +27,7 @@ from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Draft
 
 _TRIES = 7  # dampings, each ten times the one before
-_BLOCK = 128  # columns whose errors are passed on one by one; those of blocks before in one product
+_BLOCK = 32  # columns whose errors are passed on one by one; those of blocks before in one product
 _LEAST_SHARE = 0.2  # of a scale that a fit must leave
 _INDEPENDENT = 1e-6  # of scale and zero point: how far their normal equations must be from singular, relative
 
@@ -84,11 +84,14 @@ class Factor:
         upper: The upper triangular B [g, n, n] with a diagonal of ones, such that ``H = B D B^T`` for the damped H in that
             order.
         damping: The share of the mean diagonal that was needed, which is the largest of all groups.
+        share: The error that is left of nearest rounding's when errors are fed forward, if those of columns are independent
+            and alike: the sum of D over the trace of the damped H.
     """
 
     order: Tensor = field(repr=False)
     upper: Tensor = field(repr=False)
     damping: float
+    share: float
 
 
 def factor(moments: Tensor, settings: SecondOrderSettings) -> Factor:
@@ -128,10 +131,11 @@ def round_second_order(
     plain = quadratic.nearest(problem, steps, shifts)
     known = factor(problem.moments, settings) if known is None else known
     fed = _feed_forward(problem, steps, shifts, known)
-    best, error = _best(problem, [plain, fed])
+    of_plain = problem.row_error(plain.values(problem))
+    best, error = _better(problem, (plain, of_plain), fed)
     for _ in range(settings.rounds if settings.refit or settings.sweep else 0):
-        best, error = _best(problem, [best, _polish(problem, best, settings)])
-    return _assembled(draft, problem, best, error, plain, known.damping)
+        best, error = _better(problem, (best, error), _polish(problem, best, settings))
+    return _assembled(draft, problem, best, error, of_plain, known.damping)
 
 
 def nearest_row_error(draft: Draft, moments: Tensor) -> Tensor:
@@ -143,8 +147,8 @@ def nearest_row_error(draft: Draft, moments: Tensor) -> Tensor:
     return error.reshape(draft.weight.shape[0], -1).sum(1)
 
 
-def _upper(moments: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The upper triangular B [g, n, n] of `Factor` for moments that are damped as needed, and the largest damping."""
+def _upper(moments: Tensor, damping: float) -> tuple[Tensor, float, float]:
+    """B [g, n, n], damping and share of `Factor` for moments that are damped as needed."""
     mean = moments.diagonal(dim1=1, dim2=2).mean(1)  # [g]
     shares = torch.full_like(mean, damping)
     for _ in range(_TRIES):
@@ -153,7 +157,9 @@ def _upper(moments: Tensor, damping: float) -> tuple[Tensor, float]:
         lower, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
         if not failed.any():
             upper = lower.flip(1, 2)
-            return upper / upper.diagonal(dim1=1, dim2=2)[:, None], float(shares.max())
+            roots = upper.diagonal(dim1=1, dim2=2)  # [g, n], of D
+            left = roots.square().sum() / damped.diagonal(dim1=1, dim2=2).sum()
+            return upper / roots[:, None], float(shares.max()), float(left)
         shares = torch.where(failed > 0, shares * 10, shares)
     raise ValueError(
         f"moments must be positive definite when damped by up to {float(shares.max()) / 10:g} of their mean diagonal, got "
@@ -169,7 +175,8 @@ def _feed_forward(problem: Problem, steps: Tensor, shifts: Tensor, known: Factor
     count, order, upper = problem.target.shape[1], known.order, known.upper
     rows = order[:, :, None].expand_as(problem.target)  # [g, n, r]
     target, units = problem.target.gather(1, rows), quadratic.unit_of(problem)[order]  # [g, n]
-    formats = [problem.units[number].format for number in units[0].tolist()]
+    rounders = _rounders(problem)
+    formats = [rounders[number] for number in units[0].tolist()]
     levels, errors = torch.empty_like(target), torch.zeros_like(target)
     for start in range(0, count, _BLOCK):
         stop = min(start + _BLOCK, count)
@@ -178,7 +185,7 @@ def _feed_forward(problem: Problem, steps: Tensor, shifts: Tensor, known: Factor
         for column in range(start, stop):
             at, unit = column - start, units[:, column, None]
             step, shift = steps[unit, problem.owner], shifts[unit, problem.owner]  # [g, r]
-            levels[:, column] = quadratic.round_levels(wanted[:, at], step, shift, formats[column])
+            levels[:, column] = formats[column]((wanted[:, at] - shift) / step)
             error = levels[:, column] * step + shift - target[:, column]  # [g, r]
             errors[:, column] = error
             # Within a block every error reaches the columns after it at once.
@@ -240,40 +247,45 @@ def _sweep(problem: Problem, solution: Solution, gradient: Tensor) -> Solution:
     """Move every weight to the grid value nearest to its optimum given all others, column after column."""
     levels, values = solution.levels.clone(), solution.values(problem)
     units, count = quadratic.unit_of(problem).tolist(), values.shape[1]
+    rounders, moved = _rounders(problem), torch.zeros_like(values)
     for start in range(0, count, _BLOCK):
         stop = min(start + _BLOCK, count)
-        inner, slope = problem.moments[:, start:stop, start:stop], gradient[:, start:stop].clone()
-        moved = torch.zeros_like(slope)
+        inner = problem.moments[:, start:stop, start:stop]
+        # What all blocks before moved reaches this one in one product, [g, columns of the block, r].
+        slope = gradient[:, start:stop] + problem.moments[:, start:stop, :start] @ moved[:, :start]
         for column in range(start, stop):
             at, unit = column - start, units[column]
             step, shift = solution.steps[unit][problem.owner], solution.shifts[unit][problem.owner]
             # The optimum of one weight alone, by the derivative and the second derivative of the error.
             best = values[:, column] - slope[:, at] / inner[:, at, at, None]
-            levels[:, column] = quadratic.round_levels(best, step, shift, problem.units[unit].format)
-            moved[:, at] = levels[:, column] * step + shift - values[:, column]
-            slope += inner[:, :, at, None] * moved[:, at, None]
-        gradient += problem.moments[:, :, start:stop] @ moved
+            levels[:, column] = rounders[unit]((best - shift) / step)
+            moved[:, column] = levels[:, column] * step + shift - values[:, column]
+            slope[:, at + 1 :] += inner[:, at + 1 :, at, None] * moved[:, column, None]
     return replace(solution, levels=levels)
 
 
-def _best(problem: Problem, found: Sequence[Solution]) -> tuple[Solution, Tensor]:
-    """The best of several solutions for every owner of scales (of equals the first), and the error of its rows [g, r]."""
-    best, error = found[0], problem.row_error(found[0].values(problem))
-    for other in found[1:]:
-        others = problem.row_error(other.values(problem))  # [g, r]
-        better = problem.per_owner(others) < problem.per_owner(error)  # [owners]
-        rows = better[problem.owner]  # [g, r]
-        best = Solution(
-            torch.where(rows[:, None], other.levels, best.levels),
-            torch.where(better, other.steps, best.steps),
-            torch.where(better, other.shifts, best.shifts),
-        )
-        error = torch.where(rows, others, error)
-    return best, error
+def _rounders(problem: Problem) -> list[Callable[[Tensor], Tensor]]:
+    """How the numbers of every unit are rounded."""
+    made = {unit.format: quadratic.rounder(unit.format, problem.target) for unit in problem.units}
+    return [made[unit.format] for unit in problem.units]
+
+
+def _better(problem: Problem, found: tuple[Solution, Tensor], other: Solution) -> tuple[Solution, Tensor]:
+    """The better of a solution with the error of its rows [g, r] and another, for every owner of scales, and its error."""
+    best, error = found
+    others = problem.row_error(other.values(problem))  # [g, r]
+    better = problem.per_owner(others) < problem.per_owner(error)  # [owners]
+    rows = better[problem.owner]  # [g, r]
+    chosen = Solution(
+        torch.where(rows[:, None], other.levels, best.levels),
+        torch.where(better, other.steps, best.steps),
+        torch.where(better, other.shifts, best.shifts),
+    )
+    return chosen, torch.where(rows, others, error)
 
 
 def _assembled(
-    draft: Draft, problem: Problem, best: Solution, error: Tensor, nearest: Solution, damping: float
+    draft: Draft, problem: Problem, best: Solution, error: Tensor, nearest: Tensor, damping: float
 ) -> Rounded:
     stored = Solution(best.levels.float(), best.steps.float(), best.shifts.float())
     weight = quadratic.weight_of(stored.values(problem), draft.weight.shape)
@@ -285,8 +297,6 @@ def _assembled(
         at += count
     squared = float((weight - draft.weight.detach().to(weight)).square().sum())
     out_channels = draft.weight.shape[0]
-    by_row, at_nearest = (
-        of.reshape(out_channels, -1).sum(1) for of in (error, problem.row_error(nearest.values(problem)))
-    )
+    by_row, at_nearest = (of.reshape(out_channels, -1).sum(1) for of in (error, nearest))
     made = replace(draft, scales=tuple(scales), zero_points=tuple(zeros), error=squared)
     return Rounded(made, weight, by_row, at_nearest, damping)

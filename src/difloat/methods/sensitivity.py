@@ -20,7 +20,7 @@ from difloat.calibration.batch_axis import predict, samples_of
 from difloat.layers import packed
 from difloat.methods.task import Task
 from difloat.methods.trace import Call, removed
-from difloat.methods.training.train import guidance_pairs
+from difloat.methods.training.batches import guidance_pairs
 
 _KEPT = 4  # tensors for each that a layer gives: it, its copy, and what norms, activations and attention keep of it
 
@@ -88,7 +88,7 @@ def probes_of(task: Task, settings: SensitivitySettings, weights: Mapping[float,
 
 def guided_points(task: Task) -> tuple[Sequence[tuple[int, ...]], bool]:
     """The rows that make up a guided output, and whether they are pairs, the row without condition first."""
-    pairs = guidance_pairs(task)
+    pairs = guidance_pairs(task.calibration)
     return (pairs, True) if pairs else ([(row,) for row in range(len(task.calibration))], False)
 
 

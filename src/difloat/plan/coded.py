@@ -106,7 +106,7 @@ def _neighbours(weight: Tensor, piece: PackedWeight) -> tuple[Tensor, Tensor, Te
     codes = unpack(piece.codes, spec.format.bits, piece.part.channels)
     now = decode(codes, spec.format).to(weight.device)
     scale = expand_scale(piece.scale, spec, piece.shape).to(weight.device)
-    offset = 0.0
+    offset: Tensor | float = 0.0
     if piece.zero_point is not None:
         offset = expand_scale(piece.zero_point, spec, piece.shape).to(weight.device)
     wanted = (weight - offset) / scale  # in units of the grid, as `now`

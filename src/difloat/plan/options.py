@@ -91,7 +91,11 @@ _NEEDS = (
         f"weights of at most {FEW_BITS} bits",
         lambda options, bits: options.rounding != "learned" or _few_bits(options, bits),
     ),
-    _Need(("activation", "search", "range_rate"), "activations of at most 8 bits", _has_inputs),
+    _Need(
+        ("activation", "activation_format", "search", "range_rate"),
+        "activations of at most 8 bits",
+        _has_inputs,
+    ),
     _Need(
         ("ranges_by_timestep",),
         "activations of at most 8 bits",
@@ -101,6 +105,11 @@ _NEEDS = (
         ("group_size",),
         "weight_granularity=group",
         lambda options, bits: getattr(options, "weight_granularity", "group") == "group",
+    ),
+    _Need(
+        ("updates", "fresh_rows"),
+        "fine-tuning (epochs of at least 1)",
+        lambda options, bits: options.epochs > 0,
     ),
     _Need(("allocation",), "several adapters", lambda options, bits: options.adapters > 1),
     _Need(

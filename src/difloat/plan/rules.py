@@ -139,9 +139,12 @@ def floating_point(bits: int) -> Format:
     return Format(True, exponent_bits, bits - 1 - exponent_bits)
 
 
-def more_mantissa(bits: int) -> Format:
-    """The formats of FP4DiT (arXiv:2503.15465): two exponent bits, three at 8 bits (E2M1, E2M3, E3M4)."""
-    exponent_bits = min(3 if bits == 8 else 2, bits - 1)
+def more_mantissa(bits: int, wide: bool = False) -> Format:
+    """The formats of FP4DiT (arXiv:2503.15465): two exponent bits, three at 8 bits (E2M1, E2M3, E3M4).
+
+    With `wide` one mantissa bit is an exponent bit instead (E3M2 at 6 bits, E4M3 at 8).
+    """
+    exponent_bits = min((3 if bits == 8 else 2) + wide, bits - 1)
     return Format(True, exponent_bits, bits - 1 - exponent_bits)
 
 

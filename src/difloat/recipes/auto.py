@@ -18,11 +18,11 @@ from typing import Literal
 
 from pydantic import ByteSize
 
-from difloat import distributed
 from difloat.methods import allocation, closed_form, post_training, rotated_inputs
 from difloat.methods.allocation import WidthSettings
 from difloat.methods.closed_form import Asked, ClosedFormSettings
 from difloat.methods.cost import WITH_GRADIENT, Cost
+from difloat.methods.picture_budget import rows_for
 from difloat.methods.polish import PolishSettings, polish_cost, polished
 from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task, timed
 from difloat.methods.second_order import SecondOrderSettings
@@ -52,7 +52,9 @@ class Options(PolishSettings):
         group_size: Input channels per weight scale, or 0 for one scale per output channel.
         input_group: Channels per scale and zero point of inputs of up to 4 bits, or 0 for one scale per token, as at 8 bits.
         keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
-        rows: Calibration rows that moments are gathered from.
+        rows: Calibration rows that moments are gathered from, as far as `pictures` allows.
+        pictures: Full-precision pictures whose time a model of more than 100 million weights costs at most, which bounds what
+            is sampled, `rows` and the rows of sensitivities; 0: no bound.
         rotate: Rotate the inputs of linear layers: "none", "all", or "chosen" where a layer's output then changes less.
     """
 
@@ -67,6 +69,7 @@ class Options(PolishSettings):
     input_group: Whole = 32
     keep_8bit: Names = ("first", "last")
     rows: Positive = 256
+    pictures: NotNegative = 5.0
     rotate: rotated_inputs.Rotate = "none"
 
 
@@ -82,39 +85,36 @@ def plan(task: Task, options: Options) -> Outcome:
         return LayerRules(_DRAFT, online_integers(inputs, options.input_group))
 
     outcome = post_training.run(task, rules, Sequencing())
-
-    def finish() -> Outcome:
-        layers, measured = outcome.layers, dict(outcome.measured)
-        sensitivity = SensitivitySettings(guidance=options.guidance)
-        rounding = SecondOrderSettings(refit=options.refit, sweep=options.sweep)
-        settings = ClosedFormSettings(rounding, rows=options.rows)
-        rules = WeightRules(options.grid, options.group_size, task.target, task.bits.activation is not None)
-        bits, most = {n: 8 if kept[n] else task.bits_of(n) for n in layers}, traces[0].row_bytes
-        asked: dict[str, Asked] = {n: rules.at(bits[n], layers[n].shape) for n in layers}
-        layers, measured["rotations"] = rotated_inputs.rotate(task, layers, options.rotate, asked, most)
-        inputs = closed_form.inputs_of(task, layers, settings, most)
-        if options.widths != "same" and (free := [name for name in layers if not kept[name]]):
-            with timed(measured, "choose widths"):
-                offers = {name: rules.offers(layers[name].shape) for name in free}
-                fixed = {name: rules.at(8, layers[name].shape) for name in layers if kept[name]}
-                wanted = WidthSettings(options.widths, options.size, options.factor_power, sensitivity)
-                choice = allocation.choose(task, layers, inputs, offers, fixed, wanted, settings)
-            asked |= choice.asked
-            measured["widths"] = choice.report()
-        with timed(measured, "round weights"):
-            layers, measured["closed_form"] = closed_form.round_anew(task, layers, inputs, asked, settings)
-        made = replace(outcome, layers=layers, measured=measured)
-        return polished(task, made, traces[0], options, options.guidance, options.factor_power)
-
-    return distributed.on_main(finish)
+    layers, measured = outcome.layers, dict(outcome.measured)
+    rows = rows_for(task, options.pictures, options.rows, SensitivitySettings.rows)
+    sensitivity = SensitivitySettings(rows.gradients, guidance=options.guidance)
+    rounding = SecondOrderSettings(refit=options.refit, sweep=options.sweep)
+    settings = ClosedFormSettings(rounding, rows=rows.moments)
+    weights = WeightRules(options.grid, options.group_size, task.target, task.bits.activation is not None)
+    same = {n: weights.at(8 if kept[n] else task.bits_of(n), layers[n].shape) for n in layers}
+    most = traces[0].row_bytes
+    layers, measured["rotations"] = rotated_inputs.rotate(task, layers, options.rotate, same, most)
+    inputs = closed_form.inputs_of(task, layers, settings, most)
+    asked: dict[str, Asked] = dict(same)
+    if options.widths != "same" and (free := [name for name in layers if not kept[name]]):
+        with timed(measured, "choose widths"):
+            offers = {name: weights.offers(layers[name].shape) for name in free}
+            fixed = {name: same[name] for name in layers if kept[name]}
+            wanted = WidthSettings(options.widths, options.size, options.factor_power, sensitivity)
+            choice = allocation.choose(task, layers, inputs, offers, fixed, wanted, settings)
+        asked, measured["widths"] = asked | choice.asked, choice.report()
+    with timed(measured, "round weights"):
+        layers, measured["closed_form"] = closed_form.round_anew(task, layers, inputs, asked, settings)
+    made = replace(outcome, layers=layers, measured=measured)
+    return polished(task, made, traces[0], options, options.guidance, options.factor_power)
 
 
 def cost(options: Options, bits: Bits) -> Cost:
-    """What Auto asks of the denoiser and stores: moments, once or twice, and for widths sensitivities with gradient."""
+    """What Auto asks of the denoiser and stores: moments, and for widths sensitivities with gradient."""
     passes: tuple[int, ...] = (options.rows,)
     if options.widths != "same":
-        passes += (options.rows, WITH_GRADIENT * SensitivitySettings.rows * SensitivitySettings.probes)
+        passes += (WITH_GRADIENT * SensitivitySettings.rows * SensitivitySettings.probes,)
     inputs = online_integers(bits.activation, options.input_group)
-    weight, rotated = WeightRules(options.grid, options.group_size).at(bits.weight), options.rotate != "none"
-    made = Cost(weight, inputs, options.keep_8bit, rotated=rotated, passes=passes, for_files=True)
+    weight, turned = WeightRules(options.grid, options.group_size).at(bits.weight), options.rotate != "none"
+    made = Cost(weight, inputs, options.keep_8bit, rotated=turned, passes=passes, for_files=True)
     return polish_cost(made, options)

@@ -8,8 +8,8 @@ Paper -> here:
 
 Differs from the paper: adapters are added to the float weight, not to dequantized integers; zero points are real numbers and
   those of weights do not move; ranges are indexed by the timestep of the call, never by counting calls; first and last layer
-  at 8 bits (the code: the first three and the last); 40 epochs over calibration rows, not 160 over fresh trajectories, and
-  a rate of 0.03 instead of 1/2500 for that (`benchmarks/tuning_rates.py`).
+  at 8 bits (the code: the first three and the last); 40 epochs over calibration rows, not 160 over fresh trajectories
+  (`fresh_rows=1`), and a rate of 0.03 instead of 1/2500 for that (`benchmarks/tuning_rates.py`).
 """
 
 from __future__ import annotations

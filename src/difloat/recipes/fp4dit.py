@@ -6,11 +6,11 @@ Paper -> here:
   online activations, one scale per token, or per token and head for q, k, v  `Rule(online=True)`, `attention`
   the embedders and the final projection stay in high precision               `outside`: what is in no list of blocks
 
-Not stated in the paper, or stated differently by its code, are these choices: E2M3 and E3M4 for 6- and 8-bit activations as in
-  the code (a secondary source has E3M2, E4M3), other widths, 400 steps per block at a rate tuned for them (docs/log.md) instead
-  of 2,500 at 0.0001, and a reconstruction error relative to the size of the block's output.
-Differs from the released code: calibration follows the sampler's own timesteps, the code takes almost clean latents
-  (`timesteps="clean"`); block inputs come from the quantized prefix, the code caches them; convolutions have a scale a picture.
+Not stated in the paper, or stated differently by its code: E2M3 and E3M4 for 6- and 8-bit activations as in the code (elsewhere
+  E3M2 and E4M3: `activation_format=wide`), other widths, 400 steps per block at a rate tuned for them (docs/log.md) instead of
+  2,500 at 0.0001, and a reconstruction error relative to the size of the block's output.
+Differs from the released code: calibration follows the sampler's own timesteps (its almost clean latents: `timesteps="clean"`);
+  block inputs come from the quantized prefix, the code caches them; convolutions have a scale a picture.
 """
 
 from __future__ import annotations
@@ -41,13 +41,12 @@ class Options:
 
     Attributes:
         rounding: "learned" or "nearest" for weights with at most 4 bits.
-        scale_aware: Whether rounding variables are in units of the weight (Eq. 8), or plain AdaRound.
-        learning_rate: The rate of the rounding variables, or 0 for the tuned rate of the form.
+        scale_aware, learning_rate: Rounding variables in units of the weight (Eq. 8) or not, and their rate, 0 for a tuned one.
         group_size: Input channels per weight scale, or 0 for one scale per output channel.
         scale_format: Grid of weight scales, as in `rtn`; off "float32" the range is searched, as its ends cannot be met.
-        weight_format: "paper", the name of a format of as many bits as weights have, or "search" among all by squared error.
+        weight_format: "paper", the name of a format of as many bits as weights, or "search" among all by squared error.
         before_gelu: The format of the linear before GELU, as "paper" (E3M0 at 4 bits), a name, or "same" as the others.
-        activation: "online" per token, or "static" per tensor from calibration.
+        activation, activation_format: "online" per token or "static" per tensor; E2M3, E3M4 ("code") or E3M2, E4M3 ("wide").
         attention, softmax: Whether q, k, v are quantized like activations, and the bits of the map, where 16 leaves it.
         outside: Layers in no list of blocks (embedders, final projection): "keep" in high precision, or "8bit".
         inputs: "quantized" or "full", the precision of the prefix that block inputs come from during learning.
@@ -62,6 +61,7 @@ class Options:
     weight_format: Annotated[str, FormatOr(("paper", "search"))] = "paper"
     before_gelu: Annotated[str, FormatOr(("paper", "same"))] = "paper"
     activation: Literal["online", "static"] = "online"
+    activation_format: Literal["code", "wide"] = "code"
     attention: bool = True
     softmax: Literal["16", "8"] = "16"
     outside: Literal["keep", "8bit"] = "keep"
@@ -74,6 +74,7 @@ class Options:
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by FP4DiT."""
     inside = packed.inside_blocks(task.model)
+    sequence = Sequencing(inputs=options.inputs, rounding_rows=options.rounding_rows)
 
     def rules(name: str, seen: Trace) -> LayerRules | str:
         if name not in inside and options.outside == "keep":
@@ -89,11 +90,10 @@ def plan(task: Task, options: Options) -> Outcome:
     rate = SCALE_AWARE_RATE if options.scale_aware else RoundingSettings.learning_rate
     rounding = RoundingSettings(options.iterations, learning_rate=options.learning_rate or rate)
     rounding = replace(rounding, scale_aware=options.scale_aware, precision=options.precision)
-    settings = Sequencing(True, rounding, options.inputs, options.rounding_rows)
-    operand = more_mantissa(task.bits.activation) if options.attention and task.bits.activation else None
+    inputs = _input(task.bits.activation, options) if options.attention else None
     softmax = formats.parse("ue4m4") if options.softmax == "8" else None
-    attention = AttentionPlan(operand, softmax) if operand or softmax else None
-    return post_training.run(task, rules, settings, attention)
+    attention = AttentionPlan(inputs and inputs.formats[0], softmax) if inputs or softmax else None
+    return post_training.run(task, rules, replace(sequence, rounding=rounding), attention)
 
 
 def cost(options: Options, bits: Bits) -> Cost:
@@ -105,7 +105,8 @@ def cost(options: Options, bits: Bits) -> Cost:
 
 def _input(bits: int | None, options: Options) -> Rule | None:
     way: Granularity = "token" if options.activation == "online" else "tensor"
-    return Rule((more_mantissa(bits),), way, online=way == "token") if bits else None
+    found = more_mantissa(bits or 8, options.activation_format == "wide")
+    return Rule((found,), way, online=way == "token") if bits else None
 
 
 def _formats(bits: int, gelu: bool, pipeline: str | None, options: Options) -> tuple[formats.Format, ...]:
@@ -114,7 +115,6 @@ def _formats(bits: int, gelu: bool, pipeline: str | None, options: Options) -> t
         return (formats.parse("e3m0"),)
     named = options.weight_format if named in ("paper", "same") else named
     if pipeline is None or named == "paper":  # outside of the blocks, or by default: one family is on E1M2
-        return (
-            formats.parse("e1m2") if bits == 4 and pipeline == "PixArtSigmaPipeline" else more_mantissa(bits),
-        )
+        sigma = bits == 4 and pipeline == "PixArtSigmaPipeline"
+        return (formats.parse("e1m2") if sigma else more_mantissa(bits),)
     return formats.candidates(bits) if named == "search" else (formats.parse(named),)

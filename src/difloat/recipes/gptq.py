@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from difloat import distributed
 from difloat.methods import closed_form, post_training
 from difloat.methods.closed_form import ClosedFormSettings
 from difloat.methods.cost import Cost
@@ -57,18 +56,15 @@ def plan(task: Task, options: Options) -> Outcome:
 
     outcome = post_training.run(task, rules, Sequencing())
 
-    def finish() -> Outcome:
-        measured = dict(outcome.measured)
-        rounding = SecondOrderSettings(by_diagonal=options.by_diagonal, refit=False, sweep=False)
-        settings = ClosedFormSettings(rounding, rows=options.rows)
-        with timed(measured, "round weights"):
-            inputs = closed_form.inputs_of(task, outcome.layers, settings, largest[0])
-            layers, measured["closed_form"] = closed_form.round_anew(
-                task, outcome.layers, inputs, asked, settings
-            )
-        return replace(outcome, layers=layers, measured=measured)
-
-    return distributed.on_main(finish)
+    measured = dict(outcome.measured)
+    rounding = SecondOrderSettings(by_diagonal=options.by_diagonal, refit=False, sweep=False)
+    settings = ClosedFormSettings(rounding, rows=options.rows)
+    with timed(measured, "round weights"):
+        inputs = closed_form.inputs_of(task, outcome.layers, settings, largest[0])
+        layers, measured["closed_form"] = closed_form.round_anew(
+            task, outcome.layers, inputs, asked, settings
+        )
+    return replace(outcome, layers=layers, measured=measured)
 
 
 def cost(options: Options, bits: Bits) -> Cost:

@@ -11,8 +11,8 @@ Paper -> here:
 Differs from the paper: inputs are scaled at run time, never by the operation before (a plan holds planned layers and leaves the
   user's norms alone); ranges are searched by squared error (the code: min-max for choosing n, then L2.4); zero points are real
   numbers; a convolution's second adapter is 1 x 1; skip and down-sampling convolutions are quantized too; 40 epochs over
-  calibration rows, not 800 over fresh trajectories; outputs compared after guidance with `compare_at` only; the student's
-  step before is seen by the student as it is now; layers of the time embedding are not kept at 8 bits.
+  calibration rows, not 800 over fresh trajectories (`fresh_rows=1`); outputs compared after guidance with `compare_at` only;
+  the student's step before is seen by the student as it is now; layers of the time embedding are not kept at 8 bits.
 Differs from the released code where that differs from the paper: n over the whole range (`candidates=release`: 0 and k only);
   relations attached to the graph (`relation=detached`); dead channels are safe; no constant in the adapters' rate.
 Inferred: the rows that MPQ-DM+ raises (those behind the first n); `adapter_init=error` after MPQ-DMv2 (arXiv:2507.04290). Its
@@ -39,9 +39,7 @@ from difloat.methods.training.twin_layer import Init
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import asymmetric_integers, floating_grids
 
-SUMMARY = (
-    "2 to 4 bits: rows of several widths inside a layer, relation distillation, fine-tuned (arXiv:2412.11549)"
-)
+SUMMARY = "2 to 4 bits: rows of several widths, relation distillation, fine-tuned (arXiv:2412.11549)"
 
 
 @recipe_options
@@ -84,7 +82,8 @@ def cost(options: Options, bits: Bits) -> Cost:
     inputs = None if bits.activation is None else rule(bits.activation, "tensor")
     asked = trained(Cost(rule(bits.weight, "channel"), inputs, options.keep_8bit), options)
     passes = (AllocationSettings.rows,) * (options.mixed + scaled) + (ALL_ROWS,) * related
-    return replace(asked, smoothed=scaled, passes=passes, beside=related / options.relation_every)
+    beside = asked.beside + related / options.relation_every
+    return replace(asked, smoothed=scaled, passes=passes, beside=beside)
 
 
 def plan(task: Task, options: Options) -> Outcome:

@@ -10,7 +10,7 @@ Not stated in the paper, whose body was not available, are these choices, the fi
   decay and learned input ranges, weights per output channel and inputs per tensor, 2 adapters of rank 32, one router of width
   128 and low frequencies for all layers, a wider search over clips and zero points than the ranges of a third-party
   re-implementation (`search="narrow"`), factors of mean 1 read off the scheduler's own step, first and last layer at 8 bits
-  without adapters, and 40 epochs over calibration rows, not 160 over fresh trajectories.
+  without adapters, and 40 epochs over calibration rows, not 160 over fresh trajectories (`fresh_rows=1`).
 Differs from the paper: it knows lopsided inputs by the layer they come from (behind SiLU). Here any input is one whose
   shorter side is at most half of the longer one, in its extremes or its 1 % and 99 % quantiles. Squared error decides in both.
 Beyond the paper are `guidance_weight`, `factor_power=2` and `rounding=learned`, which docs/papers/msfp.md measures.

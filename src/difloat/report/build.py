@@ -204,6 +204,7 @@ def build(
         inputs=_inputs(plan),
         adapters=_adapters(plan),
         shares=_shares(plan),
+        tried=tried(plan),
         attention=_attention(plan),
         timings=[*plan.measured.get("seconds", {}).items(), *(timings or {}).items()],
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -267,8 +268,24 @@ def _shares(plan: Plan) -> list[render.Share]:
         layer = plan.layers[name]
         weights = math.prod(layer.shape)
         errors = [(8 * nbytes / weights, error) for _, nbytes, error in found["offers"][name]]
-        shares.append(render.Share(name, formats_of, weights, 8 * layer.nbytes / weights, errors))
+        seconds = found.get("seconds", {}).get(name)
+        times_ms = None if seconds is None else (1000 * seconds[0], 1000 * seconds[1])
+        shares.append(render.Share(name, formats_of, weights, 8 * layer.nbytes / weights, errors, times_ms))
     return shares
+
+
+def tried(plan: Plan) -> list[render.Tried]:
+    """The optional parts that were judged, those that were refused too."""
+    return [
+        render.Tried(
+            one["part"],
+            one["kept"],
+            (one["gain"]["value"], one["gain"]["low"], one["gain"]["high"]),
+            one["trajectories"],
+            one["pictures"],
+        )
+        for one in plan.measured.get("tried", [])
+    ]
 
 
 def _attention(plan: Plan) -> str:

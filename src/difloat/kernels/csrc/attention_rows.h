@@ -56,7 +56,7 @@ struct RowRounder {
     float operand(const uint16_t* row, char* out, int32_t* sum) const {
         *sum = 0;
         if (kind == OPERANDS_INT8)
-            return quantize_row<DIFLOAT_BF16>(row, width, input, round, scale_of(row), width, (int8_t*)out, sum);
+            return quantize_row<DIFLOAT_BF16>(row, width, input, round, {scale_of(row), 0.0f}, width, (int8_t*)out, sum);
         if (kind == OPERANDS_BFLOAT) {
             const float scale = scale_of(row);
             to_bfloat(row, scale, 1.0f, (uint16_t*)out);

@@ -80,15 +80,22 @@ static void round_rows(const difloat_input& x, void* out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < x.rows; row++) {
         const char* from = row_of(x, row);
-        const float step = x.online == 1 ? online_scale(largest_bits<TYPE>(from, x.channels), x.grid.maximum) : shared;
-        const F32 scale = set(step), zero = set(x.zero_point);
+        const int32_t largest = x.online == 1 || x.online == 3 ? largest_bits<TYPE>(from, x.channels) : 0;
+        Step step{x.online == 1 ? online_scale(largest, x.grid.maximum) : shared, x.zero_point};
+        if (x.online == 3) {
+            Range range;
+            range.add<TYPE>(from, 0, x.channels);
+            step = largest < INFINITY_BITS ? range.step(x) : Step{NAN, NAN};
+        }
+        const bool moved = x.online == 3 || x.zero_point != 0;
+        const F32 scale = set(step.scale), zero = set(step.zero);
         for (int64_t k = 0; k < x.channels; k += LANES) {
             const int64_t count = std::min<int64_t>(x.channels - k, LANES);
             F32 value = count == LANES ? load_as_float<TYPE>(from, k) : load_tail<TYPE>(from, k, count);
-            if (x.zero_point != 0) value = sub(value, zero);
+            if (moved) value = sub(value, zero);
             const F32 y = div(value, scale);
             F32 rounded = mul(select(equal(y, y), round.value(y), y), scale);
-            if (x.zero_point != 0) rounded = add(rounded, zero);
+            if (moved) rounded = add(rounded, zero);
             write_first<TYPE>(out, row * x.channels + k, count, rounded);
         }
     }

@@ -8,6 +8,14 @@
 // acc and rowsum are of the integers before the shift that brings unsigned ones into int8: it is taken back in int32, where
 // nothing rounds, so that inputs of 0 add exactly 0.
 //
+// Activations may have a step (and a value of the integer 0) per row and group of channels, found in the data. Then
+//
+//   out[t, o] = sum_G(w_scale[o, G] * inner[t, o, G] + w_zero[o, G] * seen[t, G]) + bias[o]
+//   inner[t, o, G] = sum over groups g of G(step[t, g] * acc[t, o, g] + zero[t, g] * integers[o, g])
+//
+// where G are the weight's groups, `seen` is the sum of the rounded activations and `integers` of the weight's integers. In a
+// convolution the zeros come with the bias, since they are those of a picture.
+//
 // A weight with rows of several widths is an array of weights, its bands: their input channels are grouped alike, so the input is
 // rounded once for all of them.
 //
@@ -34,10 +42,12 @@ typedef struct {
     const void* data;
     int64_t rows, channels, stride;
     int32_t type;    // enum difloat_type
-    int32_t online;  // 0: static scale; 1: one scale per row (per picture in a convolution); 2: one scale for all
+    int32_t online;  // 0: static scale; 1: one scale per row (per picture in a convolution); 2: one scale for all; 3: as 1, with a
+                     // zero point that the smallest value sets
     float scale;     // static only
     float zero_point;
     difloat_grid grid;
+    int64_t group;  // channels that share an online scale: all, or groups that divide the weight's; the grid has no shift then
 } difloat_input;
 
 // Packed weights: `rows` output channels; the codes of a row and tap are a little-endian bit stream along the input channels.

@@ -34,7 +34,7 @@ struct Reader {
 template <int BITS>
 static bool few_rows_fit(const difloat_weight& w, const Operand& x) {
     const bool groups_fit = w.groups == 1 || w.group_channels % Reader<BITS>::STEP == 0;
-    return x.rows <= FEW_ROWS && w.taps == 1 && w.byte_stride == 1 && x.origin == 0 && x.shift == 0 && groups_fit;
+    return x.rows <= FEW_ROWS && w.taps == 1 && w.byte_stride == 1 && x.origin == 0 && x.shift == 0 && !x.steps && groups_fit;
 }
 
 // Four output channels for ROWS tokens, without activation scale and bias: results[token][channel].

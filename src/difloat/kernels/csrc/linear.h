@@ -30,35 +30,56 @@ struct Block {
     int8_t* values;
     int64_t* start;
     int32_t* sums;
-    float* scale;
+    float *scale, *steps, *zeros;  // steps and zeros are of groups
     int64_t stride;
 
-    Block(char* at, int64_t rows, int64_t channels) : stride(round_up(channels, ROW_MULTIPLE)) {
+    Block(char* at, int64_t rows, int64_t channels, int64_t groups) : stride(round_up(channels, ROW_MULTIPLE)) {
         values = (int8_t*)at, at += round_up(rows * stride, 64);
         start = (int64_t*)at, at += round_up(rows * 8, 64);
         scale = (float*)at, at += round_up(rows * 4, 64);
+        steps = (float*)at, at += round_up(rows * groups * 4, 64);
+        zeros = (float*)at, at += round_up(rows * groups * 4, 64);
         sums = (int32_t*)at;
     }
     static int64_t bytes(int64_t rows, int64_t channels, int64_t groups) {
         return round_up(rows * round_up(channels, ROW_MULTIPLE), 64) + round_up(rows * 8, 64) + round_up(rows * 4, 64) +
-               round_up(rows * groups * 4, 4096);
+               2 * round_up(rows * groups * 4, 64) + round_up(rows * groups * 4, 4096);
     }
 };
+
+// Channels that are summed up exactly: groups of the activations, or else those of the weight.
+static inline int64_t summed_channels(const difloat_input& x, const difloat_weight& w) {
+    return is_grouped(x) ? x.group : w.groups == 1 ? x.channels : w.group_channels;
+}
 
 template <int TYPE>
 static void quantize_rows(const difloat_input& x, int64_t first, int64_t rows, float shared, const difloat_weight& w,
                           const Block& block, int threads) {
     const Rounder round(x.grid);
-    const int64_t group = w.groups == 1 ? x.channels : w.group_channels;
+    const int64_t group = summed_channels(x, w), groups = (x.channels + group - 1) / group;
+    const bool grouped = is_grouped(x);
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
         const char* from = row_of(x, first + row);
-        const float scale = x.online == 1 ? online_scale(largest_bits<TYPE>(from, x.channels), x.grid.maximum) : shared;
         int8_t* to = block.values + row * block.stride;
         block.start[row] = row * block.stride;
         const int64_t written = round_up(x.channels, LANES);
         memset(to + written, 0, block.stride - written);
-        block.scale[row] = quantize_row<TYPE>(from, x.channels, x, round, scale, group, to, block.sums + row * w.groups);
+        if (grouped) {
+            float *steps = block.steps + row * groups, *zeros = block.zeros + row * groups;
+            for (int64_t g = 0; g < groups; g++) {
+                Range range;
+                range.add<TYPE>(from, g * group, std::min((g + 1) * group, x.channels));
+                const Step step = range.step(x);
+                steps[g] = step.scale, zeros[g] = step.zero;
+            }
+            const bool finite = quantize_groups<TYPE>(from, x, round, steps, zeros, to, block.sums + row * groups);
+            for (int64_t g = 0; g < groups; g++) steps[g] /= x.grid.multiplier;
+            block.scale[row] = finite ? 1.0f : NAN;
+            continue;
+        }
+        const float scale = x.online == 1 ? online_scale(largest_bits<TYPE>(from, x.channels), x.grid.maximum) : shared;
+        block.scale[row] = quantize_row<TYPE>(from, x.channels, x, round, {scale, x.zero_point}, group, to, block.sums + row * groups);
     }
 }
 
@@ -71,7 +92,7 @@ static inline float origin_of(const difloat_input& x) {
 template <int TYPE>
 static void multiply(const difloat_weight* bands, int64_t count, const Operand& operand, int8_t* values, const difloat_output& out,
                      int64_t row, char* panels, int threads) {
-    const Classes one{1, nullptr};
+    const Classes one{1, nullptr, 1, nullptr};
     bool reordered = false;
     for (bool reorders : {false, true})  // bands that reorder the activations come last
         for (int64_t b = 0, start = 0; b < count; start += bands[b++].rows) {
@@ -87,19 +108,22 @@ static inline int32_t integer_of(const difloat_grid& grid, float value) { return
 
 template <int TYPE>
 static int linear_of(const difloat_input& x, const difloat_weight* bands, int64_t count, const difloat_output& out, int threads) {
-    const Classes one{1, nullptr};
+    const Classes one{1, nullptr, 1, nullptr};
+    const int64_t group = summed_channels(x, bands[0]), groups = (x.channels + group - 1) / group;
     const float origin = origin_of(x), shared = x.online == 2 ? scale_of_all<TYPE>(x, threads) : x.scale;
     const int64_t at_once = std::max<int64_t>(TILE_ROWS, BLOCK_BYTES / round_up(x.channels, ROW_MULTIPLE));
-    const int64_t most = std::min(x.rows, at_once), block_bytes = Block::bytes(most, x.channels, bands[0].groups);
-    char* memory = scratch(block_bytes + threads * place_bands(bands, count, one));
+    const int64_t most = std::min(x.rows, at_once), block_bytes = Block::bytes(most, x.channels, groups);
+    char* memory = scratch(block_bytes + threads * place_bands(bands, count, one, groups));
     if (!memory) return -1;
-    const Block block(memory, most, x.channels);
+    const Block block(memory, most, x.channels, groups);
+    const float *steps = is_grouped(x) ? block.steps : nullptr, *zeros = x.online == 3 ? block.zeros : nullptr;
     for (int64_t first = 0; first < x.rows; first += at_once) {
         const int64_t rows = std::min(at_once, x.rows - first);
         quantize_rows<TYPE>(x, first, rows, shared, bands[0], block, threads);
         const int64_t taps = 0;
-        const Operand operand{block.values, block.start, block.sums, block.scale, nullptr, rows, &taps, x.grid.shift, origin,
-                              integer_of(x.grid, x.grid.minimum), integer_of(x.grid, x.grid.maximum)};
+        const Operand operand{block.values, block.start, block.sums, groups, group, block.scale, steps, zeros, nullptr, nullptr,
+                              rows, &taps, x.grid.shift, origin, integer_of(x.grid, x.grid.minimum),
+                              integer_of(x.grid, x.grid.maximum)};
         multiply<TYPE>(bands, count, operand, block.values, out, first, memory + block_bytes, threads);
     }
     return 0;

@@ -100,6 +100,18 @@ static void sum_integers(const difloat_weight& w, const uint8_t* panel, int32_t 
         }
 }
 
+// Sums of the weight's integers over groups of input channels, [tap][group][channel]; as float32 in the same place if asked for.
+static void sum_groups(const difloat_weight& w, const uint8_t* panel, int64_t groups, int64_t group, bool floating, int32_t* sums) {
+    for (int64_t tap = 0; tap < w.taps; tap++)
+        for (int64_t g = 0; g < groups; g++)
+            for (int v = 0; v < VECTORS; v++) {
+                const uint8_t* column = panel + (tap * quads_of(w.channels) * VECTORS + v) * LANES * 4;
+                const I32 found = sum_channels(w, column, g * group, std::min((g + 1) * group, w.channels));
+                int32_t* to = sums + (tap * groups + g) * WIDTH + v * LANES;
+                store_int((uint8_t*)to, floating ? as_int(to_float(found)) : found);
+            }
+}
+
 // Sum of the weight's values per tap, [tap][channel]: what a constant input of 1 gives.
 static void sum_values(const difloat_weight& w, const uint8_t* panel, const float* scale, const float* zero, float* sums) {
     const int64_t quads = quads_of(w.channels);

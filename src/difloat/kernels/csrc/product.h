@@ -16,7 +16,11 @@ struct Operand {
     const int8_t* values;
     const int64_t* start;     // [rows] where a row begins (its first tap, in a convolution)
     const int32_t* sums;      // [rows, groups] of the integers
+    int64_t groups, group;    // of channels that are summed up exactly: how many, and channels of each
     const float* scale;       // [rows]
+    const float* steps;       // [rows, groups] what an integer of 1 is worth; null: `scale` alone says it
+    const float* zeros;       // likewise, what the integer 0 stands for; null: 0, or it is part of the bias
+    const int32_t* step_row;  // [rows] which row of the steps; null: each its own
     const int32_t* bias_row;  // [rows] which row of the bias table; null: the first
     int64_t rows;
     const int64_t* taps;  // [taps of the weight] distance of the taps
@@ -25,10 +29,12 @@ struct Operand {
     int32_t lowest, highest;  // possible integers
 };
 
-// Bias of every class of rows, [classes][WIDTH]; `inside` says which taps see the picture.
+// Bias of every class of rows of every picture, [pictures][classes][WIDTH]; `inside` says which taps see the picture.
 struct Classes {
     int64_t count;
     const uint8_t* inside;  // [count, taps]
+    int64_t pictures;
+    const float* zeros;  // [pictures, groups of the activations] what the integer 0 stands for, or null
 };
 
 // What a panel needs besides its weights.
@@ -36,6 +42,7 @@ struct Panel {
     uint8_t* weights;
     float *scale, *zero, *bias, *tap_sums;
     int32_t* shifted;  // [groups][WIDTH] the shift times the sum of the weight's integers
+    int32_t* group_sums;  // [taps][groups of the activations][WIDTH] of the weight's integers, where zeros need them
     uint8_t* gathered;
 };
 
@@ -83,42 +90,102 @@ static inline difloat_output part_of(difloat_output out, int64_t row, int64_t st
     return out;
 }
 
+// Exact sums over group `g` of the channels: of the products in `acc`, of the activations in `sums`.
+template <int ROWS, int USED, class Multiplier>
+static INLINE void sum_group(const Multiplier& multiplier, const difloat_weight& w, const Operand& x, const Panel& p, int64_t row,
+                             int64_t g, const int8_t* const (&rows)[ROWS], I32 (&acc)[ROWS][USED], int32_t (&sums)[ROWS]) {
+    const int64_t quads = quads_of(w.channels), group_quads = (x.group + 3) / 4, first = g * group_quads;
+    repeat<ROWS>([&](auto i) UNROLLED {
+        sums[i] = x.sums[(row + i) * x.groups + g];
+        repeat<USED>([&](auto v) UNROLLED { acc[i][v] = set_int(w.minimum * sums[i]); });
+    });
+    if (x.shift) {
+        const int64_t there = std::min(x.group, w.channels - g * x.group);
+        repeat<ROWS>([&](auto i) UNROLLED {
+            sums[i] += x.shift * (int32_t)(there * w.taps);
+            repeat<USED>([&](auto v) UNROLLED {
+                acc[i][v] = add_int(acc[i][v], load_int((const uint8_t*)(p.shifted + g * WIDTH + v * LANES)));
+            });
+        });
+    }
+    const int64_t count = std::min(group_quads, quads - first);
+    for (int64_t t = 0; t < w.taps; t++)
+        multiplier.template accumulate<ROWS, USED>(acc, rows, x.taps[t] + first * 4, count,
+                                                   p.weights + (t * quads + first) * WIDTH * 4 * Multiplier::SPREAD);
+}
+
+template <int ROWS, int USED>
+using Tile = float[ROWS][USED][LANES];
+
+// total += values * scale + seen * zero, for group `g` of the weight.
+template <int ROWS, int USED>
+static INLINE void add_group(const difloat_weight& w, const Panel& p, int64_t g, const F32 (&values)[ROWS][USED],
+                             const float (&seen)[ROWS], Tile<ROWS, USED>& total) {
+    repeat<ROWS>([&](auto i) UNROLLED {
+        repeat<USED>([&](auto v) UNROLLED {
+            const int64_t at = g * WIDTH + v * LANES;
+            F32 value = fma(values[i][v], load(p.scale + at), load(total[i][v]));
+            if (w.zero) value = fma(set(seen[i]), load(p.zero + at), value);
+            store(total[i][v], value);
+        });
+    });
+}
+
+// Groups of activations with steps of their own: `inner` and `seen` are the sums over those of one group of the weight.
+template <int ROWS, int USED, class Multiplier>
+static NOINLINE void sum_stepped(const Multiplier& multiplier, const difloat_weight& w, const Operand& x, const Panel& p, int64_t row,
+                               const int8_t* const (&rows)[ROWS], Tile<ROWS, USED>& total) {
+    const int64_t stretch = w.groups == 1 ? x.groups : w.group_channels / x.group;
+    const float *steps[ROWS], *zeros[ROWS];
+    for (int i = 0; i < ROWS; i++) {
+        const int64_t at = (x.step_row ? x.step_row[row + i] : row + i) * x.groups;
+        steps[i] = x.steps + at, zeros[i] = x.zeros ? x.zeros + at : nullptr;
+    }
+    for (int64_t g = 0; g < x.groups;) {
+        const int64_t of_weight = g / stretch, end = std::min(g + stretch, x.groups);
+        alignas(64) Tile<ROWS, USED> inner = {};
+        float seen[ROWS] = {};
+        for (; g < end; g++) {
+            I32 acc[ROWS][USED];
+            int32_t sums[ROWS];
+            sum_group<ROWS, USED>(multiplier, w, x, p, row, g, rows, acc, sums);
+            const float there = (float)std::min(x.group, w.channels - g * x.group);
+            repeat<ROWS>([&](auto i) UNROLLED {
+                const F32 step = set(steps[i][g]), zero = set(x.zeros ? zeros[i][g] : 0.0f);
+                repeat<USED>([&](auto v) UNROLLED {
+                    F32 value = fma(to_float(acc[i][v]), step, load(inner[i][v]));
+                    if (x.zeros) value = fma(zero, load((const float*)p.group_sums + g * WIDTH + v * LANES), value);
+                    store(inner[i][v], value);
+                });
+                if (w.zero) seen[i] = fmaf((float)sums[i], steps[i][g], seen[i]);
+                if (w.zero && x.zeros) seen[i] = fmaf(there, zeros[i][g], seen[i]);
+            });
+        }
+        F32 values[ROWS][USED];
+        repeat<ROWS>([&](auto i) UNROLLED { repeat<USED>([&](auto v) UNROLLED { values[i][v] = load(inner[i][v]); }); });
+        add_group<ROWS, USED>(w, p, of_weight, values, seen, total);
+    }
+}
+
 // ROWS rows by the first USED vectors of one panel, from `row` on. Sums of a group are exact; groups are added up in float32.
 template <int ROWS, int TYPE, int USED, class Multiplier>
 static NOINLINE void tile(const Multiplier& multiplier, const difloat_weight& w, const Operand& x, const Panel& p, int64_t row,
                           int64_t first, const difloat_output& out) {
     const int8_t* rows[ROWS];
     for (int i = 0; i < ROWS; i++) rows[i] = x.values + x.start[row + i];
-    const int64_t quads = quads_of(w.channels), group_quads = (w.group_channels + 3) / 4;
-    alignas(64) float total[ROWS][USED][LANES] = {};
-    const uint8_t* weights = p.weights;
-    for (int64_t g = 0; g < w.groups; g++) {
+    alignas(64) Tile<ROWS, USED> total = {};
+    if (x.steps) sum_stepped<ROWS, USED>(multiplier, w, x, p, row, rows, total);
+    for (int64_t g = 0; !x.steps && g < w.groups; g++) {
         I32 acc[ROWS][USED];
         int32_t sums[ROWS];
+        sum_group<ROWS, USED>(multiplier, w, x, p, row, g, rows, acc, sums);
+        F32 values[ROWS][USED];
+        float seen[ROWS];
         repeat<ROWS>([&](auto i) UNROLLED {
-            sums[i] = x.sums[(row + i) * w.groups + g];
-            repeat<USED>([&](auto v) UNROLLED { acc[i][v] = set_int(w.minimum * sums[i]); });
+            seen[i] = (float)sums[i];
+            repeat<USED>([&](auto v) UNROLLED { values[i][v] = to_float(acc[i][v]); });
         });
-        if (x.shift) {
-            const int64_t there = std::min(w.group_channels, w.channels - g * w.group_channels);
-            repeat<ROWS>([&](auto i) UNROLLED {
-                sums[i] += x.shift * (int32_t)(there * w.taps);
-                repeat<USED>([&](auto v) UNROLLED {
-                    acc[i][v] = add_int(acc[i][v], load_int((const uint8_t*)(p.shifted + g * WIDTH + v * LANES)));
-                });
-            });
-        }
-        const int64_t count = w.taps == 1 ? std::min(group_quads, quads - g * group_quads) : quads;
-        for (int64_t t = 0; t < w.taps; t++, weights += count * WIDTH * 4 * Multiplier::SPREAD)
-            multiplier.template accumulate<ROWS, USED>(acc, rows, x.taps[t] + g * group_quads * 4, count, weights);
-        repeat<ROWS>([&](auto i) UNROLLED {
-            repeat<USED>([&](auto v) UNROLLED {
-                const int64_t at = g * WIDTH + v * LANES;
-                F32 value = fma(to_float(acc[i][v]), load(p.scale + at), load(total[i][v]));
-                if (w.zero) value = fma(set((float)sums[i]), load(p.zero + at), value);
-                store(total[i][v], value);
-            });
-        });
+        add_group<ROWS, USED>(w, p, g, values, seen, total);
     }
     for (int i = 0; i < ROWS; i++) {
         const F32 scale = set(x.scale[row + i]);
@@ -151,23 +218,55 @@ static void stripe(const difloat_weight& w, const Operand& x, const Panel& p, in
     });
 }
 
+// What the zeros of one picture add where the given taps see it, for vector `v` of the panel.
+static F32 value_of_zeros(const difloat_weight& w, const Operand& x, const Panel& p, const float* zeros, const uint8_t* inside, int v) {
+    const int64_t stretch = w.groups == 1 ? x.groups : w.group_channels / x.group;
+    F32 total = set(0);
+    for (int64_t g = 0; g < x.groups;) {
+        const int64_t at = g / stretch * WIDTH + v * LANES, end = std::min(g + stretch, x.groups);
+        F32 inner = set(0);
+        float seen = 0;
+        for (; g < end; g++) {
+            I32 integers = set_int(0);
+            int64_t taps = 0;
+            for (int64_t t = 0; t < w.taps; t++)
+                if (inside[t]) {
+                    integers = add_int(integers, load_int((const uint8_t*)(p.group_sums + (t * x.groups + g) * WIDTH + v * LANES)));
+                    taps++;
+                }
+            inner = fma(set(zeros[g]), to_float(integers), inner);
+            seen = fmaf((float)(taps * std::min(x.group, w.channels - g * x.group)), zeros[g], seen);
+        }
+        total = fma(inner, load(p.scale + at), total);
+        if (w.zero) total = fma(set(seen), load(p.zero + at), total);
+    }
+    return total;
+}
+
 // Bias table of a panel: the bias, and the origin times the weights of the taps that see the input. And the sums that take back
 // the shift of the activations.
 static void make_bias(const difloat_weight& w, const Operand& x, const Classes& classes, const difloat_output& out, int64_t first,
                       const Panel& p) {
     if (x.shift) sum_integers(w, p.weights, x.shift, p.shifted);
     if (x.origin != 0) sum_values(w, p.weights, p.scale, p.zero, p.tap_sums);
-    for (int64_t c = 0; c < classes.count; c++)
+    if (x.zeros || classes.zeros) sum_groups(w, p.weights, x.groups, x.group, x.zeros != nullptr, p.group_sums);
+    for (int64_t c = 0; c < classes.pictures * classes.count; c++) {
+        const uint8_t* inside = classes.inside ? classes.inside + c % classes.count * w.taps : nullptr;
+        float* bias = p.bias + c * WIDTH;
         for (int64_t n = 0; n < WIDTH; n++) {
             float value = out.bias && first + n < w.rows ? out.bias[out.channel ? out.channel[first + n] : first + n] : 0.0f;
             for (int64_t t = 0; x.origin != 0 && t < w.taps; t++)
-                if (!classes.inside || classes.inside[c * w.taps + t]) value += x.origin * p.tap_sums[t * WIDTH + n];
-            p.bias[c * WIDTH + n] = value;
+                if (!inside || inside[t]) value += x.origin * p.tap_sums[t * WIDTH + n];
+            bias[n] = value;
         }
+        const float* zeros = classes.zeros ? classes.zeros + c / classes.count * x.groups : nullptr;
+        for (int v = 0; zeros && v < VECTORS; v++)
+            store(bias + v * LANES, add(load(bias + v * LANES), value_of_zeros(w, x, p, zeros, inside, v)));
+    }
 }
 
-// Bytes of one thread's panel; `place` fills in where its pieces lie.
-static int64_t place(const difloat_weight& w, const Classes& classes, char* base, Panel* panel) {
+// Bytes of one thread's panel for activations in so many groups; `place` fills in where its pieces lie.
+static int64_t place(const difloat_weight& w, const Classes& classes, int64_t groups, char* base, Panel* panel) {
     char* at = base;
     auto take = [&at](int64_t bytes) {
         char* begin = at;
@@ -179,18 +278,19 @@ static int64_t place(const difloat_weight& w, const Classes& classes, char* base
     p.weights = (uint8_t*)take(MOST_SPREAD * panel_bytes(w));
     p.scale = (float*)take(w.groups * row);
     p.zero = (float*)take(w.zero ? w.groups * row : 0);
-    p.bias = (float*)take(classes.count * row);
+    p.bias = (float*)take(classes.pictures * classes.count * row);
     p.tap_sums = (float*)take(w.taps * row);
     p.shifted = (int32_t*)take(w.groups * row);
+    p.group_sums = (int32_t*)take(w.taps * groups * row);
     p.gathered = (uint8_t*)take(gather_bytes(w));
     if (panel) *panel = p;
     return round_up(at - base, 4096);
 }
 
 // Bytes of one thread's panel that serves every band.
-static int64_t place_bands(const difloat_weight* bands, int64_t count, const Classes& classes) {
+static int64_t place_bands(const difloat_weight* bands, int64_t count, const Classes& classes, int64_t groups) {
     int64_t most = 0;
-    for (int64_t b = 0; b < count; b++) most = std::max(most, place(bands[b], classes, nullptr, nullptr));
+    for (int64_t b = 0; b < count; b++) most = std::max(most, place(bands[b], classes, groups, nullptr, nullptr));
     return most;
 }
 
@@ -200,7 +300,7 @@ constexpr int64_t FEWEST_IN_BLOCK = 64;  // rows; unpacking a panel costs about 
 template <int TYPE>
 static void product(const difloat_weight& w, const Operand& x, const Classes& classes, const difloat_output& out, char* scratch,
                     int threads) {
-    const int64_t panels = (w.rows + WIDTH - 1) / WIDTH, bytes = place(w, classes, nullptr, nullptr);
+    const int64_t panels = (w.rows + WIDTH - 1) / WIDTH, bytes = place(w, classes, x.groups, nullptr, nullptr);
     int64_t cuts = 1;
     if (panels % threads && panels < 8 * threads) cuts = std::min<int64_t>(threads, (x.rows + 31) / 32);
     const int64_t reach = x.rows ? x.start[x.rows - 1] - x.start[0] : 0;  // bytes of activations
@@ -209,7 +309,7 @@ static void product(const difloat_weight& w, const Operand& x, const Classes& cl
 #pragma omp parallel num_threads(threads)
     {
         Panel p;
-        place(w, classes, scratch + omp_get_thread_num() * bytes, &p);
+        place(w, classes, x.groups, scratch + omp_get_thread_num() * bytes, &p);
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t task = 0; task < panels * cuts; task++) {
             const int64_t first = task % panels * WIDTH, cut = task / panels;

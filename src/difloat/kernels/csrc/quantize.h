@@ -76,12 +76,17 @@ struct Rounder {
     }
 };
 
+// What rounds a number: its integer is (number - zero) / scale on the grid.
+struct Step {
+    float scale, zero;
+};
+
 // Write one row of int8 and the sum of every group of `group` channels (a multiple of LANES unless it is the whole row).
 // Stores whole vectors: the row needs room for a multiple of LANES. Returns the scale that belongs to the integers.
 template <int TYPE>
-static float quantize_row(const void* row, int64_t channels, const difloat_input& input, const Rounder& round, float scale,
-                          int64_t group, int8_t* out, int32_t* sums) {
-    const F32 divisor = set(scale), zero = set(input.zero_point);
+static INLINE float quantize_row(const void* row, int64_t channels, const difloat_input& input, const Rounder& round, Step step,
+                                 int64_t group, int8_t* out, int32_t* sums) {
+    const F32 divisor = set(step.scale), zero = set(step.zero);
     const I32 shift = set_int(input.grid.shift), magnitude = set_int(0x7fffffff);
     I32 most = set_int(0);
     auto integers = [&](F32 x) UNROLLED {
@@ -111,7 +116,7 @@ static float quantize_row(const void* row, int64_t channels, const difloat_input
         }
         *sums++ = sum_int(total);
     } while (k < channels);
-    return largest_int(most) > INFINITY_BITS ? NAN : scale / input.grid.multiplier;
+    return largest_int(most) > INFINITY_BITS ? NAN : step.scale / input.grid.multiplier;
 }
 
 static inline float online_scale(int32_t bits, float maximum) {
@@ -119,6 +124,54 @@ static inline float online_scale(int32_t bits, float maximum) {
     memcpy(&largest, &bits, 4);
     if (bits >= INFINITY_BITS) return NAN;
     return bits > 0 ? largest / maximum : 1.0f;
+}
+
+// Groups of channels with a scale of their own.
+static inline bool is_grouped(const difloat_input& x) { return x.online == 3 || x.group < x.channels; }
+static inline int64_t groups_of(const difloat_input& x) { return (x.channels + x.group - 1) / x.group; }
+
+// The smallest and the largest of numbers, none of which is NaN.
+struct Range {
+    F32 low = set(INFINITY), high = set(-INFINITY);
+
+    template <int TYPE>
+    INLINE void add(const void* row, int64_t begin, int64_t end) {
+        int64_t k = begin;
+        for (; k + LANES <= end; k += LANES) take(load_as_float<TYPE>(row, k));
+        if (k == end) return;
+        alignas(64) float rest[LANES];
+        store(rest, load_tail<TYPE>(row, k, end - k));
+        for (int64_t n = end - k; n < LANES; n++) rest[n] = rest[0];  // in place of the zeros, which are not of the row
+        take(load(rest));
+    }
+    INLINE void take(F32 x) { low = min(low, x), high = max(high, x); }
+
+    INLINE Step step(const difloat_input& x) const {
+        const float smallest = smallest_of(low), largest = largest_of(high);
+        if (x.online != 3) {
+            const float most = std::max(-smallest, largest);
+            return {most > 0 ? most / x.grid.maximum : 1.0f, 0.0f};
+        }
+        const float span = largest - smallest;
+        if (!(span > 0)) return {1.0f, smallest};
+        const float scale = span / (x.grid.maximum - x.grid.minimum);
+        return {scale, smallest - x.grid.minimum * scale};
+    }
+};
+
+// One row whose groups of channels have scales and zeros: the integers and the sum of every group. Returns whether all numbers and
+// scales are finite.
+template <int TYPE>
+static INLINE bool quantize_groups(const void* row, const difloat_input& x, const Rounder& round, const float* scales,
+                                   const float* zeros, int8_t* out, int32_t* sums) {
+    bool finite = true;
+    for (int64_t g = 0, k = 0; k < x.channels; k += x.group, g++) {
+        const char* from = (const char*)row + k * (TYPE == DIFLOAT_F32 ? 4 : 2);
+        const int64_t count = std::min(x.group, x.channels - k);
+        const float worth = quantize_row<TYPE>(from, count, x, round, {scales[g], zeros[g]}, count, out + k, sums + g);
+        finite &= fabsf(worth) < INFINITY;
+    }
+    return finite;
 }
 
 }  // namespace difloat

@@ -97,18 +97,24 @@ static inline Mask equal_int(I32 a, I32 b) { return _mm256_castsi256_ps(_mm256_c
 static inline Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
 static inline F32 select(Mask m, F32 yes, F32 no) { return _mm256_blendv_ps(no, yes, m); }
 static inline int32_t sum_int(I32 x) {
-    alignas(32) int32_t lanes[8];
-    store_int(lanes, x);
-    int32_t total = 0;
-    for (int i = 0; i < 8; i++) total += lanes[i];
-    return total;
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
 }
 static inline int32_t largest_int(I32 x) {
-    alignas(32) int32_t lanes[8];
-    store_int(lanes, x);
-    int32_t most = lanes[0];
-    for (int i = 1; i < 8; i++) most = lanes[i] > most ? lanes[i] : most;
-    return most;
+    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+static inline float smallest_of(F32 x) {
+    __m128 half = _mm_min_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_min_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_min_ss(half, _mm_movehdup_ps(half)));
+}
+static inline float largest_of(F32 x) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 
 // acc + four uint8 times four int8 per lane.

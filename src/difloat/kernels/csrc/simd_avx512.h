@@ -71,6 +71,8 @@ static inline F32 select(Mask m, F32 yes, F32 no) { return _mm512_mask_blend_ps(
 static inline int32_t sum_int(I32 x) { return _mm512_reduce_add_epi32(x); }
 static inline float sum(F32 x) { return _mm512_reduce_add_ps(x); }
 static inline int32_t largest_int(I32 x) { return _mm512_reduce_max_epi32(x); }
+static inline float smallest_of(F32 x) { return _mm512_reduce_min_ps(x); }
+static inline float largest_of(F32 x) { return _mm512_reduce_max_ps(x); }
 
 // acc + four uint8 times four int8 per lane. The assembler keeps the accumulator in its register: GCC 12 copies it around the
 // intrinsic, which halves the speed of the whole product. By value: an operand in memory would pin its array there.

@@ -82,6 +82,8 @@ static INLINE Mask both(Mask a, Mask b) { return vandq_u32(a, b); }
 static INLINE F32 select(Mask m, F32 yes, F32 no) { return vbslq_f32(m, yes, no); }
 static INLINE int32_t sum_int(I32 x) { return vaddvq_s32(x); }
 static INLINE int32_t largest_int(I32 x) { return vmaxvq_s32(x); }
+static INLINE float smallest_of(F32 x) { return vminnmvq_f32(x); }
+static INLINE float largest_of(F32 x) { return vmaxnmvq_f32(x); }
 
 // acc + four weights times four int8 per lane. The instruction takes signed bytes: the unit moves weights by 128.
 static INLINE I32 dot(I32 acc, I32 weights, I32 activations) {

@@ -49,7 +49,9 @@ def tune(task: Task, outcome: Outcome, tuning: Tuning) -> Outcome:
     measured["seconds"] = dict(measured["seconds"])
     extra = None if tuning.relation.kind == "off" else RelationLoss(task, student, tuning.relation)
     if extra is not None:
-        measured |= {"relation_features": extra.name, "relation_rows": extra.coverage}
+        measured["relation_features"] = extra.name
+        if not tuning.settings.fresh_rows:  # of those all take part
+            measured["relation_rows"] = extra.coverage
     with post_training.timed(measured, "fine-tune"):
         losses = train(task, student, tuning.settings, tuning.weights, extra, str(tuning.relation))
     measured |= {"losses": losses, "router": student.table().tolist(), "grid": list(grid)}

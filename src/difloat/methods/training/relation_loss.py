@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from difloat.calibration.collect import Calibration
 from difloat.layers.packed import quantizable
 from difloat.methods.task import Task
 from difloat.methods.trace import Call, removed, tensors_of
+from difloat.methods.training.batches import Batch
 from difloat.methods.training.student import Student
-from difloat.methods.training.train import Batch
 
 Kind = Literal["attached", "detached", "features", "off"]
 _MAP_BYTES = 1 << 26  # of one lot of rows of the relations
@@ -221,7 +222,7 @@ class RelationLoss:
 
     def __init__(self, task: Task, student: Student, settings: RelationSettings) -> None:
         """Listen to `student`. ValueError as `feature_module`."""
-        self.settings, self._task = settings, task
+        self.settings, self._task, self._data = settings, task, task.calibration
         self.before = task.calibration.before
         self.name = feature_module(task, settings)
         usable = [row for row, earlier in enumerate(self.before) if earlier is not None]
@@ -240,6 +241,7 @@ class RelationLoss:
         """The loss of one step whose forward pass has just been, 0 in the steps between."""
         now = self._caught
         self._caught = None
+        self._turn_to(batch.fresh or self._task.calibration)
         rows = batch.rows
         places = [place for place, row in enumerate(rows) if self.before[row] is not None]
         if not self._taken(step) or not places:
@@ -263,6 +265,13 @@ class RelationLoss:
         share = self.settings.weight * batch.world / (usable * output[0].numel())
         return share * divergence(smoothed, target)
 
+    def _turn_to(self, data: Calibration) -> None:
+        """Take the numbers of rows for those of other data from now on."""
+        if data is not self._data:
+            self._data, self.before = data, data.before
+            self._cache.clear()
+            self._free_bytes = self._task.memory_bytes // CACHE_SHARE
+
     def _taken(self, step: int) -> bool:
         """Every so many-th timestep of an epoch. Which of them moves on with the epoch, so that none is always left out."""
         epoch, place = divmod(step, self._length)
@@ -277,12 +286,12 @@ class RelationLoss:
     def _student_before(self, student: Student, rows: Sequence[int], now: Tensor) -> Tensor:
         """The student's features of the rows one step earlier, or those of `now` at the first step."""
         result = now.clone()
-        timesteps = self._task.calibration.timesteps
+        timesteps = self._data.timesteps
         moved = [place for place, row in enumerate(rows) if self._earlier(row) != row]
         for timestep in sorted({timesteps[self._earlier(rows[place])] for place in moved}):
             some = [place for place in moved if timesteps[self._earlier(rows[place])] == timestep]
             with student.aside():
-                student(*self._task.calibration.batch([self._earlier(rows[place]) for place in some]))
+                student(*self._data.batch([self._earlier(rows[place]) for place in some]))
             assert self._caught is not None
             result[some] = self._caught
         self._caught = None
@@ -298,7 +307,7 @@ class RelationLoss:
         with removed([handle]):
             for start in range(0, len(missing), _TEACHER_ROWS):
                 some = missing[start : start + _TEACHER_ROWS]
-                args, kwargs = self._task.calibration.batch(some)
+                args, kwargs = self._data.batch(some)
                 self._task.model(*args, **kwargs)
                 fresh |= dict(zip(some, caught.pop(), strict=True))
         for row, features in fresh.items():

@@ -57,6 +57,7 @@ class Kept:
             **made_of,
             "layout": 4,
             "rows": task.calibration.fingerprint,
+            "fresh": None if task.calibration.fresh is None else task.calibration.fresh.made_of,
             "seed": task.seed,
             "grid": student.grid,
             "names": student.names,

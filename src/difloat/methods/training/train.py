@@ -2,16 +2,16 @@
 
 It needs no data. The student sees the inputs that the full-precision sampler gave its denoiser, timestep by timestep, and
 learns the teacher's outputs. It runs in mixed precision, with accumulated gradients and in several processes. Rows are drawn
-from seed and step alone, so a resumed or parallel run sees those of an uninterrupted single one. Gradients that pass a float16
-denoiser are scaled, as they would vanish. Memory holds the student, the gradients and AdamW's two moments of what is trained,
-the activations of one batch, and the teacher's outputs of all rows.
+from seed and step alone (`batches`), so a resumed or parallel run sees those of an uninterrupted single one. Gradients that
+pass a float16 denoiser are scaled, as they would vanish. Memory holds the student, the gradients and AdamW's two moments of
+what is trained, the activations of one batch, and the teacher's outputs of the rows that are held.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
@@ -19,14 +19,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from difloat import devices, distributed, torch_modes
-from difloat.calibration.batch_axis import first_tensor, predict, rows_in_lists
+from difloat.calibration.batch_axis import first_tensor, rows_in_lists
 from difloat.methods.task import Task
+from difloat.methods.training.batches import Batch, Fixed, Ring
 from difloat.methods.training.resume import Kept
 from difloat.methods.training.student import Student
 from difloat.methods.training.twin_layer import Adaptive
 from difloat.plan.validation import NotNegative, Positive, Whole, record
 
-_TEACHER_ROWS = 16  # of a call
 _DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of mixed precision
 
 
@@ -48,6 +48,9 @@ class TrainingSettings:
             by itself.
         precision: What `torch.autocast` computes the student in. Master weights and moments stay in float32.
         patience: Stop after so many epochs without a lower loss. 0 never stops.
+        updates: Optimiser steps in all, in place of `epochs`. 0 makes as many as the epochs have.
+        fresh_rows: Passes along the trajectory that fresh rows stay. At 1 every pass has new trajectories, whose rows are seen
+            once, as in the papers' lineage (arXiv:2310.03270). At 0 the calibration rows are trained on again and again.
     """
 
     epochs: Whole = 40
@@ -61,6 +64,12 @@ class TrainingSettings:
     compare_at: NotNegative = 0.0
     precision: Literal["no", "bf16", "fp16"] = "no"
     patience: Whole = 0
+    updates: Whole = 0
+    fresh_rows: Whole = 0
+
+    def steps(self, length: int) -> int:
+        """The optimiser steps along a trajectory of so many timesteps."""
+        return self.updates or self.epochs * length
 
     @property
     def sampler_power(self) -> float:
@@ -90,6 +99,11 @@ def _check(task: Task, settings: TrainingSettings) -> None:
         raise ValueError(
             f"rows must be at least 1 for each of {distributed.count()} processes, got {settings.rows}"
         )
+    if settings.fresh_rows and task.calibration.fresh is None:
+        raise ValueError(
+            f"fresh_rows must come with rows along a sampler's own trajectory, got fresh_rows={settings.fresh_rows} and rows "
+            "that cannot be drawn anew; calibrate with timesteps=sampler, or say fresh_rows=0"
+        )
     for name in ("guidance_weight", "compare_at"):
         weight = getattr(settings, name)
         if weight and not guidance_to_keep(weight, task):
@@ -109,34 +123,6 @@ def _check(task: Task, settings: TrainingSettings) -> None:
         raise ValueError(
             f"compare_at must be trained in one process, got {distributed.count()}; launch one, or say compare_at=0"
         )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The calibration rows of one step.
-
-    Attributes:
-        timestep: The timestep of all of them.
-        picked: The numbers of the rows, of all processes together.
-        rank: The number of this process.
-        world: How many processes there are, each of which takes every `world`-th row.
-    """
-
-    timestep: float
-    picked: list[int]
-    rank: int = 0
-    world: int = 1
-
-    @property
-    def rows(self) -> list[int]:
-        """The rows of this process."""
-        return self.picked[self.rank :: self.world]
-
-
-def guidance_pairs(task: Task) -> list[tuple[int, int]]:
-    """Rows without and with condition at the same point of the same trajectory, as far as both were kept."""
-    pairs = [(one, two) for two, one in enumerate(task.calibration.beside) if one is not None]
-    return [(two, one) for one, two in pairs] if task.calibration.conditional_part == 0 else pairs
 
 
 Extra = Callable[[Student, int, Batch, Tensor], Tensor]
@@ -178,11 +164,11 @@ def _train(
     extra: Extra | None,
     note: str,
 ) -> list[float]:
-    data = _Rows(task)
+    data = Ring(task, settings) if settings.fresh_rows else Fixed(task)
     groups = _groups(student, settings)
     base = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    steps = settings.epochs * len(data.grid)
+    steps = settings.steps(len(data.grid))
     model = distributed.data_parallel(student)
     scaler = _scaler(task, settings)
     made_of = {"settings": repr(settings), "weights": sorted(weights.items()), "extra": note}
@@ -201,9 +187,9 @@ def _train(
                 batch = data.draw(step * settings.accumulation + part, settings.rows, task.seed)
                 last = part + 1 == settings.accumulation
                 with distributed.exchange_gradients(model, now=last):
-                    call = task.calibration.batch(batch.rows)
+                    call = (batch.fresh or task.calibration).batch(batch.rows)
                     output = first_tensor(model(*call), rows_in_lists(*call))
-                    part_loss = weights[batch.timestep] * data.loss(output.float(), batch, settings)
+                    part_loss = weights[batch.timestep] * data.rows.loss(output.float(), batch, settings)
                     if extra is not None:
                         part_loss = part_loss + extra(student, step, batch, output)
                     torch_modes.check_gradients(part_loss)
@@ -212,7 +198,7 @@ def _train(
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            losses.append(float(distributed.summed(loss.to(data.targets.device))) / distributed.count())
+            losses.append(float(distributed.summed(loss.to(data.rows.targets.device))) / distributed.count())
             _check_loss(losses)
             done = _done(losses, len(data.grid), settings)
             bar.update()
@@ -236,76 +222,6 @@ def _check_loss(losses: list[float]) -> None:
             f"the loss of fine-tuning must be finite, got {losses[-1]} in step {len(losses)}; lower adapter_rate and "
             "range_rate, or load the model in bfloat16 or float32"
         )
-
-
-class _Rows:
-    """Calibration rows by timestep, with the teacher's outputs. Every process takes its share of a batch."""
-
-    def __init__(self, task: Task) -> None:
-        self.by_timestep: dict[float, list[int]] = {}
-        for row, timestep in enumerate(task.calibration.timesteps):
-            self.by_timestep.setdefault(timestep, []).append(row)
-        self.grid = sorted(self.by_timestep, reverse=True)
-        chunks = torch.arange(len(task.calibration)).split(_TEACHER_ROWS)
-        with torch.no_grad():
-            calls = (task.calibration.batch(chunk.tolist()) for chunk in chunks)  # one at a time
-            outputs = [predict(task.model, *call) for call in calls]
-        self.targets = torch.cat(outputs).float()
-        self.pairs = guidance_pairs(task)
-
-    def draw(self, number: int, count: int, seed: int) -> Batch:
-        """The batch of a number along the trajectory: rows of one timestep at random, with repeats."""
-        timestep = self.grid[number % len(self.grid)]
-        rows = torch.tensor(self.by_timestep[timestep])
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        picked = rows[torch.randint(len(rows), (count,), generator=generator)]
-        return Batch(timestep, picked.tolist(), distributed.number(), distributed.count())
-
-    def loss(self, output: Tensor, batch: Batch, settings: TrainingSettings) -> Tensor:
-        """The mean squared error, plus the lost guidance of the pairs among the rows. A row drawn twice is in one pair.
-
-        The mean over processes is that over all rows, however unevenly they are shared.
-        """
-        error = output - self.targets[batch.rows]  # [rows, ...]
-        share = len(batch.rows) * batch.world / len(batch.picked)
-        place = {row: number for number, row in enumerate(batch.picked)}
-        pairs = [(place[one], place[two]) for one, two in self.pairs if one in place and two in place]
-        if not pairs or not (settings.compare_at or settings.guidance_weight):
-            return share * error.square().mean()
-        one, two = torch.tensor(pairs, device=error.device).unbind(1)
-        compared = error
-        if settings.compare_at:  # in one process only, see `_check`
-            compared = error[one] + settings.compare_at * (error[two] - error[one])
-        targets = self.targets[batch.picked]
-        each = targets[two] - targets[one]  # [pairs, ...]
-        # A row between two others (guidance with three parts) is in two pairs.
-        direction = torch.zeros_like(targets).index_add_(0, two, each).index_add_(0, one, -each)
-        along = (error * direction[batch.rank :: batch.world]).sum()
-        kept = lost_guidance(self._total(along), each.square().sum(), each.numel())
-        return share * compared.square().mean() + settings.guidance_weight * kept
-
-    def _total(self, mine: Tensor) -> Tensor:
-        """The sum over processes, whose gradient, averaged over them as training does, is that of the sum."""
-        return distributed.summed(mine.detach()) + distributed.count() * (mine - mine.detach())
-
-
-def lost_guidance(along: Tensor, power: Tensor, count: int) -> Tensor:
-    """The mean square of what the student's guidance direction lacks along the teacher's, over all pairs together.
-
-    The squared error alone is lowest for a student that responds less than it should, since it leaves out what it cannot know
-    from few bits. Guidance multiplies the rest by its scale, and all steps lose it alike. So the loss adds up along the
-    trajectory, where other errors cancel.
-
-    Args:
-        along: The sum over all pairs and values of the error of the direction (conditional minus unconditional output) times
-            the teacher's direction.
-        power: The sum of the squares of the teacher's direction.
-        count: How many values the directions have.
-
-    Returns:
-        A scalar, which is the squared slope of the error over the direction, times the direction's mean square.
-    """
-    return along.square() / (power.clamp_min(1e-12) * count)
 
 
 def _groups(student: Student, settings: TrainingSettings) -> list[dict[str, Any]]:
@@ -334,7 +250,7 @@ def _by_epoch(losses: list[float], length: int) -> list[float]:
 def _done(losses: list[float], length: int, settings: TrainingSettings) -> bool:
     """Whether that was the last step, or the last `patience` whole epochs brought no lower loss."""
     patience = settings.patience
-    if len(losses) >= settings.epochs * length:
+    if len(losses) >= settings.steps(length):
         return True
     if not patience or len(losses) % length:
         return False

@@ -1,0 +1,94 @@
+"""How many calibration rows a recipe takes, so that it costs few full-precision pictures' time on large models.
+
+The unit is the time of one full-precision picture, which is a call of the denoiser for every step and part of guidance. Of a
+budget of five pictures two are sampled for calibration, moments are gathered from the rows of one, gradients take the time of
+six tenths, and the rest is for rounding, whose time does not depend on the rows.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+from torch import nn
+from tqdm import tqdm
+
+from difloat import distributed
+from difloat.calibration.collect import Calibration
+from difloat.methods.cost import WITH_GRADIENT
+from difloat.methods.task import Task
+
+SMALL = 100_000_000  # weights, up to which pictures take seconds
+_SAMPLED, _MOMENTS, _GRADIENTS = 0.4, 0.2, 0.12  # shares of the budget
+_FEWEST_MOMENT_ROWS, _FEWEST_GRADIENT_ROWS = 16, 4  # below them neither says anything
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Calibration rows that a recipe takes.
+
+    Attributes:
+        moments: Rows that moments are gathered from.
+        gradients: Rows that are differentiated.
+        pictures: What both cost, in full-precision pictures.
+        sampled: What calibration cost, in full-precision pictures.
+    """
+
+    moments: int
+    gradients: int
+    pictures: float
+    sampled: int
+
+    def sentence(self, budget: float) -> str:
+        """One line for people."""
+        total = self.sampled + self.pictures
+        line = (
+            f"calibration {total:.1f} of {budget:g} full-precision pictures: {self.sampled} sampled, moments of "
+            f"{self.moments} rows and gradients of {self.gradients} take {self.pictures:.1f}; then weights are rounded"
+        )
+        return line if total <= budget else line + "; fewer rows would say too little of so few steps"
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether a picture of the model takes so long that pictures are counted."""
+    return sum(weight.numel() for weight in model.parameters()) > SMALL
+
+
+def sampled(budget: float, samples: int, steps: int) -> tuple[int, int]:
+    """Pictures that calibration samples within a budget of pictures, and how many of `samples` rows are kept of them.
+
+    >>> sampled(5, 256, 20)
+    (2, 40)
+    """
+    pictures = max(1, math.floor(_SAMPLED * budget), math.ceil(min(samples, _FEWEST_MOMENT_ROWS) / steps))
+    return pictures, min(samples, pictures * steps)
+
+
+def rows_for(task: Task, budget: float, moments: int, gradients: int) -> Rows:
+    """`rows_within` for a task, of which small models have no budget. Of large ones a line says what it is."""
+    budget = budget if is_large(task.model) else 0.0
+    rows = rows_within(budget, task.calibration, moments, gradients)
+    if budget and task.progress and distributed.is_main():
+        tqdm.write(rows.sentence(budget), file=sys.stderr)
+    return rows
+
+
+def rows_within(budget: float, data: Calibration, moments: int, gradients: int) -> Rows:
+    """At most so many rows for moments and gradients, within a budget of pictures; a budget of 0 leaves them as they are.
+
+    What a picture takes is read off the rows, so that a run from a cache takes the same ones.
+
+    Args:
+        budget: Full-precision pictures for everything that calls the denoiser.
+        data: The rows that there are.
+        moments: The most rows for moments.
+        gradients: The most rows that are differentiated.
+    """
+    picture = len(set(data.timesteps)) * max(1, len(data.describe()["parts"]))  # rows
+    moments, gradients = min(moments, len(data)), min(gradients, len(data))
+    if budget:
+        moments = min(moments, max(_FEWEST_MOMENT_ROWS, math.floor(_MOMENTS * budget * picture)))
+        most = math.floor(_GRADIENTS * budget * picture / WITH_GRADIENT)
+        gradients = min(gradients, max(_FEWEST_GRADIENT_ROWS, most - most % 2))  # in pairs
+    return Rows(moments, gradients, (moments + WITH_GRADIENT * gradients) / picture, data.pictures)
