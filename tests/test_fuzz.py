@@ -39,11 +39,17 @@ STATIC = [*INPUTS, "uint8", "ue2m2", "ue3m1"]
 ROUNDS = 400
 
 
-def random_part(rng: random.Random, channels: int, picture: bool) -> Part:
-    group = rng.choice([None, None, None if picture else rng.choice([16, 32, 64, 128])])
+def random_part(rng: random.Random, channels: int) -> Part:
+    group = rng.choice([None, None, rng.choice([16, 32, 64, 128])])
     granularity = "group" if group else rng.choice(["tensor", "channel"])
     weight = QuantSpec(parse(rng.choice(WEIGHTS)), granularity, group, zero_point=rng.random() < 0.3)
-    if rng.random() < 0.6:
+    if rng.random() < 0.3:
+        unsigned = rng.random() < 0.5
+        format = parse(rng.choice(["uint4", "uint3", "ue2m2"] if unsigned else ["int4", "e2m1", "int8"]))
+        own = rng.choice([None, 16, 32, group or 64])
+        zero = unsigned or own is None or rng.random() < 0.5
+        activation = QuantSpec(format, "group" if own else "token", own, online=True, zero_point=zero)
+    elif rng.random() < 0.6:
         activation = QuantSpec(parse(rng.choice(INPUTS)), rng.choice(["token", "tensor"]), online=True)
     else:
         activation = QuantSpec(parse(rng.choice(STATIC)), zero_point=rng.random() < 0.5)
@@ -59,7 +65,9 @@ def random_layer(rng: random.Random, shape: tuple[int, ...], part: Part) -> list
         [torch.rand(count) + 0.1],
         weight_zero_points=[torch.randn(count)] if spec.zero_point else None,
         input_scales=[] if activation.online else [torch.tensor([rng.uniform(0.01, 0.3)])],
-        input_zero_points=[torch.tensor([rng.uniform(-1, 0.5)])] if activation.zero_point else [],
+        input_zero_points=[torch.tensor([rng.uniform(-1, 0.5)])]
+        if activation.zero_point and not activation.online
+        else [],
     )
     names = ("weight", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
     bias = torch.randn(shape[0]).to(rng.choice([torch.float32, torch.bfloat16]))
@@ -97,7 +105,7 @@ def test_layers(seed: int) -> None:
             rng.choice([1, 2, 3, 5, 16, 31, 64, 100, 130, 257]),
             rng.choice([1, 2, 15, 17, 64, 65, 130]),
         )
-        part = random_part(rng, channels, picture)
+        part = random_part(rng, channels)
         dtype = rng.choice([torch.float32, torch.bfloat16, torch.float16])
         torch.set_num_threads(rng.choice([1, 2, 3]))
         if picture:

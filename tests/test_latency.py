@@ -65,6 +65,12 @@ def test_layers_of_a_kind_share_a_time(timed) -> None:
         kind_of(None, 1000, 1000, (), torch.float32),
     ):
         assert changed.key != one.key
+    tables = [
+        QuantSpec(parse(name), "channel")
+        for name in ("table(-120,-5,5,120)", "table(-127,-9,4,121)", "table(-2,-1,1,2)")
+    ]
+    near, alike, apart = (kind_of(Part(64, spec, TOKEN), 64, 64, (), torch.float32) for spec in tables)
+    assert near.key == alike.key != apart.key
     latency.measure([one, other], lambda text: None)
     assert seen == [one]
     assert latency.seconds(one, 10, 1000, 64) == pytest.approx(10 * 1000 * 64 * 1e-9)

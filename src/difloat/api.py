@@ -293,7 +293,7 @@ def calibrate(
         model: A pipeline, or a plain module.
         component: The name of one of several denoisers, or "" for the only or first one.
         device: Where the model is put and computes, or None for where it is.
-        **arguments: Those of `Data`, and the fields of `CalibrationSettings`.
+        **arguments: The arguments of `Data`, and the fields of `CalibrationSettings`.
     """
     settings, data = _apart(arguments, _names(CalibrationSettings))
     wanted = CalibrationSettings(**settings)

@@ -38,7 +38,7 @@ def freed(
     Args:
         fitted: The request and the pipeline.
         source: Where the pipeline came from.
-        prompts: As for `difloat.plan`.
+        prompts: The same that `difloat.plan` takes.
         call: Further arguments of the pipeline's call.
     """
     pipeline, calibration = fitted.model, fitted.request.calibration

@@ -97,7 +97,7 @@ def decode(name: str, tensors: Mapping[str, Tensor], mark: Mapping[str, Any]) ->
 
     Args:
         name: The name of the layer.
-        tensors: Those of the file.
+        tensors: The tensors of the file.
         mark: ComfyUI's note of the layer.
 
     Raises:

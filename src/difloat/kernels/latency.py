@@ -69,8 +69,11 @@ class Kind:
 
     @property
     def key(self) -> str:
-        """The kind as text."""
+        """The kind as text. Tables of one width whose levels reach about as far take the same time."""
         specs = [None if spec is None else plain(spec) for spec in (self.weight, self.inputs)]
+        if self.weight is not None and self.weight.format.levels:
+            span = max(self.weight.format.levels) - min(self.weight.format.levels)
+            specs[0]["format"] = f"table of {self.weight.format.bits} bits, 2**{round(math.log2(span))} apart"
         return json.dumps([*specs, self.channels, self.tokens, list(self.kernel), str(self.dtype)])
 
 

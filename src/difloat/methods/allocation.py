@@ -73,7 +73,7 @@ class Choice:
         found: What the budget says of it.
         offers: The candidates of every layer with one width, as format, bytes, and what its rounding does to the output.
         most_time: The seconds that all layers may take together, or infinity without a limit.
-        seconds: By layer the expected seconds, and those of the float layer. Empty without a limit.
+        seconds: The expected seconds of every layer, and those of the float layer. It is empty without a limit.
     """
 
     asked: dict[str, Asked]

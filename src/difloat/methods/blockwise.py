@@ -10,10 +10,10 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,13 +23,15 @@ from difloat.cache_entries import read_entry, write_entry
 from difloat.layers import packed
 from difloat.layers.packed import QuantizedLayer
 from difloat.methods import malloc_trim
-from difloat.methods.learned_rounding import Learned, learn_rounding
+from difloat.methods.learned_rounding import learn_rounding
 from difloat.methods.paused_forwards import Passes
 from difloat.methods.task import Sequencing, Task
 from difloat.methods.trace import Trace
 from difloat.plan.coded import Coded
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Draft
+
+Entry = TypeVar("Entry")
 
 
 def learn_blocks(
@@ -41,7 +43,7 @@ def learn_blocks(
     generator: torch.Generator,
     measured: dict[str, Any],
 ) -> dict[str, LayerPlan]:
-    """Learn the rounding of the layers in `drafts`.
+    """Learn the rounding of the layers in `drafts`, and return them.
 
     Args:
         task: The model, its data, and the memory for activations.
@@ -54,26 +56,19 @@ def learn_blocks(
 
     With `Sequencing.minutes` no block begins after that time, and an interrupt (Ctrl-C) ends learning: blocks that are not done
     keep what they have.
-
-    Returns: The learned layers.
     """
     units = _units(task.model, drafts)
-    count = _rows_held(task, settings, seen)
+    count = measured["rounding_rows"] = _rows_held(task, settings, seen)
     rows = task.calibration.stratified(count, generator)
     calls = task.calls(rows, seen.row_bytes)
-    measured["rounding_rows"] = count
     store = _store(task, drafts, settings, rows)
-    steps = settings.rounding.iterations
-    done: dict[str, LayerPlan] = {}
-    begun, minutes = time.monotonic(), settings.minutes
+    steps, done = settings.rounding.iterations, dict[str, LayerPlan]()
     with (
         Passes(task.model, calls) as exact,
         Passes(twin, calls) as rounded,
         tqdm(total=len(units) * steps, desc="learn rounding", disable=not task.progress) as bar,
     ):
-        for number, (unit, names) in enumerate(units.items()):
-            if minutes is not None and time.monotonic() - begun >= 60 * minutes:
-                break
+        for number, (unit, names) in enumerate(_in_time(units.items(), settings.minutes)):
             start = time.perf_counter()
             inside = {name.removeprefix(unit).removeprefix("."): drafts[name] for name in names}
             path = None if store is None else store / f"{number:04d}.safetensors"
@@ -83,15 +78,11 @@ def learn_blocks(
                 bar.update(steps)
             else:
                 try:
-                    source = exact if settings.inputs == "full" else rounded
-                    seeded = torch.Generator().manual_seed(task.seed + 1000 + number)
-                    inputs, targets = source.enter(unit), exact.leave(unit)
+                    ends = (exact if settings.inputs == "full" else rounded).enter(unit), exact.leave(unit)
                     malloc_trim.release()
-                    block, of = task.model.get_submodule(unit), settings.rounding
-                    learned = learn_rounding(block, inside, inputs, targets, of, seeded, bar.update)
-                    codes, errors = _codes_and_errors(inside, learned)
+                    codes, errors = _learned(task, unit, inside, ends, settings, number, bar.update)
                 except KeyboardInterrupt:
-                    if minutes is None:
+                    if settings.minutes is None:
                         raise
                     tqdm.write(f"interrupted: goes on with {number} of {len(units)} blocks", file=sys.stderr)
                     break
@@ -117,9 +108,27 @@ def _rows_held(task: Task, settings: Sequencing, seen: Trace) -> int:
     return count
 
 
-def _codes_and_errors(
-    drafts: Mapping[str, Draft | Coded], learned: Learned
+def _in_time(entries: Iterable[Entry], minutes: float | None) -> Iterator[Entry]:
+    """The entries until so many minutes have passed, or all of them."""
+    begun = time.monotonic()
+    for entry in entries:
+        if minutes is not None and time.monotonic() - begun >= 60 * minutes:
+            return
+        yield entry
+
+
+def _learned(
+    task: Task,
+    unit: str,
+    drafts: Mapping[str, Draft | Coded],
+    ends: tuple[Any, Any],
+    settings: Sequencing,
+    number: int,
+    on_step: Callable[[], object],
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The codes that a block learns from its inputs and targets (`ends`), and its error before and after."""
+    seeded, block = torch.Generator().manual_seed(task.seed + 1000 + number), task.model.get_submodule(unit)
+    learned = learn_rounding(block, drafts, *ends, settings.rounding, seeded, on_step)
     codes = {name: draft.plan(learned.weights[name]).tensors["weight"] for name, draft in drafts.items()}
     return codes, {"nearest": learned.error_nearest, "learned": learned.error_learned}
 

@@ -32,11 +32,11 @@ class Verdict:
     """What became of an optional part.
 
     Attributes:
-        part: Its name.
+        part: The name of the part.
         kept: Whether the plan has it.
-        gain: By how many dB the squared error of the guided output falls, the mean over trajectories with its interval.
+        gain: The dB by which the squared error of the guided output falls, as the mean over trajectories with its interval.
         trajectories: That were held out.
-        rows: Of the denoiser that judging took.
+        rows: The rows of the denoiser that judging took.
         pictures: The same in full-precision pictures, None where calibration has no measure of one.
     """
 

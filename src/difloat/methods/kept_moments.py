@@ -42,7 +42,7 @@ class KeptMoments:
         *,
         keep: bool,
     ) -> Generator[Moments]:
-        """As `moments.gather`, with moments that are kept read and deleted, or kept once more if `keep` says so.
+        """Gather like `moments.gather`, with moments that are kept read and deleted, or kept once more if `keep` says so.
 
         Raises:
             OSError: if the disk is full.

@@ -35,9 +35,9 @@ class Timed:
     """Candidates with their times, and the limit.
 
     Attributes:
-        candidates: By layer what is asked, and what it costs.
+        candidates: What is asked of every layer, and what it costs.
         most_time: The seconds that all chosen candidates may take together.
-        floating: By layer the seconds of the float layer.
+        floating: The seconds of every float layer.
     """
 
     candidates: dict[str, list[tuple[Asked, Candidate]]]
@@ -56,7 +56,7 @@ def timed(
     Args:
         task: Model and data; two calibration rows are sent through the model to count tokens.
         plans: Layers with inputs.
-        candidates: By layer what may be asked of its weight, first one rule for all rows by ascending width.
+        candidates: What may be asked of every layer's weight, first one rule for all rows by ascending width.
         budget: The bytes of all candidates that are chosen.
 
     Raises:

@@ -19,7 +19,7 @@ class WeightRules:
     """How the weights of a model may be stored.
 
     Attributes:
-        grid: Of up to 4 bits: a "table" of levels, one that is "fit" to the layer, or an "integer" with a zero point.
+        grid: The grid of up to 4 bits, a "table" of levels, one that is "fit" to the layer, or an "integer" with a zero point.
         group_size: Input channels per scale. 0 takes one scale per output channel.
         target: A kind of file leaves what it holds. Other targets leave all.
         inputs: Whether layers round their inputs.

@@ -73,7 +73,7 @@ def snapping(rows: Tensor, scale_format: ScaleFormat) -> Snap | None:
 
 
 def row_units(weight: Tensor) -> Tensor:
-    """Of every row of a weight [o, i] the number that its scales are whole multiples of, float32 [o, 1].
+    """The number that the scales of every row of a weight [o, i] are whole multiples of, float32 [o, 1].
 
     The largest weight of a row becomes about 127 of them. A unit has few significant bits, so that products with int8 numbers
     are exact.

@@ -31,7 +31,7 @@ class Coded:
 
     Attributes:
         weight: Float [o, i, *k], the original values.
-        layer: Its formats, scales and codes; `startable` must hold for it.
+        layer: The layer's formats, scales and codes, for which `startable` must hold.
     """
 
     weight: Tensor = field(repr=False)
@@ -65,7 +65,7 @@ class Coded:
         return replace(self.layer, tensors={**self.layer.tensors, "weight": codes})
 
     def grid_neighbours(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For every weight its value, the next one towards the float weight, and where learning starts between them.
+        """Find the value of every weight, the next one towards the float weight, and where learning starts between them.
 
         The start is below one half, so that the nearer one is the value that it has. Where the float weight lies beyond the
         end of the grid, or on the value, both are the same.

@@ -33,7 +33,7 @@ def offers(shape: Sequence[int], inputs: bool, target: Target, tables: bool = Tr
     ['iq4nl', 'int4', 'uint4', 'int8']
 
     Args:
-        shape: Of the float weight, [o, i, *k], of a layer that such files hold at all (`target.fit`).
+        shape: The shape [o, i, *k] of the float weight of a layer that such files hold at all (`target.fit`).
         inputs: Whether the layer rounds its input to 8 bits, which leaves the formats that come with it.
         target: A kind of file. Anything else gives no offers.
         tables: Whether tables of levels are among them.
@@ -65,7 +65,7 @@ def file_bytes(shape: Sequence[int], rule: Rule, target: Target) -> int:
     True
 
     Args:
-        shape: Of the float weight, [o, i, *k].
+        shape: The shape [o, i, *k] of the float weight.
         rule: One of its `offers`.
         target: The kind of file.
     """

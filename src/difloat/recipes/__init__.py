@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from difloat import torch_modes
@@ -30,7 +29,7 @@ from difloat.recipes import (
 )
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """A row: the function, its options, a line for people who choose, its cost, whether it needs data, takes w3.5."""
 
@@ -102,8 +101,8 @@ def plan(task: Task, recipe: str, bits: str, chosen: Mapping[str, Any]) -> Plan:
 def decide(task: Task, recipe: str, settings: Any) -> Plan:
     """Decide everything about the task's model, with the recipe's options as made. The model stays untouched."""
     outcome = lookup(recipe).plan(task, settings)
-    stored = {**dataclasses.asdict(settings), **outcome.used, "seed": task.seed}
-    stored |= {"calibration_rows": len(task.calibration)}
+    said = {"seed": task.seed, "calibration_rows": len(task.calibration)}
+    stored = {**dataclasses.asdict(settings), **outcome.used, **said}
     stored |= {"target": task.target} if task.target != "any" else {}
     stored |= {"layer_bits": "of another plan"} if task.layer_bits else {}
     stored |= {"exclude": list(task.exclude.patterns)} if task.exclude.patterns else {}

@@ -30,7 +30,7 @@ class Options:
     Attributes:
         block: The most channels that a rotation mixes; the largest power of two up to it that divides the input is taken.
         permuted: Permute channels before they are cut into blocks.
-        keep_8bit: As in LBFP.
+        keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
     """
 
     block: Positive = 256
