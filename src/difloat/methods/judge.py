@@ -32,11 +32,11 @@ class Verdict:
     """What became of an optional part.
 
     Attributes:
-        part: Its name.
+        part: The name of the part.
         kept: Whether the plan has it.
-        gain: By how many dB the squared error of the guided output falls, the mean over trajectories with its interval.
-        trajectories: That were held out.
-        rows: Of the denoiser that judging took.
+        gain: The fall of the squared error of the guided output in dB, as a mean over trajectories with its interval.
+        trajectories: How many were held out.
+        rows: How many rows the denoiser computed for it.
         pictures: The same in full-precision pictures, None where calibration has no measure of one.
     """
 

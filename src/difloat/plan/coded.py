@@ -31,7 +31,7 @@ class Coded:
 
     Attributes:
         weight: Float [o, i, *k], the original values.
-        layer: Its formats, scales and codes; `startable` must hold for it.
+        layer: The formats, scales and codes; `startable` must hold for it.
     """
 
     weight: Tensor = field(repr=False)

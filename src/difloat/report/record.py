@@ -113,10 +113,10 @@ class Tried:
     """An optional part that was judged on held-out trajectories.
 
     Attributes:
-        part: Its name.
+        part: The name of the part.
         kept: Whether the plan has it.
-        gain_db: By how much the squared error of the guided output falls: the mean over trajectories, low and high end of its
-            95 % interval.
+        gain_db: The fall of the squared error of the guided output: the mean over trajectories, low and high end of its 95 %
+            interval.
         trajectories: How many were held out.
         pictures: What judging took, in full-precision pictures, or None where that is not known.
     """
