@@ -33,7 +33,7 @@ lint: $(DEV_STAMP)
 
 native:
 	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release
-	cmake --build build/native
+	cmake --build build/native --parallel
 	cmake --install build/native --prefix src
 
 wheel:

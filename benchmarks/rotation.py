@@ -2,6 +2,7 @@
 
     python benchmarks/rotation.py                          # both embedded models
     python benchmarks/rotation.py --models emoji-pixart    # one of them
+    python benchmarks/rotation.py --models --times         # only what a rotation costs beside a float layer
 
 Every arm is recipe auto with one width for all layers (`widths=same`), so that arms differ in the rotation alone, or
 quantization without data. Stored are the signal-to-noise ratio of the output by row, its paired difference to the arm without
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 from difloat import api, recipes, reference_models
 from difloat.checkpoint import data_free
 from difloat.evaluation.picture_metrics import mean_interval
+from difloat.kernels import rotation
 from difloat.layers import install, packed
 from difloat.plan.encode import dequantize
 from difloat.plan.plan import Plan
-from difloat.plan.rules import Bits
+from difloat.plan.rules import Bits, block_rotation
 
 STEPS, ROWS, HELD_OUT = 20, 64, 64
+SIZES, REPEATS = ((64, 192), (256, 1152), (1024, 1152), (1024, 3072)), 15  # tokens and channels
 DATA_FREE = "data-free"
 SAME = {"widths": "same", "rows": ROWS}
 # By arm: the arm that it is compared with, the recipe, bits and options.
@@ -65,9 +68,13 @@ def main() -> None:
     parser = harness.parser(
         __doc__, threads=harness.all_threads(), repeats=1, out=harness.RESULTS / "rotation.json"
     )
-    parser.add_argument("--models", nargs="+", default=list(reference_models.NAMES))
+    parser.add_argument("--times", action="store_true", help="time rotations of several sizes as well")
+    parser.add_argument("--models", nargs="*", default=list(reference_models.NAMES))
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     options = harness.arguments(parser)
+    if options.times:
+        rows = {f"times | {tokens} x {channels}": times(tokens, channels) for tokens, channels in SIZES}
+        harness.add(options.out, {label: {**row, **harness.facts()} for label, row in rows.items()})
     for name in options.models:
         pipeline = reference_models.load(name)
         call = reference_models.call_arguments(name)
@@ -97,6 +104,20 @@ def main() -> None:
             if base in known:
                 row["snr_change_db"] = vars(mean_interval(known[label] - known[base]))
             harness.add(options.out, {f"{name} | {label}": {**row, **harness.facts()}})
+
+
+def times(tokens: int, channels: int) -> dict[str, Any]:
+    """Milliseconds of a rotation, by the library and by torch alone, and of a square float layer, in turns."""
+    x, weight = torch.randn(tokens, channels), torch.randn(channels, channels)
+    kind = block_rotation((channels, channels))
+    assert kind is not None
+    contestants = {
+        "rotation": lambda: rotation.run(x, kind),
+        "rotation by torch": lambda: kind.forward(x),
+        "float layer": lambda: torch.nn.functional.linear(x, weight),
+    }
+    found = harness.medians(harness.interleaved(contestants, REPEATS))
+    return {"block": kind.block, **{f"{name}_ms": 1000 * seconds for name, seconds in found.items()}}
 
 
 def planned(pipeline: Any, data: Any, recipe: str, bits: str, chosen: dict[str, Any]) -> Plan:

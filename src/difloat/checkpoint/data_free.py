@@ -42,7 +42,7 @@ class Settings:
         group_size: Input channels per weight scale. 0 takes one scale per output channel.
         exclude: Layers that stay as they are: names, parts of names between dots, or patterns with ``*``.
         outside: Layers outside of all lists of blocks: "keep" them as they are, or "8bit".
-        rotate: Whether inputs of linear layers within the blocks are rotated, which 4-bit inputs gain by.
+        rotate: Whether inputs of linear layers within the blocks are rotated.
         target: The machine whose fast formats are taken, as for `difloat.plan`.
     """
 

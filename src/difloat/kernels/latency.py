@@ -70,11 +70,11 @@ class Kind:
     @property
     def key(self) -> str:
         """The kind as text. Tables of one width whose levels reach about as far take the same time."""
-        specs = [None if spec is None else plain(spec) for spec in (self.weight, self.inputs)]
-        if self.weight is not None and self.weight.format.levels:
-            span = max(self.weight.format.levels) - min(self.weight.format.levels)
-            specs[0]["format"] = f"table of {self.weight.format.bits} bits, 2**{round(math.log2(span))} apart"
-        return json.dumps([*specs, self.channels, self.tokens, list(self.kernel), str(self.dtype)])
+        weight, inputs = (None if spec is None else plain(spec) for spec in (self.weight, self.inputs))
+        if self.weight is not None and weight is not None and (levels := self.weight.format.levels):
+            apart = round(math.log2(max(levels) - min(levels)))
+            weight["format"] = f"table of {self.weight.format.bits} bits, 2**{apart} apart"
+        return json.dumps([weight, inputs, self.channels, self.tokens, list(self.kernel), str(self.dtype)])
 
 
 def kind_of(part: Part | None, channels: int, tokens: int, kernel: Sequence[int], dtype: torch.dtype) -> Kind:
@@ -89,8 +89,8 @@ def kind_of(part: Part | None, channels: int, tokens: int, kernel: Sequence[int]
     """
     wide = min(max(2 ** round(math.log2(channels)), _FEWEST_CHANNELS), _MOST_CHANNELS)
     many = min(4 ** round(math.log(max(tokens, 1), 4)), _MOST_TOKENS)
-    specs = (None, None) if part is None else (part.weight, part.activation)
-    return Kind(*specs, wide, many, tuple(kernel), dtype)
+    weight, inputs = (None, None) if part is None else (part.weight, part.activation)
+    return Kind(weight, inputs, wide, many, tuple(kernel), dtype)
 
 
 def seconds(kind: Kind, rows: int, channels: int, tokens: int) -> float | None:

@@ -22,7 +22,7 @@ from difloat.numbers import integer_grids
 from difloat.numbers.formats import Format
 from difloat.plan.specs import Part
 
-ABI = 6
+ABI = 7
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 UNITS = ("avx512", "avx512vl", "avxvnni", "avx2", "neon")  # from the fastest to the slowest
 _VARIABLE = "DIFLOAT_CPU_ISA"

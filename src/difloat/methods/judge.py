@@ -34,9 +34,9 @@ class Verdict:
     Attributes:
         part: The name of the part.
         kept: Whether the plan has it.
-        gain: The dB by which the squared error of the guided output falls, as the mean over trajectories with its interval.
-        trajectories: That were held out.
-        rows: The rows of the denoiser that judging took.
+        gain: The fall of the squared error of the guided output in dB, as a mean over trajectories with its interval.
+        trajectories: How many were held out.
+        rows: How many rows the denoiser computed for it.
         pictures: The same in full-precision pictures, None where calibration has no measure of one.
     """
 

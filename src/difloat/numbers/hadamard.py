@@ -50,15 +50,17 @@ def _mixed(count: int, seed: int) -> list[int]:
 
 @cache
 @torch_modes.plain()
-def _signs(channels: int, seed: int) -> Tensor:
-    return torch.tensor([1.0 - 2.0 * (h & 1) for h in _mixed(channels, seed)], device="cpu")
+def _signs(channels: int, seed: int, device: torch.device) -> Tensor:
+    return torch.tensor([1.0 - 2.0 * (h & 1) for h in _mixed(channels, seed)], device="cpu").to(device)
 
 
 @cache
 @torch_modes.plain()
-def _order(channels: int, seed: int) -> Tensor:
+def _order(channels: int, seed: int, device: torch.device) -> Tensor:
     """Channels by their hash, of which the lowest bit is that of the sign and is left out."""
-    return torch.tensor([h >> 1 for h in _mixed(channels, seed)], device="cpu").argsort(stable=True)
+    return (
+        torch.tensor([h >> 1 for h in _mixed(channels, seed)], device="cpu").argsort(stable=True).to(device)
+    )
 
 
 def signs(channels: int, seed: int) -> Tensor:
@@ -67,7 +69,7 @@ def signs(channels: int, seed: int) -> Tensor:
     >>> signs(4, seed=0)
     tensor([-1.,  1., -1., -1.])
     """
-    return _signs(channels, seed).clone()
+    return _signs(channels, seed, torch.device("cpu")).clone()
 
 
 def order(channels: int, seed: int) -> Tensor:
@@ -76,7 +78,7 @@ def order(channels: int, seed: int) -> Tensor:
     >>> sorted(order(6, seed=1).tolist())
     [0, 1, 2, 3, 4, 5]
     """
-    return _order(channels, seed).clone()
+    return _order(channels, seed, torch.device("cpu")).clone()
 
 
 def rotate(x: Tensor, block: int, seed: int | None, permuted: bool = False) -> Tensor:
@@ -90,10 +92,10 @@ def rotate(x: Tensor, block: int, seed: int | None, permuted: bool = False) -> T
     """
     x, channels = x.float(), x.shape[-1]
     if permuted and seed is not None:
-        x = x.index_select(-1, _order(channels, seed).to(x.device))
+        x = x.index_select(-1, _order(channels, seed, x.device))
     if seed is None:
         return _regular(x, block)
-    return _walsh(x * _signs(channels, seed).to(x.device), block)
+    return _walsh(x * _signs(channels, seed, x.device), block)
 
 
 def rotate_back(x: Tensor, block: int, seed: int | None, permuted: bool = False) -> Tensor:
@@ -106,8 +108,8 @@ def rotate_back(x: Tensor, block: int, seed: int | None, permuted: bool = False)
     x, channels = x.float(), x.shape[-1]
     if seed is None:
         return _regular(x, block)  # symmetric and orthonormal
-    x = _walsh(x, block) * _signs(channels, seed).to(x.device)
-    return x.index_select(-1, _order(channels, seed).argsort().to(x.device)) if permuted else x
+    x = _walsh(x, block) * _signs(channels, seed, x.device)
+    return x.index_select(-1, _order(channels, seed, x.device).argsort()) if permuted else x
 
 
 def _walsh(x: Tensor, block: int) -> Tensor:

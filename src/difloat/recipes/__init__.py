@@ -1,7 +1,4 @@
-"""Recipes, one page per paper. Each turns a `Task` into an `Outcome`, and `plan` wraps it for users.
-
-To add one: a file here, a row in `RECIPES`, a page in docs/papers (see CONTRIBUTING.md). All contract tests then run on it.
-"""
+"""Recipes, one page per paper. Each turns a `Task` into an `Outcome`, and `plan` wraps it for users."""
 
 from __future__ import annotations
 
@@ -45,6 +42,7 @@ class Recipe:
     trajectories: int | None = None  # of calibration, of small models
 
 
+# To add one: a file here, a row, a page in docs/papers (see CONTRIBUTING.md). All contract tests then run on it.
 RECIPES: dict[str, Recipe] = {
     "lbfp": Recipe(lbfp.plan, lbfp.Options, lbfp.SUMMARY, lbfp.cost),
     "fp4dit": Recipe(fp4dit.plan, fp4dit.Options, fp4dit.SUMMARY, fp4dit.cost),
@@ -57,7 +55,7 @@ RECIPES: dict[str, Recipe] = {
     "mpqdm": Recipe(mpqdm.plan, mpqdm.Options, mpqdm.SUMMARY, mpqdm.cost),
     "guided": Recipe(guided.plan, guided.Options, guided.SUMMARY, guided.cost),
     "efficientdm": Recipe(efficientdm.plan, efficientdm.Options, efficientdm.SUMMARY, efficientdm.cost),
-    "qdiffusion": Recipe(qdiffusion.plan, qdiffusion.QDiffusionOptions, qdiffusion.SUMMARY, qdiffusion.cost),
+    "qdiffusion": Recipe(qdiffusion.plan, qdiffusion.Options, qdiffusion.SUMMARY, qdiffusion.cost),
     "viditq": Recipe(
         integer_transformers.viditq,
         integer_transformers.ViDiTQOptions,

@@ -54,8 +54,7 @@ class Options(PolishSettings):
         input_group: Channels per scale and zero point of inputs of up to 4 bits, or 0 for one scale per token, as at 8 bits.
         keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
         rows: Calibration rows that moments are gathered from, as far as `pictures` allows.
-        pictures: Full-precision pictures whose time a model of more than 100 million weights costs at most, which bounds what
-            is sampled, `rows` and the rows of sensitivities; 0: no bound.
+        pictures: Full-precision pictures' time that calibration aims at for models of over 100 million weights; 0: no limit.
         rotate: Rotate the inputs of linear layers: "none", "all", or "chosen" where a layer's output then changes less.
     """
 

@@ -90,9 +90,9 @@ def plan(task: Task, options: Options) -> Outcome:
     rate = SCALE_AWARE_RATE if options.scale_aware else RoundingSettings.learning_rate
     rounding = RoundingSettings(options.iterations, learning_rate=options.learning_rate or rate)
     rounding = replace(rounding, scale_aware=options.scale_aware, precision=options.precision)
-    inputs = _input(task.bits.activation, options) if options.attention else None
+    own = _input(task.bits.activation, options) if options.attention else None
     softmax = formats.parse("ue4m4") if options.softmax == "8" else None
-    attention = AttentionPlan(inputs and inputs.formats[0], softmax) if inputs or softmax else None
+    attention = AttentionPlan(own.formats[0] if own else None, softmax) if own or softmax else None
     return post_training.run(task, rules, replace(sequence, rounding=rounding), attention)
 
 

@@ -24,7 +24,7 @@ SUMMARY = "integers, AdaRound by block (arXiv:2302.04304)"
 
 
 @recipe_options
-class QDiffusionOptions:
+class Options:
     """Options of Q-Diffusion.
 
     Attributes:
@@ -49,7 +49,7 @@ class QDiffusionOptions:
     rounding_rows: Positive = field(default=Sequencing.rounding_rows)
 
 
-def plan(task: Task, options: QDiffusionOptions) -> Outcome:
+def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by Q-Diffusion."""
 
     def rules(name: str, seen: Trace) -> LayerRules:
@@ -65,17 +65,17 @@ def plan(task: Task, options: QDiffusionOptions) -> Outcome:
     return post_training.run(task, rules, sequencing)
 
 
-def cost(options: QDiffusionOptions, bits: Bits) -> Cost:
+def cost(options: Options, bits: Bits) -> Cost:
     """What Q-Diffusion asks of the denoiser and stores."""
     inputs = None if bits.activation is None else _input(bits.activation, options)
     return learned(Cost(_weight(bits.weight, options), inputs, options.keep_8bit), options, bits)
 
 
-def _weight(bits: int, options: QDiffusionOptions) -> Rule:
+def _weight(bits: int, options: Options) -> Rule:
     group_size = options.group_size if options.weight_granularity == "group" else None
     return asymmetric_integers(bits, options.weight_granularity, group_size)
 
 
-def _input(bits: int, options: QDiffusionOptions) -> Rule:
+def _input(bits: int, options: Options) -> Rule:
     online = options.activation == "online"
     return replace(asymmetric_integers(bits, "token" if online else "tensor"), online=online)

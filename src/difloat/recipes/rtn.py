@@ -35,7 +35,7 @@ class NearestOptions:
         group_size: Input channels per weight scale, with granularity "group".
         weight_format: Name of the format of weights at the width asked for; "" takes the one of `grid`.
         scale_format: Grid of weight scales: "float32", "e4m3" (times one float32 number per tensor, as NVFP4 stores them),
-            "e8m0" (powers of two, as MX formats do) or "float16" (as GGUF does).
+            "e8m0" (powers of two, as MX formats do), "float16" (as GGUF does) or "whole" (multiples of a number per row).
         activation: "online" per token, which needs no data, or "static" per tensor from calibration.
     """
 

@@ -76,8 +76,13 @@ def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
         bytes=layer.nbytes,
         bytes_before=2 * weight.numel(),
         effective_bits=8 * layer.nbytes / weight.numel(),
-        note=_by_timestep(layer),
+        note="; ".join(note for note in (_rotated(layer), _by_timestep(layer)) if note),
     )
+
+
+def _rotated(layer: LayerPlan) -> str:
+    """A phrase about the rotation of the input, or "" without one."""
+    return "" if layer.rotation is None else f"input rotated in blocks of {layer.rotation.block}"
 
 
 def _by_timestep(layer: LayerPlan) -> str:
