@@ -98,11 +98,13 @@ def with_branch(
         return plain
     (own,) = stacked  # [n, n]
     pair = low_rank.branch(weight, own, branch)
-    left = low_rank.without(own, pair)[None]
+    # Damped, since few vectors say nothing of most directions, and errors there must not count as repaired.
+    damped = own + settings.damping * own.diagonal().mean() * torch.eye(len(own)).to(own)
+    left = low_rank.without(damped, pair)[None]
     rest = weight.float() - pair.weight(tuple(weight.shape))
     rounded = round_layer(rest, plan, asked, left, factor(left, settings), settings, target)
     change = weight.float() - stored_values(rounded.plan)
-    pair = low_rank.fitted(pair, change, own)
+    pair = low_rank.fitted(pair, change, damped)
     error = float(low_rank.row_error(change - pair.weight(tuple(weight.shape)), own).sum())
     if not error < plain.error:
         return plain

@@ -105,6 +105,24 @@ def branch(weight: Tensor, moments: Tensor | None, settings: LowRankSettings) ->
     return _stored(right, left[:, :rank] * values[:rank])
 
 
+def singular_pair(weight: Tensor, factors: Tensor, rank: int) -> Pair:
+    """The largest singular triples of a weight divided by factors of its columns, as a pair that reads the unchanged input.
+
+    >>> pair = singular_pair(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), torch.tensor([8.0, 1.0]), rank=1)
+    >>> pair.weight((2, 2))  # the second column of the divided weight [[0.5, 0], [0, 1]] is the larger one
+    tensor([[0., 0.],
+            [0., 1.]])
+
+    Args:
+        weight: The float weight [o, i, *k].
+        factors: Positive, [n], one for every column of the flattened weight.
+        rank: How many triples are taken, at most as many as there are.
+    """
+    scale = factors.double()
+    left, values, right = torch.linalg.svd(weight.detach().flatten(1).double() / scale, full_matrices=False)
+    return _stored(right[:rank] * scale, left[:, :rank] * values[:rank])
+
+
 def without(moments: Tensor, pair: Pair) -> Tensor:
     """Moments [n, n] of what is left of inputs when all that `down` reads of them is known: ``H - H A (A^T H A)^+ A^T H``.
 
