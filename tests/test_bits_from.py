@@ -28,6 +28,9 @@ FAST = {
     "efficientdm": {"rounding": "nearest", "epochs": 0},
     "qdiffusion": {"iterations": 2},
     "gptq": {"rows": 8},
+    "orbitquant": {},
+    "svdquant": {"rows": 8},
+    "hsvd": {"rows": 8},
     "rtn": {},
 }
 SAMPLED = {"samples": 8, "steps": 2, "prompts": PROMPTS, "progress": False}

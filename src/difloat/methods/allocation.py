@@ -28,9 +28,10 @@ from difloat.layers import packed
 from difloat.methods import layer_times
 from difloat.methods.budget import Allotment, Candidate, allot
 from difloat.methods.byte_counts import budget_of, layer_bytes, mixed_bytes
-from difloat.methods.closed_form import Asked, ClosedFormSettings, Inputs
+from difloat.methods.closed_form import ClosedFormSettings, Inputs
 from difloat.methods.finished import facts_of
 from difloat.methods.fitted_levels import fitted
+from difloat.methods.layer_rounding import Asked
 from difloat.methods.moments import Moments, Source
 from difloat.methods.picture_budget import is_large
 from difloat.methods.second_order import factor, nearest_row_error, round_second_order

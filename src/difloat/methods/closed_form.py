@@ -20,20 +20,15 @@ from tqdm.auto import tqdm
 from difloat import distributed
 from difloat.layers import packed
 from difloat.methods.finished import Finished, facts_of
-from difloat.methods.fitted_levels import fitted
 from difloat.methods.kept_moments import KeptMoments
+from difloat.methods.layer_rounding import Asked, round_layer, with_branch
+from difloat.methods.low_rank import LowRankSettings
 from difloat.methods.moments import Moments, MomentSettings, Source, cost, sources
-from difloat.methods.second_order import SecondOrderSettings, factor, round_second_order
+from difloat.methods.second_order import SecondOrderSettings, factor
 from difloat.methods.task import MixedRows, Task
 from difloat.methods.trace import Call
-from difloat.plan.encode import join_rows
 from difloat.plan.plan import LayerPlan, LayerSpec
-from difloat.plan.rules import Draft, Rule, draft_layer
-from difloat.plan.target import restrict
 from difloat.plan.validation import plain, read
-
-Asked = Rule | MixedRows
-"""What is asked of a weight: one rule for all of its rows, or one for every band of them."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +39,15 @@ class ClosedFormSettings:
         rounding: How second-order rounding goes.
         moments: What is gathered of inputs.
         rows: Calibration rows for moments.
+        branch: The low-rank branch beside weights that can have one and are better with it, or None.
+        unbranched: The layers that get no branch.
     """
 
     rounding: SecondOrderSettings = field(default_factory=SecondOrderSettings)
     moments: MomentSettings = field(default_factory=MomentSettings)
     rows: int = 128
+    branch: LowRankSettings | None = None
+    unbranched: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -171,15 +170,15 @@ def _round(
     try:
         known = factor(moments.matrix, settings.rounding)
         for name in moments.source.names:
-            drafts = _bands(task, name, plans[name], asked[name], moments.matrix)
-            bands = [round_second_order(d, moments.matrix, settings.rounding, known) for d in drafts]
-            wanted = asked[name]
-            order = wanted.order if isinstance(wanted, MixedRows) else torch.arange(plans[name].shape[0])
-            done[name] = _with_inputs(join_rows([band.plan() for band in bands], order), plans[name])
-            error = sum(float(band.row_error.sum()) for band in bands)
-            nearest = sum(float(band.nearest_error.sum()) for band in bands)
-            share = error / nearest if nearest else 1.0
+            weight = plans[name].rotated(packed.weight_of(task.model, name).detach())
+            arguments = weight, plans[name], asked[name], moments.matrix
+            made = round_layer(*arguments, known, settings.rounding, task.target)
+            if settings.branch is not None and name not in settings.unbranched:
+                made = with_branch(made, *arguments, settings.branch, settings.rounding, task.target)
+            done[name] = _with_inputs(made.plan, plans[name])
+            share = made.error / made.nearest if made.nearest else 1.0
             report[name] = {"error": share, "damping": known.damping, "vectors": moments.vectors}
+            report[name] |= {"branch": made.rank} if settings.branch is not None else {}
     except ValueError as error:
         raise ValueError(f"layer {moments.source.names[0]!r}: {error}") from error
     return done, report
@@ -228,20 +227,6 @@ def _take(
         data, report[name] = json.loads(texts[name])
         own = {k.split(".", 1)[1]: t for k, t in tensors.items() if k.split(".", 1)[0] == str(number)}
         done[name] = read(LayerSpec, data).with_tensors(own)
-
-
-def _bands(task: Task, name: str, plan: LayerPlan, asked: Asked, moments: Tensor) -> list[Draft]:
-    """Drafts of the rows that are asked for the same, in the order of `MixedRows`."""
-    weight = plan.rotated(packed.weight_of(task.model, name).detach())
-    splits = [part.channels for part in plan.parts]
-
-    def draft(rows: Tensor, rule: Rule) -> Draft:
-        return draft_layer(rows, splits, fitted(restrict(rule, task.target), rows, splits, moments))
-
-    if isinstance(asked, Rule):
-        return [draft(weight, asked)]
-    pieces = zip(asked.order.split(list(asked.counts)), asked.rules, strict=True)
-    return [draft(weight[rows.to(weight.device)], rule) for rows, rule in pieces]
 
 
 def _with_inputs(new: LayerPlan, old: LayerPlan) -> LayerPlan:

@@ -19,7 +19,7 @@ from difloat.kernels import latency
 from difloat.kernels.latency import Kind, kind_of
 from difloat.layers import packed
 from difloat.methods.budget import Candidate, least_time
-from difloat.methods.closed_form import Asked
+from difloat.methods.layer_rounding import Asked
 from difloat.methods.task import Task
 from difloat.methods.trace import Call
 from difloat.plan.plan import LayerPlan

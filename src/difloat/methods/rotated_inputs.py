@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from difloat.layers import packed
 from difloat.methods import trace
-from difloat.methods.closed_form import Asked
+from difloat.methods.layer_rounding import Asked
 from difloat.methods.moments import rounded_input
 from difloat.methods.task import Task
 from difloat.methods.trace import removed

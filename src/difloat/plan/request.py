@@ -95,8 +95,8 @@ class Request:
     """One quantization as it is asked for, made once (`difloat.job.request`) and then passed on.
 
     Attributes:
-        recipe: auto, lbfp, fp4dit, msfp, mpqdm, guided, efficientdm, qdiffusion, viditq, qdit, gptq, orbitquant or
-            rtn.
+        recipe: auto, lbfp, fp4dit, msfp, mpqdm, guided, efficientdm, qdiffusion, viditq, qdit, gptq, orbitquant,
+            svdquant, hsvd or rtn.
         bits: Bits of weights and inputs, like w4a8. a16 leaves inputs alone. The recipe auto takes averages like w3.5a8.
         calibration: What to collect, where the recipe looks at data.
         target: "cpu" takes only formats that CPUs compute in integers, and auto also looks at the times of this one. "any"

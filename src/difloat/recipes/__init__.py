@@ -19,6 +19,7 @@ from difloat.recipes import (
     fp4dit,
     gptq,
     guided,
+    hsvd,
     integer_transformers,
     lbfp,
     mpqdm,
@@ -26,6 +27,7 @@ from difloat.recipes import (
     orbitquant,
     qdiffusion,
     rtn,
+    svdquant,
 )
 
 
@@ -73,6 +75,8 @@ RECIPES: dict[str, Recipe] = {
     "orbitquant": Recipe(
         orbitquant.plan, orbitquant.Options, orbitquant.SUMMARY, orbitquant.cost, orbitquant.needs_data
     ),
+    "svdquant": Recipe(svdquant.plan, svdquant.Options, svdquant.SUMMARY, svdquant.cost),
+    "hsvd": Recipe(hsvd.plan, hsvd.Options, hsvd.SUMMARY, hsvd.cost),
     "rtn": Recipe(rtn.rtn, rtn.NearestOptions, rtn.SUMMARY, rtn.cost, rtn.needs_data),
 }
 
@@ -106,13 +110,7 @@ def decide(task: Task, recipe: str, settings: Any) -> Plan:
     stored |= {"target": task.target} if task.target != "any" else {}
     stored |= {"layer_bits": "of another plan"} if task.layer_bits else {}
     stored |= {"exclude": list(task.exclude.patterns)} if task.exclude.patterns else {}
-    return Plan(
-        recipe,
-        str(task.bits),
-        outcome.layers,
-        {**outcome.skipped, **quantizable.staying_float(task.model)},
-        stored,
-        {**outcome.measured, "mostly_zero": mostly_zero(task.model, outcome.layers)},
-        outcome.attention,
-        outcome.timesteps,
-    )
+    skipped = {**outcome.skipped, **quantizable.staying_float(task.model)}
+    measured = {**outcome.measured, "mostly_zero": mostly_zero(task.model, outcome.layers)}
+    decided = recipe, str(task.bits), outcome.layers, skipped, stored, measured
+    return Plan(*decided, outcome.attention, outcome.timesteps)

@@ -20,8 +20,9 @@ from pydantic import ByteSize
 
 from difloat.methods import allocation, closed_form, post_training, rotated_inputs
 from difloat.methods.allocation import WidthSettings
-from difloat.methods.closed_form import Asked, ClosedFormSettings
+from difloat.methods.closed_form import ClosedFormSettings
 from difloat.methods.cost import WITH_GRADIENT, Cost
+from difloat.methods.layer_rounding import Asked
 from difloat.methods.picture_budget import rows_for
 from difloat.methods.polish import PolishSettings, polish_cost, polished
 from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task, timed

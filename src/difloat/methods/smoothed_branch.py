@@ -1,0 +1,76 @@
+"""A smoothed weight rounded to nearest beside its largest singular triples (SVDQuant, arXiv:2411.05007 Sec. 4.2).
+
+The input of a smoothed layer is multiplied by factors before it is rounded, and the weight divided by them. The branch is that
+of the divided weight, but reads the input as it comes, so its first factor takes the factors over.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from difloat.methods import low_rank
+from difloat.plan.encode import join_variants
+from difloat.plan.plan import LayerPlan
+from difloat.plan.rules import Rule, draft_layer
+from difloat.plan.target import Target, restrict
+
+_SHARE = 16  # of the shorter side of a weight, above which the rank of its branch must not be
+_LEAST_EXPONENT, _LARGEST_EXPONENT = (
+    -14,
+    14,
+)  # of factors that are normal numbers of float16, as are their reciprocals
+
+
+def powers_of_two(factors: Tensor) -> Tensor:
+    """Positive factors rounded to powers of two, within those that float16 holds together with their reciprocals.
+
+    >>> powers_of_two(torch.tensor([0.3, 1.0, 5.0, 1e9]))
+    tensor([2.5000e-01, 1.0000e+00, 4.0000e+00, 1.6384e+04])
+    """
+    return torch.exp2(factors.log2().round().clamp(_LEAST_EXPONENT, _LARGEST_EXPONENT))
+
+
+def rank_of(shape: tuple[int, ...], most: int) -> int:
+    """The rank of the branch of a weight [o, i, *k]: the rank asked for, up to a sixteenth of the weight's shorter side.
+
+    >>> rank_of((256, 64, 3, 3), most=32), rank_of((1152, 1152), most=32), rank_of((8, 64), most=32)
+    (16, 32, 0)
+    """
+    return min(most, min(shape[0], math.prod(shape[1:])) // _SHARE)
+
+
+def nearest_beside_branch(
+    weight: Tensor, plan: LayerPlan, rule: Rule, most: int, target: Target = "any"
+) -> LayerPlan:
+    """A layer whose weight is rounded to nearest beside a branch of the smoothed weight.
+
+    Args:
+        weight: The float weight [o, i, *k].
+        plan: The layer with its inputs, and with its factors where it is smoothed.
+        rule: What is asked of what the branch leaves of the weight.
+        most: The rank of the branch, where `rank_of` allows it.
+        target: The machine whose formats are taken.
+    """
+    factors = plan.tensors["input_factor"].to(weight.device) if plan.smoothed else None  # [i]
+    rank, rest = rank_of(plan.shape, most), weight.float()
+    by_column = torch.ones(weight[:1].shape, device=weight.device)  # [1, i, *k]
+    if factors is not None:
+        by_column = by_column * factors.reshape(1, -1, *[1] * (weight.dim() - 2))
+    pair = None
+    if rank:
+        pair = low_rank.singular_pair(rest, by_column.flatten(), rank)
+        rest = rest - pair.weight(plan.shape)
+    splits = [part.channels for part in plan.parts]
+    made = draft_layer(rest / by_column, splits, restrict(rule, target)).plan()
+    if factors is not None:
+        made = join_variants([made], (), factors)
+    parts = tuple(
+        replace(new, activation=old.activation) for new, old in zip(made.parts, plan.parts, strict=True)
+    )
+    stored = {name: tensor for name, tensor in plan.tensors.items() if name.startswith("input_")}
+    made = replace(made, parts=parts, tensors={**made.tensors, **stored})
+    return made if pair is None else low_rank.with_branch(made, pair)
