@@ -52,7 +52,8 @@ def levels(path: Path, reference: dict[str, Tensor] | None = None) -> dict[str, 
 def test_sound_files_are_not_blamed(scheme: Scheme, weight: Tensor, tmp_path: Path) -> None:
     tensors = encode(layer(scheme, weight), scheme)
     if scheme.comfy_format:
-        mark = json.dumps({"format": scheme.comfy_format}).encode()
+        rotated = {"convrot": True, "convrot_groupsize": scheme.rotated} if scheme.rotated else {}
+        mark = json.dumps({"format": scheme.comfy_format, **rotated}).encode()
         tensors["comfy_quant"] = torch.tensor(list(mark), dtype=torch.uint8)
     path = write(tmp_path / "a.safetensors", tensors)
     for reference in (None, {"net.weight": weight}):
