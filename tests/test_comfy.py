@@ -16,8 +16,9 @@ from torch import Tensor
 import difloat
 from difloat import api, interchange
 from difloat.layers import packed
+from difloat.methods.smoothed_branch import nearest_beside_branch, powers_of_two
 from difloat.numbers.formats import parse
-from difloat.plan.encode import dequantize
+from difloat.plan.encode import dequantize, join_variants, stored_values
 from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.rules import Rule, draft_layer
 from difloat.plan.specs import QuantSpec, Side
@@ -54,6 +55,9 @@ class Net(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(128, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
 
 
 def written(layer: LayerPlan, folder: Path) -> tuple[dict[str, Tensor], dict]:
@@ -117,8 +121,19 @@ def test_a_plan_of_int8_inputs_is_multiplied_as_ours(tmp_path: Path) -> None:
     assert float((ours - theirs).abs().max()) <= 1e-5 * float(ours.abs().max())
 
 
-def test_a_branch_in_int4_is_multiplied_as_ours(tmp_path: Path) -> None:
+def smoothed_by(factors: Tensor) -> LayerPlan:
+    """What recipe svdquant makes of a layer with these factors of input channels."""
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    laid_out = join_variants([draft_layer(weight, [128], RULES["svdquant_w4a4"]).plan()], (), factors)
+    return nearest_beside_branch(weight, laid_out, RULES["svdquant_w4a4"], 32)
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_a_branch_in_int4_is_multiplied_as_ours(smoothed: bool, tmp_path: Path) -> None:
     layer = layer_of("svdquant_w4a4")
+    if smoothed:
+        layer = smoothed_by(powers_of_two(torch.logspace(-1, 1, 128)))
+        assert layer.side == Side(4) and len(layer.tensors["input_factor"].unique()) > 4
     part = replace(layer.parts[0], activation=QuantSpec(parse("int4"), "group", 64, online=True))
     layer = replace(layer, parts=(part,))
     tensors, mark = written(layer, tmp_path)
@@ -145,8 +160,29 @@ def test_a_branch_in_int4_is_multiplied_as_ours(tmp_path: Path) -> None:
     assert [remark.level for remark in interchange.validate(tmp_path / "c.safetensors")] == ["ok"]
     codes = packed_int4(tensors["layer.weight"])
     weight = codes * tensors["layer.weight_scale"].float().t().repeat_interleave(64, 1)
-    assert torch.equal(weight, dequantize(replace(layer, side=None)))
+    assert torch.equal(weight, stored_values(layer))
     assert torch.equal(tensors["layer.weight_proj_down"], layer.tensors["side_down"].t())
+
+
+def test_smoothing_by_other_numbers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="has factors of input channels that are no powers of two; quantize with"
+    ):
+        written(smoothed_by(torch.logspace(-1, 1, 128)), tmp_path)
+
+
+def test_a_plan_of_svdquant_goes_into_a_file(tmp_path: Path) -> None:
+    model = Net()
+    x = torch.randn(8, 128, generator=torch.Generator().manual_seed(1))
+    plan = difloat.plan(
+        model, "svdquant", "w4a4", forward_loop=lambda module: module(x), keep_8bit=(), progress=False
+    )
+    assert plan.layers["layer"].side == Side(4) and plan.layers["layer"].smoothed
+    tensors, mark = written(plan.layers["layer"], tmp_path)
+    assert mark == {"format": "svdquant_w4a4"}
+    weight = packed_int4(tensors["layer.weight"])
+    weight *= tensors["layer.weight_scale"].float().t().repeat_interleave(64, 1)
+    assert torch.equal(weight, stored_values(plan.layers["layer"]))
 
 
 def _suffixes(tensors: dict[str, Tensor], layer: LayerPlan) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import difloat
 from difloat.layers import install, low_rank_branch
 from difloat.methods import layer_rounding, low_rank
 from difloat.methods.layer_rounding import Asked, RoundedLayer
@@ -17,7 +19,7 @@ from difloat.methods.second_order import SecondOrderSettings, factor
 from difloat.methods.task import MixedRows
 from difloat.numbers import formats
 from difloat.plan import encode
-from difloat.plan.plan import LayerPlan
+from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.rules import Rule, asymmetric_integers, draft_layer
 from difloat.plan.specs import SIDE
 
@@ -165,3 +167,35 @@ def test_moments_that_are_not_finite_are_refused() -> None:
     moments[3, 3] = math.nan
     with pytest.raises(ValueError, match="moments must be a finite matrix"):
         low_rank.branch(weight_of(24, 40), moments, replace(LowRankSettings(4), damping=0.01))
+
+
+def planned(bits: str, **options: object) -> Plan:
+    torch.manual_seed(0)
+    sizes = (32, 48, 64, 48, 32)
+    layers = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+    model = nn.Sequential(*[part for layer in layers for part in (layer, nn.SiLU())][:-1])
+    rows = torch.randn(16, 8, 32, generator=torch.Generator().manual_seed(5))
+
+    def sample(module: nn.Module) -> None:
+        for row in rows:
+            module(row)
+
+    return difloat.plan(model, "auto", bits, forward_loop=sample, progress=False, **options)
+
+
+def test_branches_of_auto_count_in_its_bytes() -> None:
+    same = planned("w4a8", widths="same", grid="integer")  # what the bits asked for mean in bytes
+    plain, with_branches = (planned("w4a8", branch=rank, widths="layers") for rank in (0, 2))
+    sizes = [sum(layer.nbytes for layer in plan.layers.values()) for plan in (same, with_branches)]
+    ranks = {name: layer.side.rank if layer.side else 0 for name, layer in with_branches.layers.items()}
+    assert all(layer.side is None for layer in plain.layers.values())
+    assert set(ranks.values()) == {0, 2} and 0.9 * sizes[0] <= sizes[1] <= sizes[0]
+    report = with_branches.measured["closed_form"]["layers"]
+    assert {name: one["branch"] for name, one in report.items()} == ranks
+    fixed = {name for name in ranks if name not in with_branches.measured["widths"]["formats"]}
+    assert len(fixed) == 2 and not any(ranks[name] for name in fixed)
+
+
+def test_branches_that_leave_no_room_are_refused() -> None:
+    with pytest.raises(ValueError, match="branches must leave the .* choose a smaller rank or more bits"):
+        planned("w2a8", branch=8, widths="layers")

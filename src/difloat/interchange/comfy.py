@@ -45,11 +45,11 @@ def dtype_of(contents: Contents) -> str:
 def obstacle_with_branch(layer: LayerPlan) -> str:
     """Why ComfyUI's int4 with a branch cannot hold a layer that has one, as the end of "layer L ..."; "" if it can."""
     assert layer.side is not None
-    changed = layer.smoothed or layer.rotation is not None
-    if layer.kind != "linear" or layer.schedules or changed or layer.bands or len(layer.parts) != 1:
-        return (
-            "is no linear layer with one weight, one branch, no smoothing and no rotation; quantize without"
-        )
+    turned = layer.rotation is not None
+    if layer.kind != "linear" or layer.schedules or turned or layer.bands or len(layer.parts) != 1:
+        return "is no linear layer with one weight, one branch and no rotation; quantize without"
+    if layer.smoothed and not _dividing(layer.tensors["input_factor"]):
+        return "has factors of input channels that are no powers of two; quantize with recipe svdquant"
     part = layer.parts[0]
     if part.weight.format != _INT4 or part.weight.zero_point:
         return f"is on the grid of {part.weight.format.name}, not int4 without zero points; quantize to int4"
@@ -83,7 +83,15 @@ def encode_with_branch(name: str, layer: LayerPlan) -> tuple[dict[str, Tensor], 
         "weight_proj_up": layer.tensors["side_up"].half(),
         "weight_smooth_factor": torch.ones(columns, dtype=torch.float16),
     }
+    if layer.smoothed:
+        tensors["weight_smooth_factor"] = layer.tensors["input_factor"].reciprocal().half()
     return tensors, {"format": BRANCH_FORMAT}
+
+
+def _dividing(factors: Tensor) -> bool:
+    """Whether float16 holds the reciprocals of factors, and division by them is multiplication by the factors, bit for bit."""
+    divisors = factors.reciprocal()
+    return bool((divisors.frexp().mantissa == 0.5).all() and torch.equal(divisors.half().float(), divisors))
 
 
 def check_branch(name: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:

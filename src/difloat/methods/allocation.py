@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from difloat import distributed
 from difloat.layers import packed
-from difloat.methods import layer_times
+from difloat.methods import closed_form, layer_times
 from difloat.methods.budget import Allotment, Candidate, allot
 from difloat.methods.byte_counts import budget_of, layer_bytes, mixed_bytes
 from difloat.methods.closed_form import ClosedFormSettings, Inputs
@@ -141,9 +141,13 @@ def choose(
         rounding: Settings of the rounding that follows.
 
     Raises:
-        ValueError: as `allot` and `sensitivities`; if the smallest candidates do not fit into `WidthSettings.size`.
+        ValueError: as `allot` and `sensitivities`; if the smallest candidates do not fit into `WidthSettings.size`, or not
+            beside the branches.
     """
     budget = budget_of(task, plans, fixed, offers, settings.size)
+    if beside := closed_form.branch_bytes(plans, inputs, rounding):
+        budget -= beside
+        _check_room(task, plans, offers, budget, beside)
     by_time = loss_weights(task, settings.factor_power if task.scheduler is not None else 0.0)
     gamma = distributed.on_main(
         lambda: _gamma(task, plans, inputs, list(offers), by_time, settings.sensitivity)
@@ -172,6 +176,20 @@ def choose(
     }
     asked = {name: every[name][pick][0] for name, pick in found.picks.items()}
     return Choice(asked, found, listed, most_time, seconds)
+
+
+def _check_room(
+    task: Task, plans: Mapping[str, LayerPlan], offers: Mapping[str, Sequence[Rule]], left: int, beside: int
+) -> None:
+    """Refuse branches of so many bytes that the smallest candidates do not fit into what is left."""
+    least = sum(
+        min(layer_bytes(plans[n], rule, task.target) for rule in rules) for n, rules in offers.items()
+    )
+    if left < least:
+        raise ValueError(
+            f"branches must leave the {least} bytes of the smallest weights, got {beside} bytes of branches in a budget of "
+            f"{left + beside}; choose a smaller rank or more bits"
+        )
 
 
 def _gamma(

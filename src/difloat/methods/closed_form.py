@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from difloat import distributed
 from difloat.layers import packed
+from difloat.methods import low_rank
 from difloat.methods.finished import Finished, facts_of
 from difloat.methods.kept_moments import KeptMoments
 from difloat.methods.layer_rounding import Asked, round_layer, with_branch
@@ -47,7 +48,7 @@ class ClosedFormSettings:
     moments: MomentSettings = field(default_factory=MomentSettings)
     rows: int = 128
     branch: LowRankSettings | None = None
-    unbranched: frozenset[str] = frozenset()
+    unbranched: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,19 @@ def inputs_of(
     few = task.calibration.batch(rows[:2])
     found = sources(task.model, few, plans, settings.moments)
     return Inputs(calls, found, Finished.of(task, len(rows)), KeptMoments(task.work_dir))
+
+
+def branch_bytes(plans: Mapping[str, LayerPlan], inputs: Inputs, settings: ClosedFormSettings) -> int:
+    """The most bytes that branches beside the layers take, which is 0 without branches."""
+    if settings.branch is None:
+        return 0
+    rank = settings.branch.rank
+    return sum(
+        low_rank.pair_bytes(plans[name], rank)
+        for source in inputs.found
+        for name in source.names
+        if name not in settings.unbranched and low_rank.fits(plans[name], rank, source.groups, source.columns)
+    )
 
 
 def round_anew(

@@ -79,8 +79,7 @@ def with_branch(
     """The layer with a branch beside its weight, or `plain` where a branch does not lessen the error.
 
     The rest of the weight is rounded under what is left of the moments beside the branch, since the fit of `up` that follows
-    repairs all other errors. A layer that `low_rank.fits` excludes, or whose moments are not those of its weight's columns,
-    stays plain.
+    repairs all other errors. A layer that `low_rank.fits` excludes stays plain.
 
     Args:
         plain: The result of `round_layer` for the same arguments.
@@ -93,8 +92,7 @@ def with_branch(
         target: As there.
     """
     stacked = moments if moments.dim() == 3 else moments[None]
-    columns = weight[0].numel()
-    if not low_rank.fits(plan, branch.rank) or len(stacked) > 1 or stacked.shape[1] != columns:
+    if not low_rank.fits(plan, branch.rank, len(stacked), stacked.shape[1]):
         return plain
     (own,) = stacked  # [n, n]
     pair = low_rank.branch(weight, own, branch)

@@ -45,6 +45,16 @@ class LowRankSettings:
             )
 
 
+def settings_of(rank: int) -> LowRankSettings | None:
+    """How branches of this rank are made, or None for rank 0."""
+    return LowRankSettings(rank) if rank else None
+
+
+def side_of(rank: int) -> Side | None:
+    """What a layer with one branch of this rank says of it, or None for rank 0."""
+    return Side(rank) if rank else None
+
+
 @dataclass(frozen=True)
 class Pair:
     """The factors of a branch, with values that float16 holds.
@@ -62,10 +72,21 @@ class Pair:
         return (self.up @ self.down).reshape(shape)
 
 
-def fits(plan: LayerPlan, rank: int) -> bool:
-    """Whether a layer can have a branch of this rank: it is neither smoothed nor rotated, and larger than the rank."""
+def fits(plan: LayerPlan, rank: int, groups: int, columns: int) -> bool:
+    """Whether a layer can have a branch of this rank.
+
+    It must be neither smoothed nor rotated and larger than the rank, and its input must have one matrix of moments, whose
+    columns are those of the flattened weight.
+
+    Args:
+        plan: The layer.
+        rank: The rank of the branch.
+        groups: How many matrices the moments of its input are.
+        columns: The columns of each of them.
+    """
     plain = not (plan.smoothed or plan.schedule or plan.side is not None or plan.rotation is not None)
-    return plain and rank < min(plan.shape[0], math.prod(plan.shape[1:]))
+    inner = math.prod(plan.shape[1:])
+    return plain and groups == 1 and columns == inner and rank < min(plan.shape[0], inner)
 
 
 def pair_bytes(plan: LayerPlan, rank: int) -> int:

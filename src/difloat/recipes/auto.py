@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import ByteSize
 
-from difloat.methods import allocation, closed_form, post_training, rotated_inputs
+from difloat.methods import allocation, closed_form, low_rank, post_training, rotated_inputs
 from difloat.methods.allocation import WidthSettings
 from difloat.methods.closed_form import ClosedFormSettings
 from difloat.methods.cost import WITH_GRADIENT, Cost
@@ -42,8 +42,7 @@ class Options(PolishSettings):
     """Options of Auto, and those of polishing: `PolishSettings`.
 
     Attributes:
-        widths: 2 to 8 bits by "rows" (output channels) or "layers", within the bytes of one width or `size`; "same": one width.
-            For a kind of file the formats that it holds, by layers.
+        widths: 2 to 8 bits by "rows" (output channels) or "layers" in the bytes of one width or `size`, or "same"; files: layers.
         grid: Weights of up to 4 bits: a "table" of levels, one "fit" to the layer, or an "integer" with a zero point.
         size: The bytes of the denoiser on disk, such as 300MB, in place of the weight bits asked for, or None.
         refit: Fit scales and zero points under the moments after rounding.
@@ -54,8 +53,9 @@ class Options(PolishSettings):
         input_group: Channels per scale and zero point of inputs of up to 4 bits, or 0 for one scale per token, as at 8 bits.
         keep_8bit: The layers that keep 8 bits, as "first", "last", or names of layers.
         rows: Calibration rows that moments are gathered from, as far as `pictures` allows.
-        pictures: Full-precision pictures' time that calibration aims at for models of over 100 million weights; 0: no limit.
+        pictures: Full-precision pictures whose time a model above 100 million weights costs at most, by fewer rows; 0: any.
         rotate: Rotate the inputs of linear layers: "none", "all", or "chosen" where a layer's output then changes less.
+        branch: The rank of low-rank branches beside the other weights, whose bytes count in the budget of `widths`, or 0.
     """
 
     widths: Literal["rows", "layers", "same"] = "rows"
@@ -71,6 +71,7 @@ class Options(PolishSettings):
     rows: Positive = 256
     pictures: NotNegative = 5.0
     rotate: rotated_inputs.Rotate = "none"
+    branch: Whole = 0
 
 
 def plan(task: Task, options: Options) -> Outcome:
@@ -89,17 +90,17 @@ def plan(task: Task, options: Options) -> Outcome:
     rows = rows_for(task, options.pictures, options.rows, SensitivitySettings.rows)
     sensitivity = SensitivitySettings(rows.gradients, guidance=options.guidance)
     rounding = SecondOrderSettings(refit=options.refit, sweep=options.sweep)
-    settings = ClosedFormSettings(rounding, rows=rows.moments)
+    edges, branch = tuple(n for n in layers if kept[n]), low_rank.settings_of(options.branch)
+    settings = ClosedFormSettings(rounding, rows=rows.moments, branch=branch, unbranched=edges)
     weights = WeightRules(options.grid, options.group_size, task.target, task.bits.activation is not None)
     same = {n: weights.at(8 if kept[n] else task.bits_of(n), layers[n].shape) for n in layers}
-    most = traces[0].row_bytes
+    most, asked = traces[0].row_bytes, dict[str, Asked](same)
     layers, measured["rotations"] = rotated_inputs.rotate(task, layers, options.rotate, same, most)
     inputs = closed_form.inputs_of(task, layers, settings, most)
-    asked: dict[str, Asked] = dict(same)
     if options.widths != "same" and (free := [name for name in layers if not kept[name]]):
         with timed(measured, "choose widths"):
             offers = {name: weights.offers(layers[name].shape) for name in free}
-            fixed = {name: same[name] for name in layers if kept[name]}
+            fixed = {name: same[name] for name in edges}
             wanted = WidthSettings(options.widths, options.size, options.factor_power, sensitivity)
             choice = allocation.choose(task, layers, inputs, offers, fixed, wanted, settings)
         asked, measured["widths"] = asked | choice.asked, choice.report()
@@ -111,10 +112,9 @@ def plan(task: Task, options: Options) -> Outcome:
 
 def cost(options: Options, bits: Bits) -> Cost:
     """What Auto asks of the denoiser and stores: moments, and for widths sensitivities with gradient."""
-    passes: tuple[int, ...] = (options.rows,)
-    if options.widths != "same":
-        passes += (WITH_GRADIENT * SensitivitySettings.rows * SensitivitySettings.probes,)
+    gradients = WITH_GRADIENT * SensitivitySettings.rows * SensitivitySettings.probes
+    passes = (options.rows, *[gradients] * (options.widths != "same"))
     inputs = online_integers(bits.activation, options.input_group)
     weight, turned = WeightRules(options.grid, options.group_size).at(bits.weight), options.rotate != "none"
     made = Cost(weight, inputs, options.keep_8bit, rotated=turned, passes=passes, for_files=True)
-    return polish_cost(made, options)
+    return polish_cost(replace(made, side=low_rank.side_of(options.branch)), options)

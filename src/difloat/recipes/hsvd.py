@@ -56,12 +56,12 @@ class Options:
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by H-SVD."""
     asked: dict[str, Rule] = {}
-    edges: set[str] = set()
+    edges: list[str] = []
     largest = [1]  # bytes of a row's data in one layer
 
     def rules(name: str, seen: Trace) -> LayerRules:
         kept = post_training.keeps_8bit(name, seen, options.keep_8bit)
-        edges.update([name] * kept)
+        edges.extend([name] * kept)
         largest[0] = seen.row_bytes
         asked[name] = _weight(8 if kept else task.bits_of(name), options)
         inputs = task.bits.activation and (8 if kept else task.bits.activation)
@@ -72,7 +72,7 @@ def plan(task: Task, options: Options) -> Outcome:
     measured = dict(outcome.measured)
     rounding = SecondOrderSettings(refit=options.refit, sweep=options.refit)
     branch = LowRankSettings(options.rank, options.damping or math.inf)
-    settings = ClosedFormSettings(rounding, rows=options.rows, branch=branch, unbranched=frozenset(edges))
+    settings = ClosedFormSettings(rounding, rows=options.rows, branch=branch, unbranched=tuple(edges))
     with timed(measured, "round weights"):
         inputs = closed_form.inputs_of(task, outcome.layers, settings, largest[0])
         layers, measured["closed_form"] = closed_form.round_anew(
