@@ -259,6 +259,9 @@ PAPERS["auto"] = [
     Row("W4A8 GPTQ", "gptq", "w4a8"),
     Row("W4A8 OrbitQuant", "orbitquant", "w4a8"),
     Row("W4A4 OrbitQuant", "orbitquant", "w4a4"),
+    Row("W4A4 SVDQuant", "svdquant", "w4a4"),
+    Row("W4A8 H-SVD", "hsvd", "w4a8"),
+    Row("W4A4 H-SVD", "hsvd", "w4a4"),
     Row("W4A8 Q-Diffusion, bits by layer", "qdiffusion", "w4a8", allocated=INTEGER_LAYERS),
     Row(
         "W4A8 Q-Diffusion nearest, bits by layer",

@@ -71,6 +71,7 @@ def test_no_recipe_calls_the_denoiser_to_be_forecast(recipe: str, bits: str) -> 
         ("qdiffusion", {"rounding": "nearest", "weight_granularity": "group", "group_size": 16}),
         ("rtn", {"weight_granularity": "group", "group_size": 16}),
         ("msfp", {"adapters": 0}),
+        ("hsvd", {"rank": 2, "rows": 8}),
         ("msfp", {"carry": "side", "adapters": 2, "rank": 2, "epochs": 1, "rows": 2, "allocation": "halves"}),
         (
             "msfp",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -35,6 +36,8 @@ class Cost:
         smoothed: Whether input channels have stored factors.
         rotated: Whether inputs of linear layers are rotated.
         side: The low-rank pairs beside a layer that has no 8 bits.
+        side_share: How many times longer than the rank of `side` the shorter side of a weight must be, where smaller layers
+            have smaller ranks, or 0 where all have the same.
         passes: The most rows of each forward pass over calibration rows besides those that the other fields imply.
         iterations: The updates of learned rounding per block, or 0 if no rounding is learned.
         rounding_rows: The most calibration rows that learned rounding takes.
@@ -54,6 +57,7 @@ class Cost:
     smoothed: bool = False
     rotated: bool = False
     side: Side | None = None
+    side_share: int = 0
     passes: tuple[int, ...] = ()
     iterations: int = 0
     rounding_rows: int = 0
@@ -63,6 +67,13 @@ class Cost:
     updates: int = 0
     fresh: bool = False
     for_files: bool = False
+
+    def pairs_of(self, shape: Sequence[int]) -> Side | None:
+        """The low-rank pairs beside a weight [o, i, *k] of this shape, or None for none."""
+        if self.side is None or not self.side_share:
+            return self.side
+        rank = min(self.side.rank, min(shape[0], math.prod(shape[1:])) // self.side_share)
+        return replace(self.side, rank=rank) if rank else None
 
     def computed(self, rows: int, timesteps: int) -> dict[str, float]:
         """The rows that the denoiser computes after calibration, by stage. A row with gradient counts as three.

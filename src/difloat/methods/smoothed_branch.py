@@ -18,7 +18,7 @@ from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Rule, draft_layer
 from difloat.plan.target import Target, restrict
 
-_SHARE = 16  # of the shorter side of a weight, above which the rank of its branch must not be
+SHARE = 16  # of the shorter side of a weight, above which the rank of its branch must not be
 _LEAST_EXPONENT, _LARGEST_EXPONENT = (
     -14,
     14,
@@ -40,7 +40,7 @@ def rank_of(shape: tuple[int, ...], most: int) -> int:
     >>> rank_of((256, 64, 3, 3), most=32), rank_of((1152, 1152), most=32), rank_of((8, 64), most=32)
     (16, 32, 0)
     """
-    return min(most, min(shape[0], math.prod(shape[1:])) // _SHARE)
+    return min(most, min(shape[0], math.prod(shape[1:])) // SHARE)
 
 
 def nearest_beside_branch(

@@ -19,7 +19,7 @@ from difloat.layers import packed
 from difloat.methods import post_training
 from difloat.methods.cost import Cost
 from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Smoothing, Task
-from difloat.methods.smoothed_branch import nearest_beside_branch, powers_of_two
+from difloat.methods.smoothed_branch import SHARE, nearest_beside_branch, powers_of_two
 from difloat.methods.smoothing_factors import smoothing_factors
 from difloat.methods.trace import Trace
 from difloat.numbers import formats
@@ -78,7 +78,8 @@ def cost(options: Options, bits: Bits) -> Cost:
     """What SVDQuant asks of the denoiser and stores."""
     weight, inputs = _weight(bits.weight, options), _inputs(bits, options)
     side = Side(options.rank) if options.rank else None
-    return Cost(weight, inputs, options.keep_8bit, smoothed=True, side=side, passes=(options.rows,))
+    passes = (options.rows,)
+    return Cost(weight, inputs, options.keep_8bit, smoothed=True, side=side, side_share=SHARE, passes=passes)
 
 
 def _weight(bits: int, options: Options) -> Rule:
