@@ -218,7 +218,7 @@ def test_rotated_files_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors, tmp_path / "rotated.safetensors")
-    with pytest.raises(ValueError, match="'layer' is of an unknown layout"):
+    with pytest.raises(ValueError, match="block of a rotation must divide the 128 input channels, got 256"):
         interchange.import_into(Net(), tmp_path / "rotated.safetensors", "comfy")
 
 

@@ -381,9 +381,9 @@ def test_a_checkpoint_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     parsed: list[str] = []
     parse = plan_config._parse_layer
 
-    def counting(name: str, data: object) -> object:
+    def counting(name: str, data: object, version: int) -> object:
         parsed.append(name)
-        return parse(name, data)
+        return parse(name, data, version)
 
     monkeypatch.setattr(plan_config, "_parse_layer", counting)
     loaded = difloat.load(tmp_path / "out")

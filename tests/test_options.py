@@ -104,6 +104,8 @@ def test_what_would_change_nothing_is_refused(bits: str) -> None:
             or (name in ("weight_format", "before_gelu") and value in ("e2m1", "e3m0") and widths.weight != 4)
             or (name in ("plus", "criterion", "candidates") and widths.weight == 8)
             or (name == "router_rate" and recipe != "msfp")
+            or name.startswith("polish_")
+            or name == "judge"
             or (name == "group_size" and recipe in ("rtn", "qdiffusion"))
         )
         try:

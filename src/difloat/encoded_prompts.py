@@ -56,7 +56,7 @@ def freed(
         part = getattr(pipeline, name)
         place, dtype = located(source) / name, next(part.parameters()).dtype
         again = type(part).from_pretrained(place, variant=source.variant, **{dtype_argument(): dtype})
-        return dict(again.named_parameters())
+        return dict(again.named_parameters(remove_duplicate=False))  # shared ones may have been parted here
 
     with encoded_first(pipeline, sampling_of(pipeline, prompts, calibration, call), load):
         yield

@@ -131,7 +131,7 @@ def _kind(module: nn.Module, names: Sequence[str], asked: Cost, fate: str) -> Ki
     if fate == _WIDE:
         weight, inputs = _of_8_bits(weight), inputs and _of_8_bits(inputs)
     part = Part(shape[1], weight.spec(weight.formats[0]), inputs.spec(inputs.formats[0]) if inputs else None)
-    side = None if fate == _WIDE else asked.beside(shape)
+    side = None if fate == _WIDE else asked.pairs_of(shape)
     variants = 1 if fate == _WIDE and asked.epochs else asked.variants
     shapes = layer_tensor_shapes(shape, [part], variants, asked.smoothed, side=side)
     size = sum(LayerPlan.dtype_of(name).itemsize * math.prod(own) for name, own in shapes.items())

@@ -77,13 +77,13 @@ def _layer(
     read: Foreign, name: str, layer: nn.Linear | nn.Conv2d, schemes: tuple[Scheme, ...], source: str
 ) -> LayerPlan:
     if source == "comfy" and read.comfy_formats().get(name) == comfy_tables.FORMAT:
-        found = comfy_tables.decode(name, read.tensors, read.comfy_marks()[name])
-        if found.shape != tuple(layer.weight.shape):
+        decoded = comfy_tables.decode(name, read.tensors, read.comfy_marks()[name])
+        if decoded.shape != tuple(layer.weight.shape):
             raise ValueError(
-                f"{name!r} must have the shape {list(layer.weight.shape)}, got {list(found.shape)}; "
+                f"{name!r} must have the shape {list(layer.weight.shape)}, got {list(decoded.shape)}; "
                 "import it into its own model"
             )
-        return found
+        return decoded
     scheme, tensors = read_foreign.scheme_of(read, name), read.layer(name)
     if scheme not in schemes or scheme is None:
         found = "of an unknown layout" if scheme is None else scheme.name

@@ -307,9 +307,17 @@ def library() -> Any:
     table, address = ctypes.POINTER(ctypes.c_float), ctypes.c_void_p
     loaded.difloat_decode.argtypes = [bands, table, address, address, ctypes.c_int, ctypes.c_int]
     loaded.difloat_round.argtypes = [source, address, ctypes.c_int]
-    count = ctypes.c_int64
-    sizes = [count, count, count, ctypes.c_float]
-    loaded.difloat_rotate.argtypes = [address, address, *sizes, address, address, ctypes.c_int]
+    loaded.difloat_rotate.argtypes = [
+        address,
+        address,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_float,
+        address,
+        address,
+        ctypes.c_int,
+    ]
     if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
         os.register_at_fork(after_in_child=_compute_alone)
     return loaded

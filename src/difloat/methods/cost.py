@@ -68,7 +68,7 @@ class Cost:
     fresh: bool = False
     for_files: bool = False
 
-    def beside(self, shape: Sequence[int]) -> Side | None:
+    def pairs_of(self, shape: Sequence[int]) -> Side | None:
         """The low-rank pairs beside a weight [o, i, *k] of this shape, or None for none."""
         if self.side is None or not self.side_share:
             return self.side

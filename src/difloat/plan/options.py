@@ -143,7 +143,7 @@ _NEEDS = (
         "whole weight bits, which it takes the place of",
         lambda options, bits: bits.average is None,
     ),
-    _Need(("smoothing",), "at least one stretch", lambda options, bits: options.stretches > 0),
+    _Need(("smoothing",), "at least one stretch", lambda options, bits: getattr(options, "stretches", 1) > 0),
 )
 
 

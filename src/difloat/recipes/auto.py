@@ -42,7 +42,7 @@ class Options(PolishSettings):
     """Options of Auto, and those of polishing: `PolishSettings`.
 
     Attributes:
-        widths: 2 to 8 bits by "rows" (output channels) or "layers" in the bytes of one width or `size`; "same"; files: layers.
+        widths: 2 to 8 bits by "rows" (output channels) or "layers" in the bytes of one width or `size`, or "same".
         grid: Weights of up to 4 bits: a "table" of levels, one "fit" to the layer, or an "integer" with a zero point.
         size: The bytes of the denoiser on disk, such as 300MB, in place of the weight bits asked for, or None.
         refit: Fit scales and zero points under the moments after rounding.

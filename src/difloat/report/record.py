@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from torch.utils import _pytree as pytree
 
 from difloat.methods.sparsity import MOSTLY, rounded_away
-from difloat.plan.validation import LISTED, TUPLE, read, record
+from difloat.plan.validation import LISTED, OPTIONAL, TUPLE, read, record
 from difloat.report.text import number_text, size_text
 
 NO_LAYER = "no layer to quantize"  # ends the reasons of modules that no recipe could quantize, such as norms
@@ -99,6 +99,8 @@ class Share:
         bits: The bits of a weight on average, scales and all.
         errors: What its rounding does to the output at every bits per weight that it could have had for all of its rows, as
             pairs of both.
+        times_ms: Expected milliseconds of a call on the machine that quantized, and those of the float layer. None where
+            times had no say.
     """
 
     layer: str
@@ -106,6 +108,7 @@ class Share:
     weights: int
     bits: float
     errors: list[Annotated[tuple[float, float], TUPLE]]
+    times_ms: Annotated[Annotated[tuple[float, float], TUPLE] | None, OPTIONAL] = None
 
 
 @record("tried part of a report", finite=False)
@@ -115,8 +118,8 @@ class Tried:
     Attributes:
         part: The name of the part.
         kept: Whether the plan has it.
-        gain_db: The fall of the squared error of the guided output: the mean over trajectories, low and high end of its 95 %
-            interval.
+        gain_db: The fall of the squared error of the guided output: the mean over trajectories, low and high end of its
+            95 % interval.
         trajectories: How many were held out.
         pictures: What judging took, in full-precision pictures, or None where that is not known.
     """
