@@ -53,7 +53,7 @@ def round_layer(
         weight: Float [o, i, *k], for the input as it is multiplied.
         plan: The layer, of which the cuts along the input channels count.
         asked: What is asked of the weight, or of bands of its rows.
-        moments: As `second_order.round_second_order` takes them.
+        moments: The mean of ``x x^T``, [groups, n, n].
         known: Their factorisation.
         settings: How the weight is rounded.
         target: The machine whose formats are taken.
@@ -83,13 +83,13 @@ def with_branch(
 
     Args:
         plain: The result of `round_layer` for the same arguments.
-        weight: As in `round_layer`.
-        plan: As there.
-        asked: As there.
-        moments: As there.
+        weight: The float weight [o, i, *k].
+        plan: The layer, of which the cuts along the input channels count.
+        asked: What is asked of the weight, or of bands of its rows.
+        moments: The mean of ``x x^T``, [groups, n, n].
         branch: Rank and damping of the branch.
-        settings: As there.
-        target: As there.
+        settings: How the weight is rounded.
+        target: The machine whose formats are taken.
     """
     stacked = moments if moments.dim() == 3 else moments[None]
     if not low_rank.fits(plan, branch.rank, len(stacked), stacked.shape[1]):

@@ -162,7 +162,7 @@ def fitted(pair: Pair, change: Tensor, moments: Tensor) -> Pair:
     Args:
         pair: The factors, of which `down` stays.
         change: What the branch is to stand for, [o, i, *k], which is the weight without what is rounded of it.
-        moments: As in `branch`.
+        moments: The mean of ``x x^T``, [n, n].
     """
     read, inner = _read(moments, pair)
     up = change.flatten(1).double() @ read @ torch.linalg.pinv(inner, rcond=_CUTOFF, hermitian=True)
