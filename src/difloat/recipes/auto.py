@@ -25,10 +25,9 @@ from difloat.methods.cost import Cost
 from difloat.methods.layer_rounding import Asked
 from difloat.methods.picture_budget import rows_for
 from difloat.methods.polish import PolishSettings, polish_cost, polished
-from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task, timed
+from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task, Trace, timed
 from difloat.methods.second_order import SecondOrderSettings
 from difloat.methods.sensitivity import GRADIENT_ROWS, SensitivitySettings
-from difloat.methods.trace import Trace
 from difloat.methods.weight_rules import REPLACED_LATER, Grid, WeightRules
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import online_integers
