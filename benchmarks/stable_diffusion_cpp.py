@@ -32,7 +32,7 @@ from difloat.layers import packed
 from difloat.numbers.formats import parse
 from difloat.plan.encode import dequantize
 from difloat.plan.plan import Plan
-from difloat.plan.rules import Rule, asymmetric_integers, draft_layer
+from difloat.plan.rules import MIN_MAX, Rule, draft_layer
 
 UNET = {
     "sample_size": 64,
@@ -52,11 +52,9 @@ FORMATS = {"iq4nl": "IQ4_NL", "int4": "Q4_0", "uint4": "Q4_1", "int8": "Q8_0"}
 
 
 def rule(name: str) -> Rule:
-    """The rule of a format in blocks of 32 with float16 scales."""
-    if name == "uint4":
-        asked = asymmetric_integers(4, "group", 32)
-        return Rule(asked.formats, "group", 32, zero_points=asked.zero_points, scales="float16")
-    return Rule((parse(name),), "group", 32, scales="float16")
+    """The rule of a format in blocks of 32 with float16 scales, without a search of ranges, which would take long."""
+    zero_points = MIN_MAX if name == "uint4" else None
+    return Rule((parse(name),), "group", 32, clips=MIN_MAX, zero_points=zero_points, scales="float16")
 
 
 def quantized(model: nn.Module) -> Plan:
