@@ -69,7 +69,7 @@ def quantize(
             **{**vars(origin), "dtype": "stored" if as_stored else origin.dtype}, device=place
         )
         texts = run.prompts_of(pipeline, source, inputs.prompts)
-        guidance, arguments = call_of(pipeline, source, calibration.guidance_scale, inputs.call)
+        guidance, arguments = call_of(pipeline, source, calibration.guidance_scale, inputs)
         calibration = replace(calibration, guidance_scale=guidance)
         fitted = job.fit(pipeline, replace(request, calibration=calibration))
         if needs_data or outcome.dry_run:
@@ -174,7 +174,7 @@ def repair(
     with claimed(out, outcome.overwrite, cache):
         pipeline, plan = pipeline_of(source, place), api.plan_of(pipeline_of(str(checkpoint)))
         texts = run.prompts_of(pipeline, source, inputs.prompts)
-        guidance, arguments = call_of(pipeline, source, calibration.guidance_scale, inputs.call)
+        guidance, arguments = call_of(pipeline, source, calibration.guidance_scale, inputs)
         calibration = replace(calibration, guidance_scale=guidance)
         sampling = _sampling(pipeline, texts, outcome.images, calibration, arguments, cache)
         everything = {"cache_dir": cache, "call_kwargs": arguments, **vars(training), **vars(calibration)}
