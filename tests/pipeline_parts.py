@@ -194,7 +194,11 @@ def renderer() -> Any:
     from diffusers.pipelines.shap_e import ShapERenderer
 
     return ShapERenderer(
-        param_shapes=((8, 93), (8, 8), (8, 8), (8, 8)), d_latent=8, d_hidden=8, n_output=12, background=(0.1, 0.1, 0.1)
+        param_shapes=((8, 93), (8, 8), (8, 8), (8, 8)),
+        d_latent=8,
+        d_hidden=8,
+        n_output=12,
+        background=(0.1, 0.1, 0.1),
     ).eval()
 
 
@@ -275,8 +279,8 @@ MAKERS: dict[str, Callable[[], Any]] = {
     ),
     "AutoencoderKLMagvit": lambda: diffusers_model(
         "AutoencoderKLMagvit", latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("SpatialDownBlock3D", "SpatialTemporalDownBlock3D", "SpatialTemporalDownBlock3D", "SpatialTemporalDownBlock3D"),
-        up_block_types=("SpatialUpBlock3D", "SpatialTemporalUpBlock3D", "SpatialTemporalUpBlock3D", "SpatialTemporalUpBlock3D"),
+        down_block_types=("SpatialDownBlock3D", *("SpatialTemporalDownBlock3D",) * 3),
+        up_block_types=("SpatialUpBlock3D", *("SpatialTemporalUpBlock3D",) * 3),
     ),
     "AutoencoderKLTemporalDecoder": lambda: diffusers_model(
         "AutoencoderKLTemporalDecoder", block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,

@@ -1,14 +1,13 @@
-"""Every pipeline class of the installed diffusers: quantized, saved, loaded and sampled, by the command line and by diffusers alone."""
+"""Every pipeline class of the installed diffusers: quantized, saved, loaded and sampled, by commands and by diffusers alone."""
 
 from __future__ import annotations
 
-import inspect
 import json
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -17,10 +16,12 @@ from PIL import Image
 from torch import nn
 
 import difloat  # noqa: F401  (lets diffusers read the packed layers)
+import pipeline_parts as parts
 from difloat import cli, evaluation, pipelines
+from difloat.layers import quantizable
 from difloat.layers.packed import QuantizedLayer
 from difloat.report import build as report
-from pipeline_table import BUILT, REASONS, Row, pipeline, pipeline_classes
+from pipeline_table import BUILT, CALIBRATED, QUICK, REASONS, Row, pipeline, pipeline_classes
 from tiny import PROMPTS
 
 # What diffusers deprecates and what attention says of the CPU is not what is tested here.
@@ -28,18 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{kind}")
     for kind in ("FutureWarning", "UserWarning", "DeprecationWarning", "RuntimeWarning")
 ]
-# One or two of every kind of input and output; the others are run with `-m slow`.
-QUICK = {
-    "StableDiffusionInpaintPipeline", "StableDiffusionControlNetPipeline", "LatentConsistencyModelPipeline",
-    "AnimateDiffPipeline", "StableVideoDiffusionPipeline", "StableAudioPipeline", "KandinskyV22PriorPipeline",
-    "StableCascadePriorPipeline", "ZImagePipeline", "WanPipeline", "HunyuanVideo15Pipeline",
-}  # fmt: skip
-CALIBRATED = {
-    "StableDiffusionXLImg2ImgPipeline", "FluxControlNetPipeline", "StableVideoDiffusionPipeline", "WanImageToVideoPipeline",
-    "StableAudioPipeline", "LTXImageToVideoPipeline", "StableCascadePriorPipeline", "KandinskyV22Pipeline",
-    "AnimateDiffPipeline", "ZImagePipeline", "AuraFlowPipeline", "HunyuanVideo15Pipeline", "SanaVideoPipeline",
-    "QwenImageImg2ImgPipeline", "LatentConsistencyModelPipeline", "CogVideoXImageToVideoPipeline",
-}  # fmt: skip
 FEW = ["--recipe", "lbfp", "--set", "rounding=nearest", "--samples", "4", "--batch", "2"]
 Command = Callable[..., None]
 
@@ -91,8 +80,8 @@ def draw(model: Any, row: Row, inputs: list[str]) -> evaluation.Generated:
 
 
 def packed(model: Any) -> int:
-    parts = [part for part in model.components.values() if isinstance(part, nn.Module)]
-    return sum(isinstance(layer, QuantizedLayer) for part in parts for layer in part.modules())
+    modules = [part for part in model.components.values() if isinstance(part, nn.Module)]
+    return sum(isinstance(layer, QuantizedLayer) for module in modules for layer in module.modules())
 
 
 def through_all(name: str, recipe: list[str], folder: Path, command: Command) -> None:
@@ -144,3 +133,34 @@ def test_a_pipeline_goes_through_quantize_save_load_and_sample(
 )
 def test_a_calibrated_pipeline_goes_the_same_way(name: str, tmp_path: Path, command: Command) -> None:
     through_all(name, FEW, tmp_path, command)
+
+
+def test_the_page_of_families_says_what_the_lists_say() -> None:
+    script = Path(__file__).parents[1] / "benchmarks/families.py"
+    found = runpy.run_path(str(script))
+    assert found["PAGE"].read_text(encoding="utf-8") == found["page"]()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "stays"),
+    [
+        ("WanTransformer3DModel", nn.Conv3d, True),
+        ("StableAudioDiTModel", nn.Conv1d, True),
+        ("UNetMotionModel", nn.Conv2d, False),
+        ("HiDreamImageTransformer2DModel", nn.Linear, False),
+        ("NucleusMoEImageTransformer2DModel", None, True),
+    ],
+)
+def test_what_the_page_says_of_kinds_of_layers(name: str, kind: type[nn.Module] | None, stays: bool) -> None:
+    model = parts.denoiser(name)
+    left = quantizable.staying_float(model)
+    if kind is None:
+        assert any("experts" in reason.lower() for reason in left.values())
+        return
+    ours = [module for module, one in model.named_modules() if type(one) is kind]
+    assert ours and all((module in left) == stays for module in ours)
+
+
+def test_transposed_convolutions_stay_float() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 2), nn.Linear(4, 4))
+    assert list(quantizable.staying_float(model)) == ["0"] and list(quantizable.quantizable(model)) == ["1"]

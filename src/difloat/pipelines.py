@@ -220,8 +220,8 @@ def generators_of(arguments: Mapping[str, Any], seeds: Sequence[int]) -> Any:
 def inputs_of(pairs: Sequence[str]) -> dict[str, Any]:
     """Pictures, masks and arrays for a pipeline's call, from `name=FILE` pairs. Several files of one name make a list.
 
-    Pictures are RGB, with alpha RGBA; what is called a mask is grey. A NumPy file (`.npy`) is a tensor of one sample, such as the
-    embedding that `difloat generate` writes for a prior, and gets the axis of the batch in front.
+    Pictures are RGB, with alpha RGBA; what is called a mask is grey. A NumPy file (`.npy`) is a tensor of one sample, such as
+    the embedding that `difloat generate` writes for a prior, and gets the axis of the batch in front.
 
     Raises:
         ValueError: a pair is no `name=FILE`, or the file is no picture and no array of numbers.

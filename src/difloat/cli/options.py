@@ -222,7 +222,8 @@ def call_of(
 ) -> tuple[float | None, dict[str, Any]]:
     """Guidance and the other arguments of the pipeline's call: an embedded model's own, then what the user gives.
 
-    Values of ``--call`` are numbers, true, false, null or JSON where they read so, text otherwise; those of ``--input`` are files.
+    Values of ``--call`` are numbers, true, false, null or JSON where they read so, text otherwise. Those of ``--input`` are
+    files.
 
     Raises:
         ValueError: if the pipeline's call has no such argument, or it has an option of its own, or a file holds none.
