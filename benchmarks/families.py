@@ -24,7 +24,8 @@ Each of these {built} classes was built tiny, with random weights and its real c
 This shows structure, not quality. Recipe `rtn` needs no data. Recipe `lbfp` was calibrated by running the pipeline itself.
 
 Pictures and masks go in as `--input name=FILE`. Arrays are NumPy files, such as the embeddings that `difloat generate` writes
-for a prior. Several files of one name make a list, such as the frames of a video. Other arguments of the call are `--call name=value`:
+for a prior. Several files of one name make a list, such as the frames of a video. Other arguments of the call are
+`--call name=value`:
 
 ```
 difloat quantize my-video-model small --recipe rtn
@@ -48,7 +49,8 @@ _KINDS = """
 | embeddings, norms, torch's own attention | stay float |
 | layers whose weight the model reads without calling them | stay float |
 
-`difloat quantize` names what is left in float, and `difloat inspect --layers` lists each of them with its reason.
+`difloat quantize` names what is left in float, and the plan of a checkpoint keeps the reason for each of them
+(`Plan.skipped`).
 """
 _TABLE = """
 ## Classes that work

@@ -770,9 +770,6 @@ BUILT: dict[str, Row] = {
     "IFPipeline": Row(None, IF_UNET, SQUARE, needs="ftfy"),
     "IFImg2ImgPipeline": Row(None, IF_UNET, pictures=IMAGE, needs="ftfy"),
     "IFInpaintingPipeline": Row(None, IF_UNET, pictures=MASKED, needs="ftfy"),
-    "IFImg2ImgSuperResolutionPipeline": Row(
-        None, IF_UP, {"strength": 0.9}, {"image": 1, "original_image": 1}, needs="ftfy"
-    ),
     "IFInpaintingSuperResolutionPipeline": Row(
         None, IF_UP, pictures={"image": 1, "original_image": 1, "mask_image": 1}, needs="ftfy"
     ),
@@ -783,13 +780,12 @@ BUILT: dict[str, Row] = {
 # One or two of every kind of input and output; the others are run with `-m slow`.
 QUICK = {
     "StableDiffusionInpaintPipeline", "StableDiffusionControlNetPipeline", "LatentConsistencyModelPipeline",
-    "AnimateDiffPipeline", "StableVideoDiffusionPipeline", "StableAudioPipeline", "KandinskyV22PriorPipeline",
-    "StableCascadePriorPipeline", "ZImagePipeline", "WanPipeline", "HunyuanVideo15Pipeline",
+    "StableAudioPipeline", "KandinskyV22PriorPipeline", "StableCascadePriorPipeline", "ZImagePipeline", "WanPipeline",
 }  # fmt: skip
 CALIBRATED = {
     "StableDiffusionXLImg2ImgPipeline", "FluxControlNetPipeline", "StableVideoDiffusionPipeline", "WanImageToVideoPipeline",
     "StableAudioPipeline", "LTXImageToVideoPipeline", "StableCascadePriorPipeline", "KandinskyV22Pipeline",
-    "AnimateDiffPipeline", "ZImagePipeline", "AuraFlowPipeline", "HunyuanVideo15Pipeline", "SanaVideoPipeline",
+    "AnimateDiffPipeline", "ZImagePipeline", "AuraFlowPipeline", "SanaVideoPipeline",
     "QwenImageImg2ImgPipeline", "LatentConsistencyModelPipeline", "CogVideoXImageToVideoPipeline",
 }  # fmt: skip
 
@@ -847,15 +843,16 @@ REASONS: dict[str, str] = {
     **_each("deprecated in diffusers",
         "AltDiffusionImg2ImgPipeline AltDiffusionPipeline AmusedImg2ImgPipeline AmusedInpaintPipeline AmusedPipeline "
         "AudioLDMPipeline BlipDiffusionPipeline CycleDiffusionPipeline DanceDiffusionPipeline I2VGenXLPipeline "
-        "KarrasVePipeline MusicLDMPipeline PIAPipeline PNDMPipeline PaintByExamplePipeline RePaintPipeline ScoreSdeVePipeline "
-        "SemanticStableDiffusionPipeline StableDiffusionAttendAndExcitePipeline StableDiffusionControlNetXSPipeline "
-        "StableDiffusionDiffEditPipeline StableDiffusionGLIGENPipeline StableDiffusionGLIGENTextImagePipeline "
-        "StableDiffusionInpaintPipelineLegacy StableDiffusionLDM3DPipeline StableDiffusionModelEditingPipeline "
-        "StableDiffusionPanoramaPipeline StableDiffusionParadigmsPipeline StableDiffusionPipelineSafe "
-        "StableDiffusionPix2PixZeroPipeline StableDiffusionSAGPipeline StableDiffusionXLControlNetXSPipeline "
-        "TextToVideoSDPipeline TextToVideoZeroPipeline TextToVideoZeroSDXLPipeline UnCLIPImageVariationPipeline UnCLIPPipeline UniDiffuserPipeline "
-        "VQDiffusionPipeline VersatileDiffusionDualGuidedPipeline VersatileDiffusionImageVariationPipeline "
-        "VersatileDiffusionPipeline VersatileDiffusionTextToImagePipeline VideoToVideoSDPipeline WuerstchenCombinedPipeline "
+        "KarrasVePipeline MusicLDMPipeline PIAPipeline PNDMPipeline PaintByExamplePipeline RePaintPipeline "
+        "ScoreSdeVePipeline SemanticStableDiffusionPipeline StableDiffusionAttendAndExcitePipeline "
+        "StableDiffusionControlNetXSPipeline StableDiffusionDiffEditPipeline StableDiffusionGLIGENPipeline "
+        "StableDiffusionGLIGENTextImagePipeline StableDiffusionInpaintPipelineLegacy StableDiffusionLDM3DPipeline "
+        "StableDiffusionModelEditingPipeline StableDiffusionPanoramaPipeline StableDiffusionParadigmsPipeline "
+        "StableDiffusionPipelineSafe StableDiffusionPix2PixZeroPipeline StableDiffusionSAGPipeline "
+        "StableDiffusionXLControlNetXSPipeline TextToVideoSDPipeline TextToVideoZeroPipeline TextToVideoZeroSDXLPipeline "
+        "UnCLIPImageVariationPipeline UnCLIPPipeline UniDiffuserPipeline VQDiffusionPipeline "
+        "VersatileDiffusionDualGuidedPipeline VersatileDiffusionImageVariationPipeline VersatileDiffusionPipeline "
+        "VersatileDiffusionTextToImagePipeline VideoToVideoSDPipeline WuerstchenCombinedPipeline "
         "WuerstchenDecoderPipeline WuerstchenPriorPipeline BlipDiffusionControlNetPipeline"),
     "DiffusionPipeline": "the base of all others",
     "ConsisIDPipeline": "needs opencv, which difloat does not install",
@@ -870,8 +867,9 @@ REASONS: dict[str, str] = {
     **_each(_VISION,
         "OmniGenPipeline Kandinsky5I2IPipeline Kandinsky5I2VPipeline Kandinsky5T2IPipeline Kandinsky5T2VPipeline "
         "Kandinsky6TI2VAPipeline LongCatImageEditPipeline LongCatImagePipeline QwenImage21Pipeline "
-        "QwenImageEditInpaintPipeline QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageLayeredPipeline BriaFibo2Pipeline DreamLiteMobilePipeline "
-        "DreamLitePipeline JoyImageEditPipeline JoyImageEditPlusPipeline NucleusMoEImagePipeline GlmImagePipeline"),
+        "QwenImageEditInpaintPipeline QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageLayeredPipeline "
+        "BriaFibo2Pipeline DreamLiteMobilePipeline DreamLitePipeline JoyImageEditPipeline JoyImageEditPlusPipeline "
+        "NucleusMoEImagePipeline GlmImagePipeline"),
     **_each("writes text: its tokens are found by unmasking and not by a sampler of latents",
         "DiffusionGemmaPipeline LLaDA2Pipeline"),
     **_each("has no denoiser: one call of a network between two others",
@@ -883,6 +881,7 @@ REASONS: dict[str, str] = {
     "ChromaInpaintPipeline": "fails in diffusers 0.42 itself: reads guidance_embeds, which Chroma's config does not have",
     **_each("fails in diffusers 0.42 itself: its autoencoder (PaellaVQModel) does not load from disk",
         "StableCascadeDecoderPipeline StableCascadeCombinedPipeline"),
+    "IFImg2ImgSuperResolutionPipeline": "fails in diffusers 0.42 itself: does not load without its watermarker",
     "EasyAnimateInpaintPipeline": "fails in diffusers 0.42 itself: reads cache_mag_vae, which no config of its autoencoder has",
     "EasyAnimateControlPipeline": "fails in diffusers 0.42 itself: calls encode_prompt with an argument that it does not take",
     "AllegroPipeline": "its autoencoder decodes in tiles only, which must be switched on in Python (vae.enable_tiling())",

@@ -115,22 +115,27 @@ def meet(device: str) -> torch.device:
     return found
 
 
+def quiet_libraries() -> None:
+    """Switch off the loading bars and hints of diffusers and transformers: we have our own."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+
+
 def pipeline_of(name: str, device: torch.device | str | None = None, **where: Any) -> Any:
-    """Load a pipeline without the loading bars and hints of diffusers and transformers: we have our own.
+    """Load a pipeline without the bars and hints of other libraries.
 
     Args:
         name: What the user calls it.
         device: Where it is put, or None for the CPU.
         **where: Further fields of `sources.Source`.
     """
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
-
     from difloat import run
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+    quiet_libraries()
     return run.load_pipeline(name, device=device, **where)
 
 

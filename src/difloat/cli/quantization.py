@@ -24,6 +24,7 @@ from difloat.cli.options import (
     meet,
     options_of,
     pipeline_of,
+    quiet_libraries,
     with_size,
 )
 from difloat.cli.tables import console
@@ -92,6 +93,7 @@ def _check_streamed(more: Any) -> None:
 def _stream(source: Any, out: Path, request: Any, overwrite: bool) -> None:
     from difloat import run_from_disk
 
+    quiet_libraries()
     with claimed(out, overwrite):
         made = run_from_disk.quantize(source, out, request, overwrite=overwrite)
     if made is not None:
