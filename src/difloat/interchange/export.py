@@ -25,6 +25,7 @@ from difloat.interchange.contents import Contents, model_directory, read_content
 from difloat.interchange.layers import NEUTRAL_INPUT_SCALE, encode, obstacle
 from difloat.interchange.rename import renamed
 from difloat.interchange.schemes import DIALECTS, Scheme
+from difloat.numbers.formats import Format
 from difloat.pipelines import denoisers_of
 from difloat.plan.encode import dequantize
 from difloat.plan.plan import LayerPlan
@@ -32,6 +33,7 @@ from difloat.plan.plan import LayerPlan
 INPUT_SCALES = "input_scales"  # of imported files, kept in the options of the plan
 TARGETS = (*DIALECTS, "gguf", "openvino", "vllm")
 NAMES = ("auto", "source", "diffusers")
+_MADE_FOR = {"comfy": "comfy", "nvfp4": "diffusers", "fp8": "diffusers"}  # `quantize --for` of files
 _UNDER_SOURCE_NAMES = ("comfy", "gguf")
 _WEIGHTS = "diffusion_pytorch_model"
 
@@ -70,7 +72,8 @@ def export_checkpoint(
         ImportError: if the package that writes such files is missing.
     """
     if to not in TARGETS:
-        raise ValueError(f"format must be one of {', '.join(TARGETS)}, got {to!r}")
+        hint = "; what --for diffusers makes is written with nvfp4" * (to == "diffusers")
+        raise ValueError(f"format must be one of {', '.join(TARGETS)}, got {to!r}{hint}")
     if names not in NAMES:
         raise ValueError(f"names must be one of {', '.join(NAMES)}, got {names!r}")
     source, target = model_directory(Path(directory), component), Path(out)
@@ -192,17 +195,19 @@ def _layout(name: str, layer: LayerPlan, schemes: tuple[Scheme, ...], to: str) -
     """The first layout that holds the layer without loss.
 
     Raises:
-        ValueError: if there is none; says why the one of the same width cannot.
+        ValueError: if there is none; says why the one of the same format cannot, or of the same width.
     """
-    reasons: dict[int, str] = {}
+    reasons: dict[Format | int, str] = {}
     for scheme in schemes:
         reason = obstacle(layer, scheme)
         if not reason:
             return scheme
+        reasons.setdefault(scheme.element, reason)
         reasons.setdefault(scheme.element.bits, reason)
-    width = layer.parts[0].weight.format.bits
-    reason = reasons.get(width, next(iter(reasons.values())))
-    raise ValueError(f"{to} files must hold every layer without loss, but {name!r} {reason}")
+    own = layer.parts[0].weight.format
+    reason = reasons.get(own) or reasons.get(own.bits) or next(iter(reasons.values()))
+    fitting = f" or --for {_MADE_FOR[to]}" if to in _MADE_FOR and "; quantize with --" in reason else ""
+    raise ValueError(f"{to} files must hold every layer without loss, but {name!r} {reason}{fitting}")
 
 
 def _as_bytes(entry: object) -> Tensor:

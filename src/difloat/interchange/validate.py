@@ -50,6 +50,7 @@ def validate(path: str | os.PathLike[str], reference: Mapping[str, Tensor] | Non
         CheckpointError: if it is no whole safetensors file, or GGUF.
     """
     source = Path(path)
+    source = _exported(source)
     if source.is_file() and source.suffix == gguf_files.SUFFIX:
         return list(validate_gguf(source, reference))
     if source.is_file() and source.suffix == openvino_ir.SUFFIX:
@@ -83,6 +84,12 @@ def _vllm(read: Foreign, names: list[str]) -> Iterator[Remark]:
     yield from found
     if not found:
         yield Remark("ok", "", f"{len(names)} quantized layers as vLLM-Omni's {vllm.METHOD} stores them")
+
+
+def _exported(path: Path) -> Path:
+    """The GGUF or OpenVINO file of a directory that holds one and no checkpoint, else the path itself."""
+    found = [file for suffix in (gguf_files.SUFFIX, openvino_ir.SUFFIX) for file in path.glob(f"*{suffix}")]
+    return found[0] if len(found) == 1 and not _is_own(path) and not any(path.glob("*.safetensors")) else path
 
 
 def _is_own(directory: Path) -> bool:
