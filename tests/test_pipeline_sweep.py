@@ -111,7 +111,7 @@ def through_all(name: str, recipe: list[str], folder: Path, command: Command) ->
 
 def test_every_class_is_built_or_has_one_reason() -> None:
     assert not BUILT.keys() & REASONS.keys()
-    assert set(pipeline_classes()) == BUILT.keys() | REASONS.keys()
+    assert pipeline_classes() == BUILT.keys() | REASONS.keys()
     assert all(reason and "\n" not in reason for reason in REASONS.values())
 
 
@@ -127,7 +127,7 @@ def test_a_pipeline_goes_through_quantize_save_load_and_sample(
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name != "StableVideoDiffusionPipeline"))
+        pytest.param(name, marks=[pytest.mark.slow] * (name != "StableAudioPipeline"))
         for name in sorted(CALIBRATED)
     ],
 )
@@ -148,7 +148,7 @@ def test_the_page_of_families_says_what_the_lists_say() -> None:
         ("StableAudioDiTModel", nn.Conv1d, True),
         ("UNetMotionModel", nn.Conv2d, False),
         ("HiDreamImageTransformer2DModel", nn.Linear, False),
-        ("NucleusMoEImageTransformer2DModel", None, True),
+        pytest.param("NucleusMoEImageTransformer2DModel", None, True, marks=pytest.mark.slow),
     ],
 )
 def test_what_the_page_says_of_kinds_of_layers(name: str, kind: type[nn.Module] | None, stays: bool) -> None:
