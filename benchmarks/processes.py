@@ -34,7 +34,9 @@ def main() -> None:
     made.add_argument("--source", default="emoji-pixart", help="what is quantized")
     made.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     made.add_argument("--busy", action="store_true", help="measure although the machine has other work")
-    made.add_argument("options", nargs="*", help="options of difloat quantize")
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)  # options of difloat follow
+    more = sys.argv[end + 1 :]
+    del sys.argv[end:]
     options = harness.arguments(made)
     load = os.getloadavg()[0]
     if load >= _IDLE and not options.busy:
@@ -45,11 +47,11 @@ def main() -> None:
     for count in options.processes:
         folder = options.directory / f"of-{count}"
         shutil.rmtree(folder, ignore_errors=True)
-        rows.append(run(options.source, folder, count, options.options))
+        rows.append(run(options.source, folder, count, more))
         folders.append(folder)
     same = all(differing(folders[0], other) == [] for other in folders[1:])
     print(table(rows, same))
-    harness.write(options.out, {"rows": rows, "same_bytes": same, "load": round(load, 1)})
+    harness.write(options.out, {"options": more, "rows": rows, "same_bytes": same, "load": round(load, 1)})
     if not same:
         raise SystemExit("checkpoints differ: " + ", ".join(differing(folders[0], folders[-1])))
 
