@@ -1,4 +1,4 @@
-"""The time of one call of the denoiser in the pipeline's own run."""
+"""How long one call of the denoiser takes in the pipeline's own run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from difloat.pipelines import quiet
 
 
 def time_a_call(pipeline: Any, sampling: Sampling) -> Pace:
-    """How fast the denoiser is in the first call of calibration. The run is broken off at the second call.
+    """Time the first call of the denoiser in calibration, and break the run off at the second call.
 
     Args:
         pipeline: The pipeline, which is the same afterwards.
-        sampling: Its run, as `sampling_of` of `calibration/collect.py` gives it.
+        sampling: The pipeline's run, as `sampling_of` of `calibration/collect.py` gives it.
     """
 
     def stop() -> None:

@@ -31,7 +31,7 @@ Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint that difloat quan
 For = Annotated[
     str | None,
     typer.Option(
-        "--for", help="A kind of file that shall hold it exactly: comfy, gguf, openvino or diffusers."
+        "--for", help="A kind of file that shall hold it exactly: comfy, gguf, openvino, vllm or diffusers."
     ),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures sampled at once.")]

@@ -114,15 +114,20 @@ def _widths(made: Record) -> str:
         bits = [share.bits for share in made.shares]
         return f"bits chosen by layer: {min(bits):.2f} to {max(bits):.2f} a weight with scales (report: What bytes bought)"
     wider = [row.name for row in made.layers if _code_bits(row.weight_format) > made.weight_bits_nominal + 1]
-    return f"kept at more bits: {', '.join(wider) or 'none'}"
+    count = f" ({len(wider)} layers)" if len(wider) > _NAMES else ""
+    return f"kept at more bits: {_named(wider) or 'none'}{count}"
+
+
+def _named(names: list[str]) -> str:
+    """Names, as far as a console holds them."""
+    return ", ".join(names[:_NAMES]) + ", ..." * (len(names) > _NAMES)
 
 
 def _left(made: Record) -> str:
     """What stays in float: layers by name, as far as a console holds them, and how much else there is."""
     layers = made.left_float
     rest = len(made.skipped) - len(layers)
-    named = ", ".join(name for name, _, _ in layers[:_NAMES]) + ", ..." * (len(layers) > _NAMES)
-    told = f"left in float: {named or 'no layer'}"
+    told = f"left in float: {_named([name for name, _, _ in layers]) or 'no layer'}"
     size = decimal(sum(size for _, _, size in layers), precision=2)
     return (
         told

@@ -38,6 +38,7 @@ __all__ = [
     "Sequencing",
     "Smoothing",
     "Task",
+    "Trace",
     "keeps_8bit",
     "run",
     "timed",

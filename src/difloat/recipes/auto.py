@@ -25,10 +25,9 @@ from difloat.methods.cost import Cost
 from difloat.methods.layer_rounding import Asked
 from difloat.methods.picture_budget import rows_for
 from difloat.methods.polish import PolishSettings, polish_cost, polished
-from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task, timed
+from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task, Trace, timed
 from difloat.methods.second_order import SecondOrderSettings
 from difloat.methods.sensitivity import GRADIENT_ROWS, SensitivitySettings
-from difloat.methods.trace import Trace
 from difloat.methods.weight_rules import REPLACED_LATER, Grid, WeightRules
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import online_integers
@@ -90,11 +89,11 @@ def _made(task: Task, options: Options) -> Outcome:
     outcome = post_training.run(task, rules, Sequencing())
     layers, measured = outcome.layers, dict(outcome.measured)
     rows = rows_for(task, options.pictures, options.rows, SensitivitySettings.rows)
-    sensitivity = SensitivitySettings(rows.gradients, guidance=options.guidance)
+    sensitivity = SensitivitySettings(rows.gradients, rows.together, guidance=options.guidance)
     rounding = SecondOrderSettings(refit=options.refit, sweep=options.sweep)
     edges, branch = tuple(n for n in layers if kept[n]), low_rank.settings_of(options.branch)
-    settings = ClosedFormSettings(rounding, rows=rows.moments, branch=branch, unbranched=edges)
-    weights = WeightRules(options.grid, options.group_size, task.target, task.bits.activation is not None)
+    settings = ClosedFormSettings(rounding, rows.matrices, rows.moments, branch, edges)
+    weights = WeightRules.of_task(task, options.grid, options.group_size, options.refit)
     same = {n: weights.at(8 if kept[n] else task.bits_of(n), layers[n].shape) for n in layers}
     most, asked = outcome.seen.row_bytes, dict[str, Asked](same)
     layers, measured["rotations"] = rotated_inputs.rotate(task, layers, options.rotate, same, most)
