@@ -35,6 +35,9 @@ difloat generate small clips --count 1 --input image=first-frame.png --call num_
 Where a pipeline has two denoisers (Wan 2.2), both are quantized, each calibrated at its own timesteps. Combined pipelines of
 two stages have their decoder quantized. Control networks, adapters and autoencoders stay as they are unless
 `--components` names them.
+
+An IP-Adapter is loaded onto the quantized pipeline with `load_ip_adapter`, after loading the checkpoint. Quantizing with one
+works as well, but such a model is not saved, since no config describes it. `save` then says so.
 """
 _KINDS = """
 ## What is quantized in a denoiser, and what stays
@@ -44,7 +47,7 @@ _KINDS = """
 | linear layers, two-dimensional convolutions | quantized as the recipe says |
 | experts that are linear layers of their own (HiDream) | quantized |
 | experts stacked in one tensor (NucleusMoE) | stay float |
-| one- and three-dimensional convolutions (sound, patch embedders and motion blocks of video) | stay float |
+| one- and three-dimensional convolutions (sound, patch embedders and temporal blocks of video) | stay float |
 | transposed convolutions | stay float |
 | embeddings, norms, torch's own attention | stay float |
 | layers whose weight the model reads without calling them | stay float |

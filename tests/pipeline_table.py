@@ -779,8 +779,7 @@ BUILT: dict[str, Row] = {
 
 # One or two of every kind of input and output; the others are run with `-m slow`.
 QUICK = {
-    "StableDiffusionInpaintPipeline", "StableDiffusionControlNetPipeline", "LatentConsistencyModelPipeline",
-    "StableAudioPipeline", "KandinskyV22PriorPipeline", "StableCascadePriorPipeline", "ZImagePipeline", "WanPipeline",
+    "StableDiffusionControlNetPipeline", "KandinskyV22PriorPipeline", "StableCascadePriorPipeline", "WanPipeline",
 }  # fmt: skip
 CALIBRATED = {
     "StableDiffusionXLImg2ImgPipeline", "FluxControlNetPipeline", "StableVideoDiffusionPipeline", "WanImageToVideoPipeline",
@@ -807,26 +806,17 @@ def _bound(make: Callable[..., Any], shared: Mapping[str, Any]) -> Callable[[], 
     return (lambda: make(shared)) if inspect.signature(make).parameters else make
 
 
-def pipeline_classes() -> dict[str, type]:
-    """Every pipeline class that diffusers exports, by name. Modular pipelines are other ways to call the same components."""
-    import inspect
+def pipeline_classes() -> set[str]:
+    """The name of every pipeline class that diffusers exports, without importing them.
 
+    Modular pipelines are other ways to call the same components, and automatic ones choose among the others.
+    """
     import diffusers
     from diffusers import pipelines as package
 
-    names = {name for found in package._import_structure.values() for name in found}
-    names |= {name for name in dir(diffusers) if name.endswith("Pipeline") and "Modular" not in name}
-    classes = {name: getattr(package, name, None) or getattr(diffusers, name) for name in sorted(names)}
-    return {name: one for name, one in classes.items() if inspect.isclass(one) and _is_pipeline(one)}
-
-
-def _is_pipeline(one: Any) -> bool:
-    """Whether a class is a pipeline, or stands for one whose packages are missing."""
-    from diffusers import DiffusionPipeline
-
-    return issubclass(one, DiffusionPipeline) or (
-        one.__name__.endswith("Pipeline") and hasattr(one, "_backends")
-    )
+    names = {name for found in package._import_structure.values() for name in found} | set(dir(diffusers))
+    others = ("Modular", "AutoPipeline", "Output", "Mixin", "Quantization", "Blocks")
+    return {name for name in names if "Pipeline" in name and not any(word in name for word in others)}
 
 
 def _each(reason: str, names: str) -> dict[str, str]:
@@ -859,7 +849,8 @@ REASONS: dict[str, str] = {
     **_each("needs sentencepiece, which difloat does not install", "KolorsPAGPipeline KolorsPipeline KolorsImg2ImgPipeline"),
     **_each("needs librosa or note_seq, which difloat does not install", "AudioDiffusionPipeline SpectrogramDiffusionPipeline"),
     **_each("runs in ONNX Runtime and has no torch modules",
-        "OnnxStableDiffusionImg2ImgPipeline OnnxStableDiffusionInpaintPipeline OnnxStableDiffusionPipeline "
+        "OnnxStableDiffusionImg2ImgPipeline OnnxStableDiffusionInpaintPipeline OnnxStableDiffusionInpaintPipelineLegacy "
+        "OnnxStableDiffusionPipeline "
         "OnnxStableDiffusionUpscalePipeline StableDiffusionOnnxPipeline"),
     **_each("needs cosmos_guardrail, which difloat does not install",
         "Cosmos2TextToImagePipeline Cosmos2VideoToWorldPipeline Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline "
@@ -900,8 +891,7 @@ REASONS: dict[str, str] = {
     **_each(_no_encoder("T5Gemma"), "PRXPipeline PRXPixelPipeline MotifVideoPipeline MotifVideoImage2VideoPipeline "
             "StableAudio3Pipeline StableAudio3AudioToAudioPipeline StableAudio3InpaintPipeline"),
     **_each(_no_encoder("Gemma 3 with connectors"), "LTX2Pipeline LTX2ConditionPipeline LTX2DFRPipeline "
-            "LTX2DFRTemporalRefinePipeline LTX2HDRPipeline LTX2ImageToVideoPipeline LTX2InContextPipeline SanaWMPipeline "
-            "SanaWMLTX2Refiner"),
+            "LTX2DFRTemporalRefinePipeline LTX2HDRPipeline LTX2ImageToVideoPipeline LTX2InContextPipeline SanaWMPipeline"),
     **_each(_no_encoder("Mistral 3"), "Flux2Pipeline ErnieImagePipeline"),
     **_each(_no_encoder("Qwen3-VL"), "Krea2Pipeline Ideogram4Pipeline"),
     **_each(_no_encoder("LLaVA"), "HunyuanVideoImageToVideoPipeline"),

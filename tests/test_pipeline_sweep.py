@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-import difloat  # noqa: F401  (lets diffusers read the packed layers)
+import difloat
 import pipeline_parts as parts
 from difloat import cli, evaluation, pipelines
 from difloat.layers import quantizable
@@ -111,7 +111,7 @@ def through_all(name: str, recipe: list[str], folder: Path, command: Command) ->
 
 def test_every_class_is_built_or_has_one_reason() -> None:
     assert not BUILT.keys() & REASONS.keys()
-    assert set(pipeline_classes()) == BUILT.keys() | REASONS.keys()
+    assert pipeline_classes() == BUILT.keys() | REASONS.keys()
     assert all(reason and "\n" not in reason for reason in REASONS.values())
 
 
@@ -127,7 +127,7 @@ def test_a_pipeline_goes_through_quantize_save_load_and_sample(
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name != "StableVideoDiffusionPipeline"))
+        pytest.param(name, marks=[pytest.mark.slow] * (name != "StableAudioPipeline"))
         for name in sorted(CALIBRATED)
     ],
 )
@@ -148,7 +148,7 @@ def test_the_page_of_families_says_what_the_lists_say() -> None:
         ("StableAudioDiTModel", nn.Conv1d, True),
         ("UNetMotionModel", nn.Conv2d, False),
         ("HiDreamImageTransformer2DModel", nn.Linear, False),
-        ("NucleusMoEImageTransformer2DModel", None, True),
+        pytest.param("NucleusMoEImageTransformer2DModel", None, True, marks=pytest.mark.slow),
     ],
 )
 def test_what_the_page_says_of_kinds_of_layers(name: str, kind: type[nn.Module] | None, stays: bool) -> None:
@@ -164,3 +164,41 @@ def test_what_the_page_says_of_kinds_of_layers(name: str, kind: type[nn.Module] 
 def test_transposed_convolutions_stay_float() -> None:
     model = nn.Sequential(nn.ConvTranspose2d(4, 4, 2), nn.Linear(4, 4))
     assert list(quantizable.staying_float(model)) == ["0"] and list(quantizable.quantizable(model)) == ["1"]
+
+
+def image_prompt_adapter(unet: Any) -> dict[str, Any]:
+    """Random weights of an IP-Adapter for a U-Net: a picture's embedding of 16 numbers becomes 4 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    widths, text = unet.config.block_out_channels, unet.config.cross_attention_dim
+    weights = {}
+    crossed = [name.split(".") for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for number, (place, block, *_) in enumerate(crossed):
+        level = {"mid_block": -1, "down_blocks": int(block) if block.isdigit() else 0}.get(place)
+        width = widths[::-1][int(block)] if level is None else widths[level]
+        for matrix in ("to_k_ip", "to_v_ip"):
+            weights[f"{2 * number + 1}.{matrix}.weight"] = torch.randn(width, text, generator=generator) / 4
+    projection = {
+        "proj.weight": torch.randn(4 * text, 16, generator=generator) / 4,
+        "proj.bias": torch.zeros(4 * text),
+        "norm.weight": torch.ones(text),
+        "norm.bias": torch.zeros(text),
+    }
+    return {"image_proj": projection, "ip_adapter": weights}
+
+
+def test_an_image_prompt_adapter_goes_onto_a_quantized_pipeline_and_is_not_saved_with_it(tmp_path) -> None:
+    quantized, row = pipeline("StableDiffusionPipeline"), BUILT["StableDiffusionPipeline"]
+    difloat.quantize(quantized, "rtn", progress=False)
+    plain = draw(quantized, row, [])
+    difloat.save(quantized, tmp_path / "small")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "small")
+    embedding = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1))
+    row = Row(call={"ip_adapter_image_embeds": [embedding]})
+    weights = image_prompt_adapter(quantized.unet)
+    drawn = []
+    for one in (quantized, loaded):
+        one.unet._load_ip_adapter_weights([weights], low_cpu_mem_usage=False)
+        drawn.append(draw(one, row, []).images)
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], plain.images)
+    with pytest.raises(difloat.CheckpointError, match="unload_ip_adapter"):
+        difloat.save(quantized, tmp_path / "with")
