@@ -82,9 +82,8 @@ def generate(
     >>> generate(difloat.reference("emoji-unet"), ["red apple"], seeds=[0, 1], steps=1, progress=False).images.shape
     torch.Size([2, 3, 64, 64])
 
-    Sample i is drawn with its own CPU generator of `seeds[i]` and prompt `prompts[i % len(prompts)]`. What a pipeline draws without
-    a generator has the seed of its call's first sample. Sampler states come from the scheduler's `step`, and so depend on no
-    pipeline's callbacks. `pipelines.completed` adds what else a call needs.
+    Sample i is drawn with its own CPU generator of `seeds[i]` and prompt `prompts[i % len(prompts)]`. What a pipeline draws
+    without one has the seed of the call's first sample. Sampler states come from the scheduler's `step`.
 
     In a launch of several processes (`difloat.distributed`) all must call this with the same arguments. Each draws some of
     the batches that a single process would draw. The main process gets all samples, and the others get none.
