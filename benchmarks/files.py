@@ -1,11 +1,12 @@
 """A model in the file of every other program, read back by that program's own code, and pictures drawn with what was read.
 
     python benchmarks/files.py                                # emoji-pixart, rounded to nearest, weights of 4 bits
-    python benchmarks/files.py --recipe auto --bits w5a16     # calibrated, bits by layer
+    python benchmarks/files.py --recipe auto --bits w5a16     # calibrated, bits by layer, but for vllm
 
 The readers are the package gguf, comfy-kitchen's eager code, functions of diffusers' `bfl` backend, and OpenVINO on the CPU.
-The first three give weights, which are held against ours, and which then take the place of the float ones. OpenVINO gives
-outputs of the denoiser. Writes ``benchmarks/results/files.json``, ``docs/files.png`` (full precision, then for every target a
+vLLM-Omni needs a GPU, so its files, which are made by recipe svdquant, are decoded here as its documentation says. All but
+OpenVINO give weights, which are held against ours, and which then take the place of the float ones. OpenVINO gives outputs of
+the denoiser. Writes ``benchmarks/results/files.json``, ``docs/files.png`` (full precision, then for every target a
 row of ours and a row of the re-read file) and the table in ``docs/files.md``.
 """
 
@@ -32,7 +33,7 @@ from difloat.evaluation.picture_metrics import PSNR_CAP_DB, mean_interval, psnr
 from difloat.interchange import openvino_ir
 from difloat.pipelines import denoiser_of
 from difloat.plan.encode import dequantize
-from difloat.plan.plan import Plan
+from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.target import FILES
 from difloat.report import build
 
@@ -46,6 +47,8 @@ READERS = {
     "diffusers": "diffusers",
     "openvino": "openvino",
 }
+DOCUMENTED = {"vllm": "its documented layout"}  # decoded in this file
+RECIPES = {"vllm": ("svdquant", "w4a16")}  # where only one makes what the file holds
 
 
 def of_gguf(file: Path) -> dict[str, Tensor]:
@@ -103,10 +106,29 @@ def of_diffusers(file: Path) -> dict[str, Tensor]:
     return found
 
 
+def of_vllm(file: Path) -> dict[str, Tensor]:
+    """All tensors, quantized ones with their branches added, as the page of vLLM-Omni about SVDQuant describes them."""
+    tensors = load_file(file)
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    names = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
+    inside = ("qweight", "wscales", "wcscales", "wtscale", "proj_down", "proj_up", "smooth_factor")
+    taken = {f"{name}.{key}" for name in names for key in inside}
+    found = {key: tensor for key, tensor in tensors.items() if key not in taken}
+    for name in names:
+        packed, scales, by_row, shared, down, up, smooth = (tensors[f"{name}.{key}"] for key in inside)
+        bytes_ = packed.view(torch.uint8).int()
+        codes = torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(1)
+        by_group = (scales.float().t() * shared.float()).repeat_interleave(16, 1) * by_row.float()[:, None]
+        weight = magnitudes[codes & 7] * (1 - 2 * (codes >> 3)) * by_group / smooth.float()
+        found[f"{name}.weight"] = weight + up.float() @ down.float().t()
+    return found
+
+
 WEIGHTS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "gguf": of_gguf,
     "comfy": of_comfy,
     "diffusers": of_diffusers,
+    "vllm": of_vllm,
 }
 
 
@@ -172,7 +194,8 @@ def compare(
     difloat.save(ours, folder / "own")
     file = interchange.export_checkpoint(folder / "own", folder / "out", DIALECTS.get(target, target))
     name, module = denoiser_of(theirs)
-    row: dict[str, Any] = {"layers": formats_of(plan), "reader": harness.versions((READERS[target],))}
+    reader = {DOCUMENTED[target]: ""} if target in DOCUMENTED else harness.versions((READERS[target],))
+    row: dict[str, Any] = {"recipe": f"{recipe}, {bits}", "layers": formats_of(plan), "reader": reader}
     if target == "openvino":
         in_openvino(module, file)
     else:
@@ -199,29 +222,39 @@ def formats_of(plan: Plan) -> dict[str, int]:
     return dict(Counter(layer.parts[0].weight.format.name for layer in plan.layers.values()))
 
 
+def with_branch(layer: LayerPlan) -> Tensor:
+    """The float32 weight of a layer, its low-rank branch added where it has one."""
+    weight = dequantize(layer)
+    if layer.side is None:
+        return weight
+    return weight + layer.tensors["side_up"].float() @ layer.tensors["side_down"].float()
+
+
 def weight_difference(plan: Plan, read: dict[str, Tensor]) -> float:
     """The largest difference of any weight of a quantized layer to ours."""
-    pairs = ((dequantize(layer), read[f"{name}.weight"]) for name, layer in plan.layers.items())
+    pairs = ((with_branch(layer), read[f"{name}.weight"]) for name, layer in plan.layers.items())
     return max(float((ours - other.reshape(ours.shape).float()).abs().max()) for ours, other in pairs)
 
 
 def table(found: dict[str, Any]) -> str:
     """The table for the page."""
     lines = [
-        "| `--for` | read by | layers | file | largest difference of a weight | of an output, relative | pictures |",
-        "|---|---|---|---|---|---|---|",
+        "| `--for` | recipe, bits | read by | layers | file | largest difference of a weight | of an output | pictures |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for target, row in found["targets"].items():
         layers = ", ".join(f"{count} `{name}`" for name, count in row["layers"].items())
         weight = f"{row['largest_weight_difference']:g}" if "largest_weight_difference" in row else "not read"
-        reader = ", ".join(f"{name} {version}" for name, version in row["reader"].items())
+        reader = ", ".join(f"{name} {version}".strip() for name, version in row["reader"].items())
         size, output = f"{row['file_bytes'] / 1e6:.2f} MB", f"{row['largest_output_difference']:.1e}"
         between = row["psnr_between_db"]
         pictures = "the same" if between >= PSNR_CAP_DB else f"{between:.1f} dB apart"
-        lines.append(f"| `{target}` | {reader} | {layers} | {size} | {weight} | {output} | {pictures} |")
+        lines.append(
+            f"| `{target}` | {row['recipe']} | {reader} | {layers} | {size} | {weight} | {output} | {pictures} |"
+        )
     machine = found["machine"]
     source = f"Commit {found['commit']}; {machine['cpu']}; `{found['command']}`."
-    return "\n".join(["", *lines, "", f"{found['model']}, {found['recipe']}, {found['bits']}. {source}", ""])
+    return "\n".join(["", *lines, "", f"{found['model']}. {source}", ""])
 
 
 def main() -> None:
@@ -241,8 +274,8 @@ def main() -> None:
     targets = dict(before["targets"]) if same else {}
     for target in options.targets:
         with tempfile.TemporaryDirectory() as folder:
-            asked = (options.model, options.recipe, options.bits)
-            targets[target], pictures = compare(target, *asked, exact, Path(folder))
+            asked = RECIPES.get(target, (options.recipe, options.bits))
+            targets[target], pictures = compare(target, options.model, *asked, exact, Path(folder))
         rows += pictures
         print(f"{target}: {targets[target]}", flush=True)
         harness.write(options.out, {**told, "targets": targets})  # as soon as it is there

@@ -159,7 +159,7 @@ def test_unknown_target_is_refused(run: Run, source: Path, tmp_path: Path) -> No
     result = run("quantize", source, tmp_path / "out", "--target", "tpu", *FAST)
     assert (
         result.code == 2
-        and "target must be one of any, cpu, comfy, gguf, openvino, diffusers, got 'tpu'" in result.err
+        and "target must be one of any, cpu, comfy, gguf, openvino, vllm, diffusers, got 'tpu'" in result.err
     )
 
 
@@ -371,7 +371,7 @@ def test_what_nobody_foresaw_is_neither_a_gate_nor_bad_input(
         (["--guidance", "nan"], "guidance must be finite, got nan"),
         (
             ["--target", "gpu", "--dry-run"],
-            "target must be one of any, cpu, comfy, gguf, openvino, diffusers, got 'gpu'",
+            "target must be one of any, cpu, comfy, gguf, openvino, vllm, diffusers, got 'gpu'",
         ),
         (["--components", "vea", "--dry-run"], "components must name the denoiser"),
     ],

@@ -211,6 +211,15 @@ def test_int8_files_come_back(tmp_path: Path) -> None:
     assert [remark.level for remark in interchange.validate(tmp_path / "c.safetensors")] == ["ok"]
 
 
+def test_a_refusal_speaks_of_the_layer_s_own_format(tmp_path: Path) -> None:
+    """Not of FP8 where the layer has int8, and of the option that makes such files from the start."""
+    grouped = draft_layer(torch.randn(64, 128), [128], Rule((parse("int8"),), "group", 32)).plan()
+    with pytest.raises(ValueError, match="finer than all input channels of ComfyUI int8; .* or --for comfy$"):
+        written(grouped, tmp_path)
+    with pytest.raises(ValueError, match="what --for diffusers makes is written with nvfp4"):
+        interchange.export_checkpoint(tmp_path / "own", tmp_path / "out", "diffusers")
+
+
 def test_rotated_files_are_refused(tmp_path: Path) -> None:
     tensors, mark = written(layer_of("int8_tensorwise"), tmp_path)
     text = json.dumps({**mark, "convrot": True, "convrot_groupsize": 256}).encode()

@@ -10,7 +10,7 @@ import difloat
 from difloat import api, interchange
 from difloat.numbers.formats import parse
 from difloat.plan.rules import Rule
-from difloat.plan.target import FILES, check_file, fit, fit_inputs
+from difloat.plan.target import BRANCH_FILES, FILES, check_file, fit, fit_inputs
 from tiny import PROMPTS, tiny_pixart, tiny_unet
 
 EXPORTS = {"comfy": "comfy", "gguf": "gguf", "openvino": "openvino", "diffusers": "nvfp4"}
@@ -31,7 +31,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("target", FILES)
+@pytest.mark.parametrize("target", EXPORTS)
 @pytest.mark.parametrize(("recipe", "bits", "options"), CASES)
 def test_what_is_made_for_a_file_is_exported(
     target: str, recipe: str, bits: str, options: dict, tmp_path: Path
@@ -49,7 +49,7 @@ def test_what_is_made_for_a_file_is_exported(
 
 
 def test_a_unet_of_convolutions_and_concatenations(tmp_path: Path) -> None:
-    for target in FILES:
+    for target in EXPORTS:
         pipeline = tiny_unet()
         arguments = {"prompts": PROMPTS, "samples": 4, "steps": 2, "progress": False}
         plan = api.plan(pipeline, "rtn", "w8a16", target=target, **arguments)
@@ -93,8 +93,11 @@ def test_what_cannot_fit_is_refused_before_calibration(
 
 
 def test_names_of_files_and_machines() -> None:
+    assert {*FILES} == {*EXPORTS, *BRANCH_FILES}  # those with branches are in `test_vllm`
     assert check_file("gguf", "any") == "gguf"
-    with pytest.raises(ValueError, match="for must be one of comfy, gguf, openvino, diffusers, got 'onnx'"):
+    with pytest.raises(
+        ValueError, match="for must be one of comfy, gguf, openvino, vllm, diffusers, got 'onnx'"
+    ):
         check_file("onnx", "any")
     with pytest.raises(ValueError, match="target must be left out where --for"):
         check_file("gguf", "cpu")

@@ -300,7 +300,7 @@ def test_loss_and_taken_names_are_refused_and_leave_nothing(tmp_path: Path) -> N
         with pytest.raises(ValueError, match=words):
             interchange.export_checkpoint(tmp_path / "own", tmp_path / "out.safetensors", kind)
     with pytest.raises(
-        ValueError, match="format must be one of nvfp4, fp8, mxfp4, comfy, gguf, openvino, got 'onnx'"
+        ValueError, match="format must be one of nvfp4, fp8, mxfp4, comfy, gguf, openvino, vllm, got 'onnx'"
     ):
         interchange.export_checkpoint(tmp_path / "own", tmp_path / "out.safetensors", "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["own"]

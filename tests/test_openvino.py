@@ -168,6 +168,8 @@ def test_validate_knows_what_is_wrong_with_a_file(tmp_path: Path) -> None:
         "file must hold compressed"
     )
     assert [remark.level for remark in interchange.validate(tmp_path / "int8.xml")] == ["ok", "suspicion"]
+    (tmp_path / "float.xml").unlink()
+    assert [remark.level for remark in interchange.validate(tmp_path)] == ["ok", "suspicion"]  # its directory
     (tmp_path / "int8.xml").write_text("<net")
     assert "must be read by OpenVINO" in interchange.validate(tmp_path / "int8.xml")[0].message
     (tmp_path / "int8.bin").unlink()

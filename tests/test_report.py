@@ -403,6 +403,10 @@ def test_bytes_beyond_the_bits_are_explained_where_they_are():
     remark = _record(layers=[plain, packed_twice, little_beside], weight_bits_nominal=4.0).size_remark
     assert remark.startswith("2 layers take 3.60 kB, 1.8 times what one weight of 4 bits takes")
     assert "2 packed weights" in remark and "--set adapters=1" in remark
+    rotated = replace(plain, bytes=2200, note="input rotated in blocks of 256")
+    assert _record(layers=[rotated], weight_bits_nominal=4.0).size_remark == ""
+    both = replace(rotated, note=f"{rotated.note}; {packed_twice.note}")
+    assert "2 packed weights" in _record(layers=[both], weight_bits_nominal=4.0).size_remark
 
 
 def test_layers_left_float_are_told_from_modules_without_a_layer():

@@ -15,7 +15,7 @@ from difloat.cli.tables import console
 Kind = Annotated[
     str,
     typer.Option(
-        help="nvfp4 or fp8 (diffusers' bfl backend, ModelOpt), mxfp4, comfy (ComfyUI), gguf or openvino."
+        help="nvfp4 or fp8 (diffusers' bfl backend, ModelOpt), mxfp4, comfy (ComfyUI), gguf, openvino or vllm."
     ),
 ]
 Source = Annotated[
@@ -44,9 +44,11 @@ def export(
     from difloat import interchange
 
     file = interchange.export_checkpoint(directory, out, to, component=component, names=names)
-    console.print(
-        f"{to} file {file}, {decimal(file.stat().st_size, precision=2)}", highlight=False, soft_wrap=True
-    )
+    beside = file.with_suffix(".bin")  # of OpenVINO
+    size = sum(part.stat().st_size for part in (file, beside) if to == "openvino" or part == file)
+    console.print(f"{to} file {file}, {decimal(size, precision=2)}", highlight=False, soft_wrap=True)
+    for remark in interchange.remarks_of(directory, to, component):
+        console.print(remark, highlight=False, soft_wrap=True)
 
 
 @app.command("import")

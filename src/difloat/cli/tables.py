@@ -38,7 +38,7 @@ def announce(
         dry: Whether that is all that is done.
     """
     from difloat import estimate, run
-    from difloat.calibration import collect
+    from difloat.calibration import collect, first_call
 
     asked, settings = fitted.request, fitted.request.calibration
     expected = estimate.forecast(fitted, texts, call)
@@ -55,7 +55,7 @@ def announce(
     if expected.rows:
         console.print("times need one timed call of the denoiser: it is made now", highlight=False)
         sampling = collect.sampling_of(fitted.model, texts, settings, call)
-        pace = estimate.time_a_call(fitted.model, sampling)
+        pace = first_call.time_a_call(fitted.model, sampling)
         console.print(run.in_time(expected, pace), highlight=False, soft_wrap=True)
 
 
@@ -114,15 +114,20 @@ def _widths(made: Record) -> str:
         bits = [share.bits for share in made.shares]
         return f"bits chosen by layer: {min(bits):.2f} to {max(bits):.2f} a weight with scales (report: What bytes bought)"
     wider = [row.name for row in made.layers if _code_bits(row.weight_format) > made.weight_bits_nominal + 1]
-    return f"kept at more bits: {', '.join(wider) or 'none'}"
+    count = f" ({len(wider)} layers)" if len(wider) > _NAMES else ""
+    return f"kept at more bits: {_named(wider) or 'none'}{count}"
+
+
+def _named(names: list[str]) -> str:
+    """Names, as far as a console holds them."""
+    return ", ".join(names[:_NAMES]) + ", ..." * (len(names) > _NAMES)
 
 
 def _left(made: Record) -> str:
     """What stays in float: layers by name, as far as a console holds them, and how much else there is."""
     layers = made.left_float
     rest = len(made.skipped) - len(layers)
-    named = ", ".join(name for name, _, _ in layers[:_NAMES]) + ", ..." * (len(layers) > _NAMES)
-    told = f"left in float: {named or 'no layer'}"
+    told = f"left in float: {_named([name for name, _, _ in layers]) or 'no layer'}"
     size = decimal(sum(size for _, _, size in layers), precision=2)
     return (
         told

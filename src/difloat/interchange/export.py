@@ -20,18 +20,20 @@ from difloat.cache_entries import whole_file
 from difloat.checkpoint.layout import CONFIG, write_json
 from difloat.checkpoint.remote_code import INDEX as PIPELINE_INDEX
 from difloat.checkpoint.save_load import read_plan
-from difloat.interchange import comfy, comfy_tables, gguf_files, openvino_ir
+from difloat.interchange import comfy, comfy_tables, gguf_files, openvino_ir, vllm
 from difloat.interchange.contents import Contents, model_directory, read_contents
 from difloat.interchange.layers import NEUTRAL_INPUT_SCALE, encode, obstacle
 from difloat.interchange.rename import renamed
 from difloat.interchange.schemes import DIALECTS, Scheme
+from difloat.numbers.formats import Format
 from difloat.pipelines import denoisers_of
 from difloat.plan.encode import dequantize
 from difloat.plan.plan import LayerPlan
 
 INPUT_SCALES = "input_scales"  # of imported files, kept in the options of the plan
-TARGETS = (*DIALECTS, "gguf", "openvino")
+TARGETS = (*DIALECTS, "gguf", "openvino", "vllm")
 NAMES = ("auto", "source", "diffusers")
+_MADE_FOR = {"comfy": "comfy", "nvfp4": "diffusers", "fp8": "diffusers"}  # `quantize --for` of files
 _UNDER_SOURCE_NAMES = ("comfy", "gguf")
 _WEIGHTS = "diffusion_pytorch_model"
 
@@ -70,7 +72,8 @@ def export_checkpoint(
         ImportError: if the package that writes such files is missing.
     """
     if to not in TARGETS:
-        raise ValueError(f"format must be one of {', '.join(TARGETS)}, got {to!r}")
+        hint = "; what --for diffusers makes is written with nvfp4" * (to == "diffusers")
+        raise ValueError(f"format must be one of {', '.join(TARGETS)}, got {to!r}{hint}")
     if names not in NAMES:
         raise ValueError(f"names must be one of {', '.join(NAMES)}, got {names!r}")
     source, target = model_directory(Path(directory), component), Path(out)
@@ -79,14 +82,17 @@ def export_checkpoint(
     contents = _named(read_contents(source, to), to, names)
     ending = {"gguf": gguf_files.SUFFIX, "openvino": openvino_ir.SUFFIX}.get(to, ".safetensors")
     file = target if target.suffix == ending else target / f"{_WEIGHTS}{ending}"
+    config = contents.config
     if to == "openvino":
         _write_openvino(Path(directory), source, contents, file)
     elif to == "gguf":
         gguf_files.write(contents, file)
+    elif to == "vllm":
+        config = _write_vllm(contents, file, target)
     else:
         _write_safetensors(contents, file, to, input_scales or {})
     if file != target:
-        write_json(target / CONFIG, dict(contents.config))
+        write_json(target / CONFIG, dict(config))
     return file
 
 
@@ -99,7 +105,10 @@ def remarks_of(directory: str | os.PathLike[str], to: str, component: str | None
     >>> remarks_of(difloat.save(model, "model"), "comfy")
     ['0: ComfyUI rounds the inputs to 8 bits per token, which the checkpoint does not']
     """
-    return comfy.remarks(read_plan(model_directory(Path(directory), component))[0]) if to == "comfy" else []
+    if to not in ("comfy", "vllm"):
+        return []
+    plan, stored = read_plan(model_directory(Path(directory), component))
+    return comfy.remarks(plan) if to == "comfy" else vllm.remarks(plan, stored)
 
 
 def _write_openvino(root: Path, source: Path, contents: Contents, file: Path) -> None:
@@ -120,6 +129,27 @@ def _write_openvino(root: Path, source: Path, contents: Contents, file: Path) ->
         file.parent.mkdir(parents=True, exist_ok=True)
         for part in (made.with_suffix(".bin"), made):
             shutil.move(part, file.with_suffix(part.suffix))
+
+
+def _write_vllm(contents: Contents, file: Path, target: Path) -> Mapping[str, Any]:
+    """Write the tensors, and give the config that belongs to them."""
+    if file == target:
+        raise ValueError(
+            f"output must be a directory for vllm files, whose config.json says how to read them, got {str(target)!r}"
+        )
+    rank = vllm.rank_of(contents.layers)
+    tensors = dict(contents.others)
+    for name, layer in contents.layers.items():
+        encoded = vllm.encode(name, layer, rank)
+        tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in encoded.items()}
+    _save(tensors, file, {"format": "pt"})
+    return vllm.config_of(contents, rank)
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as partial:
+        safetensors.torch.save_file(dict(tensors), partial, metadata=metadata)
 
 
 def _named(contents: Contents, to: str, names: str) -> Contents:
@@ -158,26 +188,26 @@ def _write_safetensors(contents: Contents, file: Path, to: str, input_scales: Ma
     if to == "comfy":
         metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": marks})
         tensors |= {f"{name}.comfy_quant": _as_bytes(entry) for name, entry in marks.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as partial:
-        safetensors.torch.save_file(tensors, partial, metadata=metadata)
+    _save(tensors, file, metadata)
 
 
 def _layout(name: str, layer: LayerPlan, schemes: tuple[Scheme, ...], to: str) -> Scheme:
     """The first layout that holds the layer without loss.
 
     Raises:
-        ValueError: if there is none; says why the one of the same width cannot.
+        ValueError: if there is none; says why the one of the same format cannot, or of the same width.
     """
-    reasons: dict[int, str] = {}
+    reasons: dict[Format | int, str] = {}
     for scheme in schemes:
         reason = obstacle(layer, scheme)
         if not reason:
             return scheme
+        reasons.setdefault(scheme.element, reason)
         reasons.setdefault(scheme.element.bits, reason)
-    width = layer.parts[0].weight.format.bits
-    reason = reasons.get(width, next(iter(reasons.values())))
-    raise ValueError(f"{to} files must hold every layer without loss, but {name!r} {reason}")
+    own = layer.parts[0].weight.format
+    reason = reasons.get(own) or reasons.get(own.bits) or next(iter(reasons.values()))
+    fitting = f" or --for {_MADE_FOR[to]}" if to in _MADE_FOR and "; quantize with --" in reason else ""
+    raise ValueError(f"{to} files must hold every layer without loss, but {name!r} {reason}{fitting}")
 
 
 def _as_bytes(entry: object) -> Tensor:

@@ -131,8 +131,12 @@ def _is_power_of_two(scales: Tensor) -> bool:
     return bool((mantissa == 0.5).all() and ((exponent - 1).abs() <= E8M0_BIAS).all())
 
 
-def split_scales(scales: Tensor) -> tuple[Tensor, Tensor] | None:
+def split_scales(scales: Tensor, shared_in: torch.dtype = torch.float32) -> tuple[Tensor, Tensor] | None:
     """Positive float32 scales as e4m3 numbers times one float32 number, whose rounded products are exactly the scales.
+
+    Args:
+        scales: The scales, of any shape.
+        shared_in: The dtype that must hold the one number.
 
     Returns:
         The e4m3 numbers (dtype float8_e4m3fn, shape of `scales`) and the float32 scalar, or None if there are none.
@@ -142,7 +146,7 @@ def split_scales(scales: Tensor) -> tuple[Tensor, Tensor] | None:
         shared = largest / value
         for steps in _NEIGHBOURS:
             candidate = (shared.view(torch.int32) + steps).view(torch.float32)
-            if not float(candidate) > 0:
+            if not float(candidate) > 0 or candidate.to(shared_in).float() != candidate:
                 continue
             ratio = (scales / candidate).clamp(max=_E4M3.max).to(torch.float8_e4m3fn)
             if torch.equal(ratio.float() * candidate, scales):

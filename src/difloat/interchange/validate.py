@@ -18,7 +18,7 @@ from torch import Tensor
 from difloat.checkpoint.layout import CONFIG, QUANT_METHOD, read_json
 from difloat.checkpoint.manifest import MANIFEST
 from difloat.checkpoint.verify import verify
-from difloat.interchange import comfy, comfy_tables, gguf_files, openvino_ir, read_foreign
+from difloat.interchange import comfy, comfy_tables, gguf_files, openvino_ir, read_foreign, vllm
 from difloat.interchange.layers import decode
 from difloat.interchange.read_foreign import METADATA, PACKED, Foreign
 from difloat.interchange.remarks import WRONG, Remark
@@ -50,6 +50,7 @@ def validate(path: str | os.PathLike[str], reference: Mapping[str, Tensor] | Non
         CheckpointError: if it is no whole safetensors file, or GGUF.
     """
     source = Path(path)
+    source = _exported(source)
     if source.is_file() and source.suffix == gguf_files.SUFFIX:
         return list(validate_gguf(source, reference))
     if source.is_file() and source.suffix == openvino_ir.SUFFIX:
@@ -64,6 +65,8 @@ def validate(path: str | os.PathLike[str], reference: Mapping[str, Tensor] | Non
         read.comfy_formats()
     except ValueError as error:
         return [Remark("error", "", str(error))]
+    if names := vllm.layers_in(read.tensors):
+        return list(_vllm(read, names))
     names = list(dict.fromkeys([*read.quantized(), *_without_scales(read)]))
     remarks = [remark for name in names for remark in _layer(read, name, reference)]
     if not names:
@@ -74,6 +77,19 @@ def validate(path: str | os.PathLike[str], reference: Mapping[str, Tensor] | Non
         schemes |= {format: None for format in own if format in read.comfy_formats().values()}
         remarks.append(Remark("ok", "", f"{len(names)} quantized layers as {', '.join(schemes)} stores them"))
     return remarks
+
+
+def _vllm(read: Foreign, names: list[str]) -> Iterator[Remark]:
+    found = [Remark("error", name, message) for name in names for message in vllm.check(name, read.tensors)]
+    yield from found
+    if not found:
+        yield Remark("ok", "", f"{len(names)} quantized layers as vLLM-Omni's {vllm.METHOD} stores them")
+
+
+def _exported(path: Path) -> Path:
+    """The GGUF or OpenVINO file of a directory that holds one and no checkpoint, else the path itself."""
+    found = [file for suffix in (gguf_files.SUFFIX, openvino_ir.SUFFIX) for file in path.glob(f"*{suffix}")]
+    return found[0] if len(found) == 1 and not _is_own(path) and not any(path.glob("*.safetensors")) else path
 
 
 def _is_own(directory: Path) -> bool:

@@ -15,7 +15,7 @@ from difloat.methods.training.train import TrainingSettings
 from difloat.plan.file_offers import LEAST_BITS, MOST_BITS
 from difloat.plan.rules import Bits, Rule
 from difloat.plan.specs import Side
-from difloat.plan.target import FILES, Target, fit_inputs
+from difloat.plan.target import BRANCH_FILES, FILES, Target, fit_inputs
 
 ALL_ROWS = sys.maxsize  # of a pass that leaves no calibration row out
 # A backward pass multiplies twice where the forward pass does once: by the weights and by the inputs.
@@ -47,6 +47,7 @@ class Cost:
         updates: The updates of fine-tuning, or 0 for those of the epochs.
         fresh: Whether fine-tuning draws rows of its own, so that the teacher does not compute the calibration rows.
         for_files: Whether the recipe chooses among the formats of a kind of file, where one is asked for.
+        for_branches: Whether the recipe makes what files with branches hold (`target.BRANCH_FILES`), where one is asked for.
     """
 
     weight: Rule
@@ -67,6 +68,7 @@ class Cost:
     updates: int = 0
     fresh: bool = False
     for_files: bool = False
+    for_branches: bool = False
 
     def pairs_of(self, shape: Sequence[int]) -> Side | None:
         """The low-rank pairs beside a weight [o, i, *k] of this shape, or None for none."""
@@ -155,6 +157,9 @@ def check_files(options: Any, cost_of: Callable[[Any, Bits], Cost], bits: Bits, 
     if target not in FILES:
         return options
     cost = cost_of(options, bits)
+    if target in BRANCH_FILES:
+        _check_branches(cost, bits, target)
+        return options
     if cost.for_files:
         _check_choice(options, bits, target)
     beside = cost.variants > 1 or cost.smoothed or cost.rotated or cost.side is not None or cost.epochs > 0
@@ -165,6 +170,19 @@ def check_files(options: Any, cost_of: Callable[[Any, Bits], Cost], bits: Bits, 
         )
     fit_inputs(bits.activation, bits.weight, target)
     return options
+
+
+def _check_branches(cost: Cost, bits: Bits, target: Target) -> None:
+    """Refuse what leaves no branch beside weights of 4 bits."""
+    if not cost.for_branches or cost.side is None:
+        got = "none" if cost.side is None else "integers and a branch beside them"
+        raise ValueError(
+            f"recipe must make a weight and a low-rank branch per layer for {target} files, got {got}; take svdquant with a "
+            "rank above 0"
+        )
+    fit_inputs(bits.activation, bits.weight, target)
+    if bits.weight > LEAST_BITS:
+        raise ValueError(f"bits must be w{LEAST_BITS}a16 for {target} files, got {bits}")
 
 
 def _check_choice(options: Any, bits: Bits, target: Target) -> None:

@@ -144,6 +144,16 @@ def singular_pair(weight: Tensor, factors: Tensor, rank: int) -> Pair:
     return _stored(right[:rank] * scale, left[:, :rank] * values[:rank])
 
 
+def in_bfloat16(pair: Pair) -> Pair:
+    """A pair whose numbers bfloat16 holds as well as float16.
+
+    >>> in_bfloat16(Pair(torch.tensor([[1.00390625]]), torch.tensor([[1.5]]))).down
+    tensor([[1.]])
+    """
+    down, up = (factor.bfloat16().to(_DTYPE).float() for factor in (pair.down, pair.up))
+    return Pair(down, up)
+
+
 def without(moments: Tensor, pair: Pair) -> Tensor:
     """Moments [n, n] of what is left of inputs when all that `down` reads of them is known: ``H - H A (A^T H A)^+ A^T H``.
 

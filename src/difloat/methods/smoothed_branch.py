@@ -16,7 +16,7 @@ from difloat.methods import low_rank
 from difloat.plan.encode import join_variants
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Rule, draft_layer
-from difloat.plan.target import Target, restrict
+from difloat.plan.target import BRANCH_FILES, FILES, Target, fit, restrict
 
 SHARE = 16  # of the shorter side of a weight, above which the rank of its branch must not be
 _LEAST_EXPONENT, _LARGEST_EXPONENT = (
@@ -53,7 +53,7 @@ def nearest_beside_branch(
         plan: The layer with its inputs, and with its factors where it is smoothed.
         rule: What is asked of what the branch leaves of the weight.
         most: The rank of the branch, where `rank_of` allows it.
-        target: The machine whose formats are taken.
+        target: The machine or the kind of file whose formats are taken.
     """
     factors = plan.tensors["input_factor"].to(weight.device) if plan.smoothed else None  # [i]
     rank, rest = rank_of(plan.shape, most), weight.float()
@@ -63,9 +63,15 @@ def nearest_beside_branch(
     pair = None
     if rank:
         pair = low_rank.singular_pair(rest, by_column.flatten(), rank)
+        pair = low_rank.in_bfloat16(pair) if target in BRANCH_FILES else pair
         rest = rest - pair.weight(plan.shape)
     splits = [part.channels for part in plan.parts]
-    made = draft_layer(rest / by_column, splits, restrict(rule, target)).plan()
+    asked = restrict(rule, target)
+    if target in FILES:
+        held = fit(rule, False, weight.dim() == 2, weight.shape[1], target)
+        assert not isinstance(held, str)  # such layers stay float
+        asked = held
+    made = draft_layer(rest / by_column, splits, asked).plan()
     if factors is not None:
         made = join_variants([made], (), factors)
     parts = tuple(

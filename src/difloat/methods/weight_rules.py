@@ -9,11 +9,13 @@ from typing import Literal
 from difloat.methods.picture_budget import is_large
 from difloat.methods.task import Task
 from difloat.plan import file_offers
-from difloat.plan.rules import Rule, asymmetric_integers, levels_or_integers
+from difloat.plan.rules import MIN_MAX, Rule, asymmetric_integers, levels_or_integers
 from difloat.plan.target import Target
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 Grid = Literal["table", "fit", "integer"]
+REPLACED_LATER = replace(asymmetric_integers(8, "channel"), clips=MIN_MAX, zero_points=MIN_MAX)
+"""The quickest rule, for weights that are rounded anew later."""
 
 
 @dataclass(frozen=True)

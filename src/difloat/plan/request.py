@@ -100,7 +100,7 @@ class Request:
         bits: Bits of weights and inputs, like w4a8. a16 leaves inputs alone. The recipe auto takes averages like w3.5a8.
         calibration: What to collect, where the recipe looks at data.
         target: "cpu" takes only formats that CPUs compute in integers, and auto also looks at the times of this one. "any"
-            takes all. comfy, gguf, openvino and diffusers take what files of that kind hold exactly, as --for does.
+            takes all. comfy, gguf, openvino, vllm and diffusers take what files of that kind hold exactly, as --for does.
         exclude: Layers or blocks that stay as they are whatever the recipe, like down_blocks.0 or '*.to_q'.
         components: What of a pipeline is quantized, like transformer,text_encoder,vae=w8a8. All but the denoiser do without
             data. If it is left out, the denoiser.

@@ -11,8 +11,9 @@ from difloat.numbers.integer_grids import grid_of
 from difloat.plan.rules import Rule
 from difloat.plan.specs import Rotation
 
-Target = Literal["any", "cpu", "comfy", "gguf", "openvino", "diffusers"]
-FILES: tuple[Target, ...] = ("comfy", "gguf", "openvino", "diffusers")
+Target = Literal["any", "cpu", "comfy", "gguf", "openvino", "vllm", "diffusers"]
+FILES: tuple[Target, ...] = ("comfy", "gguf", "openvino", "vllm", "diffusers")
+BRANCH_FILES: tuple[Target, ...] = ("vllm",)  # which have a low-rank branch beside every weight
 _BLOCK = 32  # weights of a block of GGUF
 COMFY_ROTATION = Rotation(256, regular=True)  # of layers with `_WHOLE_LEVELS`
 # Lloyd-Max levels of a group of normal numbers in units of a fifteenth: whole multiples of up to 8 stay within int8.
@@ -88,6 +89,8 @@ def fit(
         tables = () if learn else (formats.parse("iq4nl"),)
         names = (formats.parse("int8"),) if wide else (*tables, formats.parse("int4"))
         return replace(asked, formats=names, zero_points=None)
+    if target == "vllm" and wide:
+        return f"{rule.formats[0].bits} bits, which vllm files hold in float"
     rounded = (
         target == "comfy" and inputs == 8
     )  # such files have the layout with a rotation for inputs of 8 bits
@@ -102,8 +105,8 @@ def fit(
             rule, formats=grid, zero_points=None, granularity="group", group_size=16, scales="whole"
         )
     if not wide and not rounded:
-        if target == "diffusers" and channels % 16:
-            return f"{channels} input channels, no multiple of 16, which diffusers files hold in float"
+        if target != "comfy" and channels % 16:
+            return f"{channels} input channels, no multiple of 16, which {target} files hold in float"
         asked = replace(rule, formats=(formats.parse("e2m1"),), zero_points=None)
         return replace(asked, granularity="group", group_size=16, scales="e4m3")
     name = "int8" if target == "comfy" else "e4m3fn"

@@ -79,7 +79,8 @@ def cost(options: Options, bits: Bits) -> Cost:
     weight, inputs = _weight(bits.weight, options), _inputs(bits, options)
     side = Side(options.rank) if options.rank else None
     passes = (options.rows,)
-    return Cost(weight, inputs, options.keep_8bit, smoothed=True, side=side, side_share=SHARE, passes=passes)
+    made = Cost(weight, inputs, options.keep_8bit, smoothed=True, side=side, side_share=SHARE, passes=passes)
+    return replace(made, for_branches=True)
 
 
 def _weight(bits: int, options: Options) -> Rule:

@@ -23,7 +23,7 @@ from difloat.plan.encode import dequantize
 from difloat.plan.plan import LayerPlan, Plan
 from difloat.plan.specs import SIDE, QuantSpec, rows_of_parts, weight_formats
 from difloat.report import render
-from difloat.report.record import NO_LAYER
+from difloat.report.record import NO_LAYER, ROTATED
 from difloat.report.render import Histogram, LayerRow, Record
 
 RECORD, PICTURES, PAGE = REPORT_FILES
@@ -82,7 +82,7 @@ def layer_row(name: str, layer: LayerPlan, weight: Tensor) -> LayerRow:
 
 def _rotated(layer: LayerPlan) -> str:
     """A phrase about the rotation of the input, or "" without one."""
-    return "" if layer.rotation is None else f"input rotated in blocks of {layer.rotation.block}"
+    return "" if layer.rotation is None else f"{ROTATED} {layer.rotation.block}"
 
 
 def _by_timestep(layer: LayerPlan) -> str:

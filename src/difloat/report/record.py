@@ -16,8 +16,14 @@ from difloat.plan.validation import LISTED, OPTIONAL, TUPLE, read, record
 from difloat.report.text import number_text, size_text
 
 NO_LAYER = "no layer to quantize"  # ends the reasons of modules that no recipe could quantize, such as norms
+ROTATED = "input rotated in blocks of"  # begins the phrases of a layer's note that cost no bytes
 _SHOWN = 3  # layers that a note names
 _FAR_MORE = 1.5
+
+
+def _costs_bytes(note: str) -> bool:
+    """Whether a layer's note speaks of anything but a rotation."""
+    return any(not phrase.startswith(ROTATED) for phrase in note.split("; "))
 
 
 @record("layer of a report", finite=False)
@@ -219,7 +225,7 @@ class Record:
         That is so where layers hold a packed weight for each of several adapters or stretches of timesteps, or have adapters
         beside their weights.
         """
-        several = [row for row in self.layers if row.note]
+        several = [row for row in self.layers if row.note and _costs_bytes(row.note)]
         nominal = sum(math.prod(row.shape) for row in several) * self.weight_bits_nominal / 8
         taken = sum(row.bytes for row in several)
         if not several or taken < _FAR_MORE * nominal:
