@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from difloat.numbers import sorted_rows
 from difloat.numbers.formats import Format, candidates, parse
 from difloat.numbers.rounding import round_to
 from difloat.numbers.search import CLIPS, ZERO_POINTS, Found, best_per_format, search
+from difloat.plan.rules import Rule, asymmetric_integers, draft_layer, levels_or_integers
 
 SIGNED = ["e2m1", "e3m0", "e1m2", "int4", "int2", "e3m2", "e4m3", "int8"]
 UNSIGNED = ["ue2m2", "ue4m0", "uint4", "uint1"]
@@ -227,3 +229,25 @@ def test_a_negative_row_is_fine_for_signed_formats_beside_unsigned_ones() -> Non
     found = search(rows, [parse("ue2m2"), parse("e2m1")], zero_points=(0.0,))
     assert found.format.name == "e2m1"
     assert found.error_by_format["ue2m2"] == pytest.approx(14.0)
+
+
+@pytest.mark.parametrize("name", ["int8", "uint8", "e2m1"])
+def test_one_candidate_is_rounded_in_place_of_sorted(name: str) -> None:
+    weights = torch.randn(40, 30, generator=torch.Generator().manual_seed(5))
+    format = parse(name)
+    found = search(weights, [format], clips=[1.0], zero_points=[1.0])
+    zero = found.zero_point[:, None]
+    low, high = weights.aminmax(dim=1)
+    reach = torch.maximum(high, -low) if format.signed else high - low
+    torch.testing.assert_close(found.scale, reach / format.max)
+    assert torch.equal(found.zero_point, torch.zeros(40) if format.signed else low)
+    scale = found.scale[:, None].double()
+    rounded = round_to((weights - zero.double()) / scale, format) * scale + zero
+    torch.testing.assert_close(found.error, (rounded - weights).square().sum(1))
+
+
+@pytest.mark.parametrize("rule", [levels_or_integers(4, "channel"), asymmetric_integers(5, "channel")])
+def test_a_rough_search_is_near_the_full_one(rule: Rule) -> None:
+    weights = torch.randn(60, 256, generator=torch.Generator().manual_seed(6))
+    full, rough = (float(draft_layer(weights, [256], one).error) for one in (rule, replace(rule, rough=True)))
+    assert full <= rough < 1.05 * full
