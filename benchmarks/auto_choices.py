@@ -6,12 +6,14 @@
 
 Every row is quantized anew and draws the same pictures as full precision. Stored are the PSNR, its paired difference to the
 first row of the same bits, effective bits, seconds of calibration and of all after it, and seconds of a picture: full precision
-and packed in turns, the median of `--repeats`. Costs are given in full-precision pictures, too.
+and packed in turns, the median of `--repeats`. Costs are given in full-precision pictures, too. The load of the machine is
+stored beside them, and the table leaves times out where other work ran.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from dataclasses import replace
@@ -30,6 +32,9 @@ from difloat.plan.rules import Bits
 from difloat.plan.target import FILES, Target
 
 STEPS, ROWS = 20, 256
+OTHER_LOAD = 0.7
+"""Above the threads of a run, the load from which its times are left out of the table."""
+
 PAGE = harness.ROOT / "docs/papers/auto.md"
 MARK = re.compile(r"(<!-- choices -->\n)(.*?)(<!-- end choices -->)", re.DOTALL)
 TRAJECTORIES, TARGET = "trajectories", "target"
@@ -66,6 +71,9 @@ CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "w4a4, inputs per token": ("auto", "w4a4", {"input_group": 0}),
     "w4a8, all inputs rotated": ("auto", "w4a8", {"rotate": "all"}),
     "w4a8, chosen inputs rotated": ("auto", "w4a8", {"rotate": "chosen"}),
+    "w4a8, chosen inputs rotated, tables fitted": ("auto", "w4a8", {"rotate": "chosen", "grid": "fit"}),
+    "w4a8, bits by layer, branches": ("auto", "w4a8", {"widths": "layers", "branch": 4}),
+    "w3a8, chosen inputs rotated": ("auto", "w3a8", {"rotate": "chosen"}),
     "w4a4, all inputs rotated": ("auto", "w4a4", {"rotate": "all"}),
     "w4a4, chosen inputs rotated": ("auto", "w4a4", {"rotate": "chosen"}),
     "w4a4, per token, all rotated": ("auto", "w4a4", {"input_group": 0, "rotate": "all"}),
@@ -171,6 +179,7 @@ def measure(
         "calibration_s": round(calibrated - start, 1),
         "after_s": round(done - calibrated, 1),
         "picture_s": times,
+        "load": round(os.getloadavg()[0], 1),
         "calibration_pictures": round((calibrated - start) / times["full precision"], 1),
         "after_pictures": round((done - calibrated) / times["full precision"], 1),
     }
@@ -228,11 +237,15 @@ def table_of(name: str, stored: dict[str, Any]) -> str:
         speed = row["picture_s"]["packed"] / row["picture_s"]["full precision"]
         cells = (label, _interval(row["psnr_db"], 1), change, f"{row['effective_bits']:.2f}")
         costs = (f"{row['calibration_s']:g}", f"{row['after_s']:g}", f"{both:.0f}", f"{speed:.2f}")
+        if row.get("load", 0) > row["machine"]["threads"] + OTHER_LOAD:
+            costs = ("", "", "", "")
         lines.append(f"| {' | '.join((*cells, *costs))} |")
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows.values()))
     threads = ", ".join(dict.fromkeys(str(row["machine"]["threads"]) for row in rows.values()))
     cpu = next(iter(rows.values()))["machine"]["cpu"]
-    return "\n".join([*lines, "", f"Commits {commits}; {cpu}, threads {threads}.", "", ""])
+    return "\n".join(
+        [*lines, "", f"Commits {commits}; {cpu}, threads {threads}. Without times: other work ran.", "", ""]
+    )
 
 
 def _interval(found: dict[str, float], digits: int) -> str:

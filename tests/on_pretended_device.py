@@ -74,7 +74,13 @@ def plan_on(device: torch.device | str, recipe: str, bits: str = "w4a8") -> Plan
     known = recipes.RECIPES[recipe].options.__dataclass_fields__
     options = {name: value for name, value in FAST.items() if name in known}
     return difloat.plan(
-        tiny_pixart().to(device), recipe, bits, prompts=PROMPTS, call_kwargs=BINNING, **CALIBRATION, **options
+        tiny_pixart(blocks=1).to(device),
+        recipe,
+        bits,
+        prompts=PROMPTS,
+        call_kwargs=BINNING,
+        **CALIBRATION,
+        **options,
     )
 
 
@@ -170,7 +176,7 @@ def test_data_stay_where_they_are(pretended: torch.device, monkeypatch: pytest.M
             largest.append(args[0].numel())
         return inner(cls, func, types, args, kwargs)
 
-    model = tiny_pixart().to(pretended)
+    model = tiny_pixart(blocks=1).to(pretended)
     data = api.calibrate(model, prompts=PROMPTS, call_kwargs=BINNING, **CALIBRATION)
     monkeypatch.setattr(pretend_device.PretendTensor, "__torch_dispatch__", classmethod(counted))
     for recipe in ("rtn", "mpqdm"):
@@ -197,7 +203,7 @@ def test_commands_compute_on_the_device_they_are_told(
     pretended: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, made = tmp_path / "source", tmp_path / "made"
-    tiny_pixart().save_pretrained(source)
+    tiny_pixart(blocks=1).save_pretrained(source)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     real = checkpoint.save
 

@@ -127,7 +127,7 @@ def tiny_world() -> Iterator[pytest.MonkeyPatch]:
         return generate(*given, **{**more, "steps": 2})
 
     with pytest.MonkeyPatch.context() as patch:
-        make = {"emoji-unet": tiny_unet, "emoji-pixart": tiny_pixart}
+        make = {"emoji-unet": tiny_unet, "emoji-pixart": lambda: tiny_pixart(blocks=1)}
         patch.setattr(reference_models, "load", lambda name: make[name]())
         patch.setattr(api, "plan", quick)
         for name in ("frechet_interval", "frechet_ratio_interval"):

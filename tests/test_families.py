@@ -43,7 +43,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fp4dit": {"recipe": "fp4dit", "rounding": "nearest", "softmax": "8"},
     "mpqdm": {"recipe": "mpqdm", "epochs": 1, "rows": 2, "rank": 2, "relation_every": 1},
 }
-SLOW = {"mpqdm"}  # half a minute on some families
+SLOW = {
+    "lbfp",
+    "mpqdm",
+}  # 5 to 30 seconds on some families; `test_contracts` runs them on a U-Net and a transformer
 FLUX_SIZE = FAMILIES["flux"].call
 
 

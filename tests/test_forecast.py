@@ -12,6 +12,7 @@ from torch import nn
 
 import families
 from difloat import api, estimate, job, recipes, run
+from difloat.calibration import first_call
 from difloat.calibration.collect import CalibrationSettings, sampling_of
 from difloat.calibration.pace import Pace
 from difloat.estimate import Forecast
@@ -204,7 +205,7 @@ def test_a_timed_call_is_one() -> None:
     sampling = sampling_of(pipeline, PROMPTS, SETTINGS, PIXART_KWARGS)
     began: list[int] = []
     handle = pipeline.transformer.register_forward_hook(lambda *_: began.append(1))
-    pace = estimate.time_a_call(pipeline, sampling)
+    pace = first_call.time_a_call(pipeline, sampling)
     handle.remove()
     assert len(began) == 1 and pace.timed > 0 and 0 < pace.row_seconds < 30
     assert not pipeline.transformer._forward_pre_hooks

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from difloat import api
-from difloat.methods import blockwise, judge, polish
+from difloat.methods import blockwise, judge, optional_parts, polish
 from difloat.methods.judge import apart
 from difloat.methods.post_training import Outcome
 from difloat.methods.task import Task
@@ -260,7 +260,57 @@ def test_what_cannot_be_polished_is_said(task: Task) -> None:
     few = replace(task, calibration=task.calibration.some(range(4)))
     with pytest.raises(ValueError, match="rows must come from at least 8 trajectories"):
         auto(few, polish=1, rows=4)
-    for word in ("judge", "polish_rate", "polish_minutes"):
-        chosen = make_options(Options, {word: True if word == "judge" else 1.0})
+    for word in ("polish_rate", "polish_minutes"):
         with pytest.raises(ValueError, match=f"{word} must come with polish of at least one update"):
-            checked(chosen, Bits.parse("w4a8"))
+            checked(make_options(Options, {word: 1.0}), Bits.parse("w4a8"))
+    with pytest.raises(
+        ValueError, match=r"judge must come with an optional part \(polish, rotate or branch\)"
+    ):
+        checked(make_options(Options, {"judge": True}), Bits.parse("w4a8"))
+
+
+def test_parts_stay_where_held_out_trajectories_gain(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part is tried beside those that were kept, on rows without those that judge, and the report has both verdicts."""
+    plain, asked = auto(task), {"rotate": "all", "branch": 2}
+    seen: list[tuple[str, bool, bool]] = []
+    real = optional_parts.judge
+
+    def said(task: Task, held: Sequence[int], part: str, before: Outcome, after: Outcome, **more: Any) -> Any:
+        seen.append((part, *(turned(one) for one in (before, after))))
+        found = real(task, held, part, before, after, **more)
+        return replace(found, kept=part == "branch")
+
+    monkeypatch.setattr(optional_parts, "judge", said)
+    done = auto(task, judge=True, **asked)
+    assert seen == [("rotate", False, True), ("branch", False, False)]
+    assert [(one["part"], one["kept"]) for one in done.measured["tried"]] == [
+        ("rotate", False),
+        ("branch", True),
+    ]
+    assert same(done.layers, auto(task, branch=2).layers) and not same(done.layers, plain.layers)
+    assert done.used == {"rotate": "none", "branch": 2}
+    told = build.tried(Plan("auto", "w3a8", done.layers, measured=done.measured))
+    assert [one.part for one in told] == ["rotate", "branch"]
+    price = [cost(replace(Options(), **more)) for more in ({}, asked, {**asked, "judge": True})]
+    assert price[0] == price[1] and price[2] > 4 * price[1]
+
+
+def turned(outcome: Outcome) -> bool:
+    """Whether a layer reads a rotated input."""
+    return any(layer.rotation is not None for layer in outcome.layers.values())
+
+
+def cost(options: Options) -> float:
+    """Rows that a plan by these options asks of the denoiser."""
+    from difloat.recipes import auto as recipe
+
+    return sum(recipe.cost(options, Bits.parse("w3a8")).computed(10_000, 20).values())
+
+
+def test_without_gain_nothing_is_kept(task: Task) -> None:
+    """Both verdicts come from the judge, whose strict rule leaves a part out that changes nothing."""
+    done = auto(replace(task, bits=Bits.parse("w8a8")), judge=True, branch=1)
+    (tried,) = done.measured["tried"]
+    assert tried["kept"] == (tried["gain"]["low"] > 0)
+    expected = auto(replace(task, bits=Bits.parse("w8a8")), branch=1 if tried["kept"] else 0)
+    assert same(done.layers, expected.layers)

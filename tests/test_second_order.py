@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from difloat.methods.second_order import Rounded, SecondOrderSettings, nearest_row_error, round_second_order
+from difloat.methods.second_order import (
+    Rounded,
+    SecondOrderSettings,
+    nearest_row_error,
+    round_second_order,
+    round_together,
+)
 from difloat.numbers import formats, rounding
 from difloat.plan import encode
 from difloat.plan.rules import Draft, Rule, asymmetric_integers, draft_layer
@@ -200,6 +206,39 @@ def test_groups_of_a_convolution_are_problems_of_their_own() -> None:
         )
         found = round_second_order(alone, moments[number], SecondOrderSettings())
         torch.testing.assert_close(found.weight, together.weight[rows], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("by_diagonal", [False, True])
+def test_weights_of_one_input_are_rounded_together_as_alone(by_diagonal: bool) -> None:
+    """More columns than a block has, so that errors pass within few columns, within a block and between blocks."""
+    channels = 150
+    rules = [signed("iq4nl"), asymmetric_integers(5, "channel"), signed("t2g"), signed("e4m3", "tensor")]
+    drafts = [
+        draft_layer(weight_of(8 + 4 * at, channels, seed=at), [channels], rule)
+        for at, rule in enumerate(rules)
+    ]
+    moments, settings = moments_of(channels, 10)[0], SecondOrderSettings(by_diagonal=by_diagonal, rounds=2)
+    together = round_together(drafts, moments, settings)
+    for draft, one in zip(drafts, together, strict=True):
+        alone = round_second_order(draft, moments, settings)
+        assert torch.equal(codes(one), codes(alone))
+        torch.testing.assert_close(one.weight, alone.weight, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            one.row_error, error_of(one.weight - draft.weight, moments), rtol=1e-4, atol=0
+        )
+        torch.testing.assert_close(one.nearest_error, nearest_row_error(draft, moments))
+    cut = draft_layer(weight_of(8, channels), [channels], signed("int4", "group", 30))
+    with pytest.raises(ValueError, match="scales for the same columns"):
+        round_together([drafts[0], cut], moments, settings)
+
+
+def test_independent_errors_look_at_the_diagonal_alone() -> None:
+    draft = draft_layer(weight_of(OUT, CHANNELS), [CHANNELS], RULES["e2m1"])
+    moments = moments_of(CHANNELS, 11)[0]
+    torch.testing.assert_close(
+        nearest_row_error(draft, moments, independent=True),
+        nearest_row_error(draft, moments.diagonal().diag()),
+    )
 
 
 def test_same_input_same_codes() -> None:

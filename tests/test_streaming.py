@@ -46,7 +46,9 @@ def everything(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"grid": "int", "scale": "minmax"}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"grid": "int", "scale": "minmax"}, marks=pytest.mark.slow)]
+)
 def test_the_checkpoint_is_that_of_quantizing_in_memory(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str]
 ) -> None:

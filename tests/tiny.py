@@ -98,8 +98,8 @@ def tiny_clip(tokenizer, projection: bool = False):
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def tiny_pixart(seed: int = 0):
-    """`PixArtAlphaPipeline`: 2 blocks of width 32, 8x8 latents (16x16 pictures), T5 encoder, DPM-Solver.
+def tiny_pixart(seed: int = 0, blocks: int = 2):
+    """`PixArtAlphaPipeline`: `blocks` of width 32, 8x8 latents (16x16 pictures), T5 encoder, DPM-Solver.
 
     Call it with `use_resolution_binning=False`: PixArt bins only its published sizes.
     """
@@ -114,7 +114,7 @@ def tiny_pixart(seed: int = 0):
             attention_head_dim=16,
             in_channels=4,
             out_channels=8,
-            num_layers=2,
+            num_layers=blocks,
             cross_attention_dim=32,
             caption_channels=16,
             sample_size=8,

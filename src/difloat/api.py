@@ -31,6 +31,7 @@ from difloat.methods.training.from_plan import of_8_bits, start_of
 from difloat.methods.training.student import Adapters
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.methods.training.train import TrainingSettings, guidance_to_keep
+from difloat.pipelines import parameters_of
 from difloat.plan.plan import Plan
 from difloat.plan.request import RepairSettings, Request
 from difloat.plan.rules import Bits
@@ -59,7 +60,7 @@ def prompts_for(pipeline: Any, prompts: Sequence[str] | None) -> list[str] | Non
     """The given prompts, or the built-in ones if the pipeline reads text, or None."""
     if prompts is not None:
         return list(prompts)
-    return default_prompts() if getattr(pipeline, "tokenizer", None) is not None else None
+    return default_prompts() if callable(pipeline) and "prompt" in parameters_of(pipeline) else None
 
 
 def plan(

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from difloat.calibration.collect import sampling_of
-from difloat.calibration.pace import Pace
-from difloat.calibration.rows import Recorder, recording
-from difloat.calibration.sampler_runs import Sampling, Stopped
 from difloat.components import denoiser
 from difloat.job import Job
 from difloat.layers import dtype_readers, packed
@@ -23,7 +18,6 @@ from difloat.methods.cost import Cost
 from difloat.methods.post_training import keeps_8bit
 from difloat.methods.structure import structure, unread
 from difloat.numbers import formats
-from difloat.pipelines import quiet
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Rule
 from difloat.plan.specs import Part, layer_tensor_shapes
@@ -146,17 +140,3 @@ def _of_8_bits(rule: Rule) -> Rule:
 def _words(rule: Rule) -> str:
     shared = f"{rule.granularity} of {rule.group_size}" if rule.group_size else rule.granularity
     return f"{rule.formats[0].bits} bits per {shared}{', online' * rule.online}"
-
-
-def time_a_call(pipeline: Any, sampling: Sampling) -> Pace:
-    """How fast the first denoiser call of calibration is. The run is broken off at the second one."""
-
-    def stop() -> None:
-        if recorder.calls == 2:
-            raise Stopped
-
-    recorder = Recorder(sampling.denoiser, 1, torch.Generator().manual_seed(0), on_call=stop)
-    held = recording(sampling.denoiser, recorder, sampling.seed(0))
-    with quiet(pipeline), held, contextlib.suppress(Stopped):
-        sampling.run(0)
-    return recorder.pace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,16 +35,25 @@ def hub_errors(name: str) -> Iterator[None]:
         raise FileNotFoundError(
             f"{what} must exist on the hub, got {name!r}; check the spelling, or hf auth login"
         ) from error
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name!r} must be in the hub's cache where there is no network, but is not; hf download {name} where there is one"
-        ) from error
     except unanswered as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        if _comes_from(error, LocalEntryNotFoundError):
+            raise FileNotFoundError(
+                f"{name!r} must be in the hub's cache where there is no network, but is not; hf download {name} where there is "
+                "one"
+            ) from error
+        reason = re.sub(r"\[Errno -?\d+\] ", "", str(error).strip().split("\n")[0])[:200]
         raise FileNotFoundError(
             f"{name!r} must be a pipeline on the hub, but does not load ({reason}); check its name and the network, or hf "
             f"download {name} where there is one"
         ) from error
+
+
+def _comes_from(error: BaseException, kind: type[BaseException]) -> bool:
+    """Whether an error is of a kind, or was raised while one of that kind was handled, as diffusers does."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, kind):
+        found = found.__cause__ or found.__context__
+    return found is not None
 
 
 @contextmanager

@@ -139,16 +139,21 @@ def call(pipeline: Any, arguments: Mapping[str, Any], given: Mapping[str, Any]) 
 
     Raises:
         ValueError: if the call fails with an error of its code, and there are `given` arguments, or its models are in dtypes
-            that do not fit together.
+            that do not fit together, or a package is missing.
     """
     try:
         return pipeline(**arguments)
+    except NameError as error:  # diffusers imports optional packages where they are, and uses them anyway
+        raise ValueError(
+            f"{type(pipeline).__name__} must find every package that it uses, but its code says '{error}'; pip install "
+            f"{error.name}"
+        ) from error
     except _UNFORESEEN as error:
         if isinstance(error, RuntimeError) and (mixed := _mixed_dtypes(pipeline, str(error))):
             raise ValueError(
                 f"{type(pipeline).__name__} must compute in one dtype, but holds {mixed}; load it in one, like --dtype float32"
             ) from error
-        if not given or isinstance(error, torch.OutOfMemoryError):
+        if not given or isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise
         shown = ", ".join(f"{name}={value!r:.40}" for name, value in given.items())
         reason = " ".join(str(error).split())[:200]
@@ -213,12 +218,13 @@ def generators_of(arguments: Mapping[str, Any], seeds: Sequence[int]) -> Any:
 
 
 def inputs_of(pairs: Sequence[str]) -> dict[str, Any]:
-    """Pictures and masks for a pipeline's call, from `name=FILE` pairs. Several files of one name make a list.
+    """Pictures, masks and arrays for a pipeline's call, from `name=FILE` pairs. Several files of one name make a list.
 
-    Pictures are RGB, with alpha RGBA; what is called a mask is grey.
+    Pictures are RGB, with alpha RGBA; what is called a mask is grey. A NumPy file (`.npy`) is a tensor of one sample, such as
+    the embedding that `difloat generate` writes for a prior, and gets the axis of the batch in front.
 
     Raises:
-        ValueError: a pair is no `name=FILE`, or the file is no picture.
+        ValueError: a pair is no `name=FILE`, or the file is no picture and no array of numbers.
         FileNotFoundError: there is no such file.
     """
     found: dict[str, list[Any]] = {}
@@ -228,17 +234,20 @@ def inputs_of(pairs: Sequence[str]) -> dict[str, Any]:
             raise ValueError(
                 f"an input must be name=FILE, got {pair!r}; write for example image=photo.png or mask_image=mask.png"
             )
-        found.setdefault(name, []).append(_picture(name, Path(file)))
+        path = Path(file)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"input {name!r} must be a picture in a file, got '{path}', which is none; check the path"
+            )
+        found.setdefault(name, []).append(
+            _array(name, path) if path.suffix == ".npy" else _picture(name, path)
+        )
     return {name: pictures[0] if len(pictures) == 1 else pictures for name, pictures in found.items()}
 
 
 def _picture(name: str, path: Path) -> Any:
     from PIL import Image, UnidentifiedImageError
 
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"input {name!r} must be a picture in a file, got '{path}', which is none; check the path"
-        )
     try:
         with Image.open(path) as picture:
             alpha = "A" in picture.getbands() or "transparency" in picture.info
@@ -247,6 +256,18 @@ def _picture(name: str, path: Path) -> Any:
         raise ValueError(
             f"input {name!r} must be a picture, got '{path}', which does not open as one ({type(error).__name__}); convert it "
             "to PNG"
+        ) from error
+
+
+def _array(name: str, path: Path) -> torch.Tensor:
+    import numpy as np
+
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))[None]
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(
+            f"input {name!r} must be an array of numbers, got '{path}', which does not load as one ({type(error).__name__}); "
+            "write it with numpy.save"
         ) from error
 
 

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from difloat.cli.app import app
-from difloat.cli.options import Checkpoint, Revision, Source
+from difloat.cli.options import Checkpoint, Revision, Source, quiet_libraries
 from difloat.cli.tables import console
 
 
@@ -28,6 +28,7 @@ def inspect(
     from difloat.cli import kernel_summary
     from difloat.layers import packed as rooms
 
+    quiet_libraries()
     found = sources.outlined(sources.Source(source, revision=revision))
     module = found.model
     rows: list[tuple[str, str, Sequence[int], str, str]] = []

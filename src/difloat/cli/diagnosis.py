@@ -38,7 +38,7 @@ def diagnose(
     place = devices.resolve(inputs.device)
     pipeline, quantized = pipeline_of(source, place), pipeline_of(str(directory), place)
     texts = run.prompts_of(pipeline, source, inputs.prompts)
-    guidance, arguments = call_of(pipeline, source, settings.guidance_scale, inputs.call)
+    guidance, arguments = call_of(pipeline, source, settings.guidance_scale, inputs)
     settings = replace(settings, guidance_scale=guidance)
     runs = diagnosis.runs_needed(api.denoiser(pipeline), api.denoiser(quantized))
     console.print(f"at most {runs} sampling runs of {settings.images} pictures each", highlight=False)

@@ -49,11 +49,14 @@ class Inputs:
     Attributes:
         prompts: Text file, one prompt per line. If it is left out, the built-in prompts.
         call: Argument of the pipeline's call, like --call height=512 --call width=512.
+        input: Argument of the call that is a picture or a NumPy file, like --input image=photo.png. Several of one name make a
+            list.
         device: Where to compute: cpu, cuda, cuda:1, xpu or mps. auto is the first of CUDA, XPU, MPS and CPU that is here.
     """
 
     prompts: Path | None = None
     call: Annotated[tuple[str, ...], LISTED] = ()
+    input: Annotated[tuple[str, ...], LISTED] = ()
     device: str = "auto"
 
 
@@ -112,22 +115,27 @@ def meet(device: str) -> torch.device:
     return found
 
 
+def quiet_libraries() -> None:
+    """Switch off the loading bars and hints of diffusers and transformers: we have our own."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+
+
 def pipeline_of(name: str, device: torch.device | str | None = None, **where: Any) -> Any:
-    """Load a pipeline without the loading bars and hints of diffusers and transformers: we have our own.
+    """Load a pipeline without the bars and hints of other libraries.
 
     Args:
         name: What the user calls it.
         device: Where it is put, or None for the CPU.
         **where: Further fields of `sources.Source`.
     """
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
-
     from difloat import run
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+    quiet_libraries()
     return run.load_pipeline(name, device=device, **where)
 
 
@@ -215,36 +223,47 @@ def with_size(words: dict[str, str], size: str | None) -> dict[str, str]:
 
 
 def call_of(
-    pipeline: Any, source: str, guidance: float | None, pairs: Sequence[str] | None
+    pipeline: Any, source: str, guidance: float | None, inputs: Inputs
 ) -> tuple[float | None, dict[str, Any]]:
     """Guidance and the other arguments of the pipeline's call: an embedded model's own, then what the user gives.
 
-    Values are numbers, true, false, null or JSON where they read so, text otherwise.
+    Values of ``--call`` are numbers, true, false, null or JSON where they read so, text otherwise. Those of ``--input`` are
+    files.
 
     Raises:
-        ValueError: if the pipeline's call has no such argument, or it has an option of its own.
+        ValueError: if the pipeline's call has no such argument, or it has an option of its own, or a file holds none.
+        FileNotFoundError: if there is no such file.
     """
     from difloat import pipelines, run
 
     guidance, call = run.call_of(source, guidance)
-    given = options_of(pairs or [], "--call", "height=512")
+    given = options_of(inputs.call, "--call", "height=512")
+    files = pipelines.inputs_of(inputs.input)
     if guidance is not None and not math.isfinite(guidance):
         raise ValueError(f"guidance must be finite, got {guidance}")
+    for flag, names in {"--call": given, "--input": files}.items():
+        for name in names:
+            _check_argument(pipeline, flag, name, given.get(name))
     for name, text in given.items():
-        if name in _FIXED:
-            raise ValueError(
-                f"--call must not set {name}, which difloat sets itself, got {text!r}; leave it out"
-            )
-        if name in _OPTIONS_OF_THEIR_OWN:
-            raise ValueError(
-                f"--call must not set {name}, which has an option of its own, got {text!r}; use {_OPTIONS_OF_THEIR_OWN[name]}"
-            )
-        if name not in pipelines.parameters_of(pipeline):  # **kwargs would swallow a misspelled one
-            raise ValueError(
-                f"--call must name arguments that {type(pipeline).__name__} takes, got {name!r}; leave it out"
-            )
         try:
             call[name] = json.loads(text)
         except json.JSONDecodeError:
             call[name] = text
-    return guidance, call
+    return guidance, call | files
+
+
+def _check_argument(pipeline: Any, flag: str, name: str, text: str | None) -> None:
+    """Refuse an argument of the call that difloat sets, that has an option of its own, or that the pipeline does not take."""
+    from difloat import pipelines
+
+    got = "" if text is None else f", got {text!r}"
+    if name in _FIXED:
+        raise ValueError(f"{flag} must not set {name}, which difloat sets itself{got}; leave it out")
+    if name in _OPTIONS_OF_THEIR_OWN:
+        raise ValueError(
+            f"{flag} must not set {name}, which has an option of its own{got}; use {_OPTIONS_OF_THEIR_OWN[name]}"
+        )
+    if name not in pipelines.parameters_of(pipeline):  # **kwargs would swallow a misspelled one
+        raise ValueError(
+            f"{flag} must name arguments that {type(pipeline).__name__} takes, got {name!r}; leave it out"
+        )

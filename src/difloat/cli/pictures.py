@@ -72,7 +72,7 @@ def generate(
     for number, (file, weight) in enumerate(loras_of(lora or [])):
         adapters.load(pipeline, file, f"lora{number}", weight)
     texts = list(prompt) if prompt else run.prompts_of(pipeline, source, inputs.prompts)
-    guidance, arguments = call_of(pipeline, source, sampler["guidance_scale"], inputs.call)
+    guidance, arguments = call_of(pipeline, source, sampler["guidance_scale"], inputs)
     seeds = list(range(seed, seed + count))
     drawn = evaluation.generate(
         pipeline,
@@ -128,7 +128,7 @@ def evaluate(
     place = meet(inputs.device)
     first, second = pipeline_of(reference, place), pipeline_of(quantized, place)
     texts = run.prompts_of(first, reference, inputs.prompts)
-    guidance, arguments = call_of(first, reference, sampler["guidance_scale"], inputs.call)
+    guidance, arguments = call_of(first, reference, sampler["guidance_scale"], inputs)
     sampling = run.Sampling(texts, samples, sampler["steps"], guidance, batch, arguments)
     unknown = [rule.metric for rule in rules if rule.metric in picture_metrics.NEED_CAPTIONS]
     if unknown and not sampling.has_known_captions:
@@ -177,7 +177,7 @@ def _drawn_later(
             f"name the other ({before.model!r} when it was made)"
         )
     texts = run.prompts_of(pipeline, source, inputs.prompts)
-    guidance, arguments = call_of(pipeline, source, sampler["guidance_scale"], inputs.call)
+    guidance, arguments = call_of(pipeline, source, sampler["guidance_scale"], inputs)
     folder = cache if cache is not None else _kept_by_default()
     sampling = run.Sampling(texts, count, sampler["steps"], guidance, batch, arguments)
     reference = run.draw(pipeline, sampling, kept=folder)

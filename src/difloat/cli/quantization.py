@@ -24,6 +24,7 @@ from difloat.cli.options import (
     meet,
     options_of,
     pipeline_of,
+    quiet_libraries,
     with_size,
 )
 from difloat.cli.tables import console
@@ -69,7 +70,7 @@ def quantize(
             **{**vars(origin), "dtype": "stored" if as_stored else origin.dtype}, device=place
         )
         texts = run.prompts_of(pipeline, source, inputs.prompts)
-        guidance, arguments = call_of(pipeline, source, calibration.guidance_scale, inputs.call)
+        guidance, arguments = call_of(pipeline, source, calibration.guidance_scale, inputs)
         calibration = replace(calibration, guidance_scale=guidance)
         fitted = job.fit(pipeline, replace(request, calibration=calibration))
         if needs_data or outcome.dry_run:
@@ -92,6 +93,7 @@ def _check_streamed(more: Any) -> None:
 def _stream(source: Any, out: Path, request: Any, overwrite: bool) -> None:
     from difloat import run_from_disk
 
+    quiet_libraries()
     with claimed(out, overwrite):
         made = run_from_disk.quantize(source, out, request, overwrite=overwrite)
     if made is not None:
@@ -174,7 +176,7 @@ def repair(
     with claimed(out, outcome.overwrite, cache):
         pipeline, plan = pipeline_of(source, place), api.plan_of(pipeline_of(str(checkpoint)))
         texts = run.prompts_of(pipeline, source, inputs.prompts)
-        guidance, arguments = call_of(pipeline, source, calibration.guidance_scale, inputs.call)
+        guidance, arguments = call_of(pipeline, source, calibration.guidance_scale, inputs)
         calibration = replace(calibration, guidance_scale=guidance)
         sampling = _sampling(pipeline, texts, outcome.images, calibration, arguments, cache)
         everything = {"cache_dir": cache, "call_kwargs": arguments, **vars(training), **vars(calibration)}

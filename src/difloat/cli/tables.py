@@ -38,7 +38,7 @@ def announce(
         dry: Whether that is all that is done.
     """
     from difloat import estimate, run
-    from difloat.calibration import collect
+    from difloat.calibration import collect, first_call
 
     asked, settings = fitted.request, fitted.request.calibration
     expected = estimate.forecast(fitted, texts, call)
@@ -55,7 +55,7 @@ def announce(
     if expected.rows:
         console.print("times need one timed call of the denoiser: it is made now", highlight=False)
         sampling = collect.sampling_of(fitted.model, texts, settings, call)
-        pace = estimate.time_a_call(fitted.model, sampling)
+        pace = first_call.time_a_call(fitted.model, sampling)
         console.print(run.in_time(expected, pace), highlight=False, soft_wrap=True)
 
 

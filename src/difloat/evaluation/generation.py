@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import time
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,8 +82,8 @@ def generate(
     >>> generate(difloat.reference("emoji-unet"), ["red apple"], seeds=[0, 1], steps=1, progress=False).images.shape
     torch.Size([2, 3, 64, 64])
 
-    Sample i is drawn with its own CPU generator of `seeds[i]` and prompt `prompts[i % len(prompts)]`. Sampler states come from
-    the scheduler's `step`, and so depend on no pipeline's callbacks. `pipelines.completed` adds what else a call needs.
+    Sample i is drawn with its own CPU generator of `seeds[i]` and prompt `prompts[i % len(prompts)]`. What a pipeline draws
+    without one has the seed of the call's first sample. Sampler states come from the scheduler's `step`.
 
     In a launch of several processes (`difloat.distributed`) all must call this with the same arguments. Each draws some of
     the batches that a single process would draw. The main process gets all samples, and the others get none.
@@ -159,7 +160,11 @@ def _draw(
     own = for_pictures(pipeline, arguments, shown, len(batch))
     own |= {"output_type": "np"} if takes(pipeline, "output_type") else {}
     own |= {"generator": generators_of(arguments, numbers)} if takes(pipeline, "generator") else {}
-    with _recorded_steps(getattr(pipeline, "scheduler", None), keep_states=trajectory) as (timesteps, states):
+    # Some pipelines draw from torch's own random numbers besides, such as latents of a control picture.
+    with (
+        devices.seeded(devices.home(pipeline), numbers[0]),
+        _recorded_steps(getattr(pipeline, "scheduler", None), keep_states=trajectory) as (timesteps, states),
+    ):
         output = call(pipeline, own, given)
     found = outputs_of(output, numbers)
     kept = [_state_of(state, len(batch)) for state in states]
@@ -208,20 +213,23 @@ def _recorded_steps(scheduler: Any, *, keep_states: bool) -> Iterator[tuple[list
         yield [], []
         return
     original, was_patched = scheduler.step, "step" in vars(scheduler)
-    signature = inspect.signature(original)
+    bound = inspect.ismethod(original)
+    inner = original.__func__ if bound else original
+    signature = inspect.signature(inner)
     timesteps: list[float] = []
     states: list[Tensor] = []
 
-    @functools.wraps(original)  # pipelines read the signature of step to see which arguments it takes
+    @functools.wraps(inner)  # pipelines read the signature of step to see which arguments it takes
     def step(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
+        result = inner(*args, **kwargs)
         timestep = signature.bind(*args, **kwargs).arguments["timestep"]  # a number, or one for every picture
         timesteps.append(float(torch.as_tensor(timestep).flatten()[0]))
         if keep_states:
             states.append(result[0].detach().to("cpu", copy=True))
         return result
 
-    scheduler.step = step
+    # A method, so that copies of the scheduler, of which some pipelines make one per frame, step themselves and not this one.
+    scheduler.step = types.MethodType(step, scheduler) if bound else step
     try:
         yield timesteps, states
     finally:

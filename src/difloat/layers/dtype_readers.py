@@ -32,7 +32,11 @@ class HoldsPackedWeight(nn.Module):
     input_dtype: torch.dtype | None = None
 
     def hold(self, packed: Tensor) -> None:
-        """Take over packed uint8 bytes as the weight."""
+        """Take over packed uint8 bytes as the weight.
+
+        The weight comes after the bias, since some pipelines of diffusers compute in the dtype of a model's first parameter.
+        """
+        self._parameters.pop("weight", None)
         self.weight = nn.Parameter(torch_modes.normal(packed).view(self.stored_dtype), requires_grad=False)
 
     @property

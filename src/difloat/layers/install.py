@@ -206,7 +206,7 @@ def _plain(module: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
     plain = copy.copy(module)
     # Changing the class keeps everything that others hung on the module, which a new layer would lack.
     plain.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
-    plain._parameters = dict(module._parameters)
+    plain._parameters = {name: module._parameters[name] for name in ("weight", "bias")}
     plain._buffers = {}
     weight = dequantize(module.plan())
     if module.side is not None:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -265,22 +266,25 @@ def _look(
     splits = [part.channels for part in plan.parts]
     rules = [restrict(rule, task.target) for rule in rules]
     middle = min(rules, key=lambda rule: abs(rule.formats[0].bits - 4))
+    # Of large models errors of columns count as independent, since products with the moments of every width take too long.
+    large = is_large(task.model)
+    error_of = partial(nearest_row_error, moments=moments.matrix, independent=large)
     # Of rows that are rounded exactly, float32 sums may come out a little below zero.
-    nearest = nearest_row_error(draft_layer(weight, splits, middle), moments.matrix).cpu().clamp_min(0)
+    nearest = error_of(draft_layer(weight, splits, middle)).cpu().clamp_min(0)
     chosen = torch.arange(len(weight))
     if len(weight) > _SAMPLE_ROWS and moments.source.groups == 1:
         draw = torch.Generator().manual_seed(task.seed)
         chosen = torch.randperm(len(weight), generator=draw)[:_SAMPLE_ROWS].sort().values
     some, base = weight[chosen.to(weight.device)], float(nearest[chosen].sum())
     ratios: list[float] = []
-    solved, counted = factor(moments.matrix, settings.rounding), is_large(task.model)
+    solved = factor(moments.matrix, settings.rounding)
     for rule, before in zip(rules, (None, *rules), strict=False):
         if ratios and before is not None and before.formats[0].bits >= _MEASURED_BITS:
             ratios.append(ratios[-1] / 4 ** (rule.formats[0].bits - before.formats[0].bits))
             continue
         draft = draft_layer(some, splits, fitted(rule, some, splits, moments.matrix))
-        if counted:  # rounding some rows of every layer at every width would take longer than pictures do
-            error = solved.share * float(nearest_row_error(draft, moments.matrix).sum())
+        if large:  # rounding some rows of every layer at every width would take longer than pictures do
+            error = solved.share * float(error_of(draft).sum())
         else:
             error = float(
                 round_second_order(draft, moments.matrix, settings.rounding, solved).row_error.sum()

@@ -25,6 +25,8 @@ from difloat.plan.plan import Plan
 
 _SHARE = 4  # one trajectory in so many is held out
 _FEWEST = 2  # trajectories of which there is an interval
+JUDGED = 3
+"""Passes over held-out rows that a verdict takes: full precision, without the part, with it."""
 
 
 @dataclass(frozen=True)

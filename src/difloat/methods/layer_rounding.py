@@ -10,7 +10,7 @@ from torch import Tensor
 from difloat.methods import low_rank
 from difloat.methods.fitted_levels import fitted
 from difloat.methods.low_rank import LowRankSettings
-from difloat.methods.second_order import Factor, SecondOrderSettings, factor, round_second_order
+from difloat.methods.second_order import Factor, SecondOrderSettings, factor, round_together
 from difloat.methods.task import MixedRows
 from difloat.plan.encode import join_rows, stored_values
 from difloat.plan.plan import LayerPlan
@@ -59,7 +59,7 @@ def round_layer(
         target: The machine whose formats are taken.
     """
     drafts = _drafts(weight, [part.channels for part in plan.parts], asked, moments, target)
-    bands = [round_second_order(draft, moments, settings, known) for draft in drafts]
+    bands = round_together(drafts, moments, settings, known)
     order = asked.order if isinstance(asked, MixedRows) else torch.arange(plan.shape[0])
     made = join_rows([band.plan() for band in bands], order)
     error = sum(float(band.row_error.sum()) for band in bands)

@@ -34,6 +34,7 @@ from difloat.methods.trace import Call, removed
 from difloat.plan.plan import LayerPlan
 
 _PIECE_BYTES = 1 << 26  # of vectors multiplied at a time
+_TILE = 1024  # columns of a product of which one half is left out
 
 
 @dataclass(frozen=True)
@@ -259,11 +260,12 @@ class _Sum:
             rounded = rounded_input(piece.detach(), self._plan)
             count = math.ceil(self.left / still)
             vectors = self._vectors_of(layer, rounded, count)
-            if not vectors.isfinite().all():
+            product = _product(vectors)
+            # What is not finite in a column is not finite in the sum of its squares.
+            if not product.diagonal(dim1=1, dim2=2).isfinite().all():
                 raise ValueError(
                     f"inputs must be finite, got NaN or Inf in layer {name!r}; check the calibration and the model"
                 )
-            product = _product(vectors)
             self._matrix = product if self._matrix is None else self._matrix.add_(product)
             self._vectors += vectors.shape[1]
             self.left -= vectors.shape[1]
@@ -288,7 +290,15 @@ def _product(vectors: Tensor) -> Tensor:
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        return vectors.mT @ vectors
+        columns = vectors.shape[2]
+        if columns <= 2 * _TILE:
+            return vectors.mT @ vectors
+        product = vectors.new_empty(len(vectors), columns, columns)
+        for start in range(0, columns, _TILE):  # one half is the mirror image of the other
+            own, others = slice(start, start + _TILE), slice(start + _TILE, columns)
+            product[:, own, start:] = vectors[:, :, own].mT @ vectors[:, :, start:]
+            product[:, others, own] = product[:, own, others].mT
+        return product
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from tqdm import tqdm
@@ -17,10 +17,13 @@ from tqdm import tqdm
 from difloat import distributed
 from difloat.calibration.collect import Calibration
 from difloat.methods.cost import WITH_GRADIENT
+from difloat.methods.moments import MomentSettings
+from difloat.methods.sensitivity import SensitivitySettings
 from difloat.methods.task import Task
 
 SMALL = 100_000_000  # weights, up to which pictures take seconds
 _SAMPLED, _MOMENTS, _GRADIENTS = 0.4, 0.2, 0.12  # shares of the budget
+_MATRIX_BYTES = 1 << 28  # of moments of a large model at a time
 _FEWEST_MOMENT_ROWS, _FEWEST_GRADIENT_ROWS = 16, 4  # below them neither says anything
 
 
@@ -33,12 +36,16 @@ class Rows:
         gradients: Rows that are differentiated.
         pictures: What both cost, in full-precision pictures.
         sampled: What calibration cost, in full-precision pictures.
+        together: Rows that are differentiated at a time, whose activations are kept.
+        matrices: How moments are gathered.
     """
 
     moments: int
     gradients: int
     pictures: float
     sampled: int
+    together: int = SensitivitySettings.rows_per_call
+    matrices: MomentSettings = MomentSettings()
 
     def sentence(self, budget: float) -> str:
         """One line for people."""
@@ -67,8 +74,13 @@ def sampled(budget: float, samples: int, steps: int) -> tuple[int, int]:
 
 def rows_for(task: Task, budget: float, moments: int, gradients: int) -> Rows:
     """`rows_within` for a task, of which small models have no budget. Of large ones a line says what it is."""
-    budget = budget if is_large(task.model) else 0.0
+    large = is_large(task.model)
+    budget = budget if large else 0.0
     rows = rows_within(budget, task.calibration, moments, gradients)
+    if (
+        large
+    ):  # a pair of rows keeps a processor busy, and what waits between two stretches of matrices is small
+        rows = replace(rows, together=2, matrices=MomentSettings(memory_bytes=_MATRIX_BYTES))
     if budget and task.progress and distributed.is_main():
         tqdm.write(rows.sentence(budget), file=sys.stderr)
     return rows

@@ -18,11 +18,10 @@ from difloat.layers import install, packed
 from difloat.layers.packed import QuantizedLayer
 from difloat.methods.blockwise import learn_blocks
 from difloat.methods.cost import Cost
-from difloat.methods.judge import apart, judge
+from difloat.methods.judge import JUDGED, apart, judge
 from difloat.methods.learned_rounding import RoundingSettings
 from difloat.methods.post_training import Outcome, timed
 from difloat.methods.task import Sequencing, Task
-from difloat.methods.trace import Trace
 from difloat.methods.training.timestep_weights import loss_weights
 from difloat.plan.coded import Coded, startable
 from difloat.plan.options import FEW_BITS, NotNegative, Positive, Whole
@@ -31,7 +30,6 @@ from difloat.plan.validation import record
 
 _OF_BLOCKS = 0.125  # of the rows that are learned from judge the states of a block
 _CHECKS = 4  # states of a block that are judged
-_JUDGED = 3  # passes over held-out rows: full precision, before, after
 
 
 @record("settings of polish")
@@ -44,7 +42,8 @@ class PolishSettings:
         polish_minutes: Blocks that are not begun after so many minutes keep their codes, as after Ctrl-C; 0: no limit.
         polish_rate: The rate of the rounding variables.
         polish_rows: Calibration rows, of which most are learned from and a quarter judges.
-        judge: Keep optional parts only where the 95 % interval of what held-out trajectories gain lies above zero.
+        judge: Keep polish, and a recipe's other optional parts, only where the 95 % interval of what held-out trajectories gain
+            from it lies above zero.
     """
 
     polish: Whole = 0
@@ -57,7 +56,6 @@ class PolishSettings:
 def polished(
     task: Task,
     outcome: Outcome,
-    seen: Trace,
     settings: PolishSettings,
     guidance: float,
     factor_power: float,
@@ -68,7 +66,6 @@ def polished(
         task: Model and data.
         outcome: Layers with codes. Those with factors, several weights or a low-rank pair stay as they are, and so do those
             with more than 4 bits in all rows.
-        seen: The trace of a forward pass.
         settings: How rounding is learned.
         guidance: The sampler's guidance scale.
         factor_power: Power of the sampler's factors that weighs timesteps. Without a sampler all weigh alike.
@@ -78,13 +75,12 @@ def polished(
     """
     if not settings.polish:
         return outcome
-    return distributed.on_main(lambda: _learned(task, outcome, seen, settings, guidance, factor_power))
+    return distributed.on_main(lambda: _learned(task, outcome, settings, guidance, factor_power))
 
 
 def _learned(
     task: Task,
     outcome: Outcome,
-    seen: Trace,
     settings: PolishSettings,
     guidance: float,
     factor_power: float,
@@ -113,7 +109,9 @@ def _learned(
     with timed(measured, "polish"):
         layers = dict(outcome.layers)
         generator = torch.Generator().manual_seed(task.seed)
-        layers |= learn_blocks(few, _twin(task, outcome), starts, seen, sequencing, generator, measured)
+        layers |= learn_blocks(
+            few, _twin(task, outcome), starts, outcome.seen, sequencing, generator, measured
+        )
     after = replace(outcome, layers=layers, measured=measured)
     with timed(measured, "judge"):
         verdict = judge(
@@ -132,7 +130,7 @@ def polish_cost(cost: Cost, settings: PolishSettings) -> Cost:
         cost,
         iterations=settings.polish,
         rounding_rows=settings.polish_rows,
-        passes=(*cost.passes, _JUDGED * held),
+        passes=(*cost.passes, JUDGED * held),
     )
 
 

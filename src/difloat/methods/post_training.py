@@ -38,6 +38,7 @@ __all__ = [
     "Sequencing",
     "Smoothing",
     "Task",
+    "Trace",
     "keeps_8bit",
     "run",
     "timed",
@@ -52,7 +53,7 @@ _RANGE_TIMESTEPS, _FEW_RANGE_TIMESTEPS, _RANGE_LAYERS = 20, 4, 4  # shown in rep
 class Outcome:
     """Layers, attention and reasons for a plan, and what was measured on the way.
 
-    `used` has the values of options that were used in place of what was asked for.
+    `used` has the values of options that were used in place of what was asked for, and `seen` is the trace of a forward pass.
     """
 
     layers: dict[str, LayerPlan]
@@ -61,6 +62,7 @@ class Outcome:
     attention: dict[str, AttentionPlan] = field(default_factory=dict)
     timesteps: tuple[float, ...] = ()
     used: Mapping[str, Any] = field(default_factory=dict)
+    seen: Trace = field(default_factory=Trace, repr=False)
 
 
 def keeps_8bit(name: str, seen: Trace, keep: Sequence[str]) -> bool:
@@ -121,7 +123,7 @@ def run(
     def decide() -> Outcome:
         return _decide(task, rules, skipped, seen, settings, attention_plan, generator)
 
-    return distributed.on_main(decide)
+    return replace(distributed.on_main(decide), seen=seen)
 
 
 def _looked_at(task: Task, generator: torch.Generator) -> tuple[Trace, dict[str, str]]:

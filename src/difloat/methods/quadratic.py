@@ -1,8 +1,8 @@
-"""Rounding of a weight as a quadratic problem: columns [groups, columns, rows], moments, and the rows that share scales.
+"""Rounding of weights as a quadratic problem: columns [groups, columns, rows], moments, and the rows that share scales.
 
-A column is one step of second-order rounding, and rows go together. Groups are those of a convolution. If moments know channels
-only, every tap of a convolution makes rows of its own, which share the scales of their output channel. Margins write g for
-groups, n for columns, r for rows.
+A column is one step of second-order rounding, and rows go together, those of several weights that read the same input as well.
+Groups are those of a convolution. If moments know channels only, every tap of a convolution makes rows of its own, which share
+the scales of their output channel. Margins write g for groups, n for columns, r for rows.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from difloat.numbers import rounding
+from difloat.numbers import lookup
 from difloat.numbers.formats import Format
 from difloat.numbers.scale_grids import ScaleFormat, Snap, snap_zero_points, snapping
 from difloat.plan.rules import Draft
 
+_PIECE = 32  # columns rounded at a time
+_TILE = 512  # columns of a product of which one half is left out
+
 
 @dataclass(frozen=True)
-class Unit:
-    """A run of columns that share scales, which is one part or one group of it.
+class Grid:
+    """What a stretch of rows is rounded to in a run of columns.
 
     `snap` moves scales to the grid that they must lie on, and zero points lie on `zero_format`.
     """
 
-    start: int
-    stop: int
     format: Format
     shifted: bool
     snap: Snap | None = None
@@ -43,22 +44,38 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """A run of columns that share scales, which is one part or one group of it, with the grid of every weight."""
+
+    start: int
+    stop: int
+    grids: tuple[Grid, ...]
+
+
+@dataclass(frozen=True)
 class Problem:
-    """The problem of rounding one weight.
+    """The problem of rounding weights that read the same input.
 
     Attributes:
-        target: The float weight [g, n, r], which is zero for dead inputs.
+        target: The float weights [g, n, r], one after the other along the rows, which are zero for dead inputs.
         moments: The mean of ``x x^T``, [g, n, n], with a diagonal of 1 for dead inputs.
         owner: int64 [g, r], the number of the scales that a row has.
-        owners: How many different numbers those are.
+        rows: How many rows of a group every weight has.
+        owned: How many different scales every weight has.
         units: The runs of columns that share scales.
     """
 
     target: Tensor
     moments: Tensor
     owner: Tensor
-    owners: int
+    rows: tuple[int, ...]
+    owned: tuple[int, ...]
     units: tuple[Unit, ...]
+
+    @property
+    def owners(self) -> int:
+        """How many different scales there are."""
+        return sum(self.owned)
 
     def per_owner(self, of_rows: Tensor) -> Tensor:
         """Sums [owners] over the rows [g, r] that share scales, in float64."""
@@ -68,7 +85,15 @@ class Problem:
     def row_error(self, values: Tensor) -> Tensor:
         """``e H e^T`` of every row, [g, r]."""
         change = values - self.target  # [g, n, r]
-        return (change * (self.moments @ change)).sum(1)
+        error = change.new_zeros(self.owner.shape)
+        # H is symmetric, so products of the columns after those of a tile count twice, and those before it not at all.
+        for start in range(0, change.shape[1], _TILE):
+            own = slice(start, start + _TILE)
+            product = self.moments[:, own, own] @ change[:, own]
+            if own.stop < change.shape[1]:
+                product.baddbmm_(self.moments[:, own, own.stop :], change[:, own.stop :], alpha=2)
+            error += product.mul_(change[:, own]).sum(1)
+        return error
 
 
 @dataclass(frozen=True)
@@ -88,47 +113,59 @@ class Solution:
         return out
 
 
-def problem_of(draft: Draft, moments: Tensor) -> Problem:
-    """Lay out a weight and the moments of its inputs.
+def problem_of(drafts: Sequence[Draft], moments: Tensor) -> Problem:
+    """Lay out weights and the moments of their input.
 
     Args:
-        draft: Weight, formats, scales and zero points.
+        drafts: Weights, formats, scales and zero points.
         moments: The mean of ``x x^T`` as `second_order.round_second_order` takes it.
 
     Raises:
-        ValueError: if moments do not fit the weight or are not finite, or parts have scales of several granularities.
+        ValueError: if moments do not fit a weight or are not finite, parts have scales of several granularities, or scales
+            belong to other columns in one weight than in another.
     """
-    weight = draft.weight.detach()
-    out_channels, channels = weight.shape[:2]
-    taps = weight[0, 0].numel()
     stacked = moments if moments.dim() == 3 else moments[None]
     groups, columns = stacked.shape[:2]
-    wanted = {channels, channels * taps}
-    if columns not in wanted or stacked.shape[2] != columns or out_channels % groups:
-        raise ValueError(
-            f"moments must be [n, n] or [groups, n, n] with n in {sorted(wanted)} for a weight {list(weight.shape)}, got "
-            f"{list(moments.shape)}; gather them from this layer's inputs"
-        )
     diagonal = stacked.diagonal(dim1=1, dim2=2)  # [g, n]
+    targets, owners, owned, units = [], [], [], []
+    for draft in drafts:
+        out_channels, channels = draft.weight.shape[:2]
+        taps = draft.weight[0, 0].numel()
+        wanted = {channels, channels * taps}
+        if columns not in wanted or stacked.shape[2] != columns or out_channels % groups:
+            raise ValueError(
+                f"moments must be [n, n] or [groups, n, n] with n in {sorted(wanted)} for a weight "
+                f"{list(draft.weight.shape)}, got {list(moments.shape)}; gather them from this layer's inputs"
+            )
+        own = 1 if columns == channels * taps else taps  # rows per output channel
+        owners.append(_owners(draft, own).view(groups, -1) + sum(owned))
+        owned.append(int(owners[-1].max()) + 1 - sum(owned))
+        targets.append(_columns_of(draft.weight.detach().to(stacked.device, stacked.dtype), groups, own))
+        units.append(_units(draft, taps // own))
     # The sum shows what is not finite in one reading of the matrix, and is finite for any that are of use.
-    if not stacked.sum(dtype=torch.float64).isfinite() or bool((diagonal < 0).any()):
+    if not stacked.sum().isfinite() or bool((diagonal < 0).any()):
         raise ValueError(
             "moments must be finite and their diagonal not negative, got others; look for NaN in the inputs"
         )
-    if len({part.weight.granularity for part in draft.parts}) > 1:
-        raise ValueError("all parts of a layer must have weight scales of one granularity, got several")
-    own = 1 if columns == channels * taps else taps  # rows per output channel
-    per_tensor = draft.parts[0].weight.granularity == "tensor"
-    owner = torch.zeros(out_channels, dtype=torch.int64) if per_tensor else torch.arange(out_channels)
-    target = _columns_of(weight.to(stacked.device, stacked.dtype), groups, own)
     return Problem(
         # A weight of an input that is always 0 changes nothing, and 0 is on every grid with a zero.
-        target.masked_fill((diagonal == 0)[:, :, None], 0.0),
+        torch.cat(targets, 2).masked_fill_((diagonal == 0)[:, :, None], 0.0),
         alive(stacked),
-        owner.repeat_interleave(own).view(groups, -1).to(stacked.device),
-        1 if per_tensor else out_channels,
-        tuple(_units(draft, taps // own)),
+        torch.cat(owners, 1).to(stacked.device),
+        tuple(target.shape[2] for target in targets),
+        tuple(owned),
+        _joined(units),
     )
+
+
+def _owners(draft: Draft, own: int) -> Tensor:
+    """The number of the scales of every row, of which an output channel has `own`, int64 [o * own]."""
+    if len({part.weight.granularity for part in draft.parts}) > 1:
+        raise ValueError("all parts of a layer must have weight scales of one granularity, got several")
+    channels = len(draft.weight)
+    per_tensor = draft.parts[0].weight.granularity == "tensor"
+    numbers = torch.zeros(channels, dtype=torch.int64) if per_tensor else torch.arange(channels)
+    return numbers.repeat_interleave(own)
 
 
 def alive(moments: Tensor) -> Tensor:
@@ -140,7 +177,7 @@ def alive(moments: Tensor) -> Tensor:
 def _columns_of(weight: Tensor, groups: int, own: int) -> Tensor:
     """The weight [o, i, *k] as columns [g, n, r], with `own` rows per output channel."""
     rows = weight.flatten(1) if own == 1 else weight.flatten(2).transpose(1, 2).flatten(0, 1)
-    return rows.unflatten(0, (groups, -1)).transpose(1, 2).contiguous()
+    return rows.unflatten(0, (groups, -1)).transpose(1, 2)
 
 
 def weight_of(columns: Tensor, shape: Sequence[int]) -> Tensor:
@@ -151,54 +188,56 @@ def weight_of(columns: Tensor, shape: Sequence[int]) -> Tensor:
     return rows.unflatten(0, (shape[0], -1)).transpose(1, 2).reshape(shape)
 
 
-def _units(draft: Draft, width: int) -> list[Unit]:
+def _units(draft: Draft, width: int) -> list[tuple[int, int, Grid]]:
+    """The runs of columns of one weight that share scales: first column, last one, and the grid."""
     units, at = [], 0
     for part in draft.parts:
         size = part.weight.group_size or part.channels
         edges = [*range(at, at + part.channels, size), at + part.channels]
-        piece = draft.weight.detach()[:, at : at + part.channels]
-        snap = snapping(piece, draft.scale_format)
-        shared = (part.weight.format, part.weight.zero_point, snap, draft.scale_format)
-        units += [Unit(a * width, b * width, *shared) for a, b in pairwise(edges)]
+        snap = snapping(draft.weight.detach()[:, at : at + part.channels], draft.scale_format)
+        grid = Grid(part.weight.format, part.weight.zero_point, snap, draft.scale_format)
+        units += [(a * width, b * width, grid) for a, b in pairwise(edges)]
         at += part.channels
     return units
 
 
-def scales_of(draft: Draft, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Steps and shifts [units, owners] of the draft's scales and zero points."""
-    steps, shifts = [], []
-    for part, scale, zero in zip(draft.parts, draft.scales, draft.zero_points, strict=True):
-        steps.append(scale.reshape(problem.owners, -1).T)
-        shifts.append(
-            zero.reshape(problem.owners, -1).T if part.weight.zero_point else torch.zeros_like(steps[-1])
+def _joined(units: Sequence[Sequence[tuple[int, int, Grid]]]) -> tuple[Unit, ...]:
+    if any([one[:2] for one in own] != [one[:2] for one in units[0]] for own in units):
+        raise ValueError(
+            "weights that are rounded together must have scales for the same columns, got parts or groups of several sizes"
         )
-    return torch.cat(steps).to(problem.target), torch.cat(shifts).to(problem.target)
+    return tuple(Unit(*same[0][:2], tuple(grid for _, _, grid in same)) for same in zip(*units, strict=True))
 
 
-def round_levels(values: Tensor, step: Tensor, shift: Tensor, format: Format) -> Tensor:
-    """The nearest values of a format under steps and shifts that broadcast with the values."""
-    return rounding.round_(((values - shift) / step).contiguous(), format)
+def scales_of(drafts: Sequence[Draft], problem: Problem) -> tuple[Tensor, Tensor]:
+    """Steps and shifts [units, owners] of the drafts' scales and zero points."""
+    steps, shifts = [], []
+    for draft, owned in zip(drafts, problem.owned, strict=True):
+        own = [scale.reshape(owned, -1).T for scale in draft.scales]
+        zeros = [
+            zero.reshape(owned, -1).T if part.weight.zero_point else torch.zeros_like(scale)
+            for part, scale, zero in zip(draft.parts, own, draft.zero_points, strict=True)
+        ]
+        steps.append(torch.cat(own))
+        shifts.append(torch.cat(zeros))
+    return torch.cat(steps, 1).to(problem.target), torch.cat(shifts, 1).to(problem.target)
 
 
-def rounder(format: Format, like: Tensor) -> Callable[[Tensor], Tensor]:
-    """`rounding.round_` of finite numbers of the dtype and device of `like`, for many small tensors.
-
-    The borders of a table are made once here, which costs several times as much as looking one column up.
-    """
-    if not format.levels:
-        return lambda x: rounding.round_(x, format)
-    levels = torch.tensor(format.values, dtype=like.dtype, device=like.device)
-    borders = (levels[1:] + levels[:-1]) / 2
-    return lambda x: levels[torch.bucketize(x, borders)]
+def rounders(problem: Problem) -> list[Callable[[Tensor], Tensor]]:
+    """How the numbers [..., r] of all rows are rounded in every unit."""
+    formats = [tuple(grid.format for grid in unit.grids) for unit in problem.units]
+    made = {one: lookup.rounder(one, problem.rows, problem.target) for one in set(formats)}
+    return [made[one] for one in formats]
 
 
 def nearest(problem: Problem, steps: Tensor, shifts: Tensor) -> Solution:
     """The solution with every weight at the grid value nearest to it, on the scales given."""
     levels = torch.empty_like(problem.target)
-    for number, unit in enumerate(problem.units):
+    for number, (unit, round_) in enumerate(zip(problem.units, rounders(problem), strict=True)):
         step, shift = (of[number][problem.owner][:, None] for of in (steps, shifts))  # [g, 1, r]
-        columns = slice(unit.start, unit.stop)
-        levels[:, columns] = round_levels(problem.target[:, columns], step, shift, unit.format)
+        for start in range(unit.start, unit.stop, _PIECE):  # what is in between stays in the cache
+            columns = slice(start, min(start + _PIECE, unit.stop))
+            levels[:, columns] = round_(problem.target[:, columns].sub(shift).div_(step))
     return Solution(levels, steps, shifts)
 
 

@@ -15,19 +15,18 @@ Margins write g for groups, n for columns, r for rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from difloat.methods import quadratic
-from difloat.methods.quadratic import Problem, Solution
+from difloat.methods import column_steps, quadratic
+from difloat.methods.quadratic import Problem, Solution, Unit
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Draft
 
 _TRIES = 7  # dampings, each ten times the one before
-_BLOCK = 32  # columns whose errors are passed on one by one; those of blocks before in one product
 _LEAST_SHARE = 0.2  # of a scale that a fit must leave
 _INDEPENDENT = 1e-6  # of scale and zero point: how far their normal equations must be from singular, relative
 
@@ -124,26 +123,54 @@ def round_second_order(
         known: The result of `factor` for these moments and settings, or None to make it here.
 
     Raises:
-        ValueError: if moments do not fit the weight, are not finite, or cannot be factorised even with the largest damping.
+        ValueError: if moments do not fit a weight, are not finite, or cannot be factorised even with the largest damping.
     """
-    problem = quadratic.problem_of(draft, moments)
-    steps, shifts = quadratic.scales_of(draft, problem)
+    return round_together([draft], moments, settings, known)[0]
+
+
+def round_together(
+    drafts: Sequence[Draft], moments: Tensor, settings: SecondOrderSettings, known: Factor | None = None
+) -> list[Rounded]:
+    """Round weights that read the same input, such as bands of a layer, as `round_second_order` rounds each, in one pass.
+
+    Raises:
+        ValueError: as `round_second_order`, and if scales belong to other columns in one weight than in another.
+    """
+    problem = quadratic.problem_of(drafts, moments)
+    steps, shifts = quadratic.scales_of(drafts, problem)
     plain = quadratic.nearest(problem, steps, shifts)
-    known = factor(problem.moments, settings) if known is None else known
-    fed = _feed_forward(problem, steps, shifts, known)
     of_plain = problem.row_error(plain.values(problem))
-    best, error = _better(problem, (plain, of_plain), fed)
-    for _ in range(settings.rounds if settings.refit or settings.sweep else 0):
-        best, error = _better(problem, (best, error), _polish(problem, best, settings))
-    return _assembled(draft, problem, best, error, of_plain, known.damping)
+    known = factor(problem.moments, settings) if known is None else known
+    fed = column_steps.feed_forward(problem, steps, shifts, known.order, known.upper)
+    if not (settings.rounds and (settings.refit or settings.sweep)):
+        best, error = _better(problem, (plain, of_plain), (fed, problem.row_error(fed.values(problem))))
+        return _assembled(drafts, problem, best, error, of_plain, known.damping)
+    slope = _slope(problem, fed)
+    of_fed = (slope * (fed.values(problem) - problem.target)).sum(1)
+    best, error = _better(problem, (plain, of_plain), (fed, of_fed))
+    if (rows := (error != of_fed).any(0)).any():  # where nearest rounding is better
+        slope[..., rows] = _slope(problem, best, rows)
+    for number in range(settings.rounds):
+        slope = _slope(problem, best) if number else slope
+        best, error = _better(problem, (best, error), _polish(problem, best, error, slope, settings))
+    return _assembled(drafts, problem, best, error, of_plain, known.damping)
 
 
-def nearest_row_error(draft: Draft, moments: Tensor) -> Tensor:
-    """``e H e^T`` of every output channel, [o], for nearest rounding of a draft under moments as `round_second_order` takes."""
-    problem = quadratic.problem_of(draft, moments)
-    error = problem.row_error(
-        quadratic.nearest(problem, *quadratic.scales_of(draft, problem)).values(problem)
-    )
+def nearest_row_error(draft: Draft, moments: Tensor, *, independent: bool = False) -> Tensor:
+    """``e H e^T`` of every output channel, [o], for nearest rounding of a draft.
+
+    Args:
+        draft: Weight, formats, scales and zero points.
+        moments: The moments H as `round_second_order` takes them.
+        independent: Whether errors of different columns count as independent, so that only the diagonal of H is looked at.
+    """
+    problem = quadratic.problem_of([draft], moments)
+    values = quadratic.nearest(problem, *quadratic.scales_of([draft], problem)).values(problem)
+    if independent:
+        diagonal = problem.moments.diagonal(dim1=1, dim2=2)  # [g, n]
+        error = (values.sub_(problem.target).square_() * diagonal[:, :, None]).sum(1)
+    else:
+        error = problem.row_error(values)
     return error.reshape(draft.weight.shape[0], -1).sum(1)
 
 
@@ -152,14 +179,16 @@ def _upper(moments: Tensor, damping: float) -> tuple[Tensor, float, float]:
     mean = moments.diagonal(dim1=1, dim2=2).mean(1)  # [g]
     shares = torch.full_like(mean, damping)
     for _ in range(_TRIES):
-        damped = moments + torch.diag_embed((shares * mean)[:, None].expand(-1, moments.shape[1]))
         # Flipped in both axes, the lower triangular factor is the upper one that runs from the first column on.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
+        damped = moments.flip(1, 2)
+        damped.diagonal(dim1=1, dim2=2).add_((shares * mean)[:, None])
+        trace = damped.diagonal(dim1=1, dim2=2).sum()
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():
             upper = lower.flip(1, 2)
-            roots = upper.diagonal(dim1=1, dim2=2)  # [g, n], of D
-            left = roots.square().sum() / damped.diagonal(dim1=1, dim2=2).sum()
-            return upper / roots[:, None], float(shares.max()), float(left)
+            roots = upper.diagonal(dim1=1, dim2=2).clone()  # [g, n], of D
+            left = roots.square().sum() / trace
+            return upper.div_(roots[:, None]), float(shares.max()), float(left)
         shares = torch.where(failed > 0, shares * 10, shares)
     raise ValueError(
         f"moments must be positive definite when damped by up to {float(shares.max()) / 10:g} of their mean diagonal, got "
@@ -167,136 +196,146 @@ def _upper(moments: Tensor, damping: float) -> tuple[Tensor, float, float]:
     )
 
 
-def _feed_forward(problem: Problem, steps: Tensor, shifts: Tensor, known: Factor) -> Solution:
-    """The solution by rounding column after column, with the errors of the columns before fed forward.
-
-    Groups that are ordered apart have one part only, hence one format.
-    """
-    count, order, upper = problem.target.shape[1], known.order, known.upper
-    rows = order[:, :, None].expand_as(problem.target)  # [g, n, r]
-    target, units = problem.target.gather(1, rows), quadratic.unit_of(problem)[order]  # [g, n]
-    rounders = _rounders(problem)
-    formats = [rounders[number] for number in units[0].tolist()]
-    levels, errors = torch.empty_like(target), torch.zeros_like(target)
-    for start in range(0, count, _BLOCK):
-        stop = min(start + _BLOCK, count)
-        # The errors of all blocks before reach this block in one matrix product, [g, columns of the block, r].
-        wanted = target[:, start:stop] - upper[:, :start, start:stop].mT @ errors[:, :start]
-        for column in range(start, stop):
-            at, unit = column - start, units[:, column, None]
-            step, shift = steps[unit, problem.owner], shifts[unit, problem.owner]  # [g, r]
-            levels[:, column] = formats[column]((wanted[:, at] - shift) / step)
-            error = levels[:, column] * step + shift - target[:, column]  # [g, r]
-            errors[:, column] = error
-            # Within a block every error reaches the columns after it at once.
-            wanted[:, at + 1 :] -= upper[:, column, column + 1 : stop, None] * error[:, None]
-    return Solution(torch.empty_like(levels).scatter_(1, rows, levels), steps, shifts)
+def _slope(problem: Problem, solution: Solution, rows: Tensor | None = None) -> Tensor:
+    """Half of the derivative of the error by every weight, [g, n, r], or by those of some rows."""
+    change = solution.values(problem).sub_(problem.target)
+    return problem.moments @ (change if rows is None else change[..., rows])
 
 
-def _polish(problem: Problem, start: Solution, settings: SecondOrderSettings) -> Solution:
+def _polish(
+    problem: Problem, start: Solution, error: Tensor, slope: Tensor, settings: SecondOrderSettings
+) -> tuple[Solution, Tensor]:
+    """A fit and a sweep from a solution with the error of its rows [g, r]. `slope` is overwritten."""
     solution = start
-    gradient = problem.moments @ (solution.values(problem) - problem.target)  # half of it, [g, n, r]
     if settings.refit:
-        solution = _refit(problem, solution, gradient)
+        solution, change = _refit(problem, solution, slope)
+        error = error + change
     if settings.sweep:
-        gradient = problem.moments @ (solution.values(problem) - problem.target)
-        solution = _sweep(problem, solution, gradient)
-    return solution
+        solution, change = column_steps.sweep(problem, solution, slope)
+        error = error + change
+    return solution, error.clamp_min(0)
 
 
-def _refit(problem: Problem, solution: Solution, gradient: Tensor) -> Solution:
-    """Fit scale and zero point by least squares under H, unit after unit, with the levels held. `gradient` is overwritten.
+def _refit(problem: Problem, solution: Solution, slope: Tensor) -> tuple[Solution, Tensor]:
+    """Fit scale and zero point by least squares under H, unit after unit, with the levels held.
 
     The error is a quadratic function of both, so the gain of a fit is known before it is made. A fit that gains nothing, once
     its numbers are rounded to float32, is left out.
+
+    Returns:
+        The solution, for which `slope` is brought up to date, and by how much the error of every row changed, [g, r].
     """
     steps, shifts = solution.steps.clone(), solution.shifts.clone()
+    changed = torch.zeros_like(problem.owner, dtype=slope.dtype)
     for number, unit in enumerate(problem.units):
         columns = slice(unit.start, unit.stop)
         levels, own = solution.levels[:, columns], problem.moments[:, columns, columns]
         product = own @ levels  # [g, columns of the unit, r]
+        ones = own.sum(2)  # H times a column of ones, [g, columns of the unit]
         # The second derivatives by step, by step and shift, by shift, and below the first ones, all halved.
-        bent = [(levels * product).sum(1), product.sum(1), own.sum((1, 2))[:, None].expand_as(problem.owner)]
-        sloped = [(levels * gradient[:, columns]).sum(1), gradient[:, columns].sum(1)]
-        a11, a12, a22 = map(problem.per_owner, bent)  # [owners] each
-        g1, g2 = map(problem.per_owner, sloped)  # [owners] each
-        by_step = torch.where(a11 > 0, -g1 / a11.clamp_min(1e-300), 0.0)  # Newton's step is exact
-        by_shift = torch.zeros_like(by_step)
-        if unit.shifted:
-            determinant = a11 * a22 - a12 * a12  # 0 where all levels are equal
-            solvable, divisor = determinant > _INDEPENDENT * a11 * a22, determinant.clamp_min(1e-300)
-            by_step = torch.where(solvable, (a12 * g2 - a22 * g1) / divisor, by_step)
-            by_shift = torch.where(solvable, (a12 * g1 - a11 * g2) / divisor, by_shift)
-        # What is stored lies on a grid, that of float32 or one of few bits, so the gain is that of the rounded numbers.
-        step, shift = unit.stored(steps[number] + by_step, shifts[number] + by_shift)
-        by_step, by_shift = step - steps[number].double(), shift - shifts[number].double()
-        gained = 2 * (by_step * g1 + by_shift * g2) + (
-            by_step.square() * a11 + 2 * by_step * by_shift * a12 + by_shift.square() * a22
+        bent = [
+            (levels * product).sum(1),
+            (ones[:, None] @ levels).squeeze(1),
+            ones.sum(1)[:, None].expand_as(problem.owner),
+        ]
+        sloped = [(levels * slope[:, columns]).sum(1), slope[:, columns].sum(1)]
+        step, shift = _fit(problem, unit, (steps[number], shifts[number]), bent, sloped)
+        by_step, by_shift = (
+            (after - before.double())[problem.owner].to(slope)  # [g, r]
+            for after, before in ((step, steps[number]), (shift, shifts[number]))
         )
-        # A fit may turn the sign of a scale or shrink it to nothing where levels hardly vary; such a fit is not taken.
-        taken = (gained < 0) & (step / steps[number] > _LEAST_SHARE)
-        by_step, by_shift = by_step.where(taken, 0.0), by_shift.where(taken, 0.0)
-        steps[number] = torch.where(taken, step.to(steps), steps[number])
-        shifts[number] = torch.where(taken, shift.to(shifts), shifts[number])
-        change = (levels * by_step[problem.owner][:, None] + by_shift[problem.owner][:, None]).to(levels)
-        gradient += problem.moments[:, :, columns] @ change  # so the next unit sees this one's change
-    return Solution(solution.levels, steps, shifts)
+        steps[number], shifts[number] = step.to(steps), shift.to(shifts)
+        changed += 2 * (by_step * sloped[0] + by_shift * sloped[1]) + (
+            by_step.square() * bent[0] + 2 * by_step * by_shift * bent[1] + by_shift.square() * bent[2]
+        )
+        if len(problem.units) == 1:
+            slope.addcmul_(product, by_step[:, None]).addcmul_(ones[:, :, None], by_shift[:, None])
+        else:  # so the next unit sees this one's change
+            slope += problem.moments[:, :, columns] @ (levels * by_step[:, None] + by_shift[:, None])
+    return Solution(solution.levels, steps, shifts), changed
 
 
-def _sweep(problem: Problem, solution: Solution, gradient: Tensor) -> Solution:
-    """Move every weight to the grid value nearest to its optimum given all others, column after column."""
-    levels, values = solution.levels.clone(), solution.values(problem)
-    units, count = quadratic.unit_of(problem).tolist(), values.shape[1]
-    rounders, moved = _rounders(problem), torch.zeros_like(values)
-    for start in range(0, count, _BLOCK):
-        stop = min(start + _BLOCK, count)
-        inner = problem.moments[:, start:stop, start:stop]
-        # What all blocks before moved reaches this one in one product, [g, columns of the block, r].
-        slope = gradient[:, start:stop] + problem.moments[:, start:stop, :start] @ moved[:, :start]
-        for column in range(start, stop):
-            at, unit = column - start, units[column]
-            step, shift = solution.steps[unit][problem.owner], solution.shifts[unit][problem.owner]
-            # The optimum of one weight alone, by the derivative and the second derivative of the error.
-            best = values[:, column] - slope[:, at] / inner[:, at, at, None]
-            levels[:, column] = rounders[unit]((best - shift) / step)
-            moved[:, column] = levels[:, column] * step + shift - values[:, column]
-            slope[:, at + 1 :] += inner[:, at + 1 :, at, None] * moved[:, column, None]
-    return replace(solution, levels=levels)
+def _fit(
+    problem: Problem,
+    unit: Unit,
+    before: tuple[Tensor, Tensor],
+    bent: Sequence[Tensor],
+    sloped: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Steps and shifts [owners] of one unit after a fit, float64, with the halved derivatives of every row [g, r]."""
+    a11, a12, a22 = map(problem.per_owner, bent)  # [owners] each
+    g1, g2 = map(problem.per_owner, sloped)  # [owners] each
+    by_step = torch.where(a11 > 0, -g1 / a11.clamp_min(1e-300), 0.0)  # Newton's step is exact
+    determinant = a11 * a22 - a12 * a12  # 0 where all levels are equal
+    shifted = torch.tensor([grid.shifted for grid in unit.grids], device=a11.device)
+    shifted = shifted.repeat_interleave(torch.tensor(problem.owned, device=a11.device))  # [owners]
+    solvable, divisor = shifted & (determinant > _INDEPENDENT * a11 * a22), determinant.clamp_min(1e-300)
+    by_step = torch.where(solvable, (a12 * g2 - a22 * g1) / divisor, by_step)
+    by_shift = torch.where(solvable, (a12 * g1 - a11 * g2) / divisor, 0.0)
+    # What is stored lies on a grid, that of float32 or one of few bits, so the gain is that of the rounded numbers.
+    wanted = [(was + by).split(problem.owned) for was, by in zip(before, (by_step, by_shift), strict=True)]
+    stored = [grid.stored(step, shift) for grid, step, shift in zip(unit.grids, *wanted, strict=True)]
+    step, shift = (torch.cat(of).double() for of in zip(*stored, strict=True))
+    by_step, by_shift = step - before[0].double(), shift - before[1].double()
+    gained = 2 * (by_step * g1 + by_shift * g2) + (
+        by_step.square() * a11 + 2 * by_step * by_shift * a12 + by_shift.square() * a22
+    )
+    # A fit may turn the sign of a scale or shrink it to nothing where levels hardly vary; such a fit is not taken.
+    taken = (gained < 0) & (step / before[0] > _LEAST_SHARE)
+    return torch.where(taken, step, before[0].double()), torch.where(taken, shift, before[1].double())
 
 
-def _rounders(problem: Problem) -> list[Callable[[Tensor], Tensor]]:
-    """How the numbers of every unit are rounded."""
-    made = {unit.format: quadratic.rounder(unit.format, problem.target) for unit in problem.units}
-    return [made[unit.format] for unit in problem.units]
-
-
-def _better(problem: Problem, found: tuple[Solution, Tensor], other: Solution) -> tuple[Solution, Tensor]:
-    """The better of a solution with the error of its rows [g, r] and another, for every owner of scales, and its error."""
-    best, error = found
-    others = problem.row_error(other.values(problem))  # [g, r]
+def _better(
+    problem: Problem, found: tuple[Solution, Tensor], other: tuple[Solution, Tensor]
+) -> tuple[Solution, Tensor]:
+    """The better of two solutions with the error of their rows [g, r], for every owner of scales, and its error."""
+    (best, error), (new, others) = found, other
     better = problem.per_owner(others) < problem.per_owner(error)  # [owners]
+    if better.all():
+        return other
     rows = better[problem.owner]  # [g, r]
     chosen = Solution(
-        torch.where(rows[:, None], other.levels, best.levels),
-        torch.where(better, other.steps, best.steps),
-        torch.where(better, other.shifts, best.shifts),
+        torch.where(rows[:, None], new.levels, best.levels),
+        torch.where(better, new.steps, best.steps),
+        torch.where(better, new.shifts, best.shifts),
     )
     return chosen, torch.where(rows, others, error)
 
 
 def _assembled(
-    draft: Draft, problem: Problem, best: Solution, error: Tensor, nearest: Tensor, damping: float
-) -> Rounded:
+    drafts: Sequence[Draft], problem: Problem, best: Solution, error: Tensor, nearest: Tensor, damping: float
+) -> list[Rounded]:
     stored = Solution(best.levels.float(), best.steps.float(), best.shifts.float())
-    weight = quadratic.weight_of(stored.values(problem), draft.weight.shape)
+    pieces = zip(
+        drafts,
+        stored.values(problem).split(problem.rows, 2),
+        stored.steps.split(problem.owned, 1),
+        stored.shifts.split(problem.owned, 1),
+        error.split(problem.rows, 1),
+        nearest.split(problem.rows, 1),
+        strict=True,
+    )
+    return [_rounded(draft, *own, damping) for draft, *own in pieces]
+
+
+def _rounded(
+    draft: Draft,
+    values: Tensor,
+    steps: Tensor,
+    shifts: Tensor,
+    error: Tensor,
+    nearest: Tensor,
+    damping: float,
+) -> Rounded:
+    """One weight out of a solution, of which it has some rows and scales."""
+    weight = quadratic.weight_of(values, draft.weight.shape)
     scales, zeros, at = [], [], 0
     for scale in draft.scales:
-        count = scale.numel() // problem.owners
-        scales.append(stored.steps[at : at + count].T.reshape(-1))
-        zeros.append(stored.shifts[at : at + count].T.reshape(-1))
+        count = scale.numel() // steps.shape[1]
+        scales.append(steps[at : at + count].T.reshape(-1))
+        zeros.append(shifts[at : at + count].T.reshape(-1))
         at += count
     squared = float((weight - draft.weight.detach().to(weight)).square().sum())
-    out_channels = draft.weight.shape[0]
-    by_row, at_nearest = (of.reshape(out_channels, -1).sum(1) for of in (error, nearest))
+    by_row, at_nearest = (of.reshape(len(weight), -1).sum(1) for of in (error, nearest))
     made = replace(draft, scales=tuple(scales), zero_points=tuple(zeros), error=squared)
     return Rounded(made, weight, by_row, at_nearest, damping)

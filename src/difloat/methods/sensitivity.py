@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from difloat import torch_modes
 from difloat.calibration.batch_axis import predict, samples_of
 from difloat.layers import packed
+from difloat.methods.cost import WITH_GRADIENT
 from difloat.methods.task import Task
 from difloat.methods.trace import Call, removed
 from difloat.methods.training.batches import guidance_pairs
@@ -40,6 +41,10 @@ class SensitivitySettings:
     rows_per_call: int = 8
     probes: int = 1
     guidance: float = 3.0
+
+
+GRADIENT_ROWS = WITH_GRADIENT * SensitivitySettings.rows * SensitivitySettings.probes
+"""What the gradients of the default settings cost, in rows of forward passes."""
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from difloat.methods.picture_budget import is_large
+from difloat.methods.task import Task
 from difloat.plan import file_offers
-from difloat.plan.rules import Rule, asymmetric_integers, levels_or_integers
+from difloat.plan.rules import MIN_MAX, Rule, asymmetric_integers, levels_or_integers
 from difloat.plan.target import Target
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 Grid = Literal["table", "fit", "integer"]
+REPLACED_LATER = replace(asymmetric_integers(8, "channel"), clips=MIN_MAX, zero_points=MIN_MAX)
+"""The quickest rule, for weights that are rounded anew later."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,20 @@ class WeightRules:
         group_size: Input channels per scale. 0 takes one scale per output channel.
         target: A kind of file leaves what it holds. Other targets leave all.
         inputs: Whether layers round their inputs.
+        rough: Whether a rough search of scales is enough (`Rule.rough`).
     """
 
     grid: Grid
     group_size: int = 0
     target: Target = "any"
     inputs: bool = False
+    rough: bool = False
+
+    @staticmethod
+    def of_task(task: Task, grid: Grid, group_size: int, fitted_anew: bool) -> WeightRules:
+        """Those of a task. Scales that are fitted anew after rounding are searched roughly in large models."""
+        rough = fitted_anew and is_large(task.model)
+        return WeightRules(grid, group_size, task.target, task.bits.activation is not None, rough)
 
     def at(self, bits: int, shape: Sequence[int] = ()) -> Rule:
         """The rule of a width for a weight [o, i, *k]. A file gives the first of its formats that is wide enough."""
@@ -36,7 +48,7 @@ class WeightRules:
             return next(rule for rule in held if rule.formats[0].bits >= bits)
         make = asymmetric_integers if self.grid == "integer" else levels_or_integers
         rule = make(bits, "group" if self.group_size else "channel", self.group_size or None)
-        return replace(rule, fitted=self.grid == "fit" and rule.formats[0].is_table)
+        return replace(rule, fitted=self.grid == "fit" and rule.formats[0].is_table, rough=self.rough)
 
     def offers(self, shape: Sequence[int]) -> list[Rule]:
         """The rules of all widths for a weight [o, i, *k], in ascending order."""

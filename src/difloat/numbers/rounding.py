@@ -129,13 +129,14 @@ def encode(values: Tensor, format: Format) -> Tensor:
 
 
 def _encode(values: Tensor, format: Format) -> Tensor:
+    if format.levels:
+        every = torch.tensor(format.values, dtype=torch.float32, device=values.device)
+        # As `round_` does it, without a search of the level among all.
+        return torch.bucketize(values.float(), (every[1:] + every[:-1]) / 2).to(torch.uint8)
     rounded = round_to(values.float(), format)
     if format.integer:
         # Two's complement: the mask cuts a negative number to the width of a code.
         return rounded.to(torch.int16).bitwise_and(2**format.bits - 1).to(torch.uint8)
-    if format.levels:
-        every = torch.tensor(format.values, dtype=torch.float32, device=values.device)
-        return torch.searchsorted(every, rounded.contiguous()).to(torch.uint8)
     codes = _magnitude_codes(rounded, format).to(torch.uint8)
     if format.signed:
         codes |= (rounded < 0).to(torch.uint8) << (format.bits - 1)

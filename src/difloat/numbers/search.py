@@ -31,7 +31,7 @@ from torch import Tensor
 
 from difloat.numbers.formats import Format
 from difloat.numbers.scale_grids import ScaleFormat, Snap, snap_zero_points
-from difloat.numbers.sorted_rows import SortedRows, sort, squared_errors
+from difloat.numbers.sorted_rows import SortedRows, rounding_errors, sort, squared_errors
 
 CLIPS = tuple(percent / 100 for percent in range(20, 121))
 """Fractions of the reach that `search` tries as clip values. At 4 bits the best is usually near 0.6."""
@@ -56,6 +56,7 @@ _THINNED = 5  # of so many clip values one is tried first
 _SAMPLE_ROWS = 256  # decide between formats
 _STANDARD_ERRORS = 4  # of the mean difference between two formats that the sample must show
 _REFINED = 11  # points per axis of a refined grid, the winner in the middle
+_ROUGHLY_REFINED = 5  # the same where scales are fitted anew later
 _BLOCK = 2**24  # elements sorted at a time: bounds memory to about 0.5 GB
 
 
@@ -87,6 +88,7 @@ def search(
     refine: int = 1,
     snap: Snap | None = None,
     zero_format: ScaleFormat = "float32",
+    rough: bool = False,
 ) -> Found:
     """The one format for all rows, and the scale and zero point of every row, with the lowest squared error.
 
@@ -108,6 +110,7 @@ def search(
         refine: Rounds of a finer grid between the neighbours of each winner.
         snap: Moves the candidate scales of a format to the nearest that are allowed. The errors are those of the moved.
         zero_format: Grid of the zero points. The errors are those of zero points on it.
+        rough: Whether fewer points of finer grids are enough.
 
     Raises:
         ValueError: if rows are empty or not finite, a fraction is not usable, or an unsigned format meets a negative value.
@@ -116,7 +119,7 @@ def search(
 
     def best(of: Tensor, candidates: Sequence[Format]) -> dict[str, Found]:
         asked: dict[str, Any] = {"clips": clips, "zero_points": zero_points, "refine": refine, "snap": snap}
-        return best_per_format(of, candidates, **asked, zero_format=zero_format)
+        return best_per_format(of, candidates, **asked, zero_format=zero_format, rough=rough)
 
     _check(rows, formats, clips, zero_points)
     if len(formats) > 1 and len(rows) > 4 * _SAMPLE_ROWS:
@@ -162,11 +165,13 @@ def best_per_format(
     refine: int = 1,
     snap: Snap | None = None,
     zero_format: ScaleFormat = "float32",
+    rough: bool = False,
 ) -> dict[str, Found]:
     """The best quantizer of every format by its name, for callers that mix formats and compare them row by row."""
     _check(rows, formats, clips, zero_points)
     if refine < 0:
         raise ValueError(f"refine must be 0 or more rounds, got {refine}; leave it out for the default")
+    points = _ROUGHLY_REFINED if rough else _REFINED
     clip_axis = _axis(clips, rows)
     zero_axis = {True: _axis((0.0,), rows), False: _axis(zero_points or (0.0,), rows)}  # by format.signed
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {format.name: [] for format in formats}
@@ -175,13 +180,19 @@ def best_per_format(
         _check_range(low, high, any(not format.signed for format in formats) and zero_points is None)
         sorted_rows: dict[bool, SortedRows] = {}
         for format in formats:
+            if clip_axis.numel() == 1 == zero_axis[format.signed].numel() and not format.levels:
+                axes = (clip_axis, zero_axis[format.signed])
+                parts[format.name].append(_only(block, low, high, format, *axes, snap, zero_format))
+                continue
             mirrored = format.symmetric  # magnitudes halve the borders to look up
             if mirrored not in sorted_rows:
                 sorted_rows[mirrored] = sort(block.abs() if mirrored else block, low.double(), high.double())
             axes = (clip_axis, zero_axis[format.signed])
-            best = _search_block(sorted_rows[mirrored], format, *axes, refine, snap, zero_format)
+            best = _search_block(sorted_rows[mirrored], format, *axes, (refine, points), snap, zero_format)
             if format.levels and not mirrored:  # the sign of the scale is one more candidate
-                turned = _search_block(sorted_rows[mirrored], format.mirrored(), *axes, refine, snap)
+                turned = _search_block(
+                    sorted_rows[mirrored], format.mirrored(), *axes, (refine, points), snap
+                )
                 better = turned[2] < best[2]  # [r]
                 signed = (-turned[0], turned[1], turned[2])
                 pairs = zip(signed, best, strict=True)
@@ -241,15 +252,18 @@ def _search_block(
     format: Format,
     clips: Tensor,
     zeros: Tensor,
-    refine: int,
+    refine: tuple[int, int],
     snap: Snap | None,
     zero_format: ScaleFormat = "float32",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Best scale, zero point and error of the rows, each [r], over the fractions `clips` [1, c] and `zeros` [1, z]."""
+    """Best scale, zero point and error of the rows, each [r], over the fractions `clips` [1, c] and `zeros` [1, z].
+
+    `refine` has the rounds of refining and the points per axis of each.
+    """
     count = rows.low.shape[0]
     clips, zeros = clips.expand(count, -1), zeros.expand(count, -1)  # [r, c], [r, z]
-    for remaining in range(refine, -1, -1):
-        scale, zero_point = _candidates(rows, format, clips, zeros)  # [r, z * c]
+    for remaining in range(refine[0], -1, -1):
+        scale, zero_point = _candidates(rows.low, rows.high, format, clips, zeros)  # [r, z * c]
         if snap is not None:
             scale = snap(scale, format)
         zero_point = snap_zero_points(zero_point, zero_format)
@@ -257,27 +271,51 @@ def _search_block(
         winner = error.argmin(dim=1, keepdim=True)
         if remaining:
             best_zero, best_clip = winner // clips.shape[1], winner % clips.shape[1]
-            clips, zeros = _around(clips, best_clip), _around(zeros, best_zero)
+            clips, zeros = _around(clips, best_clip, refine[1]), _around(zeros, best_zero, refine[1])
     # Prefix sums may leave an error of zero a rounding below it.
     best = error.gather(1, winner).squeeze(1).clamp_min(0)
     return scale.gather(1, winner).squeeze(1).float(), zero_point.gather(1, winner).squeeze(1).float(), best
 
 
-def _around(axis: Tensor, winner: Tensor) -> Tensor:
-    """Finer axis [r, _REFINED] from the left to the right neighbour of `winner` [r, 1], which it holds exactly."""
+def _only(
+    block: Tensor,
+    low: Tensor,
+    high: Tensor,
+    format: Format,
+    clip: Tensor,
+    zero: Tensor,
+    snap: Snap | None,
+    zero_format: ScaleFormat,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale, zero point and error of rows [r, n], each [r], with one candidate, for which nothing need be sorted."""
+    scale, zero_point = _candidates(low.double(), high.double(), format, clip, zero)  # [r, 1]
+    if snap is not None:
+        scale = snap(scale, format)
+    zero_point = snap_zero_points(zero_point, zero_format)
+    return (
+        scale[:, 0].float(),
+        zero_point[:, 0].float(),
+        rounding_errors(block, format, scale, zero_point)[:, 0],
+    )
+
+
+def _around(axis: Tensor, winner: Tensor, points: int) -> Tensor:
+    """Finer axis [r, points] from the left to the right neighbour of `winner` [r, 1], which it holds exactly."""
     if axis.shape[1] == 1:
         return axis
     centre = axis.gather(1, winner)  # [r, 1]
     left = axis.gather(1, (winner - 1).clamp_min(0))
     right = axis.gather(1, (winner + 1).clamp_max(axis.shape[1] - 1))
-    steps = torch.linspace(-1, 1, _REFINED, dtype=axis.dtype, device=axis.device)  # [_REFINED]
+    steps = torch.linspace(-1, 1, points, dtype=axis.dtype, device=axis.device)  # [points]
     return centre + steps.clamp_max(0) * (centre - left) + steps.clamp_min(0) * (right - centre)
 
 
-def _candidates(rows: SortedRows, format: Format, clips: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+def _candidates(
+    low: Tensor, high: Tensor, format: Format, clips: Tensor, zeros: Tensor
+) -> tuple[Tensor, Tensor]:
     """Scales and zero points [r, z * c] of all pairs of fractions: float32 numbers, as float64."""
-    zero_point = (zeros * rows.low).float().double() + 0.0  # no negative zero
-    reach = torch.maximum(rows.high, -rows.low) if format.signed else rows.high - zero_point  # [r, z]
+    zero_point = (zeros * low).float().double() + 0.0  # no negative zero
+    reach = torch.maximum(high, -low) if format.signed else high - zero_point  # [r, z]
     scale = clips[:, None, :] * (reach / format.max)[:, :, None]  # [r, z, c]
     limits = torch.finfo(torch.float32)
     # A row of zeros is exact at any scale, except on a table without a zero, where only the least comes near.

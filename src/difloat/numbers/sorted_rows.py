@@ -70,6 +70,13 @@ def squared_errors(rows: SortedRows, format: Format, scale: Tensor, zero_point: 
     return error
 
 
+def rounding_errors(rows: Tensor, format: Format, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """What `squared_errors` gives for rows [r, n] that are not sorted, by rounding all of their elements."""
+    chunk = max(1, _VALUES // rows.shape[1])
+    pieces = zip(rows.split(chunk), scale.split(chunk), zero_point.split(chunk), strict=True)
+    return torch.cat([_direct_errors(piece.double(), *own, format) for piece, *own in pieces])
+
+
 def _direct_errors(values: Tensor, scale: Tensor, zero_point: Tensor, format: Format) -> Tensor:
     """Sum of squared errors [r, c] of rounding every one of the `values` [r, n] with every candidate [r, c]."""
     errors = torch.empty_like(scale)

@@ -127,16 +127,23 @@ _NEEDS = (
     ),
     _Need(
         ("guidance", "factor_power"),
-        "widths=rows or layers, or polish",
+        "widths=rows or layers, polish or judge",
         lambda options, bits: (
-            getattr(options, "widths", "rows") != "same" or getattr(options, "polish", 0) > 0
+            getattr(options, "widths", "rows") != "same"
+            or getattr(options, "polish", 0) > 0
+            or getattr(options, "judge", False)
         ),
     ),
     _Need(("size",), "widths=rows or layers", lambda options, bits: options.widths != "same"),
     _Need(
-        ("polish_minutes", "polish_rate", "polish_rows", "judge"),
+        ("polish_minutes", "polish_rate", "polish_rows"),
         "polish of at least one update",
         lambda options, bits: options.polish > 0,
+    ),
+    _Need(
+        ("judge",),
+        "an optional part (polish, rotate or branch)",
+        lambda options, bits: options.polish > 0 or options.rotate != "none" or options.branch > 0,
     ),
     _Need(
         ("size",),

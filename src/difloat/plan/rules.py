@@ -6,14 +6,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from difloat.numbers import formats, hadamard, rounding
 from difloat.numbers.formats import Format
-from difloat.numbers.scale_grids import ScaleFormat, row_units, snapping
+from difloat.numbers.scale_grids import ScaleFormat, Snap, row_units, snapping
 from difloat.numbers.search import (
     CLIPS,
     FEW_LEVELS_BITS,
@@ -33,6 +33,7 @@ from difloat.plan.specs import Granularity, Part, QuantSpec, Rotation
 MIN_MAX: tuple[float, ...] = (1.0,)
 
 
+_ROUGH_STEP = 2  # of so many candidates a rough search tries one
 FEW_BITS = 4  # up to this width inputs need groups
 _LEVELS = {2: "t2g", 3: "t3g", 4: "iq4nl"}  # with more levels, integers are as good
 LOPSIDED = 0.5  # from here on unsigned formats are tried for an input
@@ -57,6 +58,8 @@ class Rule:
             groups. With zero points it is "float16", and they lie on it as well.
         fitted: Whether the levels of a table are fitted to the weight, which starts from those of the format. Parts that know
             inputs do it (`methods.fitted_levels`).
+        rough: Whether every tenth clip value, or every second of a few with every second zero point, is enough for a start,
+            since scales are fitted anew later.
     """
 
     formats: tuple[Format, ...]
@@ -69,6 +72,7 @@ class Rule:
     asymmetry: float = 0.0
     scales: ScaleFormat = "float32"
     fitted: bool = False
+    rough: bool = False
 
     def __post_init__(self) -> None:
         if self.scales == "whole" and (
@@ -93,26 +97,29 @@ class Rule:
 
         Unsigned formats with zero points are left out where the values lie about as far below zero as above (`asymmetry`).
         """
-        if self.zero_points is None:
-            clips, refine = coarse(self.clips, self.formats[0])
-            snap = snapping(rows, self.scales)
-            return search(rows, self.formats, clips=clips, refine=refine, snap=snap)
         snap = snapping(rows, self.scales)
+        if self.zero_points is None:
+            return self._signed(rows, self.formats, snap)
         signed = [f for f in self.formats if f.signed]
         unsigned = [f for f in self.formats if not f.signed]
         if signed and self.asymmetry and lopsidedness(rows) < self.asymmetry:
             unsigned = []
-        found = []
-        if signed:
-            clips, refine = coarse(self.clips, signed[0])
-            found.append(search(rows, signed, clips=clips, refine=refine, snap=snap))
+        found = [self._signed(rows, signed, snap)] if signed else []
         if unsigned:
             clips = self.unsigned_clips or self.clips
             offsets = _offsets(rows, self.zero_points) if self.asymmetry else self.zero_points
-            found.append(
-                search(rows, unsigned, clips=clips, zero_points=offsets, snap=snap, zero_format=self.scales)
-            )
+            if self.rough:
+                clips, offsets = clips[::-_ROUGH_STEP], offsets[::-_ROUGH_STEP]  # the widest stays
+            asked: dict[str, Any] = {"clips": clips, "zero_points": offsets, "zero_format": self.scales}
+            asked |= {"refine": 2 if self.rough else 1, "rough": self.rough}
+            found.append(search(rows, unsigned, snap=snap, **asked))
         return min(found, key=lambda one: float(one.error.sum()))
+
+    def _signed(self, rows: Tensor, formats: Sequence[Format], snap: Snap | None) -> Found:
+        clips, refine = coarse(self.clips, formats[0])
+        if self.rough and refine > 1:
+            clips, refine = clips[::-_ROUGH_STEP], 1
+        return search(rows, formats, clips=clips, refine=refine, snap=snap, rough=self.rough)
 
 
 def lopsidedness(values: Tensor) -> float:

@@ -18,23 +18,21 @@ from typing import Literal
 
 from pydantic import ByteSize
 
-from difloat.methods import allocation, closed_form, low_rank, post_training, rotated_inputs
+from difloat.methods import allocation, closed_form, low_rank, optional_parts, post_training, rotated_inputs
 from difloat.methods.allocation import WidthSettings
 from difloat.methods.closed_form import ClosedFormSettings
-from difloat.methods.cost import WITH_GRADIENT, Cost
+from difloat.methods.cost import Cost
 from difloat.methods.layer_rounding import Asked
 from difloat.methods.picture_budget import rows_for
 from difloat.methods.polish import PolishSettings, polish_cost, polished
-from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task, timed
+from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Task, Trace, timed
 from difloat.methods.second_order import SecondOrderSettings
-from difloat.methods.sensitivity import SensitivitySettings
-from difloat.methods.trace import Trace
-from difloat.methods.weight_rules import Grid, WeightRules
+from difloat.methods.sensitivity import GRADIENT_ROWS, SensitivitySettings
+from difloat.methods.weight_rules import REPLACED_LATER, Grid, WeightRules
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
-from difloat.plan.rules import MIN_MAX, asymmetric_integers, online_integers
+from difloat.plan.rules import online_integers
 
 SUMMARY = "bits by layer where the output asks for them, weights rounded in closed form, no training"
-_DRAFT = replace(asymmetric_integers(8, "channel"), clips=MIN_MAX, zero_points=MIN_MAX)  # rounded anew
 
 
 @recipe_options
@@ -76,45 +74,47 @@ class Options(PolishSettings):
 
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by Auto."""
+    made = optional_parts.worth_having(task, options, _made)
+    return polished(task, made, options, options.guidance, options.factor_power)
+
+
+def _made(task: Task, options: Options) -> Outcome:
     kept: dict[str, bool] = {}
-    traces: list[Trace] = []
 
     def rules(name: str, seen: Trace) -> LayerRules:
         kept[name] = post_training.keeps_8bit(name, seen, options.keep_8bit)
-        traces[:] = [seen]
         inputs = task.bits.activation and (8 if kept[name] else task.bits.activation)
-        return LayerRules(_DRAFT, online_integers(inputs, options.input_group))
+        return LayerRules(REPLACED_LATER, online_integers(inputs, options.input_group))
 
     outcome = post_training.run(task, rules, Sequencing())
     layers, measured = outcome.layers, dict(outcome.measured)
     rows = rows_for(task, options.pictures, options.rows, SensitivitySettings.rows)
-    sensitivity = SensitivitySettings(rows.gradients, guidance=options.guidance)
+    sensitivity = SensitivitySettings(rows.gradients, rows.together, guidance=options.guidance)
     rounding = SecondOrderSettings(refit=options.refit, sweep=options.sweep)
     edges, branch = tuple(n for n in layers if kept[n]), low_rank.settings_of(options.branch)
-    settings = ClosedFormSettings(rounding, rows=rows.moments, branch=branch, unbranched=edges)
-    weights = WeightRules(options.grid, options.group_size, task.target, task.bits.activation is not None)
+    settings = ClosedFormSettings(rounding, rows.matrices, rows.moments, branch, edges)
+    weights = WeightRules.of_task(task, options.grid, options.group_size, options.refit)
     same = {n: weights.at(8 if kept[n] else task.bits_of(n), layers[n].shape) for n in layers}
-    most, asked = traces[0].row_bytes, dict[str, Asked](same)
+    most, asked = outcome.seen.row_bytes, dict[str, Asked](same)
     layers, measured["rotations"] = rotated_inputs.rotate(task, layers, options.rotate, same, most)
     inputs = closed_form.inputs_of(task, layers, settings, most)
     if options.widths != "same" and (free := [name for name in layers if not kept[name]]):
         with timed(measured, "choose widths"):
             offers = {name: weights.offers(layers[name].shape) for name in free}
-            fixed = {name: same[name] for name in edges}
             wanted = WidthSettings(options.widths, options.size, options.factor_power, sensitivity)
+            fixed = {name: same[name] for name in edges}
             choice = allocation.choose(task, layers, inputs, offers, fixed, wanted, settings)
         asked, measured["widths"] = asked | choice.asked, choice.report()
     with timed(measured, "round weights"):
         layers, measured["closed_form"] = closed_form.round_anew(task, layers, inputs, asked, settings)
-    made = replace(outcome, layers=layers, measured=measured)
-    return polished(task, made, traces[0], options, options.guidance, options.factor_power)
+    return replace(outcome, layers=layers, measured=measured)
 
 
 def cost(options: Options, bits: Bits) -> Cost:
     """What Auto asks of the denoiser and stores: moments, and for widths sensitivities with gradient."""
-    gradients = WITH_GRADIENT * SensitivitySettings.rows * SensitivitySettings.probes
-    passes = (options.rows, *[gradients] * (options.widths != "same"))
-    inputs = online_integers(bits.activation, options.input_group)
-    weight, turned = WeightRules(options.grid, options.group_size).at(bits.weight), options.rotate != "none"
-    made = Cost(weight, inputs, options.keep_8bit, rotated=turned, passes=passes, for_files=True)
-    return polish_cost(replace(made, side=low_rank.side_of(options.branch)), options)
+    inputs, turned = online_integers(bits.activation, options.input_group), options.rotate != "none"
+    weight = WeightRules(options.grid, options.group_size).at(bits.weight)
+    side, widths = low_rank.side_of(options.branch), [GRADIENT_ROWS] * (options.widths != "same")
+    passes = (options.rows, *widths)
+    made = Cost(weight, inputs, options.keep_8bit, side=side, rotated=turned, passes=passes, for_files=True)
+    return polish_cost(optional_parts.cost_of_trials(made, options, options.rows), options)
