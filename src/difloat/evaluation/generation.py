@@ -82,8 +82,7 @@ def generate(
     >>> generate(difloat.reference("emoji-unet"), ["red apple"], seeds=[0, 1], steps=1, progress=False).images.shape
     torch.Size([2, 3, 64, 64])
 
-    Sample i is drawn with its own CPU generator of `seeds[i]` and prompt `prompts[i % len(prompts)]`. What a pipeline draws
-    without a generator has the seed of the first sample of its call. Sampler states come from
+    Sample i is drawn with its own CPU generator of `seeds[i]` and prompt `prompts[i % len(prompts)]`. Sampler states come from
     the scheduler's `step`, and so depend on no pipeline's callbacks. `pipelines.completed` adds what else a call needs.
 
     In a launch of several processes (`difloat.distributed`) all must call this with the same arguments. Each draws some of
@@ -92,7 +91,7 @@ def generate(
     Args:
         pipeline: A diffusers pipeline.
         prompts: Texts or classes, which are recycled. With None, a class-conditional pipeline draws a class with each seed.
-        seeds: One seed per sample.
+        seeds: One seed per sample. What a pipeline draws without a generator has that of the first sample in its call.
         steps: How many steps the sampler takes, or None for the pipeline's default.
         guidance_scale: The factor of classifier-free guidance, or None for the pipeline's default.
         batch_size: How many samples a call draws. It is 1 where `call_kwargs` holds pictures, arrays or tensors.
