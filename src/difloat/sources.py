@@ -30,6 +30,7 @@ from difloat.checkpoint.save_load import dtype_argument
 from difloat.checkpoint.stored_dtypes import dtypes_of_tensors, stored_dtypes
 from difloat.interchange import gguf_files, source_names
 from difloat.load_errors import hub_errors, load_errors
+from difloat.methods import malloc_trim
 from difloat.pipelines import DENOISER_NAMES, denoiser_of
 
 DTYPES = ("auto", "stored", "float32", "bfloat16", "float16")
@@ -109,6 +110,7 @@ def load_into(pipeline: Any, source: Source, device: torch.device | str = "cpu")
     names = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
     for name in names:
         vars(pipeline)[name] = None  # assigned, it would be noted in the pipeline's config
+    malloc_trim.release()
     again = load(source, device)
     for name in names:
         setattr(pipeline, name, getattr(again, name).to(torch.device(device)))

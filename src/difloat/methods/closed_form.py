@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from difloat import distributed
 from difloat.layers import packed
-from difloat.methods import low_rank
+from difloat.methods import low_rank, malloc_trim
 from difloat.methods.finished import Finished, facts_of
 from difloat.methods.kept_moments import KeptMoments
 from difloat.methods.layer_rounding import Asked, round_layer, with_branch
@@ -168,6 +168,7 @@ def _round_own(
             _keep(inputs.finished, facts[moments.source], moments.source, rounded, said)
             done |= rounded
             report |= said
+            malloc_trim.release()
             bar.update()
     return done, report
 

@@ -113,8 +113,9 @@ class _Table:
             start += size
         each = torch.tensor(rows, dtype=torch.float64, device=like.device)
         of_rows = each.repeat_interleave(torch.tensor(counts, device=like.device), 0).to(like.dtype)
-        joined = torch.cat([own.borders for own in cells]), torch.cat([own.values for own in cells])
-        return _Table(*(column.contiguous() for column in of_rows.T), *joined)
+        slope, shift, first, last = (column.contiguous() for column in of_rows.T)
+        borders, values = torch.cat([own.borders for own in cells]), torch.cat([own.values for own in cells])
+        return _Table(slope, shift, first, last, borders, values)
 
     def __call__(self, x: Tensor) -> Tensor:
         place = torch.addcmul(self.shift, x, self.slope)

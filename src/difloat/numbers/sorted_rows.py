@@ -74,7 +74,7 @@ def rounding_errors(rows: Tensor, format: Format, scale: Tensor, zero_point: Ten
     """What `squared_errors` gives for rows [r, n] that are not sorted, by rounding all of their elements."""
     chunk = max(1, _VALUES // rows.shape[1])
     pieces = zip(rows.split(chunk), scale.split(chunk), zero_point.split(chunk), strict=True)
-    return torch.cat([_direct_errors(piece.double(), *own, format) for piece, *own in pieces])
+    return torch.cat([_direct_errors(piece.double(), step, shift, format) for piece, step, shift in pieces])
 
 
 def _direct_errors(values: Tensor, scale: Tensor, zero_point: Tensor, format: Format) -> Tensor:
