@@ -405,6 +405,9 @@ def test_bytes_beyond_the_bits_are_explained_where_they_are():
     assert "2 packed weights" in remark and "--set adapters=1" in remark
     rotated = replace(plain, bytes=2200, note="input rotated in blocks of 256")
     assert _record(layers=[rotated], weight_bits_nominal=4.0).size_remark == ""
+    branch = replace(plain, bytes=2200, note="1 x rank 4 beside, 1000 bytes in float16")
+    remark = _record(layers=[branch], weight_bits_nominal=4.0).size_remark
+    assert remark.endswith("; a smaller rank of the branches takes less")
     both = replace(rotated, note=f"{rotated.note}; {packed_twice.note}")
     assert "2 packed weights" in _record(layers=[both], weight_bits_nominal=4.0).size_remark
 

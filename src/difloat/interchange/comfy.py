@@ -19,6 +19,7 @@ from difloat.plan.specs import QuantSpec
 BRANCH_FORMAT = "svdquant_w4a4"
 _GROUP = 64  # input channels per scale, of weights and inputs
 _INT4, _INT8 = formats.parse("int4"), formats.parse("int8")
+_ADVICE = "quantize with --recipe svdquant --bits w4a16"
 _SHOWN = 3  # names in a remark
 
 
@@ -47,15 +48,17 @@ def obstacle_with_branch(layer: LayerPlan) -> str:
     assert layer.side is not None
     turned = layer.rotation is not None
     if layer.kind != "linear" or layer.schedules or turned or layer.bands or len(layer.parts) != 1:
-        return "is no linear layer with one weight, one branch and no rotation; quantize without"
+        return f"is no linear layer with one weight, one branch and no rotation; {_ADVICE}"
     if layer.smoothed and not _dividing(layer.tensors["input_factor"]):
         return "has factors of input channels that are no powers of two; quantize with recipe svdquant"
     part = layer.parts[0]
     if part.weight.format != _INT4 or part.weight.zero_point:
-        return f"is on the grid of {part.weight.format.name}, not int4 without zero points; quantize to int4"
+        return f"is on the grid of {part.weight.format.name}, not int4 without zero points; {_ADVICE}"
     size = part.weight.group_size or layer.shape[1]
     if layer.shape[1] % _GROUP or size % _GROUP:
-        return f"has {layer.shape[1]} input channels in groups of {size}, not in groups of {_GROUP}; quantize with those"
+        return (
+            f"has {layer.shape[1]} input channels in groups of {size}, not in groups of {_GROUP}; {_ADVICE}"
+        )
     if part.activation not in (None, QuantSpec(_INT4, "group", _GROUP, online=True)):
         return "quantizes its input otherwise than to int4 in groups of 64; quantize weights only, like --bits w4a16"
     scales = layer.tensors["weight_scale"]

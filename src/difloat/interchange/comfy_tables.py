@@ -37,7 +37,7 @@ def obstacle(layer: LayerPlan) -> str:
     if layer.rotation != _ROTATION:
         return f"is not rotated by the regular matrix in blocks of {BLOCK}; {_ADVICE}"
     if layer.schedules or layer.bands or layer.side is not None:
-        return "has several weights, rows of several widths or a branch; quantize without"
+        return "has several weights, rows of several widths or a branch; quantize with another recipe, such as rtn"
     if part.activation not in (None, _INPUTS):
         return "quantizes its input otherwise than to int8 per token; quantize with --bits w4a8"
     if part.weight.format.bits != 4 or (part.weight.group_size or 1) % _GROUP:

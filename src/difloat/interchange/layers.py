@@ -28,7 +28,7 @@ def obstacle(layer: LayerPlan, scheme: Scheme) -> str:
         return "is a convolution; keep it as it is with --exclude"
     part = layer.parts[0]
     if part.weight.zero_point:
-        return "has zero points; quantize with a recipe without"
+        return "has zero points; quantize with another recipe, such as rtn"
     own_inputs = QuantSpec(scheme.element, "token", online=True)
     if scheme.group_size != 0 or part.activation != own_inputs:
         if problem := obstacle_of_inputs(layer):
@@ -49,9 +49,9 @@ def obstacle(layer: LayerPlan, scheme: Scheme) -> str:
 def obstacle_of_structure(layer: LayerPlan) -> str:
     """Why no foreign layout holds the layer, or "" if it is a single weight with the same input at all timesteps."""
     if layer.schedule or layer.input_schedule or layer.smoothed:
-        return "depends on the timestep or smooths its input; quantize without"
+        return "depends on the timestep or smooths its input; quantize with another recipe, such as auto"
     if layer.bands or layer.side is not None:
-        return "has rows of several widths or adapters beside its weight; quantize with a recipe without"
+        return "has rows of several widths or a branch beside its weight; quantize with another recipe, such as rtn"
     if len(layer.parts) != 1:
         return "has parts with scales of their own; quantize with --set split=false"
     return ""

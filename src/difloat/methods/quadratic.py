@@ -127,7 +127,8 @@ def problem_of(drafts: Sequence[Draft], moments: Tensor) -> Problem:
     stacked = moments if moments.dim() == 3 else moments[None]
     groups, columns = stacked.shape[:2]
     diagonal = stacked.diagonal(dim1=1, dim2=2)  # [g, n]
-    targets, owners, owned, units = [], [], [], []
+    targets, owners, units = [], [], []
+    owned: list[int] = []
     for draft in drafts:
         out_channels, channels = draft.weight.shape[:2]
         taps = draft.weight[0, 0].numel()
@@ -206,7 +207,8 @@ def _joined(units: Sequence[Sequence[tuple[int, int, Grid]]]) -> tuple[Unit, ...
         raise ValueError(
             "weights that are rounded together must have scales for the same columns, got parts or groups of several sizes"
         )
-    return tuple(Unit(*same[0][:2], tuple(grid for _, _, grid in same)) for same in zip(*units, strict=True))
+    shared = ((*same[0][:2], tuple(grid for _, _, grid in same)) for same in zip(*units, strict=True))
+    return tuple(Unit(start, stop, grids) for start, stop, grids in shared)
 
 
 def scales_of(drafts: Sequence[Draft], problem: Problem) -> tuple[Tensor, Tensor]:

@@ -315,7 +315,7 @@ def _assembled(
         nearest.split(problem.rows, 1),
         strict=True,
     )
-    return [_rounded(draft, *own, damping) for draft, *own in pieces]
+    return [_rounded(*piece, damping=damping) for piece in pieces]
 
 
 def _rounded(
@@ -325,6 +325,7 @@ def _rounded(
     shifts: Tensor,
     error: Tensor,
     nearest: Tensor,
+    *,
     damping: float,
 ) -> Rounded:
     """One weight out of a solution, of which it has some rows and scales."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, field
 from typing import Annotated, Any, Literal
@@ -17,6 +18,7 @@ from difloat.report.text import number_text, size_text
 
 NO_LAYER = "no layer to quantize"  # ends the reasons of modules that no recipe could quantize, such as norms
 ROTATED = "input rotated in blocks of"  # begins the phrases of a layer's note that cost no bytes
+_BRANCH = re.compile(r"\b1 x rank \d+ beside")  # in a note, one pair for all timesteps
 _SHOWN = 3  # layers that a note names
 _FAR_MORE = 1.5
 
@@ -230,10 +232,16 @@ class Record:
         taken = sum(row.bytes for row in several)
         if not several or taken < _FAR_MORE * nominal:
             return ""
+        branches = all(_BRANCH.search(row.note) and "packed" not in row.note for row in several)
+        remedy = (
+            "a smaller rank of the branches takes less"
+            if branches
+            else "msfp --set adapters=1 and viditq --set stretches=1 keep one weight"
+        )
         return (
             f"{len(several)} layers take {decimal(taken, precision=2)}, {taken / nominal:.1f} times what one weight of "
             f"{self.weight_bits_nominal:g} bits takes ({several[0].name}: "
-            f"{several[0].note}); msfp --set adapters=1 and viditq --set stretches=1 keep one weight"
+            f"{several[0].note}); {remedy}"
         )
 
     @property
