@@ -27,7 +27,7 @@ Pictures and masks go in as `--input name=FILE`. Arrays are NumPy files, such as
 for a prior. Several files of one name make a list, such as the frames of a video. Other arguments of the call are
 `--call name=value`:
 
-```
+```text
 difloat quantize my-video-model small --recipe rtn
 difloat generate small clips --count 1 --input image=first-frame.png --call num_frames=25
 ```

@@ -32,7 +32,7 @@ def test_what_fits_nowhere_gives_way() -> None:
 
 
 def test_unknown_target_is_one_sentence() -> None:
-    words = "target must be one of any, cpu, comfy, gguf, openvino, diffusers, got 'tpu'"
+    words = "target must be one of any, cpu, comfy, gguf, openvino, vllm, diffusers, got 'tpu'"
     with pytest.raises(ValueError, match=words):
         job.request("rtn", "w4a8", {}, target="tpu")
 

@@ -38,7 +38,7 @@ class WeightRules:
 
     @staticmethod
     def of_task(task: Task, grid: Grid, group_size: int, fitted_anew: bool) -> WeightRules:
-        """Those of a task. Scales that are fitted anew after rounding are searched roughly in large models."""
+        """The rules of a task. Scales that are fitted anew after rounding are searched roughly in large models."""
         rough = fitted_anew and is_large(task.model)
         return WeightRules(grid, group_size, task.target, task.bits.activation is not None, rough)
 
