@@ -155,27 +155,21 @@ SANA_VIDEO = {
 }
 EASY = {"text_encoder": lambda: parts.bert(256), "tokenizer": parts.tokenizer(256)}
 PRIOR = {"prior": own("PriorTransformer", embedding_dim=16, num_embeddings=12)}
-DECODER = {
-    "movq": lambda: parts.vq_model(32, norm_type="spatial", vq_embed_dim=4),
-    "unet": own(
-        "UNet2DConditionModel",
-        out_channels=8,
-        addition_embed_type="image",
-        encoder_hid_dim=16,
-        encoder_hid_dim_type="image_proj",
-    ),
-}
+
+
+def decoder(adds: str = "image", **config: Any) -> dict[str, Callable[..., Any]]:
+    """The second stage of Kandinsky 2, whose denoiser adds embeddings of some kind to that of the timestep."""
+    projection = "text_image_proj" if adds == "text_image" else "image_proj"
+    config |= {"addition_embed_type": adds, "encoder_hid_dim": 16, "encoder_hid_dim_type": projection}
+    return {
+        "movq": lambda: parts.vq_model(32, norm_type="spatial", vq_embed_dim=4),
+        "unet": own("UNet2DConditionModel", out_channels=8, **config),
+    }
+
+
+DECODER = decoder()
 KLEIN = {"transformer": own("Flux2Transformer2DModel")}
-FIRST = {
-    "movq": DECODER["movq"],
-    "unet": own(
-        "UNet2DConditionModel",
-        out_channels=8,
-        addition_embed_type="text_image",
-        encoder_hid_dim=16,
-        encoder_hid_dim_type="text_image_proj",
-    ),
-}
+FIRST = decoder("text_image")
 EMBEDS = {"image_embeds": (16,), "negative_image_embeds": (16,)}
 IF_UNET = {
     "unet": own("UNet2DConditionModel", in_channels=3, out_channels=6, encoder_hid_dim=16),
@@ -462,17 +456,7 @@ BUILT: dict[str, Row] = {
     ),
     "KandinskyV22InpaintPipeline": Row(
         None,
-        {
-            **DECODER,
-            "unet": own(
-                "UNet2DConditionModel",
-                in_channels=9,
-                out_channels=8,
-                addition_embed_type="image",
-                encoder_hid_dim=16,
-                encoder_hid_dim_type="image_proj",
-            ),
-        },
+        decoder(in_channels=9),
         SQUARE,
         MASKED,
         EMBEDS,
@@ -480,17 +464,7 @@ BUILT: dict[str, Row] = {
     ),
     "KandinskyV22ControlnetPipeline": Row(
         None,
-        {
-            **DECODER,
-            "unet": own(
-                "UNet2DConditionModel",
-                in_channels=8,
-                out_channels=8,
-                addition_embed_type="image_hint",
-                encoder_hid_dim=16,
-                encoder_hid_dim_type="image_proj",
-            ),
-        },
+        decoder("image_hint", in_channels=8),
         SQUARE,
         arrays={**EMBEDS, "hint": (3, 64, 64)},
         prompts=False,
@@ -501,33 +475,15 @@ BUILT: dict[str, Row] = {
     "KandinskyV22InpaintCombinedPipeline": Row(
         None,
         {
-            **DECODER,
+            **decoder(in_channels=9),
             "prior_prior": PRIOR["prior"],
-            "unet": own(
-                "UNet2DConditionModel",
-                in_channels=9,
-                out_channels=8,
-                addition_embed_type="image",
-                encoder_hid_dim=16,
-                encoder_hid_dim_type="image_proj",
-            ),
         },
         SQUARE,
         MASKED,
     ),
     "KandinskyV22ControlnetImg2ImgPipeline": Row(
         None,
-        {
-            **DECODER,
-            "unet": own(
-                "UNet2DConditionModel",
-                in_channels=8,
-                out_channels=8,
-                addition_embed_type="image_hint",
-                encoder_hid_dim=16,
-                encoder_hid_dim_type="image_proj",
-            ),
-        },
+        decoder("image_hint", in_channels=8),
         {**SQUARE, "strength": 0.9},
         IMAGE,
         {**EMBEDS, "hint": (3, 64, 64)},
@@ -538,17 +494,7 @@ BUILT: dict[str, Row] = {
     "KandinskyImg2ImgPipeline": Row(None, FIRST, {**SQUARE, "strength": 0.9}, IMAGE, EMBEDS),
     "KandinskyInpaintPipeline": Row(
         None,
-        {
-            **FIRST,
-            "unet": own(
-                "UNet2DConditionModel",
-                in_channels=9,
-                out_channels=8,
-                addition_embed_type="text_image",
-                encoder_hid_dim=16,
-                encoder_hid_dim_type="text_image_proj",
-            ),
-        },
+        decoder("text_image", in_channels=9),
         SQUARE,
         MASKED,
         EMBEDS,
@@ -560,16 +506,8 @@ BUILT: dict[str, Row] = {
     "KandinskyInpaintCombinedPipeline": Row(
         None,
         {
-            **FIRST,
+            **decoder("text_image", in_channels=9),
             "prior_prior": PRIOR["prior"],
-            "unet": own(
-                "UNet2DConditionModel",
-                in_channels=9,
-                out_channels=8,
-                addition_embed_type="text_image",
-                encoder_hid_dim=16,
-                encoder_hid_dim_type="text_image_proj",
-            ),
         },
         SQUARE,
         MASKED,

@@ -112,7 +112,10 @@ def test_a_request_is_plain_frozen_data() -> None:
         ({"bits": 4}, "bits must look like 'w4a8' or 'w3.5a8', got 4"),
         ({"bits": "w4"}, "bits must look like 'w4a8' or 'w3.5a8', got 'w4'"),
         ({"recipe": "best"}, "recipe must be one of lbfp"),
-        ({"target": "gpu"}, "target must be one of any, cpu, comfy, gguf, openvino, vllm, diffusers, got 'gpu'"),
+        (
+            {"target": "gpu"},
+            "target must be one of any, cpu, comfy, gguf, openvino, vllm, diffusers, got 'gpu'",
+        ),
         ({"exclude": 3}, "exclude must be names"),
         ({"components": ["vae=8"]}, "bits must look like 'w4a8' or 'w3.5a8', got '8'"),
         ({"components": 3}, "components must be names of components"),
