@@ -77,9 +77,8 @@ def rows_for(task: Task, budget: float, moments: int, gradients: int) -> Rows:
     large = is_large(task.model)
     budget = budget if large else 0.0
     rows = rows_within(budget, task.calibration, moments, gradients)
-    if (
-        large
-    ):  # a pair of rows keeps a processor busy, and what waits between two stretches of matrices is small
+    # A pair of rows keeps a processor busy, and what waits between two stretches of matrices is small.
+    if large:
         rows = replace(rows, together=2, matrices=MomentSettings(memory_bytes=_MATRIX_BYTES))
     if budget and task.progress and distributed.is_main():
         tqdm.write(rows.sentence(budget), file=sys.stderr)
