@@ -37,6 +37,7 @@ class Rows:
         pictures: What both cost, in full-precision pictures.
         sampled: What calibration cost, in full-precision pictures.
         together: Rows that are differentiated at a time, whose activations are kept.
+        recompute: Whether only what goes into blocks is kept of them, and each block runs once more.
         matrices: How moments are gathered.
     """
 
@@ -45,7 +46,12 @@ class Rows:
     pictures: float
     sampled: int
     together: int = SensitivitySettings.rows_per_call
+    recompute: bool = False
     matrices: MomentSettings = MomentSettings()
+
+    def sensitivity(self, guidance: float) -> SensitivitySettings:
+        """How sensitivities are measured, for a scale of guidance."""
+        return SensitivitySettings(self.gradients, self.together, self.recompute, guidance=guidance)
 
     def sentence(self, budget: float) -> str:
         """One line for people."""
@@ -79,7 +85,7 @@ def rows_for(task: Task, budget: float, moments: int, gradients: int) -> Rows:
     rows = rows_within(budget, task.calibration, moments, gradients)
     # A pair of rows keeps a processor busy, and what waits between two stretches of matrices is small.
     if large:
-        rows = replace(rows, together=2, matrices=MomentSettings(memory_bytes=_MATRIX_BYTES))
+        rows = replace(rows, together=2, recompute=True, matrices=MomentSettings(memory_bytes=_MATRIX_BYTES))
     if budget and task.progress and distributed.is_main():
         tqdm.write(rows.sentence(budget), file=sys.stderr)
     return rows
@@ -98,8 +104,9 @@ def rows_within(budget: float, data: Calibration, moments: int, gradients: int) 
     """
     picture = len(set(data.timesteps)) * max(1, len(data.describe()["parts"]))  # rows
     moments, gradients = min(moments, len(data)), min(gradients, len(data))
+    each = WITH_GRADIENT + bool(budget)  # with a budget, blocks run once more
     if budget:
         moments = min(moments, max(_FEWEST_MOMENT_ROWS, math.floor(_MOMENTS * budget * picture)))
-        most = math.floor(_GRADIENTS * budget * picture / WITH_GRADIENT)
+        most = math.floor(_GRADIENTS * budget * picture / each)
         gradients = min(gradients, max(_FEWEST_GRADIENT_ROWS, most - most % 2))  # in pairs
-    return Rows(moments, gradients, (moments + WITH_GRADIENT * gradients) / picture, data.pictures)
+    return Rows(moments, gradients, (moments + each * gradients) / picture, data.pictures)
