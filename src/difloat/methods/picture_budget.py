@@ -25,6 +25,7 @@ SMALL = 100_000_000  # weights, up to which pictures take seconds
 _SAMPLED, _MOMENTS, _GRADIENTS = 0.4, 0.2, 0.12  # shares of the budget
 _MATRIX_BYTES = 1 << 28  # of moments of a large model at a time
 _FEWEST_MOMENT_ROWS, _FEWEST_GRADIENT_ROWS = 16, 4  # below them neither says anything
+_MOST_MOMENT_ROWS = 64  # of a large model, since they wait together with all that the model still needs
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def rows_within(budget: float, data: Calibration, moments: int, gradients: int) 
     moments, gradients = min(moments, len(data)), min(gradients, len(data))
     each = WITH_GRADIENT + bool(budget)  # with a budget, blocks run once more
     if budget:
-        moments = min(moments, max(_FEWEST_MOMENT_ROWS, math.floor(_MOMENTS * budget * picture)))
+        affordable = math.floor(_MOMENTS * budget * picture)
+        moments = min(moments, _MOST_MOMENT_ROWS, max(_FEWEST_MOMENT_ROWS, affordable))
         most = math.floor(_GRADIENTS * budget * picture / each)
         gradients = min(gradients, max(_FEWEST_GRADIENT_ROWS, most - most % 2))  # in pairs
     return Rows(moments, gradients, (moments + each * gradients) / picture, data.pictures)
