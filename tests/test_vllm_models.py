@@ -60,7 +60,7 @@ class Theirs:
         return name
 
 
-HEAD = {"attention_head_dim": 16}
+HEAD, AUDIO = {"attention_head_dim": 16}, {"audio_attention_head_dim": 16}
 MODELS = {
     "QwenImagePipeline": Theirs(
         "qwen_image/qwen_image_transformer.py", 2, {**HEAD, "axes_dims_rope": (4, 6, 6)}, TO_OUT
@@ -87,6 +87,11 @@ MODELS = {
     "HunyuanVideo15Pipeline": Theirs(
         "hunyuan_video/hunyuan_video_15_transformer.py", 2, {**HEAD, "rope_axes_dim": (4, 6, 6)}
     ),
+    "LTX2Pipeline": Theirs(
+        "ltx2/ltx2_transformer.py",
+        2,
+        {**HEAD, "cross_attention_dim": 32, **AUDIO, "audio_cross_attention_dim": 32},
+    ),
     "FluxPipeline": Theirs(
         "flux/flux_transformer.py",
         0,
@@ -105,6 +110,11 @@ def load_weights_of(
     tree = ast.parse((folder / file).read_text(encoding="utf-8"))
     (owner,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     (method,) = (n for n in owner.body if isinstance(n, ast.FunctionDef) and n.name == "load_weights")
+    names = [
+        n
+        for n in owner.body
+        if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "stacked_params_mapping"
+    ]
     beside = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.decorator_list]
     future = ast.parse("from __future__ import annotations").body
     namespace: dict[str, Any] = {
@@ -116,8 +126,13 @@ def load_weights_of(
         "get_tensor_model_parallel_world_size": lambda: 1,
         "NPUMxfp4LinearMethod": type("Other", (), {}),
     }
-    exec(compile(ast.Module([*future, *beside, method], []), file, "exec"), namespace)
-    return namespace["load_weights"]
+    exec(compile(ast.Module([*future, *beside, *names, method], []), file, "exec"), namespace)
+
+    def load(model: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        model.stacked_params_mapping = namespace.get("stacked_params_mapping")
+        return namespace["load_weights"](model, weights)
+
+    return load
 
 
 def into_rows(param: Tensor, loaded: Tensor, shard: str | int | None = None) -> None:
