@@ -97,7 +97,9 @@ def joined(model: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """
     found: dict[str, tuple[str, ...]] = {}
     reader = _READERS.get(model)
-    for name in names if reader is not None else ():
+    if reader is None:
+        return found
+    for name in names:
         parent, _, last = name.rpartition(".")
         for pattern, joins in reader.joining.items():
             for whole, parts in joins:
