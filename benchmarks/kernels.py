@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -57,6 +58,12 @@ CONV = [  # batch, in, out, side, kernel: Stable Diffusion's U-Net at 512 pixels
     (2, 640, 640, 32, 1),
 ]
 ATTENTION = [(2, 16, 1024, 1024, 72), (2, 16, 1024, 120, 72), (2, 8, 4096, 4096, 40), (2, 8, 1024, 1024, 80)]
+FLOAT_ATTENTION = [
+    (1, 8, 1024, 1024, 64),
+    (1, 8, 1024, 1024, 72),
+    (1, 1, 4096, 4096, 64),
+    (1, 1, 4096, 4096, 72),
+]
 CAPS = {  # what holds torch to the instructions of a unit
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "avxvnni": {
@@ -174,11 +181,14 @@ def conv(batch: int, channels: int, out: int, side: int, kernel: int) -> Contest
     }
 
 
-def attend(batch: int, heads: int, queries: int, keys: int, width: int) -> Contestants:
-    """Contestants of one attention shape, in bfloat16."""
-    q, k, v = (torch.randn(batch, n, heads, width).bfloat16().transpose(1, 2) for n in (queries, keys, keys))
-    found: Contestants = {"torch bf16": lambda: functional.scaled_dot_product_attention(q, k, v)}
-    for name in ("torch", "cpu"):
+def attend(
+    batch: int, heads: int, queries: int, keys: int, width: int, dtype: torch.dtype = torch.bfloat16
+) -> Contestants:
+    """Contestants of one attention shape, in bfloat16 or float32."""
+    q, k, v = (torch.randn(batch, n, heads, width).to(dtype).transpose(1, 2) for n in (queries, keys, keys))
+    rival = "torch bf16" if dtype == torch.bfloat16 else "torch fp32"
+    found: Contestants = {rival: lambda: functional.scaled_dot_product_attention(q, k, v)}
+    for name in ("torch", "cpu") if dtype == torch.bfloat16 else ("cpu",):
         if name in dispatch.available():
             found[f"difloat {name}"] = on(name, lambda: attention.attend(q, k, v, None, width**-0.5))
     for operand, softmax in (("int8", ""), ("int8", "uint8"), ("e2m3", "ue4m4"), ("e3m4", "")):
@@ -197,7 +207,7 @@ def peak() -> Contestants:
 
 
 def entry(kind: str, shape: tuple[int, ...], operations: float, times: dict[str, Any]) -> dict[str, Any]:
-    """One row of the results: times, operations per second, speed relative to torch bf16."""
+    """One row of the results: times, operations per second, speed over torch bf16, or over the first where that is absent."""
     base = times.get("torch bf16", next(iter(times.values())))["median_ms"]
     for found in times.values():
         found["gops"] = operations / found["median_ms"] / 1e6
@@ -230,9 +240,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             operations = 2.0 * batch * channels * out * side**2 * kernel**2
             race("conv2d", shape, operations, conv(*shape))
     if "attention" in options.only:
-        for shape in ATTENTION[1:2] if options.quick else ATTENTION:
-            batch, heads, queries, keys, width = shape
-            race("attention", shape, 4.0 * batch * heads * queries * keys * width, attend(*shape))
+        for shape in ATTENTION[1:2] if options.quick or options.few else ATTENTION:
+            race("attention", shape, 4.0 * math.prod(shape), attend(*shape))
+        for shape in FLOAT_ATTENTION[:1] if options.quick else FLOAT_ATTENTION:
+            race("attention in float32", shape, 4.0 * math.prod(shape), attend(*shape, torch.float32))
     return rows
 
 
@@ -280,16 +291,18 @@ def slower(rows: list[dict[str, Any]]) -> list[str]:
 def speeds_over_float(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, str, float]]]:
     """By kind of layer: tokens, shape and speed of the fastest backend over torch's fastest float of every row."""
     found: dict[str, list[tuple[int, str, float]]] = {}
-    for row in (row for row in rows if row["kind"] in ("linear", "conv2d")):
+    for row in (row for row in rows if row["kind"] != "peak"):
         times = {name: time["median_ms"] for name, time in row["times"].items()}
-        rival = min(times["torch bf16"], times["torch fp32"])
+        rival = min(times[name] for name in ("torch bf16", "torch fp32") if name in times)
         best: dict[str, float] = {}
         for name, time_ms in times.items():
             if name.startswith("difloat ") and name.split()[1] != "reference":
                 label = name.split(maxsplit=2)[2]
                 best[label] = min(best.get(label, time_ms), time_ms)
         shape = row["shape"]
-        tokens = shape[0] if row["kind"] == "linear" else shape[0] * shape[3] ** 2
+        tokens = shape[0] if row["kind"] == "linear" else shape[0] * shape[3] ** 2  # or queries of attention
+        if row["kind"].startswith("attention"):
+            tokens = shape[2]
         text = "x".join(map(str, shape))
         for label, time_ms in best.items():
             found.setdefault(f"{row['kind']} {label}", []).append((tokens, text, rival / time_ms))
@@ -334,15 +347,15 @@ def run_unit(unit: str, options: argparse.Namespace) -> None:
 def tables(result: dict[str, Any]) -> str:
     """The results as Markdown: one table per kind, speed over torch's bfloat16."""
     lines = []
-    for kind in ("linear", "conv2d", "attention"):
+    for kind in ("linear", "conv2d", "attention", "attention in float32"):
         rows = [row for row in result["rows"] if row["kind"] == kind]
         if not rows:
             continue
-        names = [name for name in rows[0]["times"] if name != "torch bf16"]
-        heads = [kind, "torch bf16 ms", *(name.removeprefix("difloat ") for name in names)]
+        rival, *names = rows[0]["times"]  # the first contestant is the one that speeds are over
+        heads = [kind, f"{rival} ms", *(name.removeprefix("difloat ") for name in names)]
         lines += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
         for row in rows:
-            cells = ["x".join(map(str, row["shape"])), f"{row['times']['torch bf16']['median_ms']:.3g}"]
+            cells = ["x".join(map(str, row["shape"])), f"{row['times'][rival]['median_ms']:.3g}"]
             found = (row["times"].get(name) for name in names)
             cells += ["" if time is None else f"{time['speed_vs_bf16']:.2f}" for time in found]
             lines.append("| " + " | ".join(cells) + " |")
