@@ -1,13 +1,14 @@
 // Attention in float32 on the vectors of any unit: a tile of queries by a block of keys at a time, so that scores never leave the
 // first-level cache. The sums of a query shrink whenever a block brings a larger score.
 //
-// Numbers of 16 bits become float32 where rows are read. On a grid, rows become integers (block_rows.h); float32 holds the sum of
-// 1024 products of int8 exactly. A map on a grid needs the sum over all keys before it can be rounded, so scores are computed twice.
+// Numbers of 16 bits become float32 where rows are read. On a grid that fits int8, scores are integers (block_integers.h); on a wider
+// one, integers in float32. A map on a grid needs the sum over all keys before it can be rounded, so scores are computed twice.
 #pragma once
 #include <omp.h>
 
 #include <algorithm>
 
+#include "block_integers.h"
 #include "block_rows.h"
 #include "block_softmax.h"
 #include "difloat.h"
@@ -15,7 +16,7 @@
 
 namespace difloat {
 
-constexpr int64_t MOST_TILES = 32;          // of one task: 384 queries and their sums take what keys and values take in the cache
+constexpr int64_t TASK_BYTES = 512 << 10;   // of queries and their sums: keys are read, and rounded, once for all of them
 constexpr int SCORE_STRIDE = BLOCK + SLAB;  // not a power of two: rows of a tile would share places in the cache
 
 // Rows of a product by its vectors: as many sums as registers hold.
@@ -48,29 +49,36 @@ static NOINLINE void multiply_tile(const float* left, const float* panel, int64_
     });
 }
 
+// Tiles of queries that a task has at most.
+static inline int64_t most_tiles(const difloat_attention& a) {
+    return std::max<int64_t>(1, TASK_BYTES / (8 * TILE * round_up(a.width, LANES)));
+}
+
 // Scratch of one thread.
 struct TaskBuffers {
-    float *queries, *keys, *values, *rows, *key_scale, *scores, *sums, *factor;
+    float *queries, *keys, *values, *rows, *key_scale, *scores, *sums, *factor;  // queries, keys and rows may be bytes
+    int32_t* start;
     Seen* seen;
 
     // Takes the pieces from `at` on; returns how many bytes they have.
     int64_t place(char* at, const difloat_attention& a) {
         char* const begin = at;
-        const int64_t wide = round_up(a.width, LANES), queries_at_once = MOST_TILES * TILE;
+        const int64_t wide = round_up(a.width, LANES), queries_at_once = most_tiles(a) * TILE;
         auto take = [&at](int64_t numbers) {
             char* piece = at;
             at += round_up(4 * numbers, 64);
             return (float*)piece;
         };
-        queries = take(queries_at_once * a.width);
-        keys = take(BLOCK * a.width);
+        queries = take(queries_at_once * round_up(a.width, 4));
+        keys = take(BLOCK * round_up(a.width, 4));
         values = take(BLOCK * wide);
-        rows = take(SLAB * wide);
+        rows = take(std::max(SLAB * wide, WIDTH * round_up(a.width, 16) / 4));
         key_scale = take(BLOCK);
         scores = take(TILE * SCORE_STRIDE);
         sums = take(queries_at_once * wide);
         factor = take(queries_at_once);
-        seen = (Seen*)take(MOST_TILES * sizeof(Seen) / 4);
+        start = (int32_t*)take(queries_at_once);
+        seen = (Seen*)take(most_tiles(a) * sizeof(Seen) / 4);
         return round_up(at - begin, 4096);
     }
 };
@@ -80,6 +88,7 @@ template <int TYPE>
 struct Task {
     const difloat_attention& a;
     const RowReader<TYPE>& reader;
+    const IntegerRows<TYPE>* integers;  // null where scores are floats
     const Rounder& map;
     const TaskBuffers& to;
     const void *query, *key, *value;
@@ -89,7 +98,8 @@ struct Task {
 
     void run() const {
         const int64_t wide = round_up(a.width, LANES);
-        reader.queries(query, count, to.rows, to.queries, to.factor);
+        if (integers) integers->queries(query, count, (int8_t*)to.queries, to.factor, to.start);
+        else reader.queries(query, count, to.rows, to.queries, to.factor);
         std::fill_n(to.sums, round_up(count, TILE) * wide, 0.0f);
         std::fill_n(to.seen, (count + TILE - 1) / TILE, Seen());
         for (int64_t k = 0; a.map_rounded && k < a.keys; k += BLOCK) {
@@ -98,25 +108,34 @@ struct Task {
         }
         for (int64_t k = 0; k < a.keys; k += BLOCK) {
             read_keys(k);
-            reader.values(reader.at(value, k * a.value_stride[2]), std::min(BLOCK, a.keys - k), to.rows, to.values);
+            const int64_t keys = std::min(BLOCK, a.keys - k);
+            reader.values(reader.at(value, k * a.value_stride[2]), keys, padded_to(keys), to.rows, to.values);
             for (int64_t q = 0; q < count; q += TILE) attend(q, k, false);
         }
         for (int64_t q = 0; q < count; q++) write_row(q);
     }
 
    private:
+    int64_t padded_to(int64_t keys) const { return round_up(keys, integers ? WIDTH : SLAB); }
+
     void read_keys(int64_t k) const {
         const void* from = reader.at(key, k * a.key_stride[2]);
-        reader.keys(from, std::min(BLOCK, a.keys - k), a.scale * LOG2_E, to.rows, to.keys, to.key_scale);
+        const int64_t keys = std::min(BLOCK, a.keys - k);
+        if (integers) integers->keys(from, keys, (int8_t*)to.rows, (uint8_t*)to.keys, to.key_scale);
+        else reader.keys(from, keys, a.scale * LOG2_E, to.rows, to.keys, to.key_scale);
     }
 
     // A tile by a block. `only_sums`: sums of exponentials only.
     void attend(int64_t first, int64_t k, bool only_sums) const {
-        const int64_t rows = std::min<int64_t>(TILE, count - first), keys = std::min(BLOCK, a.keys - k), padded = round_up(keys, SLAB);
-        for (int64_t slab = 0; slab < padded; slab += SLAB)
+        const int64_t rows = std::min<int64_t>(TILE, count - first), keys = std::min(BLOCK, a.keys - k);
+        const int64_t padded = padded_to(keys);
+        if (integers)
+            integers->scores((const int8_t*)to.queries + first * integers->stride, to.start + first, rows, (const uint8_t*)to.keys,
+                             padded, to.scores, SCORE_STRIDE);
+        for (int64_t slab = 0; !integers && slab < padded; slab += SLAB)
             for (int64_t i = 0; i < rows; i += rows_by(2))
                 multiply_tile<2, false>(to.queries + first * a.width + i, to.keys + slab * a.width, a.width, nullptr,
-                                   to.scores + i * SCORE_STRIDE + slab, SCORE_STRIDE);
+                                        to.scores + i * SCORE_STRIDE + slab, SCORE_STRIDE);
         Seen& seen = to.seen[first / TILE];
         alignas(64) float largest[Seen::ROOM] = {}, shrink[Seen::ROOM];
         auto row_of = [&](int64_t i) {
@@ -173,13 +192,14 @@ static int attention_of(const difloat_attention& a, int threads) {
     const int64_t heads = a.batch * a.heads, tiles = (a.queries + TILE - 1) / TILE;
     // Enough tasks for all threads, but none so short that keys are read for a few queries only.
     const int64_t wanted = std::min(tiles / 4, (4 * threads + heads - 1) / heads);
-    const int64_t cuts = std::max<int64_t>({1, wanted, (tiles + MOST_TILES - 1) / MOST_TILES});
+    const int64_t most = most_tiles(a), cuts = std::max<int64_t>({1, wanted, (tiles + most - 1) / most});
     const int64_t bytes = TaskBuffers().place(nullptr, a);
     char* memory = scratch(threads * bytes);
     if (!memory) return -1;
 #pragma omp parallel num_threads(threads)
     {
         const RowReader<TYPE> reader(a);
+        const IntegerRows<TYPE> integers(a, reader.round);
         const Rounder map(a.map);
         TaskBuffers buffers;
         buffers.place(memory + omp_get_thread_num() * bytes, a);
@@ -191,7 +211,7 @@ static int attention_of(const difloat_attention& a, int threads) {
                 return reader.at(data, b * stride[0] + h * stride[1] + row * stride[2]);
             };
             const float* mask = a.mask ? a.mask + b * a.mask_stride[0] + h * a.mask_stride[1] + first * a.mask_stride[2] : nullptr;
-            Task<TYPE>{a, reader, map, buffers, at(a.query, a.query_stride, first), at(a.key, a.key_stride, 0),
+            Task<TYPE>{a, reader, a.operands == 1 && integers.pay() ? &integers : nullptr, map, buffers, at(a.query, a.query_stride, first), at(a.key, a.key_stride, 0),
                        at(a.value, a.value_stride, 0), mask, (void*)at(a.out, a.out_stride, first), end - first}
                 .run();
         }

@@ -82,10 +82,10 @@ struct RowReader {
         }
     }
 
-    // `count` values to panels [panel][BLOCK][vectors of the panel], zeros up to a whole slab.
-    void values(const void* data, int64_t count, float* row, float* panels) const {
+    // `count` values to panels [panel][BLOCK][vectors of the panel], zeros up to `padded` of them.
+    void values(const void* data, int64_t count, int64_t padded, float* row, float* panels) const {
         const int64_t stride = a.value_stride[2], wide = round_up(a.width, LANES);
-        for (int64_t k = 0; k < round_up(count, SLAB); k++) {
+        for (int64_t k = 0; k < padded; k++) {
             float worth = 0.0f;
             if (k < count) worth = read(at(data, k * stride), at(data, std::min(k + AHEAD, count - 1) * stride), 1.0f, row);
             else std::fill_n(row, wide, 0.0f);
