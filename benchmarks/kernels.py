@@ -24,6 +24,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -79,9 +80,12 @@ ONE_TOKEN, TOKENS_OF_RULE = 0.8, {"from": 64, "speed": 0.95}
 Contestants = dict[str, Callable[[], object]]
 
 
-def interleaved(contestants: Contestants, repeats: int, pause_s: float) -> dict[str, dict[str, float]]:
+def interleaved(contestants: Contestants, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Median and minimum of every contestant, in milliseconds."""
-    times = harness.interleaved(contestants, repeats, pause_s=pause_s, prelude=True)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    times = harness.interleaved(
+        contestants, options.repeats, pause_s=options.pause_s, prelude=True, clock=clock
+    )
     found = harness.medians(times)
     return {name: {"median_ms": 1000 * found[name], "min_ms": 1000 * min(times[name])} for name in times}
 
@@ -220,7 +224,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
 
     def race(kind: str, shape: tuple[int, ...], operations: float, contestants: Contestants) -> None:
-        row = entry(kind, shape, operations, interleaved(contestants, options.repeats, options.pause_s))
+        row = entry(kind, shape, operations, interleaved(contestants, options))
         rows.append(row)
         text = "  ".join(
             f"{n} {t['median_ms']:.3f} ms ({t['speed_vs_bf16']:.2f}x)" for n, t in row["times"].items()
@@ -340,7 +344,8 @@ def run_unit(unit: str, options: argparse.Namespace) -> None:
     command = [sys.executable, __file__, "--threads", str(options.threads), "--repeats", str(options.repeats)]
     command += ["--only", *options.only, "--pause-s", str(options.pause_s), "--out", str(out)]
     environment = {**os.environ, "DIFLOAT_CPU_ISA": unit, **CAPS[unit]}
-    subprocess.run(command + ["--few"] * options.few, env=environment, check=True)
+    command += ["--few"] * options.few + ["--cpu-time"] * options.cpu_time
+    subprocess.run(command, env=environment, check=True)
     sys.stdout.write(f"\nunit {unit}\n\n{rule(json.loads(out.read_text())['rows'])}")
 
 
@@ -375,6 +380,11 @@ def main() -> None:
         "--table", action="store_true", help="print the tables of the last run, measure nothing"
     )
     parser.add_argument("--few", action="store_true", help="a few shapes")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="seconds that the process computed, on a core that others use, too; with one thread",
+    )
     parser.add_argument(
         "--isa", nargs="+", choices=CAPS, default=[], help="units, each in a process of its own"
     )
