@@ -301,7 +301,7 @@ def speeds_over_float(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, s
         best: dict[str, float] = {}
         for name, time_ms in times.items():
             if name.startswith("difloat ") and name.split()[1] != "reference":
-                label = name.split(maxsplit=2)[2]
+                label = " ".join(name.split(maxsplit=2)[2:])  # attention as it is has none
                 best[label] = min(best.get(label, time_ms), time_ms)
         shape = row["shape"]
         tokens = shape[0] if row["kind"] == "linear" else shape[0] * shape[3] ** 2  # or queries of attention
@@ -309,7 +309,7 @@ def speeds_over_float(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, s
             tokens = shape[2]
         text = "x".join(map(str, shape))
         for label, time_ms in best.items():
-            found.setdefault(f"{row['kind']} {label}", []).append((tokens, text, rival / time_ms))
+            found.setdefault(f"{row['kind']} {label}".strip(), []).append((tokens, text, rival / time_ms))
     return found
 
 
