@@ -174,7 +174,8 @@ def test_attention_is_checked(generator) -> None:
             attention.attend(*call, 0.25)
 
 
-def test_attention_of_other_lengths_is_left_to_torch(generator) -> None:
+def test_attention_of_other_lengths_is_left_to_torch(generator, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "torch_has_tiles", lambda: False)
     query = torch.randn(2, 2, 4, 16, generator=generator).bfloat16()
     assert attention.supports(query, query, query, None)
     assert not attention.supports(query, query[:1], query[:1], None)

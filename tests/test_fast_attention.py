@@ -37,6 +37,12 @@ MASKS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor whose bfloat16 products torch does not compute in tiles, whatever this one has."""
+    monkeypatch.setattr(kernels, "torch_has_tiles", lambda: False)
+
+
 def heads(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     batch, count, queries, keys, width = shape
     return tuple(
@@ -103,6 +109,17 @@ def test_what_is_left_to_torch(generator) -> None:
         assert not kernels.supports(query, key, value, None)
     with dispatch.use_backend("torch"):
         assert not kernels.supports(query.float(), key.float(), value.float(), None)
+
+
+def test_bfloat16_is_left_to_tiles_unless_a_backend_is_named(generator, monkeypatch) -> None:
+    query, key, value = heads((1, 2, 4, 4, 8), generator)
+    monkeypatch.setattr(kernels, "torch_has_tiles", lambda: True)
+    assert not kernels.supports(query, key, value, None)
+    with dispatch.use_backend("torch"):
+        assert kernels.supports(query, key, value, None)
+    if native_library.unit():
+        assert kernels.supports(query.float(), key.float(), value.float(), None)
+        assert kernels.carries_out(plan("int8", ""), query, key, value, None)
 
 
 @pytest.mark.parametrize("build", [tiny.tiny_pixart, tiny.tiny_unet])

@@ -105,8 +105,9 @@ def restore(model: nn.Module) -> None:
 def accelerate(model: nn.Module) -> int:
     """Let a diffusers model's attention be computed by `kernels.attention` where that can do it, in place.
 
-    Only bfloat16 and float32 on the CPU without gradients change, and anything else is computed as before. Processors that are
-    bare functions, or modules that hold weights, are left alone. Checkpoints do not store this.
+    Only bfloat16 and float32 on the CPU without gradients change, and anything else is computed as before, as is bfloat16 where
+    torch multiplies it in tiles (AMX). Processors that are bare functions, or modules that hold weights, are left alone.
+    Checkpoints do not store this.
 
     Returns:
         How many attention modules changed.
