@@ -12,7 +12,6 @@ __all__ = [
     "export_checkpoint",
     "import_into",
     "model_of",
-    "model_with",
     "remarks_of",
     "validate",
 ]
