@@ -186,7 +186,7 @@ def test_what_remains_is_told_in_one_line_from_what_calibration_measured() -> No
     assert "\n" not in line and "at most 12 rows" in line and "roughly 24 s" in line
     assert "as 3.0 pictures take" in line
     data.pace = Pace()
-    assert "no call of the denoiser was timed" in remaining(cost, data)
+    assert "no call was timed" in remaining(cost, data)
 
 
 def test_a_run_says_the_line_once_and_only_beside_progress_bars(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ def machine() -> str:
     """One line: unit of the native library, attention, backend in force, threads."""
     unit = native_library.unit()
     if unit is not None:
-        attention = "with" if native_library.attention_unit() else "without"
+        attention = "with" if native_library.multiplies_bfloat16() else "without"
         tier = f"native library, {unit} unit, {attention} bfloat16 attention"
     elif native_library.built():
         tier = "native library has no unit for this machine, torch computes"
