@@ -10,6 +10,7 @@ Files say in which dtype a model is kept, the machine in which it computes: CPUs
 
 from __future__ import annotations
 
+import gc
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -110,6 +111,7 @@ def load_into(pipeline: Any, source: Source, device: torch.device | str = "cpu")
     names = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
     for name in names:
         vars(pipeline)[name] = None  # assigned, it would be noted in the pipeline's config
+    gc.collect()  # modules and their hooks refer to each other in circles
     malloc_trim.release()
     again = load(source, device)
     for name in names:

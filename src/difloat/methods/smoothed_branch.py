@@ -72,7 +72,7 @@ def shared_pairs(
         weights: The float weights [o, i] by name, which share their input.
         plans: The layers with the same factors, or none.
         most: The rank of the branch, where `rank_of` allows it for the smallest of them.
-        target: As for `nearest_beside_branch`.
+        target: The machine or the kind of file whose formats are taken.
     """
     rank = min(rank_of(plans[name].shape, most) for name in weights)
     if not rank:
