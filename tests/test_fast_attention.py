@@ -19,6 +19,7 @@ from difloat.numbers.formats import parse
 from difloat.numbers.rounding import round_
 from difloat.plan.specs import AttentionPlan
 
+needs_unit = pytest.mark.skipif(not native_library.unit(), reason="no native attention on this machine")
 NAMES = ["torch", *(["cpu"] if native_library.unit() else [])]
 SHAPES = [  # batch, heads, queries, keys, dimensions
     (1, 2, 7, 5, 8),
@@ -118,8 +119,19 @@ def test_bfloat16_is_left_to_tiles_unless_a_backend_is_named(generator, monkeypa
     with dispatch.use_backend("torch"):
         assert kernels.supports(query, key, value, None)
     if native_library.unit():
-        assert kernels.supports(query.float(), key.float(), value.float(), None)
+        with dispatch.use_backend("cpu"):
+            assert kernels.supports(query, key, value, None)
         assert kernels.carries_out(plan("int8", ""), query, key, value, None)
+
+
+@needs_unit
+def test_float32_is_taken_where_the_unit_was_faster(generator, monkeypatch) -> None:
+    tensors = [x.float() for x in heads((1, 2, 4, 4, 8), generator)]
+    for unit, faster in (("avx2", True), ("avxvnni", True), ("avx512vl", False), ("neon", False)):
+        monkeypatch.setattr(native_library, "unit", lambda name=unit: name)
+        assert kernels.supports(*tensors, None) == faster
+        with dispatch.use_backend("cpu"):
+            assert kernels.supports(*tensors, None)
 
 
 @pytest.mark.parametrize("build", [tiny.tiny_pixart, tiny.tiny_unet])
@@ -155,9 +167,6 @@ def test_a_model_gives_the_same_pictures_through_its_own_processors(build, gener
     assert len(used) == 2 * count
     # bfloat16 keeps 8 bits; a dozen layers add up their roundings.
     assert (after - before).float().pow(2).mean() <= (2.0**-6) ** 2 * before.float().pow(2).mean()
-
-
-needs_unit = pytest.mark.skipif(not native_library.unit(), reason="no native attention on this machine")
 
 
 def plan(operand: str, softmax: str) -> AttentionPlan:

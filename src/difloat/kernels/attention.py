@@ -19,6 +19,7 @@ from difloat.numbers import formats, integer_grids
 from difloat.plan.specs import AttentionPlan
 
 _MAX_WIDTH = 1024  # dimensions of a head
+_FASTER_IN_FLOAT32 = ("avx512", "avxvnni", "avx2")  # units, than torch's attention (docs/kernels.md)
 _SCORES = 1 << 20  # of one head at a time without the native unit: 2 MiB in bfloat16
 
 
@@ -27,10 +28,15 @@ def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> 
 
     They must be [b, h, t, d] on the CPU with equally many heads, and no gradient may be asked for. They must be bfloat16, or
     float32 where the native library runs. Where torch multiplies bfloat16 in tiles (AMX), its own attention is three times as
-    fast, so bfloat16 is left to it unless a backend is named.
+    fast, so bfloat16 is left to it unless a backend is named. So is float32 on units where torch was faster, or nothing was
+    timed.
     """
-    tiles = query.dtype == torch.bfloat16 and dispatch.backend() == "auto" and torch_has_tiles()
-    return not tiles and _fits(query, key, value, mask)
+    if dispatch.backend() == "auto":
+        if query.dtype == torch.bfloat16 and torch_has_tiles():
+            return False
+        if query.dtype == torch.float32 and native_library.unit() not in _FASTER_IN_FLOAT32:
+            return False
+    return _fits(query, key, value, mask)
 
 
 @cache
