@@ -101,7 +101,7 @@ def test_the_instruction_set_can_be_capped(monkeypatch) -> None:
     monkeypatch.setenv("DIFLOAT_CPU_ISA", "sse")
     with pytest.raises(
         ValueError,
-        match="DIFLOAT_CPU_ISA must be one of avx512, avx512vl, avxvnni, avx2, neon or none, got 'sse'",
+        match="DIFLOAT_CPU_ISA must be one of amx, avx512, avx512vl, avxvnni, avx2, neon or none, got 'sse'",
     ):
         choose()
 

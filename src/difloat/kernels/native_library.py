@@ -22,9 +22,9 @@ from difloat.numbers import integer_grids
 from difloat.numbers.formats import Format
 from difloat.plan.specs import Part
 
-ABI = 7
+ABI = 8
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-UNITS = ("avx512", "avx512vl", "avxvnni", "avx2", "neon")  # from the fastest to the slowest
+UNITS = ("amx", "avx512", "avx512vl", "avxvnni", "avx2", "neon")  # from the fastest to the slowest
 _VARIABLE = "DIFLOAT_CPU_ISA"
 _IMPORTED_IN = os.getpid()  # another process than this one was forked
 _SMALL = 1 << 18  # products; fewer are not worth waking a second thread
@@ -325,7 +325,7 @@ def library() -> Any:
 
 def attention_unit() -> bool:
     """Whether the attention of the library runs here, which needs AVX-512 with BF16."""
-    return unit() == "avx512" and machine()["avx512_bf16"]
+    return unit() in ("amx", "avx512") and machine()["avx512_bf16"]
 
 
 @cache

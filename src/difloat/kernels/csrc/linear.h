@@ -121,7 +121,7 @@ static int linear_of(const difloat_input& x, const difloat_weight* bands, int64_
         const int64_t rows = std::min(at_once, x.rows - first);
         quantize_rows<TYPE>(x, first, rows, shared, bands[0], block, threads);
         const int64_t taps = 0;
-        const Operand operand{block.values, block.start, block.sums, groups, group, block.scale, steps, zeros, nullptr, nullptr,
+        const Operand operand{block.values, block.start, block.stride, rows, block.sums, groups, group, block.scale, steps, zeros, nullptr, nullptr,
                               rows, &taps, x.grid.shift, origin, integer_of(x.grid, x.grid.minimum),
                               integer_of(x.grid, x.grid.maximum)};
         multiply<TYPE>(bands, count, operand, block.values, out, first, memory + block_bytes, threads);

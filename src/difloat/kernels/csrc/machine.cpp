@@ -1,6 +1,7 @@
 // What this machine can run; compiled for any processor of its kind.
 #include "compiler.h"
 #include "difloat.h"
+#include "tile_permission.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -15,6 +16,13 @@ EXPORT int difloat_abi() { return DIFLOAT_ABI; }
 EXPORT int difloat_has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
+
+// AMX for bytes, which Linux must permit: leaf 7, bits 24 and 25 of EDX.
+EXPORT int difloat_has_amx() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3;
+    return there && difloat_has_avx512() && difloat::tiles_permitted();
 }
 
 EXPORT int difloat_has_avx2() {
@@ -40,6 +48,7 @@ EXPORT int difloat_has_neon() { return 0; }
 
 #else
 
+EXPORT int difloat_has_amx() { return 0; }
 EXPORT int difloat_has_avx512() { return 0; }
 EXPORT int difloat_has_avx512vl() { return 0; }
 EXPORT int difloat_has_avxvnni() { return 0; }

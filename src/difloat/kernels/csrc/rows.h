@@ -15,8 +15,14 @@ namespace difloat {
 constexpr int WIDTH = LANES * VECTORS;
 
 static inline int64_t quads_of(int64_t channels) { return (channels + 3) / 4; }
+#ifdef DIFLOAT_TILES
+constexpr int64_t SPARE_QUADS = 16;  // of every tap, all 0: the last tile of a row reaches into them
+#else
+constexpr int64_t SPARE_QUADS = 0;
+#endif
+static inline int64_t panel_quads(const difloat_weight& w) { return quads_of(w.channels) + SPARE_QUADS; }
 static inline int64_t code_bytes(const difloat_weight& w) { return (w.channels * w.bits + 7) / 8; }
-static inline int64_t panel_bytes(const difloat_weight& w) { return w.taps * quads_of(w.channels) * WIDTH * 4; }
+static inline int64_t panel_bytes(const difloat_weight& w) { return w.taps * panel_quads(w) * WIDTH * 4; }
 // Scratch in which the bytes of a row stand side by side where they do not in the weight itself.
 static inline int64_t gather_bytes(const difloat_weight& w) {
     return w.byte_stride == 1 ? 0 : WIDTH * w.taps * code_bytes(w);
