@@ -18,13 +18,6 @@ EXPORT int difloat_has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 }
 
-// AMX for bytes, which Linux must permit: leaf 7, bits 24 and 25 of EDX.
-EXPORT int difloat_has_amx() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3;
-    return there && difloat_has_avx512() && difloat::tiles_permitted();
-}
-
 EXPORT int difloat_has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
@@ -43,6 +36,13 @@ EXPORT int difloat_has_avx512vl() {
 EXPORT int difloat_has_avxvnni() { return difloat_has_avx2() && has_avxvnni(); }
 
 EXPORT int difloat_has_avx512_bf16() { return difloat_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// AMX for bytes, which Linux must permit: leaf 7, bits 24 and 25 of EDX.
+EXPORT int difloat_has_amx() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3;
+    return there && difloat_has_avx512_bf16() && difloat::tiles_permitted();
+}
 
 EXPORT int difloat_has_neon() { return 0; }
 

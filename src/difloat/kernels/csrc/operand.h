@@ -71,6 +71,10 @@ static inline void copy_row(const difloat_output& out, int64_t row, int64_t firs
 template <int TYPE, int USED>
 static inline void write_row(const difloat_output& out, int64_t row, int64_t first, int64_t count, const F32 (&values)[USED]) {
     if (count >= USED * LANES && !out.channel) {
+#ifdef DIFLOAT_TILES
+        if (TYPE == DIFLOAT_BF16 && USED == 2 && store_two_bfloat((uint16_t*)out.data + row * out.stride + first, values[0], values[1]))
+            return;
+#endif
         for (int v = 0; v < USED; v++) write<TYPE>(out.data, row * out.stride + first + v * LANES, values[v]);
         return;
     }

@@ -40,9 +40,21 @@ static inline void store_half(uint16_t* p, F32 x) {
 }
 static inline void store_int8(int8_t* p, I32 x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
 static inline void store_int8_four(int8_t* p, const I32 (&x)[4]) {
-    for (int i = 0; i < 4; i++) store_int8(p + i * LANES, x[i]);
+    const I32 words = _mm512_packs_epi16(_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3]));
+    const I32 order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packing goes by quarters
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, words));
 }
 static inline void store_low16(uint16_t* p, I32 x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x)); }
+
+#ifdef __AVX512BF16__
+// Two vectors as bfloat16. The instruction takes subnormal numbers for 0, so that with one of them nothing is stored and false comes back.
+static inline bool store_two_bfloat(uint16_t* p, F32 first, F32 second) {
+    constexpr int SUBNORMAL = 0x20;
+    if (_mm512_fpclass_ps_mask(first, SUBNORMAL) | _mm512_fpclass_ps_mask(second, SUBNORMAL)) return false;
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    return true;
+}
+#endif
 
 static inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 static inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }

@@ -150,17 +150,50 @@ struct Piece {
     }
 };
 
+// What the row of a product of one group needs, kept in registers while rows pass.
+template <int TYPE, bool ZERO, bool SHIFT>
+static INLINE void finish_rows(const Piece& piece, const Sums& sums, int64_t first, const difloat_output& out) {
+    const Operand x = piece.x;
+    const difloat_weight& w = piece.w;
+    const Panel& p = piece.p;
+    const int64_t column = piece.column, count = w.rows - first - column, end = piece.at.rows();
+    const int32_t minimum = w.minimum, restored = x.shift * (int32_t)(w.channels * w.taps);
+    F32 scale[ABREAST], zero[ABREAST];
+    I32 shifted[ABREAST];
+    repeat<ABREAST>([&](auto v) UNROLLED {
+        scale[v] = load(p.scale + column + v * LANES);
+        if (ZERO) zero[v] = load(p.zero + column + v * LANES);
+        if (SHIFT) shifted[v] = load_int(p.shifted + column + v * LANES);
+    });
+    for (int64_t i = 0; i < end; i++) {
+        const int64_t row = piece.at.row + i;
+        const int32_t seen = x.sums[row];
+        const I32 lowest = set_int(minimum * seen);
+        const F32 row_scale = set(x.scale[row]), sum = set((float)(seen + restored));
+        const float* bias = p.bias + (x.bias_row ? x.bias_row[row] : 0) * WIDTH + column;
+        F32 values[ABREAST];
+        repeat<ABREAST>([&](auto v) UNROLLED {
+            I32 exact = add_int(load_int(&sums[i][v * LANES]), lowest);
+            if (SHIFT) exact = add_int(exact, shifted[v]);
+            F32 total = fma(to_float(exact), scale[v], set(0));
+            if (ZERO) total = fma(sum, zero[v], total);
+            values[v] = fma(total, row_scale, load(bias + v * LANES));
+        });
+        write_row<TYPE, ABREAST>(out, row, first + column, count, values);
+    }
+}
+
 // One group of channels and no steps: straight from the sums to the result.
 template <int TYPE>
 static NOINLINE void piece_of_one_group(const Piece& piece, int64_t first, const difloat_output& out) {
     alignas(64) Sums sums;
     piece.sum(0, sums);
-    for (int64_t i = 0; i < piece.at.rows(); i++) {
-        F32 values[ABREAST], total[ABREAST];
-        repeat<ABREAST>([&](auto v) UNROLLED { total[v] = set(0); });
-        const float seen = (float)piece.restored(sums, i, 0, values);
-        piece.scale(0, seen, values, total);
-        piece.finish<TYPE>(i, first, total, out);
+    if (piece.w.zero) {
+        if (piece.x.shift) finish_rows<TYPE, true, true>(piece, sums, first, out);
+        else finish_rows<TYPE, true, false>(piece, sums, first, out);
+    } else {
+        if (piece.x.shift) finish_rows<TYPE, false, true>(piece, sums, first, out);
+        else finish_rows<TYPE, false, false>(piece, sums, first, out);
     }
 }
 
