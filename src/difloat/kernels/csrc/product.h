@@ -2,6 +2,8 @@
 #pragma once
 #include <omp.h>
 
+#include <vector>
+
 #include "difloat.h"
 #include "operand.h"
 #include "repeat.h"
@@ -209,53 +211,84 @@ static int64_t place(const difloat_weight& w, const Classes& classes, int64_t gr
     return round_up(at - base, 4096);
 }
 
-// Bytes of one thread's panel that serves every band.
+#ifdef DIFLOAT_TILES
+constexpr bool TILES = true;
+constexpr int64_t FEWEST_IN_BLOCK = 512;  // rows; unpacking a panel costs about as much as multiplying 80
+#else
+constexpr bool TILES = false;
+constexpr int64_t FEWEST_IN_BLOCK = 64;  // rows; unpacking a panel costs about as much as multiplying four
+#endif
+
+static inline int64_t panels_of(const difloat_weight& w) { return (w.rows + WIDTH - 1) / WIDTH; }
+
+// Panels that a thread unpacks at a time: as many as fit well into the second-level cache, if rows pass all of them in turn.
+static inline int64_t panels_at_once(const difloat_weight& w) {
+    if (!TILES) return 1;
+    return std::max<int64_t>(1, std::min(panels_of(w), second_level_cache() * 3 / 8 / panel_bytes(w)));
+}
+
+// Bytes of one thread's panels that serve every band.
 static int64_t place_bands(const difloat_weight* bands, int64_t count, const Classes& classes, int64_t groups) {
     int64_t most = 0;
-    for (int64_t b = 0; b < count; b++) most = std::max(most, place(bands[b], classes, groups, nullptr, nullptr));
+    for (int64_t b = 0; b < count; b++)
+        most = std::max(most, panels_at_once(bands[b]) * place(bands[b], classes, groups, nullptr, nullptr));
     return most;
 }
 
-// Likewise in the tiles of the processor, if the unit has them and may use them; false if not.
+// All rows from `begin` to `end` by `count` panels, in the tiles of the processor if the unit has them and may use them.
 template <int TYPE>
-static INLINE bool stripe_of_unit(const difloat_weight& w, const Operand& x, const Panel& p, int64_t begin, int64_t end,
-                                  int64_t first, const difloat_output& out) {
+static void stripes(const difloat_weight& w, const Operand& x, const Panel* panels, int64_t count, int64_t begin, int64_t end,
+                    int64_t first, const difloat_output& out) {
 #ifdef DIFLOAT_TILES
-    if (!tiles_permitted()) return false;
-    stripe_in_tiles<TYPE>(w, x, p, begin, end, first, out);
-    return true;
-#else
-    (void)w, (void)x, (void)p, (void)begin, (void)end, (void)first, (void)out;
-    return false;
+    if (tiles_permitted()) return stripe_in_tiles<TYPE>(w, x, panels, count, begin, end, first, out);
 #endif
+    for (int64_t n = 0; n < count; n++, first += WIDTH) {
+        if (vectors_of(w, first) == VECTORS) stripe<TYPE, VECTORS>(w, x, panels[n], begin, end, first, out);
+        else stripe<TYPE, VECTORS / 2>(w, x, panels[n], begin, end, first, out);
+    }
 }
 
-constexpr int64_t FEWEST_IN_BLOCK = 64;  // rows; unpacking a panel costs about as much as multiplying four
+// How a product is cut into tasks: so many panels at once, and the rows into so many parts.
+struct Cuts {
+    int64_t panels, groups, rows;
 
-// The whole product. Rows are cut into blocks that stay in the second-level cache while all panels pass. Panels are shared out among the threads; where there are too few, the rows are cut as well.
+    Cuts(const difloat_weight& w, const Operand& x, int threads) : panels(panels_at_once(w)), rows(1) {
+        const int64_t all = panels_of(w), block = second_level_cache() / 2;
+        if (x.rows < FEWEST_IN_BLOCK * threads) panels = std::min(panels, (all + threads - 1) / threads);
+        groups = (all + panels - 1) / panels;
+        panels = (all + groups - 1) / groups;
+        // Where there are too few panels for the threads, the rows are cut as well; and into blocks that stay in the second-level
+        // cache while all panels pass.
+        if (groups % threads && groups < 8 * threads) rows = std::min<int64_t>(threads, (x.rows + 31) / 32);
+        const int64_t reach = x.rows ? x.start[x.rows - 1] - x.start[0] : 0;  // bytes of activations
+        if (groups > 1) rows = std::max(rows, std::min((reach + block - 1) / block, x.rows / FEWEST_IN_BLOCK));
+    }
+};
+
+// The whole product, its tasks shared out among the threads.
 template <int TYPE>
 static void product(const difloat_weight& w, const Operand& x, const Classes& classes, const difloat_output& out, char* scratch,
                     int threads) {
-    const int64_t panels = (w.rows + WIDTH - 1) / WIDTH, bytes = place(w, classes, x.groups, nullptr, nullptr);
-    int64_t cuts = 1;
-    if (panels % threads && panels < 8 * threads) cuts = std::min<int64_t>(threads, (x.rows + 31) / 32);
-    const int64_t reach = x.rows ? x.start[x.rows - 1] - x.start[0] : 0;  // bytes of activations
-    const int64_t block = second_level_cache() / 2;
-    cuts = std::max(cuts, std::min((reach + block - 1) / block, x.rows / FEWEST_IN_BLOCK));
+    const Cuts cuts(w, x, threads);
+    const int64_t bytes = place(w, classes, x.groups, nullptr, nullptr);
 #pragma omp parallel num_threads(threads)
     {
-        Panel p;
-        place(w, classes, x.groups, scratch + omp_get_thread_num() * bytes, &p);
+        std::vector<Panel> panels(cuts.panels);
+        char* own = scratch + omp_get_thread_num() * cuts.panels * bytes;
+        for (Panel& panel : panels) place(w, classes, x.groups, own, &panel), own += bytes;
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t task = 0; task < panels * cuts; task++) {
-            const int64_t first = task % panels * WIDTH, cut = task / panels;
-            unpack_panel(w, first, p.weights, p.gathered);
-            unpack_scales(w, first, p.scale, p.zero);
-            make_bias(w, x, classes, out, first, p);
-            const int64_t begin = x.rows * cut / cuts, end = x.rows * (cut + 1) / cuts;
-            if (stripe_of_unit<TYPE>(w, x, p, begin, end, first, out)) continue;
-            if (vectors_of(w, first) == VECTORS) stripe<TYPE, VECTORS>(w, x, p, begin, end, first, out);
-            else stripe<TYPE, VECTORS / 2>(w, x, p, begin, end, first, out);
+        for (int64_t task = 0; task < cuts.groups * cuts.rows; task++) {
+            const int64_t first = task % cuts.groups * cuts.panels, cut = task / cuts.groups;
+            const int64_t count = std::min(cuts.panels, panels_of(w) - first);
+            for (int64_t n = 0; n < count; n++) {
+                const Panel& p = panels[n];
+                const int64_t row = (first + n) * WIDTH;
+                unpack_panel(w, row, p.weights, p.gathered);
+                unpack_scales(w, row, p.scale, p.zero);
+                make_bias(w, x, classes, out, row, p);
+            }
+            const int64_t begin = x.rows * cut / cuts.rows, end = x.rows * (cut + 1) / cuts.rows;
+            stripes<TYPE>(w, x, panels.data(), count, begin, end, first * WIDTH, out);
         }
     }
 }

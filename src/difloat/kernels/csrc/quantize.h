@@ -30,6 +30,9 @@ static inline F32 load_tail(const void* data, int64_t at, int64_t count) {
 // Largest magnitude of a row as the bits of a float. NaN has more than infinity, so it wins.
 template <int TYPE>
 static int32_t largest_bits(const void* row, int64_t channels) {
+#ifdef DIFLOAT_VECTORS_512
+    if (TYPE == DIFLOAT_BF16) return largest_bfloat_bits((const uint16_t*)row, channels);
+#endif
     const I32 magnitude = set_int(0x7fffffff);
     I32 most = set_int(0);
     int64_t k = 0;

@@ -79,6 +79,17 @@ static inline F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
 static inline Mask equal(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 static inline Mask equal_int(I32 a, I32 b) { return _mm512_cmpeq_epi32_mask(a, b); }
 static inline Mask both(Mask a, Mask b) { return a & b; }
+// The largest magnitude of bfloat16 numbers, as the bits of a float.
+static inline int32_t largest_bfloat_bits(const uint16_t* p, int64_t count) {
+    const I32 magnitude = _mm512_set1_epi16(0x7fff);
+    I32 most = _mm512_setzero_si512();
+    int64_t k = 0;
+    for (; k + 32 <= count; k += 32) most = _mm512_max_epu16(most, _mm512_and_si512(load_int(p + k), magnitude));
+    const __mmask32 there = (__mmask32)((1ull << (count - k)) - 1);
+    most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_maskz_loadu_epi16(there, p + k), magnitude));
+    const I32 upper = _mm512_srli_epi32(most, 16), lower = _mm512_and_si512(most, _mm512_set1_epi32(0xffff));
+    return _mm512_reduce_max_epi32(_mm512_max_epi32(upper, lower)) << 16;
+}
 static inline F32 select(Mask m, F32 yes, F32 no) { return _mm512_mask_blend_ps(m, no, yes); }
 static inline int32_t sum_int(I32 x) { return _mm512_reduce_add_epi32(x); }
 static inline float sum(F32 x) { return _mm512_reduce_add_ps(x); }

@@ -153,11 +153,14 @@ struct Piece {
 // What the row of a product of one group needs, kept in registers while rows pass.
 template <int TYPE, bool ZERO, bool SHIFT>
 static INLINE void finish_rows(const Piece& piece, const Sums& sums, int64_t first, const difloat_output& out) {
-    const Operand x = piece.x;
     const difloat_weight& w = piece.w;
+    const Operand& x = piece.x;
     const Panel& p = piece.p;
-    const int64_t column = piece.column, count = w.rows - first - column, end = piece.at.rows();
+    const int64_t column = piece.column, count = w.rows - first - column, begin = piece.at.row, end = piece.at.rows();
     const int32_t minimum = w.minimum, restored = x.shift * (int32_t)(w.channels * w.taps);
+    const int32_t *seen = x.sums + begin, *bias_row = x.bias_row ? x.bias_row + begin : nullptr;  // the compiler cannot know that
+    const float *row_scales = x.scale + begin, *bias = p.bias + column;                           // results change none of these
+    const difloat_output to = out;
     F32 scale[ABREAST], zero[ABREAST];
     I32 shifted[ABREAST];
     repeat<ABREAST>([&](auto v) UNROLLED {
@@ -166,20 +169,18 @@ static INLINE void finish_rows(const Piece& piece, const Sums& sums, int64_t fir
         if (SHIFT) shifted[v] = load_int(p.shifted + column + v * LANES);
     });
     for (int64_t i = 0; i < end; i++) {
-        const int64_t row = piece.at.row + i;
-        const int32_t seen = x.sums[row];
-        const I32 lowest = set_int(minimum * seen);
-        const F32 row_scale = set(x.scale[row]), sum = set((float)(seen + restored));
-        const float* bias = p.bias + (x.bias_row ? x.bias_row[row] : 0) * WIDTH + column;
+        const I32 lowest = set_int(minimum * seen[i]);
+        const F32 row_scale = set(row_scales[i]), sum = set((float)(seen[i] + restored));
+        const float* its_bias = bias_row ? bias + bias_row[i] * WIDTH : bias;
         F32 values[ABREAST];
         repeat<ABREAST>([&](auto v) UNROLLED {
             I32 exact = add_int(load_int(&sums[i][v * LANES]), lowest);
             if (SHIFT) exact = add_int(exact, shifted[v]);
             F32 total = fma(to_float(exact), scale[v], set(0));
             if (ZERO) total = fma(sum, zero[v], total);
-            values[v] = fma(total, row_scale, load(bias + v * LANES));
+            values[v] = fma(total, row_scale, load(its_bias + v * LANES));
         });
-        write_row<TYPE, ABREAST>(out, row, first + column, count, values);
+        write_row<TYPE, ABREAST>(to, begin + i, first + column, count, values);
     }
 }
 
@@ -252,27 +253,29 @@ static NOINLINE void piece_of_groups(const Piece& piece, int64_t first, const di
     }
 }
 
-// All rows from `begin` to `end` by the panel of the output channels from `first` on.
+// All rows from `begin` to `end` by `count` panels, the first of them that of the output channels from `first` on. A stack of rows
+// meets all panels while it is in the first-level cache, so that its results are written side by side.
 template <int TYPE>
-static void stripe_in_tiles(const difloat_weight& w, const Operand& x, const Panel& p, int64_t begin, int64_t end, int64_t first,
-                            const difloat_output& out) {
+static void stripe_in_tiles(const difloat_weight& w, const Operand& x, const Panel* panels, int64_t count, int64_t begin,
+                            int64_t end, int64_t first, const difloat_output& out) {
     const int64_t step_quads = quads_of_step((x.group + 3) / 4, x.groups > 1);
-    const int64_t columns = std::min<int64_t>(w.rows - first, WIDTH);
     int64_t upper = 0, lower = 0;
-    for (int64_t column = 0; column < columns; column += COLUMNS)
-        for (int64_t row = begin; row < end;) {
-            const Stacks at(x, row, end);
-            if (at.upper != upper || at.lower != lower) {
-                upper = at.upper, lower = at.lower;
-                const TileShapes shapes(upper, lower, step_quads);
-                settle_memory();
-                _tile_loadconfig(&shapes);
-            }
-            const Piece piece{w, x, p, at, column, step_quads};
-            if (x.groups == 1 && !x.steps) piece_of_one_group<TYPE>(piece, first, out);
-            else piece_of_groups<TYPE>(piece, first, out);
-            row += at.rows();
+    for (int64_t row = begin; row < end;) {
+        const Stacks at(x, row, end);
+        if (at.upper != upper || at.lower != lower) {
+            upper = at.upper, lower = at.lower;
+            const TileShapes shapes(upper, lower, step_quads);
+            settle_memory();
+            _tile_loadconfig(&shapes);
         }
+        for (int64_t n = 0; n < count; n++)
+            for (int64_t column = 0; column < std::min<int64_t>(w.rows - first - n * WIDTH, WIDTH); column += COLUMNS) {
+                const Piece piece{w, x, panels[n], at, column, step_quads};
+                if (x.groups == 1 && !x.steps) piece_of_one_group<TYPE>(piece, first + n * WIDTH, out);
+                else piece_of_groups<TYPE>(piece, first + n * WIDTH, out);
+            }
+        row += at.rows();
+    }
     _tile_release();  // other libraries configure tiles on the same threads
 }
 
