@@ -262,6 +262,26 @@ def built() -> bool:
 
 
 @cache
+def _machine_library() -> Any:
+    """The shared object that says what this machine can run.
+
+    Raises:
+        ImportError: if the library has another interface than this module.
+    """
+    library = ctypes.CDLL(str(_FOLDER / "libdifloat_machine.so"))
+    if library.difloat_abi() != ABI:
+        raise ImportError(
+            f"native library must have interface {ABI}, got {library.difloat_abi()}; build it again with `make native`"
+        )
+    return library
+
+
+def tiles_refused() -> bool:
+    """Whether the processor has the tiles of AMX, but the operating system does not let this process use them."""
+    return built() and bool(_machine_library().difloat_refuses_amx())
+
+
+@cache
 def machine() -> dict[str, bool]:
     """Which units this machine can run and the compiler built, among them ``avx512_bf16`` for attention.
 
@@ -271,11 +291,7 @@ def machine() -> dict[str, bool]:
     names = (*UNITS, "avx512_bf16")
     if not built():
         return dict.fromkeys(names, False)
-    library = ctypes.CDLL(str(_FOLDER / "libdifloat_machine.so"))
-    if library.difloat_abi() != ABI:
-        raise ImportError(
-            f"native library must have interface {ABI}, got {library.difloat_abi()}; build it again with `make native`"
-        )
+    library = _machine_library()
     files = {name: "attention" if name == "avx512_bf16" else name for name in names}
     there = {name: (_FOLDER / f"libdifloat_{file}.so").is_file() for name, file in files.items()}
     return {name: there[name] and bool(getattr(library, f"difloat_has_{name}")()) for name in names}

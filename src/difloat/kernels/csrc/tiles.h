@@ -128,29 +128,18 @@ struct Piece {
         if (!x.shift) return seen;
         return seen + x.shift * (int32_t)(std::min(x.group, w.channels - g * x.group) * w.taps);
     }
-
-    // total + values * scale + seen * zero, for group `g` of the weight.
-    INLINE void scale(int64_t g, float seen, const F32 (&values)[ABREAST], F32 (&total)[ABREAST]) const {
-        repeat<ABREAST>([&](auto v) UNROLLED {
-            const int64_t place = g * WIDTH + column + v * LANES;
-            total[v] = fma(values[v], load(p.scale + place), total[v]);
-            if (w.zero) total[v] = fma(set(seen), load(p.zero + place), total[v]);
-        });
-    }
-
-    // The results of row `i`.
-    template <int TYPE>
-    INLINE void finish(int64_t i, int64_t first, const F32 (&total)[ABREAST], const difloat_output& out) const {
-        const int64_t row = at.row + i;
-        const F32 scale = set(x.scale[row]);
-        const float* bias = p.bias + (x.bias_row ? x.bias_row[row] : 0) * WIDTH + column;
-        F32 values[ABREAST];
-        repeat<ABREAST>([&](auto v) UNROLLED { values[v] = fma(total[v], scale, load(bias + v * LANES)); });
-        write_row<TYPE, ABREAST>(out, row, first + column, w.rows - first - column, values);
-    }
 };
 
-// What the row of a product of one group needs, kept in registers while rows pass.
+// body(zero, shift) with constants: whether the weight has zero points, and the activations are shifted.
+template <class Body>
+static INLINE void with_flags(const difloat_weight& w, const Operand& x, Body&& body) {
+    if (w.zero && x.shift) body(std::true_type{}, std::true_type{});
+    else if (w.zero) body(std::true_type{}, std::false_type{});
+    else if (x.shift) body(std::false_type{}, std::true_type{});
+    else body(std::false_type{}, std::false_type{});
+}
+
+// The results of a product of one group. Everything but the rows stays in registers while they pass.
 template <int TYPE, bool ZERO, bool SHIFT>
 static INLINE void finish_rows(const Piece& piece, const Sums& sums, int64_t first, const difloat_output& out) {
     const difloat_weight& w = piece.w;
@@ -158,8 +147,9 @@ static INLINE void finish_rows(const Piece& piece, const Sums& sums, int64_t fir
     const Panel& p = piece.p;
     const int64_t column = piece.column, count = w.rows - first - column, begin = piece.at.row, end = piece.at.rows();
     const int32_t minimum = w.minimum, restored = x.shift * (int32_t)(w.channels * w.taps);
-    const int32_t *seen = x.sums + begin, *bias_row = x.bias_row ? x.bias_row + begin : nullptr;  // the compiler cannot know that
-    const float *row_scales = x.scale + begin, *bias = p.bias + column;                           // results change none of these
+    // The compiler cannot know that results change none of these.
+    const int32_t *seen = x.sums + begin, *bias_row = x.bias_row ? x.bias_row + begin : nullptr;
+    const float *row_scales = x.scale + begin, *bias = p.bias + column;
     const difloat_output to = out;
     F32 scale[ABREAST], zero[ABREAST];
     I32 shifted[ABREAST];
@@ -189,13 +179,7 @@ template <int TYPE>
 static NOINLINE void piece_of_one_group(const Piece& piece, int64_t first, const difloat_output& out) {
     alignas(64) Sums sums;
     piece.sum(0, sums);
-    if (piece.w.zero) {
-        if (piece.x.shift) finish_rows<TYPE, true, true>(piece, sums, first, out);
-        else finish_rows<TYPE, true, false>(piece, sums, first, out);
-    } else {
-        if (piece.x.shift) finish_rows<TYPE, false, true>(piece, sums, first, out);
-        else finish_rows<TYPE, false, false>(piece, sums, first, out);
-    }
+    with_flags(piece.w, piece.x, [&](auto zero, auto shift) UNROLLED { finish_rows<TYPE, zero, shift>(piece, sums, first, out); });
 }
 
 // Groups of the activations with steps of their own, added up to one group of the weight: `inner`, and `seen` of every row.
@@ -223,6 +207,45 @@ static NOINLINE void sum_steps(const Piece& piece, int64_t begin, int64_t end, T
     }
 }
 
+// Sums of group `g` of the weight, scaled and added to the totals.
+template <bool ZERO, bool SHIFT>
+static INLINE void add_sums(const Piece& piece, int64_t g, const Sums& sums, Totals& totals) {
+    const difloat_weight& w = piece.w;
+    const Operand& x = piece.x;
+    const int64_t place = g * WIDTH + piece.column, end = piece.at.rows(), groups = x.groups;
+    const int32_t minimum = w.minimum, *seen = x.sums + piece.at.row * groups + g;
+    const int32_t restored = x.shift * (int32_t)(std::min(x.group, w.channels - g * x.group) * w.taps);
+    F32 scale[ABREAST], zero[ABREAST];
+    I32 shifted[ABREAST];
+    repeat<ABREAST>([&](auto v) UNROLLED {
+        scale[v] = load(piece.p.scale + place + v * LANES);
+        if (ZERO) zero[v] = load(piece.p.zero + place + v * LANES);
+        if (SHIFT) shifted[v] = load_int(piece.p.shifted + place + v * LANES);
+    });
+    for (int64_t i = 0; i < end; i++) {
+        const int32_t sum = seen[i * groups];
+        const I32 lowest = set_int(minimum * sum);
+        repeat<ABREAST>([&](auto v) UNROLLED {
+            I32 exact = add_int(load_int(&sums[i][v * LANES]), lowest);
+            if (SHIFT) exact = add_int(exact, shifted[v]);
+            F32 total = fma(to_float(exact), scale[v], load(&totals[i][v * LANES]));
+            if (ZERO) total = fma(set((float)(sum + restored)), zero[v], total);
+            store(&totals[i][v * LANES], total);
+        });
+    }
+}
+
+// What was summed up over the steps of a group of the weight, likewise.
+static INLINE void add_inner(const Piece& piece, int64_t g, const Totals& inner, const float (&seen)[2 * STACK], Totals& totals) {
+    for (int64_t i = 0; i < piece.at.rows(); i++)
+        repeat<ABREAST>([&](auto v) UNROLLED {
+            const int64_t place = g * WIDTH + piece.column + v * LANES;
+            F32 total = fma(load(&inner[i][v * LANES]), load(piece.p.scale + place), load(&totals[i][v * LANES]));
+            if (piece.w.zero) total = fma(set(seen[i]), load(piece.p.zero + place), total);
+            store(&totals[i][v * LANES], total);
+        });
+}
+
 // Several groups, of the weight or of the activations: exact inside each, added up in float32.
 template <int TYPE>
 static NOINLINE void piece_of_groups(const Piece& piece, int64_t first, const difloat_output& out) {
@@ -233,23 +256,21 @@ static NOINLINE void piece_of_groups(const Piece& piece, int64_t first, const di
     alignas(64) Sums sums;
     float seen[2 * STACK];
     for (int64_t g = 0; g < w.groups; g++) {
-        if (x.steps) sum_steps(piece, g * stretch, std::min((g + 1) * stretch, x.groups), inner, seen);
-        else piece.sum(g, sums);
-        for (int64_t i = 0; i < piece.at.rows(); i++) {
-            F32 values[ABREAST], total[ABREAST];
-            repeat<ABREAST>([&](auto v) UNROLLED {
-                total[v] = load(&totals[i][v * LANES]);
-                if (x.steps) values[v] = load(&inner[i][v * LANES]);
-            });
-            if (!x.steps) seen[i] = (float)piece.restored(sums, i, g, values);
-            piece.scale(g, seen[i], values, total);
-            repeat<ABREAST>([&](auto v) UNROLLED { store(&totals[i][v * LANES], total[v]); });
+        if (x.steps) {
+            sum_steps(piece, g * stretch, std::min((g + 1) * stretch, x.groups), inner, seen);
+            add_inner(piece, g, inner, seen, totals);
+            continue;
         }
+        piece.sum(g, sums);
+        with_flags(w, x, [&](auto zero, auto shift) UNROLLED { add_sums<zero, shift>(piece, g, sums, totals); });
     }
     for (int64_t i = 0; i < piece.at.rows(); i++) {
-        F32 total[ABREAST];
-        repeat<ABREAST>([&](auto v) UNROLLED { total[v] = load(&totals[i][v * LANES]); });
-        piece.finish<TYPE>(i, first, total, out);
+        const int64_t row = piece.at.row + i;
+        const F32 scale = set(x.scale[row]);
+        const float* bias = piece.p.bias + (x.bias_row ? x.bias_row[row] : 0) * WIDTH + piece.column;
+        F32 values[ABREAST];
+        repeat<ABREAST>([&](auto v) UNROLLED { values[v] = fma(load(&totals[i][v * LANES]), scale, load(bias + v * LANES)); });
+        write_row<TYPE, ABREAST>(out, row, first + piece.column, w.rows - first - piece.column, values);
     }
 }
 
