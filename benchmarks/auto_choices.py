@@ -68,6 +68,7 @@ CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "w4a8, polished": ("auto", "w4a8", {"polish": 200}),
     "w4a4": ("auto", "w4a4", {}),
     "w4a4, polished": ("auto", "w4a4", {"polish": 200}),
+    "w4a4, inputs in groups of 16": ("auto", "w4a4", {"input_group": 16}),
     "w4a4, inputs per token": ("auto", "w4a4", {"input_group": 0}),
     "w4a8, all inputs rotated": ("auto", "w4a8", {"rotate": "all"}),
     "w4a8, chosen inputs rotated": ("auto", "w4a8", {"rotate": "chosen"}),

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +59,12 @@ CONV = [  # batch, in, out, side, kernel: Stable Diffusion's U-Net at 512 pixels
     (2, 640, 640, 32, 1),
 ]
 ATTENTION = [(2, 16, 1024, 1024, 72), (2, 16, 1024, 120, 72), (2, 8, 4096, 4096, 40), (2, 8, 1024, 1024, 80)]
+FLOAT_ATTENTION = [
+    (1, 8, 1024, 1024, 64),
+    (1, 8, 1024, 1024, 72),
+    (1, 1, 4096, 4096, 64),
+    (1, 1, 4096, 4096, 72),
+]
 CAPS = {  # what holds torch to the instructions of a unit
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "avxvnni": {
@@ -73,9 +81,12 @@ ONE_TOKEN, TOKENS_OF_RULE = 0.8, {"from": 64, "speed": 0.95}
 Contestants = dict[str, Callable[[], object]]
 
 
-def interleaved(contestants: Contestants, repeats: int, pause_s: float) -> dict[str, dict[str, float]]:
+def interleaved(contestants: Contestants, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Median and minimum of every contestant, in milliseconds."""
-    times = harness.interleaved(contestants, repeats, pause_s=pause_s, prelude=True)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    times = harness.interleaved(
+        contestants, options.repeats, pause_s=options.pause_s, prelude=True, clock=clock
+    )
     found = harness.medians(times)
     return {name: {"median_ms": 1000 * found[name], "min_ms": 1000 * min(times[name])} for name in times}
 
@@ -175,11 +186,14 @@ def conv(batch: int, channels: int, out: int, side: int, kernel: int) -> Contest
     }
 
 
-def attend(batch: int, heads: int, queries: int, keys: int, width: int) -> Contestants:
-    """Contestants of one attention shape, in bfloat16."""
-    q, k, v = (torch.randn(batch, n, heads, width).bfloat16().transpose(1, 2) for n in (queries, keys, keys))
-    found: Contestants = {"torch bf16": lambda: functional.scaled_dot_product_attention(q, k, v)}
-    for name in ("torch", "cpu"):
+def attend(
+    batch: int, heads: int, queries: int, keys: int, width: int, dtype: torch.dtype = torch.bfloat16
+) -> Contestants:
+    """Contestants of one attention shape, in bfloat16 or float32."""
+    q, k, v = (torch.randn(batch, n, heads, width).to(dtype).transpose(1, 2) for n in (queries, keys, keys))
+    rival = "torch bf16" if dtype == torch.bfloat16 else "torch fp32"
+    found: Contestants = {rival: lambda: functional.scaled_dot_product_attention(q, k, v)}
+    for name in ("torch", "cpu") if dtype == torch.bfloat16 else ("cpu",):
         if name in dispatch.available():
             found[f"difloat {name}"] = on(name, lambda: attention.attend(q, k, v, None, width**-0.5))
     for operand, softmax in (("int8", ""), ("int8", "uint8"), ("e2m3", "ue4m4"), ("e3m4", "")):
@@ -198,7 +212,7 @@ def peak() -> Contestants:
 
 
 def entry(kind: str, shape: tuple[int, ...], operations: float, times: dict[str, Any]) -> dict[str, Any]:
-    """One row of the results: times, operations per second, speed relative to torch bf16."""
+    """One row of the results: times, operations per second, speed over torch bf16, or over the first where that is absent."""
     base = times.get("torch bf16", next(iter(times.values())))["median_ms"]
     for found in times.values():
         found["gops"] = operations / found["median_ms"] / 1e6
@@ -211,7 +225,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
 
     def race(kind: str, shape: tuple[int, ...], operations: float, contestants: Contestants) -> None:
-        row = entry(kind, shape, operations, interleaved(contestants, options.repeats, options.pause_s))
+        row = entry(kind, shape, operations, interleaved(contestants, options))
         rows.append(row)
         text = "  ".join(
             f"{n} {t['median_ms']:.3f} ms ({t['speed_vs_bf16']:.2f}x)" for n, t in row["times"].items()
@@ -231,9 +245,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             operations = 2.0 * batch * channels * out * side**2 * kernel**2
             race("conv2d", shape, operations, conv(*shape))
     if "attention" in options.only:
-        for shape in ATTENTION[1:2] if options.quick else ATTENTION:
-            batch, heads, queries, keys, width = shape
-            race("attention", shape, 4.0 * batch * heads * queries * keys * width, attend(*shape))
+        for shape in ATTENTION[1:2] if options.quick or options.few else ATTENTION:
+            race("attention", shape, 4.0 * math.prod(shape), attend(*shape))
+        for shape in FLOAT_ATTENTION[:1] if options.quick else FLOAT_ATTENTION:
+            race("attention in float32", shape, 4.0 * math.prod(shape), attend(*shape, torch.float32))
     return rows
 
 
@@ -281,19 +296,21 @@ def slower(rows: list[dict[str, Any]]) -> list[str]:
 def speeds_over_float(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, str, float]]]:
     """By kind of layer: tokens, shape and speed of the fastest backend over torch's fastest float of every row."""
     found: dict[str, list[tuple[int, str, float]]] = {}
-    for row in (row for row in rows if row["kind"] in ("linear", "conv2d")):
+    for row in (row for row in rows if row["kind"] != "peak"):
         times = {name: time["median_ms"] for name, time in row["times"].items()}
-        rival = min(times["torch bf16"], times["torch fp32"])
+        rival = min(times[name] for name in ("torch bf16", "torch fp32") if name in times)
         best: dict[str, float] = {}
         for name, time_ms in times.items():
             if name.startswith("difloat ") and name.split()[1] != "reference":
-                label = name.split(maxsplit=2)[2]
+                label = " ".join(name.split(maxsplit=2)[2:])  # attention as it is has none
                 best[label] = min(best.get(label, time_ms), time_ms)
         shape = row["shape"]
-        tokens = shape[0] if row["kind"] == "linear" else shape[0] * shape[3] ** 2
+        tokens = shape[0] if row["kind"] == "linear" else shape[0] * shape[3] ** 2  # or queries of attention
+        if row["kind"].startswith("attention"):
+            tokens = shape[2]
         text = "x".join(map(str, shape))
         for label, time_ms in best.items():
-            found.setdefault(f"{row['kind']} {label}", []).append((tokens, text, rival / time_ms))
+            found.setdefault(f"{row['kind']} {label}".strip(), []).append((tokens, text, rival / time_ms))
     return found
 
 
@@ -328,22 +345,23 @@ def run_unit(unit: str, options: argparse.Namespace) -> None:
     command = [sys.executable, __file__, "--threads", str(options.threads), "--repeats", str(options.repeats)]
     command += ["--only", *options.only, "--pause-s", str(options.pause_s), "--out", str(out)]
     environment = {**os.environ, "DIFLOAT_CPU_ISA": unit, **CAPS[unit]}
-    subprocess.run(command + ["--few"] * options.few, env=environment, check=True)
+    command += ["--few"] * options.few + ["--cpu-time"] * options.cpu_time
+    subprocess.run(command, env=environment, check=True)
     sys.stdout.write(f"\nunit {unit}\n\n{rule(json.loads(out.read_text())['rows'])}")
 
 
 def tables(result: dict[str, Any]) -> str:
     """The results as Markdown: one table per kind, speed over torch's bfloat16."""
     lines = []
-    for kind in ("linear", "conv2d", "attention"):
+    for kind in ("linear", "conv2d", "attention", "attention in float32"):
         rows = [row for row in result["rows"] if row["kind"] == kind]
         if not rows:
             continue
-        names = [name for name in rows[0]["times"] if name != "torch bf16"]
-        heads = [kind, "torch bf16 ms", *(name.removeprefix("difloat ") for name in names)]
+        rival, *names = rows[0]["times"]  # the first contestant is the one that speeds are over
+        heads = [kind, f"{rival} ms", *(name.removeprefix("difloat ") for name in names)]
         lines += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
         for row in rows:
-            cells = ["x".join(map(str, row["shape"])), f"{row['times']['torch bf16']['median_ms']:.3g}"]
+            cells = ["x".join(map(str, row["shape"])), f"{row['times'][rival]['median_ms']:.3g}"]
             found = (row["times"].get(name) for name in names)
             cells += ["" if time is None else f"{time['speed_vs_bf16']:.2f}" for time in found]
             lines.append("| " + " | ".join(cells) + " |")
@@ -363,6 +381,11 @@ def main() -> None:
         "--table", action="store_true", help="print the tables of the last run, measure nothing"
     )
     parser.add_argument("--few", action="store_true", help="a few shapes")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="seconds that the process computed, on a core that others use, too; with one thread",
+    )
     parser.add_argument(
         "--isa", nargs="+", choices=CAPS, default=[], help="units, each in a process of its own"
     )

@@ -282,6 +282,10 @@ PAPERS["auto"] = [
         trajectories=64,
     ),
     Row("W4A8 Q-Diffusion, 64 trajectories", "qdiffusion", "w4a8", trajectories=64),
+    *(row for bits in ("w3a8", "w4a4", "w2a4") for row in seeds(f"{bits.upper()} auto", "auto", bits)[1:]),
+    Row("W4A8 auto, polished", "auto", "w4a8", {"polish": 200}),
+    Row("W2A4 auto, polished", "auto", "w2a4", {"polish": 200}),
+    Row("W4A8 auto, bits by layer, integers, polished", "auto", "w4a8", {**INTEGER_LAYERS, "polish": 200}),
 ]
 TWIN: dict[str, Any] = {**GROUPS, "activation": "online"}  # INT4 in groups and integers per token
 BRIEF: dict[str, Any] = {"iterations": 100}  # a quarter of the default, in all tables over seeds

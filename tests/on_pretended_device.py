@@ -19,9 +19,13 @@ import difloat
 import pretend_device
 from difloat import api, checkpoint, cli, devices, evaluation, recipes
 from difloat.evaluation import picture_metrics
-from difloat.kernels import dispatch
+from difloat.kernels import dispatch, mps, torch_int8
+from difloat.kernels.geometry import Geometry
 from difloat.numbers import formats, search
+from difloat.plan.encode import plan_layer
 from difloat.plan.plan import Plan
+from difloat.plan.specs import Part, QuantSpec
+from difloat.plan.weight import Inputs
 from test_hooks import CPU
 from test_modes import denoiser
 from tiny import tiny_pixart, tiny_unet
@@ -244,3 +248,27 @@ def _noting(note: Any) -> Any:
         return torch.nn.Module.__call__(module, *args, **kwargs)
 
     return call
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [None, 1, 3])
+def test_the_backend_of_apples_gpu_computes_where_its_tensors_are(
+    pretended: torch.device, kernel: int | None
+) -> None:
+    """Its integers, too: a table of codes or a flag of another device would be refused."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (8, 64) if kernel is None else (8, 64, kernel, kernel)
+    part = Part(
+        64, QuantSpec(formats.parse("t4g"), "channel"), QuantSpec(formats.parse("int8"), "token", online=True)
+    )
+    planned = plan_layer(torch.randn(shape, generator=generator), [part], [torch.full((8,), 0.1)])
+    x = torch.randn((5, 64) if kernel is None else (2, 64, 6, 5), generator=generator)
+    geometry = [] if kernel is None else [Geometry(padding=(kernel // 2, kernel // 2))]
+    compute = "linear" if kernel is None else "conv2d"
+    assert torch_int8.computes(part, shape, x.to(pretended))
+    results = []
+    for device in (pretended, torch.device("cpu")):
+        tensors = {name: tensor.to(device) for name, tensor in planned.tensors.items()}
+        weight = replace(planned, tensors=tensors).weight()
+        results.append(getattr(mps, compute)(x.to(device), weight, Inputs(), None, *geometry))
+    assert results[0].device == pretended and torch.equal(results[0].cpu(), results[1])

@@ -29,6 +29,17 @@ def denoiser(name: str, **config: Any) -> Any:
     return build(classes()[name], Tiny(row.call, {**row.config, **config}, row.without, row.leave))
 
 
+def awake(model: Any) -> Any:
+    """A model whose parameters of zeros are random, since what they belong to would give nothing."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not bool(parameter.any()):
+                parameter.normal_(0, 0.1)
+    return model
+
+
 def tokenizer(length: int = 12) -> Callable[[], Any]:
     """Makes a tokenizer that knows how to lay out a chat."""
 
@@ -228,7 +239,64 @@ def hifigan(channels: int = 8) -> Any:
     return SpeechT5HifiGan(config).eval()
 
 
+def t5_gemma() -> Any:
+    """The encoder of T5Gemma, one layer deep."""
+    from transformers import T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
+
+    part = T5GemmaModuleConfig(
+        vocab_size=len(tiny_tokenizer()), hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, layer_types=["full_attention"],
+    )  # fmt: skip
+    return T5GemmaEncoderModel(T5GemmaConfig(encoder=part, decoder=part, is_encoder_decoder=False)).eval()
+
+
+def with_eyes(name: str, text: str, vision: str, **config: Any) -> Any:
+    """A language model that reads pictures as well, of which pipelines take the text half."""
+    import transformers
+
+    sizes = {
+        "vocab_size": len(tiny_tokenizer()), "hidden_size": TEXT_WIDTH, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 1, "model_type": text,
+    }  # fmt: skip
+    eyes = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28,
+        "patch_size": 14, "model_type": vision,
+    }  # fmt: skip
+    made = getattr(transformers, re.sub("(ForConditionalGeneration|Model)$", "Config", name))
+    return getattr(transformers, name)(made(text_config=sizes, vision_config=eyes, **config)).eval()
+
+
+def ltx2_connectors() -> Any:
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    heads = {f"{kind}_connector_num_attention_heads": 2 for kind in ("video", "audio")}
+    heads |= {f"{kind}_connector_attention_head_dim": 8 for kind in ("video", "audio")}
+    heads |= {f"{kind}_connector_num_layers": 1 for kind in ("video", "audio")}
+    heads |= {f"{kind}_connector_num_learnable_registers": None for kind in ("video", "audio")}
+    return LTX2TextConnectors(
+        caption_channels=TEXT_WIDTH, text_proj_in_factor=2, connector_rope_base_seq_len=32,
+        rope_double_precision=False, rope_type="split", **heads,
+    ).eval()  # fmt: skip
+
+
+def ltx2_vocoder() -> Any:
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+
+    return LTX2Vocoder(
+        in_channels=16, hidden_channels=16, upsample_kernel_sizes=[4, 4], upsample_factors=[2, 2], resnet_kernel_sizes=[3],
+        resnet_dilations=[[1, 3]], output_sampling_rate=16000,
+    ).eval()  # fmt: skip
+
+
+def duration_embedder() -> Any:
+    from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
+
+    return StableAudio3DurationEmbedder(output_dim=TEXT_WIDTH, fourier_dim=16).eval()
+
+
 _TOKENIZERS = (
+    "AutoProcessor",  # of texts alone, a tokenizer does
     "CLIPTokenizer", "T5Tokenizer", "T5TokenizerFast", "AutoTokenizer", "GemmaTokenizer", "BertTokenizer", "Qwen2Tokenizer",
     "ByT5Tokenizer", "LlamaTokenizer", "TokenizersBackend", "PythonBackend", "XLMRobertaTokenizer", "PreTrainedTokenizerBase",
 )  # fmt: skip
@@ -312,6 +380,32 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "AutoencoderTiny": lambda: diffusers_model(
         "AutoencoderTiny", encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1), latent_channels=4,
+    ),
+    "T5GemmaEncoderModel": t5_gemma,
+    "Gemma3ForConditionalGeneration": lambda: with_eyes(
+        "Gemma3ForConditionalGeneration", "gemma3_text", "siglip_vision_model", mm_tokens_per_image=4
+    ),
+    "Mistral3ForConditionalGeneration": lambda: with_eyes(
+        "Mistral3ForConditionalGeneration", "mistral", "pixtral", image_token_index=1
+    ),
+    "Mistral3Model": lambda: with_eyes("Mistral3Model", "mistral", "pixtral", image_token_index=1),
+    "AutoencoderKLLTX2Video": lambda: diffusers_model(
+        "AutoencoderKLLTX2Video", latent_channels=4, block_out_channels=(8,), decoder_block_out_channels=(8,),
+        layers_per_block=(1,), decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,), decoder_inject_noise=(False, False), downsample_type=("spatial",),
+        upsample_type=("spatiotemporal",), upsample_residual=(False,), upsample_factor=(1,), patch_size=1,
+        decoder_causal=False,
+    ),
+    "AutoencoderKLLTX2Audio": lambda: diffusers_model(
+        "AutoencoderKLLTX2Audio", base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=8,
+    ),
+    "LTX2TextConnectors": ltx2_connectors,
+    "LTX2Vocoder": ltx2_vocoder,
+    "StableAudio3DurationEmbedder": duration_embedder,
+    "AutoencoderSAME": lambda: diffusers_model(
+        "AutoencoderSAME", patch_size=2, encoder_channels=8, encoder_c_mults=(2,), encoder_strides=(2,),
+        encoder_transformer_depths=(1,), latent_dim=8, use_differential_attention=False, dim_heads=4, ff_mult=2,
+        sampling_rate=16,
     ),
     "SmolLM3ForCausalLM": lambda: text_model("SmolLM3ForCausalLM", num_hidden_layers=2),
     "KarrasDiffusionSchedulers": scheduler("DDIMScheduler", clip_sample=False, steps_offset=1),

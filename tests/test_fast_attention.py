@@ -19,7 +19,7 @@ from difloat.numbers.formats import parse
 from difloat.numbers.rounding import round_
 from difloat.plan.specs import AttentionPlan
 
-NAMES = ["torch", *(["cpu"] if native_library.attention_unit() else [])]
+NAMES = ["torch", *(["cpu"] if native_library.unit() else [])]
 SHAPES = [  # batch, heads, queries, keys, dimensions
     (1, 2, 7, 5, 8),
     (2, 3, 33, 130, 72),
@@ -94,12 +94,15 @@ def test_the_operator_is_legal(name, generator) -> None:
 def test_what_is_left_to_torch(generator) -> None:
     query, key, value = heads((1, 2, 4, 4, 8), generator)
     assert kernels.supports(query, key, value, None)
-    assert not kernels.supports(query.float(), key.float(), value.float(), None)
+    assert not kernels.supports(query.double(), key.double(), value.double(), None)
+    assert not kernels.supports(query, key.float(), value.float(), None)
     assert not kernels.supports(query, key[:, :1], value[:, :1], None)
     assert not kernels.supports(query, key[:, :, :0], value[:, :, :0], None)
     assert not kernels.supports(query.clone().requires_grad_(), key, value, None)
     with dispatch.use_backend("reference"):
         assert not kernels.supports(query, key, value, None)
+    with dispatch.use_backend("torch"):
+        assert not kernels.supports(query.float(), key.float(), value.float(), None)
 
 
 @pytest.mark.parametrize("build", [tiny.tiny_pixart, tiny.tiny_unet])
@@ -137,9 +140,7 @@ def test_a_model_gives_the_same_pictures_through_its_own_processors(build, gener
     assert (after - before).float().pow(2).mean() <= (2.0**-6) ** 2 * before.float().pow(2).mean()
 
 
-needs_unit = pytest.mark.skipif(
-    not native_library.attention_unit(), reason="no native attention on this machine"
-)
+needs_unit = pytest.mark.skipif(not native_library.unit(), reason="no native attention on this machine")
 
 
 def plan(operand: str, softmax: str) -> AttentionPlan:
@@ -197,9 +198,9 @@ def test_what_the_unit_does_not_round_is_left_to_torch(generator, monkeypatch) -
     query, key, value = heads((1, 2, 4, 4, 8), generator)
     assert not kernels.carries_out(plan("e5m2", ""), query, key, value, None)
     assert not kernels.carries_out(plan("ue2m2", ""), query, key, value, None)
-    assert not kernels.carries_out(plan("int8", ""), query.float(), key.float(), value.float(), None)
+    assert not kernels.carries_out(plan("int8", ""), query.double(), key.double(), value.double(), None)
     monkeypatch.setattr(kernels, "_native", None)
-    for arguments in ({"is_causal": True}, {"enable_gqa": True}, {"dropout_p": 0.0}):
+    for arguments in ({"is_causal": True}, {"dropout_p": 0.0}):
         name = "e5m2" if arguments == {"dropout_p": 0.0} else "int8"
         attention.attend(plan(name, ""), query, key, value, **arguments)
 

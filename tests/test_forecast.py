@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
+import torch
 from rich.filesize import decimal
+from safetensors.torch import load_file
 from torch import nn
 
+import difloat
 import families
-from difloat import api, estimate, job, recipes, run
+from difloat import api, estimate, interchange, job, recipes, run
 from difloat.calibration import first_call
 from difloat.calibration.collect import CalibrationSettings, sampling_of
 from difloat.calibration.pace import Pace
@@ -181,7 +186,7 @@ def test_what_remains_is_told_in_one_line_from_what_calibration_measured() -> No
     assert "\n" not in line and "at most 12 rows" in line and "roughly 24 s" in line
     assert "as 3.0 pictures take" in line
     data.pace = Pace()
-    assert "no call of the denoiser was timed" in remaining(cost, data)
+    assert "no call was timed" in remaining(cost, data)
 
 
 def test_a_run_says_the_line_once_and_only_beside_progress_bars(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,3 +215,55 @@ def test_a_timed_call_is_one() -> None:
     assert len(began) == 1 and pace.timed > 0 and 0 < pace.row_seconds < 30
     assert not pipeline.transformer._forward_pre_hooks
     assert "s a row: calibration roughly" in run.in_time(expected("lbfp", pipeline, call=PIXART_KWARGS), pace)
+
+
+def wide_pixart() -> Any:
+    """A pipeline whose weights are large beside what a file says about them."""
+    from diffusers import PixArtTransformer2DModel
+
+    pipeline = tiny_pixart()
+    config = dict(pipeline.transformer.config)
+    config |= {"attention_head_dim": 64, "num_layers": 1, "cross_attention_dim": 128}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline.transformer = PixArtTransformer2DModel.from_config(config).eval()
+    return pipeline
+
+
+def bytes_of_tensors(file: Path) -> int:
+    """Of a file of another program: its tensors, without their names, marks and graph."""
+    if file.suffix == ".gguf":
+        return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors)
+    if file.suffix == ".xml":
+        return file.with_suffix(".bin").stat().st_size
+    return sum(t.nbytes for name, t in load_file(file).items() if not name.endswith(".comfy_quant"))
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe", "bits"),
+    [
+        *((target, "rtn", bits) for target in ("comfy", "gguf", "openvino", "diffusers") for bits in ("w4a16", "w8a16")),
+        ("comfy", "rtn", "w4a8"),
+        *(
+            pytest.param(target, "auto", bits, marks=pytest.mark.slow)
+            for target, bits in (("gguf", "w5a16"), ("comfy", "w5a16"), ("openvino", "w4a16"), ("diffusers", "w6a16"))
+        ),
+        ("vllm", "svdquant", "w4a16"),
+    ],
+)  # fmt: skip
+def test_the_size_is_that_of_the_file(target: str, recipe: str, bits: str, tmp_path: Path) -> None:
+    pipeline = wide_pixart()
+    fitted = job.fit(pipeline, job.request(recipe, bits, {}, SETTINGS, target=target))
+    said = estimate.forecast(fitted, PROMPTS, PIXART_KWARGS)
+    assert f" packed in the {target} file" in run.describe(said, SETTINGS)
+    asked = {"prompts": PROMPTS, "progress": False, "call_kwargs": PIXART_KWARGS, **vars(SETTINGS)}
+    api.apply(pipeline, api.plan(pipeline, recipe, bits, target=target, **asked))
+    kind = {"diffusers": "nvfp4"}.get(target, target)
+    file = interchange.export_checkpoint(difloat.save(pipeline, tmp_path / "own"), tmp_path / "out", kind)
+    found = bytes_of_tensors(file)
+    if (
+        recipe == "auto"
+    ):  # keeps to what whole layers leave of its bytes, which is little only where there are many
+        assert 0.975 * said.packed_bytes <= found <= 1.01 * said.packed_bytes
+    else:
+        assert said.packed_bytes == pytest.approx(found, rel=0.01)

@@ -131,7 +131,7 @@ def test_layers(seed: int) -> None:
         assert close(result, expected), (part, shape, x.shape, x.stride(), geometry)
 
 
-@pytest.mark.skipif(not native_library.attention_unit(), reason="no attention unit here")
+@pytest.mark.skipif(not native_library.unit(), reason="no unit of the native library here")
 def test_attention() -> None:
     rng = random.Random(0)
     for _ in range(100):

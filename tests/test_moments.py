@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from difloat.kernels.reference import fake_quantize_input
 from difloat.layers.packed import quantizable
 from difloat.methods import moments
-from difloat.methods.moments import Moments, MomentSettings, gather, sources
+from difloat.methods.moments import Moments, MomentSettings, Source, gather, sources
 from difloat.methods.second_order import SecondOrderSettings, round_second_order
 from difloat.numbers import formats
 from difloat.plan.plan import LayerPlan
@@ -173,6 +173,23 @@ def test_memory_decides_passes_and_nothing_else(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(moments, "_PIECE_BYTES", 4000)
     pieces = list(gather(model, calls, plans, settings))
     assert [one.vectors for one in pieces] == [one.vectors for one in once]
+
+
+def test_calls_wait_where_they_hold_least() -> None:
+    def source(name: str, columns: int, held: int) -> Source:
+        return Source((name,), 1, columns, False, 8, held)
+
+    found = [source(f"{n}", 10, held) for n, held in enumerate((9, 9, 1, 5, 3, 3, 9, 9))]
+    ends = [[int(s.names[0]) for s in some][-1] for some in moments.passes(found, 4 * 400)]
+    assert ends == [
+        2,
+        5,
+        7,
+    ]  # of the longest, 0 to 3, the end 2 holds least; then 4 and 5, of which 5 is longer
+    assert [len(some) for some in moments.passes([source("a", 100, 1)] * 3, 400)] == [1, 1, 1]
+    model, call = unet_call()
+    held = [one.held for one in moments.sources(model, call, plans_of(model, ONLINE), MomentSettings())]
+    assert held[0] < max(held) and min(held) > 0  # skip connections wait in the middle
 
 
 def test_vectors_are_drawn_evenly_from_all_calls() -> None:

@@ -86,6 +86,25 @@ def test_they_foretell_what_an_error_does_to_the_guided_output(name: str) -> Non
     assert sum(changes) / len(changes) == pytest.approx(expected, rel=0.15)
 
 
+def test_blocks_may_run_once_more_instead_of_keeping_their_activations() -> None:
+    model = tiny_unet().unet  # its weights ask for gradients, and get none
+    draw = torch.Generator().manual_seed(1)
+    sample, text = (torch.randn(shape, generator=draw) for shape in ((4, 4, 8, 8), (4, 5, 16)))
+    probe = Probe(((sample, torch.full((4,), 300)), {"encoder_hidden_states": text}), (1.0,) * 2, True)
+    names, attributes = list(quantizable(model)), {m: set(vars(m)) for m in model.modules()}
+    ran = []
+    handle = model.down_blocks[0].resnets[0].conv1.register_forward_hook(lambda *_: ran.append(1))
+    again = sensitivities(model, [probe, probe], names, SensitivitySettings(recompute=True), 0)
+    handle.remove()
+    assert len(ran) == 4  # two calls, twice each
+    once = sensitivities(model, [probe, probe], names, SensitivitySettings(), 0)
+    for name in names:
+        torch.testing.assert_close(again[name], once[name])
+    assert not model.is_gradient_checkpointing
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert {m: set(vars(m)) for m in model.modules()} == attributes
+
+
 @pytest.mark.parametrize("guided", [True, False])
 def test_rows_come_in_pairs_from_all_timesteps(guided: bool) -> None:
     pipeline = tiny_unet()

@@ -12,6 +12,8 @@ import safetensors.torch
 import torch
 
 from difloat import sources
+from difloat.interchange import gguf_files
+from difloat.interchange.contents import Contents
 from difloat.pipelines import denoiser_of
 from difloat.sources import Source, computed_in
 from tiny import tiny_pixart, tiny_unet
@@ -82,6 +84,23 @@ def test_a_denoiser_in_one_file(tmp_path: Path) -> None:
     pipeline = sources.load(Source(str(file), base=str(tmp_path / "base"), dtype="stored"))
     module = denoiser_of(pipeline)[1]
     assert all(torch.equal(a, b.half()) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+
+
+def test_a_class_without_names_of_its_own_in_one_file(tmp_path: Path) -> None:
+    """PixArt, which diffusers loads from directories only, under diffusers' names."""
+    tiny_pixart().save_pretrained(tmp_path / "base")
+    state = tiny_pixart(seed=1).transformer.state_dict()
+    for file in (tmp_path / "one.safetensors", tmp_path / "one.gguf"):
+        if file.suffix == ".gguf":
+            gguf_files.write(Contents({}, state, {"_class_name": "PixArtTransformer2DModel"}, {}), file)
+        else:
+            safetensors.torch.save_file(state, file)
+        module = sources.load(Source(str(file), base=str(tmp_path / "base"), dtype="float32")).transformer
+        assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+    del state["proj_out.bias"]
+    safetensors.torch.save_file(state, tmp_path / "one.safetensors")
+    with pytest.raises(ValueError, match="so a tensor .32. under 'proj_out.bias', got none; convert it"):
+        sources.load(Source(str(tmp_path / "one.safetensors"), base=str(tmp_path / "base")))
 
 
 def test_a_hub_name_is_read_from_the_cache_without_a_network(directory: Path, tmp_path: Path) -> None:

@@ -297,4 +297,4 @@ def test_scales_of_one_number_are_split_by_what_bfloat16_holds() -> None:
     scales = torch.tensor([[1.0, 1.0]]) * 0.75
     ratio, shared = interchange.layers.split_scales(scales, torch.bfloat16)
     assert torch.equal(ratio.float() * shared, scales) and shared.bfloat16().float() == shared
-    assert vllm.rank_of({"a": branched()}) == 1
+    assert vllm.rank_of({"a": branched()}, {}) == 1

@@ -1,4 +1,5 @@
 // Random layers through one unit of the native library against loops of plain C++: every bit of every result must be the same.
+// Attention, which has no order of its sums, must be as near to loops in double as float32 allows.
 //
 // It is linked with a unit of any processor, so a unit that this machine cannot run is tested by an emulator (test_units.py).
 // Usage: unit_contract COUNT. Prints the counts; exits with 1 after the first difference.
@@ -18,6 +19,7 @@ int difloat_linear(const difloat_input*, const difloat_weight*, int, const diflo
 int difloat_conv2d(const difloat_input*, const difloat_weight*, int, const difloat_output*, const difloat_geometry*, int);
 int difloat_decode(const difloat_weight*, const float*, const int32_t*, void*, int, int);
 int difloat_round(const difloat_input*, void*, int);
+int difloat_attend(const difloat_attention*, int);
 }
 
 static std::mt19937 engine(0);
@@ -385,8 +387,11 @@ static void check_round() {
     compare(found, expected, x.input.type, "round");
 }
 
+#include "unit_attention.h"
+
 int main(int argc, char** argv) {
     const int count = argc > 1 ? atoi(argv[1]) : 100;
     for (int i = 0; i < count; i++) check_linear(), check_conv2d(), check_decode(), check_round();
-    printf("%d layers each of linear, conv2d, decode, round: equal\n", count);
+    for (int i = 0; i < count; i += 4) check_attention();
+    printf("%d layers each of linear, conv2d, decode, round: equal; a quarter as many of attention: near\n", count);
 }

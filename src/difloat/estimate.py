@@ -15,12 +15,12 @@ from difloat.job import Job
 from difloat.layers import dtype_readers, packed
 from difloat.layers.exclude import EXCLUDED, Exclusion
 from difloat.methods.cost import Cost
+from difloat.methods.file_forecast import Ahead, rank_of
 from difloat.methods.post_training import keeps_8bit
-from difloat.methods.structure import structure, unread
+from difloat.methods.structure import likely, structure, unread
 from difloat.numbers import formats
-from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Rule
-from difloat.plan.specs import Part, layer_tensor_shapes
+from difloat.plan.target import Target
 
 _WIDE = "8bit"  # what becomes of a layer: this, nothing special, or the reason why it stays
 
@@ -44,7 +44,9 @@ class Forecast:
     Attributes:
         kinds: The kinds of layers.
         float_bytes: The bytes of the denoiser as it is.
-        packed_bytes: The bytes of the quantized denoiser, if every packed weight of a layer is used.
+        packed_bytes: The bytes of the quantized denoiser, if every packed weight of a layer is used; where a kind of file is
+            asked for, those of its tensors.
+        target: What is asked for, which may be a kind of file.
         rows: Calibration rows; 0 for a recipe that looks at no data.
         pictures: That calibration samples for them.
         steps: The steps of the sampler for each picture.
@@ -54,6 +56,7 @@ class Forecast:
     kinds: tuple[Kind, ...]
     float_bytes: int
     packed_bytes: int
+    target: Target
     rows: int
     pictures: int
     steps: int
@@ -76,26 +79,28 @@ def forecast(
     costs = {width: fitted.cost(replace(bits, weight=width)) for width in {*own.values()}} | {
         bits.weight: fitted.cost(bits)
     }
-    asked = costs[min(costs)]
+    asked, target = costs[min(costs)], fitted.request.target
     fates = _fates(module, asked, fitted.exclusions[name], needs_data)
+    shapes = [packed.weight_of(module, layer).shape for layer, fate in fates.items() if not fate]
+    ahead = Ahead(target, type(module).__name__, bits, rank_of(asked, shapes))
+    alike = _alike(module, fates, own)
     kinds = tuple(
-        _kind(module, names, costs[own.get(names[0], bits.weight)], fates[names[0]])
-        for names in _alike(module, fates, own)
+        _kind(module, names, costs[own.get(names[0], bits.weight)], fates[names[0]], ahead) for names in alike
     )
+    taken = [name for names, kind in zip(alike, kinds, strict=True) if kind.packed_bytes for name in names]
     float_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
-    freed = sum(packed.weight_of(module, name).nbytes for name, fate in fates.items() if fate in ("", _WIDE))
-    counted = float_bytes - freed + sum(kind.packed_bytes for kind in kinds)
+    counted = ahead.others_bytes(module, taken) + sum(kind.packed_bytes for kind in kinds)
     total = getattr(fitted.request.options, "size", None) or counted
     if not needs_data:
-        return Forecast(kinds, float_bytes, total, 0, 0, 0, asked.computed(0, 0))
+        return Forecast(kinds, float_bytes, total, target, 0, 0, 0, asked.computed(0, 0))
     sampling = sampling_of(pipeline, prompts, settings, call_kwargs)
     computed, pictures = asked.computed(settings.samples, sampling.steps), sampling.batches * sampling.images
-    return Forecast(kinds, float_bytes, total, settings.samples, pictures, sampling.steps, computed)
+    return Forecast(kinds, float_bytes, total, target, settings.samples, pictures, sampling.steps, computed)
 
 
 def _fates(module: nn.Module, asked: Cost, exclude: Exclusion, needs_data: bool) -> dict[str, str]:
-    """What becomes of every layer. The edges are read off the structure, so a trace may see fewer of them."""
-    layers, seen = packed.quantizable(module), structure(module)
+    """What becomes of every layer. The edges are read off the structure, which may differ from what a run shows."""
+    layers, seen = packed.quantizable(module), (likely if needs_data else structure)(module)
     outside = layers.keys() - packed.inside_blocks(module)
     of_outside = {"keep": "outside of the blocks", "8bit": _WIDE, "as others": ""}[asked.outside]
     fates = dict.fromkeys(layers, "") | dict.fromkeys(outside, of_outside)
@@ -116,7 +121,7 @@ def _alike(module: nn.Module, fates: Mapping[str, str], bits: Mapping[str, int])
     return [list(names) for units in kinds.values() for names in zip(*units, strict=True)]
 
 
-def _kind(module: nn.Module, names: Sequence[str], asked: Cost, fate: str) -> Kind:
+def _kind(module: nn.Module, names: Sequence[str], asked: Cost, fate: str, ahead: Ahead) -> Kind:
     shape, count = tuple(packed.weight_of(module, names[0]).shape), len(names)
     weights = math.prod(shape) * count
     if fate not in ("", _WIDE):
@@ -124,12 +129,11 @@ def _kind(module: nn.Module, names: Sequence[str], asked: Cost, fate: str) -> Ki
     weight, inputs = asked.weight, asked.activation
     if fate == _WIDE:
         weight, inputs = _of_8_bits(weight), inputs and _of_8_bits(inputs)
-    part = Part(shape[1], weight.spec(weight.formats[0]), inputs.spec(inputs.formats[0]) if inputs else None)
-    side = None if fate == _WIDE else asked.pairs_of(shape)
-    variants = 1 if fate == _WIDE and asked.epochs else asked.variants
-    shapes = layer_tensor_shapes(shape, [part], variants, asked.smoothed, side=side)
-    size = sum(LayerPlan.dtype_of(name).itemsize * math.prod(own) for name, own in shapes.items())
-    return Kind(names[0], count, weights, size * count, _words(weight), _words(inputs) if inputs else "-")
+    held = ahead.rule(names[0], asked, weight, shape, fate == _WIDE)
+    if isinstance(held, str):
+        return Kind(names[0], count, weights, 0, "-", held)
+    size = ahead.layer_bytes(asked, held, inputs, shape, fate == _WIDE)
+    return Kind(names[0], count, weights, size * count, _words(held), _words(inputs) if inputs else "-")
 
 
 def _of_8_bits(rule: Rule) -> Rule:

@@ -39,6 +39,7 @@ from difloat.evaluation.generation import PER_CALL
 from difloat.layers import install
 from difloat.pipelines import denoiser_of
 from difloat.plan.plan import Plan
+from difloat.plan.target import FILES
 from difloat.report import build
 from difloat.report.render import Record
 
@@ -135,9 +136,10 @@ def describe(forecast: Forecast, settings: CalibrationSettings) -> str:
             settings.memory_bytes,
         )
     )
+    place = f" in the {forecast.target} file" * (forecast.target in FILES)
     lines = [
         f"{sum(kind.count for kind in taken)} layers, {sum(kind.weights for kind in taken):,} weights: about "
-        f"{packed} packed, {floats} as it is"
+        f"{packed} packed{place}, {floats} as it is"
     ]
     if not forecast.rows:
         return f"{lines[0]}\nno calibration: the denoiser is not called; RAM: about {both} for both denoisers"

@@ -28,7 +28,7 @@ from difloat.checkpoint.layout import CONFIG, read_json
 from difloat.checkpoint.remote_code import INDEX
 from difloat.checkpoint.save_load import dtype_argument
 from difloat.checkpoint.stored_dtypes import dtypes_of_tensors, stored_dtypes
-from difloat.interchange import gguf_files, source_names
+from difloat.interchange import gguf_files, import_, source_names
 from difloat.load_errors import hub_errors, load_errors
 from difloat.methods import malloc_trim
 from difloat.pipelines import DENOISER_NAMES, denoiser_of
@@ -298,14 +298,18 @@ def _from_file(path: Path, source: Source, device: torch.device | str) -> Any:
             "a LoRA goes to generate --lora"
         )
     index = _index_of(base, source)
-    with load_errors(source.name):
-        if whole:
-            pipeline_class: Any = getattr(diffusers, index["_class_name"])
+    if whole:
+        pipeline_class: Any = getattr(diffusers, index["_class_name"])
+        with load_errors(source.name):
             pipeline = pipeline_class.from_single_file(what, config=base, torch_dtype=dtype)
             _keep_names(denoiser_of(pipeline)[1], state, whole)
-            return pipeline
-        name = next(name for name in DENOISER_NAMES if index.get(name, [None])[0])
-        model_class: Any = getattr(diffusers, index[name][1])
+        return pipeline
+    name = next(name for name in DENOISER_NAMES if index.get(name, [None])[0])
+    model_class: Any = getattr(diffusers, index[name][1])
+    if not hasattr(model_class, "from_single_file"):
+        folder = located(Source(base, revision=source.revision)) / name
+        return _in_base({name: import_.model_with(folder, state, dtype)}, source, device)
+    with load_errors(source.name):
         module = model_class.from_single_file(what, config=base, subfolder=name, torch_dtype=dtype)
         _keep_names(module, state, whole)
     return _in_base({name: module}, source, device)

@@ -149,14 +149,14 @@ def read_layers(plan: Plan, stored: Mapping[str, StoredTensor]) -> Iterator[tupl
 
 def _illegal_codes(layer: LayerPlan) -> str:
     """What is wrong with the codes of a layer of one weight and width, or "" if nothing is."""
-    for codes, part in zip(layer.codes(), layer.parts, strict=True):
-        format = part.weight.format
-        present = torch.bincount(codes.flatten().int(), minlength=2**format.bits)
-        for code, count in enumerate(present.tolist()):
-            if count and not _legal(format.decode_table[code]):
-                return f"code {code} of {format.name}, which is {format.decode_table[code]}"
+    of_parts = layer.codes()
+    for codes, part in zip(of_parts, layer.parts, strict=True):
+        table = part.weight.format.decode_table
+        for code in (number for number, value in enumerate(table) if not _legal(value)):
+            if bool((codes == code).any()):
+                return f"code {code} of {part.weight.format.name}, which is {table[code]}"
     repacked = [
-        pack(codes, part.weight.format.bits) for codes, part in zip(layer.codes(), layer.parts, strict=True)
+        pack(codes, part.weight.format.bits) for codes, part in zip(of_parts, layer.parts, strict=True)
     ]
     return (
         ""

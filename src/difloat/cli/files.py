@@ -65,6 +65,10 @@ def import_(
     """Turn a file of another program into a difloat checkpoint. Codes and scales stay what they are."""
     from difloat import api, checkpoint, interchange
 
+    if not path.exists():
+        raise FileNotFoundError(
+            f"file must be there to be imported, but {path} does not exist; check the path"
+        )
     with claimed(out, overwrite):
         model = (
             interchange.model_of(path if path.is_dir() else path.parent)

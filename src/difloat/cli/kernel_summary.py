@@ -19,7 +19,7 @@ def machine() -> str:
     """One line: unit of the native library, attention, backend in force, threads."""
     unit = native_library.unit()
     if unit is not None:
-        attention = "with" if native_library.attention_unit() else "without"
+        attention = "with" if native_library.multiplies_bfloat16() else "without"
         refused = ", AMX refused by the operating system" if native_library.tiles_refused() else ""
         tier = f"native library, {unit} unit, {attention} bfloat16 attention{refused}"
     elif native_library.built():

@@ -35,6 +35,7 @@ TARGETS = (*DIALECTS, "gguf", "openvino", "vllm")
 NAMES = ("auto", "source", "diffusers")
 _MADE_FOR = {"comfy": "comfy", "nvfp4": "diffusers", "fp8": "diffusers"}  # `quantize --for` of files
 _UNDER_SOURCE_NAMES = ("comfy", "gguf")
+_ENDINGS = {"gguf": gguf_files.SUFFIX, "openvino": openvino_ir.SUFFIX}  # of files that are no safetensors
 _WEIGHTS = "diffusion_pytorch_model"
 
 
@@ -79,8 +80,12 @@ def export_checkpoint(
     source, target = model_directory(Path(directory), component), Path(out)
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise FileExistsError(f"output must be new, got {str(out)!r}, which exists; choose another name")
+    ending = _ENDINGS.get(to, ".safetensors")
+    if target.suffix in (".safetensors", *_ENDINGS.values()) and target.suffix != ending:
+        raise ValueError(
+            f"output must end in {ending} or be a directory for {to} files, got {str(out)!r}; choose another name"
+        )
     contents = _named(read_contents(source, to), to, names)
-    ending = {"gguf": gguf_files.SUFFIX, "openvino": openvino_ir.SUFFIX}.get(to, ".safetensors")
     file = target if target.suffix == ending else target / f"{_WEIGHTS}{ending}"
     config = contents.config
     if to == "openvino":
@@ -137,11 +142,7 @@ def _write_vllm(contents: Contents, file: Path, target: Path) -> Mapping[str, An
         raise ValueError(
             f"output must be a directory for vllm files, whose config.json says how to read them, got {str(target)!r}"
         )
-    rank = vllm.rank_of(contents.layers)
-    tensors = dict(contents.others)
-    for name, layer in contents.layers.items():
-        encoded = vllm.encode(name, layer, rank)
-        tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in encoded.items()}
+    tensors, rank = vllm.encode_all(contents)
     _save(tensors, file, {"format": "pt"})
     return vllm.config_of(contents, rank)
 

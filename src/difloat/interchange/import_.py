@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from difloat.checkpoint.layout import CONFIG, read_json
 from difloat.checkpoint.save_load import mark_quantized
@@ -175,3 +176,32 @@ def model_of(directory: str | os.PathLike[str]) -> Any:
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     with torch.random.fork_rng(devices=[]):  # fresh weights must not move the caller's random numbers
         return found.from_config(plain).eval()
+
+
+def model_with(directory: str | os.PathLike[str], state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+    """A diffusers model as `model_of` builds it, with weights under the names of diffusers.
+
+    Args:
+        directory: Where the `config.json` is.
+        state: All tensors of the model, of any dtype.
+        dtype: That of the model's floating tensors.
+
+    Raises:
+        ValueError: if tensors are missing, too many, or of other shapes.
+    """
+    model = model_of(directory)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in sorted(expected.keys() | given.keys()):
+        if expected.get(name) != given.get(name):
+            got = "none" if name not in given else f"one of {list(given[name])}"
+            wanted = f"a tensor {list(expected[name])}" if name in expected else "no tensor"
+            raise ValueError(
+                f"file must hold a {type(model).__name__} under the names of diffusers, which knows no others of this class, "
+                f"so {wanted} under {name!r}, got {got}; convert it"
+            )
+    cast = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()
+    }
+    model.load_state_dict(cast, assign=True)
+    return model

@@ -2,12 +2,14 @@
 
 The layout is the "checkpoint contract" of https://docs.vllm.ai/projects/vllm-omni/en/latest/user_guide/quantization/svdquant/,
 read by `vllm_omni/quantization/svdquant_config.py` (version 0.30). All layers have branches of one rank, so smaller ones, and
-layers without, are filled up with zeros, which changes nothing.
+layers without, are filled up with zeros, which changes nothing. Query, key and value that are one layer in vLLM-Omni's model
+(`plan.vllm_models`) are one in the file: their rows follow each other, and what multiplies all codes of each of them goes into
+the factors of its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from difloat.checkpoint.layout import StoredTensor
 from difloat.interchange.contents import Contents
 from difloat.interchange.layers import obstacle_of_inputs, split_scales
 from difloat.numbers import formats
+from difloat.plan import vllm_models
 from difloat.plan.plan import LayerPlan, Plan
 
 METHOD = "svdquant"
@@ -26,18 +29,64 @@ _ADVICE = "quantize with --recipe svdquant --bits w4a16 --for vllm"
 _SHOWN = 3  # names in a remark
 
 
-def rank_of(layers: Mapping[str, LayerPlan]) -> int:
-    """The largest rank of the branches of layers.
+def rank_of(layers: Mapping[str, LayerPlan], joined: Mapping[str, Sequence[str]]) -> int:
+    """The rank of all branches of a file: the largest of layers, or of joined ones together where their first factors differ.
 
     Raises:
         ValueError: if there is none.
     """
-    rank = max((layer.side.rank for layer in layers.values() if layer.side is not None), default=0)
+    rank = max((_rank(layer) for layer in layers.values()), default=0)
+    rank = max([rank, *(_joint_rank([layers[name] for name in names]) for names in joined.values())])
     if not rank:
         raise ValueError(
             f"vllm files must have a low-rank branch beside a weight, got none; {_ADVICE}, or export to nvfp4"
         )
     return rank
+
+
+def _rank(layer: LayerPlan) -> int:
+    return 0 if layer.side is None else layer.side.rank
+
+
+def _one_first_factor(layers: Sequence[LayerPlan]) -> bool:
+    """Whether layers have branches with the same first factor."""
+    down = [layer.tensors.get("side_down") for layer in layers]
+    return all(one is not None and down[0] is not None and torch.equal(one, down[0]) for one in down)
+
+
+def _joint_rank(layers: Sequence[LayerPlan]) -> int:
+    return _rank(layers[0]) if _one_first_factor(layers) else sum(map(_rank, layers))
+
+
+def joined_layers(model: str, layers: Mapping[str, LayerPlan]) -> dict[str, tuple[str, ...]]:
+    """The layers that are one in vLLM-Omni's model of a class, by its name in the file.
+
+    Raises:
+        ValueError: if that model holds a layer in float, or layers that are one there differ in more than their rows.
+    """
+    for name in layers:
+        if reason := vllm_models.left_float(model, name):
+            raise ValueError(
+                f"vllm files must fit vLLM-Omni's model, but {name!r} does not: {reason}; {_ADVICE}"
+            )
+    joined = vllm_models.joined(model, layers)
+    for whole, names in joined.items():
+        if missing := [name for name in names if name not in layers]:
+            raise ValueError(
+                f"all of {', '.join(names)} must be quantized for {whole!r} of a vllm file, but {missing[0]!r} is not; exclude "
+                "all of them, or none"
+            )
+        factors = [layers[name].tensors.get("input_factor") for name in names]
+        same = [
+            one is factors[0] or (one is not None and factors[0] is not None and torch.equal(one, factors[0]))
+            for one in factors
+        ]
+        if not all(same) or len({layers[name].shape[1] for name in names}) > 1:
+            raise ValueError(
+                f"{', '.join(names)} must have the same factors of input channels to be {whole!r} of a vllm file, but have "
+                f"others; {_ADVICE}"
+            )
+    return joined
 
 
 def obstacle(layer: LayerPlan) -> str:
@@ -106,6 +155,64 @@ def encode(name: str, layer: LayerPlan, rank: int) -> dict[str, Tensor]:
         "wcscales": torch.ones(rows, dtype=torch.bfloat16),
         "wtscale": _bfloat16(found[1]).reshape(1),
     }
+
+
+def encode_joined(names: Sequence[str], layers: Mapping[str, LayerPlan], rank: int) -> dict[str, Tensor]:
+    """The stored tensors of layers that are one in the file, as `encode` gives them for one.
+
+    Args:
+        names: The layers in the order of their rows, as `joined_layers` gives them.
+        layers: All layers by name.
+        rank: The rank of all branches of the file.
+
+    Raises:
+        ValueError: if the layout does not hold one of them exactly.
+    """
+    parts = [encode(name, layers[name], rank) for name in names]
+    made = {**parts[0], "qweight": torch.cat([part["qweight"] for part in parts])}
+    made["wscales"] = torch.cat([part["wscales"].view(torch.uint8) for part in parts], 1).view(
+        torch.float8_e4m3fn
+    )
+    if not _one_first_factor([layers[name] for name in names]):
+        at = 0
+        down = torch.zeros_like(made["proj_down"])
+        for name, part in zip(names, parts, strict=True):
+            own = _rank(layers[name])
+            down[:, at : at + own] = part["proj_down"][:, :own]
+            part["proj_up"] = part["proj_up"].roll(at, 1)
+            at += own
+        made["proj_down"] = down
+    made["proj_up"] = torch.cat([part["proj_up"] for part in parts])
+    made["wcscales"] = torch.cat([part["wcscales"] for part in parts])
+    if len({float(part["wtscale"]) for part in parts}) > 1:
+        made["wcscales"] = torch.cat([part["wtscale"].expand(len(part["wcscales"])) for part in parts])
+        made["wtscale"] = torch.ones_like(made["wtscale"])
+    return made
+
+
+def encode_all(contents: Contents) -> tuple[dict[str, Tensor], int]:
+    """All tensors of the file, and the rank of its branches.
+
+    Raises:
+        ValueError: if the layout does not hold a layer exactly, or vLLM-Omni's model does not read it.
+    """
+    layers, tensors = contents.layers, dict(contents.others)
+    joined = joined_layers(str(contents.config.get("_class_name", "")), layers)
+    rank = rank_of(layers, joined)
+    inside = {name for names in joined.values() for name in names}
+    encoded = {name: encode(name, layer, rank) for name, layer in layers.items() if name not in inside}
+    for whole, names in joined.items():
+        encoded[whole] = encode_joined(names, layers, rank)
+        biases = [tensors.pop(f"{name}.bias", None) for name in names]
+        if found := [bias for bias in biases if bias is not None]:
+            zeros = (torch.zeros(layers[name].shape[0], dtype=found[0].dtype) for name in names)
+            tensors[f"{whole}.bias"] = torch.cat(
+                [zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)]
+            )
+    tensors |= {
+        f"{name}.{key}": one.contiguous() for name, own in encoded.items() for key, one in own.items()
+    }
+    return tensors, rank
 
 
 def config_of(contents: Contents, rank: int) -> dict[str, Any]:

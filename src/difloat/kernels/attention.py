@@ -1,8 +1,8 @@
-"""Attention on the CPU, in bfloat16 or on the grids of a plan.
+"""Attention on the CPU, in bfloat16, in float32 or on the grids of a plan.
 
-The native unit computes it where it runs, and torch computes it head by head elsewhere. torch's own attention kernel reaches a
-sixth of what the machine can do in bfloat16 (docs/kernels.md). One head at a time keeps the scores in the cache, which alone
-is faster.
+The native library computes it where it has a unit. Elsewhere torch computes bfloat16 head by head. torch's own attention kernel
+reaches a sixth of what the machine can do in bfloat16 (docs/kernels.md). One head at a time keeps the scores in the cache,
+which alone is faster.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ _SCORES = 1 << 20  # of one head at a time without the native unit: 2 MiB in bfl
 def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether `attend` computes attention of these tensors.
 
-    They must be bfloat16 [b, h, t, d] on the CPU with equally many heads, and no gradient may be asked for.
+    They must be [b, h, t, d] on the CPU with equally many heads, and no gradient may be asked for. They must be bfloat16, or
+    float32 where the native library runs.
     """
     tensors = (query, key, value)
     return (
-        all(x.dim() == 4 and x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
+        all(x.dim() == 4 and x.dtype == query.dtype and x.device.type == "cpu" for x in tensors)
+        and (query.dtype == torch.bfloat16 or (query.dtype == torch.float32 and _is_native(query)))
         and query.shape[:2] == key.shape[:2] == value.shape[:2]
         and key.shape[2] == value.shape[2]
         and query.shape[3] == key.shape[3] == value.shape[3] <= _MAX_WIDTH
@@ -39,24 +41,29 @@ def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> 
     )
 
 
+def _is_native(query: Tensor) -> bool:
+    here = native_library.unit() is not None and dispatch.backend() in ("auto", "cpu")
+    return here and query.dtype in native_library.TYPES
+
+
 @torch.library.custom_op("difloat::attention", mutates_args=())
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """``softmax(query @ key.T * scale + mask) @ value`` of every head, as `scaled_dot_product_attention` defines it.
 
     Args:
-        query: The queries, bfloat16 [b, h, q, d].
-        key: The keys, bfloat16 [b, h, k, d].
-        value: The values, bfloat16 [b, h, k, d].
+        query: The queries, bfloat16 or float32 [b, h, q, d].
+        key: The keys, of the same dtype [b, h, k, d].
+        value: The values, of the same dtype [b, h, k, d].
         mask: A tensor that broadcasts to [b, h, q, k]. A boolean one says which keys take part, another is added to the
             scores. With None every key takes part. A query for which no key takes part gets the mean of the values.
         scale: The factor of the scores, usually ``d ** -0.5``.
 
     Returns:
-        bfloat16 [b, h, q, d], which lies in memory as [b, q, h, d], as the next layer reads it.
+        [b, h, q, d] in the dtype of the query, which lies in memory as [b, q, h, d], as the next layer reads it.
     """
     checks.attention(query, key, value, mask)
     bias = _bias(mask, (*query.shape[:3], key.shape[2]))
-    if native_library.attention_unit() and dispatch.backend() in ("auto", "cpu"):
+    if _is_native(query):
         return _native(query, key, value, bias, scale, "", "")
     return _by_head(query, key, value, bias, scale)
 
@@ -70,13 +77,12 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: flo
 def carries_out(plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether `attend_on_grids` computes this attention.
 
-    Beyond what `supports` asks for, the native unit must run here and round to the grids of the plan.
+    Beyond what `supports` asks for, the native library must run here and round to the grids of the plan.
     """
     grids = [format for format in (plan.operand, plan.softmax) if format is not None]
     return (
         supports(query, key, value, mask)
-        and native_library.attention_unit()
-        and dispatch.backend() in ("auto", "cpu")
+        and _is_native(query)
         and all(native_library.attention_grid(format) is not None for format in grids)
         and (plan.operand is None or plan.operand.signed)
     )
@@ -88,13 +94,13 @@ def attend_on_grids(
 ) -> Tensor:
     """`attend` with query, key, value and attention map rounded as an `AttentionPlan` says, where `carries_out` is true.
 
-    Products of queries and keys are exact, in int8 where the grid of `operand` fits it. The rounded map is exact in bfloat16.
-    Values are rounded to bfloat16 after their scales are multiplied in.
+    Products of queries and keys are exact, in int8 where the grid of `operand` fits it. The rounded map is exact. Values are
+    rounded to the dtype that they are multiplied in after their scales are multiplied in.
 
     Args:
-        query: The queries, bfloat16 [b, h, q, d].
-        key: The keys, bfloat16 [b, h, k, d].
-        value: The values, bfloat16 [b, h, k, d].
+        query: The queries, bfloat16 or float32 [b, h, q, d].
+        key: The keys, of the same dtype [b, h, k, d].
+        value: The values, of the same dtype [b, h, k, d].
         mask: A boolean mask or one that is added to the scores, as `attend` takes it.
         scale: The factor of the scores.
         operand: Name of the grid of query, key and value, which have one online scale per token and head. The empty name
@@ -103,7 +109,7 @@ def attend_on_grids(
             map unrounded.
 
     Returns:
-        bfloat16 [b, h, q, d], in the memory order of `attend`.
+        [b, h, q, d] in the dtype of the query and the memory order of `attend`.
     """
     checks.attention(query, key, value, mask)
     bias = _bias(mask, (*query.shape[:3], key.shape[2]))
@@ -172,8 +178,10 @@ def _native(
         scale,
         *_grid(operand),
         *_grid(softmax),
+        native_library.TYPES[query.dtype],
     )
-    native_library.check(native_library.attention_library().difloat_attend(call, native_library.threads()))
+    library = native_library.attention_library(query.dtype)
+    native_library.check(library.difloat_attend(call, native_library.threads()))
     return out
 
 

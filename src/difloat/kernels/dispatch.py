@@ -5,9 +5,10 @@
 'reference'
 
 ``DIFLOAT_BACKEND`` or `set_backend` names one. ``reference`` is the definition, ``torch`` uses int8 products of torch, ``cpu``
-is the native library, ``decoded`` decodes with that library and multiplies with torch, ``triton`` is for GPUs. A named
-backend computes every layer that it supports, and the reference computes the others. ``auto`` takes for every shape the one
-that was fastest where `dispatch.json` was measured, and Triton on GPUs. No backend is chosen by catching an error.
+is the native library, ``decoded`` decodes with that library and multiplies with torch, ``triton`` is for GPUs, ``mps`` for
+those of Apple. A named backend computes every layer that it supports, and the reference computes the others. ``auto`` takes for
+every shape the one that was fastest where `dispatch.json` was measured, and on GPUs the one that is for them. No backend is
+chosen by catching an error.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difloat.kernels import native_decode, native_int8, native_library, reference, torch_int8
+from difloat.kernels import mps, native_decode, native_int8, native_library, reference, torch_int8
 from difloat.kernels.pieces import shapes
 from difloat.kernels.triton import backend as triton
 from difloat.plan.specs import Part
@@ -36,8 +37,13 @@ BACKENDS: dict[str, ModuleType] = {
     "cpu": native_int8,
     "decoded": native_decode,
     "triton": triton,
+    "mps": mps,
 }
-"""The backends by name. A new one needs a row here and in `dispatch.json`."""
+"""The backends by name. A new one of the CPU needs a row here and in `dispatch.json`, others one in `_OF_DEVICES`."""
+
+_OF_DEVICES = {
+    "mps": ("mps", "reference")
+}  # from the fastest to the slowest; devices that are not named take Triton
 
 _VARIABLE = "DIFLOAT_BACKEND"
 _MOST_CHOICES = 1 << 14  # kept at a time
@@ -59,6 +65,8 @@ def available() -> list[str]:
 def _runs_here(name: str) -> bool:
     if name == "triton":
         return triton.available(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if name == "mps":
+        return mps.available()
     return name not in ("cpu", "decoded") or native_library.unit() is not None
 
 
@@ -124,6 +132,8 @@ def _checked(name: str, what: str) -> str:
         why = "the native library was not built"
         if name == "triton":
             why = "there is no GPU, or Triton is not installed"
+        elif name == "mps":
+            why = "torch sees no GPU of Apple's"
         elif native_library.built():
             why = "the native library has no unit for this machine"
         raise ValueError(f"{what} must be one of {', '.join(available())} here, got {name!r}: {why}")
@@ -164,8 +174,9 @@ def _first(weight_shape: Sequence[int], x: Tensor, supports: Callable[[ModuleTyp
     name = backend()
     names: tuple[str, ...] = (name,)
     if name == "auto":
-        on_cpu = x.device.type == "cpu"
-        names = _ranking(len(weight_shape), _rows(x, weight_shape)) if on_cpu else ("triton", "reference")
+        names = _OF_DEVICES.get(x.device.type, ("triton", "reference"))
+        if x.device.type == "cpu":
+            names = _ranking(len(weight_shape), _rows(x, weight_shape))
     for candidate in names:
         if candidate in _here() and supports(BACKENDS[candidate]):
             return BACKENDS[candidate]

@@ -22,7 +22,7 @@ from difloat.numbers import integer_grids
 from difloat.numbers.formats import Format
 from difloat.plan.specs import Part
 
-ABI = 8
+ABI = 9
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 UNITS = ("amx", "avx512", "avx512vl", "avxvnni", "avx2", "neon")  # from the fastest to the slowest
 _VARIABLE = "DIFLOAT_CPU_ISA"
@@ -134,6 +134,7 @@ class Attention(ctypes.Structure):
         ("grid", Grid),
         ("map_rounded", ctypes.c_int32),
         ("map", Grid),
+        ("type", ctypes.c_int32),
     ]
 
 
@@ -323,6 +324,7 @@ def library() -> Any:
     table, address = ctypes.POINTER(ctypes.c_float), ctypes.c_void_p
     loaded.difloat_decode.argtypes = [bands, table, address, address, ctypes.c_int, ctypes.c_int]
     loaded.difloat_round.argtypes = [source, address, ctypes.c_int]
+    loaded.difloat_attend.argtypes = [ctypes.POINTER(Attention), ctypes.c_int]
     loaded.difloat_rotate.argtypes = [
         address,
         address,
@@ -339,14 +341,18 @@ def library() -> Any:
     return loaded
 
 
-def attention_unit() -> bool:
-    """Whether the attention of the library runs here, which needs AVX-512 with BF16."""
+def multiplies_bfloat16() -> bool:
+    """Whether attention of bfloat16 tensors has a unit of its own here, which needs AVX-512 with BF16."""
     return unit() in ("amx", "avx512") and machine()["avx512_bf16"]
 
 
+def attention_library(dtype: torch.dtype) -> Any:
+    """The shared object that computes attention of tensors of a dtype: in bfloat16 where that has a unit, else in float32."""
+    return _bfloat16_unit() if dtype == torch.bfloat16 and multiplies_bfloat16() else library()
+
+
 @cache
-def attention_library() -> Any:
-    """The shared object of the attention unit, loaded once."""
+def _bfloat16_unit() -> Any:
     loaded = ctypes.CDLL(str(_FOLDER / "libdifloat_attention.so"))
     loaded.difloat_attend.argtypes = [ctypes.POINTER(Attention), ctypes.c_int]
     return loaded

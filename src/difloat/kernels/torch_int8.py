@@ -28,14 +28,19 @@ from difloat.plan.specs import Part, QuantSpec
 from difloat.plan.weight import Inputs, PackedWeight, Weight
 
 _CHUNK_ROWS = 256
-_SATURATES_BEYOND = 64  # weights up to here are safe everywhere: 2 * 255 * 64 < 2**15
+_CHUNK_ROWS_OF_GPU = 4096  # it has no cache to stay in, but its temporaries should stay small
+_SATURATES_BEYOND = 64  # weights up to here are safe on every CPU: 2 * 255 * 64 < 2**15
 
 
 def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
     """Whether this backend computes a part of a layer whose weight, of this part, has `weight_shape` [o, i, *k]."""
+    return x.device.type == "cpu" and computes(part, weight_shape, x)
+
+
+def computes(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
+    """`supports` on any device, by the int8 product that torch has there."""
     return (
-        x.device.type == "cpu"
-        and (len(weight_shape) == 2 or x.shape[1] == weight_shape[1])  # no groups of channels
+        (len(weight_shape) == 2 or x.shape[1] == weight_shape[1])  # no groups of channels
         and x.is_floating_point()
         and x.dtype != torch.float64
         and part.weight.granularity in ("tensor", "channel")
@@ -43,7 +48,7 @@ def supports(part: Part, weight_shape: Sequence[int], x: Tensor) -> bool:
         and part.activation is not None
         and integer_operands.is_plain(part.activation)
         and integer_operands.sums_fit(part, math.prod(weight_shape[1:]))
-        and (_reach(part.weight.format) <= _SATURATES_BEYOND or _exact_for_all_weights())
+        and _reach(part.weight.format) <= _largest_exact(x.device)
     )
 
 
@@ -54,10 +59,27 @@ def _reach(format: Format) -> int:
 
 
 @cache
-def _exact_for_all_weights() -> bool:
-    """Whether torch's int8 product is exact here. With AVX2 but no VNNI, sums of two products are cut off at 16 bits."""
-    ends = torch.full((64, 256), 127, dtype=torch.int8)
-    return bool((torch._int_mm(ends, ends.t()) == 256 * 127**2).all())
+def _largest_exact(device: torch.device) -> int:
+    """The magnitude up to which weights multiply exactly on a device, or 0 where torch has no int8 product there.
+
+    Found by asking for small products, of odd sizes too. On a CPU with AVX2 but no VNNI, sums of two products are cut off at 16
+    bits. Elsewhere a product that is not exact is not used.
+    """
+    ends = torch.full((64, 256), 127, dtype=torch.int8, device=device)
+    try:
+        products = [
+            torch._int_mm(a, b.t()) for a, b in ((ends, ends), (ends[:3, :5].clone(), ends[:7, :5].clone()))
+        ]
+    except (RuntimeError, TypeError):  # no kernel for this device, or not for these sizes
+        return 0
+    exact = all(
+        bool((found == found_of * 127**2).all()) for found, found_of in zip(products, (256, 5), strict=True)
+    )
+    return 128 if exact else _SATURATES_BEYOND if device.type == "cpu" else 0
+
+
+def _rows_at_once(x: Tensor) -> int:
+    return _CHUNK_ROWS if x.device.type == "cpu" else _CHUNK_ROWS_OF_GPU
 
 
 def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Tensor:
@@ -68,7 +90,8 @@ def linear(x: Tensor, weight: Weight, inputs: Inputs, bias: Tensor | None) -> Te
     out, scale = x.new_empty(rows.shape[0], out_channels), inputs.scale  # [t, o]
     if spec.online and spec.granularity == "tensor" and x.numel():
         scale = online_scale(rows.float(), spec.format, per_token=False)
-    for chunk, target in zip(rows.split(_CHUNK_ROWS), out.split(_CHUNK_ROWS), strict=True):
+    at_once = _rows_at_once(x)
+    for chunk, target in zip(rows.split(at_once), out.split(at_once), strict=True):
         if chunk.numel():
             target.copy_(
                 operands.product(integer_operands.quantize_rows(chunk, spec, scale, inputs.zero_point), bias)
@@ -108,8 +131,9 @@ def _conv_pixels(
     out: Tensor,
 ) -> None:
     """Fill `out` [h * w, o] where the kernel is one pixel, which is a linear layer on the pixels, in chunks."""
-    broken = torch.zeros((), dtype=torch.bool)
-    for chunk, target in zip(pixels.split(_CHUNK_ROWS), out.split(_CHUNK_ROWS), strict=True):
+    broken = torch.zeros((), dtype=torch.bool, device=pixels.device)
+    at_once = _rows_at_once(pixels)
+    for chunk, target in zip(pixels.split(at_once), out.split(at_once), strict=True):
         rows = integer_operands.quantize_rows(chunk, spec, inputs.scale, inputs.zero_point)
         target.copy_(weight.product(rows, bias))
         broken |= rows.scale.isnan().any()
@@ -128,7 +152,7 @@ def _conv_picture(
         )  # [h' * w', o]
     scale = pixels.scale.amax().reshape(1, 1)  # NaN if one of them is
     # Only one chunk of the patches is ever written out: all of them would take kh * kw times the picture.
-    lines = max(1, _CHUNK_ROWS // taps.out[1])
+    lines = max(1, _rows_at_once(pixels.values) // taps.out[1])
     for start in range(0, taps.out[0], lines):
         # Where results are one pixel wide the reshaped view has rows that overlap, which torch's product does not expect.
         rows = patches[start : start + lines].reshape(-1, weight.operand.shape[1]).contiguous()
@@ -268,5 +292,5 @@ def _steps(piece: PackedWeight) -> tuple[Tensor, Tensor | None]:
 def _decode(piece: PackedWeight) -> Tensor:
     """The int8 operands of a piece, [o, i] or [o, kh * kw * i]."""
     codes = unpack(piece.codes, piece.spec.format.bits, piece.part.channels).movedim(1, -1)  # [o, *k, i]
-    table = integer_operands.operand_table(piece.spec.format)  # int8 [codes]
+    table = integer_operands.operand_table(piece.spec.format).to(codes.device)  # int8 [codes]
     return functional.embedding(codes.int(), table[:, None]).squeeze(-1).flatten(1).contiguous()

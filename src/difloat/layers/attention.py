@@ -105,8 +105,8 @@ def restore(model: nn.Module) -> None:
 def accelerate(model: nn.Module) -> int:
     """Let a diffusers model's attention be computed by `kernels.attention` where that can do it, in place.
 
-    Only bfloat16 on the CPU without gradients changes, and anything else is computed as before. Processors that are bare
-    functions, or modules that hold weights, are left alone. Checkpoints do not store this.
+    Only bfloat16 and float32 on the CPU without gradients change, and anything else is computed as before. Processors that are
+    bare functions, or modules that hold weights, are left alone. Checkpoints do not store this.
 
     Returns:
         How many attention modules changed.
@@ -252,22 +252,19 @@ def attend(
         ValueError: if dropout is asked for together with a quantized attention map.
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    plain = not (dropout_p or is_causal or enable_gqa)
-    if plain and kernels.carries_out(plan, query, key, value, attn_mask):
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    if not (dropout_p or is_causal) and kernels.carries_out(plan, query, key, value, attn_mask):
         names = ("" if grid is None else grid.name for grid in (plan.operand, plan.softmax))
         return torch.ops.difloat.attention_on_grids(query, key, value, attn_mask, factor, *names)
     if plan.operand is not None:
         query, key, value = (_per_token_and_head(x, plan.operand.name) for x in (query, key, value))
     if plan.softmax is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     if dropout_p:
         raise ValueError(
             f"dropout must be 0 where the attention map is quantized, got {dropout_p}; call model.eval()"
         )
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     bias = _additive(attn_mask, is_causal, query, key)
     shape = (*query.shape[:-1], value.shape[-1])
     query, key, value = (x.flatten(0, -3) for x in (query, key, value))  # [b * heads, t, d]

@@ -138,14 +138,14 @@ def remaining(cost: Cost, calibration: Calibration) -> str:
     computed = cost.computed(len(calibration), len(set(calibration.timesteps)))
     rows = sum(computed.values())
     parts = [f"{name} {count:,.0f}" for name, count in computed.items() if count]
-    counted = (
-        f"at most {rows:,.0f} rows of the denoiser ({', '.join(parts) or 'none'}) and the search over weights"
-    )
+    counted = f"at most {rows:,.0f} rows of the denoiser ({', '.join(parts) or 'none'})"
+    weights = "then the work on weights, whose time depends on their number"
     pace = calibration.pace
     if pace.row_seconds is None:
-        return f"to go: {counted}; no call of the denoiser was timed"
+        return f"to go: {counted}, of which no call was timed; {weights}"
     as_pictures = "" if pace.picture_rows is None else f", as {rows / pace.picture_rows:,.1f} pictures take"
-    return f"to go: {counted}; roughly {rows * pace.row_seconds:,.0f} s at {pace.row_seconds:.2g} s a row{as_pictures}"
+    taken = f"roughly {rows * pace.row_seconds:,.0f} s at {pace.row_seconds:.2g} s a row{as_pictures}"
+    return f"to go: {counted}, {taken}; {weights}"
 
 
 def check_files(options: Any, cost_of: Callable[[Any, Bits], Cost], bits: Bits, target: Target) -> Any:

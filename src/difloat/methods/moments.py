@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from difloat.calibration.batch_axis import rows_of
 from difloat.kernels import reference, rotation
 from difloat.layers import packed
-from difloat.methods import trace
+from difloat.methods import held_tensors, malloc_trim, trace
 from difloat.methods.mixed_rows import input_vectors
 from difloat.methods.paused_forwards import Passes
 from difloat.methods.trace import Call, removed
@@ -66,6 +66,7 @@ class Source:
         columns: How many columns each matrix has.
         patches: Whether a convolution's columns are the entries of a patch instead of its channels.
         wanted: How many vectors are drawn.
+        held: The bytes that a call of the model holds when the first layer has read the input.
     """
 
     names: tuple[str, ...]
@@ -73,6 +74,7 @@ class Source:
     columns: int
     patches: bool
     wanted: int
+    held: int = field(default=0, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +119,9 @@ def sources(
             serials[x] = next(serial)
         seen.setdefault(name, []).append((serials[x], x._version))
 
-    _run(model, [call], {name: look for name in plans})
+    held: dict[str, int] = {}
+    with removed(held_tensors.watch(model, plans, held)):
+        _run(model, [call], {name: look for name in plans})
     if missing := [name for name in plans if name not in seen]:
         raise ValueError(
             f"layer {missing[0]!r} must be called by the model's forward, but a pass did not reach it"
@@ -125,7 +129,7 @@ def sources(
     readers: dict[Any, list[str]] = {}
     for name in seen:
         readers.setdefault((*seen[name], *_reading(model.get_submodule(name), plans[name])), []).append(name)
-    return [_source(model, names, settings) for names in readers.values()]
+    return [_source(model, names, settings, held[names[0]]) for names in readers.values()]
 
 
 def _reading(layer: nn.Module, plan: LayerPlan) -> tuple[Any, ...]:
@@ -142,7 +146,7 @@ def _reading(layer: nn.Module, plan: LayerPlan) -> tuple[Any, ...]:
     return rounding, stored if rounding else (), geometry, plan.rotation
 
 
-def _source(model: nn.Module, names: Sequence[str], settings: MomentSettings) -> Source:
+def _source(model: nn.Module, names: Sequence[str], settings: MomentSettings, held: int) -> Source:
     layer, channels = model.get_submodule(names[0]), packed.weight_of(model, names[0]).shape[1]
     groups, taps = 1, 1
     if isinstance(layer, nn.Conv2d):
@@ -150,19 +154,26 @@ def _source(model: nn.Module, names: Sequence[str], settings: MomentSettings) ->
     patches = taps > 1 and 4 * groups * (channels * taps) ** 2 <= settings.patch_bytes
     columns = channels * taps if patches else channels
     wanted = max(settings.fewest, min(settings.most, 4 * columns))
-    return Source(tuple(names), groups, columns, patches, wanted)
+    return Source(tuple(names), groups, columns, patches, wanted, held)
 
 
 def passes(found: Sequence[Source], memory_bytes: int) -> list[list[Source]]:
-    """The inputs that are gathered together: as many in a row as fit into memory, and at least one."""
+    """The inputs that are gathered together, in the order of execution.
+
+    The matrices of a run of inputs, of one at least, fit into memory. Between two runs calls wait for each other. So a run ends
+    where a call holds least, among those ends that leave at least half of the memory filled which the longest run would fill.
+    """
     result: list[list[Source]] = []
-    free = 0
-    for source in found:
-        if not result or source.nbytes > free:
-            result.append([])
-            free = memory_bytes
-        result[-1].append(source)
-        free -= source.nbytes
+    start = 0
+    while start < len(found):
+        filled = list(itertools.accumulate(source.nbytes for source in found[start:]))
+        longest = max(1, sum(size <= memory_bytes for size in filled))
+        ends = [n for n in range(1, longest + 1) if 2 * filled[n - 1] >= filled[longest - 1]]
+        if start + longest == len(found):
+            ends = [longest]
+        end = start + min(ends, key=lambda n: (found[start + n - 1].held, -n))
+        result.append(list(found[start:end]))
+        start = end
     return result
 
 
@@ -233,6 +244,8 @@ def gather(
 
 def _share_out(sums: Mapping[str, _Sum], shares: Sequence[float], number: int) -> None:
     """Let a call give its share of the vectors."""
+    # Calls that wait have a thread each, and glibc keeps freed memory apart for every one of them.
+    malloc_trim.release()
     for one in sums.values():
         one.left = math.ceil(one.source.wanted * shares[number])
 

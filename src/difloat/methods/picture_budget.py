@@ -25,6 +25,7 @@ SMALL = 100_000_000  # weights, up to which pictures take seconds
 _SAMPLED, _MOMENTS, _GRADIENTS = 0.4, 0.2, 0.12  # shares of the budget
 _MATRIX_BYTES = 1 << 28  # of moments of a large model at a time
 _FEWEST_MOMENT_ROWS, _FEWEST_GRADIENT_ROWS = 16, 4  # below them neither says anything
+_MOST_MOMENT_ROWS = 64  # of a large model, since they wait together with all that the model still needs
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Rows:
         pictures: What both cost, in full-precision pictures.
         sampled: What calibration cost, in full-precision pictures.
         together: Rows that are differentiated at a time, whose activations are kept.
+        recompute: Whether only what goes into blocks is kept of them, and each block runs once more.
         matrices: How moments are gathered.
     """
 
@@ -45,7 +47,12 @@ class Rows:
     pictures: float
     sampled: int
     together: int = SensitivitySettings.rows_per_call
+    recompute: bool = False
     matrices: MomentSettings = MomentSettings()
+
+    def sensitivity(self, guidance: float) -> SensitivitySettings:
+        """How sensitivities are measured, for a scale of guidance."""
+        return SensitivitySettings(self.gradients, self.together, self.recompute, guidance=guidance)
 
     def sentence(self, budget: float) -> str:
         """One line for people."""
@@ -79,7 +86,7 @@ def rows_for(task: Task, budget: float, moments: int, gradients: int) -> Rows:
     rows = rows_within(budget, task.calibration, moments, gradients)
     # A pair of rows keeps a processor busy, and what waits between two stretches of matrices is small.
     if large:
-        rows = replace(rows, together=2, matrices=MomentSettings(memory_bytes=_MATRIX_BYTES))
+        rows = replace(rows, together=2, recompute=True, matrices=MomentSettings(memory_bytes=_MATRIX_BYTES))
     if budget and task.progress and distributed.is_main():
         tqdm.write(rows.sentence(budget), file=sys.stderr)
     return rows
@@ -98,8 +105,10 @@ def rows_within(budget: float, data: Calibration, moments: int, gradients: int) 
     """
     picture = len(set(data.timesteps)) * max(1, len(data.describe()["parts"]))  # rows
     moments, gradients = min(moments, len(data)), min(gradients, len(data))
+    each = WITH_GRADIENT + bool(budget)  # with a budget, blocks run once more
     if budget:
-        moments = min(moments, max(_FEWEST_MOMENT_ROWS, math.floor(_MOMENTS * budget * picture)))
-        most = math.floor(_GRADIENTS * budget * picture / WITH_GRADIENT)
+        affordable = math.floor(_MOMENTS * budget * picture)
+        moments = min(moments, _MOST_MOMENT_ROWS, max(_FEWEST_MOMENT_ROWS, affordable))
+        most = math.floor(_GRADIENTS * budget * picture / each)
         gradients = min(gradients, max(_FEWEST_GRADIENT_ROWS, most - most % 2))  # in pairs
-    return Rows(moments, gradients, (moments + WITH_GRADIENT * gradients) / picture, data.pictures)
+    return Rows(moments, gradients, (moments + each * gradients) / picture, data.pictures)

@@ -25,6 +25,7 @@ from difloat.methods.picture_budget import is_large
 from difloat.methods.structure import structure, unread
 from difloat.methods.task import LayerRules, Sequencing, Smoothing, Task
 from difloat.methods.trace import Trace
+from difloat.plan import vllm_models
 from difloat.plan.encode import join_rows, join_variants
 from difloat.plan.plan import LayerPlan
 from difloat.plan.rules import Bits, Draft, draft_layer
@@ -106,7 +107,7 @@ def run(
     wished = [name for name in seen.order if (task.only is None or name in task.only) and name not in read]
     decided = {name: EXCLUDED if name in task.exclude.names else rules_for(name, seen) for name in wished}
     if task.target in FILES:
-        decided = {name: _for_file(rule, candidates[name], task) for name, rule in decided.items()}
+        decided = {name: _for_file(rule, name, candidates[name], task) for name, rule in decided.items()}
         settings, attention_plan = replace(settings, split=False), None
     rules = {
         name: _on_target(rule, task.target) for name, rule in decided.items() if not isinstance(rule, str)
@@ -200,10 +201,12 @@ def _widest_ranges(task: Task, names: list[str]) -> dict[str, dict[float, list[f
     return {name: found[name] for name in sorted(names, key=spread, reverse=True)[:_RANGE_LAYERS]}
 
 
-def _for_file(rules: LayerRules | str, layer: nn.Module, task: Task) -> LayerRules | str:
+def _for_file(rules: LayerRules | str, name: str, layer: nn.Module, task: Task) -> LayerRules | str:
     """The rules so that a kind of file holds the layer, or the reason why it stays as it is."""
     if isinstance(rules, str):
         return rules
+    if task.target == "vllm" and (reason := vllm_models.left_float(type(task.model).__name__, name)):
+        return reason
     weight = cast(nn.Linear, layer).weight
     activation = fit_inputs(task.bits.activation, task.bits.weight, task.target)
     inputs = task.bits.activation

@@ -8,7 +8,8 @@ independent error in y makes, per unit of that error's square.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from difloat import torch_modes
 from difloat.calibration.batch_axis import predict, samples_of
 from difloat.layers import packed
+from difloat.methods import malloc_trim
 from difloat.methods.cost import WITH_GRADIENT
 from difloat.methods.task import Task
 from difloat.methods.trace import Call, removed
 from difloat.methods.training.batches import guidance_pairs
 
+_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what diffusers sets on modules
 _KEPT = 4  # tensors for each that a layer gives: it, its copy, and what norms, activations and attention keep of it
 
 
@@ -33,12 +36,14 @@ class SensitivitySettings:
     Attributes:
         rows: How many calibration rows are taken, spread over timesteps. With guidance they come in pairs.
         rows_per_call: How many rows a forward and backward pass takes, which keeps all their activations.
+        recompute: Whether blocks of a diffusers model run once more for their gradients instead of keeping all activations.
         probes: How many random projections of the output of every call are differentiated.
         guidance: The sampler's scale g, where rows come in pairs.
     """
 
     rows: int = 48
     rows_per_call: int = 8
+    recompute: bool = False
     probes: int = 1
     guidance: float = 3.0
 
@@ -147,14 +152,16 @@ def sensitivities(
     """
     generator = torch.Generator().manual_seed(seed)
     found = {name: torch.zeros(packed.weight_of(model, name).shape[0]) for name in names}
-    for probe in probes:
-        outputs: dict[str, list[Tensor]] = {name: [] for name in names}
-        handles = [model.get_submodule(n).register_forward_hook(_keeping(outputs[n])) for n in names]
-        with torch_modes.plain(), removed(handles):
-            args, kwargs = probe.call
-            seen = seen_by_sampler(predict(model, args, kwargs), probe, settings.guidance)
-            torch_modes.check_gradients(seen)
-            _add_squares(found, outputs, seen, settings.probes, generator)
+    with torch_modes.plain(), _frozen(model), _recomputed(model, settings.recompute):
+        for probe in probes:
+            starts: list[Tensor] = []
+            handles = [model.get_submodule(n).register_forward_hook(_adding(found[n], starts)) for n in names]
+            with removed(handles):  # also while gradients are taken, since blocks may run once more
+                args, kwargs = probe.call
+                seen = seen_by_sampler(predict(model, args, kwargs), probe, settings.guidance)
+                torch_modes.check_gradients(seen)
+                _differentiate(seen, list(starts), settings.probes, generator)
+    malloc_trim.release()
     count = settings.probes * sum(len(probe.weights) for probe in probes)
     for name, gamma in found.items():
         if not gamma.isfinite().all():
@@ -164,15 +171,62 @@ def sensitivities(
     return {name: gamma / count for name, gamma in found.items()}
 
 
-def _keeping(outputs: list[Tensor]) -> Callable[..., Tensor]:
-    """A hook that keeps a layer's output and passes on a copy, so that nothing changes the kept one in place."""
+def _adding(total: Tensor, starts: list[Tensor]) -> Callable[..., Tensor]:
+    """A hook on a layer that adds the squared gradients to its output, by channel, as they are found.
+
+    An output without gradient begins a graph of its own. It goes to `starts`, and a copy that may be changed in place goes on.
+    """
+
+    def add(gradient: Tensor) -> None:
+        channels = 1 if gradient.dim() == 4 else -1
+        squares = gradient.float().square().movedim(channels, -1)  # [..., o]
+        total.add_(squares.reshape(-1, squares.shape[-1]).sum(0).cpu())
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        kept = output if output.requires_grad else output.detach().requires_grad_()
-        outputs.append(kept)
-        return kept.clone()
+        if output.requires_grad:
+            output.register_hook(add)
+            return output
+        start = output.detach().requires_grad_()
+        start.register_hook(add)
+        starts.append(start)
+        return start.clone()
 
     return hook
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no weight ask for gradients, so that none are computed for it."""
+    asking = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in asking:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in asking:
+            weight.requires_grad_(True)
+
+
+@contextmanager
+def _recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Have a diffusers model keep what goes into its blocks alone, and run each block again for its gradients."""
+    of_diffusers: Any = model
+    able = wanted and getattr(model, "_supports_gradient_checkpointing", False)
+    if not able or of_diffusers.is_gradient_checkpointing:
+        yield
+        return
+    before = {
+        module: {name: vars(module)[name] for name in _CHECKPOINTING if name in vars(module)}
+        for module in model.modules()
+    }
+    of_diffusers.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            for name in _CHECKPOINTING:
+                vars(module).pop(name, None)
+            vars(module).update(attributes)
 
 
 def seen_by_sampler(output: Tensor, probe: Probe, guidance: float) -> Tensor:
@@ -187,23 +241,9 @@ def seen_by_sampler(output: Tensor, probe: Probe, guidance: float) -> Tensor:
     return output.float() * weights.reshape(-1, *[1] * (output.dim() - 1))
 
 
-def _add_squares(
-    found: Mapping[str, Tensor],
-    outputs: Mapping[str, Sequence[Tensor]],
-    seen: Tensor,
-    probes: int,
-    generator: torch.Generator,
-) -> None:
-    """Add the squared gradients of projections of `seen` to the sums of all layers."""
-    flat = [(name, one) for name, several in outputs.items() for one in several]
+def _differentiate(seen: Tensor, starts: Sequence[Tensor], probes: int, generator: torch.Generator) -> None:
+    """Gradients of projections of `seen`, which the hooks of `_adding` see on their way to the starts."""
     for number in range(probes):
         signs = torch.randint(2, seen.shape, generator=generator).to(seen) * 2 - 1  # -1 or 1
         # One backward pass gives the gradients to the outputs of all layers.
-        gradients = torch.autograd.grad(
-            seen, [one for _, one in flat], signs, retain_graph=number + 1 < probes, allow_unused=True
-        )
-        for (name, one), gradient in zip(flat, gradients, strict=True):
-            if gradient is not None:
-                channels = 1 if one.dim() == 4 else -1
-                squares = gradient.float().square().movedim(channels, -1)  # [..., o]
-                found[name].add_(squares.reshape(-1, squares.shape[-1]).sum(0).cpu())
+        torch.autograd.grad(seen, starts, signs, retain_graph=number + 1 < probes, allow_unused=True)

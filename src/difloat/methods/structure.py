@@ -32,3 +32,22 @@ def structure(model: nn.Module) -> Trace:
     inside = set(packed.inside_blocks(model))
     edges = [name for name in order if name not in inside] if inside else [*order[:1], *order[-1:]]
     return Trace(order=order, first=edges[:-1], last=edges[-1] if edges else "")
+
+
+def likely(model: nn.Module) -> Trace:
+    """The structure with the edges that a run will probably show, by the channels of the sample in the model's config.
+
+    Of the layers at the edges the first that takes as many channels as a sample has, or a patch of it, is likely to read the
+    sample, and the last that gives as many is likely to give the prediction. A model without such a config keeps all edges.
+    """
+    seen = structure(model)
+    config, edges = getattr(model, "config", None), [*seen.first, seen.last]
+    channels = getattr(config, "in_channels", None)
+    if not isinstance(channels, int) or not seen.last:
+        return seen
+    given, patch = getattr(config, "out_channels", None) or channels, getattr(config, "patch_size", None)
+    per_patch = patch**2 if isinstance(patch, int) else 1
+    shapes = {name: packed.weight_of(model, name).shape for name in edges}
+    readers = [n for n, shape in shapes.items() if shape[1] in (channels, channels * per_patch)]
+    givers = [n for n, shape in shapes.items() if shape[0] in (given, given * per_patch)]
+    return Trace(order=seen.order, first=readers[:1], last=givers[-1] if givers else seen.last)

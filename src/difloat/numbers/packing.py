@@ -40,16 +40,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Returns:
         uint8 [o, ceil(i * bits / 8), ...].
     """
-    if bits in (4, 8):
-        return codes.contiguous() if bits == 8 else _nibbles(codes)
-    rows = codes.movedim(1, -1)  # [o, ..., i]
-    channels = rows.shape[-1]
+    if bits == 8:
+        return codes.contiguous()
     per_word, word_bytes = _word(bits)
-    padded = torch.nn.functional.pad(rows, (0, -channels % per_word)).unflatten(-1, (-1, per_word)).long()
-    words = (padded << _offsets(per_word, bits, codes.device)).sum(-1, keepdim=True)  # [o, ..., w, 1]
-    # Every word is split into its bytes, [o, ..., w, bytes of a word], and the padding is cut off again.
-    split = (words >> _offsets(word_bytes, 8, codes.device)).bitwise_and(255).to(torch.uint8)
-    return split.flatten(-2)[..., : packed_channels(channels, bits)].movedim(-1, 1).contiguous()
+    out_channels, channels, *kernel = codes.shape
+    packed = codes.new_zeros((out_channels, packed_channels(channels, bits), *kernel))
+    for number in range(per_word):
+        every = codes[:, number::per_word]  # that code of all words, of which the last may have fewer
+        for byte, left in _places(number, bits):
+            packed[:, byte::word_bytes][:, : every.shape[1]] |= _shifted(every, left)
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, channels: int) -> Tensor:
@@ -66,33 +66,17 @@ def unpack(packed: Tensor, bits: int, channels: int) -> Tensor:
     Returns:
         uint8 [o, channels, ...].
     """
-    if bits in (4, 8):
-        return packed[:, :channels] if bits == 8 else _from_nibbles(packed)[:, :channels]
-    rows = packed.movedim(1, -1)  # [o, ..., bytes]
+    if bits == 8:
+        return packed[:, :channels]
     per_word, word_bytes = _word(bits)
-    padded = (
-        torch.nn.functional.pad(rows, (0, -rows.shape[-1] % word_bytes))
-        .unflatten(-1, (-1, word_bytes))
-        .long()
-    )
-    words = (padded << _offsets(word_bytes, 8, packed.device)).sum(-1, keepdim=True)  # [o, ..., w, 1]
-    codes = (words >> _offsets(per_word, bits, packed.device)).bitwise_and(2**bits - 1).to(torch.uint8)
-    return codes.flatten(-2)[..., :channels].movedim(-1, 1)  # [o, i, ...]
-
-
-def _nibbles(codes: Tensor) -> Tensor:
-    """`pack` at 4 bits, which is the usual width. It is twenty times as fast as packing by words."""
-    even, odd = codes[:, 0::2], codes[:, 1::2]  # the last even code may lack a neighbour
-    packed = even.clone(memory_format=torch.contiguous_format)
-    packed[:, : odd.shape[1]] |= odd << 4
-    return packed
-
-
-def _from_nibbles(packed: Tensor) -> Tensor:
-    """`unpack` at 4 bits, which also returns the nibble that is left over in an odd row."""
-    codes = packed.new_empty((packed.shape[0], 2 * packed.shape[1], *packed.shape[2:]))
-    codes[:, 0::2] = packed & 15
-    codes[:, 1::2] = packed >> 4
+    codes = packed.new_empty((packed.shape[0], channels, *packed.shape[2:]))
+    for number in range(per_word):
+        every = codes[:, number::per_word]
+        first, *rest = (
+            _shifted(packed[:, byte::word_bytes][:, : every.shape[1]], -left)
+            for byte, left in _places(number, bits)
+        )
+        torch.bitwise_and(first | rest[0] if rest else first, 2**bits - 1, out=every)
     return codes
 
 
@@ -102,5 +86,12 @@ def _word(bits: int) -> tuple[int, int]:
     return per_word, per_word * bits // 8
 
 
-def _offsets(count: int, bits: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device) * bits
+def _places(number: int, bits: int) -> list[tuple[int, int]]:
+    """The bytes of a word that hold bits of one of its codes, and how far to the left the code is shifted into each."""
+    first, last = number * bits // 8, (number * bits + bits - 1) // 8
+    return [(byte, number * bits - 8 * byte) for byte in range(first, last + 1)]
+
+
+def _shifted(values: Tensor, left: int) -> Tensor:
+    """uint8 values moved to the left, or to the right by a negative number, where bits that leave the byte are lost."""
+    return values << left if left >= 0 else values >> -left

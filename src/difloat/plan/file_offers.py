@@ -22,7 +22,8 @@ LEAST_BITS, MOST_BITS = 4, 8  # of the weights of a file
 _GGUF_BLOCK = 32
 _NVFP4_GROUP = 16
 _OPENVINO_GROUPS = (128, 64, 32)
-_SCALE_BYTES: dict[ScaleFormat, int] = {"float32": 4, "float16": 2, "e4m3": 1, "e8m0": 1}
+_SCALE_BYTES: dict[ScaleFormat, int] = {"float32": 4, "float16": 2, "e4m3": 1, "e8m0": 1, "whole": 1}
+_LEVELS = 16  # of a table in ComfyUI's files
 _TILE_ROWS, _TILE_GROUPS, _PADDED = 128, 4, 16  # of ComfyUI's NVFP4, whose scales lie in tiles
 
 
@@ -58,28 +59,35 @@ def offers(shape: Sequence[int], inputs: bool, target: Target, tables: bool = Tr
     return (Rule((formats.parse("e2m1"),), "group", _NVFP4_GROUP, scales="e4m3"), wide)
 
 
-def file_bytes(shape: Sequence[int], rule: Rule, target: Target) -> int:
-    """The bytes of a weight's codes, scales and zero points in a kind of file.
+def file_bytes(shape: Sequence[int], rule: Rule, target: Target, rank: int = 0) -> int:
+    """The bytes of a weight's codes, scales and zero points in a kind of file, and of the branch beside it.
 
     >>> file_bytes((64, 64), offers((64, 64), False, "gguf")[0], "gguf") == 64 * 64 // 32 * 18
     True
 
     Args:
         shape: The shape [o, i, *k] of the float weight.
-        rule: One of its `offers`.
+        rule: One of its `offers`, or what `target.fit` makes of another one.
         target: The kind of file.
+        rank: That of all branches of the file, where there are any.
     """
     rows, columns, *kernel = shape
     spec, taps = rule.spec(rule.formats[0]), math.prod(kernel)
-    count = spec.scale_count(rows, columns)
-    if target == "comfy" and spec.group_size:
+    count, bits = spec.scale_count(rows, columns), rule.formats[0].bits
+    if target == "openvino":
+        bits = 4 if bits <= 4 else 8  # it has types of these widths
+    if target == "comfy" and rule.scales == "e4m3":
         rows, columns = _up(rows, _PADDED), _up(columns, _PADDED)
         count = _up(rows, _TILE_ROWS) * _up(columns // spec.group_size, _TILE_GROUPS)
     per_group = _SCALE_BYTES[rule.scales] * (2 if spec.zero_point else 1)
     shared = 0
     if rule.scales == "e4m3":  # the scalar that multiplies all scales, and diffusers' scale of the input
         shared = 8 if target == "diffusers" else 4
-    return -(-rows * columns * taps * rule.formats[0].bits // 8) + count * per_group + shared
+    if rule.scales == "whole":  # a number per row, and the levels, which are the layer's own
+        shared = rows * 4 + _LEVELS * 4
+    if target == "vllm":  # bfloat16: the scalar, factors of rows and of inputs, and the branch
+        shared = 2 * (1 + (rows + columns) * (1 + rank))
+    return -(-rows * columns * taps * bits // 8) + count * per_group + shared
 
 
 def float_bytes(tensor: Tensor, target: Target) -> int:

@@ -89,7 +89,7 @@ def _made(task: Task, options: Options) -> Outcome:
     outcome = post_training.run(task, rules, Sequencing())
     layers, measured = outcome.layers, dict(outcome.measured)
     rows = rows_for(task, options.pictures, options.rows, SensitivitySettings.rows)
-    sensitivity = SensitivitySettings(rows.gradients, rows.together, guidance=options.guidance)
+    sensitivity = rows.sensitivity(options.guidance)
     rounding = SecondOrderSettings(refit=options.refit, sweep=options.sweep)
     edges, branch = tuple(n for n in layers if kept[n]), low_rank.settings_of(options.branch)
     settings = ClosedFormSettings(rounding, rows.matrices, rows.moments, branch, edges)

@@ -6,7 +6,8 @@ Taken from -> here:
   the rest, and inputs, in signed integers of 4 bits in groups of 64, nearest         `methods.smoothed_branch`
 Not stated there, chosen here:
   a rank of at most a sixteenth of the layer's shorter side, none below 16; factors in float16, and smoothing by powers of two,
-  so that files of ComfyUI hold all of it exactly; inputs above 4 bits with one scale per token
+  so that files of ComfyUI hold all of it exactly; inputs above 4 bits with one scale per token; layers that are one in
+  vLLM-Omni's models have the factors and the branch of one
 Differs from the paper: the migration strength is given, not searched by layer; inputs after GELU are not shifted to unsigned
 integers; the rest is rounded to nearest only, since second-order rounding does not know smoothed inputs.
 """
@@ -18,11 +19,19 @@ from dataclasses import replace
 from difloat.layers import packed
 from difloat.methods import post_training
 from difloat.methods.cost import Cost
+from difloat.methods.low_rank import Pair
 from difloat.methods.post_training import Bits, LayerRules, Outcome, Sequencing, Smoothing, Task
-from difloat.methods.smoothed_branch import SHARE, nearest_beside_branch, powers_of_two
+from difloat.methods.smoothed_branch import (
+    SHARE,
+    nearest_beside_branch,
+    powers_of_two,
+    shared_factors,
+    shared_pairs,
+)
 from difloat.methods.smoothing_factors import smoothing_factors
 from difloat.methods.trace import Trace
 from difloat.numbers import formats
+from difloat.plan import vllm_models
 from difloat.plan.options import Names, NotNegative, Positive, Whole, recipe_options
 from difloat.plan.rules import FEW_BITS, MIN_MAX, Rule, online_integers
 from difloat.plan.specs import Side
@@ -52,7 +61,8 @@ class Options:
 def plan(task: Task, options: Options) -> Outcome:
     """Quantize the task's model by SVDQuant."""
     names = list(packed.quantizable(task.model))
-    found = smoothing_factors(task, names, options.smoothing, 1, options.rows)
+    joined = vllm_models.joined(type(task.model).__name__, names) if task.target == "vllm" else {}
+    found = shared_factors(smoothing_factors(task, names, options.smoothing, 1, options.rows), joined)
     smoothing = {name: Smoothing(powers_of_two(one.factors)) for name, one in found.items()}
     asked: dict[str, Rule] = {}
 
@@ -67,10 +77,15 @@ def plan(task: Task, options: Options) -> Outcome:
 
     outcome = post_training.run(task, rules, Sequencing())
     layers = dict(outcome.layers)
-    for name, rule in asked.items():
-        if name in layers:
-            weight = packed.weight_of(task.model, name).detach()
-            layers[name] = nearest_beside_branch(weight, layers[name], rule, options.rank, task.target)
+    weights = {name: packed.weight_of(task.model, name).detach() for name in asked if name in layers}
+    pairs: dict[str, Pair] = {}
+    for members in joined.values():
+        if all(name in weights for name in members):
+            rows = {name: weights[name] for name in members}
+            pairs |= shared_pairs(rows, layers, options.rank, task.target)
+    for name, weight in weights.items():
+        asked_of = (asked[name], options.rank, task.target, pairs.get(name))
+        layers[name] = nearest_beside_branch(weight, layers[name], *asked_of)
     return replace(outcome, layers=layers)
 
 

@@ -7,11 +7,13 @@
 #define INLINE inline
 #define NOINLINE __declspec(noinline)
 #define UNROLLED
+#define UNROLL_FOUR
 #define EXPORT extern "C" __declspec(dllexport)
 #else
 #define INLINE inline __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))
 #define UNROLLED __attribute__((always_inline))
+#define UNROLL_FOUR _Pragma("GCC unroll 4")
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 

@@ -23,7 +23,7 @@
 #pragma once
 #include <stdint.h>
 
-#define DIFLOAT_ABI 8
+#define DIFLOAT_ABI 9
 
 enum difloat_type { DIFLOAT_F32 = 0, DIFLOAT_BF16 = 1, DIFLOAT_F16 = 2 };
 
@@ -77,11 +77,11 @@ typedef struct {
     int64_t batch, size[2], kernel[2], stride[2], padding[2], dilation[2], out[2];
 } difloat_geometry;
 
-// softmax(query x key^T * scale + mask) x value in bfloat16. Strides are those of [batch, heads, tokens], in elements; the
-// dimensions of a head lie side by side. The mask is added, float32 or null, [batch, heads, queries, keys] with the same kind of
-// strides. At most 1024 dimensions. Operands are rounded to `grid` with one scale per token and head if `operands` is not 0 (1: its
-// integers are int8; 2: its integers have at most 8 significant bits); probabilities to `map`, whose maximum stands for 1, if
-// `map_rounded` is not 0.
+// softmax(query x key^T * scale + mask) x value, all of one type. The unit of bfloat16 takes only that and multiplies it with sums in
+// float32, the others compute in float32. Strides are those of [batch, heads, tokens], in elements; the dimensions of a head lie
+// side by side. The mask is added, float32 or null, [batch, heads, queries, keys] with the same kind of strides. At most 1024
+// dimensions. Operands are rounded to `grid` with one scale per token and head if `operands` is not 0 (1: its integers are int8; 2:
+// its integers have at most 8 significant bits); probabilities to `map`, whose maximum stands for 1, if `map_rounded` is not 0.
 typedef struct {
     const void *query, *key, *value;
     void* out;
@@ -93,4 +93,5 @@ typedef struct {
     difloat_grid grid;
     int32_t map_rounded;
     difloat_grid map;
+    int32_t type;  // enum difloat_type
 } difloat_attention;

@@ -9,6 +9,7 @@
 #include "conv.h"
 #include "decode.h"
 #include "rotate.h"
+#include "attention_blocks.h"
 // clang-format on
 
 namespace difloat {
@@ -62,3 +63,5 @@ EXPORT int difloat_round(const difloat_input* x, void* out, int threads) {
     else difloat::round_rows<DIFLOAT_F32>(*x, out, threads);
     return 0;
 }
+
+EXPORT int difloat_attend(const difloat_attention* attention, int threads) { return difloat::attention(*attention, threads); }

@@ -9,9 +9,9 @@
 
 namespace difloat {
 
+constexpr int64_t FEWEST_QUANTIZED = TILES ? 1024 : TILE_ROWS;  // rows at a time: all panels are unpacked for them
 // Bytes of quantized activations at a time: they and the result stay in the last-level cache, and in the second where tiles
 // multiply faster than they come from there.
-constexpr int64_t FEWEST_QUANTIZED = TILES ? 1024 : TILE_ROWS;  // rows at a time
 static inline int64_t block_bytes() { return TILES ? second_level_cache() / 4 : 8 << 20; }
 
 static inline const char* row_of(const difloat_input& x, int64_t row) {

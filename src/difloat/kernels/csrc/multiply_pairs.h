@@ -148,6 +148,11 @@ static inline int64_t sums_in_words(const difloat_weight& w, int32_t lowest, int
     return std::min(below, above);
 }
 
+// Whether these products take less time than as many of float32: not unless sums are added in 16 bits.
+static inline bool faster_than_float(const difloat_weight& w, int32_t lowest, int32_t highest) {
+    return sums_in_words(w, lowest, highest) > 1;
+}
+
 // body(multiplier) with the way of multiplying that is exact for these weights and activations.
 template <class Body>
 static INLINE void with_multiplier(const difloat_weight& w, int32_t lowest, int32_t highest, Body&& body) {

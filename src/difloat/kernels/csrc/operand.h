@@ -64,7 +64,8 @@ static inline void copy_row(const difloat_output& out, int64_t row, int64_t firs
         memcpy(to + first * sizeof(Number), numbers, count * sizeof(Number));
         return;
     }
-    for (int64_t n = 0; n < count; n++) memcpy(to + out.channel[first + n] * sizeof(Number), numbers + n * sizeof(Number), sizeof(Number));
+    const int32_t* channel = out.channel + first;  // the compiler cannot know that results do not change the pointer
+    for (int64_t n = 0; n < count; n++) memcpy(to + channel[n] * sizeof(Number), numbers + n * sizeof(Number), sizeof(Number));
 }
 
 // Likewise of at most USED vectors of sums; a whole vector at a time where there is room for it.

@@ -16,6 +16,8 @@ constexpr int TILE_ROWS = 6;  // 6 x 2 accumulators, 2 weights, 1 activation: 15
 constexpr int TILE_ROWS = 4;  // 4 x 2 accumulators, 4 weights, 1 activation, a product: 14
 #endif
 
+constexpr int SUMS = 12;  // accumulators that registers hold beside three columns and a number
+
 using F32 = __m256;
 using I32 = __m256i;
 using Mask = __m256;
@@ -79,6 +81,7 @@ static inline F32 div(F32 a, F32 b) { return _mm256_div_ps(a, b); }
 static inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 static inline F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
 static inline F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+static inline F32 max_or_nan(F32 a, F32 b) { return _mm256_max_ps(a, b); }  // NaN if b is one
 static inline I32 add_int(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
 static inline I32 sub_int(I32 a, I32 b) { return _mm256_sub_epi32(a, b); }
 static inline I32 max_int(I32 a, I32 b) { return _mm256_max_epi32(a, b); }
@@ -87,6 +90,10 @@ static inline I32 bits_or(I32 a, I32 b) { return _mm256_or_si256(a, b); }
 template <int N>
 static inline I32 shift_right(I32 a) {
     return _mm256_srli_epi32(a, N);
+}
+template <int N>
+static inline I32 shift_left(I32 a) {
+    return _mm256_slli_epi32(a, N);
 }
 static inline I32 as_int(F32 x) { return _mm256_castps_si256(x); }
 static inline F32 as_float(I32 x) { return _mm256_castsi256_ps(x); }
@@ -100,6 +107,11 @@ static inline int32_t sum_int(I32 x) {
     __m128i half = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+static inline float sum(F32 x) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 static inline int32_t largest_int(I32 x) {
     __m128i half = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));

@@ -11,6 +11,8 @@ constexpr int LANES = 16;   // float32 or int32 per vector
 constexpr int VECTORS = 4;  // vectors side by side in a panel: 64 output channels
 constexpr int TILE_ROWS = 6;  // 6 x 4 accumulators, 4 weights, 1 activation: 29 of 32 registers
 
+constexpr int SUMS = 24;     // accumulators that registers hold beside three columns and a number
+
 using F32 = __m512;
 using I32 = __m512i;
 using Mask = __mmask16;
@@ -63,6 +65,7 @@ static inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
 static inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 static inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 static inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+static inline F32 max_or_nan(F32 a, F32 b) { return _mm512_max_ps(a, b); }  // NaN if b is one
 static inline I32 add_int(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 static inline I32 sub_int(I32 a, I32 b) { return _mm512_sub_epi32(a, b); }
 static inline I32 max_int(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
@@ -71,6 +74,10 @@ static inline I32 bits_or(I32 a, I32 b) { return _mm512_or_si512(a, b); }
 template <int N>
 static inline I32 shift_right(I32 a) {
     return _mm512_srli_epi32(a, N);
+}
+template <int N>
+static inline I32 shift_left(I32 a) {
+    return _mm512_slli_epi32(a, N);
 }
 static inline I32 as_int(F32 x) { return _mm512_castps_si512(x); }
 static inline F32 as_float(I32 x) { return _mm512_castsi512_ps(x); }

@@ -12,6 +12,8 @@ constexpr int LANES = 4;
 constexpr int VECTORS = 4;    // 16 output channels in a panel
 constexpr int TILE_ROWS = 6;  // 6 x 4 accumulators, 4 weights, 1 activation: 29 of 32 registers
 
+constexpr int SUMS = 24;      // accumulators that registers hold beside three columns and a number
+
 using F32 = float32x4_t;
 using I32 = int32x4_t;
 using Mask = uint32x4_t;
@@ -63,6 +65,7 @@ static INLINE F32 div(F32 a, F32 b) { return vdivq_f32(a, b); }
 static INLINE F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
 static INLINE F32 min(F32 a, F32 b) { return vminnmq_f32(a, b); }  // of a number and NaN the number
 static INLINE F32 max(F32 a, F32 b) { return vmaxnmq_f32(a, b); }
+static INLINE F32 max_or_nan(F32 a, F32 b) { return vmaxq_f32(a, b); }  // NaN if b is one
 static INLINE I32 add_int(I32 a, I32 b) { return vaddq_s32(a, b); }
 static INLINE I32 sub_int(I32 a, I32 b) { return vsubq_s32(a, b); }
 static INLINE I32 max_int(I32 a, I32 b) { return vmaxq_s32(a, b); }
@@ -71,6 +74,10 @@ static INLINE I32 bits_or(I32 a, I32 b) { return vorrq_s32(a, b); }
 template <int N>
 static INLINE I32 shift_right(I32 a) {
     return vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a), N));
+}
+template <int N>
+static INLINE I32 shift_left(I32 a) {
+    return vshlq_n_s32(a, N);
 }
 static INLINE I32 as_int(F32 x) { return vreinterpretq_s32_f32(x); }
 static INLINE F32 as_float(I32 x) { return vreinterpretq_f32_s32(x); }
@@ -81,6 +88,7 @@ static INLINE Mask equal_int(I32 a, I32 b) { return vceqq_s32(a, b); }
 static INLINE Mask both(Mask a, Mask b) { return vandq_u32(a, b); }
 static INLINE F32 select(Mask m, F32 yes, F32 no) { return vbslq_f32(m, yes, no); }
 static INLINE int32_t sum_int(I32 x) { return vaddvq_s32(x); }
+static INLINE float sum(F32 x) { return vaddvq_f32(x); }
 static INLINE int32_t largest_int(I32 x) { return vmaxvq_s32(x); }
 static INLINE float smallest_of(F32 x) { return vminnmvq_f32(x); }
 static INLINE float largest_of(F32 x) { return vmaxnmvq_f32(x); }
