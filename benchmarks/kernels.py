@@ -73,7 +73,8 @@ CAPS = {  # what holds torch to the instructions of a unit
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     },
     "avx512vl": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
-    "avx512": {},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "amx": {},
     "neon": {},
 }
 ONE_TOKEN, TOKENS_OF_RULE = 0.8, {"from": 64, "speed": 0.95}

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from difloat.cli import kernel_summary
 from difloat.kernels import dispatch, native_int8, native_library
 from difloat.numbers.formats import parse
 from difloat.plan.specs import Part, QuantSpec
@@ -101,9 +102,19 @@ def test_the_instruction_set_can_be_capped(monkeypatch) -> None:
     monkeypatch.setenv("DIFLOAT_CPU_ISA", "sse")
     with pytest.raises(
         ValueError,
-        match="DIFLOAT_CPU_ISA must be one of avx512, avx512vl, avxvnni, avx2, neon or none, got 'sse'",
+        match="DIFLOAT_CPU_ISA must be one of amx, avx512, avx512vl, avxvnni, avx2, neon or none, got 'sse'",
     ):
         choose()
+
+
+@needs_library
+def test_refused_tiles_are_said(monkeypatch) -> None:
+    """Where the operating system keeps AMX from the process the unit is left out, and the summary says so."""
+    machine = native_library.machine()
+    assert not (machine["amx"] and native_library.tiles_refused())
+    monkeypatch.setattr(native_library, "tiles_refused", lambda: True)
+    if native_library.unit() is not None:
+        assert "AMX refused by the operating system" in kernel_summary.machine()
 
 
 def test_a_backend_that_cannot_run_here_is_refused(monkeypatch) -> None:

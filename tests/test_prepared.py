@@ -30,8 +30,8 @@ pytestmark = pytest.mark.skipif(
 )
 KINDS = [(kernel, several) for kernel in (None, 3) for several in (False, True)]
 needs_decoding = pytest.mark.skipif(
-    native_library.unit() != "avx512",
-    reason="only the AVX-512 unit rounds to formats that are no integers of 8 bits",
+    native_library.unit() not in ("amx", "avx512"),
+    reason="only the units of AVX-512 round to formats that are no integers of 8 bits",
 )
 ACTIVATIONS = [
     pytest.param(TOKEN, id="online"),

@@ -99,6 +99,35 @@ def check_conv2d(weights: Format, inputs: Format, number: int, generator: torch.
     assert torch.equal(result, expected), (weights.name, inputs.name, channels, kernel)
 
 
+@pytest.mark.parametrize(
+    ("channels", "group"), [(330, None), (330, 80), (330, 96), (352, 176), (208, 48), (64, 16)]
+)
+def test_blocks_of_rows_and_channels_are_exact(unit: str, channels: int, group: int | None) -> None:
+    """Several blocks of rows, panels and tiles, and groups that end inside a tile."""
+    generator = torch.Generator().manual_seed(channels)
+    for inputs in ("int8", "uint8"):
+        weights, grid = parse("int8"), parse(inputs)
+        weight, stored = exact_layer(weights, grid, (200, channels), group, generator)
+        for rows in (19, 1100):
+            x = on_grid((rows, channels), grid, generator)
+            expected = (x.double() @ weight.double().t()).float()
+            assert torch.equal(native_int8.linear(x, *stored), expected), (inputs, rows)
+
+
+@pytest.mark.parametrize(
+    ("width", "stride", "padding"), [(37, 1, 1), (37, 2, 1), (8, 1, 0), (64, 1, 1), (33, 1, 0)]
+)
+def test_lines_of_pictures_are_exact(unit: str, width: int, stride: int, padding: int) -> None:
+    """Lines that are cut into stacks of rows of different heights, and lines that go on in the next one."""
+    generator, grid = torch.Generator().manual_seed(width), parse("uint8")
+    for kernel in (1, 3):
+        weight, stored = exact_layer(parse("int8"), grid, (70, 68, kernel, kernel), None, generator)
+        x = on_grid((2, 68, 5, width), grid, generator)
+        geometry = Geometry((stride, stride), (padding, padding))
+        expected = geometry.convolve(x.double(), weight.double()).float()
+        assert torch.equal(native_int8.conv2d(x, *stored, geometry), expected), kernel
+
+
 def rounding_digest(generator: torch.Generator) -> str:
     """A digest of results with scales, zero points, groups and half precision."""
     digest = hashlib.sha256()

@@ -20,7 +20,8 @@ def machine() -> str:
     unit = native_library.unit()
     if unit is not None:
         attention = "with" if native_library.multiplies_bfloat16() else "without"
-        tier = f"native library, {unit} unit, {attention} bfloat16 attention"
+        refused = ", AMX refused by the operating system" if native_library.tiles_refused() else ""
+        tier = f"native library, {unit} unit, {attention} bfloat16 attention{refused}"
     elif native_library.built():
         tier = "native library has no unit for this machine, torch computes"
     else:

@@ -22,9 +22,9 @@ from difloat.numbers import integer_grids
 from difloat.numbers.formats import Format
 from difloat.plan.specs import Part
 
-ABI = 8
+ABI = 9
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-UNITS = ("avx512", "avx512vl", "avxvnni", "avx2", "neon")  # from the fastest to the slowest
+UNITS = ("amx", "avx512", "avx512vl", "avxvnni", "avx2", "neon")  # from the fastest to the slowest
 _VARIABLE = "DIFLOAT_CPU_ISA"
 _IMPORTED_IN = os.getpid()  # another process than this one was forked
 _SMALL = 1 << 18  # products; fewer are not worth waking a second thread
@@ -263,6 +263,26 @@ def built() -> bool:
 
 
 @cache
+def _machine_library() -> Any:
+    """The shared object that says what this machine can run.
+
+    Raises:
+        ImportError: if the library has another interface than this module.
+    """
+    library = ctypes.CDLL(str(_FOLDER / "libdifloat_machine.so"))
+    if library.difloat_abi() != ABI:
+        raise ImportError(
+            f"native library must have interface {ABI}, got {library.difloat_abi()}; build it again with `make native`"
+        )
+    return library
+
+
+def tiles_refused() -> bool:
+    """Whether the processor has the tiles of AMX, but the operating system does not let this process use them."""
+    return built() and bool(_machine_library().difloat_refuses_amx())
+
+
+@cache
 def machine() -> dict[str, bool]:
     """Which units this machine can run and the compiler built, among them ``avx512_bf16`` for attention.
 
@@ -272,11 +292,7 @@ def machine() -> dict[str, bool]:
     names = (*UNITS, "avx512_bf16")
     if not built():
         return dict.fromkeys(names, False)
-    library = ctypes.CDLL(str(_FOLDER / "libdifloat_machine.so"))
-    if library.difloat_abi() != ABI:
-        raise ImportError(
-            f"native library must have interface {ABI}, got {library.difloat_abi()}; build it again with `make native`"
-        )
+    library = _machine_library()
     files = {name: "attention" if name == "avx512_bf16" else name for name in names}
     there = {name: (_FOLDER / f"libdifloat_{file}.so").is_file() for name, file in files.items()}
     return {name: there[name] and bool(getattr(library, f"difloat_has_{name}")()) for name in names}
@@ -327,7 +343,7 @@ def library() -> Any:
 
 def multiplies_bfloat16() -> bool:
     """Whether attention of bfloat16 tensors has a unit of its own here, which needs AVX-512 with BF16."""
-    return unit() == "avx512" and machine()["avx512_bf16"]
+    return unit() in ("amx", "avx512") and machine()["avx512_bf16"]
 
 
 def attention_library(dtype: torch.dtype) -> Any:

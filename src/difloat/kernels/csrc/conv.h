@@ -134,6 +134,8 @@ static int conv_of(const difloat_input& x, const difloat_weight* bands, int64_t 
     int32_t *bias_row = (int32_t*)(scale + at_once * pixels), *step_row = bias_row + at_once * pixels;
     int32_t* sums = step_row + at_once * pixels;
 
+    const bool lines_go_on = g.stride[0] * buffer.columns == g.stride[1] * g.out[1];  // one after the other, evenly
+    const int64_t run = lines_go_on ? pixels : g.out[1];
     for (int64_t first = 0; first < g.batch; first += at_once) {
         const int64_t count = std::min(at_once, g.batch - first), rows = count * pixels;
         quantize_pictures<TYPE>(x, g, buffer, first, count, shared, to, threads);
@@ -149,7 +151,7 @@ static int conv_of(const difloat_input& x, const difloat_weight* bands, int64_t 
             bias_row[row] = vertical.class_of[y] * (int32_t)horizontal.inside.size() + horizontal.class_of[c];
             if (classes.zeros) bias_row[row] += (int32_t)b * classes_of_picture;
         }
-        const Operand operand{to.values, start, sums, groups, group, scale, grouped ? to.steps : nullptr, nullptr, step_row,
+        const Operand operand{to.values, start, g.stride[1] * buffer.stride, run, sums, groups, group, scale, grouped ? to.steps : nullptr, nullptr, step_row,
                               bias_row, rows, taps.data(), x.grid.shift, origin,
                               integer_of(x.grid, x.grid.minimum), integer_of(x.grid, x.grid.maximum)};
         for (int64_t b = 0, before = 0; b < band_count; before += bands[b++].rows)

@@ -23,7 +23,7 @@
 #pragma once
 #include <stdint.h>
 
-#define DIFLOAT_ABI 8
+#define DIFLOAT_ABI 9
 
 enum difloat_type { DIFLOAT_F32 = 0, DIFLOAT_BF16 = 1, DIFLOAT_F16 = 2 };
 

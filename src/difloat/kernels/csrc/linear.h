@@ -9,7 +9,10 @@
 
 namespace difloat {
 
-constexpr int64_t BLOCK_BYTES = 8 << 20;  // of quantized activations at a time: they and the result stay in the last-level cache
+constexpr int64_t FEWEST_QUANTIZED = TILES ? 1024 : TILE_ROWS;  // rows at a time: all panels are unpacked for them
+// Bytes of quantized activations at a time: they and the result stay in the last-level cache, and in the second where tiles
+// multiply faster than they come from there.
+static inline int64_t block_bytes() { return TILES ? second_level_cache() / 4 : 8 << 20; }
 
 static inline const char* row_of(const difloat_input& x, int64_t row) {
     return (const char*)x.data + row * x.stride * (x.type == DIFLOAT_F32 ? 4 : 2);
@@ -17,9 +20,13 @@ static inline const char* row_of(const difloat_input& x, int64_t row) {
 
 template <int TYPE>
 static float scale_of_all(const difloat_input& x, int threads) {
+    const int64_t together = x.stride == x.channels ? 64 : 1;  // rows without gaps are one long row
     int32_t most = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : most)
-    for (int64_t row = 0; row < x.rows; row++) most = std::max(most, largest_bits<TYPE>(row_of(x, row), x.channels));
+    for (int64_t row = 0; row < x.rows; row += together) {
+        const int64_t rows = std::min(together, x.rows - row);
+        most = std::max(most, largest_bits<TYPE>(row_of(x, row), rows * x.channels));
+    }
     return online_scale(most, x.grid.maximum);
 }
 
@@ -64,7 +71,7 @@ static void quantize_rows(const difloat_input& x, int64_t first, int64_t rows, f
         int8_t* to = block.values + row * block.stride;
         block.start[row] = row * block.stride;
         const int64_t written = round_up(x.channels, LANES);
-        memset(to + written, 0, block.stride - written);
+        if (rows <= FEW_ROWS) memset(to + written, 0, block.stride - written);  // others read no more than the last quad
         if (grouped) {
             float *steps = block.steps + row * groups, *zeros = block.zeros + row * groups;
             for (int64_t g = 0; g < groups; g++) {
@@ -111,9 +118,9 @@ static int linear_of(const difloat_input& x, const difloat_weight* bands, int64_
     const Classes one{1, nullptr, 1, nullptr};
     const int64_t group = summed_channels(x, bands[0]), groups = (x.channels + group - 1) / group;
     const float origin = origin_of(x), shared = x.online == 2 ? scale_of_all<TYPE>(x, threads) : x.scale;
-    const int64_t at_once = std::max<int64_t>(TILE_ROWS, BLOCK_BYTES / round_up(x.channels, ROW_MULTIPLE));
-    const int64_t most = std::min(x.rows, at_once), block_bytes = Block::bytes(most, x.channels, groups);
-    char* memory = scratch(block_bytes + threads * place_bands(bands, count, one, groups));
+    const int64_t at_once = std::max<int64_t>(FEWEST_QUANTIZED, block_bytes() / round_up(x.channels, ROW_MULTIPLE));
+    const int64_t most = std::min(x.rows, at_once), own = Block::bytes(most, x.channels, groups);
+    char* memory = scratch(own + threads * place_bands(bands, count, one, groups));
     if (!memory) return -1;
     const Block block(memory, most, x.channels, groups);
     const float *steps = is_grouped(x) ? block.steps : nullptr, *zeros = x.online == 3 ? block.zeros : nullptr;
@@ -121,10 +128,10 @@ static int linear_of(const difloat_input& x, const difloat_weight* bands, int64_
         const int64_t rows = std::min(at_once, x.rows - first);
         quantize_rows<TYPE>(x, first, rows, shared, bands[0], block, threads);
         const int64_t taps = 0;
-        const Operand operand{block.values, block.start, block.sums, groups, group, block.scale, steps, zeros, nullptr, nullptr,
+        const Operand operand{block.values, block.start, block.stride, rows, block.sums, groups, group, block.scale, steps, zeros, nullptr, nullptr,
                               rows, &taps, x.grid.shift, origin, integer_of(x.grid, x.grid.minimum),
                               integer_of(x.grid, x.grid.maximum)};
-        multiply<TYPE>(bands, count, operand, block.values, out, first, memory + block_bytes, threads);
+        multiply<TYPE>(bands, count, operand, block.values, out, first, memory + own, threads);
     }
     return 0;
 }

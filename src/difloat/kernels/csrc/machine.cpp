@@ -1,6 +1,7 @@
 // What this machine can run; compiled for any processor of its kind.
 #include "compiler.h"
 #include "difloat.h"
+#include "tile_permission.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -36,10 +37,22 @@ EXPORT int difloat_has_avxvnni() { return difloat_has_avx2() && has_avxvnni(); }
 
 EXPORT int difloat_has_avx512_bf16() { return difloat_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
+// AMX for bytes, which Linux must permit: leaf 7, bits 24 and 25 of EDX.
+static bool has_tiles() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3 && difloat_has_avx512_bf16();
+}
+
+EXPORT int difloat_has_amx() { return has_tiles() && difloat::tiles_permitted(); }
+
+EXPORT int difloat_refuses_amx() { return has_tiles() && !difloat::tiles_permitted(); }
+
 EXPORT int difloat_has_neon() { return 0; }
 
 #else
 
+EXPORT int difloat_has_amx() { return 0; }
+EXPORT int difloat_refuses_amx() { return 0; }
 EXPORT int difloat_has_avx512() { return 0; }
 EXPORT int difloat_has_avx512vl() { return 0; }
 EXPORT int difloat_has_avxvnni() { return 0; }

@@ -41,11 +41,11 @@ static inline int vectors_of(const difloat_weight& w, int64_t first) {
 
 template <int BITS>
 static void unpack_all(const difloat_weight& w, const Rows& rows, int vectors, uint8_t* panel) {
-    for (int64_t tap = 0; tap < w.taps; tap++)
-        for (int v = 0; v < vectors; v++) {
-            uint8_t* block = panel + tap * quads_of(w.channels) * WIDTH * 4 + v * LANES * 4;
-            unpack_block<BITS>(rows, v * LANES, tap, w.channels, w.table, block);
-        }
+    for (int64_t tap = 0; tap < w.taps; tap++) {
+        uint8_t* block = panel + tap * panel_quads(w) * WIDTH * 4;
+        for (int v = 0; v < vectors; v++) unpack_block<BITS>(rows, v * LANES, tap, w.channels, w.table, block + v * LANES * 4);
+        if (SPARE_QUADS) memset(block + quads_of(w.channels) * WIDTH * 4, 0, SPARE_QUADS * WIDTH * 4);
+    }
 }
 
 // Unpack the panel of the output channels from `first` on. `panel` is aligned to 64 bytes.
@@ -87,7 +87,7 @@ static INLINE I32 sum_channels(const difloat_weight& w, const uint8_t* column, i
 
 // `factor` times the sum of the weight's integers over all taps, [group][channel]. Wraps around as the sums do that it goes into.
 static void sum_integers(const difloat_weight& w, const uint8_t* panel, int32_t factor, int32_t* sums) {
-    const int64_t quads = quads_of(w.channels);
+    const int64_t quads = panel_quads(w);
     for (int64_t g = 0; g < w.groups; g++)
         for (int v = 0; v < VECTORS; v++) {
             const int64_t begin = g * w.group_channels, end = std::min(begin + w.group_channels, w.channels);
@@ -105,7 +105,7 @@ static void sum_groups(const difloat_weight& w, const uint8_t* panel, int64_t gr
     for (int64_t tap = 0; tap < w.taps; tap++)
         for (int64_t g = 0; g < groups; g++)
             for (int v = 0; v < VECTORS; v++) {
-                const uint8_t* column = panel + (tap * quads_of(w.channels) * VECTORS + v) * LANES * 4;
+                const uint8_t* column = panel + (tap * panel_quads(w) * VECTORS + v) * LANES * 4;
                 const I32 found = sum_channels(w, column, g * group, std::min((g + 1) * group, w.channels));
                 int32_t* to = sums + (tap * groups + g) * WIDTH + v * LANES;
                 store_int((uint8_t*)to, floating ? as_int(to_float(found)) : found);
@@ -114,7 +114,7 @@ static void sum_groups(const difloat_weight& w, const uint8_t* panel, int64_t gr
 
 // Sum of the weight's values per tap, [tap][channel]: what a constant input of 1 gives.
 static void sum_values(const difloat_weight& w, const uint8_t* panel, const float* scale, const float* zero, float* sums) {
-    const int64_t quads = quads_of(w.channels);
+    const int64_t quads = panel_quads(w);
     for (int64_t tap = 0; tap < w.taps; tap++)
         for (int v = 0; v < VECTORS; v++) {
             const uint8_t* column = panel + (tap * quads * VECTORS + v) * LANES * 4;

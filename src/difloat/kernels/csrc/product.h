@@ -1,94 +1,18 @@
 // The product: exact integer sums of a few rows by one panel, then scales and bias. Serves linear layers and convolutions alike.
 #pragma once
 #include <omp.h>
-#include <string.h>
 
-#include <type_traits>
+#include <vector>
 
 #include "difloat.h"
+#include "operand.h"
 #include "repeat.h"
 #include "scratch.h"
+#ifdef DIFLOAT_TILES
+#include "tiles.h"
+#endif
 
 namespace difloat {
-
-// Activations as integers, and what belongs to every row of the result.
-struct Operand {
-    const int8_t* values;
-    const int64_t* start;     // [rows] where a row begins (its first tap, in a convolution)
-    const int32_t* sums;      // [rows, groups] of the integers
-    int64_t groups, group;    // of channels that are summed up exactly: how many, and channels of each
-    const float* scale;       // [rows]
-    const float* steps;       // [rows, groups] what an integer of 1 is worth; null: `scale` alone says it
-    const float* zeros;       // likewise, what the integer 0 stands for; null: 0, or it is part of the bias
-    const int32_t* step_row;  // [rows] which row of the steps; null: each its own
-    const int32_t* bias_row;  // [rows] which row of the bias table; null: the first
-    int64_t rows;
-    const int64_t* taps;  // [taps of the weight] distance of the taps
-    int32_t shift;        // integers are this much below what they stand for
-    float origin;         // value of the integer 0 before the shift
-    int32_t lowest, highest;  // possible integers
-};
-
-// Bias of every class of rows of every picture, [pictures][classes][WIDTH]; `inside` says which taps see the picture.
-struct Classes {
-    int64_t count;
-    const uint8_t* inside;  // [count, taps]
-    int64_t pictures;
-    const float* zeros;  // [pictures, groups of the activations] what the integer 0 stands for, or null
-};
-
-// What a panel needs besides its weights.
-struct Panel {
-    uint8_t* weights;
-    float *scale, *zero, *bias, *tap_sums;
-    int32_t* shifted;  // [groups][WIDTH] the shift times the sum of the weight's integers
-    int32_t* group_sums;  // [taps][groups of the activations][WIDTH] of the weight's integers, where zeros need them
-    uint8_t* gathered;
-};
-
-template <int TYPE>
-static inline void write(void* out, int64_t at, F32 value) {
-    if (TYPE == DIFLOAT_F32) return store((float*)out + at, value);
-    if (TYPE == DIFLOAT_F16) return store_half((uint16_t*)out + at, value);
-    // bfloat16: ties to even; a NaN keeps its upper half and stays one.
-    const I32 bits = as_int(value), low = shift_right<16>(bits);
-    const I32 rounded = shift_right<16>(add_int(add_int(bits, set_int(0x7fff)), bits_and(low, set_int(1))));
-    store_low16((uint16_t*)out + at, as_int(select(equal(value, value), as_float(rounded), as_float(bits_or(low, set_int(64))))));
-}
-
-// `count` numbers to row `row` of the result, for the rows of the weight from `first` on.
-template <int TYPE>
-static inline void copy_row(const difloat_output& out, int64_t row, int64_t first, int64_t count, const char* numbers) {
-    using Number = std::conditional_t<TYPE == DIFLOAT_F32, uint32_t, uint16_t>;
-    char* to = (char*)out.data + row * out.stride * sizeof(Number);
-    if (!out.channel) {
-        memcpy(to + first * sizeof(Number), numbers, count * sizeof(Number));
-        return;
-    }
-    for (int64_t n = 0; n < count; n++) memcpy(to + out.channel[first + n] * sizeof(Number), numbers + n * sizeof(Number), sizeof(Number));
-}
-
-// Likewise of at most USED vectors of sums; a whole vector at a time where there is room for it.
-template <int TYPE, int USED>
-static inline void write_row(const difloat_output& out, int64_t row, int64_t first, int64_t count, const F32 (&values)[USED]) {
-    if (count >= USED * LANES && !out.channel) {
-        for (int v = 0; v < USED; v++) write<TYPE>(out.data, row * out.stride + first + v * LANES, values[v]);
-        return;
-    }
-    alignas(64) char buffer[USED * LANES * 4];
-    for (int v = 0; v < USED; v++) write<TYPE>(buffer, v * LANES, values[v]);
-    copy_row<TYPE>(out, row, first, std::min<int64_t>(count, USED * LANES), buffer);
-}
-
-// The result from row `row` on, for a band of the weight that has `start` rows before it.
-template <int TYPE>
-static inline difloat_output part_of(difloat_output out, int64_t row, int64_t start) {
-    const int64_t size = TYPE == DIFLOAT_F32 ? 4 : 2;
-    out.data = (char*)out.data + (row * out.stride + (out.channel ? 0 : start)) * size;
-    if (out.channel) out.channel += start;
-    else if (out.bias) out.bias += start;
-    return out;
-}
 
 // Exact sums over group `g` of the channels: of the products in `acc`, of the activations in `sums`.
 template <int ROWS, int USED, class Multiplier>
@@ -111,7 +35,7 @@ static INLINE void sum_group(const Multiplier& multiplier, const difloat_weight&
     const int64_t count = std::min(group_quads, quads - first);
     for (int64_t t = 0; t < w.taps; t++)
         multiplier.template accumulate<ROWS, USED>(acc, rows, x.taps[t] + first * 4, count,
-                                                   p.weights + (t * quads + first) * WIDTH * 4 * Multiplier::SPREAD);
+                                                   p.weights + (t * panel_quads(w) + first) * WIDTH * 4 * Multiplier::SPREAD);
 }
 
 template <int ROWS, int USED>
@@ -287,38 +211,84 @@ static int64_t place(const difloat_weight& w, const Classes& classes, int64_t gr
     return round_up(at - base, 4096);
 }
 
-// Bytes of one thread's panel that serves every band.
+#ifdef DIFLOAT_TILES
+constexpr bool TILES = true;
+constexpr int64_t FEWEST_IN_BLOCK = 512;  // rows; unpacking a panel costs about as much as multiplying 80
+#else
+constexpr bool TILES = false;
+constexpr int64_t FEWEST_IN_BLOCK = 64;  // rows; unpacking a panel costs about as much as multiplying four
+#endif
+
+static inline int64_t panels_of(const difloat_weight& w) { return (w.rows + WIDTH - 1) / WIDTH; }
+
+// Panels that a thread unpacks at a time: as many as fit well into the second-level cache, if rows pass all of them in turn.
+static inline int64_t panels_at_once(const difloat_weight& w) {
+    if (!TILES) return 1;
+    return std::max<int64_t>(1, std::min(panels_of(w), second_level_cache() * 3 / 8 / panel_bytes(w)));
+}
+
+// Bytes of one thread's panels that serve every band.
 static int64_t place_bands(const difloat_weight* bands, int64_t count, const Classes& classes, int64_t groups) {
     int64_t most = 0;
-    for (int64_t b = 0; b < count; b++) most = std::max(most, place(bands[b], classes, groups, nullptr, nullptr));
+    for (int64_t b = 0; b < count; b++)
+        most = std::max(most, panels_at_once(bands[b]) * place(bands[b], classes, groups, nullptr, nullptr));
     return most;
 }
 
-constexpr int64_t FEWEST_IN_BLOCK = 64;  // rows; unpacking a panel costs about as much as multiplying four
+// All rows from `begin` to `end` by `count` panels, in the tiles of the processor if the unit has them and may use them.
+template <int TYPE>
+static void stripes(const difloat_weight& w, const Operand& x, const Panel* panels, int64_t count, int64_t begin, int64_t end,
+                    int64_t first, const difloat_output& out) {
+#ifdef DIFLOAT_TILES
+    if (tiles_permitted()) return stripe_in_tiles<TYPE>(w, x, panels, count, begin, end, first, out);
+#endif
+    for (int64_t n = 0; n < count; n++, first += WIDTH) {
+        if (vectors_of(w, first) == VECTORS) stripe<TYPE, VECTORS>(w, x, panels[n], begin, end, first, out);
+        else stripe<TYPE, VECTORS / 2>(w, x, panels[n], begin, end, first, out);
+    }
+}
 
-// The whole product. Rows are cut into blocks that stay in the second-level cache while all panels pass. Panels are shared out among the threads; where there are too few, the rows are cut as well.
+// How a product is cut into tasks: so many panels at once, and the rows into so many parts.
+struct Cuts {
+    int64_t panels, groups, rows;
+
+    Cuts(const difloat_weight& w, const Operand& x, int threads) : panels(panels_at_once(w)), rows(1) {
+        const int64_t all = panels_of(w), block = second_level_cache() / 2;
+        if (x.rows < FEWEST_IN_BLOCK * threads) panels = std::min(panels, (all + threads - 1) / threads);
+        groups = (all + panels - 1) / panels;
+        panels = (all + groups - 1) / groups;
+        // Where there are too few panels for the threads, the rows are cut as well; and into blocks that stay in the second-level
+        // cache while all panels pass.
+        if (groups % threads && groups < 8 * threads) rows = std::min<int64_t>(threads, (x.rows + 31) / 32);
+        const int64_t reach = x.rows ? x.start[x.rows - 1] - x.start[0] : 0;  // bytes of activations
+        if (groups > 1) rows = std::max(rows, std::min((reach + block - 1) / block, x.rows / FEWEST_IN_BLOCK));
+    }
+};
+
+// The whole product, its tasks shared out among the threads.
 template <int TYPE>
 static void product(const difloat_weight& w, const Operand& x, const Classes& classes, const difloat_output& out, char* scratch,
                     int threads) {
-    const int64_t panels = (w.rows + WIDTH - 1) / WIDTH, bytes = place(w, classes, x.groups, nullptr, nullptr);
-    int64_t cuts = 1;
-    if (panels % threads && panels < 8 * threads) cuts = std::min<int64_t>(threads, (x.rows + 31) / 32);
-    const int64_t reach = x.rows ? x.start[x.rows - 1] - x.start[0] : 0;  // bytes of activations
-    const int64_t block = second_level_cache() / 2;
-    cuts = std::max(cuts, std::min((reach + block - 1) / block, x.rows / FEWEST_IN_BLOCK));
+    const Cuts cuts(w, x, threads);
+    const int64_t bytes = place(w, classes, x.groups, nullptr, nullptr);
 #pragma omp parallel num_threads(threads)
     {
-        Panel p;
-        place(w, classes, x.groups, scratch + omp_get_thread_num() * bytes, &p);
+        std::vector<Panel> panels(cuts.panels);
+        char* own = scratch + omp_get_thread_num() * cuts.panels * bytes;
+        for (Panel& panel : panels) place(w, classes, x.groups, own, &panel), own += bytes;
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t task = 0; task < panels * cuts; task++) {
-            const int64_t first = task % panels * WIDTH, cut = task / panels;
-            unpack_panel(w, first, p.weights, p.gathered);
-            unpack_scales(w, first, p.scale, p.zero);
-            make_bias(w, x, classes, out, first, p);
-            const int64_t begin = x.rows * cut / cuts, end = x.rows * (cut + 1) / cuts;
-            if (vectors_of(w, first) == VECTORS) stripe<TYPE, VECTORS>(w, x, p, begin, end, first, out);
-            else stripe<TYPE, VECTORS / 2>(w, x, p, begin, end, first, out);
+        for (int64_t task = 0; task < cuts.groups * cuts.rows; task++) {
+            const int64_t first = task % cuts.groups * cuts.panels, cut = task / cuts.groups;
+            const int64_t count = std::min(cuts.panels, panels_of(w) - first);
+            for (int64_t n = 0; n < count; n++) {
+                const Panel& p = panels[n];
+                const int64_t row = (first + n) * WIDTH;
+                unpack_panel(w, row, p.weights, p.gathered);
+                unpack_scales(w, row, p.scale, p.zero);
+                make_bias(w, x, classes, out, row, p);
+            }
+            const int64_t begin = x.rows * cut / cuts.rows, end = x.rows * (cut + 1) / cuts.rows;
+            stripes<TYPE>(w, x, panels.data(), count, begin, end, first * WIDTH, out);
         }
     }
 }

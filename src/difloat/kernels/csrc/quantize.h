@@ -30,6 +30,9 @@ static inline F32 load_tail(const void* data, int64_t at, int64_t count) {
 // Largest magnitude of a row as the bits of a float. NaN has more than infinity, so it wins.
 template <int TYPE>
 static int32_t largest_bits(const void* row, int64_t channels) {
+#ifdef DIFLOAT_VECTORS_512
+    if (TYPE == DIFLOAT_BF16) return largest_bfloat_bits((const uint16_t*)row, channels);
+#endif
     const I32 magnitude = set_int(0x7fffffff);
     I32 most = set_int(0);
     int64_t k = 0;
@@ -81,18 +84,34 @@ struct Step {
     float scale, zero;
 };
 
-// Write one row of int8 and the sum of every group of `group` channels (a multiple of LANES unless it is the whole row).
-// Stores whole vectors: the row needs room for a multiple of LANES. Returns the scale that belongs to the integers.
-template <int TYPE>
-static INLINE float quantize_row(const void* row, int64_t channels, const difloat_input& input, const Rounder& round, Step step,
-                                 int64_t group, int8_t* out, int32_t* sums) {
-    const F32 divisor = set(step.scale), zero = set(step.zero);
-    const I32 shift = set_int(input.grid.shift), magnitude = set_int(0x7fffffff);
-    I32 most = set_int(0);
-    auto integers = [&](F32 x) UNROLLED {
-        most = max_int(most, bits_and(as_int(x), magnitude));
-        return sub_int(round(div(sub(x, zero), divisor)), shift);
-    };
+// (x - zero) / scale, rounded as a division is. Where the exponent of the scale is far from the ends, the reciprocal and two
+// corrections by what is left give that in a third of the time: the first is off by little more than half a unit in the last
+// place, so that the second rounds correctly (Markstein, IA-64 and Elementary Functions, 2000).
+struct Quotient {
+    F32 divisor, zero, minus, inverse, most;
+
+    explicit Quotient(Step step)
+        : divisor(set(step.scale)), zero(set(step.zero)), minus(set(-step.scale)), inverse(set(1 / step.scale)), most(set(512 * step.scale)) {}
+    static bool is_near_one(float scale) { return scale >= 0x1p-60f && scale <= 0x1p60f; }
+
+    // Numbers far beyond every grid, which reaches 256 at most, are cut off, since infinity has no remainder.
+    template <bool NEAR>
+    INLINE F32 operator()(F32 x) const {
+        x = sub(x, zero);
+        if (!NEAR) return div(x, divisor);
+        return bounded(min(max(x, sub(set(0), most)), most));
+    }
+    INLINE F32 bounded(F32 x) const {
+        F32 q = mul(x, inverse);
+        q = fma(fma(q, minus, x), inverse, q);
+        return fma(fma(q, minus, x), inverse, q);
+    }
+};
+
+// One row of int8 through integers(numbers), and the sum of every group of `group` channels (a multiple of LANES unless it is the
+// whole row). Stores whole vectors: the row needs room for a multiple of LANES.
+template <int TYPE, class Integers>
+static INLINE void write_integers(const void* row, int64_t channels, int64_t group, int8_t* out, int32_t* sums, Integers&& integers) {
     int64_t k = 0;
     do {
         const int64_t stop = std::min(k + group, channels);
@@ -116,7 +135,38 @@ static INLINE float quantize_row(const void* row, int64_t channels, const difloa
         }
         *sums++ = sum_int(total);
     } while (k < channels);
-    return largest_int(most) > INFINITY_BITS ? NAN : step.scale / input.grid.multiplier;
+}
+
+// Whether the scale comes from the largest number of a row or more, so that none is beyond the grid, and the grid is one of
+// integers as they are.
+static inline bool is_bounded(const difloat_input& x) {
+    const difloat_grid& grid = x.grid;
+    return (x.online == 1 || x.online == 2) && x.group >= x.channels && grid.uniform && !grid.shift && grid.minimum <= -grid.maximum;
+}
+
+// One row of int8 and its sums, see `write_integers`. Returns the scale that belongs to the integers.
+template <int TYPE>
+static INLINE float quantize_row(const void* row, int64_t channels, const difloat_input& input, const Rounder& round, Step step,
+                                 int64_t group, int8_t* out, int32_t* sums) {
+    const float worth = step.scale / input.grid.multiplier;
+    const bool near = Quotient::is_near_one(worth);  // a NaN is not
+    if (near && is_bounded(input)) {
+        const Quotient integer({worth, 0.0f});
+        write_integers<TYPE>(row, channels, group, out, sums, [&](F32 x) UNROLLED { return to_int(integer.bounded(x)); });
+        return worth;
+    }
+    const Quotient quotient(step);
+    const I32 shift = set_int(input.grid.shift), magnitude = set_int(0x7fffffff);
+    I32 most = set_int(0);
+    auto write = [&](auto divide) UNROLLED {
+        write_integers<TYPE>(row, channels, group, out, sums, [&](F32 x) UNROLLED {
+            most = max_int(most, bits_and(as_int(x), magnitude));
+            return sub_int(round(divide(x)), shift);
+        });
+    };
+    if (near) write([&](F32 x) UNROLLED { return quotient.template operator()<true>(x); });
+    else write([&](F32 x) UNROLLED { return quotient.template operator()<false>(x); });
+    return largest_int(most) > INFINITY_BITS ? NAN : worth;
 }
 
 static inline float online_scale(int32_t bits, float maximum) {

@@ -42,9 +42,21 @@ static inline void store_half(uint16_t* p, F32 x) {
 }
 static inline void store_int8(int8_t* p, I32 x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
 static inline void store_int8_four(int8_t* p, const I32 (&x)[4]) {
-    for (int i = 0; i < 4; i++) store_int8(p + i * LANES, x[i]);
+    const I32 words = _mm512_packs_epi16(_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3]));
+    const I32 order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packing goes by quarters
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, words));
 }
 static inline void store_low16(uint16_t* p, I32 x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x)); }
+
+#ifdef __AVX512BF16__
+// Two vectors as bfloat16. The instruction takes subnormal numbers for 0, so that with one of them nothing is stored and false comes back.
+static inline bool store_two_bfloat(uint16_t* p, F32 first, F32 second) {
+    constexpr int SUBNORMAL = 0x20;
+    if (_mm512_fpclass_ps_mask(first, SUBNORMAL) | _mm512_fpclass_ps_mask(second, SUBNORMAL)) return false;
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    return true;
+}
+#endif
 
 static inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 static inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
@@ -74,6 +86,17 @@ static inline F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
 static inline Mask equal(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 static inline Mask equal_int(I32 a, I32 b) { return _mm512_cmpeq_epi32_mask(a, b); }
 static inline Mask both(Mask a, Mask b) { return a & b; }
+// The largest magnitude of bfloat16 numbers, as the bits of a float.
+static inline int32_t largest_bfloat_bits(const uint16_t* p, int64_t count) {
+    const I32 magnitude = _mm512_set1_epi16(0x7fff);
+    I32 most = _mm512_setzero_si512();
+    int64_t k = 0;
+    for (; k + 32 <= count; k += 32) most = _mm512_max_epu16(most, _mm512_and_si512(load_int(p + k), magnitude));
+    const __mmask32 there = (__mmask32)((1ull << (count - k)) - 1);
+    most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_maskz_loadu_epi16(there, p + k), magnitude));
+    const I32 upper = _mm512_srli_epi32(most, 16), lower = _mm512_and_si512(most, _mm512_set1_epi32(0xffff));
+    return _mm512_reduce_max_epi32(_mm512_max_epi32(upper, lower)) << 16;
+}
 static inline F32 select(Mask m, F32 yes, F32 no) { return _mm512_mask_blend_ps(m, no, yes); }
 static inline int32_t sum_int(I32 x) { return _mm512_reduce_add_epi32(x); }
 static inline float sum(F32 x) { return _mm512_reduce_add_ps(x); }
