@@ -108,7 +108,7 @@ def main() -> None:
     for kind, shapes, contestants in (("linear", LINEAR, linear), ("conv2d", CONV, conv)):
         for shape in shapes:
             with torch.no_grad():
-                times = quartiles(contestants(*shape), options.repeats)  # type: ignore[operator]
+                times = quartiles(contestants(*shape), options.repeats)
             base = times["torch bf16"]
             rows.append({"kind": kind, "shape": list(shape), "cpu_ms": times})
             cells = [f"{base / found:.2f}" for name, found in times.items() if name != "torch bf16"]
