@@ -78,6 +78,7 @@ def file_bytes(shape: Sequence[int], rule: Rule, target: Target, rank: int = 0) 
         bits = 4 if bits <= 4 else 8  # it has types of these widths
     if target == "comfy" and rule.scales == "e4m3":
         rows, columns = _up(rows, _PADDED), _up(columns, _PADDED)
+        assert spec.group_size is not None, "e4m3 scales are those of groups"
         count = _up(rows, _TILE_ROWS) * _up(columns // spec.group_size, _TILE_GROUPS)
     per_group = _SCALE_BYTES[rule.scales] * (2 if spec.zero_point else 1)
     shared = 0
