@@ -19,7 +19,7 @@ from difloat.numbers import formats, integer_grids
 from difloat.plan.specs import AttentionPlan
 
 _MAX_WIDTH = 1024  # dimensions of a head
-_FASTER_IN_FLOAT32 = ("avx512", "avxvnni", "avx2")  # units, than torch's attention (docs/kernels.md)
+_FASTER_IN_FLOAT32 = ("amx", "avx512", "avxvnni", "avx2")  # units, than torch's attention (docs/kernels.md)
 _SCORES = 1 << 20  # of one head at a time without the native unit: 2 MiB in bfloat16
 
 
@@ -32,11 +32,24 @@ def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> 
     timed.
     """
     if dispatch.backend() == "auto":
-        if query.dtype == torch.bfloat16 and torch_has_tiles():
+        unit, tiles = look()
+        if query.dtype == torch.bfloat16 and tiles:
             return False
-        if query.dtype == torch.float32 and native_library.unit() not in _FASTER_IN_FLOAT32:
+        if query.dtype == torch.float32 and unit not in _FASTER_IN_FLOAT32:
             return False
     return _fits(query, key, value, mask)
+
+
+_seen: tuple[str | None, bool] = (None, False)
+
+
+def look() -> tuple[str | None, bool]:
+    """The unit in use, and whether torch has tiles. A compiler cannot look, and gets what was seen before."""
+    global _seen
+    if not torch.compiler.is_compiling():
+        dispatch.backend()  # which reads the environment once
+        _seen = native_library.unit(), torch_has_tiles()
+    return _seen
 
 
 @cache
@@ -46,6 +59,8 @@ def torch_has_tiles() -> bool:
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    if query.dtype == torch.float32 and torch.compiler.is_compiling():
+        return False  # a compiler cannot look into the library
     tensors = (query, key, value)
     return (
         all(x.dim() == 4 and x.dtype == query.dtype and x.device.type == "cpu" for x in tensors)
@@ -61,7 +76,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
 
 
 def _is_native(query: Tensor) -> bool:
-    here = native_library.unit() is not None and dispatch.backend() in ("auto", "cpu")
+    here = look()[0] is not None and dispatch.backend() in ("auto", "cpu")
     return here and query.dtype in native_library.TYPES
 
 
@@ -103,6 +118,8 @@ def carries_out(plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, 
     return (
         _fits(query, key, value, mask)
         and _is_native(query)
+        # In float32 only where the backend is named, since compiled models could not follow.
+        and (query.dtype == torch.bfloat16 or dispatch.backend() == "cpu")
         and all(native_library.attention_grid(format) is not None for format in grids)
         and (plan.operand is None or plan.operand.signed)
     )

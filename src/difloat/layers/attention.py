@@ -155,6 +155,7 @@ def _answered_class(processor_class: type[Any]) -> type[Any]:
     if processor_class in _CLASSES:
         return _CLASSES[processor_class]
     plain_call = processor_class.__call__
+    kernels.look()  # before a compiler comes, which cannot
 
     @functools.wraps(plain_call)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -36,7 +36,10 @@ class HoldsPackedWeight(nn.Module):
 
         The weight comes after the bias, since some pipelines of diffusers compute in the dtype of a model's first parameter.
         """
-        self._parameters.pop("weight", None)
+        if (
+            next(reversed(self._parameters), None) != "weight"
+        ):  # else keys stay, which another thread may go through
+            self._parameters.pop("weight", None)
         self.weight = nn.Parameter(torch_modes.normal(packed).view(self.stored_dtype), requires_grad=False)
 
     @property
