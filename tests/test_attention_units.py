@@ -28,7 +28,6 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setenv("DIFLOAT_CPU_ISA", request.param)
     for found in caches:
         found.cache_clear()
-    monkeypatch.setattr("difloat.kernels.dispatch._chosen", "cpu")
     yield request.param
     monkeypatch.undo()
     for found in caches:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from difloat.kernels import checks, dispatch, native_library
 from difloat.numbers import formats, integer_grids
+from difloat.numbers.formats import Format
 from difloat.plan.specs import AttentionPlan
 
 _MAX_WIDTH = 1024  # dimensions of a head
@@ -41,15 +42,31 @@ def supports(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> 
 
 
 _seen: tuple[str | None, bool] = (None, False)
+_grids: dict[str, bool] = {}  # whether the library rounds to a format, by its name
 
 
-def look() -> tuple[str | None, bool]:
-    """The unit in use, and whether torch has tiles. A compiler cannot look, and gets what was seen before."""
+def look(plan: AttentionPlan | None = None) -> tuple[str | None, bool]:
+    """Find the unit in use, whether torch has tiles, and whether the library rounds to the grids of a plan.
+
+    A compiler cannot look into the library, and works with what was seen before.
+
+    Returns:
+        The unit, or None without one, and whether torch has tiles.
+    """
     global _seen
     if not torch.compiler.is_compiling():
         dispatch.backend()  # which reads the environment once
         _seen = native_library.unit(), torch_has_tiles()
+        for format in () if plan is None else (plan.operand, plan.softmax):
+            if format is not None:
+                _is_rounded_to(format)
     return _seen
+
+
+def _is_rounded_to(format: Format) -> bool:
+    if not torch.compiler.is_compiling():
+        _grids[format.name] = native_library.attention_grid(format) is not None
+    return _grids.get(format.name, False)
 
 
 @cache
@@ -59,8 +76,6 @@ def torch_has_tiles() -> bool:
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    if query.dtype == torch.float32 and torch.compiler.is_compiling():
-        return False  # a compiler cannot look into the library
     tensors = (query, key, value)
     return (
         all(x.dim() == 4 and x.dtype == query.dtype and x.device.type == "cpu" for x in tensors)
@@ -118,9 +133,7 @@ def carries_out(plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, 
     return (
         _fits(query, key, value, mask)
         and _is_native(query)
-        # In float32 only where the backend is named, since compiled models could not follow.
-        and (query.dtype == torch.bfloat16 or dispatch.backend() == "cpu")
-        and all(native_library.attention_grid(format) is not None for format in grids)
+        and all(_is_rounded_to(format) for format in grids)
         and (plan.operand is None or plan.operand.signed)
     )
 

@@ -55,6 +55,7 @@ def _answered(processor: Any, plan: AttentionPlan | None, fast: bool) -> Any:
     processor = _plain(processor)
     if plan is None and not fast:
         return processor
+    kernels.look(plan)  # before a compiler comes, which cannot
     processor = copy.copy(processor)
     processor.__class__ = _answered_class(type(processor))
     processor.difloat_attention, processor.difloat_fast = plan, fast
@@ -155,7 +156,6 @@ def _answered_class(processor_class: type[Any]) -> type[Any]:
     if processor_class in _CLASSES:
         return _CLASSES[processor_class]
     plain_call = processor_class.__call__
-    kernels.look()  # before a compiler comes, which cannot
 
     @functools.wraps(plain_call)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -188,6 +188,7 @@ def _reduce(processor: Any) -> tuple[Any, ...]:
 
 
 def _made_again(processor_class: type[Any], state: dict[str, Any]) -> Any:
+    kernels.look(state["difloat_attention"])  # in another process than the one that made it, maybe
     processor = object.__new__(_answered_class(processor_class))
     vars(processor).update(state)
     return processor
