@@ -188,7 +188,7 @@ def _reduce(processor: Any) -> tuple[Any, ...]:
 
 
 def _made_again(processor_class: type[Any], state: dict[str, Any]) -> Any:
-    kernels.look(state["difloat_attention"])  # in another process than the one that made it, maybe
+    kernels.look(state.get("difloat_attention"))  # in another process than the one that made it, maybe
     processor = object.__new__(_answered_class(processor_class))
     vars(processor).update(state)
     return processor
